@@ -1,0 +1,71 @@
+"""What can go wrong that is not a bug of ours.
+
+MergeError
+├── RecipeError       the recipe or an option is wrong, as far as no file is needed to tell
+├── CheckpointError   a file can't be read as a model
+├── PlanError         the models don't fit together, or don't fit the machine
+├── MethodError       a method refuses its parameters
+├── DeviceError       the device is not there, or can't do what is asked
+└── OutputError       the output can't be written
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+SHOWN: Final = 5
+"""How many findings of one kind a message lists before it only counts the rest."""
+
+
+class MergeError(Exception):
+    """Something the user can mend: what is wrong, what was found, what to do, and the state of the disk.
+
+    `found` holds one line per finding; the first five are shown, with a count of the rest.
+    `state` says what is on disk now; it is filled in by whoever knows (see `streammerge.api`).
+    """
+
+    def __init__(self, what: str, *, found: Sequence[str] = (), advice: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.found = tuple(found)
+        self.advice = advice
+        self.state = ""
+
+    def __str__(self) -> str:
+        shown = [f"  {printable(line)}" for line in self.found[:SHOWN]]
+        if len(self.found) > SHOWN:
+            shown.append(f"  … and {len(self.found) - SHOWN} more")
+        closing = " ".join(part for part in (self.advice, self.state) if part)
+        return "\n".join([printable(self.what), *shown, *([f"  {printable(closing)}"] if closing else [])])
+
+
+class RecipeError(MergeError):
+    """The recipe or an option is wrong, as far as no file is needed to tell."""
+
+
+class CheckpointError(MergeError):
+    """A file can't be read as a model."""
+
+
+class PlanError(MergeError):
+    """The models don't fit together, or don't fit the machine."""
+
+
+class MethodError(MergeError):
+    """A method refuses its parameters."""
+
+
+class DeviceError(MergeError):
+    """The device is not there, or can't do what is asked."""
+
+
+class OutputError(MergeError):
+    """The output can't be written."""
+
+
+def printable(text: str) -> str:
+    """The text with every control character but the newline escaped: names in a stranger's file may hold terminal codes."""
+    return "".join(
+        character if character == "\n" or character.isprintable() else repr(character)[1:-1] for character in text
+    )
