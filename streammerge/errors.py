@@ -65,7 +65,7 @@ class OutputError(MergeError):
 
 
 def printable(text: str) -> str:
-    """The text with every control character but the newline escaped: names in a stranger's file may hold terminal codes."""
+    """The text with its control characters escaped, but for newlines: a stranger's file may hold terminal codes."""
     return "".join(
         character if character == "\n" or character.isprintable() else repr(character)[1:-1] for character in text
     )

@@ -101,7 +101,7 @@ class Model(Protocol):
         ...
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of the flattened tensor, in the stored dtype; 1-d, on the CPU, the caller's to keep."""
+        """Elements [start, stop) of the flattened tensor, in the stored dtype: 1-d, on the CPU, the caller's own."""
         ...
 
 
