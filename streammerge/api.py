@@ -1,0 +1,194 @@
+"""The program as functions: open the inputs, decide, plan, run, report."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from streammerge import __version__
+from streammerge.checking import Checker, ReadBack, checkpoint_reader
+from streammerge.checkpoints import open_model
+from streammerge.errors import MergeError, PlanError
+from streammerge.inputs import OpenInputs, check_output, check_with_library
+from streammerge.machine import choose_io, peak_resident_bytes, resident_bytes, usable_cores
+from streammerge.merged import Decision, Merged, node_of
+from streammerge.options import Options, format_size
+from streammerge.plan import MIB, OVERHEAD_BYTES, Allotment, Plan, make_plan
+from streammerge.recipe import Recipe
+from streammerge.report import Report
+from streammerge.tensors import Model
+
+if TYPE_CHECKING:
+    from streammerge.devices import Lane
+    from streammerge.engine import Progress, Sink
+
+Watch = Callable[["Progress"], None]
+"""Called from time to time while a merge runs, with what has been done so far."""
+
+
+def run_merge(recipe: Recipe | Model, output: Path, options: Options, watch: Watch | None = None) -> Report:
+    """Merge to the output. It is complete when this returns; when it raises, what lay there is as it was."""
+    started = time.perf_counter()
+    with saying_what_is_on_disk(), planned(recipe, output, options) as plan:
+        return _carry_out(plan, started, watch)
+
+
+def run_verification(recipe: Recipe | Model, output: Path, options: Options, watch: Watch | None = None) -> Plan:
+    """Compute every byte of an output again and compare; OutputError if the recipe gives anything else."""
+    with planned(recipe, output, options, replacing=True) as plan, open_model(output) as found:
+        machine = Machine(plan)
+        machine.check(checkpoint_reader(plan, found), output, watch)
+        return plan
+
+
+@contextlib.contextmanager
+def planned(recipe: Recipe | Model, output: Path, options: Options, *, replacing: bool = False) -> Iterator[Plan]:
+    """The plan of a merge, its inputs open for as long as the `with` statement lasts."""
+    opened = OpenInputs()
+    try:
+        merged = opened.merge(recipe) if isinstance(recipe, Recipe) else as_merged(recipe)
+        method = recipe.method if isinstance(recipe, Recipe) else ""
+        metadata = output_metadata(recipe, options)
+        plan = make_plan(merged, output, options, method=method, inputs=opened.files, metadata=metadata)
+        if not replacing:
+            check_output(plan)
+        yield plan
+        opened.check_unchanged()
+    finally:
+        opened.close()
+
+
+class Machine:
+    """The lanes in which a plan is carried out: as many as the memory allows, on the device that was asked for."""
+
+    def __init__(self, plan: Plan) -> None:
+        import torch  # the bare import is the base line of what the merge takes
+
+        self.plan = plan
+        self.baseline = resident_bytes()
+        from streammerge.devices import find_device
+
+        self.device: torch.device = find_device(plan.options.device)
+        self.allotment = allot_memory(plan, self.baseline)
+        self.io = choose_io(plan.options.io, [file.path for file in plan.inputs])
+
+    def lanes(self) -> list[Lane]:
+        """Fresh lanes."""
+        from streammerge.devices import open_lane
+        from streammerge.reading import open_reader
+
+        mapped = self.allotment.mapped_bytes
+        return [open_lane(open_reader(self.io, mapped), self.device) for _ in range(self.allotment.threads)]
+
+    def run(self, sink: Sink, watch: Watch | None) -> Progress:
+        """Give every byte of the output to the sink."""
+        from streammerge import engine
+
+        progress = engine.Progress(total_bytes=sum(job.info.nbytes for job in self.plan.jobs))
+        works = (engine.MergeWork(job) for job in self.plan.jobs)
+        engine.run(works, self.lanes(), sink, progress, lambda: watch(progress) if watch else None)
+        return progress
+
+    def check(self, read: ReadBack, path: Path, watch: Watch | None) -> None:
+        """Compute every byte again and compare it with what is read back."""
+        checker = Checker(read)
+        self.run(checker, watch)
+        checker.report(path)
+
+    def peak_vram_bytes(self) -> int:
+        """The most memory that was taken on a CUDA device."""
+        import torch
+
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+
+def _carry_out(plan: Plan, started: float, watch: Watch | None) -> Report:
+    machine = Machine(plan)
+    from streammerge.writing import OutputWriter
+
+    plan.check_disk()
+    check_with_library(plan)
+    marks = [started, time.perf_counter()]
+    with saying_what_is_on_disk("The unfinished output was removed."), OutputWriter(plan.output) as writer:
+        progress = machine.run(writer, watch)
+        marks.append(time.perf_counter())
+        if plan.options.sync:
+            writer.sync()
+        if plan.options.verify:
+            writer.forget()
+            machine.check(writer.read, plan.output.path, watch)
+        writer.commit(sync=plan.options.sync)
+    marks.append(time.perf_counter())
+    seconds = dict(zip(("plan", "merge", "sync"), (b - a for a, b in itertools.pairwise(marks)), strict=True))
+    return Report(
+        output=[str(path) for path in plan.output.paths],
+        method=plan.method,
+        merged=plan.count("merged"),
+        copied=plan.count("copied"),
+        dropped=plan.count("dropped"),
+        left_out={model: len(names) for model, names in plan.left_out.items()},
+        nonfinite=dict(sorted(progress.nonfinite.items())),
+        bytes_read=progress.bytes_read,
+        bytes_written=plan.output.nbytes,
+        seconds={**seconds, "total": marks[-1] - started},
+        peak_rss_bytes=peak_resident_bytes(),
+        baseline_rss_bytes=machine.baseline,
+        peak_vram_bytes=machine.peak_vram_bytes(),
+        device=str(machine.device),
+        dtype=sorted({job.info.dtype.name for job in plan.jobs}),
+        threads=machine.allotment.threads,
+        io=machine.io,
+        inputs=plan.inputs,
+        version=__version__,
+    )
+
+
+def allot_memory(plan: Plan, baseline: int) -> Allotment:
+    """Share out what --max-ram leaves beside what the process takes already; PlanError naming the least that works."""
+    limit = plan.options.max_ram
+    if limit is None:
+        return plan.allot(usable_cores())
+    fixed = baseline + OVERHEAD_BYTES
+    least = fixed + plan.least_work_bytes
+    if limit < least:
+        raise PlanError(
+            f"--max-ram {format_size(limit)} is too small: Python and torch take {format_size(fixed)}, and this merge "
+            f"needs {format_size(plan.least_work_bytes)} to work in",
+            advice=f"The least that works is {-(-least // MIB)}MiB.",
+        )
+    return plan.allot(usable_cores(), limit - fixed)
+
+
+def as_merged(model: Model) -> Merged:
+    """Any model as a merge: its tensors as they are."""
+    if isinstance(model, Merged):
+        return model
+    return Merged(
+        tuple(
+            Decision(name, "copied", "from the model", info, node_of(model, name))
+            for name, info in model.tensors.items()
+        )
+    )
+
+
+def output_metadata(recipe: Recipe | Model, options: Options) -> dict[str, str]:
+    """The output's `__metadata__`: the format mark that loaders look for, and the recipe unless it is not wanted."""
+    marks = {"format": "pt"}
+    if isinstance(recipe, Recipe) and options.metadata:
+        marks["streammerge.recipe"] = json.dumps(recipe.describe(), separators=(",", ":"))
+    return marks
+
+
+@contextlib.contextmanager
+def saying_what_is_on_disk(state: str = "Nothing was written.") -> Iterator[None]:
+    """Add to an error what state it leaves the disk in, unless who raised it said so already."""
+    try:
+        yield
+    except MergeError as error:
+        error.state = error.state or state
+        raise

@@ -1,0 +1,71 @@
+"""Reading an output back: every byte computed again and compared."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from streammerge.checkpoints import Checkpoint
+from streammerge.errors import CheckpointError, OutputError
+from streammerge.formats.positional import read_at
+from streammerge.nodes import Stored
+from streammerge.plan import Job, Plan
+from streammerge.reading import page_aligned
+
+ReadBack = Callable[[Job, int, memoryview], None]
+"""Fill the buffer with the output's bytes from this position of the job's tensor."""
+
+
+class Checker:
+    """A sink that compares what it is given with what is there, and remembers the tensors that differ."""
+
+    def __init__(self, read: ReadBack) -> None:
+        self.read = read
+        self.different: set[str] = set()
+        self._local = threading.local()
+
+    def write(self, job: Job, position: int, data: memoryview) -> None:
+        """Compare the bytes with those at this position of the job's tensor."""
+        buffer = self._buffer(len(data))
+        self.read(job, position, buffer)
+        if buffer != data:
+            self.different.add(job.name)
+
+    def _buffer(self, nbytes: int) -> memoryview:
+        """This thread's own buffer."""
+        found: memoryview = getattr(self._local, "buffer", memoryview(b""))
+        if len(found) < nbytes:
+            found = self._local.buffer = page_aligned(nbytes)
+        return found[:nbytes]
+
+    def report(self, path: object) -> None:
+        """OutputError that names the tensors that differ, if any do."""
+        if self.different:
+            raise OutputError(
+                f"{path}: {len(self.different)} tensors are not what the recipe gives",
+                found=sorted(self.different),
+                advice="The disk or the memory may be at fault, or the file was made by another recipe. Merge again.",
+            )
+
+
+def checkpoint_reader(plan: Plan, output: Checkpoint) -> ReadBack:
+    """Read from an output that is in place; CheckpointError if it does not hold the plan's tensors."""
+    planned = {job.name: job.info for job in plan.jobs}
+    if dict(output.tensors) != planned:
+        names = sorted(
+            name for name in planned.keys() | output.tensors.keys() if planned.get(name) != output.tensors.get(name)
+        )
+        raise CheckpointError(
+            f"{output.path}: {len(names)} tensors are missing, superfluous, or of another dtype or shape",
+            found=[
+                f"{name}   planned {planned.get(name, '–')}   found {output.tensors.get(name, '–')}" for name in names
+            ],
+            advice="The file was made by another recipe or with other options.",
+        )
+
+    def read(job: Job, position: int, buffer: memoryview) -> None:
+        node = output.nodes[job.name]
+        assert isinstance(node, Stored)
+        read_at(node.file.descriptor, buffer, node.start + position)
+
+    return read

@@ -1,0 +1,197 @@
+"""Lanes: a worker's own buffers, its reader, and the device on which it computes.
+
+Buffers are numbered slots. Whoever evaluates an expression into slot s may use any slot above s for what it needs on
+the way, so the slots are a stack, and a lane's memory is known before it runs. What lies in a slot is valid until the
+slot is used again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Final
+
+import torch
+
+from streammerge.errors import DeviceError
+from streammerge.nodes import Stored
+from streammerge.reading import Reader, page_aligned
+from streammerge.tensors import DType
+
+with warnings.catch_warnings():
+    # torch says once per process that a read-only buffer must not be written to; nobody writes to one here.
+    warnings.simplefilter("ignore")
+    torch.frombuffer(b"\0", dtype=torch.uint8)
+
+NO_FLOAT64: Final = frozenset({"mps"})
+"""Kinds of device that can't hold float64."""
+
+
+class Lane:
+    """The CPU lane: reads where the bytes are, converts into its slots, and hands out bytes to write."""
+
+    def __init__(self, reader: Reader, device: torch.device | None = None) -> None:
+        self.reader = reader
+        self.device = device or torch.device("cpu")
+        self.bytes_read = 0
+        self._slots: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+        self._out = page_aligned(0)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """What the worker's thread needs around its work: one thread per lane, so that lanes don't fight for cores."""
+        torch.set_num_threads(1)
+        with torch.inference_mode():
+            yield
+
+    def slot(self, slot: int, elements: int, dtype: torch.dtype) -> torch.Tensor:
+        """Room for a block in this slot, on the lane's device."""
+        buffer = self._slots.get((slot, dtype))
+        if buffer is None or buffer.numel() < elements:
+            buffer = self._slots[slot, dtype] = torch.empty(elements, dtype=dtype, device=self.device)
+        return buffer[:elements]
+
+    def read_bytes(self, node: Stored, start: int, stop: int, slot: int) -> memoryview:
+        """Bytes [start, stop) of the stored tensor."""
+        self.bytes_read += stop - start
+        return self.reader.read(node.file, node.start + start, node.start + stop, slot)
+
+    def read(self, node: Stored, start: int, stop: int, slot: int) -> torch.Tensor:
+        """Elements [start, stop) in the stored dtype, in main memory, not to be written to."""
+        dtype = torch_dtype(node.info.dtype)
+        if start == stop:
+            return torch.empty(0, dtype=dtype)
+        size = dtype.itemsize
+        return torch.frombuffer(self.read_bytes(node, start * size, stop * size, slot), dtype=dtype)
+
+    def load(self, node: Stored, start: int, stop: int, dtype: torch.dtype, slot: int) -> torch.Tensor:
+        """Elements [start, stop) in the compute dtype, on the device; not to be written to."""
+        return self.bring(self.read(node, start, stop, slot), dtype, slot)
+
+    def bring(self, values: torch.Tensor, dtype: torch.dtype, slot: int) -> torch.Tensor:
+        """Values from main memory, in the compute dtype, on the device: themselves if they are there already."""
+        if values.dtype == dtype:
+            return values
+        return self.slot(slot, values.numel(), dtype).copy_(values)
+
+    def store(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The block rounded to the stored dtype, in main memory; `stored_bytes` gives its bytes."""
+        stored = self._out_tensor(values.numel(), dtype)
+        return stored.copy_(values)
+
+    def stored_bytes(self, stored: torch.Tensor) -> memoryview:
+        """The bytes of the block that `store` returned last."""
+        return self._out[: stored.numel() * stored.element_size()]
+
+    def _out_tensor(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
+        if elements == 0:
+            return torch.empty(0, dtype=dtype)
+        nbytes = elements * dtype.itemsize
+        if len(self._out) < nbytes:
+            self._out = page_aligned(nbytes)
+        return torch.frombuffer(self._out, dtype=dtype, count=elements)
+
+    def release(self) -> None:
+        """Give mapped memory back."""
+        self.reader.release()
+
+
+class StagedLane(Lane):
+    """A lane whose device has memory of its own: every block is staged in main memory, then sent.
+
+    Blocks travel in their stored dtype and are converted on the device.
+    """
+
+    def bring(self, values: torch.Tensor, dtype: torch.dtype, slot: int) -> torch.Tensor:
+        """A copy of the values on the device, in the compute dtype."""
+        sent = self.slot(slot, values.numel(), values.dtype).copy_(values)
+        return sent if values.dtype == dtype else self.slot(slot, values.numel(), dtype).copy_(sent)
+
+    def store(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The block rounded on the device and fetched into main memory."""
+        stored = self._out_tensor(values.numel(), dtype)
+        return stored.copy_(values.to(dtype))
+
+
+class CudaLane(StagedLane):
+    """A CUDA lane: pinned buffers, and a stream of its own, so that lanes copy and compute at the same time."""
+
+    def __init__(self, reader: Reader, device: torch.device) -> None:
+        super().__init__(reader, device)
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pinned: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+        self._sent: dict[tuple[int, torch.dtype], torch.cuda.Event] = {}
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Everything this thread does runs on the lane's stream."""
+        with super().running(), torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            yield
+
+    def bring(self, values: torch.Tensor, dtype: torch.dtype, slot: int) -> torch.Tensor:
+        """A copy of the values on the device, sent from pinned memory without waiting for it to arrive."""
+        key = slot, values.dtype
+        if key in self._sent:
+            self._sent[key].synchronize()  # the pinned buffer may still be on its way
+        staged = self._pin(key, values.numel()).copy_(values)
+        sent = self.slot(slot, values.numel(), values.dtype).copy_(staged, non_blocking=True)
+        self._sent[key] = event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(self.stream)
+        return sent if values.dtype == dtype else self.slot(slot, values.numel(), dtype).copy_(sent)
+
+    def store(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The block rounded on the device and fetched through pinned memory."""
+        fetched = self._pin((-1, dtype), values.numel()).copy_(values.to(dtype), non_blocking=True)
+        self.stream.synchronize()
+        return self._out_tensor(values.numel(), dtype).copy_(fetched)
+
+    def _pin(self, key: tuple[int, torch.dtype], elements: int) -> torch.Tensor:
+        buffer = self._pinned.get(key)
+        if buffer is None or buffer.numel() < elements:
+            buffer = self._pinned[key] = torch.empty(elements, dtype=key[1], pin_memory=True)
+        return buffer[:elements]
+
+
+def open_lane(reader: Reader, device: torch.device) -> Lane:
+    """The kind of lane that the device needs."""
+    if device.type == "cpu":
+        return Lane(reader)
+    return CudaLane(reader, device) if device.type == "cuda" else StagedLane(reader, device)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of this name, `auto` being the first accelerator there is; DeviceError if it isn't there."""
+    available = available_devices()
+    if name == "auto":
+        return torch.device(available[-1] if len(available) > 1 else "cpu")
+    kind, _, index = name.partition(":")
+    if name in available or (kind in available and not index):
+        return torch.device(name)
+    raise DeviceError(
+        f"no device {name!r} on this machine",
+        found=[f"there is: {', '.join(available)}"],
+        advice="Choose one of these with --device.",
+    )
+
+
+def available_devices() -> list[str]:
+    """Names of the devices that torch can compute on here, the CPU first, the preferred one last."""
+    found = ["cpu"]
+    for kind in ("xpu", "mps", "cuda"):
+        backend = getattr(torch, kind, None)
+        if backend is not None and backend.is_available():
+            found += [f"{kind}:{index}" for index in range(backend.device_count()) if kind != "mps"]
+            found.append(kind)
+    return found
+
+
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """The torch dtype that holds such elements; DeviceError where this torch has none."""
+    found = getattr(torch, dtype.torch_name, None) if dtype.torch_name else None
+    if found is None:
+        raise DeviceError(
+            f"this torch ({torch.__version__}) has no {dtype} elements",
+            advice="Install a newer torch, or copy such tensors with a rule.",
+        )
+    return found  # type: ignore[no-any-return]

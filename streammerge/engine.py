@@ -1,0 +1,297 @@
+"""The merge itself: windows of tensors go to workers, which read, compute and write block by block.
+
+    plan ─► works ─► windows ─► worker: read range → compute → write range ─► commit
+
+A worker has a lane (its own buffers, reader and device stream) and takes the next window of any tensor. A tensor whose
+method wants statistics is gone over as often as that takes; its next pass begins as soon as the last window of the one
+before is done, while its pages are still in the cache. Nothing here depends on which worker does what: blocks have a
+fixed size, and sums over a tensor are taken in block order.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+import torch
+
+from streammerge.compute import Evaluator, Survey
+from streammerge.devices import Lane, torch_dtype
+from streammerge.errors import MergeError
+from streammerge.nodes import BLOCK, Combined, Node, Stored, leaves
+from streammerge.plan import Job
+from streammerge.tensors import DType
+
+WINDOW: Final = 16
+"""Blocks that a worker takes at once: long enough to read ahead, short enough to share a large tensor."""
+
+COPY_BYTES: Final = 1 << 19
+"""How much of a tensor is copied at once."""
+
+
+class Sink(Protocol):
+    """Where finished blocks go."""
+
+    def write(self, job: Job, position: int, data: memoryview) -> None:
+        """Take the bytes that belong at this position of the job's tensor."""
+        ...
+
+
+@dataclass
+class Progress:
+    """What has been done so far; read by whoever shows it, while the workers add to it."""
+
+    total_bytes: int = 0
+    done_bytes: int = 0
+    bytes_read: int = 0
+    nonfinite: dict[str, int] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def advance(self, nbytes: int) -> None:
+        """So many bytes of the output are done."""
+        with self.lock:
+            self.done_bytes += nbytes
+
+    def found_nonfinite(self, name: str, values: int) -> None:
+        """A block of this tensor holds values that are infinite or not numbers."""
+        with self.lock:
+            self.nonfinite[name] = self.nonfinite.get(name, 0) + values
+
+
+class Work:
+    """One tensor on its way: its surveys, pass after pass, and then the pass that writes it."""
+
+    def __init__(self, name: str, node: Node, dtype: DType | None) -> None:
+        self.name = name
+        self.node = node
+        self.dtype = torch_dtype(dtype) if dtype else None
+        self.survey = Survey(node)
+        self.lock = threading.Lock()
+        self._open_windows = 0
+        self._next_block = 0
+        self._early: dict[int, dict[int, Any]] = {}
+
+    @property
+    def blocks(self) -> int:
+        """The number of blocks; an empty tensor has none."""
+        return -(-self.node.info.elements // BLOCK)
+
+    def begin_pass(self) -> list[Window]:
+        """The windows of the next pass: a survey while one is due, then the writing."""
+        self._next_block = 0
+        surveying = not self.survey.complete
+        windows = [
+            Window(self, first, min(first + WINDOW, self.blocks), surveying)
+            for first in range(0, max(self.blocks, 1), WINDOW)
+        ]
+        self._open_windows = len(windows)
+        return windows
+
+    def add_measure(self, block: int, measured: dict[int, Any]) -> None:
+        """Take in what was measured of a block: at once, or in its turn if the order matters."""
+        with self.lock:
+            if not self.survey.ordered:
+                self.survey.add(block, measured)
+                return
+            self._early[block] = measured
+            while self._next_block in self._early:
+                self.survey.add(self._next_block, self._early.pop(self._next_block))
+                self._next_block += 1
+
+    def end_window(self, window: Window) -> list[Window]:
+        """Note that a window is done; after a survey's last one, the next pass's windows."""
+        with self.lock:
+            self._open_windows -= 1
+            if self._open_windows or not window.surveying:
+                return []
+            self.survey.finish_pass()
+            return self.begin_pass()
+
+    def write(self, first: int, last: int, lane: Lane, sink: Sink, progress: Progress) -> None:
+        """Compute and write blocks [first, last). Works that are only surveyed write nothing."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Window:
+    """A range of blocks of one tensor, for one worker in one pass."""
+
+    work: Work
+    first: int
+    last: int
+    surveying: bool
+
+    def run(self, lane: Lane, sink: Sink, progress: Progress) -> None:
+        """Do this window's part of the pass."""
+        read_ahead(self.work.node, self.first, self.last)
+        if self.surveying:
+            self._measure(lane)
+        else:
+            self.work.write(self.first, self.last, lane, sink, progress)
+
+    def _measure(self, lane: Lane) -> None:
+        assert self.work.dtype is not None
+        evaluator = Evaluator(lane, self.work.dtype, self.work.survey.known)
+        for block in range(self.first, self.last):
+            self.work.add_measure(block, self.work.survey.measure(evaluator, block))
+
+
+class MergeWork(Work):
+    """A tensor of the output: computed and rounded once, or copied."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job.name, job.node, job.compute)
+        self.job = job
+        self.stored = None if job.compute is None else torch_dtype(job.info.dtype)
+
+    def write(self, first: int, last: int, lane: Lane, sink: Sink, progress: Progress) -> None:
+        """Write blocks [first, last) at their place in the output."""
+        size = self.job.info.dtype.bits
+        start = first * BLOCK * size // 8
+        stop = min(last * BLOCK * size // 8, self.job.info.nbytes)
+        if self.dtype is None:
+            self._copy(start, stop, lane, sink, progress)
+            return
+        assert self.stored is not None
+        evaluator = Evaluator(lane, self.dtype, self.survey.known)
+        for block in range(first, last):
+            stored = lane.store(evaluator.block(self.node, block), self.stored)
+            data = lane.stored_bytes(stored)
+            sink.write(self.job, block * BLOCK * size // 8, data)
+            progress.advance(len(data))
+            if bad := count_nonfinite(stored):
+                progress.found_nonfinite(self.name, bad)
+
+    def _copy(self, start: int, stop: int, lane: Lane, sink: Sink, progress: Progress) -> None:
+        """Copy bytes [start, stop) as they are stored."""
+        source = copied_from(self.node)
+        for first in range(start, stop, COPY_BYTES):
+            data = lane.read_bytes(source, first, min(first + COPY_BYTES, stop), 0)
+            sink.write(self.job, first, data)
+            progress.advance(len(data))
+
+
+def run(works: Iterable[Work], lanes: list[Lane], sink: Sink, progress: Progress, watch: Callable[[], None]) -> None:
+    """Run every work in the lanes, one thread per lane; `watch` is called in this thread from time to time.
+
+    The first error of any worker, or of `watch`, stops them all and is raised here.
+    """
+    schedule = Schedule(works)
+    threads = [threading.Thread(target=_work, args=(schedule, lane, sink, progress), daemon=True) for lane in lanes]
+    for thread in threads:
+        thread.start()
+    try:
+        while any(thread.is_alive() for thread in threads):
+            schedule.finished.wait(0.05)
+            watch()
+            if schedule.finished.is_set():
+                break
+    finally:
+        schedule.stop()
+        for thread in threads:
+            thread.join()
+        progress.bytes_read = sum(lane.bytes_read for lane in lanes)
+    if schedule.error is not None:
+        raise schedule.error
+
+
+def _work(schedule: Schedule, lane: Lane, sink: Sink, progress: Progress) -> None:
+    """A worker's life: take a window, run it, take the next."""
+    try:
+        with lane.running():
+            for window in schedule:
+                with error_context(window.work.name):
+                    window.run(lane, sink, progress)
+                    lane.release()
+                schedule.done(window)
+    except BaseException as error:
+        schedule.stop(error)
+
+
+class Schedule:
+    """Hands out windows to workers: what is due of tensors under way first, then new tensors."""
+
+    def __init__(self, works: Iterable[Work]) -> None:
+        self.finished = threading.Event()
+        self.error: BaseException | None = None
+        self._works = iter(works)
+        self._ready: collections.deque[Window] = collections.deque()
+        self._running = 0
+        self._changed = threading.Condition()
+
+    def __iter__(self) -> Iterator[Window]:
+        while (window := self._take()) is not None:
+            yield window
+
+    def _take(self) -> Window | None:
+        """The next window; waits while running ones may still lead to others; None when all is done or stopped."""
+        with self._changed:
+            while not self.finished.is_set():
+                if not self._ready and (work := next(self._works, None)) is not None:
+                    self._ready.extend(work.begin_pass())
+                if self._ready:
+                    self._running += 1
+                    return self._ready.popleft()
+                if not self._running:
+                    self.finished.set()
+                    self._changed.notify_all()
+                else:
+                    self._changed.wait()
+            return None
+
+    def done(self, window: Window) -> None:
+        """A window is done; what follows from it comes first."""
+        following = window.work.end_window(window)
+        with self._changed:
+            self._running -= 1
+            self._ready.extendleft(reversed(following))
+            self._changed.notify_all()
+
+    def stop(self, error: BaseException | None = None) -> None:
+        """Hand out nothing more; keep the first error."""
+        with self._changed:
+            self.error = self.error or error
+            self.finished.set()
+            self._changed.notify_all()
+
+
+def read_ahead(node: Node, first: int, last: int) -> None:
+    """Ask the system for the bytes that these blocks of the tensor will need."""
+    for leaf in leaves(node):
+        if isinstance(leaf, Stored) and leaf.info.elements == node.info.elements:
+            bits = leaf.info.dtype.bits
+            start, stop = (min(block * BLOCK * bits // 8, leaf.info.nbytes) for block in (first, last))
+            leaf.file.will_need(leaf.start + start, leaf.start + stop)
+
+
+def copied_from(node: Node) -> Stored:
+    """The stored tensor that a copy reads."""
+    while isinstance(node, Combined):
+        node = node.terms[0].node
+    assert isinstance(node, Stored)
+    return node
+
+
+def count_nonfinite(stored: torch.Tensor) -> int:
+    """How many elements are infinite or not numbers: one cheap sum where there are none."""
+    if stored.dtype.itemsize == 1:
+        stored = stored.float()
+    total = stored.sum(dtype=torch.float64 if stored.dtype.itemsize == 8 else torch.float32)
+    return 0 if math.isfinite(total.item()) else int((~torch.isfinite(stored)).sum())
+
+
+class error_context:  # noqa: N801  (reads as a statement)
+    """Adds the tensor's name to an error that happens while it is merged."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, MergeError) and self.name not in error.what:
+            error.what = f"tensor {self.name}: {error.what}"

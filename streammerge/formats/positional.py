@@ -1,0 +1,57 @@
+"""Reading and writing at a position, whole or not at all, from several threads at once."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from streammerge.errors import CheckpointError
+
+_seek_lock = threading.Lock()
+"""Guards the file position where the system has no positional calls (Windows)."""
+
+
+def read_at(descriptor: int, buffer: memoryview, offset: int) -> None:
+    """Fill the buffer from the file's bytes at `offset`; a file that ends too early is a CheckpointError.
+
+    One call returns at most 2 GiB on Linux, and may return less on any system: hence the loop.
+    """
+    done = 0
+    while done < len(buffer):
+        count = _read_some(descriptor, buffer[done:], offset + done)
+        if count == 0:
+            raise CheckpointError(
+                f"a file ended while it was read: {len(buffer) - done} bytes are missing at byte {offset + done}",
+                advice="It was shortened or replaced after the merge began. Fetch or copy it again.",
+            )
+        done += count
+
+
+def write_at(descriptor: int, buffer: memoryview, offset: int) -> None:
+    """Write the whole buffer to the file at `offset`."""
+    done = 0
+    while done < len(buffer):
+        done += _write_some(descriptor, buffer[done:], offset + done)
+
+
+if hasattr(os, "preadv") and hasattr(os, "pwrite"):
+
+    def _read_some(descriptor: int, buffer: memoryview, offset: int) -> int:
+        return os.preadv(descriptor, [buffer], offset)
+
+    def _write_some(descriptor: int, buffer: memoryview, offset: int) -> int:
+        return os.pwrite(descriptor, buffer, offset)
+
+else:  # Windows
+
+    def _read_some(descriptor: int, buffer: memoryview, offset: int) -> int:
+        with _seek_lock:
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            piece = os.read(descriptor, len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def _write_some(descriptor: int, buffer: memoryview, offset: int) -> int:
+        with _seek_lock:
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            return os.write(descriptor, buffer)

@@ -1,0 +1,94 @@
+"""Sharded checkpoints: which files a folder or an index file stands for.
+
+An index is JSON with a `weight_map` from tensor name to the name of the shard beside it, as transformers and diffusers
+write it. A shard's name must be a plain file name: an index from a stranger must not point elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Final
+
+from streammerge.errors import CheckpointError
+
+MAX_INDEX: Final = 100_000_000
+"""The longest index, in bytes, that is read."""
+
+PREFERRED: Final = (
+    "model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "model.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+"""What a folder's weights are called, the first that exists being meant; safetensors before pickles."""
+
+SUFFIXES: Final = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+
+
+@dataclass(frozen=True, slots=True)
+class ShardIndex:
+    """An index: for every tensor the shard that holds it, and the shards in the order of their names."""
+
+    weight_map: dict[str, Path]
+
+    @property
+    def shards(self) -> list[Path]:
+        """The files that the index names."""
+        return sorted(set(self.weight_map.values()))
+
+
+def is_index(path: Path) -> bool:
+    """Whether the path is named as an index of shards is."""
+    return path.name.endswith(".index.json")
+
+
+def find_weights(folder: Path) -> Path:
+    """The weights file or index that a folder stands for; CheckpointError if there is none, or more than one."""
+    for name in PREFERRED:
+        if (folder / name).is_file():
+            return folder / name
+    found = sorted(entry for entry in folder.iterdir() if entry.is_file() and is_index(entry))
+    found = found or sorted(entry for entry in folder.iterdir() if entry.is_file() and entry.suffix in SUFFIXES)
+    if len(found) == 1:
+        return found[0]
+    what = "holds no model" if not found else f"holds {len(found)} files that could be the model"
+    raise CheckpointError(
+        f"{folder}: the folder {what}",
+        found=[entry.name for entry in found],
+        advice=f"Name the file itself, or call it {PREFERRED[2]}.",
+    )
+
+
+def read_index(path: Path) -> ShardIndex:
+    """Read and check an index of shards."""
+    try:
+        if path.stat().st_size > MAX_INDEX:
+            raise CheckpointError(f"{path}: the index is longer than {MAX_INDEX} bytes")
+        index = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: can't be read as an index of shards: {error}") from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: the index has no weight_map", advice="Fetch the index again.")
+    outside = sorted({str(name) for name in weight_map.values() if not _is_plain_name(name)})
+    if outside:
+        raise CheckpointError(
+            f"{path}: the index points outside its folder",
+            found=outside,
+            advice="A shard must be a file beside its index. Do not trust this download.",
+        )
+    return ShardIndex({name: path.parent / shard for name, shard in weight_map.items()})
+
+
+def _is_plain_name(name: object) -> bool:
+    """Whether this is the name of a file in the same folder, on any system."""
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and not any(character in name for character in "/\\\0")
+        and not PureWindowsPath(name).drive
+    )

@@ -1,0 +1,84 @@
+"""Opening what a recipe names, and making sure that the output is none of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from streammerge.checkpoints import Checkpoint, open_model
+from streammerge.errors import CheckpointError, OutputError
+from streammerge.formats.safetensors import is_safetensors
+from streammerge.merged import Merged, merge_models
+from streammerge.plan import InputFile, Plan
+from streammerge.recipe import Recipe
+from streammerge.tensors import Model
+
+
+@dataclass
+class OpenInputs:
+    """Checkpoints that are open, each path once, however often recipes name it."""
+
+    checkpoints: dict[Path, Checkpoint] = field(default_factory=dict)
+
+    def open(self, path: Path) -> Checkpoint:
+        """The checkpoint at this path."""
+        key = path.resolve()
+        if key not in self.checkpoints:
+            self.checkpoints[key] = open_model(path)
+        return self.checkpoints[key]
+
+    def merge(self, recipe: Recipe) -> Merged:
+        """The recipe as a model, its nested recipes opened first."""
+        models: dict[str, Model] = {
+            entry.name: self.merge(entry.source) if isinstance(entry.source, Recipe) else self.open(entry.source)
+            for entry in recipe.named.values()
+        }
+        return merge_models(recipe, models)
+
+    @property
+    def files(self) -> list[InputFile]:
+        """Every file of every open checkpoint."""
+        return [InputFile(file.path, file.nbytes) for opened in self.checkpoints.values() for file in opened.files]
+
+    def check_unchanged(self) -> None:
+        """CheckpointError if a file has changed since its header was read."""
+        for opened in self.checkpoints.values():
+            for file in opened.files:
+                file.check_unchanged()
+
+    def close(self) -> None:
+        """Close all files."""
+        for opened in self.checkpoints.values():
+            opened.close()
+
+
+def check_output(plan: Plan) -> None:
+    """OutputError if the output would replace an input, or a file that the user didn't offer."""
+    for path in plan.output.paths:
+        if not path.exists():
+            continue
+        for file in plan.inputs:
+            if path.samefile(file.path):
+                raise OutputError(
+                    f"{path}: the output is the same file as the input {file.path}",
+                    advice="Choose another name for the output.",
+                )
+        if not path.is_file():
+            raise OutputError(f"{path}: there is something here that is no file", advice="Choose another name.")
+        if not plan.options.force:
+            raise OutputError(f"{path}: the output exists", advice="Use --force to replace it, or choose another name.")
+
+
+def check_with_library(plan: Plan) -> None:
+    """Open every safetensors input with the format's own library too, whose parser is audited."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in plan.inputs:
+        with file.path.open("rb") as opened:
+            if not is_safetensors(opened.read(9)):
+                continue
+        try:
+            with safe_open(file.path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise CheckpointError(f"{file.path}: safetensors refuses it: {error}", advice="Fetch it again.") from error

@@ -1,0 +1,86 @@
+"""Where every tensor of the output will lie: file names, headers, offsets, the index of shards. Pure arithmetic."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from streammerge.errors import OutputError
+from streammerge.formats.safetensors import NewHeader, build_header
+from streammerge.tensors import TensorInfo
+
+SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """A file to be written: its final path, its header, and the tensors in it in file order."""
+
+    path: Path
+    header: NewHeader
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the whole file."""
+        return self.header.file_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class OutputLayout:
+    """All files of the output; `index` is the sharded one's index file and its text."""
+
+    path: Path
+    files: tuple[OutputFile, ...]
+    index: tuple[Path, str] | None = None
+
+    @property
+    def paths(self) -> list[Path]:
+        """Every path at which something will be put."""
+        return [*(file.path for file in self.files), *([self.index[0]] if self.index else [])]
+
+    @property
+    def nbytes(self) -> int:
+        """The size of all files together."""
+        return sum(file.nbytes for file in self.files) + (len(self.index[1].encode()) if self.index else 0)
+
+
+def lay_out(
+    path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], shard_bytes: int | None = None
+) -> OutputLayout:
+    """The output's files: one, or shards of at most `shard_bytes` (or of one tensor that is larger) and their index.
+
+    `OUT.safetensors` is written there, any other path is a folder that gets `model.safetensors`. OutputError if the
+    path's suffix asks for another format.
+    """
+    if path.suffix in (".ckpt", ".pt", ".pth", ".bin", ".gguf"):
+        raise OutputError(
+            f"{path}: streammerge writes safetensors only, not {path.suffix}",
+            advice=f"Name the output {path.with_suffix(SUFFIX).name}.",
+        )
+    folder, stem = (path.parent, path.stem) if path.suffix == SUFFIX else (path, "model")
+    shards = split(tensors, shard_bytes) if shard_bytes else [dict(tensors)]
+    if len(shards) == 1:
+        return OutputLayout(path, (OutputFile(folder / f"{stem}{SUFFIX}", build_header(tensors, metadata)),))
+    names = [f"{stem}-{number:05}-of-{len(shards):05}{SUFFIX}" for number in range(1, len(shards) + 1)]
+    files = tuple(
+        OutputFile(folder / name, build_header(shard, metadata)) for name, shard in zip(names, shards, strict=True)
+    )
+    weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    total = sum(info.nbytes for info in tensors.values())
+    index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
+    return OutputLayout(path, files, (folder / f"{stem}{SUFFIX}.index.json", index))
+
+
+def split(tensors: Mapping[str, TensorInfo], shard_bytes: int) -> list[dict[str, TensorInfo]]:
+    """The tensors in their order, cut where the next one would make a shard larger than allowed."""
+    shards: list[dict[str, TensorInfo]] = [{}]
+    size = 0
+    for name, info in tensors.items():
+        if shards[-1] and size + info.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = info
+        size += info.nbytes
+    return shards

@@ -1,0 +1,270 @@
+"""A merge of models as a model: what becomes of every tensor, decided from the recipe and the headers alone."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+from collections.abc import Iterable, Mapping, Sized
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from streammerge.architecture import architecture_mismatch
+from streammerge.errors import SHOWN, PlanError
+from streammerge.methods import find_method
+from streammerge.methods.registry import BlockMethod, GramMethod, LinearMethod, Method, ParameterValue
+from streammerge.nodes import ByBlock, ByGram, External, Node, Term, Viewed, combine
+from streammerge.parameters import Layers, ParameterSources
+from streammerge.recipe import Recipe, Rule
+from streammerge.tensors import DType, Model, TensorInfo, contiguous_strides
+
+if TYPE_CHECKING:
+    import torch
+
+Action = Literal["merged", "copied", "dropped"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decision:
+    """What becomes of one tensor of the layout, and why. A dropped one has no node."""
+
+    name: str
+    action: Action
+    why: str
+    info: TensorInfo
+    node: Node | None = None
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merge, computed when it is read. `left_out` are, per input, the tensors that the layout doesn't have."""
+
+    decisions: tuple[Decision, ...]
+    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @functools.cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The output's tensors, in the layout's order."""
+        return {decision.name: decision.info for decision in self.decisions if decision.node is not None}
+
+    @functools.cached_property
+    def nodes(self) -> Mapping[str, Node]:
+        """The output's tensors as expressions."""
+        return {decision.name: decision.node for decision in self.decisions if decision.node is not None}
+
+    def node(self, name: str) -> Node:
+        """The tensor's expression, not rounded to its stored dtype."""
+        return self.nodes[name]
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the merged tensor, in the dtype in which it would be stored."""
+        from streammerge.compute import read_merged
+
+        return read_merged(self.nodes[name], self.tensors[name].dtype, start, stop)
+
+
+def node_of(model: Model, name: str) -> Node:
+    """The expression for a model's tensor; a model that is none of ours can only be asked to read itself."""
+    own = getattr(model, "node", None)
+    if own is None:
+        return External(model.tensors[name], model, name)
+    found: Node = own(name)
+    return found
+
+
+def merge_models(recipe: Recipe, models: Mapping[str, Model]) -> Merged:
+    """Decide what becomes of every tensor of the layout; `models` are the recipe's inputs by name.
+
+    Raises PlanError with every mismatch of a kind at once, and what settles it.
+    """
+    return _Resolution(recipe, models).resolve()
+
+
+@dataclass
+class _Resolution:
+    """The work of `merge_models`: goes through the layout once and collects what doesn't fit."""
+
+    recipe: Recipe
+    models: Mapping[str, Model]
+    misshapen: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unmergeable: list[str] = field(default_factory=list)
+    used_rules: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        recipe = self.recipe
+        self.method: Method = find_method(recipe.method)
+        self.layout_name = recipe.layout_name
+        self.layout = self.models[self.layout_name]
+        self.layers = Layers.of(self.layout.tensors)
+        has_base = recipe.base is not None and self.method.base != "none"
+        self.base_name = recipe.base.name if recipe.base and has_base else ""
+        self.model_names = [entry.name for entry in recipe.inputs if entry.name != self.base_name]
+        self.input_names = [*([self.base_name] if self.base_name else []), *self.model_names]
+
+    def resolve(self) -> Merged:
+        decisions = tuple(self._decide(name, info) for name, info in self.layout.tensors.items())
+        self._report_problems()
+        left_out = {
+            name: tuple(tensor for tensor in model.tensors if tensor not in self.layout.tensors)
+            for name, model in self.models.items()
+        }
+        return Merged(decisions, {name: tensors for name, tensors in left_out.items() if tensors})
+
+    def _decide(self, name: str, info: TensorInfo) -> Decision:
+        rule = self._rule_for(name)
+        dtype = (rule and rule.dtype) or self.recipe.dtype
+        if rule and rule.action == "drop":
+            return Decision(name, "dropped", f"rule {rule}", info)
+        if rule and rule.action == "keep":
+            return self._copy(name, self.layout_name, f"kept by rule {rule}", dtype)
+        if rule and rule.action == "take":
+            return self._take(name, rule, dtype)
+        if not info.dtype.mergeable and info.dtype.kind != "packed":
+            return self._copy(name, self.layout_name, f"{info.dtype} is never averaged", dtype)
+        return self._merge(name, info, rule, dtype)
+
+    def _rule_for(self, name: str) -> Rule | None:
+        for number, rule in enumerate(self.recipe.rules):
+            if any(fnmatch.fnmatchcase(name, glob) for glob in rule.match):
+                self.used_rules.add(number)
+                return rule
+        return None
+
+    def _copy(self, name: str, model: str, why: str, dtype: DType | None) -> Decision:
+        node = node_of(self.models[model], name)
+        info = stored_as(node.info, dtype)
+        cast = "" if info == node.info else f", stored as {info.dtype}"
+        return Decision(name, "copied", f"from {model}: {why}{cast}", info, node)
+
+    def _take(self, name: str, rule: Rule, dtype: DType | None) -> Decision:
+        if name in self.models[rule.model].tensors:
+            return self._copy(name, rule.model, f"taken by rule {rule}", dtype)
+        return self._without(name, [rule.model], dtype)
+
+    def _without(self, name: str, lacking: list[str], dtype: DType | None) -> Decision:
+        """What becomes of a tensor that some of the models lack."""
+        why = f"{' and '.join(lacking)} {'lack' if len(lacking) > 1 else 'lacks'} it"
+        if self.recipe.on_missing == "drop":
+            return Decision(name, "dropped", why, self.layout.tensors[name])
+        if self.recipe.on_missing == "error":
+            self.missing.append(f"{name}   not in {', '.join(lacking)}")
+        return self._copy(name, self.layout_name, why, dtype)
+
+    def _merge(self, name: str, info: TensorInfo, rule: Rule | None, dtype: DType | None) -> Decision:
+        lacking = [model for model in self.input_names if name not in self.models[model].tensors]
+        if lacking:
+            return self._without(name, lacking, dtype)
+        inputs = [node_of(self.models[model], name) for model in self.input_names]
+        if not all(node.info.dtype.mergeable for node in inputs):
+            kinds = [f"{model} {node.info.dtype}" for model, node in zip(self.input_names, inputs, strict=True)]
+            self.unmergeable.append(f"{name}   {', '.join(kinds)}")
+            return self._copy(name, self.layout_name, "its dtypes can't be averaged", dtype)
+        if any(node.info.shape != info.shape for node in inputs):
+            policy = self.recipe.on_shape_mismatch
+            fitted = [fit(node, info.shape, policy) for node in inputs]
+            if policy == "keep" or None in fitted:
+                if policy != "keep":
+                    self.misshapen.append(f"{name}   {self._shapes(name, info.shape)}")
+                return self._copy(name, self.layout_name, f"kept for its shape {list(info.shape)}", dtype)
+            inputs = [node for node in fitted if node is not None]
+        output = stored_as(info, dtype)
+        node = apply_method(self.method, output, self._parameters(name, rule), inputs)
+        return Decision(name, "merged", self.method.name, output, node)
+
+    def _parameters(self, name: str, rule: Rule | None) -> dict[str, ParameterValue]:
+        by_model = {entry.name: entry.parameters for entry in self.recipe.inputs}
+        sources = ParameterSources(rule.parameters if rule else {}, by_model, self.recipe.parameters)
+        return sources.resolve(self.method, name, self.model_names, self.layers)
+
+    def _shapes(self, name: str, expected: tuple[int, ...]) -> str:
+        """`depth [320, 5, 3, 3]   base, waifu [320, 4, 3, 3]`: the models by their shape, the layout's first."""
+        by_shape: dict[tuple[int, ...], list[str]] = {expected: [self.layout_name]}
+        for model in self.input_names:
+            names = by_shape.setdefault(self.models[model].tensors[name].shape, [])
+            if model not in names:
+                names.append(model)
+        return "   ".join(f"{', '.join(models)} {list(shape)}" for shape, models in by_shape.items())
+
+    def _report_problems(self) -> None:
+        keep = f"keep (copy {self.layout_name}'s)"
+        if self.misshapen:
+            raise PlanError(
+                f"{count(self.misshapen, 'tensor')} {plural(self.misshapen, 'differs', 'differ')} in shape between "
+                "the models",
+                found=self.misshapen,
+                advice=f"{self._hint(self.misshapen)}Use --on-shape-mismatch {keep}, pad (fill smaller ones with "
+                "zeros), slice (cut larger ones), or a rule.",
+            )
+        if self.missing:
+            raise PlanError(
+                f"{count(self.missing, 'tensor')} of {self.layout_name} {plural(self.missing, 'is', 'are')} missing "
+                "from other models",
+                found=self.missing,
+                advice=f"{self._hint(self.missing)}Use --on-missing {keep} or drop, --take 'GLOB=MODEL', or a rule.",
+            )
+        if self.unmergeable:
+            raise PlanError(
+                f"{count(self.unmergeable, 'tensor')} can't be averaged: not all are floating point",
+                found=self.unmergeable,
+                advice="Quantised weights must be dequantised first; or copy such tensors with --keep or a rule.",
+            )
+        idle = [str(rule) for number, rule in enumerate(self.recipe.rules) if number not in self.used_rules]
+        if idle:
+            raise PlanError(
+                f"{count(idle, 'rule')} {plural(idle, 'matches', 'match')} no tensor of {self.layout_name} that an "
+                "earlier rule left",
+                found=idle,
+                advice="Correct the globs (`streammerge inspect` lists names), or choose another --layout.",
+            )
+
+    def _hint(self, problems: list[str]) -> str:
+        """What the models look like, where so much differs that they may be of different architectures."""
+        if len(problems) <= SHOWN:
+            return ""
+        hint = architecture_mismatch(
+            {name: self.models[name].tensors for name in (*self.input_names, self.layout_name)}
+        )
+        return f"{hint}. " if hint else ""
+
+
+def fit(node: Node, shape: tuple[int, ...], policy: str) -> Node | None:
+    """The tensor zero-padded or cut to the shape, as the policy allows; None where it does not."""
+    own = node.info.shape
+    if own == shape:
+        return node
+    allowed = {"pad": lambda has, wants: has <= wants, "slice": lambda has, wants: has >= wants}.get(policy)
+    if allowed is None or len(own) != len(shape) or not all(map(allowed, own, shape)):
+        return None
+    inner = tuple(map(min, own, shape))
+    return Viewed(TensorInfo(node.info.dtype, shape), node, 0, contiguous_strides(own), inner)
+
+
+def apply_method(
+    method: Method, info: TensorInfo, parameters: Mapping[str, ParameterValue], inputs: Iterable[Node]
+) -> Node:
+    """The expression of a method over the inputs, the base first if there is one."""
+    nodes = tuple(inputs)
+    match method:
+        case LinearMethod():
+            coefficients = method.coefficients(parameters)
+            return combine(info, tuple(Term(c, node) for c, node in zip(coefficients, nodes, strict=True)))
+        case GramMethod():
+            return ByGram(info, method, parameters, nodes)
+        case BlockMethod():
+            return ByBlock(info, method, parameters, nodes)
+    raise TypeError(f"method {method.name!r} is of no known kind")
+
+
+def stored_as(info: TensorInfo, dtype: DType | None) -> TensorInfo:
+    """The description with the asked-for dtype, if it is one and the elements are floating point."""
+    return TensorInfo(dtype, info.shape) if dtype and info.dtype.mergeable else info
+
+
+def count(items: Sized, noun: str) -> str:
+    """`1 tensor`, `5 tensors`"""
+    return f"{len(items):,} {plural(items, noun, noun + 's')}"
+
+
+def plural(items: Sized, one: str, many: str) -> str:
+    """The word for one, or for many."""
+    return one if len(items) == 1 else many

@@ -1,0 +1,8 @@
+"""Merge methods: one registry, one module per family."""
+
+from __future__ import annotations
+
+from streammerge.methods import linear, sparse, spherical
+from streammerge.methods.registry import METHODS, find_method, method
+
+__all__ = ["METHODS", "find_method", "linear", "method", "sparse", "spherical"]

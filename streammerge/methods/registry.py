@@ -1,0 +1,291 @@
+"""What a merge method is, and the one table of all of them.
+
+A method is a function whose signature is its contract: keyword-only parameters, `PerModel` for one value per model.
+Its name is the function's (a trailing underscore is dropped, so that `lambda_` can be `lambda`), its docstring's first
+line the formula. The decorator says how it streams:
+
+    linear   parameters -> one coefficient per input                     one pass
+    gram     inner products, parameters -> one coefficient per input     a pass for the products, then one
+    block    a block of each input, parameters, statistics -> block      passes for the statistics, then one
+
+Inputs are the base, if the method has one, and then the models in the recipe's order.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Protocol, TypeVar, runtime_checkable
+
+from streammerge.errors import MethodError, RecipeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from streammerge.methods.statistics import Gram
+
+PerModel = Sequence[float]
+"""One value per model, in the recipe's order, the base left out."""
+
+ParameterValue = float | bool | tuple[float, ...]
+BaseUse = Literal["required", "optional", "none"]
+
+Result = TypeVar("Result", covariant=True)
+
+
+@runtime_checkable
+class Pass(Protocol[Result]):
+    """One pass over a tensor: `measure` runs in any thread, `add` takes its results one at a time.
+
+    With `ordered`, results arrive in the order of the blocks, so that floating-point sums don't depend on threads.
+    """
+
+    ordered: bool
+
+    def measure(self, block: int, inputs: Sequence[Tensor]) -> Any:  # noqa: ANN401  (the pass's own affair)
+        """What this pass wants to know of one block of every input."""
+        ...
+
+    def add(self, block: int, measured: Any) -> None:  # noqa: ANN401
+        """Take the measure of one block into account."""
+        ...
+
+    def finish(self) -> Pass[Result] | Result:
+        """The next pass over the same tensor, or the result if this was the last."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A method's parameter: one number or flag for the merge, or one number per model."""
+
+    name: str
+    per_model: bool
+    flag: bool
+    default: float | bool | None
+
+    @property
+    def required(self) -> bool:
+        """Whether the recipe must set it."""
+        return self.default is None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge method: its name, its parameters, and how many inputs it takes.
+
+    `accepted` are parameters that mergekit knows for a method and that change nothing in the result; recipes that set
+    them run unchanged.
+    """
+
+    name: str
+    parameters: tuple[Parameter, ...]
+    base: BaseUse
+    models: tuple[int, int | None]
+    doc: str
+    accepted: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """How the method streams: linear, gram or block."""
+        raise NotImplementedError
+
+    @property
+    def formula(self) -> str:
+        """The docstring's first line."""
+        return self.doc.partition("\n")[0]
+
+    def parameter(self, name: str) -> Parameter | None:
+        """The parameter of this name; None for one that is accepted without effect; RecipeError if there is none."""
+        for parameter in self.parameters:
+            if parameter.name == name:
+                return parameter
+        if name in self.accepted:
+            return None
+        known = [parameter.name for parameter in self.parameters]
+        raise RecipeError(
+            f"method {self.name!r} has no parameter {name!r}",
+            advice=f"{suggestion(name, known)}Its parameters: {', '.join(known) or 'none'}.",
+        )
+
+    def check_count(self, models: int, *, has_base: bool) -> None:
+        """RecipeError unless the method can take this many models; an optional base counts as one of them."""
+        count = models + (has_base and self.base == "optional")
+        least, most = self.models
+        if count < least or (most is not None and count > most):
+            wanted = str(least) if least == most else f"at least {least}" if most is None else f"{least} to {most}"
+            beside = " beside the base" if self.base == "required" else ""
+            raise RecipeError(
+                f"method {self.name!r} takes {wanted} model{'s' if wanted != '1' else ''}{beside}, found {count}"
+            )
+
+
+Coefficients = Callable[..., Sequence[float]]
+
+
+@dataclass(frozen=True)
+class LinearMethod(Method):
+    """The output is a linear combination with coefficients that the parameters alone decide."""
+
+    function: Coefficients = lambda: ()
+
+    @property
+    def kind(self) -> str:
+        """Streams in one pass."""
+        return "linear"
+
+    def coefficients(self, parameters: Mapping[str, ParameterValue]) -> Sequence[float]:
+        """One finite coefficient per input; MethodError where the parameters allow none."""
+        return finite(self, self.function(**keywords(parameters)))
+
+
+@dataclass(frozen=True)
+class GramMethod(Method):
+    """The output is a linear combination whose coefficients follow from the inputs' inner products."""
+
+    function: Coefficients = lambda: ()
+
+    @property
+    def kind(self) -> str:
+        """Streams in two passes."""
+        return "gram"
+
+    def coefficients(self, gram: Gram, parameters: Mapping[str, ParameterValue]) -> Sequence[float]:
+        """One finite coefficient per input."""
+        return finite(self, self.function(gram, **keywords(parameters)))
+
+
+@dataclass(frozen=True)
+class BlockMethod(Method):
+    """The output's block is a function of the inputs' blocks, and of statistics if the method wants them.
+
+    `statistics(elements, parameters)` is the first pass over a tensor of that many elements, or at once the result
+    where the parameters need no pass. `passes` is how many
+    there are at most, `temporaries` how many blocks the function holds at once beside its inputs: the plan counts both.
+    """
+
+    function: Callable[..., Tensor] = lambda: None  # type: ignore[assignment,return-value]
+    statistics: Callable[[int, Mapping[str, ParameterValue]], Any] | None = None
+    passes: int = 0
+    temporaries: int = 6
+
+    @property
+    def kind(self) -> str:
+        """Streams in one pass, and those of its statistics."""
+        return "block"
+
+    def compute(
+        self,
+        block: int,
+        inputs: Sequence[Tensor],
+        parameters: Mapping[str, ParameterValue],
+        statistics: Any,  # noqa: ANN401  (whatever the method's last pass gave)
+    ) -> Tensor:
+        """The output's block of this index."""
+        given = {} if self.statistics is None else {"block": block, "statistics": statistics}
+        return self.function(*inputs, **keywords(parameters), **given)
+
+
+METHODS: Final[dict[str, Method]] = {}
+"""Every method by name."""
+
+M = TypeVar("M", bound=Method)
+
+
+class method(Generic[M]):  # noqa: N801  (it is used as a decorator)
+    """Register a function as a merge method: `@method(LinearMethod, base="required")`.
+
+    `models` is the least and greatest number of models (None: any), the base not counted.
+    """
+
+    def __init__(
+        self,
+        kind: type[M],
+        *,
+        base: BaseUse = "none",
+        models: tuple[int, int | None] = (1, None),
+        accepted: tuple[str, ...] = (),
+        **details: Any,  # noqa: ANN401  (fields of the kind)
+    ) -> None:
+        self.kind = kind
+        self.fields = {"base": base, "models": models, "accepted": accepted, **details}
+
+    def __call__(self, function: Callable[..., Any]) -> M:
+        """Register the function and return the method made of it."""
+        name = function.__name__.rstrip("_")
+        if name in METHODS:
+            raise ValueError(f"two merge methods are called {name!r}")
+        fields = {
+            "parameters": _parameters_of(function),
+            "doc": inspect.cleandoc(function.__doc__ or ""),
+            **self.fields,
+        }
+        made = METHODS[name] = self.kind(name=name, function=function, **fields)  # type: ignore[call-arg]
+        return made
+
+
+def _parameters_of(function: Callable[..., Any]) -> tuple[Parameter, ...]:
+    options = (
+        option
+        for option in inspect.signature(function).parameters.values()
+        if option.kind is option.KEYWORD_ONLY and option.name not in ("block", "statistics")
+    )
+    return tuple(
+        Parameter(
+            name=option.name.rstrip("_"),
+            per_model=option.annotation in ("PerModel", PerModel),
+            flag=option.annotation in ("bool", bool),
+            default=_default_of(option),
+        )
+        for option in options
+    )
+
+
+def _default_of(option: inspect.Parameter) -> float | bool | None:
+    default: float | bool | tuple[float] | None = None if option.default is option.empty else option.default
+    return default[0] if isinstance(default, tuple) else default
+
+
+def keywords(parameters: Mapping[str, ParameterValue]) -> dict[str, ParameterValue]:
+    """The parameters as a function takes them: names that Python reserves get their underscore back."""
+    return {f"{name}_" if name in ("lambda",) else name: value for name, value in parameters.items()}
+
+
+def find_method(name: str) -> Method:
+    """The method of this name; RecipeError with the nearest names if there is none."""
+    try:
+        return METHODS[name]
+    except KeyError:
+        raise RecipeError(
+            f"unknown merge method {name!r}",
+            advice=f"{suggestion(name, METHODS)}Known methods: {', '.join(sorted(METHODS))}.",
+        ) from None
+
+
+def suggestion(word: str, known: Mapping[str, Any] | Sequence[str]) -> str:
+    """'Did you mean …? ' where a known word comes near, else nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"Did you mean {near[0]!r}? " if near else ""
+
+
+def finite(method: Method, coefficients: Sequence[float]) -> Sequence[float]:
+    """The coefficients, if all of them are numbers to compute with; else a MethodError."""
+    if all(math.isfinite(value) for value in coefficients):
+        return coefficients
+    raise MethodError(
+        f"method {method.name!r} comes to coefficients that are no finite numbers: {list(coefficients)}",
+        advice="Look at its parameters: a sum of weights that is zero can't be normalised.",
+    )
+
+
+def net(*contributions: float) -> float:
+    """The contributions' sum, exactly 0 where they cancel but for the rounding of decimal fractions.
+
+    1 - 0.1 - 0.2 - 0.7 is 0 to whoever typed it, and a base that is multiplied by 0 need not be read.
+    """
+    total = math.fsum(contributions)
+    noise = 4 * 2.0**-53 * math.fsum(abs(value) for value in contributions)
+    return 0.0 if abs(total) <= noise else total

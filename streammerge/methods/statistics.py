@@ -1,0 +1,76 @@
+"""What methods want to know of whole tensors, gathered block by block.
+
+Every pass gives the same result for any number of threads: sums are float64 and taken in block order, counts are
+integers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Gram:
+    """Inner products of tensors x₀ … xₙ, kept so that nearly equal tensors don't cancel.
+
+    `products[i][j]` is ⟨dᵢ, dⱼ⟩ with d₀ = x₀ and dᵢ = xᵢ − x₀ for i > 0.
+    """
+
+    products: tuple[tuple[float, ...], ...]
+
+    def dot(self, i: int, j: int) -> float:
+        """⟨xᵢ, xⱼ⟩"""
+        products = self.products
+        total = products[0][0]
+        if i:
+            total += products[i][0]
+        if j:
+            total += products[0][j]
+        if i and j:
+            total += products[i][j]
+        return total
+
+    def norm(self, i: int) -> float:
+        """‖xᵢ‖"""
+        return math.sqrt(max(self.dot(i, i), 0.0))
+
+    def distance(self, i: int) -> float:
+        """‖xᵢ − x₀‖, exact to rounding however near the two are."""
+        return math.sqrt(self.products[i][i]) if i else 0.0
+
+    def cosine(self, i: int, j: int) -> float | None:
+        """⟨xᵢ, xⱼ⟩ / ‖xᵢ‖‖xⱼ‖, clamped to [−1, 1]; None where a norm is 0."""
+        norms = self.norm(i) * self.norm(j)
+        return max(-1.0, min(1.0, self.dot(i, j) / norms)) if norms else None
+
+
+class GramPass:
+    """One pass for the Gram matrix of any number of tensors."""
+
+    ordered = True
+
+    def __init__(self, count: int) -> None:
+        self.totals = [[0.0] * count for _ in range(count)]
+
+    def measure(self, block: int, inputs: Sequence[torch.Tensor]) -> list[list[float]]:
+        """The block's share of every product, in float64."""
+        first = inputs[0].double()
+        vectors = [first, *(other.double().sub_(first) for other in inputs[1:])]
+        return [[float(one.dot(other)) for other in vectors[: i + 1]] for i, one in enumerate(vectors)]
+
+    def add(self, block: int, measured: list[list[float]]) -> None:
+        """Add a block's share to the totals."""
+        for total, share in zip(self.totals, measured, strict=True):
+            for j, value in enumerate(share):
+                total[j] += value
+
+    def finish(self) -> Gram:
+        """The symmetric matrix of the whole tensors."""
+        count = range(len(self.totals))
+        return Gram(tuple(tuple(self.totals[max(i, j)][min(i, j)] for j in count) for i in count))

@@ -1,0 +1,66 @@
+"""How a merge is to be run: everything that is not part of what is merged."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from streammerge.errors import RecipeError
+from streammerge.machine import IoMode
+from streammerge.tensors import DTYPES, DType
+
+COMPUTE_DTYPES: Final[Mapping[str, DType]] = {
+    "fp32": DTYPES["F32"],
+    "fp64": DTYPES["F64"],
+    "fp16": DTYPES["F16"],
+    "bf16": DTYPES["BF16"],
+}
+
+_UNITS: Final = {
+    "": 1,
+    **{prefix + suffix: 1000**power for power, prefix in enumerate("kmgt", 1) for suffix in ("", "b")},
+    **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)},
+    "b": 1,
+}
+_SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The bounds and the manner of a run. Sizes are in bytes; None leaves the choice to streammerge."""
+
+    device: str = "cpu"
+    compute_dtype: DType | None = None
+    max_ram: int | None = None
+    max_vram: int | None = None
+    threads: int | None = None
+    io: IoMode = "auto"
+    shard_size: int | None = None
+    force: bool = False
+    sync: bool = True
+    seed: int = 0
+    metadata: bool = True
+    verify: bool = False
+
+
+Quiet = Literal["quiet", "normal", "verbose"]
+
+
+def parse_size(text: str) -> int:
+    """Bytes from `512MB`, `2GiB`, `1.5G` or a plain number; powers of 1000 unless the unit has an i."""
+    match = _SIZE.fullmatch(text)
+    unit = _UNITS.get(match[2].lower()) if match else None
+    size = int(float(match[1]) * unit) if match and unit else 0
+    if size <= 0:
+        raise RecipeError(f"{text!r} is no size", advice="Write it like 512MB, 2GiB or 1.5G.")
+    return size
+
+
+def format_size(nbytes: float) -> str:
+    """`2.61 GB`, `512 MB`: three digits, powers of 1000."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= size:
+            return f"{nbytes / size:.3g} {unit}" if nbytes < 1000 * size else f"{nbytes / size:,.0f} {unit}"
+    return f"{nbytes:.0f} B"

@@ -1,0 +1,186 @@
+"""A method's parameters as a recipe gives them: numbers, gradients over layers, lists that depend on the tensor's name.
+
+The rules are mergekit's. A setting is a number; or a list of numbers, a gradient that is interpolated over the layers;
+or a list of {filter, value} of which the first whose filter is part of the tensor's name holds.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from streammerge.errors import RecipeError
+from streammerge.methods.registry import Method, Parameter, ParameterValue
+
+Number = float | bool
+Value = Number | tuple[float, ...]
+
+_LAYER = re.compile(r"^(.*?)\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """A value that holds for tensors whose name contains `filter`; for all if that is empty."""
+
+    filter: str
+    value: Value
+
+
+@dataclass(frozen=True, slots=True)
+class PerModelSetting:
+    """A rule's own values for a parameter that every model has: by the model's name."""
+
+    by_model: Mapping[str, Number]
+
+
+Setting = Value | tuple[Condition, ...] | PerModelSetting
+Settings = Mapping[str, Setting]
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """How many layers each stack of a model has: what a gradient is stretched over."""
+
+    counts: Mapping[str, int]
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> Layers:
+        """Count the layers in tensor names such as `model.layers.31.mlp.up_proj.weight`."""
+        counts: dict[str, int] = {}
+        for match in filter(None, map(_LAYER.match, names)):
+            stack, index = match[1], int(match[2])
+            counts[stack] = max(counts.get(stack, 0), index + 1)
+        return cls(counts)
+
+    def position(self, name: str) -> float:
+        """Where in its stack a tensor lies, from 0 to 1; 0 for what is in no layer, 1 in a stack of one."""
+        match = _LAYER.match(name)
+        if not match:
+            return 0.0
+        count = self.counts.get(match[1], 1)
+        return int(match[2]) / (count - 1) if count > 1 else 1.0
+
+
+def parse_settings(raw: Any, where: str, models: Iterable[str] | None = None) -> Settings:  # noqa: ANN401
+    """Check a recipe's `parameters`; with `models`, values may also be given by model name. RecipeError says where."""
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{where}: parameters must be a map from name to value, found {raw!r}")
+    return {str(name): _parse_setting(value, f"{where}: parameter {name!r}", models) for name, value in raw.items()}
+
+
+def _parse_setting(raw: Any, where: str, models: Iterable[str] | None) -> Setting:  # noqa: ANN401
+    if isinstance(raw, dict) and models is not None:
+        unknown = sorted(set(raw) - set(models))
+        if unknown:
+            raise RecipeError(f"{where}: no model is named {unknown[0]!r}", advice=f"Models: {', '.join(models)}.")
+        return PerModelSetting({name: _number(value, where) for name, value in raw.items()})
+    if isinstance(raw, dict):
+        raw = [raw]
+    if isinstance(raw, list) and raw and all(isinstance(entry, dict) for entry in raw):
+        return tuple(_parse_condition(entry, where) for entry in raw)
+    return _parse_value(raw, where)
+
+
+def _parse_condition(raw: dict[str, Any], where: str) -> Condition:
+    if "value" not in raw or not raw.keys() <= {"value", "filter"}:
+        raise RecipeError(f"{where}: a condition needs a value and may have a filter, found {raw!r}")
+    name_part = raw.get("filter") or ""
+    if not isinstance(name_part, str):
+        raise RecipeError(f"{where}: a filter is a part of tensor names, found {name_part!r}")
+    return Condition("" if name_part == "*" else name_part, _parse_value(raw["value"], where))
+
+
+def _parse_value(raw: Any, where: str) -> Value:  # noqa: ANN401
+    if isinstance(raw, list) and raw:
+        return tuple(float(_number(value, where)) for value in raw)
+    return _number(raw, where)
+
+
+def _number(raw: Any, where: str) -> Number:  # noqa: ANN401
+    if isinstance(raw, bool) or (isinstance(raw, int | float) and math.isfinite(raw)):
+        return raw
+    raise RecipeError(f"{where}: expected a finite number, found {raw!r}")
+
+
+def evaluate(setting: Setting | None, name: str, model: str, layers: Layers) -> Number | None:
+    """The setting's value for a tensor (and a model, where it matters); None where the setting says nothing of it."""
+    if isinstance(setting, PerModelSetting):
+        return setting.by_model.get(model)
+    if isinstance(setting, tuple) and setting and isinstance(setting[0], Condition):
+        for condition in setting:
+            if isinstance(condition, Condition) and condition.filter in name:
+                return evaluate(condition.value, name, model, layers)
+        return None
+    if isinstance(setting, tuple):
+        return _interpolate(
+            [float(value) for value in setting if isinstance(value, int | float)], layers.position(name)
+        )
+    return setting
+
+
+def _interpolate(points: list[float], position: float) -> float:
+    place = position * (len(points) - 1)
+    low = int(place)
+    high = min(low + 1, len(points) - 1)
+    return points[low] + (points[high] - points[low]) * (place - low)
+
+
+def describe_settings(settings: Settings) -> dict[str, Any]:
+    """The settings as a recipe writes them."""
+    return {name: _describe(setting) for name, setting in settings.items()}
+
+
+def _describe(setting: Any) -> Any:  # noqa: ANN401
+    match setting:
+        case PerModelSetting():
+            return dict(setting.by_model)
+        case Condition():
+            return {"filter": setting.filter or "*", "value": _describe(setting.value)}
+        case tuple():
+            return [_describe(part) for part in setting]
+        case _:
+            return setting
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterSources:
+    """Where a tensor's parameters come from, what is most specific first: its rule, the model, the recipe."""
+
+    rule: Settings
+    by_model: Mapping[str, Settings]
+    recipe: Settings
+
+    def check(self, method: Method) -> None:
+        """RecipeError if any of these names a parameter that the method doesn't have."""
+        for settings in (self.rule, self.recipe, *self.by_model.values()):
+            for name in settings:
+                method.parameter(name)
+
+    def resolve(self, method: Method, name: str, models: Iterable[str], layers: Layers) -> dict[str, ParameterValue]:
+        """The value of each of the method's parameters for one tensor; RecipeError if one that is needed isn't set."""
+        models = list(models)
+        return {
+            parameter.name: tuple(float(self._one(method, parameter, name, model, layers)) for model in models)
+            if parameter.per_model
+            else self._one(method, parameter, name, "", layers)
+            for parameter in method.parameters
+        }
+
+    def _one(self, method: Method, parameter: Parameter, name: str, model: str, layers: Layers) -> Number:
+        places = (self.rule, self.by_model.get(model, {}), self.recipe)
+        for settings in places:
+            value = evaluate(settings.get(parameter.name), name, model, layers)
+            if value is not None:
+                return bool(value) if parameter.flag else value
+        if parameter.default is None:
+            raise RecipeError(
+                f"method {method.name!r} needs the parameter {parameter.name!r}",
+                found=[f"it is not set for the tensor {name}"],
+                advice=f"Give it with -p {parameter.name}=VALUE, or in the recipe's parameters.",
+            )
+        return parameter.default

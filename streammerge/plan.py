@@ -1,0 +1,251 @@
+"""What will happen, to every tensor and to the machine: from the recipe and the headers, before anything is read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from streammerge.errors import OutputError
+from streammerge.layout import OutputLayout, lay_out
+from streammerge.machine import usable_cores
+from streammerge.merged import Action, Decision, Merged
+from streammerge.nodes import (
+    BLOCK,
+    ByBlock,
+    ByGram,
+    Combined,
+    Node,
+    Stored,
+    children,
+    compute_dtype,
+    leaves,
+    slots,
+    walk,
+)
+from streammerge.options import Options, format_size
+from streammerge.tensors import DType, TensorInfo
+
+MIB: Final = 1 << 20
+DEFAULT_WORK_BYTES: Final = 44 * MIB
+"""What all lanes together may take unless --max-ram says otherwise: within 64 MiB of a bare `import torch`."""
+
+OVERHEAD_BYTES: Final = 16 * MIB
+"""What the process takes beside its lanes, above a bare `import torch`: modules, headers, the plan itself."""
+
+MAPPED_BYTES: Final = (6 * MIB, 2 * MIB)
+"""The most and the least that a lane keeps mapped of its inputs."""
+
+MAX_THREADS: Final = 8
+"""More workers than this wait for memory and disk rather than compute, unless the user asks for them."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """One output tensor: its expression, the dtype it is computed in, and where its bytes go.
+
+    `compute` is None where the stored bytes are copied as they are.
+    """
+
+    name: str
+    info: TensorInfo
+    node: Node
+    compute: DType | None
+    file: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Allotment:
+    """How the memory is shared out: the number of lanes, and what each keeps mapped."""
+
+    threads: int
+    mapped_bytes: int
+    work_bytes: int
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file that is read, for the report."""
+
+    path: Path
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merge ready to be run: what becomes of the tensors, where they go, and what it costs."""
+
+    method: str
+    decisions: tuple[Decision, ...]
+    left_out: Mapping[str, tuple[str, ...]]
+    jobs: tuple[Job, ...]
+    output: OutputLayout
+    inputs: tuple[InputFile, ...]
+    options: Options
+
+    def count(self, action: Action) -> int:
+        """How many tensors meet this fate."""
+        return sum(decision.action == action for decision in self.decisions)
+
+    @property
+    def bytes_to_read(self) -> int:
+        """What all passes together read, at most."""
+        return sum(bytes_read(job.node) for job in self.jobs)
+
+    @property
+    def passes(self) -> int:
+        """The most passes over one tensor, the one that writes it included."""
+        return max((passes(job.node) for job in self.jobs), default=0)
+
+    @property
+    def free_disk(self) -> int:
+        """Free bytes where the output goes."""
+        return shutil.disk_usage(existing_folder(self.output.path)).free
+
+    def check_disk(self) -> None:
+        """OutputError unless the output fits the free disk."""
+        free = self.free_disk
+        if free < self.output.nbytes:
+            raise OutputError(
+                f"{self.output.path}: not enough disk: the output takes {format_size(self.output.nbytes)}, "
+                f"{format_size(free)} are free",
+                advice=f"Free {format_size(self.output.nbytes - free)}, or write to another disk.",
+            )
+
+    @property
+    def least_work_bytes(self) -> int:
+        """What one lane needs at the least."""
+        return max((lane_bytes(job) for job in self.jobs), default=0) + MAPPED_BYTES[1]
+
+    def allot(self, cores: int, work_limit: int | None = None) -> Allotment:
+        """Share `work_limit` bytes out to as many lanes as fit and as the machine has cores for, one at the least."""
+        most, least = MAPPED_BYTES
+        own = self.least_work_bytes - least
+        limit = max(work_limit or DEFAULT_WORK_BYTES, self.least_work_bytes)
+        wanted = self.options.threads or min(cores, MAX_THREADS)
+        threads = min(wanted, limit // self.least_work_bytes)
+        mapped = min(most, limit // threads - own)
+        return Allotment(threads, mapped, threads * (own + mapped))
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan for machines: every tensor with its fate, and the costs."""
+        return {
+            "method": self.method,
+            "output": [str(path) for path in self.output.paths],
+            "output_bytes": self.output.nbytes,
+            "free_disk_bytes": self.free_disk,
+            "bytes_to_read": self.bytes_to_read,
+            "passes": self.passes,
+            "work_ram_bytes": self.work_bytes,
+            "inputs": [{"path": str(file.path), "bytes": file.nbytes} for file in self.inputs],
+            "left_out": {model: list(names) for model, names in self.left_out.items()},
+            "tensors": [
+                {
+                    "name": decision.name,
+                    "action": decision.action,
+                    "why": decision.why,
+                    "dtype": decision.info.dtype.name,
+                    "shape": list(decision.info.shape),
+                }
+                for decision in self.decisions
+            ],
+        }
+
+    @property
+    def work_bytes(self) -> int:
+        """The RAM that the merge takes above a bare `import torch`, at most."""
+        return OVERHEAD_BYTES + self.allot(usable_cores()).work_bytes
+
+    def summary(self) -> Counter[str]:
+        """How many tensors share an action and its reason, as `merged: linear`."""
+        return Counter(f"{decision.action}: {decision.why}" for decision in self.decisions)
+
+
+def make_plan(
+    merged: Merged,
+    output: Path,
+    options: Options,
+    *,
+    method: str = "",
+    inputs: Sequence[InputFile] = (),
+    metadata: Mapping[str, str] | None = None,
+) -> Plan:
+    """Lay out the output of a merge and turn every tensor into a job, in the order of the output's bytes."""
+    layout = lay_out(output, merged.tensors, metadata or {}, options.shard_size)
+    jobs = tuple(
+        _job(merged, name, number, offset, options)
+        for number, file in enumerate(layout.files)
+        for name, offset in file.header.offsets.items()
+    )
+    return Plan(method, merged.decisions, merged.left_out, jobs, layout, tuple(inputs), options)
+
+
+def _job(merged: Merged, name: str, file: int, offset: int, options: Options) -> Job:
+    node, info = merged.nodes[name], merged.tensors[name]
+    compute = None if is_copy(node, info) else options.compute_dtype or compute_dtype(node, info.dtype)
+    return Job(name, info, node, compute, file, offset)
+
+
+def is_copy(node: Node, info: TensorInfo) -> bool:
+    """Whether the output's bytes are the stored ones."""
+    if isinstance(node, Combined) and len(node.terms) == 1 and node.terms[0].coefficient == 1:
+        node = node.terms[0].node
+    return isinstance(node, Stored) and node.info.dtype == info.dtype
+
+
+def lane_bytes(job: Job) -> int:
+    """What a lane needs for this tensor beside its mapped windows: slots, stored blocks, a method's temporaries."""
+    elements = min(BLOCK, job.info.elements)
+    if job.compute is None:
+        return elements * job.info.dtype.bits // 8
+    size = job.compute.bits // 8
+    blocks = slots(job.node)
+    for part in walk(job.node):
+        if isinstance(part, ByBlock):
+            blocks += part.method.temporaries + len(part.inputs)
+        elif isinstance(part, ByGram):
+            blocks += (len(part.inputs) + 1) * 8 // size
+    widest = max((leaf.info.dtype.bits // 8 for leaf in leaves(job.node)), default=0)
+    return elements * (blocks * size + slots(job.node) * widest + job.info.dtype.bits // 8)
+
+
+def bytes_read(node: Node) -> int:
+    """What evaluating a whole tensor reads, the passes of its methods included."""
+    return _evaluation_bytes(node) + sum(
+        own_passes(part) * sum(map(_evaluation_bytes, part.inputs))
+        for part in walk(node)
+        if isinstance(part, ByGram | ByBlock)
+    )
+
+
+def _evaluation_bytes(node: Node) -> int:
+    return sum(leaf.info.nbytes for leaf in leaves(node))
+
+
+def passes(node: Node) -> int:
+    """How often the tensor's inputs are gone over, at most: nested methods' passes follow each other."""
+    below = max((passes(child) - 1 for child in children(node)), default=0)
+    return 1 + below + (own_passes(node) if isinstance(node, ByGram | ByBlock) else 0)
+
+
+def own_passes(node: ByGram | ByBlock) -> int:
+    """The passes that the node itself makes before it can be computed."""
+    return 1 if isinstance(node, ByGram) else node.method.passes
+
+
+def existing_folder(path: Path) -> Path:
+    """The nearest folder above the path that exists."""
+    for folder in path.absolute().parents:
+        if folder.is_dir():
+            return folder
+    return Path(path.anchor)
+
+
+def dump_json(value: Any) -> str:  # noqa: ANN401
+    """JSON as people like to read it."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,96 @@
+"""Byte ranges of files: mapped in windows, or read into buffers that are used again.
+
+A reader belongs to one worker. What `read` returns is valid until the next `read` with the same slot, or `release`.
+"""
+
+from __future__ import annotations
+
+import mmap
+from typing import Final, Literal, Protocol
+
+from streammerge.formats.files import ByteFile
+from streammerge.formats.positional import read_at
+
+WINDOW_BYTES: Final = 2 << 20
+"""How much of a file is mapped at once: less pays for mapping and unmapping, more in resident memory."""
+
+
+class Reader(Protocol):
+    """How a worker gets at the bytes of files."""
+
+    def read(self, file: ByteFile, start: int, stop: int, slot: int) -> memoryview:
+        """Bytes [start, stop) of the file, not to be written to."""
+        ...
+
+    def release(self) -> None:
+        """Give mapped memory back to the system."""
+        ...
+
+
+class MappedReader:
+    """Maps a window of each file at a time; unmapping it takes its pages out of the process at once.
+
+    There are at most `limit_bytes` worth of windows, but one at least: with many files the oldest makes room. Bytes
+    that are still referred to stay mapped.
+    """
+
+    def __init__(self, limit_bytes: int = 3 * WINDOW_BYTES) -> None:
+        self.most = max(1, limit_bytes // WINDOW_BYTES)
+        self._windows: dict[ByteFile, _Window] = {}
+
+    def read(self, file: ByteFile, start: int, stop: int, slot: int) -> memoryview:
+        """Bytes [start, stop) of the mapped file."""
+        window = self._windows.get(file)
+        if window is None or not window.start <= start <= stop <= window.stop:
+            window = self._map(file, start, max(stop, start + WINDOW_BYTES))
+        return window.bytes[start - window.start : stop - window.start]
+
+    def _map(self, file: ByteFile, start: int, stop: int) -> _Window:
+        self._windows.pop(file, None)
+        if len(self._windows) >= self.most:
+            del self._windows[next(iter(self._windows))]
+        window = self._windows[file] = _Window(file, start, stop)
+        return window
+
+    def release(self) -> None:
+        """Unmap every window, each as soon as nothing refers to its bytes any more."""
+        self._windows.clear()
+
+
+class _Window:
+    """A mapped range of a file, from the last page boundary before `start`."""
+
+    def __init__(self, file: ByteFile, start: int, stop: int) -> None:
+        self.start = start - start % mmap.ALLOCATIONGRANULARITY
+        self.stop = min(stop, file.nbytes)
+        length = self.stop - self.start
+        self.bytes = memoryview(mmap.mmap(file.descriptor, length, access=mmap.ACCESS_READ, offset=self.start))
+
+
+class PositionalReader:
+    """Reads into one buffer per slot, which stays in the CPU's cache."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[int, memoryview] = {}
+
+    def read(self, file: ByteFile, start: int, stop: int, slot: int) -> memoryview:
+        """A copy of bytes [start, stop) in the slot's buffer."""
+        count = stop - start
+        if count > len(self._buffers.get(slot, b"")):
+            self._buffers[slot] = page_aligned(count)
+        buffer = self._buffers[slot][:count]
+        read_at(file.descriptor, buffer, start)
+        return buffer
+
+    def release(self) -> None:
+        """Nothing is mapped."""
+
+
+def open_reader(io: Literal["mmap", "pread"], mapped_bytes: int) -> Reader:
+    """A worker's own reader."""
+    return MappedReader(mapped_bytes) if io == "mmap" else PositionalReader()
+
+
+def page_aligned(nbytes: int) -> memoryview:
+    """Zeroed memory of its own, aligned to a page."""
+    return memoryview(mmap.mmap(-1, max(nbytes, 1)))[:nbytes]
