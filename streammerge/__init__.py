@@ -1,3 +1,80 @@
-"""Merge model checkpoints of any size in a small, stated amount of RAM."""
+"""Merge model checkpoints of any size in a small, stated amount of RAM.
+
+    import streammerge
+
+    streammerge.merge("recipe.yaml", output="merged.safetensors")
+
+    with streammerge.open_model("a.safetensors") as a, streammerge.open_model("b.ckpt") as b:
+        streammerge.merge(streammerge.slerp(a, b, t=0.3), output="merged.safetensors", max_ram="400MB")
+
+Every merge method is a function of this module that takes models and returns a model. Importing this module imports
+neither torch nor anything else that is slow; what computes does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from streammerge.errors import (
+    CheckpointError,
+    DeviceError,
+    MergeError,
+    MethodError,
+    OutputError,
+    PlanError,
+    RecipeError,
+)
+
+if TYPE_CHECKING:
+    from streammerge.checkpoints import Checkpoint, open_model
+    from streammerge.public import make_plan, merge
+    from streammerge.tensors import Model, TensorInfo
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "DeviceError",
+    "MergeError",
+    "MethodError",
+    "Model",
+    "OutputError",
+    "PlanError",
+    "RecipeError",
+    "TensorInfo",
+    "make_plan",
+    "merge",
+    "open_model",
+]
+
+_HOMES = {
+    "Checkpoint": "checkpoints",
+    "Model": "tensors",
+    "TensorInfo": "tensors",
+    "make_plan": "public",
+    "merge": "public",
+    "open_model": "checkpoints",
+}
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    """Import what is asked for when it is asked for; a merge method's name gives its function."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"streammerge.{_HOMES[name]}"), name)
+    if not name.startswith("_"):
+        from streammerge.methods import METHODS
+
+        if name in METHODS:
+            from streammerge.functions import merge_function
+
+            return merge_function(name)
+    raise AttributeError(f"module 'streammerge' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names and the merge methods."""
+    from streammerge.methods import METHODS
+
+    return sorted({*__all__, *METHODS})

@@ -15,16 +15,15 @@ from streammerge.checking import Checker, ReadBack, checkpoint_reader
 from streammerge.checkpoints import open_model
 from streammerge.errors import MergeError, PlanError
 from streammerge.inputs import OpenInputs, check_output, check_with_library
-from streammerge.machine import choose_io, peak_resident_bytes, resident_bytes, usable_cores
+from streammerge.machine import MAPPED_BYTES, MIB, Allotment, choose_io, peak_resident_bytes, resident_bytes
 from streammerge.merged import Decision, Merged, node_of
 from streammerge.options import Options, format_size
-from streammerge.plan import MIB, OVERHEAD_BYTES, Allotment, Plan, make_plan
+from streammerge.plan import OVERHEAD_BYTES, Plan, make_plan
 from streammerge.recipe import Recipe
 from streammerge.report import Report
 from streammerge.tensors import Model
 
 if TYPE_CHECKING:
-    from streammerge.devices import Lane
     from streammerge.engine import Progress, Sink
 
 Watch = Callable[["Progress"], None]
@@ -77,21 +76,15 @@ class Machine:
         self.allotment = allot_memory(plan, self.baseline)
         self.io = choose_io(plan.options.io, [file.path for file in plan.inputs])
 
-    def lanes(self) -> list[Lane]:
-        """Fresh lanes."""
-        from streammerge.devices import open_lane
-        from streammerge.reading import open_reader
-
-        mapped = self.allotment.mapped_bytes
-        return [open_lane(open_reader(self.io, mapped), self.device) for _ in range(self.allotment.threads)]
-
     def run(self, sink: Sink, watch: Watch | None) -> Progress:
         """Give every byte of the output to the sink."""
         from streammerge import engine
+        from streammerge.devices import open_lanes
 
         progress = engine.Progress(total_bytes=sum(job.info.nbytes for job in self.plan.jobs))
         works = (engine.MergeWork(job) for job in self.plan.jobs)
-        engine.run(works, self.lanes(), sink, progress, lambda: watch(progress) if watch else None)
+        lanes = open_lanes(self.device, self.io, self.allotment)
+        engine.run(works, lanes, sink, progress, lambda: watch(progress) if watch else None)
         return progress
 
     def check(self, read: ReadBack, path: Path, watch: Watch | None) -> None:
@@ -150,18 +143,23 @@ def _carry_out(plan: Plan, started: float, watch: Watch | None) -> Report:
 
 def allot_memory(plan: Plan, baseline: int) -> Allotment:
     """Share out what --max-ram leaves beside what the process takes already; PlanError naming the least that works."""
-    limit = plan.options.max_ram
+    limit, vram = plan.options.max_ram, plan.options.max_vram
+    if vram is not None and vram < plan.lane_bytes:
+        raise PlanError(
+            f"--max-vram {format_size(vram)} is too small: one worker's buffers take {format_size(plan.lane_bytes)}",
+            advice=f"The least that works is {-(-plan.lane_bytes // MIB)}MiB.",
+        )
     if limit is None:
-        return plan.allot(usable_cores())
+        return plan.allot()
+    needed = plan.lane_bytes + MAPPED_BYTES[1]
     fixed = baseline + OVERHEAD_BYTES
-    least = fixed + plan.least_work_bytes
-    if limit < least:
+    if limit < fixed + needed:
         raise PlanError(
             f"--max-ram {format_size(limit)} is too small: Python and torch take {format_size(fixed)}, and this merge "
-            f"needs {format_size(plan.least_work_bytes)} to work in",
-            advice=f"The least that works is {-(-least // MIB)}MiB.",
+            f"needs {format_size(needed)} to work in",
+            advice=f"The least that works is {-(-(fixed + needed) // MIB)}MiB.",
         )
-    return plan.allot(usable_cores(), limit - fixed)
+    return plan.allot(limit - fixed)
 
 
 def as_merged(model: Model) -> Merged:

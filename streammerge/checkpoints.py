@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ class Checkpoint:
         self.close()
 
 
-def open_model(path: str | Path) -> Checkpoint:
+def open_model(path: str | os.PathLike[str]) -> Checkpoint:
     """Open a checkpoint by its content: safetensors, a torch zip, or shards of either (a folder or an index file).
 
     Only headers are read. Raises CheckpointError if it is none of these, is damaged, or would need code to be run.

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, Literal
 
 import torch
 
 from streammerge.errors import DeviceError
+from streammerge.machine import Allotment
 from streammerge.nodes import Stored
-from streammerge.reading import Reader, page_aligned
+from streammerge.reading import Reader, open_reader, page_aligned
 from streammerge.tensors import DType
 
 with warnings.catch_warnings():
@@ -151,6 +152,11 @@ class CudaLane(StagedLane):
         if buffer is None or buffer.numel() < elements:
             buffer = self._pinned[key] = torch.empty(elements, dtype=key[1], pin_memory=True)
         return buffer[:elements]
+
+
+def open_lanes(device: torch.device, io: Literal["mmap", "pread"], allotment: Allotment) -> list[Lane]:
+    """As many lanes as were allotted, each with a reader of its own."""
+    return [open_lane(open_reader(io, allotment.mapped_bytes), device) for _ in range(allotment.threads)]
 
 
 def open_lane(reader: Reader, device: torch.device) -> Lane:

@@ -63,7 +63,9 @@ class Progress:
 
 
 class Work:
-    """One tensor on its way: its surveys, pass after pass, and then the pass that writes it."""
+    """One tensor on its way: its surveys, pass after pass, and then, if it `writes`, the pass that writes it."""
+
+    writes = False
 
     def __init__(self, name: str, node: Node, dtype: DType | None) -> None:
         self.name = name
@@ -81,9 +83,11 @@ class Work:
         return -(-self.node.info.elements // BLOCK)
 
     def begin_pass(self) -> list[Window]:
-        """The windows of the next pass: a survey while one is due, then the writing."""
+        """The windows of the next pass: a survey while one is due, then the writing; none when all is done."""
         self._next_block = 0
         surveying = not self.survey.complete
+        if not (surveying or self.writes):
+            return []
         windows = [
             Window(self, first, min(first + WINDOW, self.blocks), surveying)
             for first in range(0, max(self.blocks, 1), WINDOW)
@@ -112,7 +116,8 @@ class Work:
             return self.begin_pass()
 
     def write(self, first: int, last: int, lane: Lane, sink: Sink, progress: Progress) -> None:
-        """Compute and write blocks [first, last). Works that are only surveyed write nothing."""
+        """Compute and write blocks [first, last)."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,19 +133,24 @@ class Window:
         """Do this window's part of the pass."""
         read_ahead(self.work.node, self.first, self.last)
         if self.surveying:
-            self._measure(lane)
+            self._measure(lane, progress)
         else:
             self.work.write(self.first, self.last, lane, sink, progress)
 
-    def _measure(self, lane: Lane) -> None:
+    def _measure(self, lane: Lane, progress: Progress) -> None:
         assert self.work.dtype is not None
+        before = lane.bytes_read
         evaluator = Evaluator(lane, self.work.dtype, self.work.survey.known)
         for block in range(self.first, self.last):
             self.work.add_measure(block, self.work.survey.measure(evaluator, block))
+        if not self.work.writes:
+            progress.advance(lane.bytes_read - before)
 
 
 class MergeWork(Work):
     """A tensor of the output: computed and rounded once, or copied."""
+
+    writes = True
 
     def __init__(self, job: Job) -> None:
         super().__init__(job.name, job.node, job.compute)

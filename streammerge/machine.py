@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
@@ -13,6 +14,43 @@ import psutil
 IoMode = Literal["auto", "mmap", "pread"]
 
 NETWORK_FILE_SYSTEMS: Final = frozenset({"nfs", "nfs4", "cifs", "smbfs", "smb3", "9p", "afs", "fuse.sshfs", "webdav"})
+
+
+MIB: Final = 1 << 20
+
+DEFAULT_WORK_BYTES: Final = 44 * MIB
+"""What all lanes together may take unless --max-ram says otherwise: within 64 MiB of a bare `import torch`."""
+
+MAPPED_BYTES: Final = (6 * MIB, 2 * MIB)
+"""The most and the least that a lane keeps mapped of its inputs."""
+
+MAX_THREADS: Final = 8
+"""More workers than this wait for memory and disk rather than compute, unless the user asks for them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Allotment:
+    """How the memory is shared out: the number of lanes, what each keeps mapped, and what they take together."""
+
+    threads: int
+    mapped_bytes: int
+    work_bytes: int
+
+
+def share_out(
+    lane_bytes: int, threads: int | None = None, limit: int | None = None, *, device_limit: int | None = None
+) -> Allotment:
+    """As many lanes of this size, and their mappings, as fit the limit and as there are cores for; one at the least.
+
+    `device_limit` bounds the lanes' buffers on a device of its own, which are no larger than those in main memory.
+    """
+    most, least = MAPPED_BYTES
+    limit = max(limit or DEFAULT_WORK_BYTES, lane_bytes + least)
+    count = min(threads or min(usable_cores(), MAX_THREADS), limit // (lane_bytes + least))
+    if device_limit is not None:
+        count = max(1, min(count, device_limit // max(lane_bytes, 1)))
+    mapped = min(most, limit // count - lane_bytes)
+    return Allotment(count, mapped, count * (lane_bytes + mapped))
 
 
 def choose_io(io: IoMode, paths: Iterable[Path]) -> Literal["mmap", "pread"]:

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from streammerge.errors import OutputError
 from streammerge.layout import OutputLayout, lay_out
-from streammerge.machine import usable_cores
+from streammerge.machine import MIB, Allotment, share_out
 from streammerge.merged import Action, Decision, Merged
 from streammerge.nodes import (
     BLOCK,
@@ -30,18 +30,8 @@ from streammerge.nodes import (
 from streammerge.options import Options, format_size
 from streammerge.tensors import DType, TensorInfo
 
-MIB: Final = 1 << 20
-DEFAULT_WORK_BYTES: Final = 44 * MIB
-"""What all lanes together may take unless --max-ram says otherwise: within 64 MiB of a bare `import torch`."""
-
 OVERHEAD_BYTES: Final = 16 * MIB
 """What the process takes beside its lanes, above a bare `import torch`: modules, headers, the plan itself."""
-
-MAPPED_BYTES: Final = (6 * MIB, 2 * MIB)
-"""The most and the least that a lane keeps mapped of its inputs."""
-
-MAX_THREADS: Final = 8
-"""More workers than this wait for memory and disk rather than compute, unless the user asks for them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,15 +47,6 @@ class Job:
     compute: DType | None
     file: int
     offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class Allotment:
-    """How the memory is shared out: the number of lanes, and what each keeps mapped."""
-
-    threads: int
-    mapped_bytes: int
-    work_bytes: int
 
 
 @dataclass(frozen=True)
@@ -118,19 +99,13 @@ class Plan:
             )
 
     @property
-    def least_work_bytes(self) -> int:
-        """What one lane needs at the least."""
-        return max((lane_bytes(job) for job in self.jobs), default=0) + MAPPED_BYTES[1]
+    def lane_bytes(self) -> int:
+        """What a lane takes at the most beside what it maps."""
+        return max((lane_bytes(job) for job in self.jobs), default=0)
 
-    def allot(self, cores: int, work_limit: int | None = None) -> Allotment:
-        """Share `work_limit` bytes out to as many lanes as fit and as the machine has cores for, one at the least."""
-        most, least = MAPPED_BYTES
-        own = self.least_work_bytes - least
-        limit = max(work_limit or DEFAULT_WORK_BYTES, self.least_work_bytes)
-        wanted = self.options.threads or min(cores, MAX_THREADS)
-        threads = min(wanted, limit // self.least_work_bytes)
-        mapped = min(most, limit // threads - own)
-        return Allotment(threads, mapped, threads * (own + mapped))
+    def allot(self, work_limit: int | None = None) -> Allotment:
+        """Share `work_limit` bytes out to lanes, as many as fit and as the machine has cores for."""
+        return share_out(self.lane_bytes, self.options.threads, work_limit, device_limit=self.options.max_vram)
 
     def to_json(self) -> dict[str, Any]:
         """The plan for machines: every tensor with its fate, and the costs."""
@@ -159,7 +134,7 @@ class Plan:
     @property
     def work_bytes(self) -> int:
         """The RAM that the merge takes above a bare `import torch`, at most."""
-        return OVERHEAD_BYTES + self.allot(usable_cores()).work_bytes
+        return OVERHEAD_BYTES + self.allot().work_bytes
 
     def summary(self) -> Counter[str]:
         """How many tensors share an action and its reason, as `merged: linear`."""

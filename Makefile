@@ -1,0 +1,37 @@
+# `make demo` and `make test` do all their set-up on a machine that has Python and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint types unit slow docs clean
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,plot]'
+	touch $(INSTALLED)
+
+demo: $(INSTALLED)
+	$(BIN)/streammerge demo --force
+
+test: lint types unit
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m tests.readme --check
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+unit: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow and not cuda"
+
+slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+docs: $(INSTALLED)
+	$(BIN)/python -m tests.readme
+
+clean:
+	rm -rf $(VENV) demo build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

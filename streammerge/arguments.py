@@ -1,0 +1,233 @@
+"""The command line's words: what may be typed, and what recipe and options it comes to."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any, Final
+
+from streammerge.errors import RecipeError
+from streammerge.options import COMPUTE_DTYPES, Options, parse_size
+from streammerge.recipe import MISSING_POLICIES, SHAPE_POLICIES, Recipe, parse_recipe
+from streammerge.recipe_files import packaged_recipe, parse_yaml, read_recipe_file
+
+_WEIGHTED: Final = re.compile(r"(?P<path>.+):(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)")
+_NAMED: Final = re.compile(r"(?P<name>[A-Za-z_]\w*)=(?P<path>.+)")
+
+RECIPE_SUFFIXES: Final = (".yaml", ".yml")
+
+
+def add_merge_arguments(parser: argparse.ArgumentParser, *, output: bool = True) -> None:
+    """What merge, plan and verify have in common."""
+    parser.add_argument("models", nargs="*", metavar="RECIPE.yaml | MODEL[:WEIGHT] | NAME=MODEL[:WEIGHT]")
+    if output:
+        parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="the file (or folder) to write")
+    _add_recipe_arguments(parser.add_argument_group("what to merge"))
+    _add_run_arguments(parser.add_argument_group("how to run"))
+    _add_output_arguments(parser.add_argument_group("what to write and to show"))
+
+
+def _add_recipe_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--recipe", metavar="NAME", help="a recipe that comes with streammerge (see: streammerge recipes)"
+    )
+    group.add_argument(
+        "-m", "--method", metavar="M", help="the merge method (default: linear; see: streammerge methods)"
+    )
+    group.add_argument("--base", metavar="MODEL", help="the method's base model")
+    group.add_argument(
+        "-p", "--parameter", action="append", default=[], metavar="KEY=VALUE", help="a parameter of the method"
+    )
+    group.add_argument("--dtype", metavar="keep|fp32|fp16|bf16|fp8_e4m3|fp8_e5m2", help="how tensors are stored")
+    group.add_argument(
+        "--layout", metavar="MODEL", help="whose tensors, order and shapes the output has (default: first)"
+    )
+    group.add_argument(
+        "--take", action="append", default=[], metavar="GLOB=MODEL", help="copy matching tensors from it"
+    )
+    group.add_argument("--drop", action="append", default=[], metavar="GLOB", help="leave matching tensors out")
+    group.add_argument("--keep", action="append", default=[], metavar="GLOB", help="copy them from the layout model")
+    group.add_argument("--on-shape-mismatch", choices=SHAPE_POLICIES, help="(default: error)")
+    group.add_argument("--on-missing", choices=MISSING_POLICIES, help="(default: error)")
+
+
+def _add_run_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--device", default="cpu", metavar="auto|cpu|cuda|cuda:N|mps|xpu", help="(default: cpu)")
+    group.add_argument(
+        "--compute-dtype", choices=list(COMPUTE_DTYPES), help="(default: fp32 or better, see the README)"
+    )
+    group.add_argument("--max-ram", type=size, metavar="SIZE", help="bound of the whole process, such as 512MB")
+    group.add_argument("--max-vram", type=size, metavar="SIZE", help="bound of the buffers on the device")
+    group.add_argument("--threads", type=positive, metavar="N", help="workers (default: the cores, within the RAM)")
+    group.add_argument("--io", choices=["auto", "mmap", "pread"], default="auto", help="how inputs are read")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of methods that draw random numbers")
+    group.add_argument("--no-sync", action="store_true", help="don't wait for the disk at the end")
+
+
+def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--shard-size", type=size, metavar="SIZE", help="write shards of at most this size, and an index"
+    )
+    group.add_argument("--resume", action="store_true", help="continue an interrupted merge (not there yet)")
+    group.add_argument("--force", action="store_true", help="replace an existing output")
+    group.add_argument("--no-metadata", action="store_true", help="don't write the recipe into the output's metadata")
+    group.add_argument("--verify", action="store_true", help="read the output back and compute it again to compare")
+    group.add_argument("--dry-run", action="store_true", help="show the plan and stop")
+    group.add_argument("--report", type=Path, metavar="FILE.json", help="write how it went as JSON")
+    group.add_argument("--json", action="store_true", help="with plan: print it as JSON")
+    group.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    group.add_argument("-v", "--verbose", action="store_true", help="show the plan before the merge")
+
+
+def size(text: str) -> int:
+    """A size for argparse, which wants a ValueError for what is none."""
+    try:
+        return parse_size(text)
+    except RecipeError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def positive(text: str) -> int:
+    """A whole number of at least one."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
+    return int(text)
+
+
+def options_from(arguments: argparse.Namespace) -> Options:
+    """How to run, from the command line."""
+    return Options(
+        device=arguments.device,
+        compute_dtype=COMPUTE_DTYPES.get(arguments.compute_dtype),
+        max_ram=arguments.max_ram,
+        max_vram=arguments.max_vram,
+        threads=arguments.threads,
+        io=arguments.io,
+        shard_size=arguments.shard_size,
+        force=arguments.force,
+        sync=not arguments.no_sync,
+        seed=arguments.seed,
+        metadata=not arguments.no_metadata,
+        verify=arguments.verify,
+    )
+
+
+def recipe_from(arguments: argparse.Namespace) -> Recipe:
+    """What to merge: a recipe file, a packaged recipe, or models; options change the recipe's keys."""
+    words: list[str] = arguments.models
+    first = Path(words[0]) if words else None
+    if arguments.recipe is not None:
+        raw, folder, bound = packaged_recipe(arguments.recipe), Path(), words
+    elif first is not None and first.suffix in RECIPE_SUFFIXES:
+        raw, folder, bound = read_recipe_file(first), first.parent, words[1:]
+    else:
+        return parse_recipe(_changed(_recipe_of_models(words), arguments), Path())
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{words[0] if words else arguments.recipe}: expected a map with merge_method and models")
+    bindings, weights = _bindings(bound)
+    return parse_recipe(_changed(_weighted(raw, weights), arguments), folder, bindings)
+
+
+def _recipe_of_models(words: list[str]) -> dict[str, Any]:
+    """A recipe's values from MODEL[:WEIGHT] words."""
+    if not words:
+        raise RecipeError("there is nothing to merge", advice="Name a recipe or models; see streammerge --help.")
+    return {"merge_method": "linear", "models": [_model_entry(word) for word in words]}
+
+
+def _model_entry(word: str) -> dict[str, Any]:
+    name, rest = _split_name(word)
+    path, weight = _split_weight(rest)
+    entry: dict[str, Any] = {"model": path}
+    if name:
+        entry["name"] = name
+    if weight is not None:
+        entry["parameters"] = {"weight": weight}
+    return entry
+
+
+def _split_name(word: str) -> tuple[str, str]:
+    """`NAME=PATH`; a path that exists with the `=` in it is one."""
+    match = _NAMED.fullmatch(word)
+    return ("", word) if match is None or Path(word).exists() else (match["name"], match["path"])
+
+
+def _split_weight(word: str) -> tuple[str, float | None]:
+    """`PATH:WEIGHT`; a path that exists with the `:` in it is one."""
+    match = _WEIGHTED.fullmatch(word)
+    return (word, None) if match is None or Path(word).exists() else (match["path"], float(match["weight"]))
+
+
+def _bindings(words: list[str]) -> tuple[dict[str, Path], dict[str, float]]:
+    """The files, and the weights, that `NAME=PATH[:WEIGHT]` words give to a recipe's inputs."""
+    bindings, weights = {}, {}
+    for word in words:
+        match = _NAMED.fullmatch(word)
+        if match is None:
+            raise RecipeError(f"{word!r}: beside a recipe, models are given as NAME=PATH")
+        path, weight = _split_weight(match["path"])
+        bindings[match["name"]] = Path(path)
+        if weight is not None:
+            weights[match["name"]] = weight
+    return bindings, weights
+
+
+def _weighted(raw: dict[str, Any], weights: dict[str, float]) -> dict[str, Any]:
+    """The recipe's values with the weights of bound models changed."""
+    models = raw.get("models")
+    entries = models if isinstance(models, list) else []
+    changed = []
+    for entry in entries:
+        name = entry.get("model") if isinstance(entry, dict) else entry
+        if isinstance(name, str) and name in weights:
+            own = entry if isinstance(entry, dict) else {"model": entry}
+            changed.append({**own, "parameters": {**(own.get("parameters") or {}), "weight": weights.pop(name)}})
+        else:
+            changed.append(entry)
+    if weights:
+        raise RecipeError(f"{next(iter(weights))!r} is not merged by this recipe, so it has no weight")
+    return {**raw, "models": changed} if entries else raw
+
+
+def _changed(raw: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """The recipe's values with what the options say instead; rules of the command line come first."""
+    raw = dict(raw)
+    options = {
+        "merge_method": arguments.method,
+        "base_model": _reference(arguments.base),
+        "layout": _reference(arguments.layout),
+        "on_shape_mismatch": arguments.on_shape_mismatch,
+        "on_missing": arguments.on_missing,
+    }
+    raw.update({key: value for key, value in options.items() if value is not None})
+    if arguments.dtype is not None:
+        raw.pop("out_dtype", None)
+        raw["dtype"] = arguments.dtype
+    if arguments.parameter:
+        raw["parameters"] = {**(raw.get("parameters") or {}), **dict(map(_parameter, arguments.parameter))}
+    rules = [*map(_take_rule, arguments.take)]
+    rules += [{"match": glob, "drop": True} for glob in arguments.drop]
+    rules += [{"match": glob, "keep": True} for glob in arguments.keep]
+    if rules:
+        raw["rules"] = [*rules, *(raw.get("rules") or [])]
+    return raw
+
+
+def _reference(model: str | None) -> str | None:
+    """A model on the command line: a file relative to here, or else a name that the recipe knows."""
+    return str(Path(model).absolute()) if model is not None and Path(model).exists() else model
+
+
+def _parameter(word: str) -> tuple[str, Any]:
+    name, equals, value = word.partition("=")
+    if not equals or not name:
+        raise RecipeError(f"-p {word}: expected KEY=VALUE")
+    return name.strip(), parse_yaml(value, f"-p {word}")
+
+
+def _take_rule(word: str) -> dict[str, Any]:
+    glob, equals, model = word.partition("=")
+    if not equals or not glob or not model:
+        raise RecipeError(f"--take {word}: expected GLOB=MODEL")
+    return {"match": glob, "take": _reference(model)}

@@ -1,0 +1,211 @@
+"""The command line. `streammerge RECIPE.yaml -o OUT` and `streammerge MODEL[:WEIGHT] ... -o OUT` merge; the words in
+COMMANDS do everything else, and are commands only as the first argument."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, NoReturn
+
+from streammerge import __version__
+from streammerge.errors import MergeError
+from streammerge.screen import say_on_stderr
+
+DONE: Final = 0
+FAILED: Final = 1
+INTERRUPTED: Final = 130
+
+USAGE: Final = """\
+streammerge RECIPE.yaml -o OUT.safetensors [options]
+       streammerge MODEL[:WEIGHT] MODEL[:WEIGHT] ... -o OUT.safetensors [options]
+       streammerge --recipe NAME NAME=MODEL ... -o OUT.safetensors [options]
+       streammerge inspect|compare|plan|methods|recipes|verify|demo ... (--help tells more)"""
+
+
+class Terminated(KeyboardInterrupt):
+    """The system asked us to stop; handled as Ctrl-C is."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__()
+        self.exit_code = 128 + signal_number
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code: 0 done, 1 can't be done as asked, 2 usage, 130 interrupted."""
+    words = list(sys.argv[1:] if words is None else words)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        with stopping_on_signals():
+            return COMMANDS[words[0]](words[1:]) if words and words[0] in COMMANDS else merge(words)
+    except MergeError as error:
+        say_on_stderr(f"error: {error}")
+        return FAILED
+    except KeyboardInterrupt as interrupt:
+        say_on_stderr("interrupted: the unfinished output was removed")
+        return interrupt.exit_code if isinstance(interrupt, Terminated) else INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read our output has stopped reading
+        return DONE
+
+
+@contextlib.contextmanager
+def stopping_on_signals() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP clean up as Ctrl-C does, where there are such signals and this is the main thread."""
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise Terminated(number)
+
+    names = ("SIGTERM", "SIGHUP")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    try:
+        before = {number: signal.signal(number, stop) for number in numbers}
+    except ValueError:  # not in the main thread: whoever called us handles signals
+        before = {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def merge(words: Sequence[str]) -> int:
+    """Merge as a recipe or the command line describes."""
+    from streammerge import arguments as args
+
+    parser = new_parser("", USAGE, __doc__)
+    parser.add_argument("--version", action="version", version=f"streammerge {__version__}")
+    args.add_merge_arguments(parser)
+    if not words:
+        parser.print_help()
+        return 2
+    arguments = parser.parse_intermixed_args(words)
+    from streammerge import commands
+
+    if arguments.dry_run:
+        return commands.plan(arguments)
+    if arguments.output is None:
+        parser.error("the output is missing: -o OUT.safetensors")
+    return commands.merge(arguments)
+
+
+def plan(words: Sequence[str]) -> int:
+    """Show what a merge would do, from headers alone."""
+    from streammerge import arguments as args
+
+    parser = new_parser(
+        "plan", None, "Show what a merge would do to every tensor and what it costs. Reads headers only."
+    )
+    args.add_merge_arguments(parser)
+    from streammerge import commands
+
+    return commands.plan(parser.parse_intermixed_args(words))
+
+
+def verify(words: Sequence[str]) -> int:
+    """Check an output."""
+    from streammerge import arguments as args
+
+    parser = new_parser(
+        "verify",
+        None,
+        "Read a merged model back: check its format and, with the recipe or models it was made from, compute every "
+        "tensor again and compare the bytes.",
+    )
+    parser.add_argument("merged", metavar="OUT", help="the output to check")
+    args.add_merge_arguments(parser, output=False)
+    from streammerge import commands
+
+    return commands.verify(parser.parse_intermixed_args(words))
+
+
+def inspect(words: Sequence[str]) -> int:
+    """Show what a model's header tells."""
+    parser = new_parser(
+        "inspect", None, "Show a model's components, sizes, dtypes and metadata. Reads the header only."
+    )
+    parser.add_argument("model", help="a checkpoint: file, folder of shards, or index")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor")
+    parser.add_argument("--match", metavar="GLOB", help="list tensors whose name matches")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    from streammerge import commands
+
+    return commands.inspect(parser.parse_args(words))
+
+
+def compare(words: Sequence[str]) -> int:
+    """Compare two models tensor by tensor."""
+    from streammerge import arguments as args
+
+    parser = new_parser("compare", None, "The cosine similarity of every tensor that two models share, in one pass.")
+    parser.add_argument("a", help="a checkpoint")
+    parser.add_argument("b", help="another")
+    parser.add_argument("--match", metavar="GLOB", default="*", help="compare only tensors whose name matches")
+    parser.add_argument("--least", type=int, default=10, metavar="N", help="list so many of the least similar")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the histogram (needs streammerge[plot])")
+    parser.add_argument("--csv", metavar="FILE.csv", help="write a row for every tensor")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument("--device", default="cpu", metavar="auto|cpu|cuda|cuda:N|mps|xpu", help="(default: cpu)")
+    parser.add_argument("--threads", type=args.positive, metavar="N", help="workers (default: the cores)")
+    parser.add_argument("--io", choices=["auto", "mmap", "pread"], default="auto", help="how the models are read")
+    parser.add_argument("-q", "--quiet", action="store_true", help="show no progress")
+    from streammerge import commands
+
+    return commands.compare(parser.parse_args(words))
+
+
+def methods(words: Sequence[str]) -> int:
+    """List the merge methods, or describe one."""
+    parser = new_parser("methods", None, "List the merge methods, or describe one.")
+    parser.add_argument("name", nargs="?", help="a method")
+    parser.add_argument("--json", action="store_true", help="print as JSON")
+    from streammerge import commands
+
+    return commands.methods(parser.parse_args(words))
+
+
+def recipes(words: Sequence[str]) -> int:
+    """List the recipes that come with the package, or print one."""
+    parser = new_parser("recipes", None, "List the recipes that come with streammerge, or print one.")
+    parser.add_argument("name", nargs="?", help="a recipe")
+    from streammerge import commands
+
+    return commands.recipes(parser.parse_args(words))
+
+
+def demo(words: Sequence[str]) -> int:
+    """The founding job on models with random values."""
+    parser = new_parser(
+        "demo",
+        None,
+        "Adapt SD 2's depth model to another style by task arithmetic, with models of true names and random values: "
+        "make them, compare, plan, merge, and check the result.",
+    )
+    parser.add_argument("folder", nargs="?", default="demo", help="where to put the models (default: demo)")
+    parser.add_argument(
+        "--full", action="store_true", help="in full size (8 GB in fp16, 16 GB in fp32, and the output)"
+    )
+    parser.add_argument("--dtype", choices=["fp16", "fp32"], default="fp16", help="of the models (default: fp16)")
+    parser.add_argument("--container", choices=["safetensors", "ckpt"], default="safetensors", help="of the models")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random values")
+    parser.add_argument("--models-only", action="store_true", help="make the models and stop")
+    parser.add_argument("--force", action="store_true", help="replace models and outputs that are there")
+    from streammerge import commands
+
+    return commands.demo(parser.parse_args(words))
+
+
+def new_parser(command: str, usage: str | None, description: str | None) -> argparse.ArgumentParser:
+    """A parser for one command, which does not abbreviate options."""
+    options: dict[str, Any] = {"prog": f"streammerge {command}".strip(), "description": description, "usage": usage}
+    return argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+
+COMMANDS: Final[dict[str, Callable[[Sequence[str]], int]]] = {
+    command.__name__: command for command in (inspect, compare, plan, methods, recipes, verify, demo)
+}
+"""The words that are commands when they come first."""

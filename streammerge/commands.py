@@ -1,0 +1,233 @@
+"""What each command does once its words are understood."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from streammerge.arguments import options_from, recipe_from
+from streammerge.errors import OutputError, RecipeError, printable
+from streammerge.methods import METHODS, find_method
+from streammerge.methods.registry import Method
+from streammerge.options import format_size
+from streammerge.plan import Plan, dump_json
+from streammerge.screen import say, show_report, show_table, watching
+
+RESUME = "--resume is not there yet: it comes with the reliability work"
+
+
+def merge(arguments: argparse.Namespace) -> int:
+    """Merge, show progress and the final table, write the report."""
+    from streammerge.api import planned, run_merge
+
+    if arguments.resume:
+        raise RecipeError(RESUME, advice="Leave it out to merge from the beginning. Nothing was written.")
+    recipe, options = recipe_from(arguments), options_from(arguments)
+    check_report_path(arguments.report)
+    if arguments.verbose and not arguments.quiet:
+        with planned(recipe, arguments.output, options) as shown:
+            show_plan(shown, every_tensor=True)
+    with watching("merge", quiet=arguments.quiet) as watch:
+        report = run_merge(recipe, arguments.output, options, watch)
+    if arguments.report is not None:
+        write_text(arguments.report, dump_json(report.to_json()))
+    show_report(report, quiet=arguments.quiet)
+    return 0
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """Show what would happen."""
+    from streammerge.api import planned, saying_what_is_on_disk
+
+    output = arguments.output or Path("merged.safetensors")
+    with saying_what_is_on_disk():
+        recipe, options = recipe_from(arguments), options_from(arguments)
+        with planned(recipe, output, options, replacing=arguments.output is None) as made:
+            made.check_disk()
+            if arguments.json:
+                say(dump_json(made.to_json()).rstrip())
+            elif not arguments.quiet:
+                show_plan(made, every_tensor=arguments.verbose)
+    return 0
+
+
+def show_plan(plan: Plan, *, every_tensor: bool) -> None:
+    """The plan for people: the fates of the tensors, grouped by reason or one by one, and the costs."""
+    if every_tensor:
+        for decision in plan.decisions:
+            say(printable(f"{decision.action:<8} {decision.info!s:<28} {decision.name}   {decision.why}"))
+    else:
+        for fate, number in plan.summary().items():
+            say(printable(f"{number:>6,}  {fate}"))
+    for model, names in plan.left_out.items():
+        listed = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+        say(printable(f"{len(names):>6,}  left out of {model}: not in the layout ({listed})"))
+    say()
+    show_table(
+        [
+            ("output", f"{plan.output.path}: {len(plan.jobs):,} tensors, {format_size(plan.output.nbytes)}"),
+            ("free disk", format_size(plan.free_disk)),
+            ("to read", f"{format_size(plan.bytes_to_read)}, {plan.passes} pass{'es' * (plan.passes > 1)}"),
+            ("peak RAM", f"{format_size(plan.work_bytes)} above import torch (about 220 MB)"),
+        ]
+    )
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Check an output's format, and its bytes if the recipe is given."""
+    from streammerge.api import run_verification
+    from streammerge.checkpoints import open_model
+
+    with open_model(arguments.merged) as found:
+        say(f"{found.path}: a valid model, {found.container}, {len(found.tensors):,} tensors")
+    if not (arguments.models or arguments.recipe):
+        say("Name the recipe, or the models and options it was made with, to compute every byte again.")
+        return 0
+    recipe, options = recipe_from(arguments), options_from(arguments)
+    with watching("verify", quiet=arguments.quiet) as watch:
+        run_verification(recipe, Path(arguments.merged), options, watch)
+    say("Every byte is what the recipe gives.")
+    return 0
+
+
+def inspect(arguments: argparse.Namespace) -> int:
+    """Show what the header tells."""
+    from streammerge.checkpoints import open_model
+    from streammerge.inspection import inspect_model, render
+
+    with open_model(arguments.model) as model:
+        inspection = inspect_model(
+            model.tensors, path=model.path, nbytes=model.nbytes, metadata=model.metadata, container=model.container
+        )
+    if arguments.json:
+        say(dump_json(inspection.to_json(tensors=True, match=arguments.match)).rstrip())
+    else:
+        say(render(inspection, tensors=arguments.tensors, match=arguments.match))
+    return 0
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Compare two models and show how far they are apart."""
+    from streammerge import comparison
+    from streammerge.checkpoints import open_model
+
+    with (
+        open_model(arguments.a) as a,
+        open_model(arguments.b) as b,
+        watching("compare", quiet=arguments.quiet) as watch,
+    ):
+        from streammerge.similarity import compare_models
+
+        compared = compare_models(
+            a,
+            b,
+            match=arguments.match,
+            device=arguments.device,
+            threads=arguments.threads,
+            io=arguments.io,
+            watch=watch,
+        )
+    if arguments.csv:
+        comparison.write_csv(compared, Path(arguments.csv))
+    if arguments.plot:
+        comparison.plot(compared, Path(arguments.plot))
+    if arguments.json:
+        say(json.dumps(comparison.to_json(compared), indent=2, ensure_ascii=False))
+    else:
+        say(comparison.render(compared, least=arguments.least))
+    return 0
+
+
+def methods(arguments: argparse.Namespace) -> int:
+    """List the methods, or describe one."""
+    chosen = [find_method(arguments.name)] if arguments.name else [METHODS[name] for name in sorted(METHODS)]
+    if arguments.json:
+        say(dump_json([describe_method(method) for method in chosen]).rstrip())
+    elif arguments.name:
+        show_method(chosen[0])
+    else:
+        show_table([(method.name, f"{method.kind:<7} {method.formula}") for method in chosen])
+    return 0
+
+
+def describe_method(method: Method) -> dict[str, Any]:
+    """A method for machines."""
+    return {
+        "name": method.name,
+        "kind": method.kind,
+        "formula": method.formula,
+        "base": method.base,
+        "models": list(method.models),
+        "parameters": [
+            {"name": p.name, "per_model": p.per_model, "flag": p.flag, "default": p.default} for p in method.parameters
+        ],
+        "doc": method.doc,
+    }
+
+
+def show_method(method: Method) -> None:
+    """A method for people: its formula, its source, its parameters, an example."""
+    say(f"{method.name} ({method.kind})\n")
+    say(method.doc + "\n")
+    least, most = method.models
+    rows = [
+        ("models", f"{least}" if least == most else f"at least {least}"),
+        ("base", method.base),
+    ]
+    for parameter in method.parameters:
+        default = "required" if parameter.required else f"default {json.dumps(parameter.default)}"
+        rows.append((f"-p {parameter.name}", f"{default}{', one per model' * parameter.per_model}"))
+    show_table(rows)
+    needed = [f"-p {parameter.name}=0.5" for parameter in method.parameters if parameter.required]
+    models = " ".join(f"{letter}.safetensors" for letter in ("a", "b")[: 1 if most == 1 else 2])
+    base = " --base base.safetensors" * (method.base == "required")
+    say(f"\nstreammerge {models} -m {method.name}{base} {' '.join(needed)}{' ' * bool(needed)}-o merged.safetensors")
+
+
+def recipes(arguments: argparse.Namespace) -> int:
+    """List the packaged recipes, or print one."""
+    from streammerge.recipe_files import packaged_recipe, packaged_recipes
+
+    if arguments.name:
+        packaged_recipe(arguments.name)
+        say(packaged_recipes()[arguments.name].rstrip())
+        return 0
+    for name in packaged_recipes():
+        inputs = packaged_recipe(name)["inputs"]
+        words = " ".join(f"{key}={key.upper()}" for key in inputs)
+        say(f"{name}\n  streammerge --recipe {name} {words} -o OUT.safetensors")
+        for key, what in inputs.items():
+            say(f"    {key:<8} {what}")
+    return 0
+
+
+def demo(arguments: argparse.Namespace) -> int:
+    """The founding job, step by step, each with the command that a user would type."""
+    from streammerge.demo.story import tell
+
+    tell(
+        Path(arguments.folder),
+        full=arguments.full,
+        dtype="F16" if arguments.dtype == "fp16" else "F32",
+        container=arguments.container,
+        seed=arguments.seed,
+        models_only=arguments.models_only,
+        force=arguments.force,
+    )
+    return 0
+
+
+def check_report_path(path: Path | None) -> None:
+    """OutputError before the merge if its report could not be written after it."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise OutputError(f"{path}: the report's folder does not exist", advice="Create it. Nothing was written.")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file; OutputError if the system refuses."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{path}: can't be written: {error.strerror or error}") from error

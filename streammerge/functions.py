@@ -1,0 +1,89 @@
+"""Merge methods as functions that return models: `slerp(a, b, t=0.5)` is a model that is computed when it is read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from streammerge.checkpoints import open_model
+from streammerge.errors import RecipeError
+from streammerge.merged import Merged, merge_models
+from streammerge.methods import find_method
+from streammerge.parameters import parse_settings
+from streammerge.recipe import Input, MissingPolicy, Recipe, Rule, ShapePolicy, check_recipe, parse_dtype
+from streammerge.tensors import Model
+
+ModelLike = Model | str | os.PathLike[str]
+
+
+class MergeFunction(Protocol):
+    """A method's function: models in, a model out."""
+
+    def __call__(
+        self,
+        *models: ModelLike,
+        base: ModelLike | None = None,
+        layout: int | None = None,
+        on_shape_mismatch: ShapePolicy = "error",
+        on_missing: MissingPolicy = "error",
+        rules: Sequence[Rule] = (),
+        dtype: str = "keep",
+        **parameters: Any,  # noqa: ANN401
+    ) -> Merged:
+        """The merge of the models; see `merge_function`."""
+        ...
+
+
+def merge_function(name: str) -> MergeFunction:
+    """The method of this name as a function; RecipeError if there is none.
+
+    Models are opened if they are paths. `layout` is the number of the model whose tensors, order and shapes the result
+    has (0: the first). A parameter that every model has is a number for all of them, or a sequence with one for each.
+    In rules, models are called `0`, `1`, … and `base`.
+    """
+    method = find_method(name)
+
+    def merge(
+        *models: ModelLike,
+        base: ModelLike | None = None,
+        layout: int | None = None,
+        on_shape_mismatch: ShapePolicy = "error",
+        on_missing: MissingPolicy = "error",
+        rules: Sequence[Rule] = (),
+        dtype: str = "keep",
+        **parameters: Any,  # noqa: ANN401
+    ) -> Merged:
+        per_model = {key: value for key, value in parameters.items() if isinstance(value, list | tuple)}
+        opened = {str(number): _opened(model) for number, model in enumerate(models)}
+        recipe = Recipe(
+            method=method.name,
+            inputs=tuple(
+                Input(number, Path(number), _one_of(per_model, int(number), len(models))) for number in opened
+            ),
+            base=None if base is None else Input("base", Path("base")),
+            parameters=parse_settings({k: v for k, v in parameters.items() if k not in per_model}, name),
+            layout="" if layout is None else str(layout),
+            on_shape_mismatch=on_shape_mismatch,
+            on_missing=on_missing,
+            rules=tuple(rules),
+            dtype=parse_dtype(dtype, name),
+        )
+        return merge_models(check_recipe(recipe), opened if base is None else {**opened, "base": _opened(base)})
+
+    merge.__name__ = merge.__qualname__ = name
+    merge.__doc__ = method.doc
+    return merge
+
+
+def _opened(model: ModelLike) -> Model:
+    return open_model(model) if isinstance(model, str | os.PathLike) else model
+
+
+def _one_of(per_model: Mapping[str, Sequence[Any]], number: int, count: int) -> dict[str, Any]:
+    """One model's share of the parameters that were given as sequences."""
+    for name, values in per_model.items():
+        if len(values) != count:
+            raise RecipeError(f"parameter {name!r} has {len(values)} values for {count} models")
+    return dict(parse_settings({name: values[number] for name, values in per_model.items()}, f"model {number}"))

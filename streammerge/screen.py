@@ -1,0 +1,118 @@
+"""What a merge shows while it runs, and when it is done."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from streammerge.options import format_size
+
+if TYPE_CHECKING:
+    from streammerge.engine import Progress
+    from streammerge.report import Report
+
+PLAIN_INTERVAL: Final = 5.0
+"""Seconds between the lines that are printed where there is no terminal."""
+
+Watch = Callable[["Progress"], None]
+
+
+@contextlib.contextmanager
+def watching(what: str, *, quiet: bool) -> Iterator[Watch | None]:
+    """Show progress on stderr: a bar on a terminal, a line now and then elsewhere, nothing if quiet."""
+    if quiet:
+        yield None
+    elif sys.stderr.isatty():
+        with _bar(what) as watch:
+            yield watch
+    else:
+        yield _lines(what)
+
+
+@contextlib.contextmanager
+def _bar(what: str) -> Iterator[Watch]:
+    """A bar in bytes, with the rate, the time left, and the memory taken."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[memory]}"),
+    )
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, memory="")
+
+        def watch(progress: Progress) -> None:
+            bar.update(task, total=progress.total_bytes, completed=progress.done_bytes, memory=memory_now())
+
+        yield watch
+
+
+def _lines(what: str) -> Watch:
+    started = last = time.monotonic()
+
+    def watch(progress: Progress) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= PLAIN_INTERVAL:
+            last = now
+            share = progress.done_bytes / progress.total_bytes if progress.total_bytes else 1.0
+            rate = progress.done_bytes / (now - started)
+            left = (progress.total_bytes - progress.done_bytes) / rate if rate else 0.0
+            say_on_stderr(f"{what}: {share:.0%}, {format_size(rate)}/s, {left:.0f} s left, {memory_now()}")
+
+    return watch
+
+
+def memory_now() -> str:
+    """The memory that the process takes at the moment, on the CUDA device too if it uses one."""
+    from streammerge.machine import resident_bytes
+
+    shown = f"RAM {format_size(resident_bytes())}"
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        shown += f", VRAM {format_size(torch.cuda.memory_allocated())}"
+    return shown
+
+
+def show_report(report: Report, *, quiet: bool) -> None:
+    """The final table, and what to look at."""
+    if not quiet:
+        show_table(report.rows())
+    for warning in report.warnings():
+        say_on_stderr(f"warning: {warning}")
+
+
+def show_table(rows: Sequence[tuple[str, str]]) -> None:
+    """Two columns: a rich table on a terminal, aligned text elsewhere."""
+    if not sys.stdout.isatty():
+        width = max(len(label) for label, _ in rows)
+        say("\n".join(f"{label:<{width}}  {text}" for label, text in rows))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    for label, text in rows:
+        table.add_row(Text(label), Text(text))
+    Console().print(table)
+
+
+def say(text: Any = "") -> None:  # noqa: ANN401
+    """Print to stdout."""
+    print(text)
+
+
+def say_on_stderr(text: str) -> None:
+    """Print to stderr."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,88 @@
+"""Comparing two models: inner products of every tensor that both have, in one streaming pass."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping
+
+from streammerge.checkpoints import Checkpoint
+from streammerge.comparison import Comparison, ShapeMismatch, Similarity
+from streammerge.devices import find_device, open_lanes
+from streammerge.engine import Progress, Work, run
+from streammerge.machine import MIB, IoMode, choose_io, share_out
+from streammerge.methods.registry import BlockMethod
+from streammerge.methods.statistics import Gram, GramPass
+from streammerge.nodes import ByBlock, compute_dtype
+from streammerge.plan import Job
+from streammerge.tensors import DTYPES, TensorInfo
+
+INNER_PRODUCTS = BlockMethod(
+    name="inner products", parameters=(), base="none", models=(2, 2), doc="", statistics=lambda _, __: GramPass(2)
+)
+"""Only surveyed, never computed."""
+
+
+class Nowhere:
+    """A sink for works that write nothing."""
+
+    def write(self, job: Job, position: int, data: memoryview) -> None:
+        """Take the bytes and forget them."""
+
+
+LANE_BYTES = 8 * MIB
+"""What a lane takes that compares: two blocks as stored, converted, and in float64."""
+
+
+def compare_models(
+    a: Checkpoint,
+    b: Checkpoint,
+    *,
+    match: str = "*",
+    device: str = "cpu",
+    threads: int | None = None,
+    io: IoMode = "auto",
+    watch: Callable[[Progress], None] | None = None,
+) -> Comparison:
+    """The cosine similarity and distance of every floating-point tensor that both models have in the same shape."""
+    names_a = [name for name in a.tensors if fnmatch.fnmatchcase(name, match)]
+    names_b = [name for name in b.tensors if fnmatch.fnmatchcase(name, match)]
+    shared = [name for name in names_a if name in b.tensors]
+    mismatched = [name for name in shared if a.tensors[name].shape != b.tensors[name].shape]
+    alike = [name for name in shared if a.tensors[name].shape == b.tensors[name].shape]
+    comparable = [name for name in alike if a.tensors[name].dtype.mergeable and b.tensors[name].dtype.mergeable]
+    works = {name: _work(name, a, b) for name in comparable}
+    progress = Progress(sum(a.tensors[name].nbytes + b.tensors[name].nbytes for name in comparable))
+    paths = [file.path for file in (*a.files, *b.files)]
+    lanes = open_lanes(find_device(device), choose_io(io, paths), share_out(LANE_BYTES, threads))
+    run(works.values(), lanes, Nowhere(), progress, lambda: watch(progress) if watch else None)
+    return Comparison(
+        path_a=str(a.path),
+        path_b=str(b.path),
+        similarities=tuple(_similarity(work, a.tensors) for work in works.values()),
+        shape_mismatches=tuple(ShapeMismatch(n, a.tensors[n].shape, b.tensors[n].shape) for n in mismatched),
+        only_in_a=tuple(name for name in names_a if name not in b.tensors),
+        only_in_b=tuple(name for name in names_b if name not in a.tensors),
+        not_compared=tuple(name for name in alike if name not in works),
+    )
+
+
+def _work(name: str, a: Checkpoint, b: Checkpoint) -> Work:
+    nodes = a.node(name), b.node(name)
+    node = ByBlock(a.tensors[name], INNER_PRODUCTS, {}, nodes)
+    return Work(name, node, compute_dtype(node, DTYPES["F32"]))
+
+
+def _similarity(work: Work, tensors: Mapping[str, TensorInfo]) -> Similarity:
+    gram = work.survey.known[id(work.node)]
+    assert isinstance(gram, Gram)
+    info = tensors[work.name]
+    return Similarity(
+        name=work.name,
+        shape=info.shape,
+        elements=info.elements,
+        cosine=gram.cosine(0, 1),
+        norm_a=gram.norm(0),
+        norm_b=gram.norm(1),
+        norm_difference=gram.distance(1),
+        identical=gram.distance(1) == 0,
+    )
