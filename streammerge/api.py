@@ -57,7 +57,6 @@ def planned(recipe: Recipe | Model, output: Path, options: Options, *, replacing
         if not replacing:
             check_output(plan)
         yield plan
-        opened.check_unchanged()
     finally:
         opened.close()
 
@@ -115,6 +114,8 @@ def _carry_out(plan: Plan, started: float, watch: Watch | None) -> Report:
         if plan.options.verify:
             writer.forget()
             machine.check(writer.read, plan.output.path, watch)
+        for file in plan.inputs:
+            file.check_unchanged()
         writer.commit(sync=plan.options.sync)
     marks.append(time.perf_counter())
     seconds = dict(zip(("plan", "merge", "sync"), (b - a for a, b in itertools.pairwise(marks)), strict=True))
@@ -124,7 +125,7 @@ def _carry_out(plan: Plan, started: float, watch: Watch | None) -> Report:
         merged=plan.count("merged"),
         copied=plan.count("copied"),
         dropped=plan.count("dropped"),
-        left_out={model: len(names) for model, names in plan.left_out.items()},
+        left_out={model: len(names) for model, names in plan.merged.left_out.items()},
         nonfinite=dict(sorted(progress.nonfinite.items())),
         bytes_read=progress.bytes_read,
         bytes_written=plan.output.nbytes,

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from .tensors import TensorInfo
+from streammerge.tensors import TensorInfo
 
 UNKNOWN: Final = "unknown"
 """What an architecture is called that no telling tensor gives away."""
@@ -73,6 +73,9 @@ _SIGNS: Final = (
     _Sign("BLOOM-like language model", "h.{}.self_attention.query_key_value.weight"),
     _Sign("BERT-like language model", "layer.{}.attention.self.query.weight"),
     _Sign("T5-like language model", "block.{}.layer.0.SelfAttention.q.weight"),
+    _Sign("SDXL", "conditioner.embedders.1.model.ln_final.weight"),
+    _Sign("Stable Diffusion 2", "cond_stage_model.model.ln_final.weight"),
+    _Sign("Stable Diffusion 1", "cond_stage_model.transformer.text_model.final_layer_norm.weight"),
     *(
         _Sign(architecture, attention, columns=columns)
         for attention in (
@@ -101,7 +104,10 @@ _PREFIXES: Final = (
 )
 """What may stand before the name of a telling tensor."""
 
-_FIRST_CONVOLUTIONS: Final = ("input_blocks.0.0.weight", "conv_in.weight")
+_FIRST_CONVOLUTIONS: Final = (
+    *("input_blocks.0.0.weight", "conv_in.weight"),
+    "model.diffusion_model.input_blocks.0.0.weight",
+)
 _INPUT_CHANNELS: Final = {5: "depth", 7: "upscaler", 8: "instruct-pix2pix", 9: "inpainting"}
 """What a UNet is for whose first convolution takes so many channels, beside the usual 4 of the latent image."""
 

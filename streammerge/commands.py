@@ -61,9 +61,8 @@ def show_plan(plan: Plan, *, every_tensor: bool) -> None:
     else:
         for fate, number in plan.summary().items():
             say(printable(f"{number:>6,}  {fate}"))
-    for model, names in plan.left_out.items():
-        listed = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
-        say(printable(f"{len(names):>6,}  left out of {model}: not in the layout ({listed})"))
+    for note in plan.notes():
+        say(printable(f"note: {note}"))
     say()
     show_table(
         [

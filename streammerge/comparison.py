@@ -14,8 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from .errors import SHOWN, MergeError, OutputError
-from .inspection import aligned, count_text, one_line, shortened
+from streammerge.errors import SHOWN, MergeError, OutputError
+from streammerge.inspection import aligned, count_text, one_line, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

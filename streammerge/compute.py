@@ -38,6 +38,8 @@ class Evaluator:
         self.lane = lane
         self.dtype = dtype
         self.statistics = statistics
+        # -0 + x is x for every x, and being 1-d it makes a sum with a stored block come out in the compute dtype
+        self.nothing = torch.full((1,), -0.0, dtype=dtype, device=lane.device)
 
     def block(self, node: Node, block: int, slot: int = 0) -> torch.Tensor:
         """Block `block` of the node's flattened elements; in this slot, or where it is stored; not to be written to."""
@@ -60,8 +62,11 @@ class Evaluator:
                 return node.method.compute(block, inputs, node.parameters, self.statistics.get(id(node)))
 
     def _operand(self, node: Node, block: int, slot: int) -> torch.Tensor:
-        """A block to be added to one in the compute dtype: on the CPU as it is stored, converted while it is added."""
-        if isinstance(node, Stored) and self.lane.device.type == "cpu":
+        """A block to be added to one in the compute dtype: on the CPU as it is stored, converted while it is added.
+
+        (torch converts every stored dtype so but the 8-bit ones.)
+        """
+        if isinstance(node, Stored) and node.info.dtype.bits > 8 and self.lane.device.type == "cpu":
             start, stop = block * BLOCK, min((block + 1) * BLOCK, node.info.elements)
             return self.lane.read(node, start, stop, slot)
         return self.block(node, block, slot)
@@ -77,10 +82,7 @@ class Evaluator:
             return total.zero_()
         for place, term in enumerate(terms):
             values = self._operand(term.node, block, slot + 1)
-            if place:
-                total.add_(values, alpha=term.coefficient)
-            else:
-                total.copy_(values).mul_(term.coefficient)
+            torch.add(total if place else self.nothing, values, alpha=term.coefficient, out=total)
         return total
 
     def _view(self, node: Viewed, start: int, stop: int, slot: int) -> torch.Tensor:

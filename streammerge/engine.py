@@ -287,6 +287,8 @@ def copied_from(node: Node) -> Stored:
 
 def count_nonfinite(stored: torch.Tensor) -> int:
     """How many elements are infinite or not numbers: one cheap sum where there are none."""
+    if not stored.is_floating_point():
+        return 0
     if stored.dtype.itemsize == 1:
         stored = stored.float()
     total = stored.sum(dtype=torch.float64 if stored.dtype.itemsize == 8 else torch.float32)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from streammerge.checkpoints import Checkpoint, open_model
 from streammerge.errors import CheckpointError, OutputError
+from streammerge.formats.files import ByteFile
 from streammerge.formats.safetensors import is_safetensors
 from streammerge.merged import Merged, merge_models
-from streammerge.plan import InputFile, Plan
+from streammerge.plan import Plan
 from streammerge.recipe import Recipe
 from streammerge.tensors import Model
 
@@ -36,15 +37,9 @@ class OpenInputs:
         return merge_models(recipe, models)
 
     @property
-    def files(self) -> list[InputFile]:
+    def files(self) -> list[ByteFile]:
         """Every file of every open checkpoint."""
-        return [InputFile(file.path, file.nbytes) for opened in self.checkpoints.values() for file in opened.files]
-
-    def check_unchanged(self) -> None:
-        """CheckpointError if a file has changed since its header was read."""
-        for opened in self.checkpoints.values():
-            for file in opened.files:
-                file.check_unchanged()
+        return [file for opened in self.checkpoints.values() for file in opened.files]
 
     def close(self) -> None:
         """Close all files."""

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from .architecture import Component, components, count_dtypes, guess_architecture
-from .errors import printable
-from .tensors import TensorInfo
+from streammerge.architecture import Component, components, count_dtypes, guess_architecture
+from streammerge.errors import printable
+from streammerge.tensors import TensorInfo
 
 LARGEST: Final = 5
 """How many of the largest tensors are shown."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Container, Iterable, Mapping, Sized
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -36,10 +36,14 @@ class Decision:
 
 @dataclass(frozen=True)
 class Merged:
-    """A merge, computed when it is read. `left_out` are, per input, the tensors that the layout doesn't have."""
+    """A merge, computed when it is read.
+
+    Per input, `left_out` are its tensors that the layout doesn't have, `lacking` the layout's that it doesn't have.
+    """
 
     decisions: tuple[Decision, ...]
     left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    lacking: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @functools.cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -104,11 +108,14 @@ class _Resolution:
     def resolve(self) -> Merged:
         decisions = tuple(self._decide(name, info) for name, info in self.layout.tensors.items())
         self._report_problems()
-        left_out = {
-            name: tuple(tensor for tensor in model.tensors if tensor not in self.layout.tensors)
-            for name, model in self.models.items()
-        }
-        return Merged(decisions, {name: tensors for name, tensors in left_out.items() if tensors})
+        layout = self.layout.tensors
+        left_out = {name: names_beside(model.tensors, layout) for name, model in self.models.items()}
+        lacking = {name: names_beside(layout, model.tensors) for name, model in self.models.items()}
+        return Merged(
+            decisions,
+            {name: tensors for name, tensors in left_out.items() if tensors},
+            {name: tensors for name, tensors in lacking.items() if tensors},
+        )
 
     def _decide(self, name: str, info: TensorInfo) -> Decision:
         rule = self._rule_for(name)
@@ -253,6 +260,11 @@ def apply_method(
         case BlockMethod():
             return ByBlock(info, method, parameters, nodes)
     raise TypeError(f"method {method.name!r} is of no known kind")
+
+
+def names_beside(names: Iterable[str], others: Container[str]) -> tuple[str, ...]:
+    """The names that are not among the others."""
+    return tuple(name for name in names if name not in others)
 
 
 def stored_as(info: TensorInfo, dtype: DType | None) -> TensorInfo:

@@ -149,7 +149,10 @@ def compute_dtype(node: Node, stored: DType) -> DType:
 
     float32; float64 where an input is float64, and for linear combinations that are stored as float32: there every
     rounding would show, for coefficients that nearly cancel in many places, and float64 costs no more per byte read.
+    What is not computed at all keeps its own dtype, integers above all.
     """
+    if not isinstance(node, Combined | ByGram | ByBlock) and node.info.dtype == stored:
+        return stored
     widest = max([stored.bits, *(leaf.info.dtype.bits for leaf in leaves(node))])
     is_combination = isinstance(node, Combined | ByGram)
     return DTYPES["F64" if widest >= 64 or (is_combination and stored.bits >= 32) else "F32"]

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from streammerge.formats.files import ByteFile
 from streammerge.options import format_size
-from streammerge.plan import InputFile
 
 PARTS: Final = ("plan", "merge", "sync")
 """The parts of a merge's time, in their order."""
@@ -33,7 +33,7 @@ class Report:
     dtype: Sequence[str]
     threads: int
     io: str
-    inputs: Sequence[InputFile]
+    inputs: Sequence[ByteFile]
     version: str
     left_out: Mapping[str, int] = field(default_factory=dict)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -41,7 +42,8 @@ class OutputWriter:
     def __enter__(self) -> OutputWriter:
         try:
             for file in self.layout.files:
-                file.path.parent.mkdir(parents=True, exist_ok=True)
+                with output_errors(file.path.parent):
+                    file.path.parent.mkdir(parents=True, exist_ok=True)
                 self._open.append(_Temporary(file))
                 self.bytes_written += len(file.header.encoded)
         except BaseException:
@@ -57,8 +59,10 @@ class OutputWriter:
     def write(self, job: Job, position: int, data: memoryview) -> None:
         """Put the bytes at this position of the job's tensor."""
         temporary = self._open[job.file]
-        with output_errors(temporary.path):
+        try:
             write_at(temporary.descriptor, data, job.offset + position)
+        except OSError as error:
+            raise cannot_write(temporary.file.path, error) from error
 
     def read(self, job: Job, position: int, buffer: memoryview) -> None:
         """Read back what was written at this position of the job's tensor."""
@@ -180,12 +184,17 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def output_errors(path: Path):  # type: ignore[no-untyped-def]  # noqa: ANN201
+def output_errors(path: Path) -> Iterator[None]:
     """Turn the system's refusals into an OutputError that names the file."""
     try:
         yield
     except OSError as error:
-        raise OutputError(
-            f"{path}: can't be written: {error.strerror or error}",
-            advice="Check the folder, its permissions, and the free disk.",
-        ) from error
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> OutputError:
+    """The error to raise when the system refuses."""
+    return OutputError(
+        f"{path}: can't be written: {error.strerror or error}",
+        advice="Check the folder, its permissions, and the free disk.",
+    )

@@ -1,0 +1,1 @@
+"""Measurements of RAM and time that anyone can repeat: `python -m benchmarks.article --help`."""
