@@ -69,9 +69,10 @@ class Machine:
 
         self.plan = plan
         self.baseline = resident_bytes()
-        from streammerge.devices import find_device
+        from streammerge.devices import check_float64, find_device
 
         self.device: torch.device = find_device(plan.options.device)
+        check_float64(self.device, plan.jobs)
         self.allotment = allot_memory(plan, self.baseline)
         self.io = choose_io(plan.options.io, [file.path for file in plan.inputs])
 

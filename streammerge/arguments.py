@@ -150,13 +150,13 @@ def _model_entry(word: str) -> dict[str, Any]:
 def _split_name(word: str) -> tuple[str, str]:
     """`NAME=PATH`; a path that exists with the `=` in it is one."""
     match = _NAMED.fullmatch(word)
-    return ("", word) if match is None or Path(word).exists() else (match["name"], match["path"])
+    return ("", word) if match is None or is_there(word) else (match["name"], match["path"])
 
 
 def _split_weight(word: str) -> tuple[str, float | None]:
     """`PATH:WEIGHT`; a path that exists with the `:` in it is one."""
     match = _WEIGHTED.fullmatch(word)
-    return (word, None) if match is None or Path(word).exists() else (match["path"], float(match["weight"]))
+    return (word, None) if match is None or is_there(word) else (match["path"], float(match["weight"]))
 
 
 def _bindings(words: list[str]) -> tuple[dict[str, Path], dict[str, float]]:
@@ -216,7 +216,15 @@ def _changed(raw: dict[str, Any], arguments: argparse.Namespace) -> dict[str, An
 
 def _reference(model: str | None) -> str | None:
     """A model on the command line: a file relative to here, or else a name that the recipe knows."""
-    return str(Path(model).absolute()) if model is not None and Path(model).exists() else model
+    return str(Path(model).absolute()) if model is not None and is_there(model) else model
+
+
+def is_there(path: str) -> bool:
+    """Whether there is such a file or folder; no text is too long or too strange to ask."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
 
 
 def _parameter(word: str) -> tuple[str, Any]:

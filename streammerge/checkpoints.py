@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from streammerge.errors import CheckpointError
-from streammerge.formats.files import ByteFile
+from streammerge.formats.files import ByteFile, read_errors
 from streammerge.formats.safetensors import is_safetensors, read_header
 from streammerge.formats.shards import find_weights, is_index, read_index
 from streammerge.formats.torchzip import StoredView, is_torch_zip, legacy_torch_reason, read_torch_zip
@@ -75,8 +75,9 @@ def open_model(path: str | os.PathLike[str]) -> Checkpoint:
     Only headers are read. Raises CheckpointError if it is none of these, is damaged, or would need code to be run.
     """
     path = Path(path)
-    if path.is_dir():
-        path = find_weights(path)
+    with read_errors(path):
+        if path.is_dir():
+            path = find_weights(path)
     if is_index(path):
         return _open_shards(path)
     return _open_file(path)
@@ -84,7 +85,7 @@ def open_model(path: str | os.PathLike[str]) -> Checkpoint:
 
 def _open_file(path: Path) -> Checkpoint:
     file = ByteFile(path)
-    with path.open("rb") as opened:
+    with read_errors(path), path.open("rb") as opened:
         head = opened.read(512)
     if is_torch_zip(head):
         return _open_torch_zip(file)

@@ -8,6 +8,7 @@ import contextlib
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from streammerge import __version__
@@ -146,8 +147,8 @@ def compare(words: Sequence[str]) -> int:
     parser.add_argument("b", help="another")
     parser.add_argument("--match", metavar="GLOB", default="*", help="compare only tensors whose name matches")
     parser.add_argument("--least", type=int, default=10, metavar="N", help="list so many of the least similar")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the histogram (needs streammerge[plot])")
-    parser.add_argument("--csv", metavar="FILE.csv", help="write a row for every tensor")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the histogram (needs streammerge[plot])")
+    parser.add_argument("--csv", type=Path, metavar="FILE.csv", help="write a row for every tensor")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--device", default="cpu", metavar="auto|cpu|cuda|cuda:N|mps|xpu", help="(default: cpu)")
     parser.add_argument("--threads", type=args.positive, metavar="N", help="workers (default: the cores)")

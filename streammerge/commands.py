@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from streammerge.arguments import options_from, recipe_from
+from streammerge.arguments import RECIPE_SUFFIXES, options_from, recipe_from
 from streammerge.errors import OutputError, RecipeError, printable
+from streammerge.formats.shards import SUFFIXES
 from streammerge.methods import METHODS, find_method
 from streammerge.methods.registry import Method
 from streammerge.options import format_size
@@ -20,15 +21,16 @@ RESUME = "--resume is not there yet: it comes with the reliability work"
 
 def merge(arguments: argparse.Namespace) -> int:
     """Merge, show progress and the final table, write the report."""
-    from streammerge.api import planned, run_merge
+    from streammerge.api import planned, run_merge, saying_what_is_on_disk
 
-    if arguments.resume:
-        raise RecipeError(RESUME, advice="Leave it out to merge from the beginning. Nothing was written.")
-    recipe, options = recipe_from(arguments), options_from(arguments)
-    check_report_path(arguments.report)
-    if arguments.verbose and not arguments.quiet:
-        with planned(recipe, arguments.output, options) as shown:
-            show_plan(shown, every_tensor=True)
+    with saying_what_is_on_disk():
+        if arguments.resume:
+            raise RecipeError(RESUME, advice="Leave it out to merge from the beginning.")
+        recipe, options = recipe_from(arguments), options_from(arguments)
+        check_side_file(arguments.report)
+        if arguments.verbose and not arguments.quiet:
+            with planned(recipe, arguments.output, options) as shown:
+                show_plan(shown, every_tensor=True)
     with watching("merge", quiet=arguments.quiet) as watch:
         report = run_merge(recipe, arguments.output, options, watch)
     if arguments.report is not None:
@@ -112,6 +114,8 @@ def compare(arguments: argparse.Namespace) -> int:
     from streammerge import comparison
     from streammerge.checkpoints import open_model
 
+    for path in (arguments.csv, arguments.plot):
+        check_side_file(path)
     with (
         open_model(arguments.a) as a,
         open_model(arguments.b) as b,
@@ -129,9 +133,9 @@ def compare(arguments: argparse.Namespace) -> int:
             watch=watch,
         )
     if arguments.csv:
-        comparison.write_csv(compared, Path(arguments.csv))
+        comparison.write_csv(compared, arguments.csv)
     if arguments.plot:
-        comparison.plot(compared, Path(arguments.plot))
+        comparison.plot(compared, arguments.plot)
     if arguments.json:
         say(json.dumps(comparison.to_json(compared), indent=2, ensure_ascii=False))
     else:
@@ -218,10 +222,19 @@ def demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def check_report_path(path: Path | None) -> None:
-    """OutputError before the merge if its report could not be written after it."""
-    if path is not None and not path.absolute().parent.is_dir():
-        raise OutputError(f"{path}: the report's folder does not exist", advice="Create it. Nothing was written.")
+def check_side_file(path: Path | None) -> None:
+    """OutputError before the work if what tells of it could not be written after it, or would replace a model."""
+    if path is None:
+        return
+    if not path.absolute().parent.is_dir():
+        raise OutputError(f"{path}: its folder does not exist", advice="Create it.")
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder", advice="Name a file.")
+    if path.suffix in (*SUFFIXES, *RECIPE_SUFFIXES):
+        raise OutputError(
+            f"{path}: is named like a model or a recipe, which a report must not replace",
+            advice="Name a .json or .csv file.",
+        )
 
 
 def write_text(path: Path, text: str) -> None:

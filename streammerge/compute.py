@@ -38,8 +38,6 @@ class Evaluator:
         self.lane = lane
         self.dtype = dtype
         self.statistics = statistics
-        # -0 + x is x for every x, and being 1-d it makes a sum with a stored block come out in the compute dtype
-        self.nothing = torch.full((1,), -0.0, dtype=dtype, device=lane.device)
 
     def block(self, node: Node, block: int, slot: int = 0) -> torch.Tensor:
         """Block `block` of the node's flattened elements; in this slot, or where it is stored; not to be written to."""
@@ -61,28 +59,21 @@ class Evaluator:
                 inputs = self.inputs(node, block, slot)
                 return node.method.compute(block, inputs, node.parameters, self.statistics.get(id(node)))
 
-    def _operand(self, node: Node, block: int, slot: int) -> torch.Tensor:
-        """A block to be added to one in the compute dtype: on the CPU as it is stored, converted while it is added.
-
-        (torch converts every stored dtype so but the 8-bit ones.)
-        """
-        if isinstance(node, Stored) and node.info.dtype.bits > 8 and self.lane.device.type == "cpu":
-            start, stop = block * BLOCK, min((block + 1) * BLOCK, node.info.elements)
-            return self.lane.read(node, start, stop, slot)
-        return self.block(node, block, slot)
-
     def inputs(self, node: ByGram | ByBlock, block: int, slot: int = 0) -> list[torch.Tensor]:
         """The block of every input, all valid at once: each in a slot of its own."""
         return [self.block(child, block, slot + place) for place, child in enumerate(node.inputs)]
 
     def _combination(self, terms: Sequence[Term], block: int, elements: int, slot: int) -> torch.Tensor:
-        """Σ coefficient · block, summed in the order of the terms."""
+        """Σ coefficient · block, summed in the order of the terms, in slots alone: nothing is allocated on the way."""
         total = self.lane.slot(slot, elements, self.dtype)
         if not terms:
             return total.zero_()
         for place, term in enumerate(terms):
-            values = self._operand(term.node, block, slot + 1)
-            torch.add(total if place else self.nothing, values, alpha=term.coefficient, out=total)
+            values = self.block(term.node, block, slot + 1)
+            if place:
+                total.add_(values, alpha=term.coefficient)
+            else:
+                torch.mul(values, term.coefficient, out=total)
         return total
 
     def _view(self, node: Viewed, start: int, stop: int, slot: int) -> torch.Tensor:
@@ -130,14 +121,23 @@ class Survey:
         """Whether what is measured must be added in the order of the blocks."""
         return any(step.ordered for _, step in self.passes.values())
 
+    @property
+    def blocks(self) -> int:
+        """The number of blocks to measure: of the longest tensor, because views make tensors longer and shorter."""
+        return max((block_count(node) for node, _ in self.passes.values()), default=0)
+
     def measure(self, evaluator: Evaluator, block: int) -> dict[int, Any]:
-        """What the current passes want to know of one block."""
-        return {key: step.measure(block, evaluator.inputs(node, block)) for key, (node, step) in self.passes.items()}
+        """What the current passes want to know of one block, those whose tensor has it."""
+        return {
+            key: step.measure(block, evaluator.inputs(node, block))
+            for key, (node, step) in self.passes.items()
+            if block < block_count(node)
+        }
 
     def add(self, block: int, measured: Mapping[int, Any]) -> None:
         """Take in the measures of one block."""
-        for key, (_, step) in self.passes.items():
-            step.add(block, measured[key])
+        for key, found in measured.items():
+            self.passes[key][1].add(block, found)
 
     def finish_pass(self) -> None:
         """After the last block: go on to the next passes, if there are any."""
@@ -172,12 +172,24 @@ def _measured_below(node: Node) -> Iterator[Node]:
     return (part for part in walk(node) if isinstance(part, ByGram | ByBlock) and part is not node)
 
 
+def block_count(node: Node) -> int:
+    """The number of the tensor's blocks; an empty one has none."""
+    return -(-node.info.elements // BLOCK)
+
+
+def check_range(node: Node, start: int, stop: int) -> None:
+    """IndexError unless [start, stop) is a range of the tensor's elements."""
+    if not 0 <= start <= stop <= node.info.elements:
+        raise IndexError(f"[{start}, {stop}) is no range of {node.info.elements} elements")
+
+
 def read_range(node: Node, start: int, stop: int, lane: Lane, dtype: torch.dtype) -> torch.Tensor:
     """Elements [start, stop) of any expression in the compute dtype, a copy; surveys the tensor first if it must be."""
+    check_range(node, start, stop)
     survey = Survey(node)
     while not survey.complete:
         evaluator = Evaluator(lane, dtype, survey.known)
-        for block in range(-(-node.info.elements // BLOCK)):
+        for block in range(survey.blocks):
             survey.add(block, survey.measure(evaluator, block))
         survey.finish_pass()
     return Evaluator(lane, dtype, survey.known)._range(node, start, stop, 0)
@@ -186,8 +198,7 @@ def read_range(node: Node, start: int, stop: int, lane: Lane, dtype: torch.dtype
 def read_stored(node: Node, start: int, stop: int) -> torch.Tensor:
     """Elements [start, stop) of a tensor on disk, in its stored dtype, as a copy."""
     dtype = torch_dtype(node.info.dtype)
-    if not 0 <= start <= stop <= node.info.elements:
-        raise IndexError(f"[{start}, {stop}) is no range of {node.info.elements} elements")
+    check_range(node, start, stop)
     lane = Lane(PositionalReader())
     match node:
         case Stored():

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final, Literal
 
 import torch
 
 from streammerge.errors import DeviceError
 from streammerge.machine import Allotment
-from streammerge.nodes import Stored
+from streammerge.nodes import BLOCK, ByGram, Stored, walk
+from streammerge.plan import Job
 from streammerge.reading import Reader, open_reader, page_aligned
-from streammerge.tensors import DType
+from streammerge.tensors import DTYPES, DType
 
 with warnings.catch_warnings():
     # torch says once per process that a read-only buffer must not be written to; nobody writes to one here.
@@ -50,8 +51,14 @@ class Lane:
         """Room for a block in this slot, on the lane's device."""
         buffer = self._slots.get((slot, dtype))
         if buffer is None or buffer.numel() < elements:
-            buffer = self._slots[slot, dtype] = torch.empty(elements, dtype=dtype, device=self.device)
+            buffer = self._slots[slot, dtype] = self._allocate(max(elements, BLOCK), dtype)
         return buffer[:elements]
+
+    def _allocate(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
+        """A buffer that is made once: in pages of its own on the CPU, so that it leaves no holes in the heap."""
+        if self.device.type == "cpu":
+            return torch.frombuffer(page_aligned(elements * dtype.itemsize), dtype=dtype)
+        return torch.empty(elements, dtype=dtype, device=self.device)
 
     def read_bytes(self, node: Stored, start: int, stop: int, slot: int) -> memoryview:
         """Bytes [start, stop) of the stored tensor."""
@@ -179,6 +186,19 @@ def find_device(name: str) -> torch.device:
         found=[f"there is: {', '.join(available)}"],
         advice="Choose one of these with --device.",
     )
+
+
+def check_float64(device: torch.device, jobs: Iterable[Job]) -> None:
+    """DeviceError if a tensor is to be computed in float64, or measured in it, on a device that has none."""
+    if device.type not in NO_FLOAT64:
+        return
+    double = [job for job in jobs if job.compute == DTYPES["F64"] or any(isinstance(n, ByGram) for n in walk(job.node))]
+    if double:
+        raise DeviceError(
+            f"{device} has no float64, which {len(double)} tensors need",
+            found=[job.name for job in double],
+            advice="Use --compute-dtype fp32 (not for methods of kind gram), or another --device.",
+        )
 
 
 def available_devices() -> list[str]:

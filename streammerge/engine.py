@@ -11,7 +11,6 @@ fixed size, and sums over a tensor are taken in block order.
 from __future__ import annotations
 
 import collections
-import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from typing import Any, Final, Protocol
 
 import torch
 
-from streammerge.compute import Evaluator, Survey
+from streammerge.compute import Evaluator, Survey, block_count
 from streammerge.devices import Lane, torch_dtype
 from streammerge.errors import MergeError
 from streammerge.nodes import BLOCK, Combined, Node, Stored, leaves
@@ -77,20 +76,15 @@ class Work:
         self._next_block = 0
         self._early: dict[int, dict[int, Any]] = {}
 
-    @property
-    def blocks(self) -> int:
-        """The number of blocks; an empty tensor has none."""
-        return -(-self.node.info.elements // BLOCK)
-
     def begin_pass(self) -> list[Window]:
         """The windows of the next pass: a survey while one is due, then the writing; none when all is done."""
         self._next_block = 0
         surveying = not self.survey.complete
         if not (surveying or self.writes):
             return []
+        blocks = self.survey.blocks if surveying else block_count(self.node)
         windows = [
-            Window(self, first, min(first + WINDOW, self.blocks), surveying)
-            for first in range(0, max(self.blocks, 1), WINDOW)
+            Window(self, first, min(first + WINDOW, blocks), surveying) for first in range(0, max(blocks, 1), WINDOW)
         ]
         self._open_windows = len(windows)
         return windows
@@ -168,11 +162,12 @@ class MergeWork(Work):
         assert self.stored is not None
         evaluator = Evaluator(lane, self.dtype, self.survey.known)
         for block in range(first, last):
-            stored = lane.store(evaluator.block(self.node, block), self.stored)
+            values = evaluator.block(self.node, block)
+            stored = lane.store(values, self.stored)
             data = lane.stored_bytes(stored)
             sink.write(self.job, block * BLOCK * size // 8, data)
             progress.advance(len(data))
-            if bad := count_nonfinite(stored):
+            if bad := count_nonfinite(values, stored):
                 progress.found_nonfinite(self.name, bad)
 
     def _copy(self, start: int, stop: int, lane: Lane, sink: Sink, progress: Progress) -> None:
@@ -285,14 +280,18 @@ def copied_from(node: Node) -> Stored:
     return node
 
 
-def count_nonfinite(stored: torch.Tensor) -> int:
-    """How many elements are infinite or not numbers: one cheap sum where there are none."""
-    if not stored.is_floating_point():
+def count_nonfinite(values: torch.Tensor, stored: torch.Tensor) -> int:
+    """How many stored elements are infinite or not numbers; no more than a look at the extremes where there are none.
+
+    A number beyond the stored dtype's range became infinite when it was rounded. A NaN is both of the extremes.
+    """
+    if not (stored.is_floating_point() and stored.numel()):
         return 0
-    if stored.dtype.itemsize == 1:
-        stored = stored.float()
-    total = stored.sum(dtype=torch.float64 if stored.dtype.itemsize == 8 else torch.float32)
-    return 0 if math.isfinite(total.item()) else int((~torch.isfinite(stored)).sum())
+    largest = torch.finfo(stored.dtype).max
+    low, high = torch.aminmax(values)
+    if low.item() >= -largest and high.item() <= largest:
+        return 0
+    return int((~torch.isfinite(stored.float())).sum())
 
 
 class error_context:  # noqa: N801  (reads as a statement)

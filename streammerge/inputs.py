@@ -50,7 +50,7 @@ class OpenInputs:
 def check_output(plan: Plan) -> None:
     """OutputError if the output would replace an input, or a file that the user didn't offer."""
     for path in plan.output.paths:
-        if not path.exists():
+        if not _exists(path):
             continue
         for file in plan.inputs:
             if path.samefile(file.path):
@@ -62,6 +62,15 @@ def check_output(plan: Plan) -> None:
             raise OutputError(f"{path}: there is something here that is no file", advice="Choose another name.")
         if not plan.options.force:
             raise OutputError(f"{path}: the output exists", advice="Use --force to replace it, or choose another name.")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        raise OutputError(
+            f"{path}: can't be written: {error.strerror or error}", advice="Choose another name for the output."
+        ) from error
 
 
 def check_with_library(plan: Plan) -> None:

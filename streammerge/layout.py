@@ -13,6 +13,9 @@ from streammerge.tensors import TensorInfo
 
 SUFFIX = ".safetensors"
 
+METADATA = "__metadata__"
+"""The one name in a header that is no tensor's."""
+
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
@@ -52,12 +55,16 @@ def lay_out(
     """The output's files: one, or shards of at most `shard_bytes` (or of one tensor that is larger) and their index.
 
     `OUT.safetensors` is written there, any other path is a folder that gets `model.safetensors`. OutputError if the
-    path's suffix asks for another format.
+    path's suffix asks for another format, or a tensor has a name that the format does not allow.
     """
     if path.suffix in (".ckpt", ".pt", ".pth", ".bin", ".gguf"):
         raise OutputError(
             f"{path}: streammerge writes safetensors only, not {path.suffix}",
             advice=f"Name the output {path.with_suffix(SUFFIX).name}.",
+        )
+    if METADATA in tensors:
+        raise OutputError(
+            f"{path}: safetensors can't hold a tensor called {METADATA}", advice="Leave it out with --drop or a rule."
         )
     folder, stem = (path.parent, path.stem) if path.suffix == SUFFIX else (path, "model")
     shards = split(tensors, shard_bytes) if shard_bytes else [dict(tensors)]

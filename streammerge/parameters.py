@@ -6,6 +6,7 @@ or a list of {filter, value} of which the first whose filter is part of the tens
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,7 @@ from streammerge.methods.registry import Method, Parameter, ParameterValue
 Number = float | bool
 Value = Number | tuple[float, ...]
 
+_SCIENTIFIC = re.compile(r"[-+]?\d+\.?\d*[eE][-+]?\d+")
 _LAYER = re.compile(r"^(.*?)\.(\d+)\.")
 
 
@@ -75,7 +77,7 @@ def parse_settings(raw: Any, where: str, models: Iterable[str] | None = None) ->
 
 def _parse_setting(raw: Any, where: str, models: Iterable[str] | None) -> Setting:  # noqa: ANN401
     if isinstance(raw, dict) and models is not None:
-        unknown = sorted(set(raw) - set(models))
+        unknown = sorted(set(raw) - set(models), key=str)
         if unknown:
             raise RecipeError(f"{where}: no model is named {unknown[0]!r}", advice=f"Models: {', '.join(models)}.")
         return PerModelSetting({name: _number(value, where) for name, value in raw.items()})
@@ -102,8 +104,11 @@ def _parse_value(raw: Any, where: str) -> Value:  # noqa: ANN401
 
 
 def _number(raw: Any, where: str) -> Number:  # noqa: ANN401
-    if isinstance(raw, bool) or (isinstance(raw, int | float) and math.isfinite(raw)):
-        return raw
+    if isinstance(raw, str) and _SCIENTIFIC.fullmatch(raw):  # YAML takes 1e-3 for text, and 1.0e-3 for a number
+        raw = float(raw)
+    with contextlib.suppress(OverflowError):  # a whole number that no float can hold
+        if isinstance(raw, bool) or (isinstance(raw, int | float) and math.isfinite(raw)):
+            return raw
     raise RecipeError(f"{where}: expected a finite number, found {raw!r}")
 
 

@@ -84,7 +84,7 @@ class Plan:
     @property
     def free_disk(self) -> int:
         """Free bytes where the output goes."""
-        return shutil.disk_usage(existing_folder(self.output.path)).free
+        return shutil.disk_usage(existing_folder(self.output.files[0].path)).free
 
     def check_disk(self) -> None:
         """OutputError unless the output fits the free disk."""
@@ -204,7 +204,7 @@ def lane_bytes(job: Job) -> int:
         if isinstance(part, ByBlock):
             blocks += part.method.temporaries + len(part.inputs)
         elif isinstance(part, ByGram):
-            blocks += (len(part.inputs) + 1) * 8 // size
+            blocks += len(part.inputs)
     widest = max((leaf.info.dtype.bits // 8 for leaf in leaves(job.node)), default=0)
     return elements * (blocks * size + slots(job.node) * widest + job.info.dtype.bits // 8)
 

@@ -6,6 +6,7 @@ The YAML is mergekit's (`merge_method`, `models`, `base_model`, `parameters`, `d
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, Final, Literal
 from streammerge.errors import RecipeError
 from streammerge.methods import find_method
 from streammerge.methods.registry import suggestion
-from streammerge.parameters import Settings, describe_settings, parse_settings
+from streammerge.parameters import PerModelSetting, Settings, describe_settings, parse_settings
 from streammerge.tensors import DTYPES, DType
 
 ShapePolicy = Literal["error", "keep", "pad", "slice"]
@@ -155,8 +156,12 @@ def check_recipe(recipe: Recipe) -> Recipe:
         )
     method.check_count(len(recipe.inputs if method.base == "none" else models), has_base=recipe.base is not None)
     for settings in (recipe.parameters, *(e.parameters for e in recipe.inputs), *(r.parameters for r in recipe.rules)):
-        for name in settings:
-            method.parameter(name)
+        for name, setting in settings.items():
+            parameter = method.parameter(name)
+            if isinstance(setting, PerModelSetting) and parameter and not parameter.per_model:
+                raise RecipeError(
+                    f"parameter {name!r} of method {method.name!r} is one for all models, not one for each"
+                )
     return recipe
 
 
@@ -269,21 +274,27 @@ class _RecipeParser:
             model = model.get("model", model.get("path"))
         if not isinstance(model, str) or not model:
             raise RecipeError(f"{where}: expected a path or a recipe, found {model!r}")
-        return self.bindings.get(model) or self.folder / Path(model).expanduser()
+        if model in self.bindings:
+            return self.bindings[model]
+        with contextlib.suppress(RuntimeError):  # ~somebody who is not known here
+            return self.folder / Path(model).expanduser()
+        return self.folder / model
 
     def _reference(self, recipe: Recipe, raw: Any, where: str) -> Input:  # noqa: ANN401
         """The input that is meant: by its name, by its path, or a new one."""
         if isinstance(raw, str) and raw in recipe.named:
             return recipe.named[raw]
         entry = self._input(raw, f"{self.where}: {where}")
-        same = [known for known in recipe.named.values() if known.source == entry.source]
-        return same[0] if same else entry
+        for known in recipe.named.values():
+            if same_source(known, entry):
+                return known
+        return replace(entry, name=unused_name(entry.name, recipe))
 
     def _base(self, recipe: Recipe, raw: Any) -> Input:  # noqa: ANN401
         """The base: one of the models, or a new input that is called `base` unless it has a name of its own."""
         base = self._reference(recipe, raw, "base_model")
-        named = isinstance(raw, dict) and raw.get("name") is not None
-        if base.name in recipe.named or named or raw in self.bindings:
+        named = raw in self.bindings if isinstance(raw, str) else raw.get("name") is not None
+        if base.name in recipe.named or named:
             return base
         return replace(base, name=unused_name("base", recipe))
 
@@ -316,13 +327,21 @@ class _RecipeParser:
 
 def distinct_names(inputs: list[Input]) -> list[Input]:
     """The inputs with their names made different, where two files have the same: `model`, `model#2`."""
-    counts: dict[str, int] = {}
-    named = []
+    named: dict[str, Input] = {}
     for entry in inputs:
-        counts[entry.name] = counts.get(entry.name, 0) + 1
-        count = counts[entry.name]
-        named.append(entry if count == 1 else replace(entry, name=f"{entry.name}#{count}"))
-    return named
+        name, number = entry.name, 1
+        while name in named:
+            number += 1
+            name = f"{entry.name}#{number}"
+        named[name] = replace(entry, name=name)
+    return list(named.values())
+
+
+def same_source(one: Input, other: Input) -> bool:
+    """Whether two inputs are the same path, or the same recipe."""
+    if isinstance(one.source, Path) and isinstance(other.source, Path):
+        return one.source.absolute() == other.source.absolute()
+    return one.source == other.source
 
 
 def unused_name(name: str, recipe: Recipe) -> str:

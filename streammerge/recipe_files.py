@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -41,6 +42,9 @@ def parse_yaml(text: str, where: str) -> Any:  # noqa: ANN401
         raise RecipeError(f"{where}: is not valid YAML: {error}") from None
     except RecursionError:
         raise RecipeError(f"{where}: is nested too deep to be a recipe") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # PyYAML's own, for scalars that look like a date or a number, or are tagged as one, and are none
+        raise RecipeError(f"{where}: is not valid YAML: {error}") from None
 
 
 def _check_node(node: Any, sizes: dict[int, int], where: str) -> int:  # noqa: ANN401
@@ -50,10 +54,10 @@ def _check_node(node: Any, sizes: dict[int, int], where: str) -> int:  # noqa: A
     sizes[id(node)] = MAX_VALUES + 1  # what a node that contains itself comes to
     place = f"{where}: line {node.start_mark.line + 1}"
     parts = node.value if isinstance(node.value, list) else []
-    keys = [part[0].value for part in parts if isinstance(part, tuple)]
-    twice = [key for number, key in enumerate(keys) if key in keys[:number]]
-    if twice:
-        raise RecipeError(f"{place}: the key {twice[0]!r} stands twice in one map", advice="Remove one of them.")
+    keys = Counter(part[0].value for part in parts if isinstance(part, tuple) and isinstance(part[0].value, str))
+    if len(keys) < keys.total():
+        twice = keys.most_common(1)[0][0]
+        raise RecipeError(f"{place}: the key {twice!r} stands twice in one map", advice="Remove one of them.")
     nodes = [child for part in parts for child in (part if isinstance(part, tuple) else (part,))]
     sizes[id(node)] = 1 + sum(_check_node(child, sizes, where) for child in nodes)
     if sizes[id(node)] > MAX_VALUES:

@@ -29,8 +29,8 @@ class Nowhere:
         """Take the bytes and forget them."""
 
 
-LANE_BYTES = 8 * MIB
-"""What a lane takes that compares: two blocks as stored, converted, and in float64."""
+LANE_BYTES = 6 * MIB
+"""What a lane takes that compares: two blocks as stored and converted, and pieces of them in float64."""
 
 
 def compare_models(

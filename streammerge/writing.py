@@ -38,6 +38,7 @@ class OutputWriter:
         self.layout = layout
         self.bytes_written = 0
         self._open: list[_Temporary] = []
+        self._index: Path | None = None
 
     def __enter__(self) -> OutputWriter:
         try:
@@ -84,30 +85,30 @@ class OutputWriter:
         """Check the files and give them their final names, the index last."""
         for temporary in self._open:
             check_with_library(temporary.path, temporary.file)
-        index = self._write_index(sync=sync)
+        self._write_index(sync=sync)
         while self._open:
             temporary = self._open[0]
             temporary.close()  # before the rename: Windows does not rename open files
             with output_errors(temporary.file.path):
                 temporary.path.replace(temporary.file.path)
             self._open.pop(0)
-        if index is not None and self.layout.index is not None:
-            with output_errors(index):
-                index.replace(self.layout.index[0])
+        if self._index is not None and self.layout.index is not None:
+            with output_errors(self.layout.index[0]):
+                self._index.replace(self.layout.index[0])
+            self._index = None
         if sync:
             sync_folder(self.layout.paths[0].parent)
 
-    def _write_index(self, *, sync: bool) -> Path | None:
+    def _write_index(self, *, sync: bool) -> None:
         if self.layout.index is None:
-            return None
+            return
         path, text = self.layout.index
-        temporary = temporary_name(path)
-        with output_errors(path), temporary.open("x", encoding="utf-8") as file:
+        self._index = temporary_name(path)
+        with output_errors(path), self._index.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             if sync:
                 os.fsync(file.fileno())
-        return temporary
 
     def _discard(self) -> None:
         """Remove what was not put in place."""
@@ -116,6 +117,10 @@ class OutputWriter:
             with contextlib.suppress(OSError):
                 temporary.path.unlink()
         self._open.clear()
+        if self._index is not None:
+            with contextlib.suppress(OSError):
+                self._index.unlink()
+            self._index = None
 
 
 class _Temporary:

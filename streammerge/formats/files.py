@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +44,8 @@ class ByteFile:
         """The open file's descriptor; the file is opened when this is first asked for."""
         if self._descriptor is None:
             self.check_unchanged()
-            self._descriptor = os.open(self.path, READ_FLAGS)
+            with read_errors(self.path):
+                self._descriptor = os.open(self.path, READ_FLAGS)
         return self._descriptor
 
     def check_unchanged(self) -> None:
@@ -70,13 +73,20 @@ class ByteFile:
 
 def identify(path: Path) -> FileIdentity:
     """The identity of the regular file at this path; CheckpointError if there is none."""
-    try:
+    with read_errors(path):
         status = path.stat()
+    if not path.is_file():
+        raise CheckpointError(f"{path}: is no regular file", advice="Name a checkpoint file.")
+    return FileIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@contextlib.contextmanager
+def read_errors(path: Path) -> Iterator[None]:
+    """Turn the system's refusals into a CheckpointError that names the file."""
+    try:
+        yield
     except OSError as error:
         raise CheckpointError(
             f"{path}: can't be read: {error.strerror or error}",
             advice="Check the path; streammerge reads local files and downloads nothing.",
         ) from error
-    if not path.is_file():
-        raise CheckpointError(f"{path}: is no regular file", advice="Name a checkpoint file.")
-    return FileIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)

@@ -14,11 +14,18 @@ _seek_lock = threading.Lock()
 def read_at(descriptor: int, buffer: memoryview, offset: int) -> None:
     """Fill the buffer from the file's bytes at `offset`; a file that ends too early is a CheckpointError.
 
-    One call returns at most 2 GiB on Linux, and may return less on any system: hence the loop.
+    So is a disk or a network that fails. One call returns at most 2 GiB on Linux, and may return less on any system:
+    hence the loop.
     """
     done = 0
     while done < len(buffer):
-        count = _read_some(descriptor, buffer[done:], offset + done)
+        try:
+            count = _read_some(descriptor, buffer[done:], offset + done)
+        except OSError as error:
+            raise CheckpointError(
+                f"a file can't be read at byte {offset + done}: {error.strerror or error}",
+                advice="Check the disk, or the network that it is on.",
+            ) from error
         if count == 0:
             raise CheckpointError(
                 f"a file ended while it was read: {len(buffer) - done} bytes are missing at byte {offset + done}",

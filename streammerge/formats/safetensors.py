@@ -6,7 +6,10 @@ bytes of JSON map names to dtype, shape and data_offsets, and the tensors' bytes
 
 from __future__ import annotations
 
+import itertools
 import json
+import operator
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +23,8 @@ MAX_HEADER: Final = 100_000_000
 """The longest header, in bytes, that the format allows."""
 
 _MAX_OFFSET: Final = 2**63
+_MAX_PRODUCT: Final = 2**64
+_SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +83,17 @@ def _header_length(prefix: bytes, file_bytes: int) -> int:
 
 def _parse(encoded: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(encoded.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        header = json.loads(
+            encoded.decode("utf-8"),
+            object_pairs_hook=_no_duplicates,
+            parse_constant=_no_constant,
+            parse_int=_whole_number,
+        )
+        if _SURROGATE.search(encoded):
+            json.dumps(header, ensure_ascii=False).encode()  # half of an escaped pair is no text
     except UnicodeDecodeError as error:
         raise _MalformedError(f"its header is not UTF-8 at byte {8 + error.start}") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise _MalformedError(f"its header is not JSON: {error}") from None
     if not encoded.startswith(b"{") or not isinstance(header, dict):
         raise _MalformedError("its header is not a JSON object")
@@ -99,6 +111,13 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> None:
     raise _MalformedError(f"its header holds {name}, which is no JSON number")
+
+
+def _whole_number(digits: str) -> int:
+    """The number; nothing in a header is negative, not even zero, or has more than 20 digits."""
+    if digits.startswith("-") or len(digits) > 20:
+        raise _MalformedError(f"its header holds the number {digits[:21]}, which is no size")
+    return int(digits)
 
 
 def _check(entries: dict[str, Any], *, data_start: int, file_bytes: int) -> Header:
@@ -139,6 +158,8 @@ def _check_entry(name: str, entry: Any) -> tuple[int, int, TensorInfo]:  # noqa:
         raise _MalformedError(f"tensor {name!r} has the data_offsets {data_offsets!r}, not [first, last + 1]")
     info = TensorInfo(dtype, tuple(shape))
     start, stop = data_offsets
+    if max(itertools.accumulate(shape, operator.mul), default=1) >= _MAX_PRODUCT:
+        raise _MalformedError(f"tensor {name!r} has the shape {shape!r}, which overflows")
     if info.elements * dtype.bits != (stop - start) * 8:
         raise _MalformedError(
             f"tensor {name!r} is {info}, {info.nbytes} bytes, but its data_offsets span {stop - start}"

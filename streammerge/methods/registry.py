@@ -117,10 +117,9 @@ class Method:
         least, most = self.models
         if count < least or (most is not None and count > most):
             wanted = str(least) if least == most else f"at least {least}" if most is None else f"{least} to {most}"
+            noun = "model" if (most or least) == 1 else "models"
             beside = " beside the base" if self.base == "required" else ""
-            raise RecipeError(
-                f"method {self.name!r} takes {wanted} model{'s' if wanted != '1' else ''}{beside}, found {count}"
-            )
+            raise RecipeError(f"method {self.name!r} takes {wanted} {noun}{beside}, found {count}")
 
 
 Coefficients = Callable[..., Sequence[float]]
@@ -284,8 +283,13 @@ def finite(method: Method, coefficients: Sequence[float]) -> Sequence[float]:
 def net(*contributions: float) -> float:
     """The contributions' sum, exactly 0 where they cancel but for the rounding of decimal fractions.
 
-    1 - 0.1 - 0.2 - 0.7 is 0 to whoever typed it, and a base that is multiplied by 0 need not be read.
+    1 - 0.1 - 0.2 - 0.7 is 0 to whoever typed it, and a base that is multiplied by 0 need not be read. Contributions
+    that are too large to be added come to no number.
     """
-    total = math.fsum(contributions)
-    noise = 4 * 2.0**-53 * math.fsum(abs(value) for value in contributions)
-    return 0.0 if abs(total) <= noise else total
+    try:
+        total, size = math.fsum(contributions), math.fsum(abs(value) for value in contributions)
+    except (OverflowError, ValueError):
+        return math.nan
+    if not math.isfinite(size):
+        return math.nan
+    return 0.0 if abs(total) <= 4 * 2.0**-53 * size else total

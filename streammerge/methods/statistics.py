@@ -9,10 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     import torch
+
+PIECE: Final = 2**16
+"""Elements whose products are taken at once, in float64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +62,16 @@ class GramPass:
         self.totals = [[0.0] * count for _ in range(count)]
 
     def measure(self, block: int, inputs: Sequence[torch.Tensor]) -> list[list[float]]:
-        """The block's share of every product, in float64."""
-        first = inputs[0].double()
-        vectors = [first, *(other.double().sub_(first) for other in inputs[1:])]
-        return [[float(one.dot(other)) for other in vectors[: i + 1]] for i, one in enumerate(vectors)]
+        """The block's share of every product, in float64, taken piece by piece because float64 is wide."""
+        share = [[0.0] * (i + 1) for i in range(len(inputs))]
+        for start in range(0, inputs[0].numel(), PIECE):
+            first, *others = (values[start : start + PIECE] for values in inputs)
+            first = first.double()
+            vectors = [first, *(other - first for other in others)]  # in float64, because the first is
+            for i, one in enumerate(vectors):
+                for j in range(i + 1):
+                    share[i][j] += float(one.dot(vectors[j]))
+        return share
 
     def add(self, block: int, measured: list[list[float]]) -> None:
         """Add a block's share to the totals."""

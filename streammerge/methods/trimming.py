@@ -39,6 +39,8 @@ class Trim:
         if self.quota is not None:
             equal = magnitude == self.threshold
             kept &= ~(equal & (equal.cumsum(0) > self.quota.get(block, 0)))
+        if self.threshold == math.inf:  # times 0, infinity is not 0
+            return values.masked_fill(~kept & ~values.isnan(), 0.0)
         return (values * kept).mul_(self.factor)
 
 
@@ -91,6 +93,8 @@ class Search:
         if not self.needed:
             return Trim()
         threshold = float(torch.tensor(self.bits, dtype=torch.int32).view(torch.float32))
+        if math.isnan(threshold):  # none is wanted, or there are so many that are not numbers: these always stay
+            return Trim(math.inf, {})
         wanted = self.k - self.above
         factor = self.total / (self.kept + wanted * threshold) if self.rescale and self.kept + threshold > 0 else 1.0
         return Trim(threshold, self._quota(wanted) if self.equals else None, factor)

@@ -1,0 +1,290 @@
+"""Checkpoints that `torch.save` wrote, found to be tensors in place; nothing in them is executed.
+
+Format: a zip of stored members, as `torch/serialization.py` writes it since torch 1.6. `<prefix>/data.pkl` describes
+the tensors as strides over storages, `<prefix>/data/<key>` is a storage, `<prefix>/byteorder` its byte order.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import SEEK_END
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from streammerge.errors import CheckpointError
+from streammerge.formats.pickle_machine import LONG_STRING, MAX_PICKLE, Inert, PickledDict, kind
+from streammerge.formats.pickles import PickledStorage, PickledTensor, Unreadable, describe_pickle
+from streammerge.formats.zip_directory import Directory, MalformedZipError, read_at, read_directory
+from streammerge.tensors import TensorInfo, contiguous_strides
+
+_MAX_WRAPPINGS: Final = 4
+_MAX_NBYTES: Final = 2**63
+_TENSORS: Final = (PickledTensor, PickledStorage, Unreadable)
+
+_LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # the first thing that torch pickled until 1.5
+_DAMAGED: Final = "It is damaged, incomplete, or not written by torch.save. Nothing in it was executed. Fetch it again."
+
+
+@dataclass(frozen=True, slots=True)
+class StoredView:
+    """A tensor in place: strides over a storage. `offset` and `stride` count elements, the rest bytes of the file."""
+
+    info: TensorInfo
+    storage_start: int
+    storage_nbytes: int
+    offset: int
+    stride: tuple[int, ...]
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether the elements follow each other in row-major order, so that they are one range of bytes."""
+        shape = self.info.shape
+        expected = contiguous_strides(shape)
+        return 0 in shape or all(
+            size == 1 or step == step_expected
+            for size, step, step_expected in zip(shape, self.stride, expected, strict=True)
+        )
+
+    @property
+    def byte_range(self) -> tuple[int, int]:
+        """The absolute start and stop of the elements' bytes, for a contiguous tensor only."""
+        if not self.contiguous:
+            raise ValueError(f"{self.info} with strides {list(self.stride)} is not one range of bytes")
+        start = self.storage_start + self.offset * self.info.dtype.bits // 8
+        return start, start + self.info.nbytes
+
+
+@dataclass(frozen=True)
+class TorchZip:
+    """What a checkpoint holds: its tensors, in its own order, and the names of what else was found beside them."""
+
+    tensors: Mapping[str, StoredView]
+    leftovers: tuple[str, ...]
+
+
+def is_torch_zip(head: bytes) -> bool:
+    """Whether a file that starts with these bytes (four or more) claims to be a zip."""
+    return head.startswith(b"PK\3\4")
+
+
+def legacy_torch_reason(head: bytes) -> str | None:
+    """Why a file that starts with these bytes (512 or more) can't be read, if torch wrote it before 1.6, or that way.
+
+    The answer completes a sentence that starts with the file's name.
+    """
+    if head.startswith(b"\x80") and _LEGACY_MAGIC in head[:32]:
+        written = "in the format from before torch 1.6 (a bare pickle)"
+    elif head[257:262] == b"ustar" or head.startswith(b"sys_info\0"):
+        written = "in the format from before torch 0.2 (a tar)"
+    else:
+        return None
+    return (
+        f"it was saved {written}, which can't be read in ranges. Convert it in an environment that you trust: "
+        'torch.save(torch.load(PATH, map_location="cpu", weights_only=True), NEW). Nothing in it was executed.'
+    )
+
+
+def read_torch_zip(path: Path) -> TorchZip:
+    """Find the tensors of a checkpoint without executing any of it; whatever can't be trusted is a CheckpointError."""
+    try:
+        with path.open("rb") as file:
+            archive = _Archive(path, file)
+            contents = archive.contents()
+            state_dict, leftovers = _unwrap(contents, path)
+            tensors, others = _tensors(state_dict, path)
+            if not tensors:
+                raise _no_tensors(contents, path)
+            views = {name: archive.view(name, tensor) for name, tensor in tensors.items()}
+    except MalformedZipError as problem:
+        raise CheckpointError(f"{path}: not a readable torch zip", found=[str(problem)], advice=_DAMAGED) from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read: {error.strerror or error}") from error
+    return TorchZip(views, (*leftovers, *others))
+
+
+class _Archive:
+    """A zip as `torch.save` writes it: its directory, and the storages that were looked up."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.path = path
+        self.file = file
+        self.directory: Directory = read_directory(file, file.seek(0, SEEK_END))
+        self.prefix = _prefix(self.directory.members, path)
+        self.starts: dict[str, int] = {}
+        if self.prefix + "byteorder" in self.directory.members:
+            _check_order(self.read("byteorder", most=16), path)
+
+    def read(self, name: str, most: int) -> bytes:
+        """A member that is small."""
+        name = self.prefix + name
+        member = self.directory.members[name]
+        if member.nbytes > most:
+            raise MalformedZipError(f"{name}: it has {member.nbytes} bytes; {most} are read at most")
+        data = read_at(self.file, self.directory.locate(self.file, name), member.nbytes)
+        if member.crc not in (0, zlib.crc32(data)):
+            raise MalformedZipError(f"{name}: its bytes don't have the checksum that the directory gives")
+        return data
+
+    def contents(self) -> object:
+        """What was saved, described."""
+        return describe_pickle(self.read("data.pkl", most=MAX_PICKLE), f"{self.path}: {self.prefix}data.pkl")
+
+    def view(self, name: str, tensor: PickledTensor) -> StoredView:
+        """The tensor in place, lying within its storage."""
+        info = TensorInfo(tensor.dtype, tensor.shape)
+        start, nbytes = self.storage(name, tensor)
+        if info.nbytes >= _MAX_NBYTES:
+            raise self.refusal(name, tensor, f"it would have {info.nbytes} bytes")
+        if info.elements == 0:
+            return StoredView(info, start, nbytes, 0, tensor.stride)
+        span = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride, strict=True)) + 1
+        needed = (tensor.storage_offset + span) * tensor.dtype.bits // 8
+        if needed > nbytes:
+            raise self.refusal(name, tensor, f"it needs {needed} bytes of a storage of {nbytes}")
+        return StoredView(info, start, nbytes, tensor.storage_offset, tensor.stride)
+
+    def storage(self, name: str, tensor: PickledTensor) -> tuple[int, int]:
+        """The start and size of the tensor's storage, whose size in the zip and in the pickle must agree."""
+        member_name = f"{self.prefix}data/{tensor.storage_key}"
+        member = self.directory.members.get(member_name)
+        if member is None:
+            raise self.refusal(name, tensor, f"its storage {member_name} is not in the file")
+        size = tensor.storage_dtype.bits // 8
+        nbytes = tensor.storage_elements * size
+        if not nbytes <= member.nbytes < nbytes + size:  # torch counts whole elements
+            raise self.refusal(name, tensor, f"its storage {member_name} has {member.nbytes} bytes, expected {nbytes}")
+        if member_name not in self.starts:
+            self.starts[member_name] = self.directory.locate(self.file, member_name)
+        return self.starts[member_name], nbytes
+
+    def refusal(self, name: str, tensor: PickledTensor, reason: str) -> CheckpointError:
+        """The error that a tensor can't be where it is said to be."""
+        where = f"{tensor.dtype} {list(tensor.shape)}, strides {list(tensor.stride)}, offset {tensor.storage_offset}"
+        return CheckpointError(
+            f"{self.path}: a tensor does not fit its storage", found=[f"{name}   {where}: {reason}"], advice=_DAMAGED
+        )
+
+
+def _check_order(order: bytes, path: Path) -> None:
+    if order != b"little":
+        raise CheckpointError(
+            f"{path}: its bytes are in another order",
+            found=[f"byteorder {order!r}, expected b'little'"],
+            advice="Load it with torch.load and save it again, on a little-endian machine.",
+        )
+
+
+def _prefix(members: Mapping[str, object], path: Path) -> str:
+    """The folder in the zip that holds the checkpoint, with its slash."""
+    prefixes = [
+        name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl") and name.count("/") == 1
+    ]
+    if len(prefixes) != 1:
+        raise CheckpointError(
+            f"{path}: a zip, but with {len(prefixes)} descriptions of tensors (<folder>/data.pkl), expected 1",
+            found=list(members) or ["the zip is empty"],
+            advice="Check that it is a checkpoint; a model that was packed into a zip must be unpacked first.",
+        )
+    (prefix,) = prefixes
+    if prefix + "constants.pkl" in members or any(name.startswith(prefix + "code/") for name in members):
+        raise CheckpointError(
+            f"{path}: a TorchScript program, not a checkpoint",
+            advice="Load it with torch.jit.load where you trust it, and save its state_dict(). Nothing was executed.",
+        )
+    return prefix
+
+
+def _unwrap(contents: object, path: Path) -> tuple[PickledDict, list[str]]:
+    """The dict of tensors that was saved, however it is wrapped, and the names of what was beside it."""
+    leftovers: list[str] = []
+    here = contents if isinstance(contents, PickledDict) else PickledDict()
+    for _ in range(_MAX_WRAPPINGS):
+        wrapping = _wrapping(here, path)
+        if wrapping is None:
+            break
+        name, inner = wrapping
+        leftovers += [_name(key) for key in here if key != name]
+        here = inner
+    return here, leftovers
+
+
+def _wrapping(here: PickledDict, path: Path) -> tuple[str, PickledDict] | None:
+    """The entry that holds the tensors, if they aren't here: `state_dict`, or the only one with a dict of them."""
+    if isinstance(inner := here.get("state_dict"), PickledDict):
+        return "state_dict", inner
+    if _holds_tensors(here):
+        return None
+    dicts = {id(value): value for value in here.values() if isinstance(value, PickledDict)}
+    holders = {place for place, value in dicts.items() if _holds_tensors(value)}
+    keys = [key for key, value in here.items() if id(value) in holders and isinstance(key, str)]
+    if len(keys) > 1:
+        raise CheckpointError(
+            f"{path}: it holds {len(keys)} dicts of tensors, and none is called state_dict",
+            found=keys,
+            advice=f"Save the one you mean: torch.save(torch.load({str(path)!r}, weights_only=True)[KEY], NEW).",
+        )
+    return (keys[0], dicts[id(here[keys[0]])]) if keys else None
+
+
+def _holds_tensors(here: PickledDict) -> bool:
+    return any(isinstance(value, PickledTensor) for value in here.values())
+
+
+def _tensors(state_dict: PickledDict, path: Path) -> tuple[dict[str, PickledTensor], list[str]]:
+    """The tensors, and the names of what isn't one; a tensor that can't be read is an error, never left over."""
+    tensors: dict[str, PickledTensor] = {}
+    leftovers: list[str] = []
+    unreadable: list[str] = []
+    for key, value in state_dict.items():
+        if not isinstance(value, _TENSORS):
+            leftovers.append(_name(key))
+        elif not isinstance(value, PickledTensor):
+            unreadable.append(f"{_name(key)}   {_kind(value)}")
+        elif isinstance(key, Inert):
+            (unreadable if key.name == LONG_STRING.name else leftovers).append(_name(key))
+        elif _encodable(key):
+            tensors[key] = value
+        else:
+            unreadable.append(f"{key!r}   its name is not text")
+    if unreadable:
+        raise CheckpointError(
+            f"{path}: {len(unreadable)} tensors are of a kind that can't be read",
+            found=unreadable,
+            advice="Make them plain, dense tensors with proper names (or take them out), and save again.",
+        )
+    return tensors, leftovers
+
+
+def _no_tensors(contents: object, path: Path) -> CheckpointError:
+    """The error that nothing saved is a tensor with a name, and what was found instead."""
+    if isinstance(contents, PickledDict):
+        found = [f"{_name(key)}   {_kind(value)}" for key, value in contents.items()] or ["an empty dict"]
+    else:
+        found = [_kind(contents)]
+    return CheckpointError(
+        f"{path}: it holds no dict of tensors; found at its top level:",
+        found=found,
+        advice="Save a model's state_dict() with torch.save. Nothing in the file was executed.",
+    )
+
+
+def _name(key: str | Inert) -> str:
+    return key if isinstance(key, str) else key.name
+
+
+def _kind(value: object) -> str:
+    """A word for a value, for people."""
+    if isinstance(value, PickledTensor):
+        return f"a tensor {value.dtype} {list(value.shape)}"
+    return f"a storage ({value.type_name})" if isinstance(value, PickledStorage) else kind(value)
+
+
+def _encodable(name: str) -> bool:
+    """Whether a name can be written as UTF-8: a pickle may hold halves of characters."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
