@@ -71,17 +71,17 @@ def measured() -> str:
     median, naive, machine = found["median"], found["naive"], found["machine"]
     baseline = found["runs"][0]["peak_rss"] - found["runs"][0]["above_import_torch"]
     above = round(median["above_import_torch_mib"])
+    peak = f"{found['runs'][0]['peak_rss'] / 1e6:.0f} MB, {above} MiB above `import torch` ({baseline / 1e6:.0f} MB)"
     rows = [
         "| three SD 2 checkpoints, float16, 8.0 GB | whole process | merging alone | peak RAM |",
         "|---|---|---|---|",
-        f"| streammerge | {median['process']:.1f} s | {median['loop']:.1f} s "
-        f"| {found['runs'][0]['peak_rss'] / 1e6:.0f} MB, {above} MiB above `import torch` ({baseline / 1e6:.0f} MB) |",
+        f"| streammerge | {median['process']:.1f} s | {median['loop']:.1f} s | {peak} |",
         f"| `load_file`, arithmetic, `save_file` | {naive['process']:.1f} s | | {naive['peak_rss'] / 1e9:.1f} GB |",
         f"| `cat` of the inputs and `cp` of one output | {median['floor']:.1f} s | {median['floor']:.1f} s | |",
     ]
     note = (
-        f"Medians of {len(found['runs'])} runs, page cache warm, without the final sync, on {machine['cores']} cores of a "
-        f"shared virtual machine; torch {machine['torch']}, safetensors {machine['safetensors']}, Python "
+        f"Medians of {len(found['runs'])} runs, page cache warm, without the final sync, on {machine['cores']} cores "
+        f"of a shared virtual machine; torch {machine['torch']}, safetensors {machine['safetensors']}, Python "
         f"{machine['python']}; {found['date']}. It also runs in a memory cgroup of {found['cgroup']['megabytes']} MB."
     )
     return "\n".join([*rows, "", note])

@@ -1,0 +1,211 @@
+"""What every merge method has to give: one float64 reference over whole tensors per method, and ways to call it.
+
+A new method needs an entry in `REFERENCES` and at least one in `CASES`; `test_methods.py` fails without. References
+are written from the papers' formulas, with none of streammerge's code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from streammerge.functions import merge_function
+from streammerge.merged import Merged
+from streammerge.tensors import Model
+from tests.models import Tensors
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+Inputs = Sequence[Array]
+"""Whole tensors in float64, the base first if the method is given one."""
+
+Reference = Callable[..., Array]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to call a method: with so many models, with or without a base, with these parameters."""
+
+    method: str
+    models: int
+    base: bool = False
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        values = ",".join(f"{name}={value}" for name, value in self.parameters.items())
+        return f"{self.method}({self.models}{'+base' if self.base else ''}{',' if values else ''}{values})"
+
+    def merge(self, paths: Sequence[Model | Path], **settings: Any) -> Merged:
+        """The merge by the public function: the base is the first of the paths, the models are the next ones."""
+        base, models = (paths[0], paths[1 : self.models + 1])
+        given = {"base": base} if self.base else {}
+        return merge_function(self.method)(*models, **given, **self.parameters, **settings)
+
+    def expected(self, tensors: Sequence[Tensors]) -> dict[str, Array]:
+        """The reference's result for every floating-point tensor of the models, the base being the first."""
+        used = tensors[0 if self.base else 1 : self.models + 1]
+        return {
+            name: REFERENCES[self.method]([model[name].double().numpy() for model in used], **self.parameters)
+            for name, tensor in tensors[1].items()
+            if tensor.is_floating_point()
+        }
+
+
+def weighted(inputs: Inputs, coefficients: Sequence[float]) -> Array:
+    """Σ cᵢ xᵢ"""
+    total = np.zeros(inputs[0].shape)
+    for coefficient, values in zip(coefficients, inputs, strict=True):
+        total = total + coefficient * values
+    return total
+
+
+def per_model(value: float | Sequence[float], count: int) -> list[float]:
+    """One value for each model, from one for all or one for each."""
+    return [value] * count if isinstance(value, int | float) else list(value)
+
+
+def linear(inputs: Inputs, *, weight: float | Sequence[float] = 1.0, normalize: bool = True) -> Array:
+    weights = per_model(weight, len(inputs))
+    return weighted(inputs, weights) / (sum(weights) if normalize else 1.0)
+
+
+def weighted_sum(inputs: Inputs, *, alpha: float = 0.5) -> Array:
+    first, second = inputs
+    return first * (1 - alpha) + second * alpha
+
+
+def add_difference(inputs: Inputs, *, alpha: float = 1.0) -> Array:
+    base, first, second = inputs
+    return first + alpha * (second - base)
+
+
+def task_arithmetic(
+    inputs: Inputs, *, weight: float | Sequence[float] = 1.0, normalize: bool = False, **lambda_: float
+) -> Array:
+    base, *models = inputs
+    weights = per_model(weight, len(models))
+    scale = lambda_.get("lambda", 1.0) / (sum(weights) if normalize else 1.0)
+    return base + scale * weighted([model - base for model in models], weights)
+
+
+def passthrough(inputs: Inputs, *, scale: float = 1.0) -> Array:
+    return scale * inputs[0]
+
+
+def scale(inputs: Inputs, *, alpha: float) -> Array:
+    return alpha * inputs[0]
+
+
+def slerp(inputs: Inputs, *, t: float) -> Array:
+    first, second = inputs
+    lengths = math.sqrt(float((first**2).sum())), math.sqrt(float((second**2).sum()))
+    if 0 in lengths:
+        return (1 - t) * first + t * second
+    unit, other = first / lengths[0], second / lengths[1]
+    if abs(float((unit * other).sum())) > 0.9995:
+        return (1 - t) * first + t * second
+    # the angle by its half's sine and cosine, which is exact for every angle
+    angle = 2 * math.atan2(float(np.linalg.norm(unit - other)), float(np.linalg.norm(unit + other)))
+    return (np.sin((1 - t) * angle) * first + np.sin(t * angle) * second) / np.sin(angle)
+
+
+def ties(
+    inputs: Inputs,
+    *,
+    weight: float | Sequence[float] = 1.0,
+    density: float | Sequence[float] = 1.0,
+    normalize: bool = True,
+    rescale: bool = False,
+    **lambda_: float,
+) -> Array:
+    base, *models = inputs
+    weights = per_model(weight, len(models))
+    trimmed = [
+        keep_largest(model - base, share, rescale=rescale)
+        for model, share in zip(models, per_model(density, len(models)), strict=True)
+    ]
+    votes = np.stack([share * delta for share, delta in zip(weights, trimmed, strict=True)])
+    sign = np.where(votes.sum(axis=0) >= 0, 1.0, -1.0)
+    agree = (np.sign(votes) == sign) & (votes != 0)
+    merged = (votes * agree).sum(axis=0)
+    if normalize:
+        divisor = np.tensordot(np.array(weights), agree.astype(float), axes=1)
+        merged = merged / np.where(divisor == 0, 1.0, divisor)
+    return np.asarray(base + lambda_.get("lambda", 1.0) * merged)
+
+
+def keep_largest(delta: Array, density: float, *, rescale: bool = False) -> Array:
+    """The ⌊density · n⌋ largest magnitudes as float32 tells them, of equal ones the first; one at the least."""
+    flat = delta.reshape(-1)
+    count = max(int(density * flat.size), 1) if density > 0 else 0
+    magnitude = np.abs(flat).astype(np.float32)
+    order = np.argsort(-magnitude, kind="stable")[:count]
+    kept = np.zeros_like(flat)
+    kept[order] = flat[order]
+    if rescale and np.abs(kept).sum() > 0:
+        kept = kept * (np.abs(flat).sum() / np.abs(kept).sum())
+    return np.asarray(kept.reshape(delta.shape))
+
+
+REFERENCES: Final[Mapping[str, Reference]] = {
+    "linear": linear,
+    "weighted_sum": weighted_sum,
+    "add_difference": add_difference,
+    "task_arithmetic": task_arithmetic,
+    "passthrough": passthrough,
+    "scale": scale,
+    "slerp": slerp,
+    "ties": ties,
+}
+
+CASES: Final[Sequence[Case]] = (
+    Case("linear", 1),
+    Case("linear", 3, parameters={"weight": [0.2, 0.3, 0.5]}),
+    Case("linear", 3, parameters={"weight": [2.0, -0.5, 3.0]}),
+    Case("linear", 3, parameters={"weight": [0.7, -0.4, 0.9], "normalize": False}),
+    Case("weighted_sum", 2),
+    Case("weighted_sum", 2, parameters={"alpha": 0.3}),
+    Case("add_difference", 2, base=True),
+    Case("add_difference", 2, base=True, parameters={"alpha": -0.75}),
+    Case("task_arithmetic", 2, base=True, parameters={"weight": 0.5}),
+    Case("task_arithmetic", 3, base=True, parameters={"weight": [0.6, 0.3, -0.2], "lambda": 1.2}),
+    Case("task_arithmetic", 2, base=True, parameters={"weight": [3.0, 1.0], "normalize": True}),
+    Case("passthrough", 1),
+    Case("passthrough", 1, parameters={"scale": -0.3}),
+    Case("scale", 1, parameters={"alpha": 1.7}),
+    Case("slerp", 2, parameters={"t": 0.3}),
+    Case("slerp", 1, base=True, parameters={"t": 0.8}),
+    Case("ties", 1, base=True, parameters={"density": 0.2}),
+    Case("ties", 2, base=True, parameters={"density": [0.3, 0.7], "weight": [0.5, 0.75]}),
+    Case("ties", 3, base=True, parameters={"density": 0.5, "weight": [1.0, 0.5, -0.25], "normalize": False}),
+    Case("ties", 2, base=True, parameters={"density": 0.4, "weight": [1.0, 0.75], "lambda": 0.5, "rescale": True}),
+    Case("ties", 3, base=True),
+)
+
+ONE_CASE_EACH: Final[Sequence[Case]] = tuple({case.method: case for case in reversed(CASES)}.values())[::-1]
+"""The first case of every method that has more than default parameters is enough where numbers are not the point."""
+
+
+def relative_error(actual: torch.Tensor, expected: Array) -> float:
+    """‖actual − expected‖ / ‖expected‖ in float64; where nothing is expected, ‖actual‖."""
+    difference = float(np.linalg.norm((actual.double().numpy() - expected).reshape(-1)))
+    length = float(np.linalg.norm(expected.reshape(-1)))
+    return difference / length if length else difference
+
+
+def ulps_apart(actual: torch.Tensor, expected: Array) -> torch.Tensor:
+    """How many representable numbers each element is away from the expected value rounded to its dtype."""
+    rounded = torch.from_numpy(np.ascontiguousarray(expected)).reshape(actual.shape).to(actual.dtype)
+    return (places(actual) - places(rounded)).abs()
+
+
+def places(values: torch.Tensor) -> torch.Tensor:
+    """Each number's place among all of its dtype, by which neighbours differ by 1 and both zeros are 0."""
+    bits = values.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]).long()
+    least = -(2 ** (8 * values.element_size() - 1))
+    return torch.where(bits < 0, least - bits, bits)

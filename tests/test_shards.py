@@ -1,0 +1,137 @@
+"""Which files a folder or an index stands for, and which it must not point to."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from streammerge.errors import CheckpointError
+from streammerge.formats import shards
+from streammerge.formats.shards import PREFERRED, find_weights, is_index, read_index
+
+
+def write_index(folder, weight_map, name="model.safetensors.index.json"):
+    path = folder / name
+    path.write_text(json.dumps({"metadata": {"total_size": 8}, "weight_map": weight_map}), encoding="utf-8")
+    return path
+
+
+# ── folders ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("place", range(len(PREFERRED)))
+def test_the_usual_names_are_found_the_better_first(tmp_path, place):
+    for name in PREFERRED[place:]:
+        (tmp_path / name).touch()
+    (tmp_path / "other.safetensors").touch()
+    assert find_weights(tmp_path) == tmp_path / PREFERRED[place]
+
+
+@pytest.mark.parametrize("name", ["unet.safetensors", "sd.ckpt", "x.pt", "x.pth", "x.bin", "unet.fp16.index.json"])
+def test_the_only_model_in_a_folder_is_meant(tmp_path, name):
+    (tmp_path / "README.md").touch()
+    (tmp_path / "config.json").touch()
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / name).touch()
+    assert find_weights(tmp_path) == tmp_path / name
+
+
+def test_an_index_is_meant_before_its_shards(tmp_path):
+    for name in ("x.index.json", "x-00001-of-00002.safetensors", "x-00002-of-00002.safetensors"):
+        (tmp_path / name).touch()
+    assert find_weights(tmp_path) == tmp_path / "x.index.json"
+
+
+@pytest.mark.parametrize("names", [("b.safetensors", "a.ckpt"), ("b.index.json", "a.index.json")])
+def test_several_models_are_an_error_that_lists_them(tmp_path, names):
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match="the folder holds 2 files that could be the model") as error:
+        find_weights(tmp_path)
+    assert error.value.found == tuple(sorted(names))
+    assert error.value.advice == "Name the file itself, or call it model.safetensors."
+
+
+def test_a_folder_without_a_model_is_an_error(tmp_path):
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match="the folder holds no model"):
+        find_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("model.safetensors.index.json", True), ("x.index.json", True), ("index.json", False), ("x.json", False)],
+)
+def test_an_index_is_told_by_its_name(tmp_path, name, meant):
+    assert is_index(tmp_path / name) is meant
+
+
+# ── indexes ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_index_names_the_shard_of_every_tensor(tmp_path):
+    index = read_index(write_index(tmp_path, {"a": "2.safetensors", "b": "1.safetensors", "c": "2.safetensors"}))
+    assert index.weight_map == {
+        "a": tmp_path / "2.safetensors",
+        "b": tmp_path / "1.safetensors",
+        "c": tmp_path / "2.safetensors",
+    }
+    assert index.shards == [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../secret.safetensors", "..", ".", "", "/etc/passwd", "sub/x.safetensors", "./x.safetensors"),
+        *("..\\secret.safetensors", "sub\\x.safetensors", "C:\\x.safetensors", "C:x.safetensors", "\\\\host\\share\\x"),
+        *("x.safetensors\0", "\0", "//host/share/x", 7, None, ["x.safetensors"], {"a": "b"}, True),
+    ],
+    ids=repr,
+)
+def test_a_shard_outside_the_folder_is_refused(tmp_path, name):
+    (tmp_path / "good.safetensors").touch()
+    path = write_index(tmp_path, {"a": "good.safetensors", "b": name})
+    with pytest.raises(CheckpointError, match="the index points outside its folder") as error:
+        read_index(path)
+    assert error.value.found == (str(name),)
+    assert error.value.advice == "A shard must be a file beside its index. Do not trust this download."
+
+
+def test_a_strange_but_plain_name_is_allowed(tmp_path):
+    index = read_index(write_index(tmp_path, {"a": "..model é.safetensors"}))
+    assert index.shards == [tmp_path / "..model é.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "can't be read as an index of shards"),
+        ("{", "can't be read as an index of shards"),
+        ("[" * 100_000, "can't be read as an index of shards"),
+        ("\udcff", "can't be read as an index of shards"),
+        ("[]", "has no weight_map"),
+        ("7", "has no weight_map"),
+        ("{}", "has no weight_map"),
+        ('{"weight_map": {}}', "has no weight_map"),
+        ('{"weight_map": ["a"]}', "has no weight_map"),
+        ('{"weight_map": null}', "has no weight_map"),
+    ],
+)
+def test_what_is_no_index_is_refused(tmp_path, text, problem):
+    path = tmp_path / "x.index.json"
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(CheckpointError, match=f"x.index.json: .*{problem}"):
+        read_index(path)
+
+
+def test_a_missing_index_is_an_error(tmp_path):
+    with pytest.raises(CheckpointError, match=r"can't be read as an index of shards: .*No such file"):
+        read_index(tmp_path / "x.index.json")
+
+
+def test_a_huge_index_is_not_read(tmp_path, monkeypatch):
+    path = write_index(tmp_path, {"a": "x.safetensors"})
+    monkeypatch.setattr(shards, "MAX_INDEX", path.stat().st_size - 1)
+    with pytest.raises(CheckpointError, match="the index is longer than"):
+        read_index(path)

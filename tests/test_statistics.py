@@ -1,0 +1,123 @@
+"""Inner products: exact for nearly equal tensors, the same however the work is divided."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from streammerge.methods.statistics import Gram, GramPass
+from tests.models import DTYPE_NAMES, normal
+
+COUNT = 20_000
+
+
+def gram_of(*tensors: torch.Tensor, block: int = 7_000) -> Gram:
+    """The Gram matrix of the tensors, measured block by block."""
+    step = GramPass(len(tensors))
+    for number, parts in enumerate(zip(*(tensor.split(block) for tensor in tensors), strict=True)):
+        step.add(number, step.measure(number, parts))
+    return step.finish()
+
+
+def exact_dot(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The inner product, every product and every sum exact."""
+    return math.fsum(x * y for x, y in zip(a.double().tolist(), b.double().tolist(), strict=True))
+
+
+def exact_distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return math.sqrt(math.fsum((x - y) ** 2 for x, y in zip(a.double().tolist(), b.double().tolist(), strict=True)))
+
+
+@pytest.mark.parametrize("dtype", DTYPE_NAMES.values(), ids=DTYPE_NAMES)
+@pytest.mark.parametrize("noise", [1e-3, 0.3])
+def test_products_norms_and_distances_are_exact_to_rounding(dtype, noise):
+    a = normal((COUNT,), 1, dtype)
+    b = (a.double() + normal((COUNT,), 2, torch.float64, noise)).to(dtype)
+    c = normal((COUNT,), 3, dtype)
+    gram = gram_of(a, b, c)
+    tensors = [a, b, c]
+    for i, one in enumerate(tensors):
+        assert gram.norm(i) == pytest.approx(math.sqrt(exact_dot(one, one)), rel=1e-12)
+        assert gram.distance(i) == pytest.approx(exact_distance(one, a), rel=1e-12, abs=0)
+        for j, other in enumerate(tensors):
+            assert gram.dot(i, j) == pytest.approx(exact_dot(one, other), rel=1e-11)
+
+
+def test_nearly_equal_tensors_are_told_apart_where_float32_sums_fail():
+    a = normal((COUNT,), 1)
+    b = a.clone()
+    b[::50] = torch.nextafter(b[::50], torch.tensor(math.inf))
+    distance = exact_distance(a, b)
+    naive = float(a.dot(a) + b.dot(b) - 2 * a.dot(b))
+    assert math.sqrt(max(naive, 0.0)) != pytest.approx(distance, rel=0.5)  # what this is about
+    float64 = float(a.double().dot(a.double()) + b.double().dot(b.double()) - 2 * a.double().dot(b.double()))
+    assert math.sqrt(max(float64, 0.0)) != pytest.approx(distance, rel=1e-3)  # and float64 alone doesn't mend it
+    gram = gram_of(a, b)
+    assert gram.distance(1) == pytest.approx(distance, rel=1e-12)
+    assert gram.products[0][1] == gram.products[1][0]
+    assert gram.cosine(0, 1) == pytest.approx(1.0, abs=1e-12)
+
+
+def test_what_is_kept_are_products_with_the_first_and_of_differences():
+    a, b, c = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 2.0]), torch.tensor([1.0, 5.0])
+    assert gram_of(a, b, c).products == ((5.0, 2.0, 6.0), (2.0, 4.0, 0.0), (6.0, 0.0, 9.0))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 60), st.integers(1, 4), st.integers(1, 70), st.integers(0, 99))
+def test_any_division_into_blocks_gives_the_products(elements, count, block, seed):
+    tensors = [normal((elements,), seed + number, torch.float64) for number in range(count)]
+    gram = gram_of(*tensors, block=block)
+    for i in range(count):
+        for j in range(count):
+            assert gram.dot(i, j) == pytest.approx(exact_dot(tensors[i], tensors[j]), rel=1e-9, abs=1e-12)
+            assert gram.dot(i, j) == gram.dot(j, i)
+
+
+@settings(deadline=None, max_examples=100)
+@given(hnp.arrays(np.float16, (2, 12), elements=st.floats(-8, 8, width=16)))
+def test_cosines_are_between_minus_one_and_one(pair):
+    a, b = (torch.from_numpy(row.copy()) for row in pair)
+    cosine = gram_of(a, b, block=5).cosine(0, 1)
+    squared = [sum(Fraction(float(x)) ** 2 for x in tensor) for tensor in (a, b)]
+    if cosine is None:
+        assert 0 in squared
+    else:
+        dot = sum(Fraction(float(x)) * Fraction(float(y)) for x, y in zip(a, b, strict=True))
+        assert -1.0 <= cosine <= 1.0
+        assert cosine == pytest.approx(float(dot) / math.sqrt(float(squared[0]) * float(squared[1])), abs=1e-9)
+
+
+def test_nothing_has_no_direction():
+    gram = gram_of(torch.zeros(3), torch.ones(3))
+    assert gram.cosine(0, 1) is None
+    assert gram.distance(1) == pytest.approx(math.sqrt(3))
+    empty = GramPass(2).finish()
+    assert (empty.cosine(0, 1), empty.norm(0), empty.distance(1)) == (None, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_measuring_does_not_change_what_is_measured(dtype):
+    tensors = [normal((50,), seed, dtype) for seed in (1, 2, 3)]
+    before = [tensor.clone() for tensor in tensors]
+    GramPass(3).measure(0, tensors)
+    for tensor, copy in zip(tensors, before, strict=True):
+        assert torch.equal(tensor, copy)
+
+
+def test_large_values_do_not_overflow():
+    a = torch.full((10,), 60000.0, dtype=torch.float16)
+    assert gram_of(a, -a).norm(0) == pytest.approx(60000 * math.sqrt(10), rel=1e-3)
+    big = torch.full((10,), 1e30)
+    assert gram_of(big, big).cosine(0, 1) == pytest.approx(1.0)
+
+
+def test_the_order_of_blocks_matters_and_is_asked_for():
+    assert GramPass(2).ordered

@@ -1,0 +1,185 @@
+"""Exactly the k largest, and of equal ones the first: the radix search against a stable sort."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from streammerge.methods.trimming import Search, Trim, UpperBits, bit_patterns, magnitudes, search_k_largest
+from tests.models import normal
+
+TINY = float(np.nextafter(np.float32(0), np.float32(1)))
+
+
+def search(deltas: list[torch.Tensor], density: list[float], block: int, *, rescale: bool = False) -> tuple[Trim, ...]:
+    """Search task vectors of equal length, cut into blocks of this size."""
+    elements = deltas[0].numel()
+    base = torch.zeros(elements, dtype=deltas[0].dtype)
+    step: Any = search_k_largest(elements, density, rescale=rescale)
+    passes = 0
+    while not isinstance(step, tuple):
+        blocks = list(range(-(-elements // block)))
+        for number in blocks if step.ordered else reversed(blocks):
+            part = slice(number * block, (number + 1) * block)
+            step.add(number, step.measure(number, [base[part], *(delta[part] for delta in deltas)]))
+        step = step.finish()
+        passes += 1
+    assert passes <= 3
+    trims: tuple[Trim, ...] = step
+    return trims
+
+
+def trimmed(delta: torch.Tensor, density: float, block: int, *, rescale: bool = False) -> torch.Tensor:
+    (trim,) = search([delta], [density], block, rescale=rescale)
+    parts = [trim.apply(part, number) for number, part in enumerate(delta.split(block))] if delta.numel() else [delta]
+    return torch.cat(parts)
+
+
+def kept_by_sorting(delta: torch.Tensor, density: float) -> np.ndarray:
+    """Which elements a stable sort puts first: the reference."""
+    values = delta.numpy()
+    count = 0 if density <= 0 else min(values.size, max(int(density * values.size), 1))
+    order = np.argsort(-np.abs(values).astype(np.float32), kind="stable")
+    kept = np.zeros(values.size, dtype=bool)
+    kept[order[:count]] = True
+    return kept
+
+
+def assert_keeps_the_largest(delta: torch.Tensor, density: float, block: int) -> None:
+    kept = kept_by_sorting(delta, density)
+    expected = np.where(kept, delta.numpy(), 0)
+    np.testing.assert_array_equal(trimmed(delta, density, block).numpy(), expected)
+
+
+few_values = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, -2.0, 0.5, TINY, -TINY, math.inf, -math.inf, 3.4e38, 1e-30])
+close_values = st.integers(-6, 6).map(lambda steps: float(np.float32(1.0) + np.float32(2.0**-23) * np.float32(steps)))
+half_values = st.floats(-4, 4, width=16)
+any_values = st.floats(width=32, allow_nan=False)
+densities = st.one_of(st.floats(0, 1), st.sampled_from([0.0, 1e-9, 0.1, 0.5, 0.999, 1.0]))
+
+
+def vectors(values: st.SearchStrategy[float], most: int = 60) -> st.SearchStrategy[torch.Tensor]:
+    return hnp.arrays(np.float32, st.integers(1, most), elements=values).map(torch.from_numpy)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.one_of(vectors(few_values), vectors(close_values), vectors(half_values), vectors(any_values)),
+    densities,
+    st.integers(1, 64),
+)
+@example(torch.tensor([math.inf, -math.inf, math.inf, 1.0]), 0.5, 2)
+@example(torch.tensor([math.inf, 1.0, -math.inf]), 0.0, 2)
+@example(torch.tensor([0.0, -0.0, 0.0]), 0.4, 1)
+@example(torch.tensor([1.0] * 10), 0.35, 3)
+@example(torch.tensor([1.0, 1.0 + 2**-23, 1.0, 1.0 + 2**-23]), 0.5, 3)
+def test_exactly_the_k_largest_are_kept_and_of_equal_ones_the_first(delta, density, block):
+    assert_keeps_the_largest(delta, density, block)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(half_values, min_size=1, max_size=80), densities, st.integers(1, 40), st.integers(0, 9))
+def test_quantised_deltas_of_a_real_base_have_many_ties(values, density, block, seed):
+    base = normal((len(values),), seed, torch.float16)
+    model = (base.float() + 1e-3 * torch.tensor(values)).half()
+    assert_keeps_the_largest(model.float() - base.float(), density, block)
+
+
+@pytest.mark.parametrize("density", [0.001, 0.2, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_large_vector_in_several_blocks(density, dtype):
+    delta = normal((200_003,), 4, dtype).float()
+    assert_keeps_the_largest(delta, density, 30_000)
+
+
+def test_float64_deltas_are_told_apart_as_float32_tells_them():
+    delta = torch.tensor([1.0, 1.0 + 1e-12, 1.0 + 2e-12, 0.5, 1e-60], dtype=torch.float64)
+    assert trimmed(delta, 0.4, 2).tolist() == [1.0, 1.0 + 1e-12, 0.0, 0.0, 0.0]
+    assert trimmed(delta, 0.8, 2).tolist() == [1.0, 1.0 + 1e-12, 1.0 + 2e-12, 0.5, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_compute_dtypes_are_searched_as_well(dtype):
+    delta = torch.tensor([1.0, -4.0, 2.0, -3.0], dtype=dtype)
+    kept = trimmed(delta, 0.5, 3)
+    assert kept.dtype == dtype
+    assert kept.tolist() == [0.0, -4.0, 0.0, -3.0]
+
+
+@settings(deadline=None, max_examples=60)
+@given(vectors(half_values, 40), vectors(half_values, 40), densities, densities, st.integers(1, 20))
+def test_task_vectors_are_searched_side_by_side_each_for_itself(first, second, one, other, block):
+    count = min(first.numel(), second.numel())
+    deltas = [first[:count], second[:count]]
+    for delta, density, trim in zip(deltas, [one, other], search(deltas, [one, other], block), strict=True):
+        parts = [trim.apply(part, number) for number, part in enumerate(delta.split(block))]
+        np.testing.assert_array_equal(
+            torch.cat(parts).numpy(), np.where(kept_by_sorting(delta, density), delta.numpy(), 0)
+        )
+
+
+@settings(deadline=None, max_examples=100)
+@given(vectors(st.floats(-100, 100, width=16)), st.floats(0.01, 1), st.integers(1, 40))
+def test_rescaling_restores_the_sum_of_magnitudes(delta, density, block):
+    rescaled = trimmed(delta, density, block, rescale=True)
+    kept = torch.from_numpy(kept_by_sorting(delta, density))
+    assert not rescaled[~kept].any()
+    assert float(rescaled.double().abs().sum()) == pytest.approx(float(delta.double().abs().sum()), rel=1e-5)
+    torch.testing.assert_close(rescaled[kept].sign(), delta[kept].sign())
+
+
+@pytest.mark.parametrize("density", [0.0, 0.5])
+def test_rescaling_nothing_leaves_nothing(density):
+    assert trimmed(torch.zeros(7), density, 3, rescale=True).tolist() == [0.0] * 7
+
+
+def test_values_that_are_no_numbers_stay_visible():
+    delta = torch.tensor([math.nan, 5.0, 1.0, 2.0])
+    kept = trimmed(delta, 0.5, 2)
+    assert math.isnan(kept[0])
+    assert kept[1:].tolist() == [5.0, 0.0, 0.0]
+    kept = trimmed(torch.tensor([math.nan, 5.0, -math.inf, math.nan]), 0.25, 2)
+    assert kept.isnan().tolist() == [True, False, False, True]
+    assert kept[1:3].tolist() == [0.0, 0.0]
+
+
+def test_nothing_is_searched_where_nothing_is_left_out():
+    assert search_k_largest(10, [1.0, 1.0]) == (Trim(), Trim())
+    assert search_k_largest(0, [0.5, 0.0]) == (Trim(), Trim())
+    assert search_k_largest(1, [0.5]) == (Trim(),)
+    assert isinstance(search_k_largest(10, [1.0, 0.5]), UpperBits)
+
+
+@pytest.mark.parametrize(
+    ("elements", "density", "count"),
+    [(10, 0.5, 5), (10, 0.19, 1), (10, 0.01, 1), (10, 0.0, 0), (3, 0.9, 2), (7, 1.0, 7)],
+)
+def test_how_many_are_kept(elements, density, count):
+    delta = torch.arange(1.0, elements + 1)
+    assert int((trimmed(delta, density, 4) != 0).sum()) == count
+
+
+def test_the_third_pass_is_only_taken_to_choose_among_equals():
+    distinct, tied = Search(2, 4), Search(2, 4)
+    for found, values in ((distinct, [4.0, 3.0, 2.0, 1.0]), (tied, [4.0, 2.0, 2.0, 2.0])):
+        patterns = bit_patterns(torch.tensor(values))
+        found.settle_upper((patterns >> 16).bincount(minlength=2**15))
+        inside = patterns[(patterns >> 16) == found.upper]
+        found.settle_lower((inside & 0xFFFF).bincount(minlength=2**16))
+    assert (distinct.open, tied.open) == (False, True)
+    assert distinct.trim() == Trim(threshold=3.0)
+
+
+@given(st.lists(any_values, min_size=2, max_size=20))
+def test_bit_patterns_sort_as_magnitudes_do(values):
+    tensor = torch.tensor(values)
+    np.testing.assert_array_equal(
+        np.argsort(bit_patterns(tensor).numpy(), kind="stable"), np.argsort(magnitudes(tensor).numpy(), kind="stable")
+    )
