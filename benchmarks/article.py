@@ -25,18 +25,14 @@ from typing import Any
 from streammerge import __version__
 from streammerge.demo.files import DemoModels, make_models
 
-COPY_BUFFER = 1 << 17
-MIB = 1 << 20
-
 
 @dataclass(frozen=True)
 class Run:
-    """One measurement: seconds of the floor before and after, of the merge loop, of the whole process."""
+    """One measurement: seconds of the floor before and after, of the merge loop, of the whole process; peak RAM."""
 
     floor: float
     loop: float
     process: float
-    above_import_torch: int
     peak_rss: int
 
 
@@ -65,6 +61,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "date": date.today().isoformat(),
         "version": __version__,
         "machine": machine(),
+        "import_torch_rss": import_torch_rss(),
         "runs": [asdict(run) for run in runs],
         "median": medians(runs),
     }
@@ -113,7 +110,6 @@ def measure(job: list[str], models: DemoModels, folder: Path) -> Run:
         floor=(before + after) / 2,
         loop=found["seconds"]["merge"],
         process=process,
-        above_import_torch=found["peak_rss_bytes"] - found["baseline_rss_bytes"],
         peak_rss=found["peak_rss_bytes"],
     )
 
@@ -163,8 +159,15 @@ def medians(runs: list[Run]) -> dict[str, float]:
         "loop": statistics.median(run.loop for run in runs),
         "process": statistics.median(run.process for run in runs),
         "loop_over_floor": statistics.median(run.loop / run.floor for run in runs),
-        "above_import_torch_mib": max(run.above_import_torch for run in runs) / MIB,
+        "peak_rss": max(run.peak_rss for run in runs),
     }
+
+
+def import_torch_rss() -> int:
+    """The peak RAM of a process that imports torch and nothing else: the base line."""
+    words = "import torch; print(open('/proc/self/status').read())"
+    told = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True).stdout
+    return next(int(line.split()[1]) * 1024 for line in told.splitlines() if line.startswith("VmHWM:"))
 
 
 def machine() -> dict[str, str]:

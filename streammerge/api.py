@@ -14,9 +14,11 @@ from streammerge import __version__
 from streammerge.checking import Checker, ReadBack, checkpoint_reader
 from streammerge.checkpoints import open_model
 from streammerge.errors import MergeError, PlanError
+from streammerge.formats.files import ByteFile
 from streammerge.inputs import OpenInputs, check_output, check_with_library
 from streammerge.machine import MAPPED_BYTES, MIB, Allotment, choose_io, peak_resident_bytes, resident_bytes
 from streammerge.merged import Decision, Merged, node_of
+from streammerge.nodes import Stored, leaves
 from streammerge.options import Options, format_size
 from streammerge.plan import OVERHEAD_BYTES, Plan, make_plan
 from streammerge.recipe import Recipe
@@ -53,7 +55,8 @@ def planned(recipe: Recipe | Model, output: Path, options: Options, *, replacing
         merged = opened.merge(recipe) if isinstance(recipe, Recipe) else as_merged(recipe)
         method = recipe.method if isinstance(recipe, Recipe) else ""
         metadata = output_metadata(recipe, options)
-        plan = make_plan(merged, output, options, method=method, inputs=opened.files, metadata=metadata)
+        inputs = opened.files or files_of(merged)
+        plan = make_plan(merged, output, options, method=method, inputs=inputs, metadata=metadata)
         if not replacing:
             check_output(plan)
         yield plan
@@ -174,6 +177,12 @@ def as_merged(model: Model) -> Merged:
             for name, info in model.tensors.items()
         )
     )
+
+
+def files_of(merged: Merged) -> list[ByteFile]:
+    """Every file that is read by a merge of models that were opened elsewhere."""
+    stored = (leaf for node in merged.nodes.values() for leaf in leaves(node) if isinstance(leaf, Stored))
+    return list({id(leaf.file): leaf.file for leaf in stored}.values())
 
 
 def output_metadata(recipe: Recipe | Model, options: Options) -> dict[str, str]:

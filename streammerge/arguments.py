@@ -126,7 +126,8 @@ def recipe_from(arguments: argparse.Namespace) -> Recipe:
     if not isinstance(raw, dict):
         raise RecipeError(f"{words[0] if words else arguments.recipe}: expected a map with merge_method and models")
     bindings, weights = _bindings(bound)
-    return parse_recipe(_changed(_weighted(raw, weights), arguments), folder, bindings)
+    where = words[0] if arguments.recipe is None else f"recipe {arguments.recipe}"
+    return parse_recipe(_changed(_weighted(raw, weights), arguments), folder, bindings, where)
 
 
 def _recipe_of_models(words: list[str]) -> dict[str, Any]:

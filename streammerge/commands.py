@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.arguments import RECIPE_SUFFIXES, options_from, recipe_from
-from streammerge.errors import OutputError, RecipeError, printable
+from streammerge.errors import OutputError, RecipeError, one_line
 from streammerge.formats.shards import SUFFIXES
 from streammerge.methods import METHODS, find_method
 from streammerge.methods.registry import Method
@@ -59,12 +59,12 @@ def show_plan(plan: Plan, *, every_tensor: bool) -> None:
     """The plan for people: the fates of the tensors, grouped by reason or one by one, and the costs."""
     if every_tensor:
         for decision in plan.decisions:
-            say(printable(f"{decision.action:<8} {decision.info!s:<28} {decision.name}   {decision.why}"))
+            say(one_line(f"{decision.action:<8} {decision.info!s:<28} {decision.name}   {decision.why}"))
     else:
         for fate, number in plan.summary().items():
-            say(printable(f"{number:>6,}  {fate}"))
+            say(one_line(f"{number:>6,}  {fate}"))
     for note in plan.notes():
-        say(printable(f"note: {note}"))
+        say(one_line(f"note: {note}"))
     say()
     show_table(
         [
@@ -111,7 +111,7 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 def compare(arguments: argparse.Namespace) -> int:
     """Compare two models and show how far they are apart."""
-    from streammerge import comparison
+    from streammerge import comparison, plotting
     from streammerge.checkpoints import open_model
 
     for path in (arguments.csv, arguments.plot):
@@ -135,7 +135,7 @@ def compare(arguments: argparse.Namespace) -> int:
     if arguments.csv:
         comparison.write_csv(compared, arguments.csv)
     if arguments.plot:
-        comparison.plot(compared, arguments.plot)
+        plotting.plot(compared, arguments.plot)
     if arguments.json:
         say(json.dumps(comparison.to_json(compared), indent=2, ensure_ascii=False))
     else:

@@ -6,19 +6,15 @@ import bisect
 import csv
 import itertools
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-from streammerge.errors import SHOWN, MergeError, OutputError
-from streammerge.inspection import aligned, count_text, one_line, shortened
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from streammerge.errors import SHOWN, OutputError, one_line
+from streammerge.inspection import aligned, count_text
 
 FINEST_STEP: Final = 1e-9
 """The narrowest bin of a histogram: below it, cosines are noise of the last digits."""
@@ -236,49 +232,8 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def plot(comparison: Comparison, path: str | Path, *, bins: int = 60) -> None:
-    """Draw the histogram of the cosines into a file, of the kind that its ending says: .png, .svg or .pdf."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MergeError("a plot needs matplotlib", advice="Run pip install 'streammerge[plot]'.") from error
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_title(_plot_title(comparison), fontsize=10, parse_math=False)
-    _draw(comparison.histogram(bins), axes)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # a name may have letters that the font lacks
-            figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{path} can't be written: {error}") from error
-
-
-def _draw(histogram: Histogram, axes: Axes) -> None:
-    if histogram.edges:
-        left, step = histogram.edges[0], histogram.step
-        axes.bar(histogram.edges[:-1], histogram.counts, step, align="edge", color="#3465a4", edgecolor="white")
-        if histogram.below:
-            label = f"{histogram.below:,} below {left:.{histogram.decimals}f}"
-            axes.bar(left - step, histogram.below, step, align="edge", color="#ce5c00", edgecolor="white", label=label)
-            axes.legend(frameon=False)
-        axes.ticklabel_format(useOffset=False, style="plain")
-        axes.locator_params(axis="x", nbins=6)
-        axes.locator_params(axis="y", integer=True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("cosine of the tensor in one model and in the other")
-    axes.set_ylabel("number of tensors")
-
-
-def _plot_title(comparison: Comparison) -> str:
-    names = (shortened(Path(path).name, 40) for path in (comparison.path_a, comparison.path_b))
-    return f"{' and '.join(names)}\n{_tally(comparison)}"
-
-
 def _summary(comparison: Comparison) -> str:
-    lines = [f"A  {one_line(comparison.path_a)}", f"B  {one_line(comparison.path_b)}", _tally(comparison)]
+    lines = [f"A  {one_line(comparison.path_a)}", f"B  {one_line(comparison.path_b)}", tally(comparison)]
     if comparison.differing:
         lines[-1] += (
             f", median {_cosine_text(comparison.quantile(0.5))}, least {_cosine_text(comparison.quantile(0.0))}"
@@ -286,7 +241,7 @@ def _summary(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
-def _tally(comparison: Comparison) -> str:
+def tally(comparison: Comparison) -> str:
     """How many tensors differ, and how alike the models are as a whole."""
     if not comparison.similarities:
         return "no tensor to compare"

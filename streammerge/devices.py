@@ -178,8 +178,7 @@ def find_device(name: str) -> torch.device:
     available = available_devices()
     if name == "auto":
         return torch.device(available[-1] if len(available) > 1 else "cpu")
-    kind, _, index = name.partition(":")
-    if name in available or (kind in available and not index):
+    if name in available:
         return torch.device(name)
     raise DeviceError(
         f"no device {name!r} on this machine",

@@ -211,7 +211,7 @@ def _work(schedule: Schedule, lane: Lane, sink: Sink, progress: Progress) -> Non
                 with error_context(window.work.name):
                     window.run(lane, sink, progress)
                     lane.release()
-                schedule.done(window)
+                    schedule.done(window)
     except BaseException as error:
         schedule.stop(error)
 
@@ -237,6 +237,7 @@ class Schedule:
             while not self.finished.is_set():
                 if not self._ready and (work := next(self._works, None)) is not None:
                     self._ready.extend(work.begin_pass())
+                    continue  # it may have nothing to do
                 if self._ready:
                     self._running += 1
                     return self._ready.popleft()
@@ -291,7 +292,8 @@ def count_nonfinite(values: torch.Tensor, stored: torch.Tensor) -> int:
     low, high = torch.aminmax(values)
     if low.item() >= -largest and high.item() <= largest:
         return 0
-    return int((~torch.isfinite(stored.float())).sum())
+    stored = stored.float() if stored.dtype.itemsize == 1 else stored
+    return int((~torch.isfinite(stored)).sum())
 
 
 class error_context:  # noqa: N801  (reads as a statement)

@@ -33,7 +33,7 @@ class MergeError(Exception):
         self.state = ""
 
     def __str__(self) -> str:
-        shown = [f"  {printable(line)}" for line in self.found[:SHOWN]]
+        shown = [f"  {one_line(line)}" for line in self.found[:SHOWN]]
         if len(self.found) > SHOWN:
             shown.append(f"  … and {len(self.found) - SHOWN} more")
         closing = " ".join(part for part in (self.advice, self.state) if part)
@@ -69,3 +69,8 @@ def printable(text: str) -> str:
     return "".join(
         character if character == "\n" or character.isprintable() else repr(character)[1:-1] for character in text
     )
+
+
+def one_line(text: str) -> str:
+    """The text with all its control characters escaped, newlines too: a tensor's name must not look like our own."""
+    return printable(text).replace("\n", "\\n")

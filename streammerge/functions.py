@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from streammerge.checkpoints import open_model
 from streammerge.errors import RecipeError
@@ -18,25 +18,7 @@ from streammerge.tensors import Model
 ModelLike = Model | str | os.PathLike[str]
 
 
-class MergeFunction(Protocol):
-    """A method's function: models in, a model out."""
-
-    def __call__(
-        self,
-        *models: ModelLike,
-        base: ModelLike | None = None,
-        layout: int | None = None,
-        on_shape_mismatch: ShapePolicy = "error",
-        on_missing: MissingPolicy = "error",
-        rules: Sequence[Rule] = (),
-        dtype: str = "keep",
-        **parameters: Any,  # noqa: ANN401
-    ) -> Merged:
-        """The merge of the models; see `merge_function`."""
-        ...
-
-
-def merge_function(name: str) -> MergeFunction:
+def merge_function(name: str) -> Callable[..., Merged]:
     """The method of this name as a function; RecipeError if there is none.
 
     Models are opened if they are paths. `layout` is the number of the model whose tensors, order and shapes the result

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from streammerge.architecture import Component, components, count_dtypes, guess_architecture
-from streammerge.errors import printable
+from streammerge.errors import one_line
 from streammerge.tensors import TensorInfo
 
 LARGEST: Final = 5
@@ -221,11 +221,6 @@ def shortened(text: str, width: int, *, ending: str = "…") -> str:
     """The text in one printable line of at most so many characters, with this ending where it is cut."""
     line = one_line(text[: width + 1])  # no more is looked at than can be shown: values of megabytes exist
     return line if len(line) <= width else line[: max(0, width - len(ending))] + ending[-width:]
-
-
-def one_line(text: str) -> str:
-    """The text without control characters and line breaks, as it can stand in a table."""
-    return printable(text).replace("\n", "\\n")
 
 
 def aligned(rows: Sequence[Sequence[str]], alignments: str, *, indent: int = 0) -> str:

@@ -18,7 +18,7 @@ NETWORK_FILE_SYSTEMS: Final = frozenset({"nfs", "nfs4", "cifs", "smbfs", "smb3",
 
 MIB: Final = 1 << 20
 
-DEFAULT_WORK_BYTES: Final = 44 * MIB
+DEFAULT_WORK_BYTES: Final = 36 * MIB
 """What all lanes together may take unless --max-ram says otherwise: within 64 MiB of a bare `import torch`."""
 
 MAPPED_BYTES: Final = (6 * MIB, 2 * MIB)

@@ -65,7 +65,7 @@ def as_recipe(recipe: Mergeable, options: Mapping[str, Any]) -> Recipe | Model:
     changes = {key: options[key] for key in RECIPE_KEYS if key in options}
     if isinstance(recipe, str | os.PathLike):
         path = Path(recipe)
-        return parse_recipe({**read_recipe_file(path), **changes}, path.parent)
+        return parse_recipe({**read_recipe_file(path), **changes}, path.parent, where=str(path))
     if isinstance(recipe, Mapping):
         return parse_recipe({**recipe, **changes}, Path())
     if changes:

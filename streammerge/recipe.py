@@ -165,9 +165,23 @@ def check_recipe(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def parse_recipe(raw: Any, folder: Path, bindings: Mapping[str, Path] | None = None) -> Recipe:  # noqa: ANN401
-    """A recipe from YAML's values; relative paths start at `folder`, and `bindings` fill the names under `inputs`."""
-    return check_recipe(_RecipeParser(folder, bindings or {}).parse(raw))
+def parse_recipe(
+    raw: Any,  # noqa: ANN401  (whatever YAML gave)
+    folder: Path,
+    bindings: Mapping[str, Path] | None = None,
+    where: str = "recipe",
+) -> Recipe:
+    """A recipe from YAML's values; relative paths start at `folder`, and `bindings` fill the names under `inputs`.
+
+    `where` is what a RecipeError calls the recipe: its file, if it has one.
+    """
+    parser = _RecipeParser(folder, bindings or {}, where)
+    try:
+        return check_recipe(parser.parse(raw))
+    except RecipeError as error:
+        if where != "recipe" and where not in error.what:
+            error.what = f"{where}: {error.what}"
+        raise
 
 
 @dataclass

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from streammerge.errors import one_line
 from streammerge.options import format_size
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def show_report(report: Report, *, quiet: bool) -> None:
     if not quiet:
         show_table(report.rows())
     for warning in report.warnings():
-        say_on_stderr(f"warning: {warning}")
+        say_on_stderr(one_line(f"warning: {warning}"))
 
 
 def show_table(rows: Sequence[tuple[str, str]]) -> None:

@@ -148,8 +148,8 @@ class _Temporary:
 
 
 def temporary_name(path: Path) -> Path:
-    """A hidden name in the same folder that nobody guesses."""
-    return path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
+    """A hidden name in the same folder that nobody guesses, and that is no longer than file systems allow."""
+    return path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
 
 
 def preallocate(descriptor: int, nbytes: int) -> None:

@@ -69,9 +69,9 @@ def measured() -> str:
     """The article's job against copying the same bytes and the usual script."""
     found = json.loads(RESULTS.read_text(encoding="utf-8"))
     median, naive, machine = found["median"], found["naive"], found["machine"]
-    baseline = found["runs"][0]["peak_rss"] - found["runs"][0]["above_import_torch"]
-    above = round(median["above_import_torch_mib"])
-    peak = f"{found['runs'][0]['peak_rss'] / 1e6:.0f} MB, {above} MiB above `import torch` ({baseline / 1e6:.0f} MB)"
+    baseline = found["import_torch_rss"]
+    above = (median["peak_rss"] - baseline) / 2**20
+    peak = f"{median['peak_rss'] / 1e6:.0f} MB, {above:.0f} MiB above `import torch` ({baseline / 1e6:.0f} MB)"
     rows = [
         "| three SD 2 checkpoints, float16, 8.0 GB | whole process | merging alone | peak RAM |",
         "|---|---|---|---|",

@@ -19,12 +19,12 @@ from streammerge.comparison import (
     Histogram,
     ShapeMismatch,
     Similarity,
-    plot,
     render,
     to_json,
     write_csv,
 )
 from streammerge.errors import MergeError, OutputError
+from streammerge.plotting import plot
 
 COSINES = st.floats(-1, 1, allow_nan=False)
 

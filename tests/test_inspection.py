@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from streammerge.errors import one_line
 from streammerge.inspection import (
     ENTRY_WIDTH,
     KEY_WIDTH,
@@ -18,7 +19,6 @@ from streammerge.inspection import (
     count_text,
     inspect_model,
     metadata_text,
-    one_line,
     render,
     shortened,
     size_text,

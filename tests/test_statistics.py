@@ -103,6 +103,15 @@ def test_nothing_has_no_direction():
     assert (empty.cosine(0, 1), empty.norm(0), empty.distance(1)) == (None, 0.0, 0.0)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_has_no_direction(bad):
+    gram = gram_of(torch.tensor([1.0, bad, 2.0]), torch.ones(3))
+    assert gram.cosine(0, 1) is None
+    assert gram.cosine(0, 0) is None
+    assert gram_of(torch.ones(3), torch.tensor([1.0, bad, 2.0])).cosine(0, 1) is None
+    assert not math.isfinite(gram.norm(0))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_measuring_does_not_change_what_is_measured(dtype):
     tensors = [normal((50,), seed, dtype) for seed in (1, 2, 3)]

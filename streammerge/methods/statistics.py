@@ -48,9 +48,9 @@ class Gram:
         return math.sqrt(self.products[i][i]) if i else 0.0
 
     def cosine(self, i: int, j: int) -> float | None:
-        """⟨xᵢ, xⱼ⟩ / ‖xᵢ‖‖xⱼ‖, clamped to [−1, 1]; None where a norm is 0."""
+        """⟨xᵢ, xⱼ⟩ / ‖xᵢ‖‖xⱼ‖, clamped to [−1, 1]; None where a norm is 0, infinite, or no number."""
         norms = self.norm(i) * self.norm(j)
-        return max(-1.0, min(1.0, self.dot(i, j) / norms)) if norms else None
+        return max(-1.0, min(1.0, self.dot(i, j) / norms)) if 0 < norms < math.inf else None
 
 
 class GramPass:

@@ -1,0 +1,145 @@
+"""The promise on memory, kept by whole processes: 64 MiB above a bare `import torch`, whatever the models' size."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from streammerge.formats.safetensors import build_header
+from streammerge.machine import MIB
+from streammerge.tensors import DTYPES, TensorInfo
+from tests.models import normal, raw_bytes
+
+PROMISED = 64 * MIB
+FLAT = 8 * MIB
+POOL = 3_000_017
+"""Random values of which every tensor is made, from one place or another; far from a round number of anything."""
+
+METHODS: dict[str, list[str]] = {
+    "linear": ["{a}:0.3", "{b}:0.3", "{base}:0.4"],
+    "task_arithmetic": ["{a}:0.3", "{b}:0.5", "--base", "{base}"],
+    "slerp": ["{a}", "{b}", "-p", "t=0.3"],
+    "ties": ["{a}:0.5", "{b}:0.5", "--base", "{base}", "-p", "density=0.3"],
+}
+
+
+def shapes(megabytes: int) -> dict[str, tuple[int, ...]]:
+    """Tensors of a model of about this size in float16: one of two fifths of it, some middling, many small ones."""
+    middling = {f"layers.{layer}.weight": (megabytes * 1000 // 32, 1000) for layer in range(8)}
+    small = {f"layers.{layer}.norm": (1000 + layer,) for layer in range(200)}
+    return {"embed.weight": (megabytes * 1000 // 4, 1000), **middling, **small}
+
+
+def write_model(path: Path, megabytes: int, seed: int, pool: bytes, base: bytes) -> Path:
+    """Write a model of these sizes without ever holding it: pieces of the pools, which is as good as random here."""
+    infos = {name: TensorInfo(DTYPES["F16"], shape) for name, shape in shapes(megabytes).items()}
+    header = build_header(infos, {"format": "pt"})
+    source = base if seed == 0 else pool
+    with path.open("wb") as file:
+        file.write(header.encoded)
+        for number, name in enumerate(header.offsets):
+            left, start = infos[name].nbytes, 2 * (number * 7919 + seed * 104_729)
+            while left:
+                piece = source[start % len(source) :][:left]
+                file.write(piece)
+                left -= len(piece)
+                start = 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def make_models(tmp_path_factory) -> Iterator[Any]:
+    """Writes `base`, `a` and `b` of a size; they are deleted when the module is done."""
+    base = normal((POOL,), 0, torch.float16)
+    pools = [raw_bytes((base.float() + normal((POOL,), seed, scale=0.01)).half()) for seed in (1, 2)]
+    made: dict[int, dict[str, Path]] = {}
+
+    def models(megabytes: int) -> dict[str, Path]:
+        if megabytes not in made:
+            folder = tmp_path_factory.mktemp(f"{megabytes}MB")
+            made[megabytes] = {
+                name: write_model(folder / f"{name}.safetensors", megabytes, seed, pools[seed - 1], raw_bytes(base))
+                for seed, name in enumerate(("base", "a", "b"))
+            }
+        return made[megabytes]
+
+    yield models
+    for paths in made.values():
+        for path in paths.values():
+            path.unlink()
+
+
+@pytest.fixture(scope="module")
+def bare() -> int:
+    """What a process takes that only imports torch."""
+    script = "import torch, psutil; print(psutil.Process().memory_info().rss)"
+    return int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
+
+
+def run_merge(models: Mapping[str, Path], method: str, folder: Path, *options: str) -> dict[str, Any]:
+    """Merge in a process of its own and return its report; the output is deleted."""
+    words = [word.format(**models) for word in METHODS[method]]
+    output, report = folder / "out.safetensors", folder / "report.json"
+    command = [sys.executable, "-m", "streammerge", *words, "-m", method, "-o", str(output)]
+    command += ["--report", str(report), "--no-sync", "-q", "--force", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    output.unlink()
+    found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+    return found
+
+
+def above(report: Mapping[str, Any], bare: int) -> int:
+    """What the merge took at its peak above a bare `import torch`, by the report's own base line or by ours."""
+    return int(report["peak_rss_bytes"]) - min(int(report["baseline_rss_bytes"]), bare)
+
+
+def check_promise(make_models: Any, bare: int, folder: Path, method: str, size: int, options: Sequence[str]) -> None:
+    small = run_merge(make_models(size // 4), method, folder, *options)
+    large = run_merge(make_models(size), method, folder, *options)
+    assert large["bytes_written"] > 0.9e6 * size
+    print(method, options, above(small, bare) / MIB, above(large, bare) / MIB)
+    assert above(large, bare) <= PROMISED
+    assert above(large, bare) - above(small, bare) <= FLAT
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_memory_is_little_and_flat(make_models, bare, tmp_path, method):
+    check_promise(make_models, bare, tmp_path, method, 200, [])
+
+
+@pytest.mark.parametrize("options", [("--io", "pread"), ("--threads", "8"), ("--dtype", "fp32")], ids=" ".join)
+def test_memory_is_little_however_it_is_run(make_models, bare, tmp_path, options):
+    for method in ("linear", "ties"):
+        assert above(run_merge(make_models(200), method, tmp_path, *options), bare) <= PROMISED
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("io", ["mmap", "pread"])
+def test_memory_is_flat_for_gigabytes(make_models, bare, tmp_path, method, io):
+    check_promise(make_models, bare, tmp_path, method, 2000, ["--io", io])
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_a_limit_on_memory_is_kept(make_models, tmp_path, method):
+    models = make_models(200)
+    words = [word.format(**models) for word in METHODS[method]]
+    command = [sys.executable, "-m", "streammerge", *words, "-m", method, "-o", str(tmp_path / "out.safetensors")]
+    refused = subprocess.run([*command, "--max-ram", "10MB"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    found = re.search(r"The least that works is (\d+)MiB", refused.stderr)
+    assert found, refused.stderr
+    assert not (tmp_path / "out.safetensors").exists()
+    limit = int(found[1]) + 2  # the base line is not the same to the page in every process
+    report = run_merge(models, method, tmp_path, "--max-ram", f"{limit}MiB")
+    assert report["peak_rss_bytes"] <= limit * MIB
+    assert report["threads"] == 1
