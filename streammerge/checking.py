@@ -8,6 +8,7 @@ from collections.abc import Callable
 from streammerge.checkpoints import Checkpoint
 from streammerge.errors import CheckpointError, OutputError
 from streammerge.formats.positional import read_at
+from streammerge.merged import count, plural
 from streammerge.nodes import Stored
 from streammerge.plan import Job, Plan
 from streammerge.reading import page_aligned
@@ -42,7 +43,8 @@ class Checker:
         """OutputError that names the tensors that differ, if any do."""
         if self.different:
             raise OutputError(
-                f"{path}: {len(self.different)} tensors are not what the recipe gives",
+                f"{path}: {count(self.different, 'tensor')} {plural(self.different, 'is', 'are')} not what the recipe "
+                "gives",
                 found=sorted(self.different),
                 advice="The disk or the memory may be at fault, or the file was made by another recipe. Merge again.",
             )

@@ -78,7 +78,7 @@ def merge(words: Sequence[str]) -> int:
     """Merge as a recipe or the command line describes."""
     from streammerge import arguments as args
 
-    parser = new_parser("", USAGE, __doc__)
+    parser = new_parser("", USAGE, "Merge model checkpoints of any size in a small, stated amount of RAM.")
     parser.add_argument("--version", action="version", version=f"streammerge {__version__}")
     args.add_merge_arguments(parser)
     if not words:

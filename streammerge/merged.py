@@ -144,9 +144,17 @@ class _Resolution:
         return Decision(name, "copied", f"from {model}: {why}{cast}", info, node)
 
     def _take(self, name: str, rule: Rule, dtype: DType | None) -> Decision:
-        if name in self.models[rule.model].tensors:
+        if name not in self.models[rule.model].tensors:
+            return self._without(name, [rule.model], dtype)
+        shape, node = self.layout.tensors[name].shape, node_of(self.models[rule.model], name)
+        if node.info.shape == shape:
             return self._copy(name, rule.model, f"taken by rule {rule}", dtype)
-        return self._without(name, [rule.model], dtype)
+        fitted = self._fit(name, [node], [rule.model], shape)
+        if fitted is None:
+            return self._copy(name, self.layout_name, f"kept for its shape {list(shape)}", dtype)
+        info = stored_as(fitted[0].info, dtype)
+        why = f"from {rule.model}: taken by rule {rule}, fitted to the shape {list(shape)}"
+        return Decision(name, "copied", why, info, fitted[0])
 
     def _without(self, name: str, lacking: list[str], dtype: DType | None) -> Decision:
         """What becomes of a tensor that some of the models lack."""
@@ -166,27 +174,33 @@ class _Resolution:
             kinds = [f"{model} {node.info.dtype}" for model, node in zip(self.input_names, inputs, strict=True)]
             self.unmergeable.append(f"{name}   {', '.join(kinds)}")
             return self._copy(name, self.layout_name, "its dtypes can't be averaged", dtype)
-        if any(node.info.shape != info.shape for node in inputs):
-            policy = self.recipe.on_shape_mismatch
-            fitted = [fit(node, info.shape, policy) for node in inputs]
-            if policy == "keep" or None in fitted:
-                if policy != "keep":
-                    self.misshapen.append(f"{name}   {self._shapes(name, info.shape)}")
-                return self._copy(name, self.layout_name, f"kept for its shape {list(info.shape)}", dtype)
-            inputs = [node for node in fitted if node is not None]
+        fitted = self._fit(name, inputs, self.input_names, info.shape)
+        if fitted is None:
+            return self._copy(name, self.layout_name, f"kept for its shape {list(info.shape)}", dtype)
         output = stored_as(info, dtype)
-        node = apply_method(self.method, output, self._parameters(name, rule), inputs)
+        node = apply_method(self.method, output, self._parameters(name, rule), fitted)
         return Decision(name, "merged", self.method.name, output, node)
+
+    def _fit(self, name: str, nodes: list[Node], models: list[str], shape: tuple[int, ...]) -> list[Node] | None:
+        """The models' tensors in the layout's shape, as the recipe allows; None, and the problem noted, where not."""
+        policy = self.recipe.on_shape_mismatch
+        fitted = [fit(node, shape, policy) for node in nodes]
+        possible = [node for node in fitted if node is not None]
+        if len(possible) == len(nodes):
+            return possible
+        if policy != "keep":
+            self.misshapen.append(f"{name}   {self._shapes(name, shape, models)}")
+        return None
 
     def _parameters(self, name: str, rule: Rule | None) -> dict[str, ParameterValue]:
         by_model = {entry.name: entry.parameters for entry in self.recipe.inputs}
         sources = ParameterSources(rule.parameters if rule else {}, by_model, self.recipe.parameters)
         return sources.resolve(self.method, name, self.model_names, self.layers)
 
-    def _shapes(self, name: str, expected: tuple[int, ...]) -> str:
+    def _shapes(self, name: str, expected: tuple[int, ...], models: list[str]) -> str:
         """`depth [320, 5, 3, 3]   base, waifu [320, 4, 3, 3]`: the models by their shape, the layout's first."""
         by_shape: dict[tuple[int, ...], list[str]] = {expected: [self.layout_name]}
-        for model in self.input_names:
+        for model in models:
             names = by_shape.setdefault(self.models[model].tensors[name].shape, [])
             if model not in names:
                 names.append(model)

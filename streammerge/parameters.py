@@ -160,12 +160,6 @@ class ParameterSources:
     by_model: Mapping[str, Settings]
     recipe: Settings
 
-    def check(self, method: Method) -> None:
-        """RecipeError if any of these names a parameter that the method doesn't have."""
-        for settings in (self.rule, self.recipe, *self.by_model.values()):
-            for name in settings:
-                method.parameter(name)
-
     def resolve(self, method: Method, name: str, models: Iterable[str], layers: Layers) -> dict[str, ParameterValue]:
         """The value of each of the method's parameters for one tensor; RecipeError if one that is needed isn't set."""
         models = list(models)

@@ -145,10 +145,9 @@ class Plan:
             f"{by_component(names)} of {model} {plural(names, 'is', 'are')} not in the layout and left out"
             for model, names in self.merged.left_out.items()
         ]
-        dropped = self.count("dropped")
-        fate = f"{dropped:,} are dropped, the others" if dropped else "all"
+        dropped = {decision.name for decision in self.decisions if decision.action == "dropped"}
         lacking = [
-            f"{model} lacks {by_component(names)} of the layout's; {fate} come from other models"
+            f"{model} lacks {by_component(names)} of the layout's; {_fate(len(dropped.intersection(names)))}"
             for model, names in self.merged.lacking.items()
         ]
         return [*left_out, *lacking]
@@ -239,6 +238,10 @@ def existing_folder(path: Path) -> Path:
         if folder.is_dir():
             return folder
     return Path(path.anchor)
+
+
+def _fate(dropped: int) -> str:
+    return f"{dropped:,} of them are dropped" if dropped else "all come from other models"
 
 
 def by_component(names: Sequence[str]) -> str:

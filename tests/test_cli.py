@@ -675,7 +675,7 @@ def test_verify_finds_a_byte_that_is_wrong(folder, run):
     assert run("verify", "out.safetensors").code == 0  # its format is all right
     result = run("verify", "out.safetensors", *merge)
     assert result.code == 1
-    assert result.err.startswith(f"error: out.safetensors: 1 tensors are not what the recipe gives\n  {UNET}\n")
+    assert result.err.startswith(f"error: out.safetensors: 1 tensor is not what the recipe gives\n  {UNET}\n")
     assert "Every byte" not in result.out
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import threading
-from pathlib import Path
 
 import pytest
 
@@ -17,7 +16,7 @@ CONTENT = bytes(range(256)) * 4
 
 
 @pytest.fixture
-def path(tmp_path) -> Path:
+def path(tmp_path):
     path = tmp_path / "x.bin"
     path.write_bytes(CONTENT)
     return path

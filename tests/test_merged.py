@@ -149,10 +149,26 @@ def test_globs_tell_capitals_from_small_letters_and_match_the_whole_name():
 
 
 def test_what_is_taken_may_come_from_a_model_that_is_not_merged():
-    models = pair(x=(1,), vae=(2,)) | {"c": header(vae=(3,))}
+    models = pair(x=(1,), vae=(3,)) | {"c": header(vae=(3,))}
     made = merged(models, beside="c", rules=[{"match": "vae", "take": "c"}])
     assert made.tensors["vae"].shape == (3,)
     assert made.lacking == {"c": ("x",)}
+
+
+@pytest.mark.parametrize(("policy", "source"), [("keep", "a"), ("pad", "c"), ("slice", "")])
+def test_what_is_taken_has_the_layouts_shape(policy: str, source: str):
+    models = pair(x=(1,), vae=(3,)) | {"c": header(vae=(2,))}
+    rules = [{"match": "vae", "take": "c"}]
+    with pytest.raises(PlanError, match=r"1 tensor differs in shape(.|\n)*vae   a \[3\]   c \[2\]"):
+        merged(models, beside="c", rules=rules)
+    if not source:
+        with pytest.raises(PlanError, match="differs in shape"):
+            merged(models, beside="c", rules=rules, on_shape_mismatch=policy)
+        return
+    made = merged(models, beside="c", rules=rules, on_shape_mismatch=policy)
+    decision = next(decision for decision in made.decisions if decision.name == "vae")
+    assert made.tensors["vae"].shape == (3,)
+    assert decision.why.startswith(f"from {source}: ")
 
 
 def test_rules_that_match_nothing_are_an_error():

@@ -307,7 +307,7 @@ def test_what_models_have_too_much_or_too_little_is_noted():
         "waifu lacks 3 tensors (3 depth model) of the layout's; all come from other models",
     ]
     made = plan(models, on_missing="drop")
-    assert made.notes()[1].endswith("3 are dropped, the others come from other models")
+    assert made.notes()[1].endswith("3 of them are dropped")
     assert by_component(list(depth)) == "5 tensors (2 diffusion model, 3 depth model)"
     assert plan(pair(x=(1,))).notes() == []
 

@@ -67,6 +67,7 @@ def test_recipe_runs(folder: Path):
 def test_python_runs(folder: Path):
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL) if "import streammerge" in block)
     code = code.replace('output="merged.safetensors"', 'output="merged.safetensors", force=True')
+    code = code.replace('"400MB"', '"8GB"')  # the tests' own process is larger
     shutil.copy(folder / "waifu.ckpt", folder / "b.ckpt")
     (folder / "recipe.yaml").write_text(
         "merge_method: weighted_sum\nmodels: [{model: a.safetensors}, {model: b.ckpt}]\n", encoding="utf-8"
