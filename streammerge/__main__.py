@@ -1,8 +1,6 @@
 """`python -m streammerge`, the same program as `streammerge`."""
 
-import sys
-
-from streammerge.cli import main
+from streammerge.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -54,16 +54,27 @@ def share_out(
 
 
 def choose_io(io: IoMode, paths: Iterable[Path]) -> Literal["mmap", "pread"]:
-    """What `auto` means for these files: memory mapping, but reading on Windows and from network file systems.
+    """What `auto` means for these files: memory mapping, but reading where mapping is unsafe or slower.
 
     Windows charges mappings against the commit limit and keeps mapped files locked; on a network mount a page fault is
-    a round trip, and a connection that breaks is a bus error instead of an exception.
+    a round trip, and a connection that breaks is a bus error instead of an exception. In a virtual machine every first
+    touch of a page walks two levels of page tables: reading measured 5 to 25 % faster there, in less resident memory.
     """
     if io != "auto":
         return io
-    if sys.platform == "win32" or any(_file_system(path) in NETWORK_FILE_SYSTEMS for path in paths):
+    if sys.platform == "win32" or is_virtual_machine():
         return "pread"
-    return "mmap"
+    return "pread" if any(_file_system(path) in NETWORK_FILE_SYSTEMS for path in paths) else "mmap"
+
+
+def is_virtual_machine(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the processor says that a hypervisor runs it; false where it can't be asked."""
+    try:
+        with cpuinfo.open(encoding="ascii", errors="replace") as lines:
+            flags = next((line for line in lines if line.startswith("flags")), "")
+    except OSError:
+        return False
+    return "hypervisor" in flags.split()
 
 
 def _file_system(path: Path) -> str:

@@ -111,7 +111,7 @@ def slerp(inputs: Inputs, *, t: float) -> Array:
         return (1 - t) * first + t * second
     # the angle by its half's sine and cosine, which is exact for every angle
     angle = 2 * math.atan2(float(np.linalg.norm(unit - other)), float(np.linalg.norm(unit + other)))
-    return (np.sin((1 - t) * angle) * first + np.sin(t * angle) * second) / np.sin(angle)
+    return np.asarray((np.sin((1 - t) * angle) * first + np.sin(t * angle) * second) / np.sin(angle))
 
 
 def ties(

@@ -1,0 +1,75 @@
+"""What the machine offers: how files are read, how memory is shared out."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from streammerge import machine
+from streammerge.machine import DEFAULT_WORK_BYTES, MAPPED_BYTES, MIB, choose_io, is_virtual_machine, share_out
+
+
+@pytest.fixture
+def bare_metal(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(machine, "is_virtual_machine", lambda: False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(machine, "_file_system", lambda path: "nfs4" if "mount" in str(path) else "ext4")
+
+
+def test_what_was_asked_for_is_taken(bare_metal):
+    assert choose_io("mmap", [Path("/mount/a")]) == "mmap"
+    assert choose_io("pread", [Path("a")]) == "pread"
+
+
+def test_local_files_are_mapped(bare_metal):
+    assert choose_io("auto", [Path("a"), Path("b")]) == "mmap"
+
+
+def test_files_on_a_network_are_read(bare_metal):
+    assert choose_io("auto", [Path("a"), Path("/mount/b")]) == "pread"
+
+
+def test_windows_reads(bare_metal, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert choose_io("auto", [Path("a")]) == "pread"
+
+
+def test_virtual_machines_read(bare_metal, monkeypatch):
+    monkeypatch.setattr(machine, "is_virtual_machine", lambda: True)
+    assert choose_io("auto", [Path("a")]) == "pread"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("processor : 0\nflags\t\t: fpu vme hypervisor avx\n", True),
+        ("processor : 0\nflags\t\t: fpu vme avx\nbugs : hypervisor\n", False),
+        ("Features : asimd\n", False),
+    ],
+)
+def test_a_hypervisor_is_known_by_the_processors_flags(tmp_path: Path, text: str, expected: bool):
+    (tmp_path / "cpuinfo").write_text(text)
+    assert is_virtual_machine(tmp_path / "cpuinfo") is expected
+
+
+def test_where_the_processor_cannot_be_asked_it_is_no_virtual_machine(tmp_path: Path):
+    assert not is_virtual_machine(tmp_path / "nothing")
+
+
+def test_lanes_stay_within_the_default(monkeypatch):
+    monkeypatch.setattr(machine, "usable_cores", lambda: 64)
+    for lane in (MIB // 2, 3 * MIB, 10 * MIB, 30 * MIB):
+        allotment = share_out(lane)
+        assert allotment.threads >= 1
+        assert allotment.work_bytes <= DEFAULT_WORK_BYTES
+        assert MAPPED_BYTES[1] <= allotment.mapped_bytes <= MAPPED_BYTES[0]
+
+
+def test_a_lane_larger_than_the_default_runs_alone():
+    assert share_out(100 * MIB) == machine.Allotment(1, MAPPED_BYTES[1], 102 * MIB)
+
+
+def test_a_limit_and_a_devices_limit_mean_fewer_lanes():
+    assert share_out(4 * MIB, threads=8, limit=30 * MIB).threads == 5
+    assert share_out(4 * MIB, threads=8, limit=300 * MIB, device_limit=9 * MIB).threads == 2
+    assert share_out(4 * MIB, threads=8, limit=300 * MIB, device_limit=1).threads == 1
