@@ -28,12 +28,17 @@ from streammerge.demo.files import DemoModels, make_models
 
 @dataclass(frozen=True)
 class Run:
-    """One measurement: seconds of the floor before and after, of the merge loop, of the whole process; peak RAM."""
+    """One measurement: seconds of the floor before and after, of the merge loop, of the whole process; peak RAM.
+
+    Beside it, if it was asked for, the usual script's time and RAM in the same minute.
+    """
 
     floor: float
     loop: float
     process: float
     peak_rss: int
+    script: float = 0.0
+    script_rss: int = 0
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -52,7 +57,7 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(words)
     models = find_or_make(arguments.folder)
     job = command(models, arguments)
-    runs = [measure(job, models, arguments.folder) for _ in range(arguments.runs)]
+    runs = [measure(job, models, arguments.folder, naive=arguments.naive) for _ in range(arguments.runs)]
     figures: dict[str, Any] = {
         "case": "SD 2 article, three float16 files",
         "weights": arguments.weights,
@@ -65,8 +70,6 @@ def main(words: Sequence[str] | None = None) -> None:
         "runs": [asdict(run) for run in runs],
         "median": medians(runs),
     }
-    if arguments.naive:
-        figures["naive"] = naive(models, arguments.folder)
     if arguments.limit:
         figures["cgroup"] = {"megabytes": arguments.limit, "exit_code": limited(job, arguments.limit)}
     print(json.dumps(figures, indent=2))
@@ -96,7 +99,7 @@ def output(folder: Path) -> Path:
     return folder / "out.safetensors"
 
 
-def measure(job: list[str], models: DemoModels, folder: Path) -> Run:
+def measure(job: list[str], models: DemoModels, folder: Path, *, naive: bool) -> Run:
     """One merge between two floors; everything in the page cache, nothing left to be written back."""
     report = folder / "report.json"
     before = floor(models, folder)
@@ -106,11 +109,14 @@ def measure(job: list[str], models: DemoModels, folder: Path) -> Run:
     found = json.loads(report.read_text())
     output(folder).unlink()
     after = floor(models, folder)
+    script, script_rss = run_script(models, folder) if naive else (0.0, 0)
     return Run(
         floor=(before + after) / 2,
         loop=found["seconds"]["merge"],
         process=process,
         peak_rss=found["peak_rss_bytes"],
+        script=script,
+        script_rss=script_rss,
     )
 
 
@@ -127,17 +133,19 @@ def floor(models: DemoModels, folder: Path) -> float:
     return seconds
 
 
-def naive(models: DemoModels, folder: Path) -> dict[str, float]:
-    """The usual script's time and RAM."""
+def run_script(models: DemoModels, folder: Path) -> tuple[float, int]:
+    """The usual script's seconds and peak RAM."""
     script = Path(__file__).with_name("naive.py")
     words = [sys.executable, str(script), *map(str, (models.base, models.depth, models.waifu, output(folder)))]
     process = subprocess.Popen(words)
     started = time.perf_counter()
     _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - started
     output(folder).unlink()
+    os.sync()
     if status:
         raise RuntimeError("the usual script failed")
-    return {"process": time.perf_counter() - started, "peak_rss": usage.ru_maxrss * 1024}
+    return seconds, usage.ru_maxrss * 1024
 
 
 def limited(job: list[str], megabytes: int) -> int:
@@ -160,6 +168,9 @@ def medians(runs: list[Run]) -> dict[str, float]:
         "process": statistics.median(run.process for run in runs),
         "loop_over_floor": statistics.median(run.loop / run.floor for run in runs),
         "peak_rss": max(run.peak_rss for run in runs),
+        "script": statistics.median(run.script for run in runs),
+        "script_over_process": statistics.median(run.script / run.process for run in runs),
+        "script_rss": max(run.script_rss for run in runs),
     }
 
 

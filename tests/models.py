@@ -22,6 +22,8 @@ from streammerge.formats.files import ByteFile
 from streammerge.nodes import BLOCK, Stored
 from streammerge.tensors import DTYPES, TensorInfo
 
+torch.set_num_threads(1)  # tests' tensors are small: threads would only wait for each other
+
 Tensors = dict[str, torch.Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -114,6 +114,9 @@ EXPRESSIONS = {
     "slerp of padded slerps": lambda a, b, c: slerp(0.4, padded(slerp(0.3, a, b)), padded(slerp(0.8, b, c))),
     "slerp of sliced slerps": lambda a, b, c: slerp(0.4, sliced(slerp(0.3, a, b)), sliced(c)),
     "ties of padded": lambda a, b, c: ties(0.5, padded(a), padded(slerp(0.5, b, c)), padded(c)),
+    "slerps of several lengths": lambda a, b, c: linear(
+        (0.5, padded(slerp(0.3, a, b))), (0.5, slerp(0.6, padded(b), padded(c))), (1.0, padded(ties(0.3, a, b)))
+    ),
     "sliced after padding": lambda a, b, c: fitted(padded(ties(0.3, a, b, c)), (9, 2), "slice"),
 }
 

@@ -158,13 +158,13 @@ def test_works_without_windows_are_passed_over():
     assert work_off(works, threads=1) == [("b", 0, 0), ("e", 0, 0)]
 
 
-def test_other_workers_go_on_with_new_tensors_meanwhile():
-    schedule = Schedule([FakeWork("a", [1, 1]), FakeWork("b", [1])])  # type: ignore[list-item]
+def test_other_workers_go_on_with_new_tensors_but_what_is_under_way_comes_first():
+    schedule = Schedule([FakeWork("a", [1, 2]), FakeWork("b", [3])])  # type: ignore[list-item]
     first, second = (next(iter(schedule)) for _ in range(2))
     assert (first.work.name, second.work.name) == ("a", "b")
     schedule.done(first)
-    third = next(iter(schedule))
-    assert (third.work.name, third.last) == ("a", 1)
+    following = [next(iter(schedule)) for _ in range(4)]
+    assert [(window.work.name, window.first) for window in following] == [("a", 0), ("a", 1), ("b", 1), ("b", 2)]
 
 
 def test_a_worker_waits_for_what_may_still_come():

@@ -94,6 +94,13 @@ def test_nested_combinations_fold_into_one(leaf):
     assert coefficients(linear_of((0.25, innermost), (3.0, c))) == {id(a): 0.25, id(b): 0.25, id(c): 3.25}
 
 
+def test_combinations_fold_however_deep_they_are(leaf):
+    a, b = leaf(), leaf()
+    inner = Combined(info(), (Term(0.5, a), Term(2.0, b)))
+    middle = Combined(info(), (Term(4.0, inner), Term(1.0, b)))
+    assert coefficients(linear_of((3.0, middle))) == {id(a): 6.0, id(b): 27.0}
+
+
 def test_what_has_the_coefficient_zero_is_left_out(leaf):
     a, b = leaf(), leaf()
     assert coefficients(linear_of((0.0, a), (1.0, b))) == {id(b): 1.0}
@@ -257,6 +264,7 @@ TREES = {
     "ties": lambda a, b, c: ties_of(a, b, c),
     "sum of slerps": lambda a, b, c: linear_of((0.5, slerp_of(a, b)), (0.5, slerp_of(b, c))),
     "slerp of sums": lambda a, b, c: slerp_of(linear_of((2.0, a), (1.0, b)), linear_of((2.0, b), (1.0, c))),
+    "slerp of a sum and a leaf": lambda a, b, c: slerp_of(linear_of((2.0, a), (1.0, b)), c),
     "slerp of slerps": lambda a, b, c: slerp_of(slerp_of(a, b), slerp_of(b, c)),
     "ties of slerps": lambda a, b, c: ties_of(slerp_of(a, b), slerp_of(b, c), slerp_of(a, c)),
     "slerp of ties": lambda a, b, c: slerp_of(ties_of(a, b, c), ties_of(c, b, a)),
