@@ -189,11 +189,10 @@ def run(works: Iterable[Work], lanes: list[Lane], sink: Sink, progress: Progress
     for thread in threads:
         thread.start()
     try:
-        while any(thread.is_alive() for thread in threads):
-            schedule.finished.wait(0.05)
+        finished = False
+        while not finished:
+            finished = schedule.finished.wait(0.05)
             watch()
-            if schedule.finished.is_set():
-                break
     finally:
         schedule.stop()
         for thread in threads:

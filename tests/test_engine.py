@@ -412,8 +412,10 @@ def test_works_that_cannot_be_made_stop_all():
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_nothing_to_do_is_done_at_once(threads):
-    assert run_jobs([], threads).written == {}
+def test_nothing_to_do_is_done_at_once_and_watched_all_the_same(threads):
+    calls: list[None] = []
+    assert run_jobs([], threads, lambda: calls.append(None)).written == {}
+    assert calls
 
 
 # ── progress ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -114,7 +114,9 @@ def test_memory_is_little_and_flat(make_models, bare, tmp_path, method):
     check_promise(make_models, bare, tmp_path, method, 200, [])
 
 
-@pytest.mark.parametrize("options", [("--io", "pread"), ("--threads", "8"), ("--dtype", "fp32")], ids=" ".join)
+@pytest.mark.parametrize(
+    "options", [("--io", "mmap"), ("--io", "pread", "--threads", "8", "--dtype", "fp32")], ids=" ".join
+)
 def test_memory_is_little_however_it_is_run(make_models, bare, tmp_path, options):
     assert above(run_merge(make_models(200), "ties", tmp_path, *options), bare) <= PROMISED
 

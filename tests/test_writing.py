@@ -507,7 +507,7 @@ def test_verification_reads_back_what_was_written(tmp_path, paths, monkeypatch):
         os.pwrite(temporary.descriptor, b"\x55", temporary.file.nbytes - 1)
 
     monkeypatch.setattr(OutputWriter, "sync", flip)
-    with pytest.raises(OutputError, match="1 tensors are not what the recipe gives\n"):
+    with pytest.raises(OutputError, match="1 tensor is not what the recipe gives\n"):
         streammerge.merge(recipe_of(paths), output=tmp_path / "out.safetensors", verify=True)
     assert digests(tmp_path) == before
 

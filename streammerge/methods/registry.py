@@ -169,7 +169,7 @@ class BlockMethod(Method):
     function: Callable[..., Tensor] = lambda: None  # type: ignore[assignment,return-value]
     statistics: Callable[[int, Mapping[str, ParameterValue]], Any] | None = None
     passes: int = 0
-    temporaries: int = 6
+    temporaries: int = 14
 
     @property
     def kind(self) -> str:
