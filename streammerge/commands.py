@@ -137,7 +137,7 @@ def compare(arguments: argparse.Namespace) -> int:
     if arguments.plot:
         plotting.plot(compared, arguments.plot)
     if arguments.json:
-        say(json.dumps(comparison.to_json(compared), indent=2, ensure_ascii=False))
+        say(dump_json(comparison.to_json(compared)).rstrip())
     else:
         say(comparison.render(compared, least=arguments.least))
     return 0

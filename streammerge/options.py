@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 from streammerge.errors import RecipeError
 from streammerge.machine import IoMode
@@ -43,9 +43,6 @@ class Options:
     seed: int = 0
     metadata: bool = True
     verify: bool = False
-
-
-Quiet = Literal["quiet", "normal", "verbose"]
 
 
 def parse_size(text: str) -> int:

@@ -107,28 +107,43 @@ class Search:
         return quota
 
 
-class UpperBits:
-    """First pass: how many magnitudes have each value of the upper 16 bits."""
+class _Histogram:
+    """A pass that counts, for every task vector that is searched, how many magnitudes fall into each bin."""
 
     ordered = False
+    values: int
 
     def __init__(self, searches: Sequence[Search]) -> None:
         import torch
 
         self.searches = searches
-        self.counts = [torch.zeros(UPPER_VALUES, dtype=torch.int64) if search.needed else None for search in searches]
+        self.counts = [torch.zeros(self.values, dtype=torch.int64) if search.needed else None for search in searches]
+
+    def bins(self, patterns: Tensor, search: Search) -> Tensor:
+        """The bin of every magnitude that counts."""
+        raise NotImplementedError
 
     def measure(self, block: int, inputs: Sequence[Tensor]) -> list[Tensor | None]:
         """The block's counts, for every task vector that is searched."""
         base, *models = inputs
         return [
-            (bit_patterns(model - base) >> 16).bincount(minlength=UPPER_VALUES) if search.needed else None
+            self.bins(bit_patterns(model - base), search).bincount(minlength=self.values) if search.needed else None
             for model, search in zip(models, self.searches, strict=True)
         ]
 
     def add(self, block: int, measured: list[Tensor | None]) -> None:
         """Add a block's counts."""
         add_counts(self.counts, measured)
+
+
+class UpperBits(_Histogram):
+    """First pass: how many magnitudes have each value of the upper 16 bits."""
+
+    values = UPPER_VALUES
+
+    def bins(self, patterns: Tensor, search: Search) -> Tensor:
+        """The upper bits of all."""
+        return patterns >> 16
 
     def finish(self) -> LowerBits:
         """The pass over the lower bits."""
@@ -138,32 +153,14 @@ class UpperBits:
         return LowerBits(self.searches)
 
 
-class LowerBits:
+class LowerBits(_Histogram):
     """Second pass: among the magnitudes with the chosen upper bits, how many have each value of the lower ones."""
 
-    ordered = False
+    values = LOWER_VALUES
 
-    def __init__(self, searches: Sequence[Search]) -> None:
-        import torch
-
-        self.searches = searches
-        self.counts = [torch.zeros(LOWER_VALUES, dtype=torch.int64) if search.needed else None for search in searches]
-
-    def measure(self, block: int, inputs: Sequence[Tensor]) -> list[Tensor | None]:
-        """The block's counts, for every task vector that is searched."""
-        base, *models = inputs
-        return [
-            self._count(bit_patterns(model - base), search.upper) if search.needed else None
-            for model, search in zip(models, self.searches, strict=True)
-        ]
-
-    def _count(self, patterns: Tensor, upper: int) -> Tensor:
-        inside = patterns[(patterns >> 16) == upper]
-        return (inside & (LOWER_VALUES - 1)).bincount(minlength=LOWER_VALUES)
-
-    def add(self, block: int, measured: list[Tensor | None]) -> None:
-        """Add a block's counts."""
-        add_counts(self.counts, measured)
+    def bins(self, patterns: Tensor, search: Search) -> Tensor:
+        """The lower bits of those with the chosen upper ones."""
+        return patterns[(patterns >> 16) == search.upper] & (LOWER_VALUES - 1)
 
     def finish(self) -> Equals | tuple[Trim, ...]:
         """The trims, or the pass that chooses among equals where that is still open."""
