@@ -17,7 +17,7 @@ PACKAGE = Path(streammerge.__file__).parent
 
 ORDER = [
     # the vocabulary
-    *("errors", "tensors", "", "machine", "options"),
+    *("errors", "tensors", "", "machine", "options", "progress"),
     # what is on disk
     *("formats", "formats.positional", "formats.files", "formats.safetensors", "formats.shards"),
     *("formats.zip_directory", "formats.pickle_machine", "formats.pickle_steps", "formats.pickles"),
@@ -30,7 +30,7 @@ ORDER = [
     # models as expressions
     *("nodes", "checkpoints", "architecture", "merged", "functions"),
     # what will happen
-    *("layout", "plan", "inputs", "report"),
+    *("layout", "plan", "inputs", "report", "copying"),
     # what happens
     *("devices", "gathering", "compute", "engine", "writing", "checking", "api", "public"),
     # what is shown
