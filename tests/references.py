@@ -101,6 +101,44 @@ def scale(inputs: Inputs, *, alpha: float) -> Array:
     return alpha * inputs[0]
 
 
+def n_average(inputs: Inputs, *, weight: float | Sequence[float] = 1.0) -> Array:
+    return np.asarray(np.average(np.stack(inputs), axis=0, weights=per_model(weight, len(inputs))))
+
+
+def sum_twice(inputs: Inputs, *, alpha: float = 0.5, beta: float = 0.25) -> Array:
+    first, second, third = inputs
+    return weighted_sum([weighted_sum([first, second], alpha=alpha), third], alpha=beta)
+
+
+def triple_sum(inputs: Inputs, *, alpha: float = 0.5, beta: float = 0.25) -> Array:
+    first, second, third = inputs
+    return (1 - alpha - beta) * first + alpha * second + beta * third
+
+
+def expo(inputs: Inputs, *, alpha: float = 0.1, weight: float | Sequence[float] = 1.0) -> Array:
+    base, *models = inputs
+    mean = n_average(models, weight=weight)
+    return mean + alpha * (mean - base)
+
+
+def weighted_subtraction(inputs: Inputs, *, alpha: float = 0.5, beta: float = 0.25) -> Array:
+    first, second = inputs
+    return (first - alpha * beta * second) / (1 - alpha * beta)
+
+
+def add(inputs: Inputs, *, scale: float = 1.0) -> Array:
+    return inputs[0] + scale * inputs[1]
+
+
+def subtract(inputs: Inputs, *, scale: float = 1.0) -> Array:
+    return scale * (inputs[0] - inputs[1])
+
+
+def sigmoid(inputs: Inputs, *, alpha: float) -> Array:
+    first, second = inputs
+    return (first + second) / (1 + math.exp(-4 * alpha)) - first / (1 + math.exp(-alpha))
+
+
 def slerp(inputs: Inputs, *, t: float) -> Array:
     first, second = inputs
     lengths = math.sqrt(float((first**2).sum())), math.sqrt(float((second**2).sum()))
@@ -159,6 +197,14 @@ REFERENCES: Final[Mapping[str, Reference]] = {
     "task_arithmetic": task_arithmetic,
     "passthrough": passthrough,
     "scale": scale,
+    "n_average": n_average,
+    "sum_twice": sum_twice,
+    "triple_sum": triple_sum,
+    "expo": expo,
+    "weighted_subtraction": weighted_subtraction,
+    "add": add,
+    "subtract": subtract,
+    "sigmoid": sigmoid,
     "slerp": slerp,
     "ties": ties,
 }
@@ -178,6 +224,21 @@ CASES: Final[Sequence[Case]] = (
     Case("passthrough", 1),
     Case("passthrough", 1, parameters={"scale": -0.3}),
     Case("scale", 1, parameters={"alpha": 1.7}),
+    Case("n_average", 3),
+    Case("n_average", 2, parameters={"weight": [1.0, 3.0]}),
+    Case("sum_twice", 3),
+    Case("sum_twice", 3, parameters={"alpha": 0.3, "beta": 0.6}),
+    Case("triple_sum", 3),
+    Case("triple_sum", 3, parameters={"alpha": 0.7, "beta": 0.3}),
+    Case("expo", 1, base=True),
+    Case("expo", 3, base=True, parameters={"alpha": 0.4, "weight": [1.0, 2.0, 0.5]}),
+    Case("weighted_subtraction", 2),
+    Case("weighted_subtraction", 2, parameters={"alpha": 0.9, "beta": 0.8}),
+    Case("add", 2),
+    Case("add", 2, parameters={"scale": -0.4}),
+    Case("subtract", 2),
+    Case("subtract", 2, parameters={"scale": 1.5}),
+    Case("sigmoid", 2, parameters={"alpha": 0.7}),
     Case("slerp", 2, parameters={"t": 0.3}),
     Case("slerp", 1, base=True, parameters={"t": 0.8}),
     Case("ties", 1, base=True, parameters={"density": 0.2}),
