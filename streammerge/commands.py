@@ -164,7 +164,14 @@ def describe_method(method: Method) -> dict[str, Any]:
         "base": method.base,
         "models": list(method.models),
         "parameters": [
-            {"name": p.name, "per_model": p.per_model, "flag": p.flag, "default": p.default} for p in method.parameters
+            {
+                "name": p.name,
+                "type": p.type,
+                "takes": p.takes,
+                "per_model": p.per_model,
+                "default": p.default,
+            }
+            for p in method.parameters
         ],
         "doc": method.doc,
     }
@@ -181,7 +188,7 @@ def show_method(method: Method) -> None:
     ]
     for parameter in method.parameters:
         default = "required" if parameter.required else f"default {json.dumps(parameter.default)}"
-        rows.append((f"-p {parameter.name}", f"{default}{', one per model' * parameter.per_model}"))
+        rows.append((f"-p {parameter.name}", f"{parameter.takes}{', one per model' * parameter.per_model}; {default}"))
     show_table(rows)
     needed = [f"-p {parameter.name}=0.5" for parameter in method.parameters if parameter.required]
     models = " ".join(f"{letter}.safetensors" for letter in ("a", "b")[: 1 if most == 1 else 2])

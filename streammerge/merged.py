@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Literal
 from streammerge.architecture import architecture_mismatch
 from streammerge.errors import SHOWN, PlanError
 from streammerge.methods import find_method
-from streammerge.methods.registry import BlockMethod, GramMethod, LinearMethod, Method, ParameterValue
+from streammerge.methods.contract import ParameterValue
+from streammerge.methods.registry import BlockMethod, GramMethod, LinearMethod, Method
 from streammerge.nodes import ByBlock, ByGram, External, Node, Term, Viewed, combine
 from streammerge.parameters import Layers, ParameterSources
 from streammerge.recipe import Recipe, Rule

@@ -15,7 +15,8 @@ from streammerge.methods.registry import net
 from streammerge.tensors import DTYPES, DType, Model, TensorInfo
 
 if TYPE_CHECKING:
-    from streammerge.methods.registry import BlockMethod, GramMethod, ParameterValue
+    from streammerge.methods.contract import ParameterValue
+    from streammerge.methods.registry import BlockMethod, GramMethod
 
 BLOCK: Final = 2**18
 """Elements that are computed at once: few enough for the CPU's second-level cache, and a constant, because sums over

@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 from streammerge.errors import RecipeError
 from streammerge.methods import find_method
 from streammerge.methods.registry import suggestion
-from streammerge.parameters import PerModelSetting, Settings, describe_settings, parse_settings
+from streammerge.parameters import Settings, check_settings, describe_settings, parse_settings
 from streammerge.tensors import DTYPES, DType
 
 ShapePolicy = Literal["error", "keep", "pad", "slice"]
@@ -143,8 +143,8 @@ def _describe_rule(rule: Rule) -> dict[str, Any]:
     return {"match": list(rule.match), **action, **parameters, **dtype}
 
 
-def check_recipe(recipe: Recipe) -> Recipe:
-    """The recipe, if its method can do with its inputs and parameters; else RecipeError."""
+def check_recipe(recipe: Recipe, where: str = "recipe") -> Recipe:
+    """The recipe, if its method can do with its inputs and parameters; else RecipeError, which calls it `where`."""
     method = find_method(recipe.method)
     models = [entry for entry in recipe.inputs if recipe.base is None or entry.name != recipe.base.name]
     if method.base == "required" and recipe.base is None:
@@ -155,13 +155,11 @@ def check_recipe(recipe: Recipe) -> Recipe:
             advice="Leave the base out, list it among the models, or choose a method that has one.",
         )
     method.check_count(len(recipe.inputs if method.base == "none" else models), has_base=recipe.base is not None)
-    for settings in (recipe.parameters, *(e.parameters for e in recipe.inputs), *(r.parameters for r in recipe.rules)):
-        for name, setting in settings.items():
-            parameter = method.parameter(name)
-            if isinstance(setting, PerModelSetting) and parameter and not parameter.per_model:
-                raise RecipeError(
-                    f"parameter {name!r} of method {method.name!r} is one for all models, not one for each"
-                )
+    check_settings(recipe.parameters, method, where)
+    for entry in recipe.inputs:
+        check_settings(entry.parameters, method, f"{where}: model {entry.name}")
+    for number, rule in enumerate(recipe.rules, 1):
+        check_settings(rule.parameters, method, f"{where}: rule {number}")
     return recipe
 
 
@@ -177,7 +175,7 @@ def parse_recipe(
     """
     parser = _RecipeParser(folder, bindings or {}, where)
     try:
-        return check_recipe(parser.parse(raw))
+        return check_recipe(parser.parse(raw), where)
     except RecipeError as error:
         if where != "recipe" and where not in error.what:
             error.what = f"{where}: {error.what}"
@@ -283,7 +281,7 @@ class _RecipeParser:
     def _source(self, model: Any, where: str) -> Path | Recipe:  # noqa: ANN401
         if isinstance(model, dict) and "merge_method" in model:
             nested = _RecipeParser(self.folder, {}, where=f"{where}: nested recipe")
-            return check_recipe(nested.parse(model))
+            return check_recipe(nested.parse(model), nested.where)
         while isinstance(model, dict) and len(model) == 1:  # mergekit's long form: {model: {path: …}}
             model = model.get("model", model.get("path"))
         if not isinstance(model, str) or not model:

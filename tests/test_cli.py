@@ -733,7 +733,13 @@ def test_methods_as_json(run):
     assert [method["name"] for method in described] == sorted(METHODS)
     (ties,) = json.loads(run("methods", "ties", "--json").out)
     assert ties["base"] == "required"
-    assert ties["parameters"][0] == {"name": "weight", "per_model": True, "flag": False, "default": 1.0}
+    assert ties["parameters"][0] == {
+        "name": "weight",
+        "type": "number",
+        "takes": "a number",
+        "per_model": True,
+        "default": 1.0,
+    }
 
 
 def test_an_unknown_method_is_an_error(run):

@@ -23,7 +23,7 @@ ORDER = [
     *("formats.zip_directory", "formats.pickle_machine", "formats.pickle_steps", "formats.pickles"),
     *("formats.torchzip", "reading"),
     # methods
-    *("methods.registry", "methods.statistics", "methods.trimming"),
+    *("methods.contract", "methods.registry", "methods.statistics", "methods.trimming"),
     *("methods.linear", "methods.spherical", "methods.sparse", "methods"),
     # what is asked for
     *("parameters", "recipe", "recipe_files", "recipes"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from streammerge.errors import MethodError
-from streammerge.methods.registry import LinearMethod, PerModel, method, net
+from streammerge.methods.contract import PerModel
+from streammerge.methods.registry import LinearMethod, method, net
 
 GTA_UNUSED = ("density", "int8_mask", "rescale")
 """Parameters that mergekit's schema lets task arithmetic take, without effect."""

@@ -21,16 +21,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 from streammerge.errors import MethodError, RecipeError
+from streammerge.methods.contract import Parameter, ParameterValue, parameters_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from streammerge.methods.statistics import Gram
 
-PerModel = Sequence[float]
-"""One value per model, in the recipe's order, the base left out."""
-
-ParameterValue = float | bool | tuple[float, ...]
 BaseUse = Literal["required", "optional", "none"]
 
 Result = TypeVar("Result", covariant=True)
@@ -56,21 +53,6 @@ class Pass(Protocol[Result]):
     def finish(self) -> Pass[Result] | Result:
         """The next pass over the same tensor, or the result if this was the last."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Parameter:
-    """A method's parameter: one number or flag for the merge, or one number per model."""
-
-    name: str
-    per_model: bool
-    flag: bool
-    default: float | bool | None
-
-    @property
-    def required(self) -> bool:
-        """Whether the recipe must set it."""
-        return self.default is None
 
 
 @dataclass(frozen=True)
@@ -218,34 +200,12 @@ class method(Generic[M]):  # noqa: N801  (it is used as a decorator)
         if name in METHODS:
             raise ValueError(f"two merge methods are called {name!r}")
         fields = {
-            "parameters": _parameters_of(function),
+            "parameters": parameters_of(function),
             "doc": inspect.cleandoc(function.__doc__ or ""),
             **self.fields,
         }
         made = METHODS[name] = self.kind(name=name, function=function, **fields)  # type: ignore[call-arg]
         return made
-
-
-def _parameters_of(function: Callable[..., Any]) -> tuple[Parameter, ...]:
-    options = (
-        option
-        for option in inspect.signature(function).parameters.values()
-        if option.kind is option.KEYWORD_ONLY and option.name not in ("block", "statistics")
-    )
-    return tuple(
-        Parameter(
-            name=option.name.rstrip("_"),
-            per_model=option.annotation in ("PerModel", PerModel),
-            flag=option.annotation in ("bool", bool),
-            default=_default_of(option),
-        )
-        for option in options
-    )
-
-
-def _default_of(option: inspect.Parameter) -> float | bool | None:
-    default: float | bool | tuple[float] | None = None if option.default is option.empty else option.default
-    return default[0] if isinstance(default, tuple) else default
 
 
 def keywords(parameters: Mapping[str, ParameterValue]) -> dict[str, ParameterValue]:

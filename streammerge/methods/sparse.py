@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from streammerge.methods.registry import BlockMethod, ParameterValue, PerModel, method
+from streammerge.methods.contract import ParameterValue, PerModel, Share
+from streammerge.methods.registry import BlockMethod, method
 from streammerge.methods.trimming import Trim, search_k_largest
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def ties(
     base: Tensor,
     *models: Tensor,
     weight: PerModel = (1.0,),
-    density: PerModel = (1.0,),
+    density: Sequence[Share] = (1.0,),
     normalize: bool = True,
     lambda_: float = 1.0,
     rescale: bool = False,
