@@ -191,7 +191,7 @@ def show_method(method: Method) -> None:
         rows.append((f"-p {parameter.name}", f"{parameter.takes}{', one per model' * parameter.per_model}; {default}"))
     show_table(rows)
     needed = [f"-p {parameter.name}=0.5" for parameter in method.parameters if parameter.required]
-    models = " ".join(f"{letter}.safetensors" for letter in ("a", "b")[: 1 if most == 1 else 2])
+    models = " ".join(f"{letter}.safetensors" for letter in "abc"[: max(least, 1 if most == 1 else 2)])
     base = " --base base.safetensors" * (method.base == "required")
     say(f"\nstreammerge {models} -m {method.name}{base} {' '.join(needed)}{' ' * bool(needed)}-o merged.safetensors")
 

@@ -49,8 +49,9 @@ class Case:
     def expected(self, tensors: Sequence[Tensors]) -> dict[str, Array]:
         """The reference's result for every floating-point tensor of the models, the base being the first."""
         used = tensors[0 if self.base else 1 : self.models + 1]
+        parameters = {**self.parameters, **({"based": self.base} if self.method == "multislerp" else {})}
         return {
-            name: REFERENCES[self.method]([model[name].double().numpy() for model in used], **self.parameters)
+            name: REFERENCES[self.method]([model[name].double().numpy() for model in used], **parameters)
             for name, tensor in tensors[1].items()
             if tensor.is_floating_point()
         }
@@ -139,17 +140,122 @@ def sigmoid(inputs: Inputs, *, alpha: float) -> Array:
     return (first + second) / (1 + math.exp(-4 * alpha)) - first / (1 + math.exp(-alpha))
 
 
-def slerp(inputs: Inputs, *, t: float) -> Array:
-    first, second = inputs
-    lengths = math.sqrt(float((first**2).sum())), math.sqrt(float((second**2).sum()))
+def length(values: Array) -> float:
+    return math.sqrt(float((values**2).sum()))
+
+
+def angle(first: Array, second: Array) -> float | None:
+    """By the sine and cosine of its half, which is exact for every angle; None where there is none."""
+    lengths = length(first), length(second)
     if 0 in lengths:
-        return (1 - t) * first + t * second
+        return None
     unit, other = first / lengths[0], second / lengths[1]
-    if abs(float((unit * other).sum())) > 0.9995:
+    return 2 * math.atan2(length(unit - other), length(unit + other))
+
+
+def along_arc(first: Array, second: Array, t: float) -> Array:
+    between = angle(first, second)
+    if between is None or math.sin(between) < 1e-6:
         return (1 - t) * first + t * second
-    # the angle by its half's sine and cosine, which is exact for every angle
-    angle = 2 * math.atan2(float(np.linalg.norm(unit - other)), float(np.linalg.norm(unit + other)))
-    return np.asarray((np.sin((1 - t) * angle) * first + np.sin(t * angle) * second) / np.sin(angle))
+    return np.asarray((np.sin((1 - t) * between) * first + np.sin(t * between) * second) / np.sin(between))
+
+
+def slerp(inputs: Inputs, *, t: float, lerp_norm: bool = False) -> Array:
+    first, second = inputs
+    between = angle(first, second)
+    line = (1 - t) * first + t * second
+    if between is None:
+        return line
+    if lerp_norm:
+        lengths = length(first), length(second)
+        direction = along_arc(first / lengths[0], second / lengths[1], t)
+        return line if math.sin(between) < 1e-6 else ((1 - t) * lengths[0] + t * lengths[1]) * direction
+    return line if abs(math.cos(between)) > 0.9995 else along_arc(first, second, t)
+
+
+def nuslerp(inputs: Inputs, *, weight: float | Sequence[float] = 1.0) -> Array:
+    *base, first, second = inputs
+    one, other = per_model(weight, 2)
+    t = other / (one + other) if abs(one + other) >= 1e-6 else 0.5
+    return base[0] + along_arc(first - base[0], second - base[0], t) if base else along_arc(first, second, t)
+
+
+def multislerp(
+    inputs: Inputs,
+    *,
+    based: bool = False,
+    weight: float | Sequence[float] = 1.0,
+    normalize_weights: bool = True,
+    eps: float = 1e-8,
+) -> Array:
+    """With the step in the tangent space that is always zero left out."""
+    base = inputs[0] if based else np.zeros(inputs[0].shape)
+    vectors = [model - base for model in inputs[int(based) :]]
+    weights = per_model(weight, len(vectors))
+    if normalize_weights:
+        weights = [w / sum(weights) for w in weights]
+    mean = weighted([vector / (length(vector) + eps) for vector in vectors], weights)
+    if length(mean) < eps:
+        return base + weighted(vectors, weights)
+    radius = sum(w * length(vector) for w, vector in zip(weights, vectors, strict=True))
+    return np.asarray(base + radius / length(mean) * mean)
+
+
+def model_stock(inputs: Inputs, *, pairs: str = "all", average: str = "cosine") -> Array:
+    base, *models = inputs
+    tasks = [model - base for model in models]
+    chosen = [(i, j) for j in range(len(tasks)) for i in range(j) if pairs == "all" or j == i + 1]
+    angles = [angle(tasks[i], tasks[j]) for i, j in chosen]
+    radians = [math.pi / 2 if found is None else found for found in angles]
+    cosine = float(np.cos(np.mean(radians)) if average == "angle" else np.mean(np.cos(radians)))
+    divisor = 1 + (len(tasks) - 1) * cosine
+    share = len(tasks) * cosine / divisor if abs(divisor) > 1e-12 else 0.0
+    return share * n_average(models) + (1 - share) * base
+
+
+def perpendicular_component(inputs: Inputs) -> Array:
+    first, second = inputs
+    square = float((first**2).sum())
+    rest = second - first * (float((first * second).sum()) / square if square else 0.0)
+    return (
+        rest if length(rest) > 1e-12 * length(second) else np.zeros(rest.shape)
+    )  # what is left of parallel ones is noise
+
+
+def add_perpendicular(inputs: Inputs, *, alpha: float = 1.0) -> Array:
+    base, first, second = inputs
+    return first + alpha * perpendicular_component([first - base, second - base])
+
+
+def karcher(inputs: Inputs, *, max_iter: int = 10, tol: float = 1e-5) -> Array:
+    units = [values / length(values) for values in inputs if length(values) > tol]
+    if not units:
+        return n_average(inputs)
+    centre = n_average(units)
+    centre = units[0] if length(centre) < tol else centre / length(centre)
+    for _ in range(max_iter):
+        step = np.zeros(centre.shape)
+        for unit in units:
+            between = angle(centre, unit)
+            assert between is not None
+            if between >= tol and math.sin(between) >= tol:
+                step = step + between / math.sin(between) * (unit - math.cos(between) * centre) / len(units)
+        if length(step) < tol:
+            break
+        centre = math.cos(length(step)) * centre + math.sin(length(step)) * step / length(step)
+        centre = centre / length(centre)
+    return np.asarray(np.mean([length(values) for values in inputs]) * centre)
+
+
+def geometric_median(inputs: Inputs, *, max_iter: int = 100, eps: float = 1e-6, ftol: float = 1e-20) -> Array:
+    median = n_average(inputs)
+    distance = sum(length(values - median) for values in inputs)
+    for _ in range(max_iter):
+        median = n_average(inputs, weight=[1 / max(length(values - median), eps) for values in inputs])
+        before, distance = distance, sum(length(values - median) for values in inputs)
+        if abs(before - distance) <= ftol * distance:
+            break
+    return median
 
 
 def ties(
@@ -206,6 +312,13 @@ REFERENCES: Final[Mapping[str, Reference]] = {
     "subtract": subtract,
     "sigmoid": sigmoid,
     "slerp": slerp,
+    "nuslerp": nuslerp,
+    "multislerp": multislerp,
+    "model_stock": model_stock,
+    "perpendicular_component": perpendicular_component,
+    "add_perpendicular": add_perpendicular,
+    "karcher": karcher,
+    "geometric_median": geometric_median,
     "ties": ties,
 }
 
@@ -241,6 +354,26 @@ CASES: Final[Sequence[Case]] = (
     Case("sigmoid", 2, parameters={"alpha": 0.7}),
     Case("slerp", 2, parameters={"t": 0.3}),
     Case("slerp", 1, base=True, parameters={"t": 0.8}),
+    Case("slerp", 2, parameters={"t": 0.3, "lerp_norm": True}),
+    Case("nuslerp", 2, parameters={"weight": [1.0, 2.0]}),
+    Case("nuslerp", 2, base=True, parameters={"weight": [0.6, 0.4]}),
+    Case("nuslerp", 2, base=True, parameters={"weight": [0.5, -0.5]}),
+    Case("multislerp", 2, parameters={"weight": [0.3, 0.7]}),
+    Case("multislerp", 3, base=True, parameters={"weight": [1.0, 2.0, 4.0]}),
+    Case("multislerp", 2, base=True, parameters={"weight": [0.5, 0.25], "normalize_weights": False}),
+    Case("model_stock", 2, base=True),
+    Case("model_stock", 3, base=True),
+    Case("model_stock", 3, base=True, parameters={"pairs": "consecutive"}),
+    Case("model_stock", 3, base=True, parameters={"average": "angle"}),
+    Case("perpendicular_component", 2),
+    Case("add_perpendicular", 2, base=True),
+    Case("add_perpendicular", 2, base=True, parameters={"alpha": 0.6}),
+    Case("karcher", 1),
+    Case("karcher", 3),
+    Case("karcher", 2, base=True, parameters={"max_iter": 2}),
+    Case("geometric_median", 1),
+    Case("geometric_median", 3),
+    Case("geometric_median", 3, parameters={"max_iter": 3, "eps": 0.01}),
     Case("ties", 1, base=True, parameters={"density": 0.2}),
     Case("ties", 2, base=True, parameters={"density": [0.3, 0.7], "weight": [0.5, 0.75]}),
     Case("ties", 3, base=True, parameters={"density": 0.5, "weight": [1.0, 0.5, -0.25], "normalize": False}),

@@ -31,7 +31,7 @@ from streammerge.recipe import Input
 from streammerge.recipe_files import packaged_recipes
 from streammerge.tensors import DTYPES
 
-VALUES = {"a": 1.0, "b": 3.0, "base": 10.0, "depth": 11.0, "waifu": 20.0}
+VALUES = {"a": 1.0, "b": 3.0, "base": 10.0, "depth": 11.0, "waifu": 20.0, "c": 3.5}
 UNET = "model.diffusion_model.x"
 VAE = "first_stage_model.x"
 

@@ -24,7 +24,7 @@ ORDER = [
     *("formats.torchzip", "reading"),
     # methods
     *("methods.contract", "methods.registry", "methods.statistics", "methods.trimming"),
-    *("methods.linear", "methods.spherical", "methods.sparse", "methods"),
+    *("methods.linear", "methods.spherical", "methods.means", "methods.sparse", "methods"),
     # what is asked for
     *("parameters", "recipe", "recipe_files", "recipes"),
     # models as expressions

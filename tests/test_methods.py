@@ -78,6 +78,8 @@ def families(tmp_path_factory):
 
 def tolerance(case: Case, dtype: torch.dtype) -> float:
     """How far from the reference a whole tensor may be, relative to its norm."""
+    if dtype == torch.float64 and case.method == "geometric_median":
+        return 1e-7  # stops when the distances no longer change, near whose least place they hardly do
     if dtype == torch.float64:
         return 1e-8 if case.parameters.get("rescale") else 1e-12  # ties sums magnitudes that are known in float32
     return 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 2 + 2e-6
@@ -473,7 +475,8 @@ def test_a_method_says_what_it_does_and_where_it_comes_from(name):
     assert found.kind in ("linear", "gram", "block")
     assert found.formula.startswith("θ = ")
     assert len(found.doc.splitlines()) >= 3
-    assert all(parameter.default is None or np.isfinite(parameter.default) for parameter in found.parameters)
+    for parameter in found.parameters:
+        assert parameter.default is None or isinstance(parameter.default, str) or np.isfinite(parameter.default)
     assert streammerge.__getattr__(name).__doc__ == found.doc
 
 

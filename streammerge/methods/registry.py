@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from streammerge.methods.statistics import Gram
 
-BaseUse = Literal["required", "optional", "none"]
+BaseUse = Literal["required", "optional", "first", "none"]
+"""Whether a method has a base beside its models; `first`: a base may be given, and is the first of the models."""
 
 Result = TypeVar("Result", covariant=True)
 
@@ -94,8 +95,8 @@ class Method:
         )
 
     def check_count(self, models: int, *, has_base: bool) -> None:
-        """RecipeError unless the method can take this many models; an optional base counts as one of them."""
-        count = models + (has_base and self.base == "optional")
+        """RecipeError unless the method can take this many models; the base counts where it is the first of them."""
+        count = models + (has_base and self.base == "first")
         least, most = self.models
         if count < least or (most is not None and count > most):
             wanted = str(least) if least == most else f"at least {least}" if most is None else f"{least} to {most}"
@@ -135,8 +136,12 @@ class GramMethod(Method):
         return "gram"
 
     def coefficients(self, gram: Gram, parameters: Mapping[str, ParameterValue]) -> Sequence[float]:
-        """One finite coefficient per input."""
-        return finite(self, self.function(gram, **keywords(parameters)))
+        """One finite coefficient per input.
+
+        Inputs with infinite values or NaNs count as tensors without direction: methods combine such linearly, with no
+        coefficient 0 that would hide them.
+        """
+        return finite(self, self.function(gram.defined(), **keywords(parameters)))
 
 
 @dataclass(frozen=True)

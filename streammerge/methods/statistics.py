@@ -19,6 +19,40 @@ PIECE: Final = 2**16
 
 
 @dataclass(frozen=True, slots=True)
+class Products:
+    """The inner products of some vectors: `values[i][j]` is ⟨vᵢ, vⱼ⟩."""
+
+    values: tuple[tuple[float, ...], ...]
+
+    @property
+    def count(self) -> int:
+        """The number of vectors."""
+        return len(self.values)
+
+    def norm(self, i: int) -> float:
+        """‖vᵢ‖"""
+        return math.sqrt(max(self.values[i][i], 0.0))
+
+    def cosine(self, i: int, j: int) -> float | None:
+        """⟨vᵢ, vⱼ⟩ / ‖vᵢ‖‖vⱼ‖, clamped to [−1, 1]; None where a norm is 0, infinite, or no number."""
+        norms = self.norm(i) * self.norm(j)
+        return max(-1.0, min(1.0, self.values[i][j] / norms)) if 0 < norms < math.inf else None
+
+    def dot(self, shares: Sequence[float], i: int) -> float:
+        """⟨Σⱼ cⱼ vⱼ, vᵢ⟩"""
+        return math.fsum(share * value for share, value in zip(shares, self.values[i], strict=True))
+
+    def length(self, shares: Sequence[float]) -> float:
+        """‖Σⱼ cⱼ vⱼ‖"""
+        square = math.fsum(share * self.dot(shares, i) for i, share in enumerate(shares) if share)
+        return math.sqrt(max(square, 0.0))
+
+    def units(self, chosen: Sequence[int]) -> Products:
+        """The products of vᵢ / ‖vᵢ‖ for these i, none of which is zero."""
+        return Products(tuple(tuple(self.values[i][j] / (self.norm(i) * self.norm(j)) for j in chosen) for i in chosen))
+
+
+@dataclass(frozen=True, slots=True)
 class Gram:
     """Inner products of tensors x₀ … xₙ, kept so that nearly equal tensors don't cancel.
 
@@ -26,6 +60,31 @@ class Gram:
     """
 
     products: tuple[tuple[float, ...], ...]
+
+    @property
+    def count(self) -> int:
+        """The number of tensors."""
+        return len(self.products)
+
+    def defined(self) -> Gram:
+        """The same; that of zero tensors where a value that is no finite number has spoilt a product."""
+        if all(math.isfinite(value) for row in self.products for value in row):
+            return self
+        return Gram(tuple((0.0,) * self.count for _ in range(self.count)))
+
+    def models(self) -> Products:
+        """The inner products of the tensors themselves."""
+        tensors = range(self.count)
+        return Products(tuple(tuple(self.dot(i, j) for j in tensors) for i in tensors))
+
+    def task_vectors(self) -> Products:
+        """Those of xᵢ − x₀ for i > 0: of the task vectors, where the first tensor is the base."""
+        return Products(tuple(row[1:] for row in self.products[1:]))
+
+    def from_first(self) -> Products:
+        """Those of xᵢ − x₀ for every i, of which the first is nothing."""
+        nothing = (0.0,) * self.count
+        return Products((nothing, *((0.0, *row[1:]) for row in self.products[1:])))
 
     def dot(self, i: int, j: int) -> float:
         """⟨xᵢ, xⱼ⟩"""
