@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from streammerge.methods import linear, sparse, spherical
+from streammerge.methods import linear, matrix, sparse, spherical
 from streammerge.methods.registry import METHODS, find_method, method
 
-__all__ = ["METHODS", "find_method", "linear", "method", "sparse", "spherical"]
+__all__ = ["METHODS", "find_method", "linear", "matrix", "method", "sparse", "spherical"]
