@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,10 +84,18 @@ class Machine:
         from streammerge import engine
         from streammerge.devices import open_lanes
 
-        progress = engine.Progress(total_bytes=sum(job.info.nbytes for job in self.plan.jobs))
-        works = (engine.MergeWork(job) for job in self.plan.jobs)
+        progress = engine.Progress()
         lanes = open_lanes(self.device, self.io, self.allotment)
-        engine.run(works, lanes, sink, progress, lambda: watch(progress) if watch else None)
+
+        def run(works: Iterable[engine.Work]) -> None:
+            held = self.allotment.held_bytes
+            engine.run(works, lanes, sink, progress, lambda: watch(progress) if watch else None, held_bytes=held)
+
+        if together := engine.together_works(self.plan.together):
+            progress.begin("measure the whole model", self.plan.bytes_before_writing)
+            run(together)
+        progress.begin("", sum(job.info.nbytes for job in self.plan.jobs))
+        run(engine.MergeWork(job) for job in self.plan.jobs)
         return progress
 
     def check(self, read: ReadBack, path: Path, watch: Watch | None) -> None:
@@ -156,7 +164,7 @@ def allot_memory(plan: Plan, baseline: int) -> Allotment:
         )
     if limit is None:
         return plan.allot()
-    needed = plan.lane_bytes + MAPPED_BYTES[1]
+    needed = plan.lane_bytes + MAPPED_BYTES[1] + plan.held_bytes
     fixed = baseline + OVERHEAD_BYTES
     if limit < fixed + needed:
         raise PlanError(

@@ -71,9 +71,20 @@ def show_plan(plan: Plan, *, every_tensor: bool) -> None:
             ("output", f"{plan.output.path}: {len(plan.jobs):,} tensors, {format_size(plan.output.nbytes)}"),
             ("free disk", format_size(plan.free_disk)),
             ("to read", f"{format_size(plan.bytes_to_read)}, {plan.passes} pass{'es' * (plan.passes > 1)}"),
+            *before_writing(plan),
             ("peak RAM", f"{format_size(plan.work_bytes)} above import torch (about 220 MB)"),
         ]
     )
+
+
+def before_writing(plan: Plan) -> list[tuple[str, str]]:
+    """What has to be read of all tensors before the first is written, if anything."""
+    members = [member for together in plan.together for member in together.members]
+    if not members:
+        return []
+    passes = max(member.method.passes for member in members)
+    what = f"{format_size(plan.bytes_before_writing)} of these, {passes} pass{'es' * (passes > 1)} over the whole model"
+    return [("before writing", f"{what}, in which {len(members):,} tensors are measured together")]
 
 
 def verify(arguments: argparse.Namespace) -> int:

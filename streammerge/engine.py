@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import collections
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 import torch
 
-from streammerge.compute import Evaluator, Survey, block_count
+from streammerge.compute import Evaluator, block_count
 from streammerge.devices import Lane, torch_dtype
 from streammerge.errors import MergeError
-from streammerge.nodes import BLOCK, Combined, Node, Stored, leaves
-from streammerge.plan import Job
+from streammerge.nodes import BLOCK, Combined, Node, Stored, Together, compute_dtype, leaves
+from streammerge.plan import Job, held_bytes
+from streammerge.surveys import Survey, TogetherSurvey
 from streammerge.tensors import DType
 
 WINDOW: Final = 16
@@ -42,13 +43,22 @@ class Sink(Protocol):
 
 @dataclass
 class Progress:
-    """What has been done so far; read by whoever shows it, while the workers add to it."""
+    """What has been done so far; read by whoever shows it, while the workers add to it.
+
+    `stage` says what is being done where it is not the main thing yet.
+    """
 
     total_bytes: int = 0
     done_bytes: int = 0
+    stage: str = ""
     bytes_read: int = 0
     nonfinite: dict[str, int] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def begin(self, stage: str, total_bytes: int) -> None:
+        """A stage begins, in which there is so much to do."""
+        with self.lock:
+            self.stage, self.total_bytes, self.done_bytes = stage, total_bytes, 0
 
     def advance(self, nbytes: int) -> None:
         """So many bytes of the output are done."""
@@ -65,16 +75,31 @@ class Work:
     """One tensor on its way: its surveys, pass after pass, and then, if it `writes`, the pass that writes it."""
 
     writes = False
+    held_bytes = 0
 
-    def __init__(self, name: str, node: Node, dtype: DType | None) -> None:
+    def __init__(
+        self, name: str, node: Node, dtype: DType | None, survey: Survey | TogetherSurvey | None = None
+    ) -> None:
         self.name = name
         self.node = node
         self.dtype = torch_dtype(dtype) if dtype else None
-        self.survey = Survey(node)
+        self.survey = survey or Survey(node)
         self.lock = threading.Lock()
         self._open_windows = 0
         self._next_block = 0
-        self._early: dict[int, dict[int, Any]] = {}
+        self._early: dict[int, Any] = {}
+
+    def release(self) -> int:
+        """The bytes that it holds and now gives up: all of them, once, when no window is open any more; else none."""
+        with self.lock:
+            if self._open_windows:
+                return 0
+            released, self.held_bytes = self.held_bytes, 0
+            return released
+
+    def read_ahead(self, window: Window) -> None:
+        """Ask the system for the bytes that this window will need."""
+        read_ahead(self.node, window.first, window.last)
 
     def begin_pass(self) -> list[Window]:
         """The windows of the next pass: a survey while one is due, then the writing; none when all is done."""
@@ -89,7 +114,7 @@ class Work:
         self._open_windows = len(windows)
         return windows
 
-    def add_measure(self, block: int, measured: dict[int, Any]) -> None:
+    def add_measure(self, block: int, measured: Any) -> None:  # noqa: ANN401
         """Take in what was measured of a block: at once, or in its turn if the order matters."""
         with self.lock:
             if not self.survey.ordered:
@@ -125,7 +150,7 @@ class Window:
 
     def run(self, lane: Lane, sink: Sink, progress: Progress) -> None:
         """Do this window's part of the pass."""
-        read_ahead(self.work.node, self.first, self.last)
+        self.work.read_ahead(self)
         if self.surveying:
             self._measure(lane, progress)
         else:
@@ -149,6 +174,7 @@ class MergeWork(Work):
     def __init__(self, job: Job) -> None:
         super().__init__(job.name, job.node, job.compute)
         self.job = job
+        self.held_bytes = held_bytes(job.node)
         self.stored = None if job.compute is None else torch_dtype(job.info.dtype)
 
     def write(self, first: int, last: int, lane: Lane, sink: Sink, progress: Progress) -> None:
@@ -179,12 +205,50 @@ class MergeWork(Work):
             progress.advance(len(data))
 
 
-def run(works: Iterable[Work], lanes: list[Lane], sink: Sink, progress: Progress, watch: Callable[[], None]) -> None:
+class TogetherWork(Work):
+    """Statistics of many tensors as if they were one, to be taken before any of them is written."""
+
+    def __init__(self, together: Together, dtypes: Mapping[int, torch.dtype]) -> None:
+        first = together.members[0]
+        self.dtypes = dtypes
+        super().__init__(
+            f"{first.method.name} of the whole model",
+            first,
+            compute_dtype(first, first.info.dtype),
+            TogetherSurvey(together, dtypes),
+        )
+
+    def read_ahead(self, window: Window) -> None:
+        """Nothing: the window may lie in several tensors."""
+
+
+def together_works(together: Mapping[Together, Mapping[int, DType]]) -> list[TogetherWork]:
+    """The work for all statistics of the whole model that are not known yet for these dtypes."""
+    wanted = {
+        tensors: {key: torch_dtype(dtype) for key, dtype in dtypes.items()} for tensors, dtypes in together.items()
+    }
+    return [
+        TogetherWork(tensors, dtypes)
+        for tensors, dtypes in wanted.items()
+        if tensors.found is None or tensors.found.dtypes != dtypes
+    ]
+
+
+def run(
+    works: Iterable[Work],
+    lanes: list[Lane],
+    sink: Sink,
+    progress: Progress,
+    watch: Callable[[], None],
+    *,
+    held_bytes: int | None = None,
+) -> None:
     """Run every work in the lanes, one thread per lane; `watch` is called in this thread from time to time.
 
+    Works that hold whole tensors are under way together only as far as `held_bytes` allow; one at a time always is.
     The first error of any worker, or of `watch`, stops them all and is raised here.
     """
-    schedule = Schedule(works)
+    schedule = Schedule(works, held_bytes)
     threads = [threading.Thread(target=_work, args=(schedule, lane, sink, progress), daemon=True) for lane in lanes]
     for thread in threads:
         thread.start()
@@ -218,12 +282,15 @@ def _work(schedule: Schedule, lane: Lane, sink: Sink, progress: Progress) -> Non
 class Schedule:
     """Hands out windows to workers: what is due of tensors under way first, then new tensors."""
 
-    def __init__(self, works: Iterable[Work]) -> None:
+    def __init__(self, works: Iterable[Work], held_bytes: int | None = None) -> None:
         self.finished = threading.Event()
         self.error: BaseException | None = None
         self._works = iter(works)
         self._ready: collections.deque[Window] = collections.deque()
         self._running = 0
+        self._next: Work | None = None
+        self._room = held_bytes
+        self._held = 0
         self._changed = threading.Condition()
 
     def __iter__(self) -> Iterator[Window]:
@@ -234,8 +301,9 @@ class Schedule:
         """The next window; waits while running ones may still lead to others; None when all is done or stopped."""
         with self._changed:
             while not self.finished.is_set():
-                if not self._ready and (work := next(self._works, None)) is not None:
+                if not self._ready and (work := self._begin()) is not None:
                     self._ready.extend(work.begin_pass())
+                    self._held -= work.release()
                     continue  # it may have nothing to do
                 if self._ready:
                     self._running += 1
@@ -247,11 +315,23 @@ class Schedule:
                     self._changed.wait()
             return None
 
+    def _begin(self) -> Work | None:
+        """The next tensor's work, if there is one, and room for what it holds beside what others hold."""
+        work = self._next = self._next or next(self._works, None)
+        if work is None:
+            return None
+        if self._held and work.held_bytes and self._room is not None and self._held + work.held_bytes > self._room:
+            return None
+        self._next = None
+        self._held += work.held_bytes
+        return work
+
     def done(self, window: Window) -> None:
         """A window is done; what follows from it comes first."""
         following = window.work.end_window(window)
         with self._changed:
             self._running -= 1
+            self._held -= window.work.release()
             self._ready.extendleft(reversed(following))
             self._changed.notify_all()
 

@@ -13,7 +13,7 @@ from streammerge.merged import Merged, merge_models
 from streammerge.methods import find_method
 from streammerge.methods.registry import Method
 from streammerge.parameters import parse_settings
-from streammerge.recipe import Input, MissingPolicy, Recipe, Rule, ShapePolicy, check_recipe, parse_dtype
+from streammerge.recipe import Input, MissingPolicy, Recipe, Rule, ShapePolicy, check_recipe, parse_dtype, parse_seed
 from streammerge.tensors import Model
 
 ModelLike = Model | str | os.PathLike[str]
@@ -36,6 +36,7 @@ def merge_function(name: str) -> Callable[..., Merged]:
         on_missing: MissingPolicy = "error",
         rules: Sequence[Rule] = (),
         dtype: str = "keep",
+        seed: int = 0,
         **parameters: Any,  # noqa: ANN401
     ) -> Merged:
         parameters = {key: list(value) if isinstance(value, tuple) else value for key, value in parameters.items()}
@@ -57,6 +58,7 @@ def merge_function(name: str) -> Callable[..., Merged]:
             on_missing=on_missing,
             rules=tuple(rules),
             dtype=parse_dtype(dtype, name),
+            seed=parse_seed(seed, name),
         )
         return merge_models(check_recipe(recipe, name), opened if base is None else {**opened, "base": _opened(base)})
 

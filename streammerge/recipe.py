@@ -1,7 +1,7 @@
 """What the user asked for, checked as far as no model is needed to tell.
 
 The YAML is mergekit's (`merge_method`, `models`, `base_model`, `parameters`, `dtype`, `out_dtype`) and our own keys
-`layout`, `on_shape_mismatch`, `on_missing`, `rules`, `inputs`; `model:` may be a whole recipe.
+`layout`, `on_shape_mismatch`, `on_missing`, `rules`, `inputs`, `seed`; `model:` may be a whole recipe.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ STORED_DTYPES: Final[Mapping[str, DType | None]] = {
 
 KEYS: Final = (
     *("merge_method", "models", "base_model", "parameters", "dtype", "out_dtype", "name"),
-    *("layout", "on_shape_mismatch", "on_missing", "rules", "inputs"),
+    *("layout", "on_shape_mismatch", "on_missing", "rules", "inputs", "seed"),
 )
 """The keys of a recipe: mergekit's, then our own."""
 
@@ -83,7 +83,10 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A merge as asked for. `base`, `layout` and rules name inputs; `others` are inputs that are only taken from."""
+    """A merge as asked for. `base`, `layout` and rules name inputs; `others` are inputs that are only taken from.
+
+    A nested recipe without a seed has that of the recipe it is part of; the outermost one has 0.
+    """
 
     method: str
     inputs: tuple[Input, ...]
@@ -95,6 +98,7 @@ class Recipe:
     on_missing: MissingPolicy = "error"
     rules: tuple[Rule, ...] = ()
     dtype: DType | None = None
+    seed: int | None = None
 
     @property
     def named(self) -> dict[str, Input]:
@@ -118,6 +122,7 @@ class Recipe:
             "on_missing": self.on_missing,
             "rules": [_describe_rule(rule) for rule in self.rules],
             "dtype": self.dtype.torch_name if self.dtype else None,
+            "seed": self.seed,
         }
         return {key: value for key, value in described.items() if value not in (None, [], {}, "error")}
 
@@ -210,6 +215,7 @@ class _RecipeParser:
             on_shape_mismatch=self._choice(raw, "on_shape_mismatch", SHAPE_POLICIES),
             on_missing=self._choice(raw, "on_missing", MISSING_POLICIES),
             dtype=parse_dtype(raw.get("out_dtype") or raw.get("dtype") or "keep", self.where),
+            seed=parse_seed(raw.get("seed"), self.where),
         )
         return self._with_references(recipe, raw)
 
@@ -359,6 +365,13 @@ def same_source(one: Input, other: Input) -> bool:
 def unused_name(name: str, recipe: Recipe) -> str:
     """The name, or one made of it that no input has yet."""
     return distinct_names([*recipe.named.values(), Input(name, Path())])[-1].name
+
+
+def parse_seed(raw: Any, where: str) -> int | None:  # noqa: ANN401
+    """The seed of what is random, None where it isn't set."""
+    if raw is None or (isinstance(raw, int) and not isinstance(raw, bool)):
+        return raw
+    raise RecipeError(f"{where}: seed must be a whole number, found {raw!r}")
 
 
 def parse_dtype(raw: Any, where: str) -> DType | None:  # noqa: ANN401

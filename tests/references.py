@@ -296,6 +296,16 @@ def keep_largest(delta: Array, density: float, *, rescale: bool = False) -> Arra
     return np.asarray(kept.reshape(delta.shape))
 
 
+def truncate_rank(inputs: Inputs, *, rank: int = 8, fraction: float = 0.0, alpha: float = 1.0) -> Array:
+    base, model = inputs
+    delta = model - base
+    if delta.ndim >= 2 and delta.size:
+        left, values, right = np.linalg.svd(delta.reshape(delta.shape[0], -1), full_matrices=False)
+        values[max(round(fraction * values.size), 1) if fraction else rank :] = 0
+        delta = ((left * values) @ right).reshape(delta.shape)
+    return np.asarray(base + alpha * delta)
+
+
 REFERENCES: Final[Mapping[str, Reference]] = {
     "linear": linear,
     "weighted_sum": weighted_sum,
@@ -320,6 +330,7 @@ REFERENCES: Final[Mapping[str, Reference]] = {
     "karcher": karcher,
     "geometric_median": geometric_median,
     "ties": ties,
+    "truncate_rank": truncate_rank,
 }
 
 CASES: Final[Sequence[Case]] = (
@@ -379,6 +390,9 @@ CASES: Final[Sequence[Case]] = (
     Case("ties", 3, base=True, parameters={"density": 0.5, "weight": [1.0, 0.5, -0.25], "normalize": False}),
     Case("ties", 2, base=True, parameters={"density": 0.4, "weight": [1.0, 0.75], "lambda": 0.5, "rescale": True}),
     Case("ties", 3, base=True),
+    Case("truncate_rank", 1, base=True, parameters={"rank": 2}),
+    Case("truncate_rank", 1, base=True, parameters={"fraction": 0.4, "alpha": 0.8}),
+    Case("truncate_rank", 1, base=True),
 )
 
 ONE_CASE_EACH: Final[Sequence[Case]] = tuple({case.method: case for case in reversed(CASES)}.values())[::-1]

@@ -222,7 +222,7 @@ def test_models_on_the_command_line_become_a_recipe(folder):
 def test_options_become_options():
     arguments = parsed(
         *("a", "--device", "cuda:1", "--compute-dtype", "fp64", "--max-ram", "512MB", "--max-vram", "2GiB"),
-        *("--threads", "3", "--io", "pread", "--shard-size", "1.5G", "--force", "--no-sync", "--seed", "7"),
+        *("--threads", "3", "--io", "pread", "--shard-size", "1.5G", "--force", "--no-sync"),
         *("--no-metadata", "--verify"),
     )
     assert options_from(arguments) == Options(
@@ -235,7 +235,6 @@ def test_options_become_options():
         shard_size=1_500_000_000,
         force=True,
         sync=False,
-        seed=7,
         metadata=False,
         verify=True,
     )

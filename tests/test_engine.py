@@ -87,8 +87,9 @@ def run_jobs(jobs: Sequence[Job], threads: int = 2, watch: Callable[[], None] = 
 class FakeWork:
     """A work of so many windows per pass, that insists on the order of passes."""
 
-    def __init__(self, name: str, passes: Sequence[int]) -> None:
+    def __init__(self, name: str, passes: Sequence[int], held_bytes: int = 0) -> None:
         self.name = name
+        self.held_bytes = held_bytes
         self.passes = list(passes)
         self.current = -1
         self.open: set[Window] = set()
@@ -109,10 +110,18 @@ class FakeWork:
             self.open.remove(window)  # raises if it is handed out twice
             return [] if self.open else self.begin_pass()
 
+    def release(self) -> int:
+        with self.lock:
+            released = 0 if self.open else self.held_bytes
+            self.held_bytes -= released
+            return released
 
-def work_off(works: Sequence[FakeWork], threads: int, pause: float = 0.0) -> list[tuple[str, int, int]]:
+
+def work_off(
+    works: Sequence[FakeWork], threads: int, pause: float = 0.0, room: int | None = None
+) -> list[tuple[str, int, int]]:
     """Take every window of the works with so many threads; (work, pass, window) in the order of taking."""
-    schedule, taken = Schedule(works), []  # type: ignore[arg-type]
+    schedule, taken = Schedule(works, room), []  # type: ignore[arg-type]
 
     def worker() -> None:
         try:
@@ -196,6 +205,34 @@ def test_a_stopped_schedule_hands_out_nothing_and_wakes_who_waits():
     assert schedule.error is first
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_works_that_hold_much_are_under_way_only_as_room_allows(threads):
+    class Holding(FakeWork):
+        """A work that counts what all works under way hold together."""
+
+        held = 0
+        most = 0
+
+        def begin_pass(self) -> list[Window]:
+            if self.current < 0:
+                Holding.held += self.held_bytes
+                Holding.most = max(Holding.most, Holding.held)
+            return super().begin_pass()
+
+        def release(self) -> int:
+            released = super().release()
+            Holding.held -= released
+            return released
+
+    sizes = [3, 0, 5, 2, 0, 20, 1, 4, 0]
+    works = [Holding(str(number), [1, 3], size) for number, size in enumerate(sizes)]
+    taken = work_off(works, threads, 0.001, room=6)
+    assert len(taken) == 4 * len(sizes)
+    assert Holding.held == 0
+    assert Holding.most == 20  # one that is larger than the room runs, but alone
+    assert {name for name, _, _ in taken} == {work.name for work in works}
+
+
 # ── works ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -220,7 +257,7 @@ class Recorder:
 def recording(log: list[int], node: Node, *, ordered: bool) -> ByBlock:
     """A method that looks at a tensor and then gives it as it is, plus the number of its blocks."""
 
-    def add_count(values: torch.Tensor, *, block: int, statistics: int) -> torch.Tensor:
+    def add_count(values: torch.Tensor, *, place: Any, statistics: int) -> torch.Tensor:
         return values + statistics
 
     method = BlockMethod(

@@ -23,8 +23,9 @@ ORDER = [
     *("formats.zip_directory", "formats.pickle_machine", "formats.pickle_steps", "formats.pickles"),
     *("formats.torchzip", "reading"),
     # methods
-    *("methods.contract", "methods.registry", "methods.statistics", "methods.trimming"),
-    *("methods.linear", "methods.spherical", "methods.means", "methods.sparse", "methods"),
+    *("methods.contract", "methods.registry", "methods.place", "methods.statistics", "methods.slices", "methods.sums"),
+    *("methods.trimming", "methods.ranking"),
+    *("methods.linear", "methods.spherical", "methods.means", "methods.sparse", "methods.matrix", "methods"),
     # what is asked for
     *("parameters", "recipe", "recipe_files", "recipes"),
     # models as expressions
@@ -32,7 +33,7 @@ ORDER = [
     # what will happen
     *("layout", "plan", "inputs", "report"),
     # what happens
-    *("devices", "gathering", "compute", "engine", "writing", "checking", "api", "public"),
+    *("devices", "gathering", "compute", "surveys", "engine", "writing", "checking", "api", "public"),
     # what is shown
     *("inspection", "comparison", "plotting", "similarity", "screen"),
     # the example

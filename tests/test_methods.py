@@ -472,7 +472,7 @@ def test_accepted_parameters_change_nothing(trio):
 def test_a_method_says_what_it_does_and_where_it_comes_from(name):
     found = METHODS[name]
     assert found.name == name
-    assert found.kind in ("linear", "gram", "block")
+    assert found.kind in ("linear", "gram", "block", "whole")
     assert found.formula.startswith("θ = ")
     assert len(found.doc.splitlines()) >= 3
     for parameter in found.parameters:

@@ -26,7 +26,7 @@ PerModel = Sequence[float]
 
 ParameterValue = float | bool | str | tuple[Any, ...]
 
-GIVEN: Final = ("block", "statistics")
+GIVEN: Final = ("place", "statistics")
 """Keywords that a function is given beside its parameters."""
 
 

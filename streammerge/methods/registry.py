@@ -7,6 +7,7 @@ line the formula. The decorator says how it streams:
     linear   parameters -> one coefficient per input                     one pass
     gram     inner products, parameters -> one coefficient per input     a pass for the products, then one
     block    a block of each input, parameters, statistics -> block      passes for the statistics, then one
+    whole    whole tensors in their shape, parameters -> tensor          one pass, and memory for whole tensors
 
 Inputs are the base, if the method has one, and then the models in the recipe's order.
 """
@@ -14,6 +15,7 @@ Inputs are the base, if the method has one, and then the models in the recipe's 
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -21,15 +23,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 from streammerge.errors import MethodError, RecipeError
-from streammerge.methods.contract import Parameter, ParameterValue, parameters_of
+from streammerge.methods.contract import GIVEN, Parameter, ParameterValue, parameters_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from streammerge.methods.place import Place, Target
+    from streammerge.methods.slices import Slices
     from streammerge.methods.statistics import Gram
 
 BaseUse = Literal["required", "optional", "first", "none"]
 """Whether a method has a base beside its models; `first`: a base may be given, and is the first of the models."""
+
+Scope = Literal["tensor", "model"]
 
 Result = TypeVar("Result", covariant=True)
 
@@ -73,7 +79,7 @@ class Method:
 
     @property
     def kind(self) -> str:
-        """How the method streams: linear, gram or block."""
+        """How the method streams: linear, gram, block or whole."""
         raise NotImplementedError
 
     @property
@@ -126,9 +132,14 @@ class LinearMethod(Method):
 
 @dataclass(frozen=True)
 class GramMethod(Method):
-    """The output is a linear combination whose coefficients follow from the inputs' inner products."""
+    """The output is a linear combination whose coefficients follow from the inputs' inner products.
+
+    `slices(parameters)` says whether they are those of the whole tensor (None), or those of each row, filter or column:
+    then every slice of the output is a combination of its own.
+    """
 
     function: Coefficients = lambda: ()
+    slices: Callable[[Mapping[str, ParameterValue]], Slices | None] | None = None
 
     @property
     def kind(self) -> str:
@@ -148,30 +159,71 @@ class GramMethod(Method):
 class BlockMethod(Method):
     """The output's block is a function of the inputs' blocks, and of statistics if the method wants them.
 
-    `statistics(elements, parameters)` is the first pass over a tensor of that many elements, or at once the result
-    where the parameters need no pass. `passes` is how many
-    there are at most, `temporaries` how many blocks the function holds at once beside its inputs: the plan counts both.
+    The function may ask for the keywords `place`, where the block lies, and `statistics`. `statistics(target,
+    parameters)` is the first pass over a tensor, or at once the result where the parameters need no pass. `passes` is
+    how many there are at most, `temporaries` how many blocks the function holds at once beside its inputs: the plan
+    counts both.
+
+    With `rows` the blocks are whole rows: matrices of as many rows of each input as make a block, or one longer row.
+    `held(target, parameters)` is what the statistics take in bytes, where that depends on the tensor's size.
+    `scope(parameters)` says whether they are taken of each tensor, or of the whole model: of all its tensors for which
+    the parameters named in `statistics_of` are the same, as if they were one.
     """
 
     function: Callable[..., Tensor] = lambda: None  # type: ignore[assignment,return-value]
-    statistics: Callable[[int, Mapping[str, ParameterValue]], Any] | None = None
+    statistics: Callable[[Target, Mapping[str, ParameterValue]], Any] | None = None
     passes: int = 0
     temporaries: int = 14
+    rows: Slices | None = None
+    held: Callable[[Target, Mapping[str, ParameterValue]], int] | None = None
+    scope: Callable[[Mapping[str, ParameterValue]], Scope] | None = None
+    statistics_of: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
         """Streams in one pass, and those of its statistics."""
         return "block"
 
+    @functools.cached_property
+    def wanted(self) -> frozenset[str]:
+        """What the function asks for beside its parameters."""
+        return keywords_wanted(self.function)
+
     def compute(
         self,
-        block: int,
+        place: Place,
         inputs: Sequence[Tensor],
         parameters: Mapping[str, ParameterValue],
         statistics: Any,  # noqa: ANN401  (whatever the method's last pass gave)
     ) -> Tensor:
-        """The output's block of this index."""
-        given = {} if self.statistics is None else {"block": block, "statistics": statistics}
+        """The output's block at this place."""
+        given = {"place": place, "statistics": statistics}
+        return self.function(*inputs, **keywords(parameters), **{name: given[name] for name in self.wanted})
+
+
+@dataclass(frozen=True)
+class WholeMethod(Method):
+    """The output is a function of the whole inputs in their shape, on the CPU, in float32 or better.
+
+    `temporaries` is how many tensors of the output's size the function holds at once beside its inputs.
+    """
+
+    function: Callable[..., Tensor] = lambda: None  # type: ignore[assignment,return-value]
+    temporaries: int = 6
+
+    @property
+    def kind(self) -> str:
+        """Holds whole tensors."""
+        return "whole"
+
+    @functools.cached_property
+    def wanted(self) -> frozenset[str]:
+        """What the function asks for beside its parameters."""
+        return keywords_wanted(self.function)
+
+    def compute(self, place: Place, inputs: Sequence[Tensor], parameters: Mapping[str, ParameterValue]) -> Tensor:
+        """The output."""
+        given = {"place": place} if "place" in self.wanted else {}
         return self.function(*inputs, **keywords(parameters), **given)
 
 
@@ -211,6 +263,11 @@ class method(Generic[M]):  # noqa: N801  (it is used as a decorator)
         }
         made = METHODS[name] = self.kind(name=name, function=function, **fields)  # type: ignore[call-arg]
         return made
+
+
+def keywords_wanted(function: Callable[..., Any]) -> frozenset[str]:
+    """Which of `place` and `statistics` the function asks for."""
+    return frozenset(inspect.signature(function).parameters) & frozenset(GIVEN)
 
 
 def keywords(parameters: Mapping[str, ParameterValue]) -> dict[str, ParameterValue]:

@@ -12,12 +12,14 @@ from streammerge.methods.trimming import Trim, search_k_largest
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from streammerge.methods.place import Place, Target
 
-def trim_to_density(elements: int, parameters: Mapping[str, ParameterValue]) -> Any:  # noqa: ANN401
+
+def trim_to_density(target: Target, parameters: Mapping[str, ParameterValue]) -> Any:  # noqa: ANN401
     """Find the `density` largest elements of every task vector."""
     density = parameters["density"]
     assert isinstance(density, tuple)
-    return search_k_largest(elements, density, rescale=bool(parameters["rescale"]))
+    return search_k_largest(target.elements, density, rescale=bool(parameters["rescale"]))
 
 
 @method(BlockMethod, base="required", accepted=("int8_mask",), statistics=trim_to_density, passes=3)
@@ -29,7 +31,7 @@ def ties(
     normalize: bool = True,
     lambda_: float = 1.0,
     rescale: bool = False,
-    block: int,
+    place: Place,
     statistics: Sequence[Trim],
 ) -> Tensor:
     """θ = θ₀ + λ Σᵢ mᵢ wᵢ trim(θᵢ − θ₀), divided by Σᵢ mᵢ wᵢ if `normalize`; mᵢ: agrees with the elected sign.
@@ -39,7 +41,10 @@ def ties(
     what was kept to the L1 norm of the whole task vector.
     """
     total, weights = elect_and_sum(
-        [trim.apply(model - base, block).mul_(w) for model, trim, w in zip(models, statistics, weight, strict=True)],
+        [
+            trim.apply(model - base, place.counted).mul_(w)
+            for model, trim, w in zip(models, statistics, weight, strict=True)
+        ],
         weight,
     )
     if normalize:
