@@ -6,6 +6,7 @@ are written from the papers' formulas, with none of streammerge's code.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from streammerge.functions import merge_function
 from streammerge.merged import Merged
 from streammerge.tensors import Model
 from tests.models import Tensors
+from tests.references_sparse import SPARSE
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Inputs = Sequence[Array]
@@ -49,11 +51,39 @@ class Case:
     def expected(self, tensors: Sequence[Tensors]) -> dict[str, Array]:
         """The reference's result for every floating-point tensor of the models, the base being the first."""
         used = tensors[0 if self.base else 1 : self.models + 1]
-        return {
-            name: REFERENCES[self.method]([model[name].double().numpy() for model in used], **self.parameters)
-            for name, tensor in tensors[1].items()
-            if tensor.is_floating_point()
+        everything = {
+            name: [model[name].double().numpy() for model in used]
+            for name in sorted(tensors[1])  # the order of safetensors files
+            if tensors[1][name].is_floating_point()
         }
+        reference = REFERENCES[self.method]
+        asks = "context" in inspect.signature(reference).parameters
+        return {
+            name: reference(inputs, **self.parameters, **({"context": Context(name, everything)} if asks else {}))
+            for name, inputs in everything.items()
+        }
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a reference may ask to know: the name of its tensor, and the inputs for every tensor of the model."""
+
+    name: str
+    everything: Mapping[str, Inputs]
+
+    def joined(self, number: int) -> Array:
+        """The task vector of one of the models (0: the first), of all tensors one after the other."""
+        deltas = [(inputs[number + 1] - inputs[0]).reshape(-1) for inputs in self.everything.values()]
+        return np.concatenate(deltas)
+
+    def own_part(self, joined: Array) -> Array:
+        """What belongs to the own tensor of values for all."""
+        start = 0
+        for name, inputs in self.everything.items():
+            if name == self.name:
+                return joined[start : start + inputs[0].size].reshape(inputs[0].shape)
+            start += inputs[0].size
+        raise KeyError(self.name)
 
 
 def weighted(inputs: Inputs, coefficients: Sequence[float]) -> Array:
@@ -121,13 +151,17 @@ def ties(
     density: float | Sequence[float] = 1.0,
     normalize: bool = True,
     rescale: bool = False,
+    scope: str = "tensor",
+    context: Context,
     **lambda_: float,
 ) -> Array:
     base, *models = inputs
     weights = per_model(weight, len(models))
     trimmed = [
         keep_largest(model - base, share, rescale=rescale)
-        for model, share in zip(models, per_model(density, len(models)), strict=True)
+        if scope == "tensor"
+        else context.own_part(keep_largest(context.joined(number), share, rescale=rescale))
+        for number, (model, share) in enumerate(zip(models, per_model(density, len(models)), strict=True))
     ]
     votes = np.stack([share * delta for share, delta in zip(weights, trimmed, strict=True)])
     sign = np.where(votes.sum(axis=0) >= 0, 1.0, -1.0)
@@ -172,6 +206,7 @@ REFERENCES: Final[Mapping[str, Reference]] = {
     "slerp": slerp,
     "ties": ties,
     "truncate_rank": truncate_rank,
+    **SPARSE,
 }
 
 CASES: Final[Sequence[Case]] = (
@@ -196,6 +231,43 @@ CASES: Final[Sequence[Case]] = (
     Case("ties", 3, base=True, parameters={"density": 0.5, "weight": [1.0, 0.5, -0.25], "normalize": False}),
     Case("ties", 2, base=True, parameters={"density": 0.4, "weight": [1.0, 0.75], "lambda": 0.5, "rescale": True}),
     Case("ties", 3, base=True),
+    Case("ties", 2, base=True, parameters={"density": [0.3, 0.6], "weight": [1.0, 0.5], "scope": "model"}),
+    Case("ties", 2, base=True, parameters={"density": 0.1, "scope": "model", "rescale": True, "normalize": False}),
+    Case("dare_linear", 2, base=True, parameters={"density": [0.3, 0.8], "weight": [0.6, 0.7], "rescale_by": "l1"}),
+    Case("dare_linear", 2, base=True, parameters={"density": 0.5, "lambda": 0.7, "normalize": True, "seed": 7}),
+    Case("dare_linear", 1, base=True, parameters={"density": 0.25, "rescale": False}),
+    Case("dare_linear", 3, base=True),
+    Case("dare_ties", 3, base=True, parameters={"density": [0.3, 0.8, 0.5], "weight": [0.6, 0.7, -0.3]}),
+    Case("dare_ties", 2, base=True, parameters={"density": 0.4, "normalize": True, "rescale_by": "l1"}),
+    Case("breadcrumbs", 2, base=True, parameters={"density": [0.3, 0.6], "gamma": [0.05, 0.3], "weight": [0.6, 0.7]}),
+    Case("breadcrumbs", 2, base=True, parameters={"density": 0.5, "rescale": True, "lambda": 1.5, "normalize": True}),
+    Case("breadcrumbs", 1, base=True, parameters={"density": 0.9, "gamma": 0.5}),
+    Case("breadcrumbs_ties", 3, base=True, parameters={"density": 0.5, "gamma": 0.02, "weight": [1.0, 0.5, 0.8]}),
+    Case("breadcrumbs_ties", 2, base=True, parameters={"density": 0.2, "rescale": True}),
+    Case("della", 2, base=True, parameters={"density": [0.3, 0.7], "epsilon": 0.2, "weight": [1.0, 0.6]}),
+    Case("della", 3, base=True, parameters={"density": 0.5, "rescale_by": "probability", "lambda": 0.8}),
+    Case("della", 2, base=True, parameters={"density": [1.0, 0.5], "epsilon": [0.15, 0.1], "rescale": False}),
+    Case("della_linear", 2, base=True, parameters={"density": 0.6, "weight": [0.3, 0.6]}),
+    Case("della_linear", 2, base=True, parameters={"density": [0.0, 0.5], "rescale_by": "probability"}),
+    Case("sce", 3, base=True, parameters={"select_topk": 0.4}),
+    Case("sce", 2, base=True),
+    Case("sce", 1, base=True, parameters={"select_topk": 0.5}),
+    Case("ram", 3, base=True, parameters={"epsilon": 1e-3}),
+    Case("ram", 2, base=True),
+    Case("ramplus_tl", 3, base=True, parameters={"epsilon": 1.2e-3, "r": 0.5, "alpha": 3.0}),
+    Case("ramplus_tl", 2, base=True),
+    Case("magmax", 3, base=True, parameters={"lambda": 0.8}),
+    Case("magmax", 1, base=True),
+    Case("emr", 3, base=True, parameters={"task": 2}),
+    Case("emr", 3, base=True),
+    Case("tall_mask", 3, base=True, parameters={"task": 2, "threshold": 0.4, "lambda": 0.9}),
+    Case("tall_mask", 2, base=True),
+    Case("consensus_ta", 3, base=True, parameters={"k": 2, "threshold": 0.3, "lambda": 0.7}),
+    Case("consensus_ta", 2, base=True),
+    Case("pcb", 3, base=True, parameters={"ratio": 0.3, "lambda": 0.9}),
+    Case("pcb", 2, base=True, parameters={"scope": "tensor"}),
+    Case("nearswap", 1, base=True, parameters={"t": 1e-3}),
+    Case("arcee_fusion", 1, base=True),
     Case("truncate_rank", 1, base=True, parameters={"rank": 2}),
     Case("truncate_rank", 1, base=True, parameters={"fraction": 0.4, "alpha": 0.8}),
     Case("truncate_rank", 1, base=True),

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from streammerge.methods import linear, matrix, sparse, spherical
+from streammerge.methods import agreement, competition, dropping, linear, matrix, selection, sparse, spherical
 from streammerge.methods.registry import METHODS, find_method, method
 
-__all__ = ["METHODS", "find_method", "linear", "matrix", "method", "sparse", "spherical"]
+__all__ = [
+    "METHODS",
+    "agreement",
+    "competition",
+    "dropping",
+    "find_method",
+    "linear",
+    "matrix",
+    "method",
+    "selection",
+    "sparse",
+    "spherical",
+]
