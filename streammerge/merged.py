@@ -188,7 +188,7 @@ class _Resolution:
     def _with_others(self, node: ByBlock) -> ByBlock:
         """The node, among those with which it shares its statistics if the method takes them of the whole model."""
         method = node.method
-        if method.scope is None or method.scope(node.parameters) != "model":
+        if method.statistics is None or not method.is_of_model(node.parameters):
             return node
         if any(needs_statistics(part) for child in node.inputs for part in walk(child)):
             raise PlanError(
@@ -292,6 +292,8 @@ def apply_method(
     """The expression of a method over the inputs, the base first if there is one; random numbers follow from the name
     and the seed."""
     nodes = tuple(inputs)
+    if method.check:
+        method.check(parameters, len(nodes))
     match method:
         case LinearMethod():
             coefficients = method.coefficients(parameters)

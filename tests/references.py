@@ -6,6 +6,7 @@ are written from the papers' formulas, with none of streammerge's code.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from streammerge.functions import merge_function
 from streammerge.merged import Merged
 from streammerge.tensors import Model
 from tests.models import Tensors
+from tests.references_sparse import SPARSE
+from tests.references_spherical import SPHERICAL
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Inputs = Sequence[Array]
@@ -49,12 +52,42 @@ class Case:
     def expected(self, tensors: Sequence[Tensors]) -> dict[str, Array]:
         """The reference's result for every floating-point tensor of the models, the base being the first."""
         used = tensors[0 if self.base else 1 : self.models + 1]
-        parameters = {**self.parameters, **({"based": self.base} if self.method == "multislerp" else {})}
-        return {
-            name: REFERENCES[self.method]([model[name].double().numpy() for model in used], **parameters)
-            for name, tensor in tensors[1].items()
-            if tensor.is_floating_point()
+        everything = {
+            name: [model[name].double().numpy() for model in used]
+            for name in sorted(tensors[1])  # the order of safetensors files
+            if tensors[1][name].is_floating_point()
         }
+        reference = REFERENCES[self.method]
+        asks = "context" in inspect.signature(reference).parameters
+        return {
+            name: reference(
+                inputs, **self.parameters, **({"context": Context(name, everything, self.base)} if asks else {})
+            )
+            for name, inputs in everything.items()
+        }
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a reference may ask to know: its tensor's name, every tensor's inputs, and whether the first is a base."""
+
+    name: str
+    everything: Mapping[str, Inputs]
+    has_base: bool
+
+    def joined(self, number: int) -> Array:
+        """The task vector of one of the models (0: the first), of all tensors one after the other."""
+        deltas = [(inputs[number + 1] - inputs[0]).reshape(-1) for inputs in self.everything.values()]
+        return np.concatenate(deltas)
+
+    def own_part(self, joined: Array) -> Array:
+        """What belongs to the own tensor of values for all."""
+        start = 0
+        for name, inputs in self.everything.items():
+            if name == self.name:
+                return joined[start : start + inputs[0].size].reshape(inputs[0].shape)
+            start += inputs[0].size
+        raise KeyError(self.name)
 
 
 def weighted(inputs: Inputs, coefficients: Sequence[float]) -> Array:
@@ -140,124 +173,6 @@ def sigmoid(inputs: Inputs, *, alpha: float) -> Array:
     return (first + second) / (1 + math.exp(-4 * alpha)) - first / (1 + math.exp(-alpha))
 
 
-def length(values: Array) -> float:
-    return math.sqrt(float((values**2).sum()))
-
-
-def angle(first: Array, second: Array) -> float | None:
-    """By the sine and cosine of its half, which is exact for every angle; None where there is none."""
-    lengths = length(first), length(second)
-    if 0 in lengths:
-        return None
-    unit, other = first / lengths[0], second / lengths[1]
-    return 2 * math.atan2(length(unit - other), length(unit + other))
-
-
-def along_arc(first: Array, second: Array, t: float) -> Array:
-    between = angle(first, second)
-    if between is None or math.sin(between) < 1e-6:
-        return (1 - t) * first + t * second
-    return np.asarray((np.sin((1 - t) * between) * first + np.sin(t * between) * second) / np.sin(between))
-
-
-def slerp(inputs: Inputs, *, t: float, lerp_norm: bool = False) -> Array:
-    first, second = inputs
-    between = angle(first, second)
-    line = (1 - t) * first + t * second
-    if between is None:
-        return line
-    if lerp_norm:
-        lengths = length(first), length(second)
-        direction = along_arc(first / lengths[0], second / lengths[1], t)
-        return line if math.sin(between) < 1e-6 else ((1 - t) * lengths[0] + t * lengths[1]) * direction
-    return line if abs(math.cos(between)) > 0.9995 else along_arc(first, second, t)
-
-
-def nuslerp(inputs: Inputs, *, weight: float | Sequence[float] = 1.0) -> Array:
-    *base, first, second = inputs
-    one, other = per_model(weight, 2)
-    t = other / (one + other) if abs(one + other) >= 1e-6 else 0.5
-    return base[0] + along_arc(first - base[0], second - base[0], t) if base else along_arc(first, second, t)
-
-
-def multislerp(
-    inputs: Inputs,
-    *,
-    based: bool = False,
-    weight: float | Sequence[float] = 1.0,
-    normalize_weights: bool = True,
-    eps: float = 1e-8,
-) -> Array:
-    """With the step in the tangent space that is always zero left out."""
-    base = inputs[0] if based else np.zeros(inputs[0].shape)
-    vectors = [model - base for model in inputs[int(based) :]]
-    weights = per_model(weight, len(vectors))
-    if normalize_weights:
-        weights = [w / sum(weights) for w in weights]
-    mean = weighted([vector / (length(vector) + eps) for vector in vectors], weights)
-    if length(mean) < eps:
-        return base + weighted(vectors, weights)
-    radius = sum(w * length(vector) for w, vector in zip(weights, vectors, strict=True))
-    return np.asarray(base + radius / length(mean) * mean)
-
-
-def model_stock(inputs: Inputs, *, pairs: str = "all", average: str = "cosine") -> Array:
-    base, *models = inputs
-    tasks = [model - base for model in models]
-    chosen = [(i, j) for j in range(len(tasks)) for i in range(j) if pairs == "all" or j == i + 1]
-    angles = [angle(tasks[i], tasks[j]) for i, j in chosen]
-    radians = [math.pi / 2 if found is None else found for found in angles]
-    cosine = float(np.cos(np.mean(radians)) if average == "angle" else np.mean(np.cos(radians)))
-    divisor = 1 + (len(tasks) - 1) * cosine
-    share = len(tasks) * cosine / divisor if abs(divisor) > 1e-12 else 0.0
-    return share * n_average(models) + (1 - share) * base
-
-
-def perpendicular_component(inputs: Inputs) -> Array:
-    first, second = inputs
-    square = float((first**2).sum())
-    rest = second - first * (float((first * second).sum()) / square if square else 0.0)
-    return (
-        rest if length(rest) > 1e-12 * length(second) else np.zeros(rest.shape)
-    )  # what is left of parallel ones is noise
-
-
-def add_perpendicular(inputs: Inputs, *, alpha: float = 1.0) -> Array:
-    base, first, second = inputs
-    return first + alpha * perpendicular_component([first - base, second - base])
-
-
-def karcher(inputs: Inputs, *, max_iter: int = 10, tol: float = 1e-5) -> Array:
-    units = [values / length(values) for values in inputs if length(values) > tol]
-    if not units:
-        return n_average(inputs)
-    centre = n_average(units)
-    centre = units[0] if length(centre) < tol else centre / length(centre)
-    for _ in range(max_iter):
-        step = np.zeros(centre.shape)
-        for unit in units:
-            between = angle(centre, unit)
-            assert between is not None
-            if between >= tol and math.sin(between) >= tol:
-                step = step + between / math.sin(between) * (unit - math.cos(between) * centre) / len(units)
-        if length(step) < tol:
-            break
-        centre = math.cos(length(step)) * centre + math.sin(length(step)) * step / length(step)
-        centre = centre / length(centre)
-    return np.asarray(np.mean([length(values) for values in inputs]) * centre)
-
-
-def geometric_median(inputs: Inputs, *, max_iter: int = 100, eps: float = 1e-6, ftol: float = 1e-20) -> Array:
-    median = n_average(inputs)
-    distance = sum(length(values - median) for values in inputs)
-    for _ in range(max_iter):
-        median = n_average(inputs, weight=[1 / max(length(values - median), eps) for values in inputs])
-        before, distance = distance, sum(length(values - median) for values in inputs)
-        if abs(before - distance) <= ftol * distance:
-            break
-    return median
-
-
 def ties(
     inputs: Inputs,
     *,
@@ -265,13 +180,17 @@ def ties(
     density: float | Sequence[float] = 1.0,
     normalize: bool = True,
     rescale: bool = False,
+    scope: str = "tensor",
+    context: Context,
     **lambda_: float,
 ) -> Array:
     base, *models = inputs
     weights = per_model(weight, len(models))
     trimmed = [
         keep_largest(model - base, share, rescale=rescale)
-        for model, share in zip(models, per_model(density, len(models)), strict=True)
+        if scope == "tensor"
+        else context.own_part(keep_largest(context.joined(number), share, rescale=rescale))
+        for number, (model, share) in enumerate(zip(models, per_model(density, len(models)), strict=True))
     ]
     votes = np.stack([share * delta for share, delta in zip(weights, trimmed, strict=True)])
     sign = np.where(votes.sum(axis=0) >= 0, 1.0, -1.0)
@@ -321,16 +240,10 @@ REFERENCES: Final[Mapping[str, Reference]] = {
     "add": add,
     "subtract": subtract,
     "sigmoid": sigmoid,
-    "slerp": slerp,
-    "nuslerp": nuslerp,
-    "multislerp": multislerp,
-    "model_stock": model_stock,
-    "perpendicular_component": perpendicular_component,
-    "add_perpendicular": add_perpendicular,
-    "karcher": karcher,
-    "geometric_median": geometric_median,
     "ties": ties,
     "truncate_rank": truncate_rank,
+    **SPHERICAL,
+    **SPARSE,
 }
 
 CASES: Final[Sequence[Case]] = (
@@ -390,6 +303,43 @@ CASES: Final[Sequence[Case]] = (
     Case("ties", 3, base=True, parameters={"density": 0.5, "weight": [1.0, 0.5, -0.25], "normalize": False}),
     Case("ties", 2, base=True, parameters={"density": 0.4, "weight": [1.0, 0.75], "lambda": 0.5, "rescale": True}),
     Case("ties", 3, base=True),
+    Case("ties", 2, base=True, parameters={"density": [0.3, 0.6], "weight": [1.0, 0.5], "scope": "model"}),
+    Case("ties", 2, base=True, parameters={"density": 0.1, "scope": "model", "rescale": True, "normalize": False}),
+    Case("dare_linear", 2, base=True, parameters={"density": [0.3, 0.8], "weight": [0.6, 0.7], "rescale_by": "l1"}),
+    Case("dare_linear", 2, base=True, parameters={"density": 0.5, "lambda": 0.7, "normalize": True, "seed": 7}),
+    Case("dare_linear", 1, base=True, parameters={"density": 0.25, "rescale": False}),
+    Case("dare_linear", 3, base=True),
+    Case("dare_ties", 3, base=True, parameters={"density": [0.3, 0.8, 0.5], "weight": [0.6, 0.7, -0.3]}),
+    Case("dare_ties", 2, base=True, parameters={"density": 0.4, "normalize": True, "rescale_by": "l1"}),
+    Case("breadcrumbs", 2, base=True, parameters={"density": [0.3, 0.6], "gamma": [0.05, 0.3], "weight": [0.6, 0.7]}),
+    Case("breadcrumbs", 2, base=True, parameters={"density": 0.5, "rescale": True, "lambda": 1.5, "normalize": True}),
+    Case("breadcrumbs", 1, base=True, parameters={"density": 0.9, "gamma": 0.5}),
+    Case("breadcrumbs_ties", 3, base=True, parameters={"density": 0.5, "gamma": 0.02, "weight": [1.0, 0.5, 0.8]}),
+    Case("breadcrumbs_ties", 2, base=True, parameters={"density": 0.2, "rescale": True}),
+    Case("della", 2, base=True, parameters={"density": [0.3, 0.7], "epsilon": 0.2, "weight": [1.0, 0.6]}),
+    Case("della", 3, base=True, parameters={"density": 0.5, "rescale_by": "probability", "lambda": 0.8}),
+    Case("della", 2, base=True, parameters={"density": [1.0, 0.5], "epsilon": [0.15, 0.1], "rescale": False}),
+    Case("della_linear", 2, base=True, parameters={"density": 0.6, "weight": [0.3, 0.6]}),
+    Case("della_linear", 2, base=True, parameters={"density": [0.0, 0.5], "rescale_by": "probability"}),
+    Case("sce", 3, base=True, parameters={"select_topk": 0.4}),
+    Case("sce", 2, base=True),
+    Case("sce", 1, base=True, parameters={"select_topk": 0.5}),
+    Case("ram", 3, base=True, parameters={"epsilon": 1e-3}),
+    Case("ram", 2, base=True),
+    Case("ramplus_tl", 3, base=True, parameters={"epsilon": 1.2e-3, "r": 0.5, "alpha": 3.0}),
+    Case("ramplus_tl", 2, base=True),
+    Case("magmax", 3, base=True, parameters={"lambda": 0.8}),
+    Case("magmax", 1, base=True),
+    Case("emr", 3, base=True, parameters={"task": 2}),
+    Case("emr", 3, base=True),
+    Case("tall_mask", 3, base=True, parameters={"task": 2, "threshold": 0.4, "lambda": 0.9}),
+    Case("tall_mask", 2, base=True),
+    Case("consensus_ta", 3, base=True, parameters={"k": 2, "threshold": 0.3, "lambda": 0.7}),
+    Case("consensus_ta", 2, base=True),
+    Case("pcb", 3, base=True, parameters={"ratio": 0.3, "lambda": 0.9}),
+    Case("pcb", 2, base=True, parameters={"scope": "tensor"}),
+    Case("nearswap", 1, base=True, parameters={"t": 1e-3}),
+    Case("arcee_fusion", 1, base=True),
     Case("truncate_rank", 1, base=True, parameters={"rank": 2}),
     Case("truncate_rank", 1, base=True, parameters={"fraction": 0.4, "alpha": 0.8}),
     Case("truncate_rank", 1, base=True),

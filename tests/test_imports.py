@@ -25,7 +25,8 @@ ORDER = [
     # methods
     *("methods.contract", "methods.registry", "methods.place", "methods.statistics", "methods.slices", "methods.sums"),
     *("methods.trimming", "methods.ranking"),
-    *("methods.linear", "methods.spherical", "methods.means", "methods.sparse", "methods.matrix", "methods"),
+    *("methods.linear", "methods.spherical", "methods.means", "methods.sparse", "methods.dropping"),
+    *("methods.agreement", "methods.competition", "methods.selection", "methods.matrix", "methods"),
     # what is asked for
     *("parameters", "recipe", "recipe_files", "recipes"),
     # models as expressions

@@ -134,7 +134,8 @@ class Ranking:
         return self.result()
 
     def _open(self, search: _Search) -> bool:
-        return 0 < search.k < self.elements
+        """Whether it leaves anything out, and takes anything; or what is wanted is the value of the least."""
+        return 0 < search.k < self.elements or (not self.exact and 0 < search.k == self.elements)
 
     def all(self) -> list[_Search]:
         """Every search of every vector."""

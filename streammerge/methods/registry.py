@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 BaseUse = Literal["required", "optional", "first", "none"]
 """Whether a method has a base beside its models; `first`: a base may be given, and is the first of the models."""
 
-Scope = Literal["tensor", "model"]
-
 Result = TypeVar("Result", covariant=True)
 
 
@@ -67,7 +65,8 @@ class Method:
     """A merge method: its name, its parameters, and how many inputs it takes.
 
     `accepted` are parameters that mergekit knows for a method and that change nothing in the result; recipes that set
-    them run unchanged.
+    them run unchanged. `check(parameters, inputs)` raises a MethodError for parameters that don't go together, or not
+    with so many inputs.
     """
 
     name: str
@@ -76,6 +75,7 @@ class Method:
     models: tuple[int, int | None]
     doc: str
     accepted: tuple[str, ...] = ()
+    check: Callable[[Mapping[str, ParameterValue], int], None] | None = None
 
     @property
     def kind(self) -> str:
@@ -166,8 +166,8 @@ class BlockMethod(Method):
 
     With `rows` the blocks are whole rows: matrices of as many rows of each input as make a block, or one longer row.
     `held(target, parameters)` is what the statistics take in bytes, where that depends on the tensor's size.
-    `scope(parameters)` says whether they are taken of each tensor, or of the whole model: of all its tensors for which
-    the parameters named in `statistics_of` are the same, as if they were one.
+    `scope` is "model" where they are taken of the whole model: of all its tensors for which the parameters named in
+    `statistics_of` are the same, as if they were one; or it names a parameter that is "model" or "tensor".
     """
 
     function: Callable[..., Tensor] = lambda: None  # type: ignore[assignment,return-value]
@@ -176,13 +176,17 @@ class BlockMethod(Method):
     temporaries: int = 14
     rows: Slices | None = None
     held: Callable[[Target, Mapping[str, ParameterValue]], int] | None = None
-    scope: Callable[[Mapping[str, ParameterValue]], Scope] | None = None
+    scope: str = "tensor"
     statistics_of: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
         """Streams in one pass, and those of its statistics."""
         return "block"
+
+    def is_of_model(self, parameters: Mapping[str, ParameterValue]) -> bool:
+        """Whether the statistics are taken of the whole model."""
+        return parameters.get(self.scope, self.scope) == "model"
 
     @functools.cached_property
     def wanted(self) -> frozenset[str]:
