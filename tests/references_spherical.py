@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,11 +61,28 @@ def slerp(inputs: Inputs, *, t: float, lerp_norm: bool = False) -> Array:
     return line if abs(math.cos(between)) > 0.9995 else along_arc(first, second, t)
 
 
-def nuslerp(inputs: Inputs, *, weight: Numbers = 1.0) -> Array:
-    *base, first, second = inputs
+def by_slices(merge: Callable[[Inputs], Array], inputs: Inputs, *, columns: bool = False) -> Array:
+    """The merge of every row (along the last dimension; of convolutions every filter), or of every column."""
+    shape = inputs[0].shape
+    if len(shape) < 2 or not inputs[0].size:
+        return merge(inputs)
+    height = shape[0] if columns or len(shape) >= 4 else inputs[0].size // shape[-1]
+    matrices = [values.reshape(height, -1) for values in inputs]
+    merged = [merge(vectors) for vectors in zip(*(m.T if columns else m for m in matrices), strict=True)]
+    return np.stack(merged, axis=1 if columns else 0).reshape(shape)
+
+
+def nuslerp(
+    inputs: Inputs, *, weight: Numbers = 1.0, nuslerp_flatten: bool = True, nuslerp_row_wise: bool = False
+) -> Array:
     one, other = each(weight, 2)
     t = other / (one + other) if abs(one + other) >= 1e-6 else 0.5
-    return base[0] + along_arc(first - base[0], second - base[0], t) if base else along_arc(first, second, t)
+
+    def merge(vectors: Inputs) -> Array:
+        *base, first, second = vectors
+        return base[0] + along_arc(first - base[0], second - base[0], t) if base else along_arc(first, second, t)
+
+    return merge(inputs) if nuslerp_flatten else by_slices(merge, inputs, columns=nuslerp_row_wise)
 
 
 def multislerp(
@@ -89,7 +106,9 @@ def multislerp(
     return np.asarray(base + radius / length(mean) * mean)
 
 
-def model_stock(inputs: Inputs, *, pairs: str = "all", average: str = "cosine") -> Array:
+def model_stock(inputs: Inputs, *, filter_wise: bool = False, pairs: str = "all", average: str = "cosine") -> Array:
+    if filter_wise:
+        return by_slices(lambda vectors: model_stock(vectors, pairs=pairs, average=average), inputs)
     base, *models = inputs
     tasks = [model - base for model in models]
     chosen = [(i, j) for j in range(len(tasks)) for i in range(j) if pairs == "all" or j == i + 1]

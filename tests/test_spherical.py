@@ -47,6 +47,11 @@ IDENTITIES = {
     "nuslerp of all weight on the other": lambda x, a, b: (streammerge.nuslerp(a, b, base=x, weight=[0.0, 3.0]), 2),
     "nuslerp of twins": lambda x, a, b: (streammerge.nuslerp(a, a, weight=[1.0, 2.0]), 1),
     "nuslerp of twins around a base": lambda x, a, b: (streammerge.nuslerp(a, a, base=x), 1),
+    "nuslerp of twins by columns": lambda x, a, b: (
+        streammerge.nuslerp(a, a, base=x, nuslerp_flatten=False, nuslerp_row_wise=True),
+        1,
+    ),
+    "stock of twins by filters": lambda x, a, b: (streammerge.model_stock(a, a, base=x, filter_wise=True), 1),
     "nuslerp of the base with itself": lambda x, a, b: (streammerge.nuslerp(x, x, base=x), 0),
     "multislerp of twins": lambda x, a, b: (streammerge.multislerp(a, a, weight=[0.2, 0.3]), 1),
     "multislerp of triplets around a base": lambda x, a, b: (streammerge.multislerp(a, a, a, base=x), 1),
@@ -187,6 +192,14 @@ def test_stocks_pairs_and_averages_differ():
     ):
         found = read(streammerge.model_stock(*vectors, base=base, **options))
         assert found[0] == pytest.approx(share(cosine) * mean)
+
+
+def test_stock_by_filters_agrees_row_by_row():
+    base = MemoryModel({"w": torch.zeros(2, 2, dtype=torch.float64)})
+    a = MemoryModel({"w": torch.tensor([[1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)})
+    b = MemoryModel({"w": torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)})
+    assert read(streammerge.model_stock(a, b, base=base, filter_wise=True)) == [1.0, 0.0, 0.0, 0.0]
+    assert read(streammerge.model_stock(a, b, base=base))[0] == pytest.approx(2 / 3)
 
 
 def test_stock_does_not_take_short_tensors_for_orthogonal():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations, pairwise
 from typing import Final, Literal
 
-from streammerge.methods.contract import PerModel
+from streammerge.methods.contract import ParameterValue, PerModel
 from streammerge.methods.linear import normalized
 from streammerge.methods.registry import GramMethod, method, net
+from streammerge.methods.slices import Slices
 from streammerge.methods.statistics import Gram, Products
 
 NEARLY_PARALLEL: Final = 0.9995
@@ -37,12 +38,22 @@ def slerp(gram: Gram, *, t: float, lerp_norm: bool = False) -> list[float]:
     return [length * share / vectors.norm(i) for i, share in enumerate(arc(cosine, t))]
 
 
-@method(GramMethod, base="optional", models=(2, 2), accepted=("nuslerp_flatten",))
-def nuslerp(gram: Gram, *, weight: PerModel = (1.0,)) -> list[float]:
+def nuslerp_slices(parameters: Mapping[str, ParameterValue]) -> Slices | None:
+    """What is turned on its own: the whole tensor, each row, or each column."""
+    if parameters["nuslerp_flatten"]:
+        return None
+    return "columns" if parameters["nuslerp_row_wise"] else "rows"
+
+
+@method(GramMethod, base="optional", models=(2, 2), slices=nuslerp_slices)
+def nuslerp(
+    gram: Gram, *, weight: PerModel = (1.0,), nuslerp_flatten: bool = True, nuslerp_row_wise: bool = False
+) -> list[float]:
     """θ = θ₀ + (sin((1−t)Ω) δ₁ + sin(tΩ) δ₂) / sin Ω,   δᵢ = θᵢ − θ₀,   t = w₂ / (w₁ + w₂)
 
     mergekit's NuSLERP. Without a base θ₀ is zero. t is ½ where the weights' sum is zero; zero tensors, and those whose
-    angle is 0 or 180°, are interpolated linearly.
+    angle is 0 or 180°, are interpolated linearly. Not flattened, each row (along the last dimension; of convolutions
+    each filter) is interpolated on its own, or with `nuslerp_row_wise`, as in mergekit, each column.
     """
     total = net(*weight)
     t = 0.5 if abs(total) < 1e-6 else weight[1] / total
@@ -70,17 +81,24 @@ def multislerp(
     return around_base(shares, has_base=has_base)
 
 
-@method(GramMethod, base="required", models=(2, None))
+def stock_slices(parameters: Mapping[str, ParameterValue]) -> Slices | None:
+    """What has a T of its own: the whole tensor, or each row."""
+    return "rows" if parameters["filter_wise"] else None
+
+
+@method(GramMethod, base="required", models=(2, None), slices=stock_slices)
 def model_stock(
     gram: Gram,
     *,
+    filter_wise: bool = False,
     pairs: Literal["all", "consecutive"] = "all",
     average: Literal["cosine", "angle"] = "cosine",
 ) -> list[float]:
     """θ = T θ̄ + (1 − T) θ₀,   T = N c / (1 + (N−1) c),   c = mean of cos(θᵢ − θ₀, θⱼ − θ₀) over pairs i < j
 
     Model Stock, Jang et al. 2024, arXiv:2403.19522, over all pairs as in mergekit; sd-mecha takes `consecutive` ones
-    only, fusion_bench the cosine of the mean `angle`. The cosine with a zero task vector is 0. Cosines are exact where
+    only, fusion_bench the cosine of the mean `angle`. With `filter_wise` each row (of convolutions each filter) has a T
+    of its own; it always has in sd-mecha. The cosine with a zero task vector is 0. Cosines are exact where
     mergekit takes a product of norms below 1e-6 for 1e-6, which short tensors of near fine-tunes have.
     """
     tasks = gram.task_vectors()
