@@ -31,7 +31,7 @@ from streammerge.tensors import Model
 if TYPE_CHECKING:
     import torch
 
-    from streammerge.engine import Sink
+    from streammerge.works import Sink
 
 Watch = Callable[[Progress], None]
 """Called from time to time while a merge runs, with what has been done so far."""
@@ -85,13 +85,22 @@ class Machine:
 
     def run(self, sink: Sink, copying: Copying, watch: Watch | None) -> None:
         """Give every byte of the output that is computed to the sink, and finish the copying."""
-        from streammerge import engine
         from streammerge.devices import open_lanes
+        from streammerge.engine import run
+        from streammerge.works import MergeWork, together_works
 
-        progress = copying.progress
-        works = (engine.MergeWork(job) for job in self.plan.jobs if job.compute is not None)
+        progress, held = copying.progress, self.allotment.held_bytes
         lanes = open_lanes(self.device, self.io, self.allotment)
-        engine.run(works, lanes, sink, progress, lambda: watch(progress) if watch else None, copying)
+
+        def look() -> None:
+            if watch:
+                watch(progress)
+
+        if together := together_works(self.plan.together):
+            with progress.doing("measure the whole model", self.plan.bytes_before_writing):
+                run(together, lanes, sink, progress, look)
+        works = (MergeWork(job) for job in self.plan.jobs if job.compute is not None)
+        run(works, lanes, sink, progress, look, copying, held_bytes=held)
 
     def check(self, read: ReadBack, path: Path, watch: Watch | None) -> None:
         """Compute every byte again and compare it with what is read back."""
@@ -173,7 +182,7 @@ def allot_memory(plan: Plan, baseline: int) -> Allotment:
         )
     if limit is None:
         return plan.allot()
-    needed = plan.lane_bytes + MAPPED_BYTES[1]
+    needed = plan.lane_bytes + MAPPED_BYTES[1] + plan.held_bytes
     fixed = baseline + OVERHEAD_BYTES
     if limit < fixed + needed:
         raise PlanError(

@@ -61,7 +61,7 @@ def _add_run_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--max-vram", type=size, metavar="SIZE", help="bound of the buffers on the device")
     group.add_argument("--threads", type=positive, metavar="N", help="workers (default: the cores, within the RAM)")
     group.add_argument("--io", choices=["auto", "mmap", "pread"], default="auto", help="how inputs are read")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of methods that draw random numbers")
+    group.add_argument("--seed", type=int, metavar="N", help="of methods that draw random numbers (default: 0)")
     group.add_argument("--no-sync", action="store_true", help="don't wait for the disk at the end")
 
 
@@ -107,7 +107,6 @@ def options_from(arguments: argparse.Namespace) -> Options:
         shard_size=arguments.shard_size,
         force=arguments.force,
         sync=not arguments.no_sync,
-        seed=arguments.seed,
         metadata=not arguments.no_metadata,
         verify=arguments.verify,
     )
@@ -200,6 +199,7 @@ def _changed(raw: dict[str, Any], arguments: argparse.Namespace) -> dict[str, An
         "layout": _reference(arguments.layout),
         "on_shape_mismatch": arguments.on_shape_mismatch,
         "on_missing": arguments.on_missing,
+        "seed": arguments.seed,
     }
     raw.update({key: value for key, value in options.items() if value is not None})
     if arguments.dtype is not None:

@@ -51,7 +51,7 @@ class Checkpoint:
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the flattened tensor, in its stored dtype, as a copy."""
-        from streammerge.compute import read_stored
+        from streammerge.surveys import read_stored
 
         return read_stored(self.nodes[name], start, stop)
 

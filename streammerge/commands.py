@@ -71,9 +71,20 @@ def show_plan(plan: Plan, *, every_tensor: bool) -> None:
             ("output", f"{plan.output.path}: {len(plan.jobs):,} tensors, {format_size(plan.output.nbytes)}"),
             ("free disk", format_size(plan.free_disk)),
             ("to read", f"{format_size(plan.bytes_to_read)}, {plan.passes} pass{'es' * (plan.passes > 1)}"),
+            *before_writing(plan),
             ("peak RAM", f"{format_size(plan.work_bytes)} above import torch (about 220 MB)"),
         ]
     )
+
+
+def before_writing(plan: Plan) -> list[tuple[str, str]]:
+    """What has to be read of all tensors before the first is written, if anything."""
+    members = [member for together in plan.together for member in together.members]
+    if not members:
+        return []
+    passes = max(member.method.passes for member in members)
+    what = f"{format_size(plan.bytes_before_writing)} of these, {passes} pass{'es' * (passes > 1)} over the whole model"
+    return [("before writing", f"{what}, in which {len(members):,} tensors are measured together")]
 
 
 def verify(arguments: argparse.Namespace) -> int:
@@ -164,7 +175,14 @@ def describe_method(method: Method) -> dict[str, Any]:
         "base": method.base,
         "models": list(method.models),
         "parameters": [
-            {"name": p.name, "per_model": p.per_model, "flag": p.flag, "default": p.default} for p in method.parameters
+            {
+                "name": p.name,
+                "type": p.type,
+                "takes": p.takes,
+                "per_model": p.per_model,
+                "default": p.default,
+            }
+            for p in method.parameters
         ],
         "doc": method.doc,
     }
@@ -181,10 +199,10 @@ def show_method(method: Method) -> None:
     ]
     for parameter in method.parameters:
         default = "required" if parameter.required else f"default {json.dumps(parameter.default)}"
-        rows.append((f"-p {parameter.name}", f"{default}{', one per model' * parameter.per_model}"))
+        rows.append((f"-p {parameter.name}", f"{parameter.takes}{', one per model' * parameter.per_model}; {default}"))
     show_table(rows)
     needed = [f"-p {parameter.name}=0.5" for parameter in method.parameters if parameter.required]
-    models = " ".join(f"{letter}.safetensors" for letter in ("a", "b")[: 1 if most == 1 else 2])
+    models = " ".join(f"{letter}.safetensors" for letter in "abc"[: max(least, 1 if most == 1 else 2)])
     base = " --base base.safetensors" * (method.base == "required")
     say(f"\nstreammerge {models} -m {method.name}{base} {' '.join(needed)}{' ' * bool(needed)}-o merged.safetensors")
 

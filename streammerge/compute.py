@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from streammerge.devices import Lane, torch_dtype
+from streammerge.devices import Lane
 from streammerge.gathering import gather
-from streammerge.methods.registry import Pass
-from streammerge.methods.statistics import GramPass
+from streammerge.methods.place import Target
+from streammerge.methods.slices import Slicing
 from streammerge.nodes import (
     BLOCK,
+    Applied,
     ByBlock,
     ByGram,
+    ByWhole,
     Combined,
     External,
     Node,
     Stored,
     Term,
     Viewed,
-    compute_dtype,
-    walk,
 )
-from streammerge.reading import PositionalReader
-from streammerge.tensors import DType
 
 Statistics = Mapping[int, Any]
-"""What is known of whole tensors: by the `id` of a ByGram node its coefficients, of a ByBlock node its statistics."""
+"""What is known of whole tensors: by the `id` of a ByGram node its coefficients, of a ByBlock node its statistics, of a
+ByWhole node the tensor itself."""
 
 
 class Evaluator:
@@ -38,6 +37,7 @@ class Evaluator:
         self.lane = lane
         self.dtype = dtype
         self.statistics = statistics
+        self._rows: dict[int, tuple[int, torch.Tensor]] = {}
 
     def block(self, node: Node, block: int, slot: int = 0) -> torch.Tensor:
         """Block `block` of the node's flattened elements; in this slot, or where it is stored; not to be written to."""
@@ -52,16 +52,57 @@ class Evaluator:
             case Combined():
                 return self._combination(node.terms, block, stop - start, slot)
             case ByGram():
-                coefficients = self.statistics[id(node)]
-                terms = [Term(c, child) for c, child in zip(coefficients, node.inputs, strict=True) if c]
-                return self._combination(terms, block, stop - start, slot)
+                return self._by_gram(node, block, start, stop, slot)
             case ByBlock():
-                inputs = self.inputs(node, block, slot)
-                return node.method.compute(block, inputs, node.parameters, self.statistics.get(id(node)))
+                return self._by_rows(node, start, stop, slot) if node.method.rows else self._method(node, block, slot)
+            case ByWhole():
+                return self.lane.bring(self.statistics[id(node)][start:stop], self.dtype, slot)
 
-    def inputs(self, node: ByGram | ByBlock, block: int, slot: int = 0) -> list[torch.Tensor]:
-        """The block of every input, all valid at once: each in a slot of its own."""
-        return [self.block(child, block, slot + place) for place, child in enumerate(node.inputs)]
+    def inputs(self, node: Applied, piece: int, slot: int = 0) -> list[torch.Tensor]:
+        """What the method is given of every input at once: blocks, each in a slot of its own; rows; whole tensors."""
+        if isinstance(node, ByWhole):
+            whole = [self._range(child, 0, node.info.elements, slot) for child in node.inputs]
+            return [values.cpu().reshape(node.info.shape) for values in whole]
+        if isinstance(node, ByBlock) and node.method.rows:
+            step = piece_elements(node)
+            start, stop = piece * step, min((piece + 1) * step, node.info.elements)
+            width = Slicing.of(node.info.shape, node.method.rows).width
+            return [self._range(child, start, stop, slot).view(-1, width) for child in node.inputs]
+        return [self.block(child, piece, slot + place) for place, child in enumerate(node.inputs)]
+
+    def _method(self, node: ByBlock, piece: int, slot: int) -> torch.Tensor:
+        """What the method makes of a piece of its inputs."""
+        place = target_of(node).place(piece)
+        inputs = self.inputs(node, piece, slot)
+        return node.method.compute(place, inputs, node.parameters, self.statistics.get(id(node)))
+
+    def _by_rows(self, node: ByBlock, start: int, stop: int, slot: int) -> torch.Tensor:
+        """A block cut from the rows that it touches. The last rows are kept, because the next block begins in them."""
+        step = piece_elements(node)
+        out = torch.empty(stop - start, dtype=self.dtype, device=self.lane.device)
+        for piece in range(start // step, -(-stop // step)):
+            kept, rows = self._rows.get(id(node), (-1, out))
+            if kept != piece:
+                self._rows.pop(id(node), None)
+                rows = self._method(node, piece, slot).reshape(-1)
+                self._rows[id(node)] = piece, rows
+            low, high = max(start, piece * step), min(stop, piece * step + rows.numel())
+            out[low - start : high - start] = rows[low - piece * step : high - piece * step]
+        return out
+
+    def _by_gram(self, node: ByGram, block: int, start: int, stop: int, slot: int) -> torch.Tensor:
+        coefficients = self.statistics[id(node)]
+        if node.slices is None:
+            terms = [Term(c, child) for c, child in zip(coefficients, node.inputs, strict=True) if c]
+            return self._combination(terms, block, stop - start, slot)
+        slicing = Slicing.of(node.info.shape, node.slices)
+        shares = coefficients.to(self.lane.device, self.dtype)
+        total = self.lane.slot(slot, stop - start, self.dtype).zero_()
+        for number, child in enumerate(node.inputs):
+            values = self.block(child, block, slot + 1)
+            for part in slicing.rectangles(start, stop):
+                part.of(total).addcmul_(part.of(values), slicing.share(shares[number], part))
+        return total
 
     def _combination(self, terms: Sequence[Term], block: int, elements: int, slot: int) -> torch.Tensor:
         """Σ coefficient · block, summed in the order of the terms, in slots alone: nothing is allocated on the way."""
@@ -99,118 +140,29 @@ class Evaluator:
         return out
 
 
-class Survey:
-    """The passes that an expression needs over its tensors before it can be computed.
-
-    Nodes whose inputs are known are measured together; a node above them has its turn in a later pass.
-    """
-
-    def __init__(self, root: Node) -> None:
-        self.known: dict[int, Any] = {}
-        self.waiting = list({id(node): node for node in walk(root) if isinstance(node, ByGram | ByBlock)}.values())
-        self.passes: dict[int, tuple[ByGram | ByBlock, Pass[Any]]] = {}
-        self._start_ready()
-
-    @property
-    def complete(self) -> bool:
-        """Whether everything is known, so that blocks can be computed."""
-        return not self.passes
-
-    @property
-    def ordered(self) -> bool:
-        """Whether what is measured must be added in the order of the blocks."""
-        return any(step.ordered for _, step in self.passes.values())
-
-    @property
-    def blocks(self) -> int:
-        """The number of blocks to measure: of the longest tensor, because views make tensors longer and shorter."""
-        return max((block_count(node) for node, _ in self.passes.values()), default=0)
-
-    def measure(self, evaluator: Evaluator, block: int) -> dict[int, Any]:
-        """What the current passes want to know of one block, those whose tensor has it."""
-        return {
-            key: step.measure(block, evaluator.inputs(node, block))
-            for key, (node, step) in self.passes.items()
-            if block < block_count(node)
-        }
-
-    def add(self, block: int, measured: Mapping[int, Any]) -> None:
-        """Take in the measures of one block."""
-        for key, found in measured.items():
-            self.passes[key][1].add(block, found)
-
-    def finish_pass(self) -> None:
-        """After the last block: go on to the next passes, if there are any."""
-        for key, (node, step) in list(self.passes.items()):
-            del self.passes[key]
-            self._take(node, step.finish())
-        self._start_ready()
-
-    def _start_ready(self) -> None:
-        for node in list(self.waiting):
-            if all(id(child) in self.known for child in _measured_below(node)):
-                self.waiting.remove(node)
-                self._take(node, _first_step(node))
-
-    def _take(self, node: ByGram | ByBlock, outcome: Any) -> None:  # noqa: ANN401
-        """Note a pass's outcome: another pass, or a result."""
-        if isinstance(outcome, Pass):
-            self.passes[id(node)] = node, outcome
-        elif isinstance(node, ByGram):
-            self.known[id(node)] = node.method.coefficients(outcome, node.parameters)
-        else:
-            self.known[id(node)] = outcome
-
-
-def _first_step(node: ByGram | ByBlock) -> Any:  # noqa: ANN401  (a pass, or a result)
-    if isinstance(node, ByGram):
-        return GramPass(len(node.inputs))
-    return node.method.statistics(node.info.elements, node.parameters) if node.method.statistics else None
-
-
-def _measured_below(node: Node) -> Iterator[Node]:
-    return (part for part in walk(node) if isinstance(part, ByGram | ByBlock) and part is not node)
-
-
 def block_count(node: Node) -> int:
     """The number of the tensor's blocks; an empty one has none."""
     return -(-node.info.elements // BLOCK)
 
 
-def check_range(node: Node, start: int, stop: int) -> None:
-    """IndexError unless [start, stop) is a range of the tensor's elements."""
-    if not 0 <= start <= stop <= node.info.elements:
-        raise IndexError(f"[{start}, {stop}) is no range of {node.info.elements} elements")
+def piece_elements(node: Node) -> int:
+    """How many elements a method is given at once: a block, or as many whole rows as make one, or the whole tensor."""
+    if isinstance(node, ByWhole):
+        return max(node.info.elements, 1)
+    if isinstance(node, ByBlock) and node.method.rows:
+        width = max(Slicing.of(node.info.shape, node.method.rows).width, 1)
+        return max(BLOCK // width, 1) * width
+    return BLOCK
 
 
-def read_range(node: Node, start: int, stop: int, lane: Lane, dtype: torch.dtype) -> torch.Tensor:
-    """Elements [start, stop) of any expression in the compute dtype, a copy; surveys the tensor first if it must be."""
-    check_range(node, start, stop)
-    survey = Survey(node)
-    while not survey.complete:
-        evaluator = Evaluator(lane, dtype, survey.known)
-        for block in range(survey.blocks):
-            survey.add(block, survey.measure(evaluator, block))
-        survey.finish_pass()
-    return Evaluator(lane, dtype, survey.known)._range(node, start, stop, 0)
+def piece_count(node: Node) -> int:
+    """How many of them there are; an empty tensor has none."""
+    return -(-node.info.elements // piece_elements(node))
 
 
-def read_stored(node: Node, start: int, stop: int) -> torch.Tensor:
-    """Elements [start, stop) of a tensor on disk, in its stored dtype, as a copy."""
-    dtype = torch_dtype(node.info.dtype)
-    check_range(node, start, stop)
-    lane = Lane(PositionalReader())
-    match node:
-        case Stored():
-            return lane.read(node, start, stop, 0).clone()
-        case Viewed(source=Stored() as source):
-            out = torch.empty(stop - start, dtype=dtype)
-            return gather(node, start, stop, out, lambda i, j: lane.read(source, i, j, 0))
-        case _:
-            return read_range(node, start, stop, lane, dtype)
-
-
-def read_merged(node: Node, dtype: DType, start: int, stop: int) -> torch.Tensor:
-    """Elements [start, stop) of a merged tensor, rounded to its stored dtype, as a copy."""
-    compute = torch_dtype(compute_dtype(node, dtype))
-    return read_range(node, start, stop, Lane(PositionalReader()), compute).to(torch_dtype(dtype))
+def target_of(node: Applied) -> Target:
+    """What a method is told of the tensor that it makes."""
+    first = 0
+    if isinstance(node, ByBlock) and node.together and node.together.found:
+        first = node.together.found.first_blocks[id(node)]
+    return Target(node.name, node.info.shape, len(node.inputs), node.seed, piece_elements(node), first)

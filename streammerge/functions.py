@@ -11,8 +11,9 @@ from streammerge.checkpoints import open_model
 from streammerge.errors import RecipeError
 from streammerge.merged import Merged, merge_models
 from streammerge.methods import find_method
+from streammerge.methods.registry import Method
 from streammerge.parameters import parse_settings
-from streammerge.recipe import Input, MissingPolicy, Recipe, Rule, ShapePolicy, check_recipe, parse_dtype
+from streammerge.recipe import Input, MissingPolicy, Recipe, Rule, ShapePolicy, check_recipe, parse_dtype, parse_seed
 from streammerge.tensors import Model
 
 ModelLike = Model | str | os.PathLike[str]
@@ -22,7 +23,7 @@ def merge_function(name: str) -> Callable[..., Merged]:
     """The method of this name as a function; RecipeError if there is none.
 
     Models are opened if they are paths. `layout` is the number of the model whose tensors, order and shapes the result
-    has (0: the first). A parameter that every model has is a number for all of them, or a sequence with one for each.
+    has (0: the first). A parameter that every model has is one value for all of them, or a sequence with one for each.
     In rules, models are called `0`, `1`, … and `base`.
     """
     method = find_method(name)
@@ -35,9 +36,15 @@ def merge_function(name: str) -> Callable[..., Merged]:
         on_missing: MissingPolicy = "error",
         rules: Sequence[Rule] = (),
         dtype: str = "keep",
+        seed: int = 0,
         **parameters: Any,  # noqa: ANN401
     ) -> Merged:
-        per_model = {key: value for key, value in parameters.items() if isinstance(value, list | tuple)}
+        parameters = {key: list(value) if isinstance(value, tuple) else value for key, value in parameters.items()}
+        per_model = {
+            key: value
+            for key, value in parameters.items()
+            if isinstance(value, list) and has_one_per_model(method, key)
+        }
         opened = {str(number): _opened(model) for number, model in enumerate(models)}
         recipe = Recipe(
             method=method.name,
@@ -51,8 +58,9 @@ def merge_function(name: str) -> Callable[..., Merged]:
             on_missing=on_missing,
             rules=tuple(rules),
             dtype=parse_dtype(dtype, name),
+            seed=parse_seed(seed, name),
         )
-        return merge_models(check_recipe(recipe), opened if base is None else {**opened, "base": _opened(base)})
+        return merge_models(check_recipe(recipe, name), opened if base is None else {**opened, "base": _opened(base)})
 
     merge.__name__ = merge.__qualname__ = name
     merge.__doc__ = method.doc
@@ -61,6 +69,12 @@ def merge_function(name: str) -> Callable[..., Merged]:
 
 def _opened(model: ModelLike) -> Model:
     return open_model(model) if isinstance(model, str | os.PathLike) else model
+
+
+def has_one_per_model(method: Method, name: str) -> bool:
+    """Whether every model has this parameter of the method; RecipeError if the method has no such parameter."""
+    parameter = method.parameter(name)
+    return parameter is not None and parameter.per_model
 
 
 def _one_of(per_model: Mapping[str, Sequence[Any]], number: int, count: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from streammerge.checkpoints import Checkpoint, open_model
@@ -31,7 +31,9 @@ class OpenInputs:
     def merge(self, recipe: Recipe) -> Merged:
         """The recipe as a model, its nested recipes opened first."""
         models: dict[str, Model] = {
-            entry.name: self.merge(entry.source) if isinstance(entry.source, Recipe) else self.open(entry.source)
+            entry.name: self.merge(seeded(entry.source, recipe.seed))
+            if isinstance(entry.source, Recipe)
+            else self.open(entry.source)
             for entry in recipe.named.values()
         }
         return merge_models(recipe, models)
@@ -45,6 +47,11 @@ class OpenInputs:
         """Close all files."""
         for opened in self.checkpoints.values():
             opened.close()
+
+
+def seeded(recipe: Recipe, seed: int | None) -> Recipe:
+    """A nested recipe with the seed of the one that it is part of, unless it has its own."""
+    return recipe if recipe.seed is not None else replace(recipe, seed=seed)
 
 
 def check_output(plan: Plan) -> None:

@@ -30,11 +30,13 @@ MAX_THREADS: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class Allotment:
-    """How the memory is shared out: the number of lanes, what each keeps mapped, and what they take together."""
+    """How the memory is shared out: the number of lanes, what each keeps mapped, what all takes together, and how much
+    of that is for whole tensors and the like, which are held beside the lanes' buffers."""
 
     threads: int
     mapped_bytes: int
     work_bytes: int
+    held_bytes: int = 0
 
 
 def share_out(

@@ -5,14 +5,15 @@ from __future__ import annotations
 import fnmatch
 import functools
 from collections.abc import Container, Iterable, Mapping, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from streammerge.architecture import architecture_mismatch
 from streammerge.errors import SHOWN, PlanError
 from streammerge.methods import find_method
-from streammerge.methods.registry import BlockMethod, GramMethod, LinearMethod, Method, ParameterValue
-from streammerge.nodes import ByBlock, ByGram, External, Node, Term, Viewed, combine
+from streammerge.methods.contract import ParameterValue
+from streammerge.methods.registry import BlockMethod, GramMethod, LinearMethod, Method, WholeMethod
+from streammerge.nodes import ByBlock, ByGram, ByWhole, External, Node, Term, Together, Viewed, combine, walk
 from streammerge.parameters import Layers, ParameterSources
 from streammerge.recipe import Recipe, Rule
 from streammerge.tensors import DType, Model, TensorInfo, contiguous_strides
@@ -61,7 +62,7 @@ class Merged:
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the merged tensor, in the dtype in which it would be stored."""
-        from streammerge.compute import read_merged
+        from streammerge.surveys import read_merged
 
         return read_merged(self.nodes[name], self.tensors[name].dtype, start, stop)
 
@@ -93,6 +94,7 @@ class _Resolution:
     missing: list[str] = field(default_factory=list)
     unmergeable: list[str] = field(default_factory=list)
     used_rules: set[int] = field(default_factory=set)
+    together: dict[tuple[ParameterValue, ...], Together] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         recipe = self.recipe
@@ -178,8 +180,27 @@ class _Resolution:
         if fitted is None:
             return self._copy(name, self.layout_name, f"kept for its shape {list(info.shape)}", dtype)
         output = stored_as(info, dtype)
-        node = apply_method(self.method, output, self._parameters(name, rule), fitted)
+        node = apply_method(self.method, output, self._parameters(name, rule), fitted, name, self.recipe.seed or 0)
+        if isinstance(node, ByBlock):
+            node = self._with_others(node)
         return Decision(name, "merged", self.method.name, output, node)
+
+    def _with_others(self, node: ByBlock) -> ByBlock:
+        """The node, among those with which it shares its statistics if the method takes them of the whole model."""
+        method = node.method
+        if method.statistics is None or not method.is_of_model(node.parameters):
+            return node
+        if any(needs_statistics(part) for child in node.inputs for part in walk(child)):
+            raise PlanError(
+                f"method {method.name!r} measures the whole model at once, and one of its inputs is a merge that has "
+                "to be measured itself",
+                advice="Write that merge to a file first, or measure each tensor alone (scope: tensor).",
+            )
+        key = tuple(node.parameters[name] for name in method.statistics_of)
+        together = self.together.setdefault(key, Together())
+        member = replace(node, together=together)
+        together.members.append(member)
+        return member
 
     def _fit(self, name: str, nodes: list[Node], models: list[str], shape: tuple[int, ...]) -> list[Node] | None:
         """The models' tensors in the layout's shape, as the recipe allows; None, and the problem noted, where not."""
@@ -261,19 +282,34 @@ def fit(node: Node, shape: tuple[int, ...], policy: str) -> Node | None:
 
 
 def apply_method(
-    method: Method, info: TensorInfo, parameters: Mapping[str, ParameterValue], inputs: Iterable[Node]
+    method: Method,
+    info: TensorInfo,
+    parameters: Mapping[str, ParameterValue],
+    inputs: Iterable[Node],
+    name: str = "",
+    seed: int = 0,
 ) -> Node:
-    """The expression of a method over the inputs, the base first if there is one."""
+    """The expression of a method over the inputs, the base first if there is one; random numbers follow from the name
+    and the seed."""
     nodes = tuple(inputs)
+    if method.check:
+        method.check(parameters, len(nodes))
     match method:
         case LinearMethod():
             coefficients = method.coefficients(parameters)
             return combine(info, tuple(Term(c, node) for c, node in zip(coefficients, nodes, strict=True)))
         case GramMethod():
-            return ByGram(info, method, parameters, nodes)
+            return ByGram(info, method, parameters, nodes, name, seed)
         case BlockMethod():
-            return ByBlock(info, method, parameters, nodes)
+            return ByBlock(info, method, parameters, nodes, name, seed)
+        case WholeMethod():
+            return ByWhole(info, method, parameters, nodes, name, seed)
     raise TypeError(f"method {method.name!r} is of no known kind")
+
+
+def needs_statistics(node: Node) -> bool:
+    """Whether passes over the inputs are needed before the node can be computed."""
+    return isinstance(node, ByGram | ByWhole) or (isinstance(node, ByBlock) and node.method.statistics is not None)
 
 
 def names_beside(names: Iterable[str], others: Container[str]) -> tuple[str, ...]:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from streammerge.formats.files import ByteFile
 from streammerge.methods.registry import net
 from streammerge.tensors import DTYPES, DType, Model, TensorInfo
 
 if TYPE_CHECKING:
-    from streammerge.methods.registry import BlockMethod, GramMethod, ParameterValue
+    from streammerge.methods.contract import ParameterValue
+    from streammerge.methods.registry import BlockMethod, GramMethod, WholeMethod
+    from streammerge.methods.slices import Slices
 
 BLOCK: Final = 2**18
 """Elements that are computed at once: few enough for the CPU's second-level cache, and a constant, because sums over
@@ -79,19 +81,57 @@ class ByGram:
     method: GramMethod
     parameters: Mapping[str, ParameterValue]
     inputs: tuple[Node, ...]
+    name: str = ""
+    seed: int = 0
+
+    @property
+    def slices(self) -> Slices | None:
+        """What each combination is made for, if not for the whole tensor."""
+        return self.method.slices(self.parameters) if self.method.slices else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ByBlock:
-    """A function of the inputs' blocks (the base, if there is one, comes first) and of statistics of the tensors."""
+    """A function of the inputs' blocks (the base, if there is one, comes first) and of statistics of the tensors.
+
+    `together` are the tensors of which the statistics are taken, if not of this one alone.
+    """
 
     info: TensorInfo
     method: BlockMethod
     parameters: Mapping[str, ParameterValue]
     inputs: tuple[Node, ...] = field(default=())
+    name: str = ""
+    seed: int = 0
+    together: Together | None = None
 
 
-Node = Stored | Viewed | External | Combined | ByGram | ByBlock
+@dataclass(frozen=True, slots=True, eq=False)
+class ByWhole:
+    """A function of the whole inputs, the base first if there is one."""
+
+    info: TensorInfo
+    method: WholeMethod
+    parameters: Mapping[str, ParameterValue]
+    inputs: tuple[Node, ...]
+    name: str = ""
+    seed: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Together:
+    """Tensors of one merge whose statistics are taken over all of them, in this order, as if they were one tensor.
+
+    `found` are the statistics once they are known.
+    """
+
+    members: list[ByBlock] = field(default_factory=list)
+    found: Any = None
+
+
+Node = Stored | Viewed | External | Combined | ByGram | ByBlock | ByWhole
+Applied = ByGram | ByBlock | ByWhole
+"""A method applied to inputs, of which something must be known before a block can be computed."""
 
 
 def combine(info: TensorInfo, terms: tuple[Term, ...]) -> Combined:
@@ -127,7 +167,7 @@ def children(node: Node) -> tuple[Node, ...]:
     """The nodes that this one is computed from."""
     if isinstance(node, Combined):
         return tuple(term.node for term in node.terms)
-    if isinstance(node, ByGram | ByBlock):
+    if isinstance(node, Applied):
         return node.inputs
     return (node.source,) if isinstance(node, Viewed) else ()
 
@@ -151,7 +191,7 @@ def compute_dtype(node: Node, stored: DType) -> DType:
     rounding would show, for coefficients that nearly cancel in many places, and float64 costs no more per byte read.
     What is not computed at all keeps its own dtype, integers above all.
     """
-    if not isinstance(node, Combined | ByGram | ByBlock) and node.info.dtype == stored:
+    if not isinstance(node, Combined | Applied) and node.info.dtype == stored:
         return stored
     widest = max([stored.bits, *(leaf.info.dtype.bits for leaf in leaves(node))])
     is_combination = isinstance(node, Combined | ByGram)
@@ -166,7 +206,7 @@ def slots(node: Node) -> int:
         case ByGram():
             # measured with all inputs at hand, then combined one after the other
             return max(_side_by_side(node.inputs), 1 + max(map(slots, node.inputs)))
-        case ByBlock():
+        case ByBlock() | ByWhole():
             return _side_by_side(node.inputs)
         case Viewed():
             return 1 + slots(node.source)

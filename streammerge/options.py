@@ -40,7 +40,6 @@ class Options:
     shard_size: int | None = None
     force: bool = False
     sync: bool = True
-    seed: int = 0
     metadata: bool = True
     verify: bool = False
 

@@ -1,7 +1,7 @@
 """A method's parameters as a recipe gives them: numbers, gradients over layers, lists that depend on the tensor's name.
 
-The rules are mergekit's. A setting is a number; or a list of numbers, a gradient that is interpolated over the layers;
-or a list of {filter, value} of which the first whose filter is part of the tensor's name holds.
+The rules are mergekit's. A setting is a number, a flag or a word; or a list of numbers, a gradient that is interpolated
+over the layers; or a list of {filter, value} of which the first whose filter is part of the tensor's name holds.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from streammerge.errors import RecipeError
-from streammerge.methods.registry import Method, Parameter, ParameterValue
+from streammerge.methods.contract import Parameter, ParameterValue
+from streammerge.methods.registry import Method
 
-Number = float | bool
-Value = Number | tuple[float, ...]
+Scalar = float | bool | str
+Value = Scalar | tuple[float, ...]
 
 _SCIENTIFIC = re.compile(r"[-+]?\d+\.?\d*[eE][-+]?\d+")
 _LAYER = re.compile(r"^(.*?)\.(\d+)\.")
@@ -35,7 +36,7 @@ class Condition:
 class PerModelSetting:
     """A rule's own values for a parameter that every model has: by the model's name."""
 
-    by_model: Mapping[str, Number]
+    by_model: Mapping[str, Scalar]
 
 
 Setting = Value | tuple[Condition, ...] | PerModelSetting
@@ -80,7 +81,7 @@ def _parse_setting(raw: Any, where: str, models: Iterable[str] | None) -> Settin
         unknown = sorted(set(raw) - set(models), key=str)
         if unknown:
             raise RecipeError(f"{where}: no model is named {unknown[0]!r}", advice=f"Models: {', '.join(models)}.")
-        return PerModelSetting({name: _number(value, where) for name, value in raw.items()})
+        return PerModelSetting({name: _scalar(value, where) for name, value in raw.items()})
     if isinstance(raw, dict):
         raw = [raw]
     if isinstance(raw, list) and raw and all(isinstance(entry, dict) for entry in raw):
@@ -100,10 +101,15 @@ def _parse_condition(raw: dict[str, Any], where: str) -> Condition:
 def _parse_value(raw: Any, where: str) -> Value:  # noqa: ANN401
     if isinstance(raw, list) and raw:
         return tuple(float(_number(value, where)) for value in raw)
-    return _number(raw, where)
+    return _scalar(raw, where)
 
 
-def _number(raw: Any, where: str) -> Number:  # noqa: ANN401
+def _scalar(raw: Any, where: str) -> Scalar:  # noqa: ANN401
+    """A number or a word; whether the method's parameter can take it is for `check_settings` to say."""
+    return raw if isinstance(raw, str) and not _SCIENTIFIC.fullmatch(raw) else _number(raw, where)
+
+
+def _number(raw: Any, where: str) -> float | bool:  # noqa: ANN401
     if isinstance(raw, str) and _SCIENTIFIC.fullmatch(raw):  # YAML takes 1e-3 for text, and 1.0e-3 for a number
         raw = float(raw)
     with contextlib.suppress(OverflowError):  # a whole number that no float can hold
@@ -112,7 +118,32 @@ def _number(raw: Any, where: str) -> Number:  # noqa: ANN401
     raise RecipeError(f"{where}: expected a finite number, found {raw!r}")
 
 
-def evaluate(setting: Setting | None, name: str, model: str, layers: Layers) -> Number | None:
+def check_settings(settings: Settings, method: Method, where: str) -> None:
+    """RecipeError, which says where, unless the method has such parameters and they take such values."""
+    for name, setting in settings.items():
+        parameter = method.parameter(name)
+        if parameter is None:
+            continue
+        if isinstance(setting, PerModelSetting) and not parameter.per_model:
+            raise RecipeError(f"parameter {name!r} of method {method.name!r} is one for all models, not one for each")
+        for value in _values(setting):
+            if isinstance(value, tuple) and parameter.type != "number":
+                raise RecipeError(f"{where}: parameter {name!r}: only numbers can change over the layers")
+            for point in value if isinstance(value, tuple) else (value,):
+                parameter.check(point, f"{where}: parameter {name!r}")
+
+
+def _values(setting: Setting) -> Iterator[Value]:
+    """Every value that the setting may come to; a gradient lies between its points."""
+    if isinstance(setting, PerModelSetting):
+        yield from setting.by_model.values()
+    elif isinstance(setting, tuple) and setting and isinstance(setting[0], Condition):
+        yield from (condition.value for condition in setting if isinstance(condition, Condition))
+    else:
+        yield setting  # type: ignore[misc]
+
+
+def evaluate(setting: Setting | None, name: str, model: str, layers: Layers) -> Scalar | None:
     """The setting's value for a tensor (and a model, where it matters); None where the setting says nothing of it."""
     if isinstance(setting, PerModelSetting):
         return setting.by_model.get(model)
@@ -164,18 +195,18 @@ class ParameterSources:
         """The value of each of the method's parameters for one tensor; RecipeError if one that is needed isn't set."""
         models = list(models)
         return {
-            parameter.name: tuple(float(self._one(method, parameter, name, model, layers)) for model in models)
+            parameter.name: tuple(self._one(method, parameter, name, model, layers) for model in models)
             if parameter.per_model
             else self._one(method, parameter, name, "", layers)
             for parameter in method.parameters
         }
 
-    def _one(self, method: Method, parameter: Parameter, name: str, model: str, layers: Layers) -> Number:
+    def _one(self, method: Method, parameter: Parameter, name: str, model: str, layers: Layers) -> Scalar:
         places = (self.rule, self.by_model.get(model, {}), self.recipe)
         for settings in places:
             value = evaluate(settings.get(parameter.name), name, model, layers)
             if value is not None:
-                return bool(value) if parameter.flag else value
+                return parameter.check(value, f"parameter {parameter.name!r} for the tensor {name}")
         if parameter.default is None:
             raise RecipeError(
                 f"method {method.name!r} needs the parameter {parameter.name!r}",

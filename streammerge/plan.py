@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,13 +16,18 @@ from streammerge.formats.files import ByteFile
 from streammerge.layout import OutputLayout, lay_out
 from streammerge.machine import MIB, Allotment, share_out
 from streammerge.merged import Action, Decision, Merged, count, plural
+from streammerge.methods.place import Target
+from streammerge.methods.slices import Slicing
 from streammerge.nodes import (
     BLOCK,
+    Applied,
     ByBlock,
     ByGram,
+    ByWhole,
     Combined,
     Node,
     Stored,
+    Together,
     children,
     compute_dtype,
     leaves,
@@ -106,9 +111,36 @@ class Plan:
         """What a lane takes at the most beside what it maps."""
         return max((lane_bytes(job) for job in self.jobs if job.compute is not None), default=0)
 
+    @property
+    def held_bytes(self) -> int:
+        """What has to be held beside the lanes' buffers, for the tensor that takes the most of it."""
+        return max((held_bytes(job.node) for job in self.jobs), default=0)
+
     def allot(self, work_limit: int | None = None) -> Allotment:
-        """Share `work_limit` bytes out to lanes, as many as fit and as the machine has cores for."""
-        return share_out(self.lane_bytes, self.options.threads, work_limit, device_limit=self.options.max_vram)
+        """Share `work_limit` bytes out to lanes, as many as fit and as the machine has cores for.
+
+        Whole tensors are held beside the lanes' buffers: one at a time, and more where the limit leaves room for them.
+        """
+        held, vram = self.held_bytes, self.options.max_vram
+        lanes_limit = None if work_limit is None else work_limit - held
+        shared = share_out(self.lane_bytes, self.options.threads, lanes_limit, device_limit=vram)
+        if held and work_limit is not None:
+            held = max(held, min(work_limit - shared.work_bytes, held * shared.threads))
+        return replace(shared, held_bytes=held, work_bytes=shared.work_bytes + held)
+
+    @property
+    def together(self) -> Mapping[Together, Mapping[int, DType]]:
+        """What has to be measured of the whole model before anything is written."""
+        return together_of(self.jobs)
+
+    @property
+    def bytes_before_writing(self) -> int:
+        """What is read to measure the whole model, at most."""
+        return sum(
+            member.method.passes * sum(map(_evaluation_bytes, member.inputs))
+            for together in self.together
+            for member in together.members
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The plan for machines: every tensor with its fate, and the costs."""
@@ -186,7 +218,7 @@ def _compute_dtype(node: Node, info: TensorInfo, options: Options) -> DType | No
     """What a tensor is computed in: nothing if its bytes are copied; the user's choice holds for merged ones."""
     if is_copy(node, info):
         return None
-    is_merged = isinstance(node, Combined | ByGram | ByBlock)
+    is_merged = isinstance(node, Combined | Applied)
     return (options.compute_dtype if is_merged else None) or compute_dtype(node, info.dtype)
 
 
@@ -202,38 +234,84 @@ def lane_bytes(job: Job) -> int:
     assert job.compute is not None
     elements = min(BLOCK, job.info.elements)
     size = job.compute.bits // 8
-    blocks = slots(job.node)
+    blocks = slots(job.node) * elements
     for part in walk(job.node):
         if isinstance(part, ByBlock):
-            blocks += part.method.temporaries + len(part.inputs)
+            # rows are given beside the blocks that they are cut from and cut into, and may be longer than these
+            rows = row_elements(part)
+            blocks += (part.method.temporaries + len(part.inputs)) * max(elements, rows) + 2 * rows
         elif isinstance(part, ByGram):
-            blocks += len(part.inputs)
+            blocks += len(part.inputs) * elements * (1 if part.slices is None else 4)  # of slices as float64, at once
     widest = max((leaf.info.dtype.bits // 8 for leaf in leaves(job.node)), default=0)
-    return elements * (blocks * size + slots(job.node) * widest + job.info.dtype.bits // 8)
+    return blocks * size + elements * (slots(job.node) * widest + job.info.dtype.bits // 8)
+
+
+def row_elements(node: ByBlock) -> int:
+    """How many elements of whole rows a method is given at once; 0 if it takes blocks as they come."""
+    if node.method.rows is None or not node.info.elements:
+        return 0
+    return max(min(BLOCK, node.info.elements), Slicing.of(node.info.shape, node.method.rows).width)
+
+
+def held_bytes(node: Node) -> int:
+    """What is held for as long as the tensor is under way: whole tensors, and statistics of rows."""
+    return sum(_held_by(part) for part in walk(node) if isinstance(part, Applied))
+
+
+def _held_by(node: Applied) -> int:
+    match node:
+        case ByWhole():
+            widest = 8 if any(leaf.info.dtype.bits == 64 for leaf in leaves(node)) else 4
+            return node.info.elements * widest * (len(node.inputs) + node.method.temporaries + 1)
+        case ByGram():
+            slices, inputs = node.slices, len(node.inputs)
+            # products, as many on their way at the most, and coefficients
+            return 0 if slices is None else Slicing.of(node.info.shape, slices).count * 8 * inputs * (2 * inputs + 1)
+        case ByBlock():
+            target = Target(node.name, node.info.shape, len(node.inputs))
+            return node.method.held(target, node.parameters) if node.method.held else 0
 
 
 def bytes_read(node: Node) -> int:
     """What evaluating a whole tensor reads, the passes of its methods included."""
     return _evaluation_bytes(node) + sum(
-        own_passes(part) * sum(map(_evaluation_bytes, part.inputs))
-        for part in walk(node)
-        if isinstance(part, ByGram | ByBlock)
+        own_passes(part) * sum(map(_evaluation_bytes, part.inputs)) for part in walk(node) if isinstance(part, Applied)
     )
 
 
 def _evaluation_bytes(node: Node) -> int:
-    return sum(leaf.info.nbytes for leaf in leaves(node))
+    """What is read to compute every block once: nothing of what a whole method has made already."""
+    if isinstance(node, ByWhole):
+        return 0
+    return sum(map(_evaluation_bytes, children(node))) if children(node) else node.info.nbytes
 
 
 def passes(node: Node) -> int:
     """How often the tensor's inputs are gone over, at most: nested methods' passes follow each other."""
+    if isinstance(node, ByWhole):
+        return max(map(passes, node.inputs))
     below = max((passes(child) - 1 for child in children(node)), default=0)
-    return 1 + below + (own_passes(node) if isinstance(node, ByGram | ByBlock) else 0)
+    return 1 + below + (own_passes(node) if isinstance(node, Applied) else 0)
 
 
-def own_passes(node: ByGram | ByBlock) -> int:
-    """The passes that the node itself makes before it can be computed."""
-    return 1 if isinstance(node, ByGram) else node.method.passes
+def own_passes(node: Applied) -> int:
+    """The passes over its inputs that the node itself makes before it can be computed."""
+    return node.method.passes if isinstance(node, ByBlock) else 1
+
+
+def together_of(jobs: Iterable[Job]) -> Mapping[Together, Mapping[int, DType]]:
+    """What has to be measured of the whole model before anything is written, and what its tensors are computed in."""
+    dtypes: dict[int, DType] = {}
+    found: dict[int, Together] = {}
+    for job in jobs:
+        for part in walk(job.node):
+            if isinstance(part, ByBlock) and part.together is not None and job.compute is not None:
+                found[id(part.together)] = part.together
+                dtypes.setdefault(id(part), job.compute)
+    return {
+        together: {id(member): dtypes[id(member)] for member in together.members if id(member) in dtypes}
+        for together in found.values()
+    }
 
 
 def existing_folder(path: Path) -> Path:

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 
 @dataclass
 class Progress:
-    """What has been done so far; read by whoever shows it, while the workers add to it."""
+    """What has been done so far; read by whoever shows it, while the workers add to it.
+
+    `stage` says what is being done where it is not the main thing yet.
+    """
 
     total_bytes: int = 0
     done_bytes: int = 0
+    stage: str = ""
     bytes_read: int = 0
     nonfinite: dict[str, int] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @contextlib.contextmanager
+    def doing(self, stage: str, total_bytes: int) -> Iterator[None]:
+        """For as long as the `with` statement lasts, this is what is done, and there is so much of it."""
+        before = self.total_bytes, self.done_bytes
+        self.stage, self.total_bytes, self.done_bytes = stage, total_bytes, 0
+        try:
+            yield
+        finally:
+            self.stage, (self.total_bytes, self.done_bytes) = "", before
 
     def advance(self, nbytes: int, *, read: int = 0) -> None:
         """So many bytes of the output are done, for which so many were read."""

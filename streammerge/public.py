@@ -21,12 +21,13 @@ Mergeable = Recipe | Model | Mapping[str, Any] | str | os.PathLike[str]
 
 
 class OptionArguments(TypedDict, total=False):
-    """The command line's options. Sizes are bytes, or text such as "512MB"; the first four change the recipe's keys."""
+    """The command line's options. Sizes are bytes, or text such as "512MB"; the first five change the recipe's keys."""
 
     dtype: str
     layout: str
     on_shape_mismatch: ShapePolicy
     on_missing: MissingPolicy
+    seed: int
     device: str
     compute_dtype: str
     max_ram: int | str
@@ -36,12 +37,11 @@ class OptionArguments(TypedDict, total=False):
     shard_size: int | str
     force: bool
     sync: bool
-    seed: int
     metadata: bool
     verify: bool
 
 
-RECIPE_KEYS = ("dtype", "layout", "on_shape_mismatch", "on_missing")
+RECIPE_KEYS = ("dtype", "layout", "on_shape_mismatch", "on_missing", "seed")
 """Options that change a recipe's own keys."""
 
 

@@ -1,7 +1,7 @@
 """What the user asked for, checked as far as no model is needed to tell.
 
 The YAML is mergekit's (`merge_method`, `models`, `base_model`, `parameters`, `dtype`, `out_dtype`) and our own keys
-`layout`, `on_shape_mismatch`, `on_missing`, `rules`, `inputs`; `model:` may be a whole recipe.
+`layout`, `on_shape_mismatch`, `on_missing`, `rules`, `inputs`, `seed`; `model:` may be a whole recipe.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 from streammerge.errors import RecipeError
 from streammerge.methods import find_method
 from streammerge.methods.registry import suggestion
-from streammerge.parameters import PerModelSetting, Settings, describe_settings, parse_settings
+from streammerge.parameters import Settings, check_settings, describe_settings, parse_settings
 from streammerge.tensors import DTYPES, DType
 
 ShapePolicy = Literal["error", "keep", "pad", "slice"]
@@ -44,7 +44,7 @@ STORED_DTYPES: Final[Mapping[str, DType | None]] = {
 
 KEYS: Final = (
     *("merge_method", "models", "base_model", "parameters", "dtype", "out_dtype", "name"),
-    *("layout", "on_shape_mismatch", "on_missing", "rules", "inputs"),
+    *("layout", "on_shape_mismatch", "on_missing", "rules", "inputs", "seed"),
 )
 """The keys of a recipe: mergekit's, then our own."""
 
@@ -83,7 +83,10 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A merge as asked for. `base`, `layout` and rules name inputs; `others` are inputs that are only taken from."""
+    """A merge as asked for. `base`, `layout` and rules name inputs; `others` are inputs that are only taken from.
+
+    A nested recipe without a seed has that of the recipe it is part of; the outermost one has 0.
+    """
 
     method: str
     inputs: tuple[Input, ...]
@@ -95,6 +98,7 @@ class Recipe:
     on_missing: MissingPolicy = "error"
     rules: tuple[Rule, ...] = ()
     dtype: DType | None = None
+    seed: int | None = None
 
     @property
     def named(self) -> dict[str, Input]:
@@ -118,6 +122,7 @@ class Recipe:
             "on_missing": self.on_missing,
             "rules": [_describe_rule(rule) for rule in self.rules],
             "dtype": self.dtype.torch_name if self.dtype else None,
+            "seed": self.seed,
         }
         return {key: value for key, value in described.items() if value not in (None, [], {}, "error")}
 
@@ -143,8 +148,8 @@ def _describe_rule(rule: Rule) -> dict[str, Any]:
     return {"match": list(rule.match), **action, **parameters, **dtype}
 
 
-def check_recipe(recipe: Recipe) -> Recipe:
-    """The recipe, if its method can do with its inputs and parameters; else RecipeError."""
+def check_recipe(recipe: Recipe, where: str = "recipe") -> Recipe:
+    """The recipe, if its method can do with its inputs and parameters; else RecipeError, which calls it `where`."""
     method = find_method(recipe.method)
     models = [entry for entry in recipe.inputs if recipe.base is None or entry.name != recipe.base.name]
     if method.base == "required" and recipe.base is None:
@@ -155,13 +160,11 @@ def check_recipe(recipe: Recipe) -> Recipe:
             advice="Leave the base out, list it among the models, or choose a method that has one.",
         )
     method.check_count(len(recipe.inputs if method.base == "none" else models), has_base=recipe.base is not None)
-    for settings in (recipe.parameters, *(e.parameters for e in recipe.inputs), *(r.parameters for r in recipe.rules)):
-        for name, setting in settings.items():
-            parameter = method.parameter(name)
-            if isinstance(setting, PerModelSetting) and parameter and not parameter.per_model:
-                raise RecipeError(
-                    f"parameter {name!r} of method {method.name!r} is one for all models, not one for each"
-                )
+    check_settings(recipe.parameters, method, where)
+    for entry in recipe.inputs:
+        check_settings(entry.parameters, method, f"{where}: model {entry.name}")
+    for number, rule in enumerate(recipe.rules, 1):
+        check_settings(rule.parameters, method, f"{where}: rule {number}")
     return recipe
 
 
@@ -177,7 +180,7 @@ def parse_recipe(
     """
     parser = _RecipeParser(folder, bindings or {}, where)
     try:
-        return check_recipe(parser.parse(raw))
+        return check_recipe(parser.parse(raw), where)
     except RecipeError as error:
         if where != "recipe" and where not in error.what:
             error.what = f"{where}: {error.what}"
@@ -212,6 +215,7 @@ class _RecipeParser:
             on_shape_mismatch=self._choice(raw, "on_shape_mismatch", SHAPE_POLICIES),
             on_missing=self._choice(raw, "on_missing", MISSING_POLICIES),
             dtype=parse_dtype(raw.get("out_dtype") or raw.get("dtype") or "keep", self.where),
+            seed=parse_seed(raw.get("seed"), self.where),
         )
         return self._with_references(recipe, raw)
 
@@ -283,7 +287,7 @@ class _RecipeParser:
     def _source(self, model: Any, where: str) -> Path | Recipe:  # noqa: ANN401
         if isinstance(model, dict) and "merge_method" in model:
             nested = _RecipeParser(self.folder, {}, where=f"{where}: nested recipe")
-            return check_recipe(nested.parse(model))
+            return check_recipe(nested.parse(model), nested.where)
         while isinstance(model, dict) and len(model) == 1:  # mergekit's long form: {model: {path: …}}
             model = model.get("model", model.get("path"))
         if not isinstance(model, str) or not model:
@@ -361,6 +365,13 @@ def same_source(one: Input, other: Input) -> bool:
 def unused_name(name: str, recipe: Recipe) -> str:
     """The name, or one made of it that no input has yet."""
     return distinct_names([*recipe.named.values(), Input(name, Path())])[-1].name
+
+
+def parse_seed(raw: Any, where: str) -> int | None:  # noqa: ANN401
+    """The seed of what is random, None where it isn't set."""
+    if raw is None or (isinstance(raw, int) and not isinstance(raw, bool)):
+        return raw
+    raise RecipeError(f"{where}: seed must be a whole number, found {raw!r}")
 
 
 def parse_dtype(raw: Any, where: str) -> DType | None:  # noqa: ANN401

@@ -52,7 +52,13 @@ def _bar(what: str) -> Iterator[Watch]:
         task = bar.add_task(what, memory="")
 
         def watch(progress: Progress) -> None:
-            bar.update(task, total=progress.total_bytes, completed=progress.done_bytes, memory=memory_now())
+            bar.update(
+                task,
+                description=progress.stage or what,
+                total=progress.total_bytes,
+                completed=progress.done_bytes,
+                memory=memory_now(),
+            )
 
         yield watch
 
@@ -68,7 +74,8 @@ def _lines(what: str) -> Watch:
             share = progress.done_bytes / progress.total_bytes if progress.total_bytes else 1.0
             rate = progress.done_bytes / (now - started)
             left = (progress.total_bytes - progress.done_bytes) / rate if rate else 0.0
-            say_on_stderr(f"{what}: {share:.0%}, {format_size(rate)}/s, {left:.0f} s left, {memory_now()}")
+            doing = progress.stage or what
+            say_on_stderr(f"{doing}: {share:.0%}, {format_size(rate)}/s, {left:.0f} s left, {memory_now()}")
 
     return watch
 

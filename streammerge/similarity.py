@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from streammerge.checkpoints import Checkpoint
 from streammerge.comparison import Comparison, ShapeMismatch, Similarity
 from streammerge.devices import find_device, open_lanes
-from streammerge.engine import Work, run
+from streammerge.engine import run
 from streammerge.machine import MIB, IoMode, choose_io, share_out
 from streammerge.methods.registry import BlockMethod
 from streammerge.methods.statistics import Gram, GramPass
@@ -16,6 +16,7 @@ from streammerge.nodes import ByBlock, compute_dtype
 from streammerge.plan import Job
 from streammerge.progress import Progress
 from streammerge.tensors import DTYPES, TensorInfo
+from streammerge.works import Work
 
 INNER_PRODUCTS = BlockMethod(
     name="inner products", parameters=(), base="none", models=(2, 2), doc="", statistics=lambda _, __: GramPass(2)

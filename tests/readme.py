@@ -10,6 +10,7 @@ from pathlib import Path
 
 from streammerge.arguments import add_merge_arguments
 from streammerge.methods import METHODS
+from streammerge.methods.contract import Parameter
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -45,11 +46,22 @@ def methods() -> str:
     for name in sorted(METHODS):
         method = METHODS[name]
         parameters = ", ".join(
-            f"`{p.name}` ({'required' if p.required else json.dumps(p.default)}{', per model' * p.per_model})"
-            for p in method.parameters
+            f"`{p.name}` ({default(p)}{choices(p)}{', per model' * p.per_model})" for p in method.parameters
         )
         rows.append(f"| `{name}` | {method.formula} | {method.kind} | {method.base} | {parameters} |")
     return "\n".join(rows)
+
+
+def default(parameter: Parameter) -> str:
+    """What holds unless something is given."""
+    return "required" if parameter.required else json.dumps(parameter.default)
+
+
+def choices(parameter: Parameter) -> str:
+    """What else than the default may be given, where that is one of some words, or a number in a range."""
+    if parameter.type == "choice":
+        return f"; {', '.join(word for word in parameter.choices if word != parameter.default)}"
+    return f"; {parameter.range}" if parameter.range else ""
 
 
 def options() -> str:

@@ -6,6 +6,7 @@ are written from the papers' formulas, with none of streammerge's code.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from streammerge.functions import merge_function
 from streammerge.merged import Merged
 from streammerge.tensors import Model
 from tests.models import Tensors
+from tests.references_sparse import SPARSE
+from tests.references_spherical import SPHERICAL
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Inputs = Sequence[Array]
@@ -49,11 +52,42 @@ class Case:
     def expected(self, tensors: Sequence[Tensors]) -> dict[str, Array]:
         """The reference's result for every floating-point tensor of the models, the base being the first."""
         used = tensors[0 if self.base else 1 : self.models + 1]
-        return {
-            name: REFERENCES[self.method]([model[name].double().numpy() for model in used], **self.parameters)
-            for name, tensor in tensors[1].items()
-            if tensor.is_floating_point()
+        everything = {
+            name: [model[name].double().numpy() for model in used]
+            for name in sorted(tensors[1])  # the order of safetensors files
+            if tensors[1][name].is_floating_point()
         }
+        reference = REFERENCES[self.method]
+        asks = "context" in inspect.signature(reference).parameters
+        return {
+            name: reference(
+                inputs, **self.parameters, **({"context": Context(name, everything, self.base)} if asks else {})
+            )
+            for name, inputs in everything.items()
+        }
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a reference may ask to know: its tensor's name, every tensor's inputs, and whether the first is a base."""
+
+    name: str
+    everything: Mapping[str, Inputs]
+    has_base: bool
+
+    def joined(self, number: int) -> Array:
+        """The task vector of one of the models (0: the first), of all tensors one after the other."""
+        deltas = [(inputs[number + 1] - inputs[0]).reshape(-1) for inputs in self.everything.values()]
+        return np.concatenate(deltas)
+
+    def own_part(self, joined: Array) -> Array:
+        """What belongs to the own tensor of values for all."""
+        start = 0
+        for name, inputs in self.everything.items():
+            if name == self.name:
+                return joined[start : start + inputs[0].size].reshape(inputs[0].shape)
+            start += inputs[0].size
+        raise KeyError(self.name)
 
 
 def weighted(inputs: Inputs, coefficients: Sequence[float]) -> Array:
@@ -101,17 +135,42 @@ def scale(inputs: Inputs, *, alpha: float) -> Array:
     return alpha * inputs[0]
 
 
-def slerp(inputs: Inputs, *, t: float) -> Array:
+def n_average(inputs: Inputs, *, weight: float | Sequence[float] = 1.0) -> Array:
+    return np.asarray(np.average(np.stack(inputs), axis=0, weights=per_model(weight, len(inputs))))
+
+
+def sum_twice(inputs: Inputs, *, alpha: float = 0.5, beta: float = 0.25) -> Array:
+    first, second, third = inputs
+    return weighted_sum([weighted_sum([first, second], alpha=alpha), third], alpha=beta)
+
+
+def triple_sum(inputs: Inputs, *, alpha: float = 0.5, beta: float = 0.25) -> Array:
+    first, second, third = inputs
+    return (1 - alpha - beta) * first + alpha * second + beta * third
+
+
+def expo(inputs: Inputs, *, alpha: float = 0.1, weight: float | Sequence[float] = 1.0) -> Array:
+    base, *models = inputs
+    mean = n_average(models, weight=weight)
+    return mean + alpha * (mean - base)
+
+
+def weighted_subtraction(inputs: Inputs, *, alpha: float = 0.5, beta: float = 0.25) -> Array:
     first, second = inputs
-    lengths = math.sqrt(float((first**2).sum())), math.sqrt(float((second**2).sum()))
-    if 0 in lengths:
-        return (1 - t) * first + t * second
-    unit, other = first / lengths[0], second / lengths[1]
-    if abs(float((unit * other).sum())) > 0.9995:
-        return (1 - t) * first + t * second
-    # the angle by its half's sine and cosine, which is exact for every angle
-    angle = 2 * math.atan2(float(np.linalg.norm(unit - other)), float(np.linalg.norm(unit + other)))
-    return np.asarray((np.sin((1 - t) * angle) * first + np.sin(t * angle) * second) / np.sin(angle))
+    return (first - alpha * beta * second) / (1 - alpha * beta)
+
+
+def add(inputs: Inputs, *, scale: float = 1.0) -> Array:
+    return inputs[0] + scale * inputs[1]
+
+
+def subtract(inputs: Inputs, *, scale: float = 1.0) -> Array:
+    return scale * (inputs[0] - inputs[1])
+
+
+def sigmoid(inputs: Inputs, *, alpha: float) -> Array:
+    first, second = inputs
+    return (first + second) / (1 + math.exp(-4 * alpha)) - first / (1 + math.exp(-alpha))
 
 
 def ties(
@@ -121,13 +180,17 @@ def ties(
     density: float | Sequence[float] = 1.0,
     normalize: bool = True,
     rescale: bool = False,
+    scope: str = "tensor",
+    context: Context,
     **lambda_: float,
 ) -> Array:
     base, *models = inputs
     weights = per_model(weight, len(models))
     trimmed = [
         keep_largest(model - base, share, rescale=rescale)
-        for model, share in zip(models, per_model(density, len(models)), strict=True)
+        if scope == "tensor"
+        else context.own_part(keep_largest(context.joined(number), share, rescale=rescale))
+        for number, (model, share) in enumerate(zip(models, per_model(density, len(models)), strict=True))
     ]
     votes = np.stack([share * delta for share, delta in zip(weights, trimmed, strict=True)])
     sign = np.where(votes.sum(axis=0) >= 0, 1.0, -1.0)
@@ -152,6 +215,16 @@ def keep_largest(delta: Array, density: float, *, rescale: bool = False) -> Arra
     return np.asarray(kept.reshape(delta.shape))
 
 
+def truncate_rank(inputs: Inputs, *, rank: int = 8, fraction: float = 0.0, alpha: float = 1.0) -> Array:
+    base, model = inputs
+    delta = model - base
+    if delta.ndim >= 2 and delta.size:
+        left, values, right = np.linalg.svd(delta.reshape(delta.shape[0], -1), full_matrices=False)
+        values[max(round(fraction * values.size), 1) if fraction else rank :] = 0
+        delta = ((left * values) @ right).reshape(delta.shape)
+    return np.asarray(base + alpha * delta)
+
+
 REFERENCES: Final[Mapping[str, Reference]] = {
     "linear": linear,
     "weighted_sum": weighted_sum,
@@ -159,8 +232,18 @@ REFERENCES: Final[Mapping[str, Reference]] = {
     "task_arithmetic": task_arithmetic,
     "passthrough": passthrough,
     "scale": scale,
-    "slerp": slerp,
+    "n_average": n_average,
+    "sum_twice": sum_twice,
+    "triple_sum": triple_sum,
+    "expo": expo,
+    "weighted_subtraction": weighted_subtraction,
+    "add": add,
+    "subtract": subtract,
+    "sigmoid": sigmoid,
     "ties": ties,
+    "truncate_rank": truncate_rank,
+    **SPHERICAL,
+    **SPARSE,
 }
 
 CASES: Final[Sequence[Case]] = (
@@ -178,13 +261,91 @@ CASES: Final[Sequence[Case]] = (
     Case("passthrough", 1),
     Case("passthrough", 1, parameters={"scale": -0.3}),
     Case("scale", 1, parameters={"alpha": 1.7}),
+    Case("n_average", 3),
+    Case("n_average", 2, parameters={"weight": [1.0, 3.0]}),
+    Case("sum_twice", 3),
+    Case("sum_twice", 3, parameters={"alpha": 0.3, "beta": 0.6}),
+    Case("triple_sum", 3),
+    Case("triple_sum", 3, parameters={"alpha": 0.7, "beta": 0.3}),
+    Case("expo", 1, base=True),
+    Case("expo", 3, base=True, parameters={"alpha": 0.4, "weight": [1.0, 2.0, 0.5]}),
+    Case("weighted_subtraction", 2),
+    Case("weighted_subtraction", 2, parameters={"alpha": 0.9, "beta": 0.8}),
+    Case("add", 2),
+    Case("add", 2, parameters={"scale": -0.4}),
+    Case("subtract", 2),
+    Case("subtract", 2, parameters={"scale": 1.5}),
+    Case("sigmoid", 2, parameters={"alpha": 0.7}),
     Case("slerp", 2, parameters={"t": 0.3}),
     Case("slerp", 1, base=True, parameters={"t": 0.8}),
+    Case("slerp", 2, parameters={"t": 0.3, "lerp_norm": True}),
+    Case("nuslerp", 2, parameters={"weight": [1.0, 2.0]}),
+    Case("nuslerp", 2, base=True, parameters={"weight": [0.6, 0.4]}),
+    Case("nuslerp", 2, base=True, parameters={"weight": [0.5, -0.5]}),
+    Case("nuslerp", 2, parameters={"weight": [1.0, 2.0], "nuslerp_flatten": False}),
+    Case("nuslerp", 2, base=True, parameters={"nuslerp_flatten": False, "nuslerp_row_wise": True}),
+    Case("multislerp", 2, parameters={"weight": [0.3, 0.7]}),
+    Case("multislerp", 3, base=True, parameters={"weight": [1.0, 2.0, 4.0]}),
+    Case("multislerp", 2, base=True, parameters={"weight": [0.5, 0.25], "normalize_weights": False}),
+    Case("model_stock", 2, base=True),
+    Case("model_stock", 3, base=True),
+    Case("model_stock", 3, base=True, parameters={"pairs": "consecutive"}),
+    Case("model_stock", 3, base=True, parameters={"average": "angle"}),
+    Case("model_stock", 3, base=True, parameters={"filter_wise": True}),
+    Case("perpendicular_component", 2),
+    Case("add_perpendicular", 2, base=True),
+    Case("add_perpendicular", 2, base=True, parameters={"alpha": 0.6}),
+    Case("karcher", 1),
+    Case("karcher", 3),
+    Case("karcher", 2, base=True, parameters={"max_iter": 2}),
+    Case("geometric_median", 1),
+    Case("geometric_median", 3),
+    Case("geometric_median", 3, parameters={"max_iter": 3, "eps": 0.01}),
     Case("ties", 1, base=True, parameters={"density": 0.2}),
     Case("ties", 2, base=True, parameters={"density": [0.3, 0.7], "weight": [0.5, 0.75]}),
     Case("ties", 3, base=True, parameters={"density": 0.5, "weight": [1.0, 0.5, -0.25], "normalize": False}),
     Case("ties", 2, base=True, parameters={"density": 0.4, "weight": [1.0, 0.75], "lambda": 0.5, "rescale": True}),
     Case("ties", 3, base=True),
+    Case("ties", 2, base=True, parameters={"density": [0.3, 0.6], "weight": [1.0, 0.5], "scope": "model"}),
+    Case("ties", 2, base=True, parameters={"density": 0.1, "scope": "model", "rescale": True, "normalize": False}),
+    Case("dare_linear", 2, base=True, parameters={"density": [0.3, 0.8], "weight": [0.6, 0.7], "rescale_by": "l1"}),
+    Case("dare_linear", 2, base=True, parameters={"density": 0.5, "lambda": 0.7, "normalize": True, "seed": 7}),
+    Case("dare_linear", 1, base=True, parameters={"density": 0.25, "rescale": False}),
+    Case("dare_linear", 3, base=True),
+    Case("dare_ties", 3, base=True, parameters={"density": [0.3, 0.8, 0.5], "weight": [0.6, 0.7, -0.3]}),
+    Case("dare_ties", 2, base=True, parameters={"density": 0.4, "normalize": True, "rescale_by": "l1"}),
+    Case("breadcrumbs", 2, base=True, parameters={"density": [0.3, 0.6], "gamma": [0.05, 0.3], "weight": [0.6, 0.7]}),
+    Case("breadcrumbs", 2, base=True, parameters={"density": 0.5, "rescale": True, "lambda": 1.5, "normalize": True}),
+    Case("breadcrumbs", 1, base=True, parameters={"density": 0.9, "gamma": 0.5}),
+    Case("breadcrumbs_ties", 3, base=True, parameters={"density": 0.5, "gamma": 0.02, "weight": [1.0, 0.5, 0.8]}),
+    Case("breadcrumbs_ties", 2, base=True, parameters={"density": 0.2, "rescale": True}),
+    Case("della", 2, base=True, parameters={"density": [0.3, 0.7], "epsilon": 0.2, "weight": [1.0, 0.6]}),
+    Case("della", 3, base=True, parameters={"density": 0.5, "rescale_by": "probability", "lambda": 0.8}),
+    Case("della", 2, base=True, parameters={"density": [1.0, 0.5], "epsilon": [0.15, 0.1], "rescale": False}),
+    Case("della_linear", 2, base=True, parameters={"density": 0.6, "weight": [0.3, 0.6]}),
+    Case("della_linear", 2, base=True, parameters={"density": [0.0, 0.5], "rescale_by": "probability"}),
+    Case("sce", 3, base=True, parameters={"select_topk": 0.4}),
+    Case("sce", 2, base=True),
+    Case("sce", 1, base=True, parameters={"select_topk": 0.5}),
+    Case("ram", 3, base=True, parameters={"epsilon": 1e-3}),
+    Case("ram", 2, base=True),
+    Case("ramplus_tl", 3, base=True, parameters={"epsilon": 1.2e-3, "r": 0.5, "alpha": 3.0}),
+    Case("ramplus_tl", 2, base=True),
+    Case("magmax", 3, base=True, parameters={"lambda": 0.8}),
+    Case("magmax", 1, base=True),
+    Case("emr", 3, base=True, parameters={"task": 2}),
+    Case("emr", 3, base=True),
+    Case("tall_mask", 3, base=True, parameters={"task": 2, "threshold": 0.4, "lambda": 0.9}),
+    Case("tall_mask", 2, base=True),
+    Case("consensus_ta", 3, base=True, parameters={"k": 2, "threshold": 0.3, "lambda": 0.7}),
+    Case("consensus_ta", 2, base=True),
+    Case("pcb", 3, base=True, parameters={"ratio": 0.3, "lambda": 0.9}),
+    Case("pcb", 2, base=True, parameters={"scope": "tensor"}),
+    Case("nearswap", 1, base=True, parameters={"t": 1e-3}),
+    Case("arcee_fusion", 1, base=True),
+    Case("truncate_rank", 1, base=True, parameters={"rank": 2}),
+    Case("truncate_rank", 1, base=True, parameters={"fraction": 0.4, "alpha": 0.8}),
+    Case("truncate_rank", 1, base=True),
 )
 
 ONE_CASE_EACH: Final[Sequence[Case]] = tuple({case.method: case for case in reversed(CASES)}.values())[::-1]

@@ -31,7 +31,7 @@ from streammerge.recipe import Input
 from streammerge.recipe_files import packaged_recipes
 from streammerge.tensors import DTYPES
 
-VALUES = {"a": 1.0, "b": 3.0, "base": 10.0, "depth": 11.0, "waifu": 20.0}
+VALUES = {"a": 1.0, "b": 3.0, "base": 10.0, "depth": 11.0, "waifu": 20.0, "c": 3.5}
 UNET = "model.diffusion_model.x"
 VAE = "first_stage_model.x"
 
@@ -222,7 +222,7 @@ def test_models_on_the_command_line_become_a_recipe(folder):
 def test_options_become_options():
     arguments = parsed(
         *("a", "--device", "cuda:1", "--compute-dtype", "fp64", "--max-ram", "512MB", "--max-vram", "2GiB"),
-        *("--threads", "3", "--io", "pread", "--shard-size", "1.5G", "--force", "--no-sync", "--seed", "7"),
+        *("--threads", "3", "--io", "pread", "--shard-size", "1.5G", "--force", "--no-sync"),
         *("--no-metadata", "--verify"),
     )
     assert options_from(arguments) == Options(
@@ -235,7 +235,6 @@ def test_options_become_options():
         shard_size=1_500_000_000,
         force=True,
         sync=False,
-        seed=7,
         metadata=False,
         verify=True,
     )
@@ -733,7 +732,13 @@ def test_methods_as_json(run):
     assert [method["name"] for method in described] == sorted(METHODS)
     (ties,) = json.loads(run("methods", "ties", "--json").out)
     assert ties["base"] == "required"
-    assert ties["parameters"][0] == {"name": "weight", "per_model": True, "flag": False, "default": 1.0}
+    assert ties["parameters"][0] == {
+        "name": "weight",
+        "type": "number",
+        "takes": "a number",
+        "per_model": True,
+        "default": 1.0,
+    }
 
 
 def test_an_unknown_method_is_an_error(run):

@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 
 import streammerge
 import streammerge.merged
-from streammerge import compute, engine
-from streammerge.compute import Evaluator, Survey, read_range, read_stored
+from streammerge import compute, works
+from streammerge.compute import Evaluator
 from streammerge.devices import Lane
 from streammerge.merged import Merged, apply_method, fit
 from streammerge.methods import find_method
 from streammerge.methods.registry import BlockMethod
 from streammerge.nodes import BLOCK, ByBlock, External, Node, Stored, Term, Viewed, combine
 from streammerge.reading import PositionalReader
+from streammerge.surveys import Survey, read_range, read_stored
 from streammerge.tensors import DTYPES, Model, TensorInfo
 from tests import references
 from tests.models import MemoryModel, make_tensors, near, normal, raw_bytes, save_models, store_tensors
@@ -35,7 +36,7 @@ TINY_BLOCK = 16
 def tiny_blocks(monkeypatch):
     """Blocks of 16 elements, so that a small tensor has several."""
     monkeypatch.setattr(compute, "BLOCK", TINY_BLOCK)
-    monkeypatch.setattr(engine, "BLOCK", TINY_BLOCK)
+    monkeypatch.setattr(works, "BLOCK", TINY_BLOCK)
 
 
 class Expression(NamedTuple):
@@ -191,11 +192,11 @@ class LoggingPass:
 def logged(name: str, log: list[str], passes: int, *inputs: Node) -> ByBlock:
     """A method that sums its inputs after so many passes, and insists on what they have found."""
 
-    def add_up(*blocks: torch.Tensor, block: int, statistics: Any) -> torch.Tensor:
+    def add_up(*blocks: torch.Tensor, place: Any, statistics: Any) -> torch.Tensor:
         assert statistics == f"known {name}"
         return torch.stack(list(blocks)).sum(dim=0)
 
-    def first(elements: int, parameters: Any) -> Any:
+    def first(target: Any, parameters: Any) -> Any:
         return LoggingPass(name, log, passes) if passes else f"known {name}"
 
     method = BlockMethod(

@@ -16,23 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import streammerge
-from streammerge import compute, engine
+from streammerge import compute, works
 from streammerge.copying import PIECE, Copying
 from streammerge.devices import Lane
-from streammerge.engine import (
-    AHEAD_BYTES,
-    AHEAD_WINDOWS,
-    WINDOW_BYTES,
-    FileRange,
-    MergeWork,
-    Schedule,
-    Window,
-    Work,
-    count_nonfinite,
-    ranges_of,
-    run,
-    window_blocks,
-)
+from streammerge.engine import AHEAD_BYTES, AHEAD_WINDOWS, Schedule, run
 from streammerge.errors import CheckpointError, MethodError
 from streammerge.formats.positional import read_at
 from streammerge.methods.registry import BlockMethod, GramMethod
@@ -42,6 +29,16 @@ from streammerge.plan import Job
 from streammerge.progress import Progress
 from streammerge.reading import MappedReader, PositionalReader
 from streammerge.tensors import DTYPES, TensorInfo
+from streammerge.works import (
+    WINDOW_BYTES,
+    FileRange,
+    MergeWork,
+    Window,
+    Work,
+    count_nonfinite,
+    ranges_of,
+    window_blocks,
+)
 from tests.models import (
     SMALL,
     MemoryModel,
@@ -61,8 +58,8 @@ TINY = 16
 def tiny_blocks(monkeypatch):
     """Blocks of 16 elements, and windows of 2 blocks."""
     monkeypatch.setattr(compute, "BLOCK", TINY)
-    monkeypatch.setattr(engine, "BLOCK", TINY)
-    monkeypatch.setattr(engine, "WINDOW", 2)
+    monkeypatch.setattr(works, "BLOCK", TINY)
+    monkeypatch.setattr(works, "WINDOW", 2)
 
 
 class MemorySink:
@@ -96,8 +93,8 @@ def run_jobs(jobs: Sequence[Job], threads: int = 2, watch: Callable[[], None] = 
     sink = MemorySink()
     lanes = [Lane(PositionalReader() if number % 2 else MappedReader()) for number in range(threads)]
     progress = Progress(sum(job.info.nbytes for job in jobs))
-    works = (MergeWork(job) for job in jobs if job.compute is not None)
-    run(works, lanes, sink, progress, watch, Copying(jobs, sink, progress))
+    merges = (MergeWork(job) for job in jobs if job.compute is not None)
+    run(merges, lanes, sink, progress, watch, Copying(jobs, sink, progress))
     assert progress.done_bytes == progress.total_bytes
     assert all(sink.covered[job.name] == job.info.nbytes for job in jobs)
     return sink
@@ -109,8 +106,9 @@ def run_jobs(jobs: Sequence[Job], threads: int = 2, watch: Callable[[], None] = 
 class FakeWork:
     """A work of so many windows per pass, that insists on the order of passes."""
 
-    def __init__(self, name: str, passes: Sequence[int]) -> None:
+    def __init__(self, name: str, passes: Sequence[int], held_bytes: int = 0) -> None:
         self.name = name
+        self.held_bytes = held_bytes
         self.passes = list(passes)
         self.node = External(TensorInfo(DTYPES["F16"], (1,)), MemoryModel({}), name)
         self.current = -1
@@ -132,10 +130,18 @@ class FakeWork:
             self.open.remove(window)  # raises if it is handed out twice
             return [] if self.open else self.begin_pass()
 
+    def release(self) -> int:
+        with self.lock:
+            released = 0 if self.open else self.held_bytes
+            self.held_bytes -= released
+            return released
 
-def work_off(works: Sequence[FakeWork], threads: int, pause: float = 0.0) -> list[tuple[str, int, int]]:
+
+def work_off(
+    works: Sequence[FakeWork], threads: int, pause: float = 0.0, room: int | None = None
+) -> list[tuple[str, int, int]]:
     """Take every window of the works with so many threads; (work, pass, window) in the order of taking."""
-    schedule, taken = Schedule(works), []  # type: ignore[arg-type]
+    schedule, taken = Schedule(works, held_bytes=room), []  # type: ignore[arg-type]
 
     def worker() -> None:
         try:
@@ -226,6 +232,34 @@ def test_a_stopped_schedule_hands_out_nothing_and_wakes_who_waits():
     assert schedule.error is first
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_works_that_hold_much_are_under_way_only_as_room_allows(threads):
+    class Holding(FakeWork):
+        """A work that counts what all works under way hold together."""
+
+        held = 0
+        most = 0
+
+        def begin_pass(self) -> list[Window]:
+            if self.current < 0:
+                Holding.held += self.held_bytes
+                Holding.most = max(Holding.most, Holding.held)
+            return super().begin_pass()
+
+        def release(self) -> int:
+            released = super().release()
+            Holding.held -= released
+            return released
+
+    sizes = [3, 0, 5, 2, 0, 20, 1, 4, 0]
+    works = [Holding(str(number), [1, 3], size) for number, size in enumerate(sizes)]
+    taken = work_off(works, threads, 0.001, room=6)
+    assert len(taken) == 4 * len(sizes)
+    assert Holding.held == 0
+    assert Holding.most == 20  # one that is larger than the room runs, but alone
+    assert {name for name, _, _ in taken} == {work.name for work in works}
+
+
 # ── works ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -250,7 +284,7 @@ class Recorder:
 def recording(log: list[int], node: Node, *, ordered: bool) -> ByBlock:
     """A method that looks at a tensor and then gives it as it is, plus the number of its blocks."""
 
-    def add_count(values: torch.Tensor, *, block: int, statistics: int) -> torch.Tensor:
+    def add_count(values: torch.Tensor, *, place: Any, statistics: int) -> torch.Tensor:
         return values + statistics
 
     method = BlockMethod(
@@ -280,7 +314,7 @@ def test_measures_are_added_once_and_in_order_if_that_matters(tmp_path, ordered,
     assert bytes(sink.written["w"]) == raw_bytes(values + 20)
 
 
-@pytest.mark.parametrize("elements", [0, 1, BLOCK, BLOCK + 1, engine.WINDOW * BLOCK, engine.WINDOW * BLOCK + 1])
+@pytest.mark.parametrize("elements", [0, 1, BLOCK, BLOCK + 1, works.WINDOW * BLOCK, works.WINDOW * BLOCK + 1])
 def test_windows_cover_the_blocks(elements):
     model = MemoryModel({"w": torch.zeros(1)})
     node = External(TensorInfo(DTYPES["F16"], (elements,)), model, "w")
@@ -288,7 +322,7 @@ def test_windows_cover_the_blocks(elements):
     assert [window.first for window in windows][:1] == [0]
     assert [window.last for window in windows][-1] == -(-elements // BLOCK)
     assert all(one.last == other.first for one, other in itertools.pairwise(windows))
-    assert all(window.last - window.first <= engine.WINDOW for window in windows)
+    assert all(window.last - window.first <= works.WINDOW for window in windows)
 
 
 def test_a_work_that_only_looks_writes_nothing(tmp_path):
@@ -611,7 +645,7 @@ def test_small_tensors_do_not_stand_in_line_by_the_thousand():
 def test_the_more_models_the_shorter_the_windows(tmp_path, models, dtype):
     leaves = [leaf_of(100 * BLOCK, dtype, tmp_path / str(number)) for number in range(models)]
     blocks = window_blocks(combine(leaves[0].info, tuple(Term(1.0, leaf) for leaf in leaves)))
-    assert 1 <= blocks <= engine.WINDOW
+    assert 1 <= blocks <= works.WINDOW
     read = sum(BLOCK * DTYPES[dtype].bits // 8 for _ in leaves)
     assert blocks == 1 or blocks * read <= WINDOW_BYTES
-    assert blocks == engine.WINDOW or (blocks + 1) * read > WINDOW_BYTES
+    assert blocks == works.WINDOW or (blocks + 1) * read > WINDOW_BYTES

@@ -23,8 +23,10 @@ ORDER = [
     *("formats.zip_directory", "formats.pickle_machine", "formats.pickle_steps", "formats.pickles"),
     *("formats.torchzip", "reading"),
     # methods
-    *("methods.registry", "methods.statistics", "methods.trimming"),
-    *("methods.linear", "methods.spherical", "methods.sparse", "methods"),
+    *("methods.contract", "methods.registry", "methods.place", "methods.statistics", "methods.slices", "methods.sums"),
+    *("methods.trimming", "methods.ranking"),
+    *("methods.linear", "methods.spherical", "methods.means", "methods.sparse", "methods.dropping"),
+    *("methods.agreement", "methods.competition", "methods.selection", "methods.matrix", "methods"),
     # what is asked for
     *("parameters", "recipe", "recipe_files", "recipes"),
     # models as expressions
@@ -32,7 +34,7 @@ ORDER = [
     # what will happen
     *("layout", "plan", "inputs", "report", "copying"),
     # what happens
-    *("devices", "gathering", "compute", "engine", "writing", "checking", "api", "public"),
+    *("devices", "gathering", "compute", "surveys", "works", "engine", "writing", "checking", "api", "public"),
     # what is shown
     *("inspection", "comparison", "plotting", "similarity", "screen"),
     # the example
@@ -84,7 +86,7 @@ def test_a_module_imports_only_what_stands_before_it(name):
 def test_imports_are_found():
     """The test above would pass with nothing found."""
     assert imported(modules()["cli"]) == {"", "errors", "screen"}
-    assert {"plan", "nodes", "compute", "devices"} <= imported(modules()["engine"])
+    assert {"copying", "devices", "works"} <= imported(modules()["engine"])
     assert "methods" in imported(modules()["recipe"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,6 +78,8 @@ def families(tmp_path_factory):
 
 def tolerance(case: Case, dtype: torch.dtype) -> float:
     """How far from the reference a whole tensor may be, relative to its norm."""
+    if dtype == torch.float64 and case.method == "geometric_median":
+        return 1e-7  # stops when the distances no longer change, near whose least place they hardly do
     if dtype == torch.float64:
         return 1e-8 if case.parameters.get("rescale") else 1e-12  # ties sums magnitudes that are known in float32
     return 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 2 + 2e-6
@@ -203,6 +206,16 @@ IDENTITIES = {
     "task arithmetic weight 1": lambda base, a, b: (streammerge.task_arithmetic(b, base=base), 2),
     "passthrough": lambda base, a, b: (streammerge.passthrough(b), 2),
     "scale 1": lambda base, a, b: (streammerge.scale(b, alpha=1.0), 2),
+    "n_average of one": lambda base, a, b: (streammerge.n_average(b), 2),
+    "n_average of twins": lambda base, a, b: (streammerge.n_average(a, a, a, a), 1),
+    "sum_twice with nothing": lambda base, a, b: (streammerge.sum_twice(a, b, base, alpha=0.0, beta=0.0), 1),
+    "sum_twice with the third": lambda base, a, b: (streammerge.sum_twice(a, b, base, alpha=0.3, beta=1.0), 0),
+    "triple_sum with nothing": lambda base, a, b: (streammerge.triple_sum(a, b, base, alpha=0.0, beta=0.0), 1),
+    "triple_sum without the first": lambda base, a, b: (streammerge.triple_sum(a, b, base, alpha=1.0, beta=0.0), 2),
+    "expo alpha 0": lambda base, a, b: (streammerge.expo(a, base=base, alpha=0.0), 1),
+    "expo of the base": lambda base, a, b: (streammerge.expo(base, base=base, alpha=3.0), 0),
+    "weighted_subtraction alpha 0": lambda base, a, b: (streammerge.weighted_subtraction(a, b, alpha=0.0), 1),
+    "add scale 0": lambda base, a, b: (streammerge.add(a, b, scale=0.0), 1),
     "slerp t 0": lambda base, a, b: (streammerge.slerp(a, b, t=0.0), 1),
     "slerp t 1": lambda base, a, b: (streammerge.slerp(a, b, t=1.0), 2),
     "slerp of twins": lambda base, a, b: (streammerge.slerp(a, a, t=0.3), 1),
@@ -253,6 +266,17 @@ def test_the_order_of_models_does_not_matter_where_the_formula_says_so(families,
         first, second = merge_to(tmp_path / "1.safetensors", one), merge_to(tmp_path / "2.safetensors", other)
         for name, values in first.items():
             torch.testing.assert_close(values, second[name], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("alpha", [-900.0, -1.5, 0.0, 0.7, 900.0])
+def test_sigmoid_has_a_value_for_every_alpha(alpha):
+    first, second = (MemoryModel({"w": torch.tensor([value], dtype=torch.float64)}) for value in (3.0, 5.0))
+
+    def logistic(x: float) -> float:
+        return 0.5 * (1 + math.tanh(x / 2))
+
+    found = streammerge.sigmoid(first, second, alpha=alpha).read("w", 0, 1).item()
+    assert found == pytest.approx(8 * logistic(4 * alpha) - 3 * logistic(alpha), abs=1e-12)
 
 
 # ── slerp ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -348,6 +372,22 @@ REFUSED = {
         MethodError,
         "sum to zero",
     ),
+    "zero weights to average": (
+        lambda x, a, b: streammerge.n_average(a, b, weight=0.0),
+        MethodError,
+        "sum to zero",
+    ),
+    "zero weights to extrapolate": (
+        lambda x, a, b: streammerge.expo(a, b, base=x, weight=[1.0, -1.0]),
+        MethodError,
+        "sum to zero",
+    ),
+    "everything taken out": (
+        lambda x, a, b: streammerge.weighted_subtraction(a, b, alpha=0.5, beta=2.0),
+        MethodError,
+        r"zero for alpha 0\.5 and beta 2",
+    ),
+    "two for a triple": (lambda x, a, b: streammerge.triple_sum(a, b), RecipeError, "takes 3 models, found 2"),
     "overflowing product": (
         lambda x, a, b: streammerge.task_arithmetic(a, base=x, weight=1e200, **{"lambda": 1e200}),
         MethodError,
@@ -432,10 +472,11 @@ def test_accepted_parameters_change_nothing(trio):
 def test_a_method_says_what_it_does_and_where_it_comes_from(name):
     found = METHODS[name]
     assert found.name == name
-    assert found.kind in ("linear", "gram", "block")
+    assert found.kind in ("linear", "gram", "block", "whole")
     assert found.formula.startswith("θ = ")
     assert len(found.doc.splitlines()) >= 3
-    assert all(parameter.default is None or np.isfinite(parameter.default) for parameter in found.parameters)
+    for parameter in found.parameters:
+        assert parameter.default is None or isinstance(parameter.default, str) or np.isfinite(parameter.default)
     assert streammerge.__getattr__(name).__doc__ == found.doc
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import streammerge
-from streammerge.compute import Evaluator, Survey
+from streammerge.compute import Evaluator
 from streammerge.devices import Lane
 from streammerge.formats.files import ByteFile
 from streammerge.merged import Merged, apply_method
@@ -32,6 +32,7 @@ from streammerge.nodes import (
 )
 from streammerge.plan import is_copy
 from streammerge.reading import PositionalReader
+from streammerge.surveys import Survey
 from streammerge.tensors import DTYPES, TensorInfo
 from tests.models import MemoryModel, normal, save_models, store_tensors
 

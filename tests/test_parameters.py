@@ -13,6 +13,7 @@ from streammerge.parameters import (
     Layers,
     ParameterSources,
     PerModelSetting,
+    check_settings,
     describe_settings,
     evaluate,
     parse_settings,
@@ -68,8 +69,6 @@ def test_no_parameters_are_none():
 @pytest.mark.parametrize(
     ("raw", "problem"),
     [
-        ("half", "expected a finite number, found 'half'"),
-        ("0.5", "expected a finite number, found '0.5'"),
         ("1e999", "expected a finite number, found inf"),
         (float("nan"), "expected a finite number, found nan"),
         (float("-inf"), "expected a finite number, found -inf"),
@@ -92,6 +91,24 @@ def test_what_is_no_setting_is_refused_and_says_where(raw, problem):
         parse_settings({"weight": raw}, "recipe: model 2")
 
 
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"weight": "half"}, "parameter 'weight': expected a finite number, found 'half'"),
+        ({"weight": "0.5"}, "parameter 'weight': expected a finite number, found '0.5'"),
+        ({"density": 1.5}, "parameter 'density': expected a number between 0 and 1, found 1.5"),
+        ({"density": [0.5, -0.5]}, "parameter 'density': expected a number between 0 and 1, found -0.5"),
+        ({"density": [{"filter": "x", "value": 2}]}, "parameter 'density': expected a number between 0 and 1, found 2"),
+        ({"normalize": 0.5}, "parameter 'normalize': expected true or false, found 0.5"),
+        ({"normalize": "yes"}, "parameter 'normalize': expected true or false, found 'yes'"),
+        ({"normalize": [0, 1]}, "parameter 'normalize': only numbers can change over the layers"),
+    ],
+)
+def test_what_a_parameter_can_not_take_is_refused(settings, problem):
+    with pytest.raises(RecipeError, match=f"^recipe: {problem}$"):
+        check_settings(parse_settings(settings, "recipe"), find_method("ties"), "recipe")
+
+
 def test_parameters_that_are_no_map_are_refused():
     with pytest.raises(RecipeError, match=r"recipe: parameters must be a map from name to value, found \[0.5\]"):
         parse_settings([0.5], "recipe")
@@ -103,7 +120,7 @@ def test_a_value_for_a_model_that_is_not_there_is_refused(raw):
         parse(raw, models=["a", "b"])
 
 
-@pytest.mark.parametrize("value", ["x", [1, 2], {"value": 1}])
+@pytest.mark.parametrize("value", [[1, 2], {"value": 1}])
 def test_a_models_own_value_is_one_number(value):
     with pytest.raises(RecipeError, match="expected a finite number"):
         parse({"a": value}, models=["a", "b"])

@@ -491,7 +491,7 @@ REFUSED_KEYS: dict[str, tuple[dict[Any, Any], str]] = {
     ),
     "a model's parameters": (
         {"models": [{"model": "a", "parameters": {"weight": "x"}}]},
-        "recipe: model 1: parameter 'weight': expected a finite number",
+        "recipe: model a: parameter 'weight': expected a finite number",
     ),
     "a layout that is a list": ({"layout": ["a"]}, "recipe: layout: expected a path or a recipe"),
     "a base that is a list": ({"base_model": ["a"]}, "recipe: base_model: expected a path or a recipe"),

@@ -43,11 +43,13 @@ def test_products_norms_and_distances_are_exact_to_rounding(dtype, noise):
     c = normal((COUNT,), 3, dtype)
     gram = gram_of(a, b, c)
     tensors = [a, b, c]
+    rounding = 1e-12 if dtype == torch.float64 else 1e-6
     for i, one in enumerate(tensors):
-        assert gram.norm(i) == pytest.approx(math.sqrt(exact_dot(one, one)), rel=1e-12)
-        assert gram.distance(i) == pytest.approx(exact_distance(one, a), rel=1e-12, abs=0)
+        assert gram.norm(i) == pytest.approx(math.sqrt(exact_dot(one, one)), rel=rounding)
+        assert gram.distance(i) == pytest.approx(exact_distance(one, a), rel=rounding, abs=0)
         for j, other in enumerate(tensors):
-            assert gram.dot(i, j) == pytest.approx(exact_dot(one, other), rel=1e-11)
+            lengths = gram.norm(i) * gram.norm(j)
+            assert gram.dot(i, j) == pytest.approx(exact_dot(one, other), rel=0, abs=4 * rounding * lengths)
 
 
 def test_nearly_equal_tensors_are_told_apart_where_float32_sums_fail():
@@ -59,8 +61,9 @@ def test_nearly_equal_tensors_are_told_apart_where_float32_sums_fail():
     assert math.sqrt(max(naive, 0.0)) != pytest.approx(distance, rel=0.5)  # what this is about
     float64 = float(a.double().dot(a.double()) + b.double().dot(b.double()) - 2 * a.double().dot(b.double()))
     assert math.sqrt(max(float64, 0.0)) != pytest.approx(distance, rel=1e-3)  # and float64 alone doesn't mend it
+    assert gram_of(a.double(), b.double()).distance(1) == pytest.approx(distance, rel=1e-12)
     gram = gram_of(a, b)
-    assert gram.distance(1) == pytest.approx(distance, rel=1e-12)
+    assert gram.distance(1) == pytest.approx(distance, rel=1e-6)
     assert gram.products[0][1] == gram.products[1][0]
     assert gram.cosine(0, 1) == pytest.approx(1.0, abs=1e-12)
 
@@ -92,7 +95,7 @@ def test_cosines_are_between_minus_one_and_one(pair):
     else:
         dot = sum(Fraction(float(x)) * Fraction(float(y)) for x, y in zip(a, b, strict=True))
         assert -1.0 <= cosine <= 1.0
-        assert cosine == pytest.approx(float(dot) / math.sqrt(float(squared[0]) * float(squared[1])), abs=1e-9)
+        assert cosine == pytest.approx(float(dot) / math.sqrt(float(squared[0]) * float(squared[1])), abs=1e-6)
 
 
 def test_nothing_has_no_direction():
@@ -126,6 +129,50 @@ def test_large_values_do_not_overflow():
     assert gram_of(a, -a).norm(0) == pytest.approx(60000 * math.sqrt(10), rel=1e-3)
     big = torch.full((10,), 1e30)
     assert gram_of(big, big).cosine(0, 1) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e-14, 1e14, 1e22, 1e30])
+def test_float32_values_of_any_size_have_products(size):
+    a, b = normal((500,), 1) * size, normal((500,), 2) * size
+    for one, other in ((a, b), (a, a + b * 1e-3), (b * 0 + 1, b * 0 + 1 + b)):
+        gram = gram_of(one, other)
+        assert gram.norm(0) == pytest.approx(math.sqrt(exact_dot(one, one)), rel=1e-6)
+        assert gram.distance(1) == pytest.approx(exact_distance(one, other), rel=1e-6, abs=0)
+    assert gram_of(a, a).distance(1) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_do_not_depend_on_where_the_tensors_lie(dtype):
+    a, b = normal((70_000,), 1, dtype), normal((70_000,), 2, dtype)
+    expected = gram_of(a, b, block=70_000)
+    for offset in range(1, 16):
+        first, second = torch.empty(80_000, dtype=dtype), torch.empty(80_000, dtype=dtype)
+        first[offset : offset + 70_000], second[2 * offset : 2 * offset + 70_000] = a, b
+        moved = (first[offset : offset + 70_000], second[2 * offset : 2 * offset + 70_000])
+        assert gram_of(*moved, block=70_000) == expected
+
+
+def test_a_short_tensor_is_not_lost_beside_a_long_first():
+    a, b = normal((500,), 1), normal((500,), 2) * 1e-4
+    gram = gram_of(a, b)
+    assert gram.norm(1) == pytest.approx(math.sqrt(exact_dot(b, b)), rel=1e-6)
+    assert gram.cosine(0, 1) == pytest.approx(float(gram_of(b, a).cosine(0, 1) or 0), rel=1e-5)
+
+
+def test_measuring_in_inference_mode_and_outside_takes_turns():
+    tensors = [normal((50,), seed) for seed in (1, 2)]
+    found = []
+    for mode in (True, False, True):
+        with torch.inference_mode(mode=mode):
+            found.append(GramPass(2).measure(0, tensors))
+    assert found[0] == found[1] == found[2]
+
+
+def test_constant_values_are_the_worst_to_add_up():
+    a = torch.full((2**18,), 1.1)
+    gram = gram_of(a, a * 1.001, block=2**18)
+    assert gram.norm(0) == pytest.approx(math.sqrt(exact_dot(a, a)), rel=1e-6)
+    assert gram.distance(1) == pytest.approx(exact_distance(a, a * 1.001), rel=1e-6)
 
 
 def test_the_order_of_blocks_matters_and_is_asked_for():

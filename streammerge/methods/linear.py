@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from streammerge.errors import MethodError
-from streammerge.methods.registry import LinearMethod, PerModel, method, net
+from streammerge.methods.contract import PerModel
+from streammerge.methods.registry import LinearMethod, method, net
 
 GTA_UNUSED = ("density", "int8_mask", "rescale")
 """Parameters that mergekit's schema lets task arithmetic take, without effect."""
@@ -62,6 +65,92 @@ def scale(*, alpha: float) -> list[float]:
     One model scaled by a number that has to be given.
     """
     return [alpha]
+
+
+@method(LinearMethod)
+def n_average(*, weight: PerModel = (1.0,)) -> list[float]:
+    """θ = Σᵢ wᵢ θᵢ / Σᵢ wᵢ, the mean of all models where no weights are given.
+
+    sd-mecha's n_average: `linear` that is always normalised.
+    """
+    return normalized(weight)
+
+
+@method(LinearMethod, models=(3, 3))
+def sum_twice(*, alpha: float = 0.5, beta: float = 0.25) -> list[float]:
+    """θ = (1 − β) ((1 − α) θ₁ + α θ₂) + β θ₃
+
+    SuperMerger's and sd-meh's sum twice: one weighted sum after the other.
+    """
+    return [(1.0 - beta) * (1.0 - alpha), (1.0 - beta) * alpha, beta]
+
+
+@method(LinearMethod, models=(3, 3))
+def triple_sum(*, alpha: float = 0.5, beta: float = 0.25) -> list[float]:
+    """θ = (1 − α − β) θ₁ + α θ₂ + β θ₃
+
+    SuperMerger's and sd-meh's triple sum.
+    """
+    return [net(1.0, -alpha, -beta), alpha, beta]
+
+
+@method(LinearMethod, base="required")
+def expo(*, alpha: float = 0.1, weight: PerModel = (1.0,)) -> list[float]:
+    """θ = θ̄ + α (θ̄ − θ₀),   θ̄ = Σᵢ wᵢ θᵢ / Σᵢ wᵢ
+
+    Model extrapolation (ExPO), Zheng et al. 2024, arXiv:2404.16792: the base is the model before alignment.
+    """
+    return [-alpha, *((1.0 + alpha) * share for share in normalized(weight))]
+
+
+@method(LinearMethod, models=(2, 2))
+def weighted_subtraction(*, alpha: float = 0.5, beta: float = 0.25) -> list[float]:
+    """θ = (θ₁ − αβ θ₂) / (1 − αβ)
+
+    sd-meh's weighted subtraction, what takes θ₂ out of a weighted sum. Where αβ is 1 there is no such model, and it is
+    refused; sd-meh nudges β by 1e-10 if both are 1, and multiplies the noise by 1e10.
+    """
+    rest = net(1.0, -alpha * beta)
+    if rest == 0:
+        raise MethodError(
+            f"weighted_subtraction divides by 1 - alpha * beta, which is zero for alpha {alpha:g} and beta {beta:g}",
+            advice="Choose an alpha or a beta that is not 1.",
+        )
+    return [1.0 / rest, -alpha * beta / rest]
+
+
+@method(LinearMethod, models=(2, 2))
+def add(*, scale: float = 1.0) -> list[float]:
+    """θ = θ₁ + s θ₂
+
+    ComfyUI's ModelMergeAdd (s = 1): adds a model that is a difference, such as `subtract` makes.
+    """
+    return [1.0, scale]
+
+
+@method(LinearMethod, models=(2, 2))
+def subtract(*, scale: float = 1.0) -> list[float]:
+    """θ = s (θ₁ − θ₂)
+
+    ComfyUI's ModelMergeSubtract with multiplier s, and sd-mecha's subtract.
+    """
+    return [scale, -scale]
+
+
+@method(LinearMethod, models=(2, 2))
+def sigmoid(*, alpha: float) -> list[float]:
+    """θ = σ(4α) (θ₁ + θ₂) − σ(α) θ₁,   σ(x) = 1 / (1 + e⁻ˣ)
+
+    Chattiori's sigmoid mode (SIG). Its coefficients add up to 1 near α = 1/3 and for large α only.
+    """
+    both = logistic(4.0 * alpha)
+    return [net(both, -logistic(alpha)), both]
+
+
+def logistic(x: float) -> float:
+    """1 / (1 + e⁻ˣ), for every finite x."""
+    small = math.exp(-abs(x))
+    return 1.0 / (1.0 + small) if x >= 0 else small / (1.0 + small)
 
 
 def normalized(weight: PerModel) -> list[float]:

@@ -7,6 +7,7 @@ line the formula. The decorator says how it streams:
     linear   parameters -> one coefficient per input                     one pass
     gram     inner products, parameters -> one coefficient per input     a pass for the products, then one
     block    a block of each input, parameters, statistics -> block      passes for the statistics, then one
+    whole    whole tensors in their shape, parameters -> tensor          one pass, and memory for whole tensors
 
 Inputs are the base, if the method has one, and then the models in the recipe's order.
 """
@@ -14,6 +15,7 @@ Inputs are the base, if the method has one, and then the models in the recipe's 
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -21,17 +23,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 from streammerge.errors import MethodError, RecipeError
+from streammerge.methods.contract import GIVEN, Parameter, ParameterValue, parameters_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from streammerge.methods.place import Place, Target
+    from streammerge.methods.slices import Slices
     from streammerge.methods.statistics import Gram
 
-PerModel = Sequence[float]
-"""One value per model, in the recipe's order, the base left out."""
-
-ParameterValue = float | bool | tuple[float, ...]
-BaseUse = Literal["required", "optional", "none"]
+BaseUse = Literal["required", "optional", "first", "none"]
+"""Whether a method has a base beside its models; `first`: a base may be given, and is the first of the models."""
 
 Result = TypeVar("Result", covariant=True)
 
@@ -58,27 +60,13 @@ class Pass(Protocol[Result]):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Parameter:
-    """A method's parameter: one number or flag for the merge, or one number per model."""
-
-    name: str
-    per_model: bool
-    flag: bool
-    default: float | bool | None
-
-    @property
-    def required(self) -> bool:
-        """Whether the recipe must set it."""
-        return self.default is None
-
-
 @dataclass(frozen=True)
 class Method:
     """A merge method: its name, its parameters, and how many inputs it takes.
 
     `accepted` are parameters that mergekit knows for a method and that change nothing in the result; recipes that set
-    them run unchanged.
+    them run unchanged. `check(parameters, inputs)` raises a MethodError for parameters that don't go together, or not
+    with so many inputs.
     """
 
     name: str
@@ -87,10 +75,11 @@ class Method:
     models: tuple[int, int | None]
     doc: str
     accepted: tuple[str, ...] = ()
+    check: Callable[[Mapping[str, ParameterValue], int], None] | None = None
 
     @property
     def kind(self) -> str:
-        """How the method streams: linear, gram or block."""
+        """How the method streams: linear, gram, block or whole."""
         raise NotImplementedError
 
     @property
@@ -112,8 +101,8 @@ class Method:
         )
 
     def check_count(self, models: int, *, has_base: bool) -> None:
-        """RecipeError unless the method can take this many models; an optional base counts as one of them."""
-        count = models + (has_base and self.base == "optional")
+        """RecipeError unless the method can take this many models; the base counts where it is the first of them."""
+        count = models + (has_base and self.base == "first")
         least, most = self.models
         if count < least or (most is not None and count > most):
             wanted = str(least) if least == most else f"at least {least}" if most is None else f"{least} to {most}"
@@ -143,9 +132,14 @@ class LinearMethod(Method):
 
 @dataclass(frozen=True)
 class GramMethod(Method):
-    """The output is a linear combination whose coefficients follow from the inputs' inner products."""
+    """The output is a linear combination whose coefficients follow from the inputs' inner products.
+
+    `slices(parameters)` says whether they are those of the whole tensor (None), or those of each row, filter or column:
+    then every slice of the output is a combination of its own.
+    """
 
     function: Coefficients = lambda: ()
+    slices: Callable[[Mapping[str, ParameterValue]], Slices | None] | None = None
 
     @property
     def kind(self) -> str:
@@ -153,38 +147,87 @@ class GramMethod(Method):
         return "gram"
 
     def coefficients(self, gram: Gram, parameters: Mapping[str, ParameterValue]) -> Sequence[float]:
-        """One finite coefficient per input."""
-        return finite(self, self.function(gram, **keywords(parameters)))
+        """One finite coefficient per input.
+
+        Inputs with infinite values or NaNs count as tensors without direction: methods combine such linearly, with no
+        coefficient 0 that would hide them.
+        """
+        return finite(self, self.function(gram.defined(), **keywords(parameters)))
 
 
 @dataclass(frozen=True)
 class BlockMethod(Method):
     """The output's block is a function of the inputs' blocks, and of statistics if the method wants them.
 
-    `statistics(elements, parameters)` is the first pass over a tensor of that many elements, or at once the result
-    where the parameters need no pass. `passes` is how many
-    there are at most, `temporaries` how many blocks the function holds at once beside its inputs: the plan counts both.
+    The function may ask for the keywords `place`, where the block lies, and `statistics`. `statistics(target,
+    parameters)` is the first pass over a tensor, or at once the result where the parameters need no pass. `passes` is
+    how many there are at most, `temporaries` how many blocks the function holds at once beside its inputs: the plan
+    counts both.
+
+    With `rows` the blocks are whole rows: matrices of as many rows of each input as make a block, or one longer row.
+    `held(target, parameters)` is what the statistics take in bytes, where that depends on the tensor's size.
+    `scope` is "model" where they are taken of the whole model: of all its tensors for which the parameters named in
+    `statistics_of` are the same, as if they were one; or it names a parameter that is "model" or "tensor".
     """
 
     function: Callable[..., Tensor] = lambda: None  # type: ignore[assignment,return-value]
-    statistics: Callable[[int, Mapping[str, ParameterValue]], Any] | None = None
+    statistics: Callable[[Target, Mapping[str, ParameterValue]], Any] | None = None
     passes: int = 0
     temporaries: int = 14
+    rows: Slices | None = None
+    held: Callable[[Target, Mapping[str, ParameterValue]], int] | None = None
+    scope: str = "tensor"
+    statistics_of: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
         """Streams in one pass, and those of its statistics."""
         return "block"
 
+    def is_of_model(self, parameters: Mapping[str, ParameterValue]) -> bool:
+        """Whether the statistics are taken of the whole model."""
+        return parameters.get(self.scope, self.scope) == "model"
+
+    @functools.cached_property
+    def wanted(self) -> frozenset[str]:
+        """What the function asks for beside its parameters."""
+        return keywords_wanted(self.function)
+
     def compute(
         self,
-        block: int,
+        place: Place,
         inputs: Sequence[Tensor],
         parameters: Mapping[str, ParameterValue],
         statistics: Any,  # noqa: ANN401  (whatever the method's last pass gave)
     ) -> Tensor:
-        """The output's block of this index."""
-        given = {} if self.statistics is None else {"block": block, "statistics": statistics}
+        """The output's block at this place."""
+        given = {"place": place, "statistics": statistics}
+        return self.function(*inputs, **keywords(parameters), **{name: given[name] for name in self.wanted})
+
+
+@dataclass(frozen=True)
+class WholeMethod(Method):
+    """The output is a function of the whole inputs in their shape, on the CPU, in float32 or better.
+
+    `temporaries` is how many tensors of the output's size the function holds at once beside its inputs.
+    """
+
+    function: Callable[..., Tensor] = lambda: None  # type: ignore[assignment,return-value]
+    temporaries: int = 6
+
+    @property
+    def kind(self) -> str:
+        """Holds whole tensors."""
+        return "whole"
+
+    @functools.cached_property
+    def wanted(self) -> frozenset[str]:
+        """What the function asks for beside its parameters."""
+        return keywords_wanted(self.function)
+
+    def compute(self, place: Place, inputs: Sequence[Tensor], parameters: Mapping[str, ParameterValue]) -> Tensor:
+        """The output."""
+        given = {"place": place} if "place" in self.wanted else {}
         return self.function(*inputs, **keywords(parameters), **given)
 
 
@@ -218,7 +261,7 @@ class method(Generic[M]):  # noqa: N801  (it is used as a decorator)
         if name in METHODS:
             raise ValueError(f"two merge methods are called {name!r}")
         fields = {
-            "parameters": _parameters_of(function),
+            "parameters": parameters_of(function),
             "doc": inspect.cleandoc(function.__doc__ or ""),
             **self.fields,
         }
@@ -226,26 +269,9 @@ class method(Generic[M]):  # noqa: N801  (it is used as a decorator)
         return made
 
 
-def _parameters_of(function: Callable[..., Any]) -> tuple[Parameter, ...]:
-    options = (
-        option
-        for option in inspect.signature(function).parameters.values()
-        if option.kind is option.KEYWORD_ONLY and option.name not in ("block", "statistics")
-    )
-    return tuple(
-        Parameter(
-            name=option.name.rstrip("_"),
-            per_model=option.annotation in ("PerModel", PerModel),
-            flag=option.annotation in ("bool", bool),
-            default=_default_of(option),
-        )
-        for option in options
-    )
-
-
-def _default_of(option: inspect.Parameter) -> float | bool | None:
-    default: float | bool | tuple[float] | None = None if option.default is option.empty else option.default
-    return default[0] if isinstance(default, tuple) else default
+def keywords_wanted(function: Callable[..., Any]) -> frozenset[str]:
+    """Which of `place` and `statistics` the function asks for."""
+    return frozenset(inspect.signature(function).parameters) & frozenset(GIVEN)
 
 
 def keywords(parameters: Mapping[str, ParameterValue]) -> dict[str, ParameterValue]:

@@ -3,42 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from streammerge.methods.registry import BlockMethod, ParameterValue, PerModel, method
+from streammerge.methods.contract import ParameterValue, PerModel, Share
+from streammerge.methods.registry import BlockMethod, method
 from streammerge.methods.trimming import Trim, search_k_largest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from streammerge.methods.place import Place, Target
 
-def trim_to_density(elements: int, parameters: Mapping[str, ParameterValue]) -> Any:  # noqa: ANN401
+
+def trim_to_density(target: Target, parameters: Mapping[str, ParameterValue]) -> Any:  # noqa: ANN401
     """Find the `density` largest elements of every task vector."""
     density = parameters["density"]
     assert isinstance(density, tuple)
-    return search_k_largest(elements, density, rescale=bool(parameters["rescale"]))
+    return search_k_largest(target.elements, density, rescale=bool(parameters["rescale"]))
 
 
-@method(BlockMethod, base="required", accepted=("int8_mask",), statistics=trim_to_density, passes=3)
+@method(
+    BlockMethod,
+    base="required",
+    accepted=("int8_mask",),
+    statistics=trim_to_density,
+    passes=3,
+    scope="scope",
+    statistics_of=("density", "rescale"),
+)
 def ties(
     base: Tensor,
     *models: Tensor,
     weight: PerModel = (1.0,),
-    density: PerModel = (1.0,),
+    density: Sequence[Share] = (1.0,),
     normalize: bool = True,
     lambda_: float = 1.0,
     rescale: bool = False,
-    block: int,
+    scope: Literal["tensor", "model"] = "tensor",
+    place: Place,
     statistics: Sequence[Trim],
 ) -> Tensor:
     """θ = θ₀ + λ Σᵢ mᵢ wᵢ trim(θᵢ − θ₀), divided by Σᵢ mᵢ wᵢ if `normalize`; mᵢ: agrees with the elected sign.
 
-    TIES-Merging, Yadav et al. 2023, arXiv:2306.01708, per tensor as in mergekit. trim keeps the `density` largest
-    elements (of equal ones the first), the sign of the weighted sum is elected, + where it is zero. `rescale` scales
-    what was kept to the L1 norm of the whole task vector.
+    TIES-Merging, Yadav et al. 2023, arXiv:2306.01708. trim keeps the `density` largest elements (of equal ones the
+    first) of each tensor as in mergekit, or with `scope: model` of the whole model as in the paper; the sign of the
+    weighted sum is elected, + where it is zero. `rescale` scales what was kept to the L1 norm of the whole task vector.
     """
     total, weights = elect_and_sum(
-        [trim.apply(model - base, block).mul_(w) for model, trim, w in zip(models, statistics, weight, strict=True)],
+        [
+            trim.apply(model - base, place.counted).mul_(w)
+            for model, trim, w in zip(models, statistics, weight, strict=True)
+        ],
         weight,
     )
     if normalize:

@@ -1,0 +1,267 @@
+"""Methods that let task vectors decide element by element: who is alone, who agrees, who is the largest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+from streammerge.errors import MethodError
+from streammerge.methods.contract import Between, ParameterValue, Share
+from streammerge.methods.place import Place, Target
+from streammerge.methods.ranking import Cut, Ranking
+from streammerge.methods.registry import BlockMethod, method
+from streammerge.methods.sums import SumPass, task_vectors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Parameters = Mapping[str, ParameterValue]
+Positive = Annotated[float, Between(0)]
+Count = Annotated[int, Between(0)]
+
+
+def summed(tensors: Sequence[Tensor]) -> Tensor:
+    """Σᵢ of one tensor at the least, as a new one."""
+    total = tensors[0].clone()
+    for tensor in tensors[1:]:
+        total += tensor
+    return total
+
+
+def check_task(parameters: Parameters, inputs: int) -> None:
+    """MethodError for the number of a model that is not there."""
+    task = parameters["task"]
+    if isinstance(task, int) and task >= inputs:
+        raise MethodError(
+            f"task {task} is the number of no model: there are {inputs - 1} beside the base",
+            advice=f"Choose one from 1 to {inputs - 1}.",
+        )
+
+
+# SCE
+
+
+def variance(block: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The population variance of each element over the models, in float64 so that nearly equal models don't cancel."""
+    deltas = [delta.double() for delta in task_vectors(block, inputs)]
+    mean = summed(deltas).div_(len(deltas))
+    return [summed([(delta - mean).square_() for delta in deltas]).div_(len(deltas))]
+
+
+def sce_statistics(target: Target, parameters: Parameters) -> Any:  # noqa: ANN401
+    """The cut of the elements that vary most, and what each model counts."""
+    topk = float(parameters["select_topk"])  # type: ignore[arg-type]
+
+    def weigh(cut: Cut) -> SumPass:
+        def squares(block: int, inputs: Sequence[Tensor]) -> list[float]:
+            mask = selected(cut, block, inputs)
+            deltas = [(delta * mask).double().reshape(-1) for delta in task_vectors(block, inputs)]
+            return [float(delta.dot(delta)) for delta in deltas]
+
+        def shares(sums: Sequence[float]) -> tuple[Cut, list[float]]:
+            total = sum(sums)
+            return cut, [share / total if total else 1.0 / len(sums) for share in sums]
+
+        return SumPass(target.inputs - 1, squares, shares)
+
+    def ranks(nonzero: Sequence[int]) -> list[list[int]]:
+        return [[max(int(topk * count), 1) if topk and count else 0] for count in nonzero]
+
+    if topk >= 1:
+        return weigh(Ranking(target.elements, [[target.elements]]).begin(1)[0][0])
+    return Ranking(target.elements, ranks, variance, then=lambda cuts: weigh(cuts[0][0])).begin(1)
+
+
+def selected(cut: Cut, block: int, inputs: Sequence[Tensor]) -> Tensor:
+    """Which elements are among those that vary most."""
+    return cut.mask(variance(block, inputs)[0], block)
+
+
+@method(BlockMethod, base="required", accepted=("int8_mask",), statistics=sce_statistics, passes=4, temporaries=24)
+def sce(
+    base: Tensor, *models: Tensor, select_topk: Share = 1.0, place: Place, statistics: tuple[Cut, Sequence[float]]
+) -> Tensor:
+    """θ = θ₀ + Σᵢ aᵢ mᵢ s (θᵢ − θ₀) / Σᵢ aᵢ mᵢ,   aᵢ ∝ ‖s (θᵢ − θ₀)‖²; s selects, mᵢ: agrees with the elected sign
+
+    SCE, Wan et al. 2024, arXiv:2408.07990. s selects the share `select_topk` (of the elements that differ at all) with
+    the greatest variance over the models, one at the least. The elected sign is that of Σᵢ (θᵢ − θ₀), + where it is
+    zero. Models count by their energy however small it is; mergekit lets all count the same where the mean squares sum
+    to less than 1e-6, which is the rule for fine-tunes.
+    """
+    cut, shares = statistics
+    inputs = (base, *models)
+    mask = selected(cut, place.counted, inputs)
+    deltas = [delta * mask for delta in task_vectors(place.block, inputs)]
+    elected = summed(deltas) >= 0
+    total, weights = base.new_zeros(base.shape), base.new_zeros(base.shape)
+    for delta, share in zip(deltas, shares, strict=True):
+        agrees = ((delta > 0) & elected) | ((delta < 0) & ~elected)
+        total.add_(delta * agrees, alpha=share)
+        weights.add_(agrees, alpha=share)
+    return total.div_(weights.masked_fill_(weights == 0, 1.0)).add_(base)
+
+
+# RAM
+
+
+@method(BlockMethod, base="required")
+def ram(base: Tensor, *models: Tensor, epsilon: Positive = 1e-5) -> Tensor:
+    """θ = θ₀ + Σᵢ nᵢ (θᵢ − θ₀) / max(Σᵢ nᵢ, 1),   nᵢ = [|θᵢ − θ₀| > ε]
+
+    RAM, Yuan et al. 2026, arXiv:2601.13572: what only one model has changed is taken as it is, what several have
+    changed is averaged.
+    """
+    total, count = base.new_zeros(base.shape), base.new_zeros(base.shape)
+    for delta in task_vectors(0, (base, *models)):
+        changed = delta.abs() > epsilon
+        total += delta * changed
+        count += changed
+    return total.div_(count.clamp_(min=1.0)).add_(base)
+
+
+def changes(inputs: Sequence[Tensor], epsilon: float) -> tuple[list[Tensor], Tensor]:
+    """Which elements each model has changed, and how many models have changed each."""
+    changed = [delta.abs() > epsilon for delta in task_vectors(0, inputs)]
+    return changed, summed([mask.to(inputs[0].dtype) for mask in changed])
+
+
+def ram_boosts(target: Target, parameters: Parameters) -> SumPass:
+    """A pass for how much each model's own changes are amplified: by the ratio of shared to own changes."""
+    epsilon, r, alpha = (float(parameters[name]) for name in ("epsilon", "r", "alpha"))  # type: ignore[arg-type]
+
+    def counts(block: int, inputs: Sequence[Tensor]) -> list[float]:
+        changed, count = changes(inputs, epsilon)
+        return [float((mask & which).sum()) for mask in changed for which in (count > 1, count == 1)]
+
+    def boosts(found: Sequence[float]) -> list[float]:
+        ratios = [
+            shared / max(own, epsilon) if shared else 0.0 for shared, own in zip(found[::2], found[1::2], strict=True)
+        ]
+        return [1.0 + r * min(ratio, alpha) for ratio in ratios]
+
+    return SumPass(2 * (target.inputs - 1), counts, boosts)
+
+
+@method(BlockMethod, base="required", statistics=ram_boosts, passes=1)
+def ramplus_tl(
+    base: Tensor,
+    *models: Tensor,
+    r: float = 0.1,
+    alpha: Positive = 0.2,
+    epsilon: Annotated[float, Between(0, exclusive=True)] = 1e-5,
+    statistics: Sequence[float],
+) -> Tensor:
+    """θ = θ₀ + Σᵢ nᵢ (θᵢ − θ₀) / Σᵢ nᵢ where several models changed θ₀, (1 + r min(ρᵢ, α)) (θᵢ − θ₀) where one did
+
+    RAM+, Yuan et al. 2026, arXiv:2601.13572: `ram`, with the changes that only one model made amplified by ρᵢ, the
+    number of its changes that others share relative to those that they don't.
+    """
+    changed, count = changes((base, *models), epsilon)
+    shared, own = base.new_zeros(base.shape), base.new_zeros(base.shape)
+    for model, mask, boost in zip(models, changed, statistics, strict=True):
+        delta = (model - base) * mask
+        shared += delta
+        own.add_(delta, alpha=boost)
+    return shared.div_(count.clamp(min=1.0)).where(count > 1, own).add_(base)
+
+
+# the largest
+
+
+@method(BlockMethod, base="required")
+def magmax(base: Tensor, *models: Tensor, lambda_: float = 0.5) -> Tensor:
+    """θ = θ₀ + λ (θⱼ − θ₀),   j = argmaxᵢ |θᵢ − θ₀|
+
+    MagMax, Marczak et al. 2024, arXiv:2407.06322. Of equally large changes the last model's is taken.
+    """
+    largest, *others = task_vectors(0, (base, *models))
+    for delta in others:
+        largest = delta.where(delta.abs() >= largest.abs(), largest)
+    return largest.mul(lambda_).add_(base)
+
+
+def unified(deltas: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """EMR's unified task vector, and for each model which elements have its sign."""
+    upwards = summed(deltas) > 0
+    agree = [((delta > 0) & upwards) | ((delta < 0) & ~upwards) for delta in deltas]
+    largest = (deltas[0] * agree[0]).abs()
+    for delta, mask in zip(deltas[1:], agree[1:], strict=True):
+        largest = largest.maximum((delta * mask).abs())
+    return largest.where(upwards, -largest), agree
+
+
+def emr_scales(target: Target, parameters: Parameters) -> Any:  # noqa: ANN401
+    """Over the whole model: Σ|τᵢ| / Σ|mᵢ τ| for every model, if one of them is wanted."""
+    if not parameters["task"]:
+        return None
+
+    def sums(block: int, inputs: Sequence[Tensor]) -> list[float]:
+        deltas = task_vectors(block, inputs)
+        union, agree = unified(deltas)
+        vectors = [part for delta, mask in zip(deltas, agree, strict=True) for part in (delta, union * mask)]
+        return [float(vector.double().abs().sum()) for vector in vectors]
+
+    def scales(found: Sequence[float]) -> list[float]:
+        return [own / left if left else 1.0 for own, left in zip(found[::2], found[1::2], strict=True)]
+
+    return SumPass(2 * (target.inputs - 1), sums, scales)
+
+
+@method(
+    BlockMethod,
+    base="required",
+    statistics=emr_scales,
+    passes=1,
+    scope="model",
+    statistics_of=("task",),
+    check=check_task,
+    temporaries=20,
+)
+def emr(base: Tensor, *models: Tensor, task: Count = 0, statistics: Sequence[float] | None) -> Tensor:
+    """θ = θ₀ + τ, or for a task θ = θ₀ + sₜ mₜ τ;   τ: of those with the sign of Σᵢ τᵢ the largest, τᵢ = θᵢ − θ₀
+
+    EMR-Merging, Huang et al. 2024, arXiv:2405.17461. With `task: t` the t-th model is rebuilt from the unified task
+    vector τ by its mask mₜ = [τₜ τ > 0] and its scale sₜ = Σ|τₜ| / Σ|mₜ τ|, sums over the whole model.
+    """
+    union, agree = unified(task_vectors(0, (base, *models)))
+    if task and statistics is not None:
+        union = union.mul_(agree[task - 1]).mul_(statistics[task - 1])
+    return union.add_(base)
+
+
+# TALL masks
+
+
+def tall_masks(deltas: Sequence[Tensor], threshold: float) -> tuple[Tensor, list[Tensor]]:
+    """The sum of the task vectors, and for each model which elements of it are its own work."""
+    total = summed(deltas)
+    return total, [delta.abs() > (total - delta).abs().mul_(threshold) for delta in deltas]
+
+
+@method(BlockMethod, base="required", check=check_task)
+def tall_mask(
+    base: Tensor,
+    *models: Tensor,
+    task: Annotated[int, Between(1)] = 1,
+    threshold: Positive = 0.6,
+    lambda_: float = 1.0,
+) -> Tensor:
+    """θ = θ₀ + λ mₜ τ,   mₜ = [|τₜ| > threshold · |τ − τₜ|],   τ = Σᵢ τᵢ,   τᵢ = θᵢ − θ₀
+
+    TALL-masks, Wang et al. 2024, arXiv:2405.07813: the t-th model (`task`), rebuilt from the sum of all by its mask.
+    """
+    total, masks = tall_masks(task_vectors(0, (base, *models)), threshold)
+    return total.mul_(masks[task - 1]).mul_(lambda_).add_(base)
+
+
+@method(BlockMethod, base="required")
+def consensus_ta(
+    base: Tensor, *models: Tensor, k: Count = 2, threshold: Positive = 0.6, lambda_: float = 1.0
+) -> Tensor:
+    """θ = θ₀ + λ [Σᵢ mᵢ ≥ k] τ,   mᵢ = [|τᵢ| > threshold · |τ − τᵢ|],   τ = Σᵢ τᵢ,   τᵢ = θᵢ − θ₀
+
+    Consensus task arithmetic, Wang et al. 2024, arXiv:2405.07813: elements that fewer than k models claim are dropped.
+    """
+    total, masks = tall_masks(task_vectors(0, (base, *models)), threshold)
+    claims = summed([mask.to(base.dtype) for mask in masks])
+    return total.mul_(claims >= k).mul_(lambda_).add_(base)

@@ -1,0 +1,346 @@
+"""Methods that drop elements of task vectors, at random or by their size, and make up for what is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from streammerge.errors import MethodError
+from streammerge.methods.contract import ParameterValue, PerModel, Share
+from streammerge.methods.place import Place, Target
+from streammerge.methods.ranking import Cut, Ranking
+from streammerge.methods.registry import BlockMethod, method, net
+from streammerge.methods.sparse import elect_and_sum
+from streammerge.methods.sums import SumPass, task_vectors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Parameters = Mapping[str, ParameterValue]
+Factors = Sequence[float]
+"""What each model's task vector is scaled by to make up for what was dropped."""
+
+GTA: Any = {"base": "required", "accepted": ("int8_mask",)}
+"""What methods that sum task vectors have in common (generalised task arithmetic, in mergekit's words)."""
+
+
+def add_deltas(
+    base: Tensor, deltas: Sequence[Tensor], weight: Sequence[float], *, normalize: bool, scale: float, elect: bool
+) -> Tensor:
+    """θ₀ + λ Σᵢ mᵢ wᵢ dᵢ, divided by Σᵢ mᵢ wᵢ if `normalize`. Where signs are elected, mᵢ says which elements agree."""
+    weighted = [delta * share for delta, share in zip(deltas, weight, strict=True)]
+    if elect:
+        total, weights = elect_and_sum(weighted, weight)
+        if normalize:
+            total /= weights.masked_fill_(weights == 0, 1.0)
+    else:
+        total = sum(weighted[1:], start=weighted[0])
+        if normalize:
+            total = total / (net(*weight) or 1.0)
+    return total.mul_(scale).add_(base)
+
+
+def l1_pass(
+    target: Target, kept: Callable[[Tensor, int, Place], Tensor], then: Callable[[Factors], Any] = tuple
+) -> SumPass:
+    """A pass for ‖d‖₁ / ‖kept d‖₁ of each task vector, 1 where nothing is kept; `then` makes these the statistics."""
+
+    def sums(block: int, inputs: Sequence[Tensor]) -> list[float]:
+        place = target.place(block)
+        deltas = task_vectors(block, inputs)
+        vectors = [part for i, delta in enumerate(deltas) for part in (delta, kept(delta, i, place))]
+        return [float(vector.double().abs().sum()) for vector in vectors]
+
+    def factors(found: Sequence[float]) -> Any:  # noqa: ANN401
+        return then([whole / left if left > 0 else 1.0 for whole, left in zip(found[::2], found[1::2], strict=True)])
+
+    return SumPass(2 * (target.inputs - 1), sums, factors)
+
+
+# DARE: at random
+
+
+def drop_at_random(delta: Tensor, model: int, place: Place, density: float) -> Tensor:
+    """The task vector of which each element is kept with the probability `density`."""
+    return delta if density >= 1 else delta * (place.uniform(model, delta) < density)
+
+
+def dare_factors(target: Target, parameters: Parameters) -> Any:  # noqa: ANN401
+    """What makes up for the dropped elements: 1/density at once, or the L1 norms' ratio after a pass."""
+    density: Any = parameters["density"]
+    if not parameters["rescale"]:
+        return [1.0] * len(density)
+    if parameters["rescale_by"] == "density" or all(share >= 1 for share in density):
+        return [1.0 / share if share else 1.0 for share in density]
+    return l1_pass(target, lambda delta, model, place: drop_at_random(delta, model, place, density[model]))
+
+
+def dropped_at_random(
+    base: Tensor, models: Sequence[Tensor], density: Sequence[float], place: Place, factors: Factors
+) -> list[Tensor]:
+    """The task vectors after DARE."""
+    return [
+        drop_at_random(model - base, i, place, density[i]) * factor
+        for i, (model, factor) in enumerate(zip(models, factors, strict=True))
+    ]
+
+
+@method(BlockMethod, **GTA, statistics=dare_factors, passes=1)
+def dare_linear(
+    base: Tensor,
+    *models: Tensor,
+    weight: PerModel = (1.0,),
+    density: Sequence[Share] = (1.0,),
+    normalize: bool = False,
+    lambda_: float = 1.0,
+    rescale: bool = True,
+    rescale_by: Literal["density", "l1"] = "density",
+    place: Place,
+    statistics: Factors,
+) -> Tensor:
+    """θ = θ₀ + λ Σᵢ wᵢ drop(θᵢ − θ₀) / density, divided by Σᵢ wᵢ if `normalize`; drop keeps elements at random
+
+    DARE, Yu et al. 2023, arXiv:2311.03099. Each element is kept with the probability `density`, from the seed. What is
+    kept is divided by the density as in the paper; mergekit scales it to the L1 norm of the whole task vector instead,
+    which `rescale_by: l1` does.
+    """
+    deltas = dropped_at_random(base, models, density, place, statistics)
+    return add_deltas(base, deltas, weight, normalize=normalize, scale=lambda_, elect=False)
+
+
+@method(BlockMethod, **GTA, statistics=dare_factors, passes=1)
+def dare_ties(
+    base: Tensor,
+    *models: Tensor,
+    weight: PerModel = (1.0,),
+    density: Sequence[Share] = (1.0,),
+    normalize: bool = False,
+    lambda_: float = 1.0,
+    rescale: bool = True,
+    rescale_by: Literal["density", "l1"] = "density",
+    place: Place,
+    statistics: Factors,
+) -> Tensor:
+    """θ = θ₀ + λ Σᵢ mᵢ wᵢ drop(θᵢ − θ₀) / density, divided by Σᵢ mᵢ wᵢ if `normalize`; mᵢ: agrees with the elected sign
+
+    DARE (arXiv:2311.03099) as in `dare_linear`, with TIES' election of signs (arXiv:2306.01708).
+    """
+    deltas = dropped_at_random(base, models, density, place, statistics)
+    return add_deltas(base, deltas, weight, normalize=normalize, scale=lambda_, elect=True)
+
+
+# Breadcrumbs: the smallest and the largest
+
+Band = Sequence[Cut]
+"""The outliers of a task vector, and these together with what is kept."""
+
+
+def in_band(delta: Tensor, band: Band, block: int) -> Tensor:
+    """The task vector without its outliers and without what is too small."""
+    outliers, both = band
+    return delta * (both.mask(delta, block) & ~outliers.mask(delta, block))
+
+
+def breadcrumbs_cuts(target: Target, parameters: Parameters) -> Any:  # noqa: ANN401
+    """Find the cuts of each task vector, and if it is to be rescaled the ratio of its L1 norms."""
+    density: Any = parameters["density"]
+    gamma: Any = parameters["gamma"]
+    elements = target.elements
+    ranks = [band_ranks(elements, share, outliers) for share, outliers in zip(density, gamma, strict=True)]
+
+    def with_factors(bands: Sequence[Band]) -> Any:  # noqa: ANN401
+        def kept(delta: Tensor, model: int, place: Place) -> Tensor:
+            return in_band(delta, bands[model], place.counted)
+
+        if not parameters["rescale"]:
+            return list(zip(bands, [1.0] * len(bands), strict=True))
+        return l1_pass(target, kept, lambda factors: list(zip(bands, factors, strict=True)))
+
+    return Ranking(elements, ranks, then=with_factors).begin(len(ranks))
+
+
+def band_ranks(elements: int, density: float, gamma: float) -> tuple[int, int]:
+    """How many of the largest elements are outliers, and how many are not among the smallest."""
+    kept = min(max(int(density * elements), 1), elements) if density > 0 else 0
+    outliers = min(int(gamma * elements), elements - kept)
+    return outliers, outliers + kept
+
+
+@method(BlockMethod, **GTA, statistics=breadcrumbs_cuts, passes=4, temporaries=20)
+def breadcrumbs(
+    base: Tensor,
+    *models: Tensor,
+    weight: PerModel = (1.0,),
+    density: Sequence[Share] = (1.0,),
+    gamma: Sequence[Share] = (0.01,),
+    normalize: bool = False,
+    lambda_: float = 1.0,
+    rescale: bool = False,
+    place: Place,
+    statistics: Sequence[tuple[Band, float]],
+) -> Tensor:
+    """θ = θ₀ + λ Σᵢ wᵢ band(θᵢ − θ₀), divided by Σᵢ wᵢ if `normalize`; band drops the largest and smallest elements
+
+    Model Breadcrumbs, Davari and Belilovsky 2023, arXiv:2312.06795. Of each tensor the share `gamma` of the largest
+    elements is dropped, and the share `density` of what follows is kept; of equal ones the first count as larger. Where
+    gamma comes to less than one element none is dropped (mergekit drops the whole tensor then), and as in `ties` one
+    element at the least is kept.
+    """
+    deltas = [
+        in_band(model - base, band, place.counted) * factor
+        for model, (band, factor) in zip(models, statistics, strict=True)
+    ]
+    return add_deltas(base, deltas, weight, normalize=normalize, scale=lambda_, elect=False)
+
+
+@method(BlockMethod, **GTA, statistics=breadcrumbs_cuts, passes=4, temporaries=20)
+def breadcrumbs_ties(
+    base: Tensor,
+    *models: Tensor,
+    weight: PerModel = (1.0,),
+    density: Sequence[Share] = (1.0,),
+    gamma: Sequence[Share] = (0.01,),
+    normalize: bool = False,
+    lambda_: float = 1.0,
+    rescale: bool = False,
+    place: Place,
+    statistics: Sequence[tuple[Band, float]],
+) -> Tensor:
+    """θ = θ₀ + λ Σᵢ mᵢ wᵢ band(θᵢ − θ₀), divided by Σᵢ mᵢ wᵢ if `normalize`; mᵢ: agrees with the elected sign
+
+    Model Breadcrumbs (arXiv:2312.06795) as in `breadcrumbs`, with TIES' election of signs (arXiv:2306.01708).
+    """
+    deltas = [
+        in_band(model - base, band, place.counted) * factor
+        for model, (band, factor) in zip(models, statistics, strict=True)
+    ]
+    return add_deltas(base, deltas, weight, normalize=normalize, scale=lambda_, elect=True)
+
+
+# DELLA: at random, the smaller the likelier
+
+
+def keep_probability(delta: Tensor, density: float, epsilon: float) -> Tensor:
+    """From density − ε for the smallest element of a row to density + ε for its largest, by rank."""
+    import torch
+
+    width = delta.shape[1]
+    order = delta.abs().argsort(dim=1, stable=True)
+    step = 2 * epsilon / (width - 1) if width > 1 else 0.0
+    by_rank = torch.arange(width, dtype=torch.float64, device=delta.device).mul_(step)
+    by_rank += density - epsilon if width > 1 else density
+    return by_rank.new_empty(delta.shape).scatter_(1, order, by_rank.expand(delta.shape))
+
+
+def drop_smaller(delta: Tensor, model: int, place: Place, density: float, epsilon: float) -> tuple[Tensor, Tensor]:
+    """What is kept of the rows of a task vector, and the probabilities with which that was decided."""
+    import torch
+
+    if density >= 1 or density <= 0:
+        return delta * density, torch.ones_like(delta)
+    probability = keep_probability(delta, density, epsilon)
+    return delta * (place.uniform(model, delta) < probability), probability.to(delta.dtype)
+
+
+def check_epsilon(parameters: Parameters, inputs: int) -> None:
+    """MethodError where density ± epsilon is no probability."""
+    density: Any = parameters["density"]
+    epsilon: Any = parameters["epsilon"]
+    for share, spread in zip(density, epsilon, strict=True):
+        if 0 < share < 1 and not 0 < share - spread <= share + spread < 1:
+            raise MethodError(
+                f"density {share:g} and epsilon {spread:g}: density − epsilon and density + epsilon must lie between "
+                "0 and 1",
+                advice="Choose a smaller epsilon.",
+            )
+
+
+def della_factors(target: Target, parameters: Parameters) -> Any:  # noqa: ANN401
+    """The ratio of the L1 norms after a pass, if that is what makes up for the dropped elements."""
+    density: Any = parameters["density"]
+    epsilon: Any = parameters["epsilon"]
+    if not parameters["rescale"] or parameters["rescale_by"] != "l1":
+        return [1.0] * len(density)
+
+    def kept(delta: Tensor, model: int, place: Place) -> Tensor:
+        return drop_smaller(delta, model, place, density[model], epsilon[model])[0]
+
+    return l1_pass(target, kept)
+
+
+def della_deltas(
+    base: Tensor,
+    models: Sequence[Tensor],
+    place: Place,
+    chances: Sequence[tuple[float, float]],
+    factors: Factors,
+    *,
+    by_probability: bool,
+) -> list[Tensor]:
+    """The task vectors after DELLA's drop; `chances` are every model's density and epsilon."""
+    deltas = []
+    for i, (model, (density, epsilon), factor) in enumerate(zip(models, chances, factors, strict=True)):
+        kept, probability = drop_smaller(model - base, i, place, density, epsilon)
+        deltas.append(kept / probability if by_probability else kept * factor)
+    return deltas
+
+
+DELLA: Any = {
+    **GTA,
+    "statistics": della_factors,
+    "passes": 1,
+    "temporaries": 26,
+    "rows": "rows",
+    "check": check_epsilon,
+}
+
+
+@method(BlockMethod, **DELLA)
+def della(
+    base: Tensor,
+    *models: Tensor,
+    weight: PerModel = (1.0,),
+    density: Sequence[Share] = (1.0,),
+    epsilon: Sequence[Share] = (0.15,),
+    normalize: bool = True,
+    lambda_: float = 1.0,
+    rescale: bool = True,
+    rescale_by: Literal["l1", "probability"] = "l1",
+    place: Place,
+    statistics: Factors,
+) -> Tensor:
+    """θ = θ₀ + λ Σᵢ mᵢ wᵢ drop(θᵢ − θ₀), divided by Σᵢ mᵢ wᵢ if `normalize`; drop likes the smaller elements of a row
+
+    DELLA-Merging, Deep et al. 2024, arXiv:2406.11617. An element is kept with a probability from density − ε to
+    density + ε, by its rank in its row; of convolutions a row is a filter, and vectors are one row. What is kept is
+    scaled to the L1 norm of the whole task vector as in mergekit, or divided by its probability as in the paper. Ranks
+    are exact for rows of any length and dtype (mergekit's are rounded to bfloat16 where the tensor is).
+    """
+    chances = list(zip(density, epsilon, strict=True))
+    by_probability = rescale and rescale_by == "probability"
+    deltas = della_deltas(base, models, place, chances, statistics, by_probability=by_probability)
+    return add_deltas(base, deltas, weight, normalize=normalize, scale=lambda_, elect=True)
+
+
+@method(BlockMethod, **DELLA)
+def della_linear(
+    base: Tensor,
+    *models: Tensor,
+    weight: PerModel = (1.0,),
+    density: Sequence[Share] = (1.0,),
+    epsilon: Sequence[Share] = (0.15,),
+    normalize: bool = False,
+    lambda_: float = 1.0,
+    rescale: bool = True,
+    rescale_by: Literal["l1", "probability"] = "l1",
+    place: Place,
+    statistics: Factors,
+) -> Tensor:
+    """θ = θ₀ + λ Σᵢ wᵢ drop(θᵢ − θ₀), divided by Σᵢ wᵢ if `normalize`; drop likes the smaller elements of a row
+
+    DELLA-Merging (arXiv:2406.11617) as in `della`, without the election of signs.
+    """
+    chances = list(zip(density, epsilon, strict=True))
+    by_probability = rescale and rescale_by == "probability"
+    deltas = della_deltas(base, models, place, chances, statistics, by_probability=by_probability)
+    return add_deltas(base, deltas, weight, normalize=normalize, scale=lambda_, elect=False)

@@ -1,0 +1,72 @@
+"""Where a block lies: in which tensor, and where in it. Random numbers follow from that and the seed alone."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The tensor that a method makes: its name and shape, how many inputs it is made of, and the seed of the merge.
+
+    It is made in blocks of `step` elements. Where statistics are taken over all tensors of a model together, its blocks
+    are counted from `first_block` in them.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    inputs: int
+    seed: int = 0
+    step: int = 2**18
+    first_block: int = 0
+
+    @property
+    def elements(self) -> int:
+        """How many elements it has."""
+        return math.prod(self.shape)
+
+    def place(self, block: int) -> Place:
+        """The place of a block of it."""
+        return Place(self, block)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A block of a tensor: the `block`-th of `tensor`."""
+
+    tensor: Target
+    block: int
+
+    @property
+    def start(self) -> int:
+        """The block's first element in the flattened tensor."""
+        return self.block * self.tensor.step
+
+    @property
+    def counted(self) -> int:
+        """The number under which statistics know the block."""
+        return self.tensor.first_block + self.block
+
+    def generator(self, model: int) -> torch.Generator:
+        """Random numbers for one of the models (0: the first beside the base), the same on every machine.
+
+        They are made on the CPU and depend on the seed, the tensor's name, the model and the block, on nothing else.
+        """
+        import torch
+
+        key = repr((self.tensor.seed, self.tensor.name, model, self.block)).encode()
+        number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+        return torch.Generator().manual_seed(number >> 1)
+
+    def uniform(self, model: int, like: Tensor) -> Tensor:
+        """A number of [0, 1) for each element of the block, in float32, where and in the shape that `like` has."""
+        import torch
+
+        return torch.rand(like.numel(), generator=self.generator(model)).to(like.device).reshape(like.shape)

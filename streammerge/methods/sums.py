@@ -1,0 +1,127 @@
+"""Sums over a tensor, in float64 and in the order of the blocks: whatever a method wants to have added up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Vectors = Callable[[int, Sequence["Tensor"]], Sequence["Tensor"]]
+"""From a block's number and the inputs' blocks to the blocks of what is measured, such as task vectors."""
+
+
+def task_vectors(block: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """θᵢ − θ₀ of every model; the base is the first input."""
+    base, *models = inputs
+    return [model - base for model in models]
+
+
+class SumPass:
+    """One pass that adds up `count` numbers per block; `then` makes the sums into the result, or the next pass.
+
+    `measure` gives a block's numbers as a float64 tensor, or as a list of numbers.
+    """
+
+    ordered = True
+
+    def __init__(
+        self,
+        count: int,
+        measure: Callable[[int, Sequence[Tensor]], Tensor | Sequence[float]],
+        then: Callable[[tuple[float, ...]], Any] = tuple,
+    ) -> None:
+        self.totals = [0.0] * count
+        self.function = measure
+        self.then = then
+
+    def measure(self, block: int, inputs: Sequence[Tensor]) -> Sequence[float]:
+        """The block's numbers."""
+        found = self.function(block, inputs)
+        return found if isinstance(found, list | tuple) else found.tolist()  # type: ignore[union-attr]
+
+    def add(self, block: int, measured: Sequence[float]) -> None:
+        """Add a block's numbers to the sums."""
+        self.totals = [total + share for total, share in zip(self.totals, measured, strict=True)]
+
+    def finish(self) -> Any:  # noqa: ANN401
+        """What follows from the sums."""
+        return self.then(tuple(self.totals))
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What one pass tells of a tensor. Of an empty one, `least` and `most` are infinite."""
+
+    elements: int = 0
+    nonzero: int = 0
+    total: float = 0.0
+    l1: float = 0.0
+    squares: float = 0.0
+    least: float = math.inf
+    most: float = -math.inf
+
+    @property
+    def l2(self) -> float:
+        """The Euclidean norm."""
+        return math.sqrt(self.squares)
+
+    @property
+    def mean(self) -> float:
+        """The mean of the elements, 0 of none."""
+        return self.total / self.elements if self.elements else 0.0
+
+    def __add__(self, other: Summary) -> Summary:
+        return Summary(
+            self.elements + other.elements,
+            self.nonzero + other.nonzero,
+            self.total + other.total,
+            self.l1 + other.l1,
+            self.squares + other.squares,
+            min(self.least, other.least),
+            max(self.most, other.most),
+        )
+
+    @classmethod
+    def of(cls, values: Tensor) -> Summary:
+        """The summary of a block."""
+        if not values.numel():
+            return cls()
+        values = values.reshape(-1).double()
+        return cls(
+            elements=values.numel(),
+            nonzero=int(values.count_nonzero()),
+            total=float(values.sum()),
+            l1=float(values.abs().sum()),
+            squares=float(values.dot(values)),
+            least=float(values.min()),
+            most=float(values.max()),
+        )
+
+
+class SummaryPass:
+    """One pass that summarises vectors, by default the task vectors."""
+
+    ordered = True
+
+    def __init__(
+        self, count: int, vectors: Vectors = task_vectors, then: Callable[[tuple[Summary, ...]], Any] = tuple
+    ) -> None:
+        self.summaries = [Summary()] * count
+        self.vectors = vectors
+        self.then = then
+
+    def measure(self, block: int, inputs: Sequence[Tensor]) -> list[Summary]:
+        """The summary of each vector's block."""
+        return [Summary.of(vector) for vector in self.vectors(block, inputs)]
+
+    def add(self, block: int, measured: list[Summary]) -> None:
+        """Add a block's summaries."""
+        self.summaries = [summary + share for summary, share in zip(self.summaries, measured, strict=True)]
+
+    def finish(self) -> Any:  # noqa: ANN401
+        """What follows from the summaries of the whole vectors."""
+        return self.then(tuple(self.summaries))

@@ -1,0 +1,291 @@
+"""What must be known of whole tensors before a block can be computed: passes over them, and which come first."""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from streammerge.compute import Evaluator, piece_count, piece_elements, target_of
+from streammerge.devices import Lane, torch_dtype
+from streammerge.errors import MethodError
+from streammerge.gathering import gather
+from streammerge.methods.place import Target
+from streammerge.methods.registry import Pass
+from streammerge.methods.slices import SliceGramPass, SliceGrams, Slicing
+from streammerge.methods.statistics import Gram, GramPass
+from streammerge.nodes import Applied, ByBlock, ByGram, ByWhole, Node, Stored, Together, Viewed, compute_dtype, walk
+from streammerge.reading import PositionalReader
+from streammerge.tensors import DType
+
+
+class Survey:
+    """The passes that an expression needs over its tensors before it can be computed.
+
+    Nodes whose inputs are known are measured together; a node above them has its turn in a later pass.
+    """
+
+    def __init__(self, root: Node) -> None:
+        applied = {id(node): node for node in walk(root) if isinstance(node, Applied)}
+        self.known: dict[int, Any] = {
+            key: node.together.found.statistics
+            for key, node in applied.items()
+            if isinstance(node, ByBlock) and node.together and node.together.found
+        }
+        self.waiting = [node for key, node in applied.items() if key not in self.known]
+        self.passes: dict[int, tuple[Applied, Pass[Any]]] = {}
+        self._start_ready()
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything is known, so that blocks can be computed."""
+        return not self.passes
+
+    @property
+    def ordered(self) -> bool:
+        """Whether what is measured must be added in the order of the blocks."""
+        return any(step.ordered for _, step in self.passes.values())
+
+    @property
+    def blocks(self) -> int:
+        """The number of blocks to measure: of the longest tensor, because views make tensors longer and shorter."""
+        return max((piece_count(node) for node, _ in self.passes.values()), default=0)
+
+    def measure(self, evaluator: Evaluator, block: int) -> dict[int, Any]:
+        """What the current passes want to know of one block, those whose tensor has it."""
+        return {
+            key: step.measure(block, evaluator.inputs(node, block))
+            for key, (node, step) in self.passes.items()
+            if block < piece_count(node)
+        }
+
+    def add(self, block: int, measured: Mapping[int, Any]) -> None:
+        """Take in the measures of one block."""
+        for key, found in measured.items():
+            self.passes[key][1].add(block, found)
+
+    def finish_pass(self) -> None:
+        """After the last block: go on to the next passes, if there are any."""
+        for key, (node, step) in list(self.passes.items()):
+            del self.passes[key]
+            self._take(node, step.finish())
+        self._start_ready()
+
+    def _start_ready(self) -> None:
+        for node in list(self.waiting):
+            if all(id(child) in self.known for child in _measured_below(node)):
+                self.waiting.remove(node)
+                self._take(node, _first_step(node))
+
+    def _take(self, node: Applied, outcome: Any) -> None:  # noqa: ANN401
+        """Note a pass's outcome: another pass, or a result."""
+        if isinstance(outcome, Pass):
+            self.passes[id(node)] = node, outcome
+        elif isinstance(node, ByGram):
+            self.known[id(node)] = _coefficients(node, outcome)
+        else:
+            self.known[id(node)] = outcome
+
+
+def _first_step(node: Applied) -> Any:  # noqa: ANN401  (a pass, or a result)
+    match node:
+        case ByGram():
+            slices, count = node.slices, len(node.inputs)
+            if slices is None:
+                return GramPass(count)
+            return SliceGramPass(Slicing.of(node.info.shape, slices), count, piece_elements(node))
+        case ByWhole():
+            return WholePass(node) if node.info.elements else torch.empty(0)
+        case ByBlock(together=Together()):
+            raise RuntimeError("statistics of a whole model have to be taken before those of its tensors")
+        case ByBlock():
+            return node.method.statistics(target_of(node), node.parameters) if node.method.statistics else None
+
+
+def _coefficients(node: ByGram, found: Gram | SliceGrams) -> Any:  # noqa: ANN401
+    """One number per input; of slices a tensor with a row per input, in which every slice has its number."""
+    if isinstance(found, Gram):
+        return node.method.coefficients(found, node.parameters)
+    made = torch.empty(len(node.inputs), found.products.shape[2], dtype=torch.float64)
+    for number, gram in enumerate(found):
+        made[:, number] = torch.tensor(node.method.coefficients(gram, node.parameters), dtype=torch.float64)
+    return made
+
+
+def _measured_below(node: Node) -> Iterator[Node]:
+    return (part for part in walk(node) if isinstance(part, Applied) and part is not node)
+
+
+class WholePass:
+    """A pass that computes a whole tensor: the only one that gets the tensor's elements all at once."""
+
+    ordered = False
+
+    def __init__(self, node: ByWhole) -> None:
+        self.node = node
+        self.result: Any = None
+
+    def measure(self, block: int, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The whole output, flattened."""
+        node = self.node
+        made = node.method.compute(target_of(node).place(0), inputs, node.parameters)
+        if made.shape != node.info.shape:
+            raise MethodError(
+                f"method {node.method.name!r} gave a tensor of shape {list(made.shape)} instead of "
+                f"{list(node.info.shape)}"
+            )
+        return made.to(inputs[0].dtype).reshape(-1)
+
+    def add(self, block: int, measured: torch.Tensor) -> None:
+        """Keep it."""
+        self.result = measured
+
+    def finish(self) -> torch.Tensor:
+        """It, from which blocks will be cut."""
+        made: torch.Tensor = self.result
+        return made
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The statistics of tensors that were taken together, and the number of each tensor's first block among theirs."""
+
+    statistics: Any
+    first_blocks: Mapping[int, int]
+    dtypes: Mapping[int, torch.dtype]
+
+
+class TogetherSurvey:
+    """The passes over several tensors as if they were one, their blocks counted through in the tensors' order."""
+
+    def __init__(self, together: Together, dtypes: Mapping[int, torch.dtype]) -> None:
+        self.together = together
+        self.dtypes = dtypes
+        self.known: dict[int, Any] = {}
+        counts = [piece_count(member) for member in together.members]
+        self.first_blocks = [0, *itertools.accumulate(counts)]
+        first = together.members[0]
+        elements = sum(member.info.elements for member in together.members)
+        target = Target("", (elements,), len(first.inputs), first.seed, piece_elements(first))
+        assert first.method.statistics is not None
+        self.step: Pass[Any] | None = None
+        self._take(first.method.statistics(target, first.parameters))
+
+    @property
+    def complete(self) -> bool:
+        """Whether the statistics are known."""
+        return self.step is None
+
+    @property
+    def ordered(self) -> bool:
+        """Whether what is measured must be added in the order of the blocks."""
+        return self.step is not None and self.step.ordered
+
+    @property
+    def blocks(self) -> int:
+        """The number of blocks of all the tensors."""
+        return self.first_blocks[-1]
+
+    def measure(self, evaluator: Evaluator, block: int) -> Any:  # noqa: ANN401
+        """What the current pass wants to know of one block."""
+        assert self.step is not None
+        number = bisect.bisect_right(self.first_blocks, block) - 1
+        member = self.together.members[number]
+        dtype = self.dtypes.get(id(member)) or own_dtype(member)
+        inputs = Evaluator(evaluator.lane, dtype, {}).inputs(member, block - self.first_blocks[number])
+        return self.step.measure(block, inputs)
+
+    def add(self, block: int, measured: Any) -> None:  # noqa: ANN401
+        """Take in the measure of one block."""
+        assert self.step is not None
+        self.step.add(block, measured)
+
+    def finish_pass(self) -> None:
+        """After the last block: go on to the next pass, if there is one."""
+        assert self.step is not None
+        self._take(self.step.finish())
+
+    def _take(self, outcome: Any) -> None:  # noqa: ANN401
+        self.step = outcome if isinstance(outcome, Pass) else None
+        if self.step is None:
+            firsts = zip(self.together.members, self.first_blocks, strict=False)
+            self.together.found = Found(outcome, {id(member): first for member, first in firsts}, self.dtypes)
+
+
+def own_dtype(node: Node) -> torch.dtype:
+    """What the tensor is computed in when it is no part of a greater expression."""
+    return torch_dtype(compute_dtype(node, node.info.dtype))
+
+
+def together_in(nodes: Iterable[Node]) -> list[Together]:
+    """All that has to be surveyed before any of these tensors can be."""
+    parts = (part for node in nodes for part in walk(node))
+    found = (part.together for part in parts if isinstance(part, ByBlock) and part.together is not None)
+    return list({id(together): together for together in found}.values())
+
+
+def check_range(node: Node, start: int, stop: int) -> None:
+    """IndexError unless [start, stop) is a range of the tensor's elements."""
+    if not 0 <= start <= stop <= node.info.elements:
+        raise IndexError(f"[{start}, {stop}) is no range of {node.info.elements} elements")
+
+
+def read_range(node: Node, start: int, stop: int, lane: Lane, dtype: torch.dtype) -> torch.Tensor:
+    """Elements [start, stop) of any expression in the compute dtype, a copy; surveys the tensor first if it must be.
+
+    In one thread, as lanes do, because sums in several are rounded otherwise.
+    """
+    check_range(node, start, stop)
+    with one_thread():
+        for together in together_in([node]):
+            if together.found is None:
+                carry_out(TogetherSurvey(together, {}), lane, dtype)
+        survey = Survey(node)
+        carry_out(survey, lane, dtype)
+        return Evaluator(lane, dtype, survey.known)._range(node, start, stop, 0)
+
+
+def carry_out(survey: Survey | TogetherSurvey, lane: Lane, dtype: torch.dtype) -> None:
+    """Make all passes of the survey, here and now."""
+    while not survey.complete:
+        evaluator = Evaluator(lane, dtype, survey.known)
+        for block in range(survey.blocks):
+            survey.add(block, survey.measure(evaluator, block))
+        survey.finish_pass()
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Have torch compute in this thread alone."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def read_stored(node: Node, start: int, stop: int) -> torch.Tensor:
+    """Elements [start, stop) of a tensor on disk, in its stored dtype, as a copy."""
+    dtype = torch_dtype(node.info.dtype)
+    check_range(node, start, stop)
+    lane = Lane(PositionalReader())
+    match node:
+        case Stored():
+            return lane.read(node, start, stop, 0).clone()
+        case Viewed(source=Stored() as source):
+            out = torch.empty(stop - start, dtype=dtype)
+            return gather(node, start, stop, out, lambda i, j: lane.read(source, i, j, 0))
+        case _:
+            return read_range(node, start, stop, lane, dtype)
+
+
+def read_merged(node: Node, dtype: DType, start: int, stop: int) -> torch.Tensor:
+    """Elements [start, stop) of a merged tensor, rounded to its stored dtype, as a copy."""
+    compute = torch_dtype(compute_dtype(node, dtype))
+    return read_range(node, start, stop, Lane(PositionalReader()), compute).to(torch_dtype(dtype))

@@ -1,0 +1,234 @@
+"""Tensors on their way, cut into windows: what a worker does with each, and what follows when a pass is done."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple, Protocol
+
+import torch
+
+from streammerge.compute import Evaluator, block_count
+from streammerge.devices import Lane, torch_dtype
+from streammerge.formats.files import ByteFile
+from streammerge.nodes import BLOCK, Node, Stored, Together, compute_dtype, leaves
+from streammerge.plan import Job, held_bytes
+from streammerge.progress import Progress
+from streammerge.surveys import Survey, TogetherSurvey
+from streammerge.tensors import DType
+
+WINDOW: Final = 16
+"""Blocks that a worker takes at once, at the most: long enough to read on, short enough to share a large tensor."""
+
+WINDOW_BYTES: Final = 32 << 20
+"""What a window reads at the most, if it is of more than one block: many models make it shorter."""
+
+
+class Sink(Protocol):
+    """Where finished blocks go."""
+
+    def write(self, job: Job, position: int, data: memoryview) -> None:
+        """Take the bytes that belong at this position of the job's tensor."""
+        ...
+
+
+class FileRange(NamedTuple):
+    """Bytes [start, stop) of a file."""
+
+    file: ByteFile
+    start: int
+    stop: int
+
+
+class Work:
+    """One tensor on its way: its surveys, pass after pass, and then, if it `writes`, the pass that writes it."""
+
+    writes = False
+    held_bytes = 0
+
+    def __init__(
+        self, name: str, node: Node, dtype: DType | None, survey: Survey | TogetherSurvey | None = None
+    ) -> None:
+        self.name = name
+        self.node = node
+        self.dtype = torch_dtype(dtype) if dtype else None
+        self.survey = survey or Survey(node)
+        self.lock = threading.Lock()
+        self._open_windows = 0
+        self._next_block = 0
+        self._early: dict[int, Any] = {}
+
+    def release(self) -> int:
+        """The bytes that it holds and now gives up: all of them, once, when no window is open any more; else none."""
+        with self.lock:
+            if self._open_windows:
+                return 0
+            released, self.held_bytes = self.held_bytes, 0
+            return released
+
+    def ranges(self, first: int, last: int) -> list[FileRange]:
+        """What blocks [first, last) will read of files, as far as that is known beforehand."""
+        return ranges_of(self.node, first, last)
+
+    def begin_pass(self) -> list[Window]:
+        """The windows of the next pass: a survey while one is due, then the writing; none when all is done."""
+        self._next_block = 0
+        surveying = not self.survey.complete
+        if not (surveying or self.writes):
+            return []
+        blocks = self.survey.blocks if surveying else block_count(self.node)
+        step = window_blocks(self.node)
+        windows = [
+            Window(self, first, min(first + step, blocks), surveying) for first in range(0, max(blocks, 1), step)
+        ]
+        self._open_windows = len(windows)
+        return windows
+
+    def add_measure(self, block: int, measured: Any) -> None:  # noqa: ANN401
+        """Take in what was measured of a block: at once, or in its turn if the order matters."""
+        with self.lock:
+            if not self.survey.ordered:
+                self.survey.add(block, measured)
+                return
+            self._early[block] = measured
+            while self._next_block in self._early:
+                self.survey.add(self._next_block, self._early.pop(self._next_block))
+                self._next_block += 1
+
+    def end_window(self, window: Window) -> list[Window]:
+        """Note that a window is done; after a survey's last one, the next pass's windows."""
+        with self.lock:
+            self._open_windows -= 1
+            if self._open_windows or not window.surveying:
+                return []
+            self.survey.finish_pass()
+            return self.begin_pass()
+
+    def write(self, first: int, last: int, lane: Lane, sink: Sink, progress: Progress) -> None:
+        """Compute and write blocks [first, last)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Window:
+    """A range of blocks of one tensor, for one worker in one pass."""
+
+    work: Work
+    first: int
+    last: int
+    surveying: bool
+
+    @property
+    def name(self) -> str:
+        """The tensor's name."""
+        return self.work.name
+
+    @property
+    def ranges(self) -> list[FileRange]:
+        """What will be read of files, as far as that is known beforehand."""
+        return self.work.ranges(self.first, self.last)
+
+    def run(self, lane: Lane, sink: Sink, progress: Progress) -> None:
+        """Do this window's part of the pass."""
+        if self.surveying:
+            self._measure(lane, progress)
+        else:
+            self.work.write(self.first, self.last, lane, sink, progress)
+
+    def _measure(self, lane: Lane, progress: Progress) -> None:
+        assert self.work.dtype is not None
+        before = lane.bytes_read
+        evaluator = Evaluator(lane, self.work.dtype, self.work.survey.known)
+        for block in range(self.first, self.last):
+            self.work.add_measure(block, self.work.survey.measure(evaluator, block))
+        if not self.work.writes:
+            progress.advance(lane.bytes_read - before)
+
+
+class MergeWork(Work):
+    """A tensor of the output that is computed, and rounded once."""
+
+    writes = True
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job.name, job.node, job.compute)
+        self.job = job
+        self.held_bytes = held_bytes(job.node)
+        self.stored = torch_dtype(job.info.dtype)
+
+    def write(self, first: int, last: int, lane: Lane, sink: Sink, progress: Progress) -> None:
+        """Write blocks [first, last) at their place in the output."""
+        assert self.dtype is not None
+        size = self.job.info.dtype.bits
+        evaluator = Evaluator(lane, self.dtype, self.survey.known)
+        for block in range(first, last):
+            values = evaluator.block(self.node, block)
+            stored = lane.store(values, self.stored)
+            data = lane.stored_bytes(stored)
+            sink.write(self.job, block * BLOCK * size // 8, data)
+            progress.advance(len(data))
+            if bad := count_nonfinite(values, stored):
+                progress.found_nonfinite(self.name, bad)
+
+
+class TogetherWork(Work):
+    """Statistics of many tensors as if they were one, to be taken before any of them is written."""
+
+    def __init__(self, together: Together, dtypes: Mapping[int, torch.dtype]) -> None:
+        first = together.members[0]
+        self.dtypes = dtypes
+        super().__init__(
+            f"{first.method.name} of the whole model",
+            first,
+            compute_dtype(first, first.info.dtype),
+            TogetherSurvey(together, dtypes),
+        )
+
+    def ranges(self, first: int, last: int) -> list[FileRange]:
+        """None: the blocks may lie in several tensors."""
+        return []
+
+
+def together_works(together: Mapping[Together, Mapping[int, DType]]) -> list[TogetherWork]:
+    """The work for all statistics of the whole model that are not known yet for these dtypes."""
+    wanted = {
+        tensors: {key: torch_dtype(dtype) for key, dtype in dtypes.items()} for tensors, dtypes in together.items()
+    }
+    return [
+        TogetherWork(tensors, dtypes)
+        for tensors, dtypes in wanted.items()
+        if tensors.found is None or tensors.found.dtypes != dtypes
+    ]
+
+
+def window_blocks(node: Node) -> int:
+    """How many blocks of the tensor a worker takes at once."""
+    block_bytes = sum(BLOCK * leaf.info.dtype.bits // 8 for leaf in leaves(node))
+    return max(1, min(WINDOW, WINDOW_BYTES // max(block_bytes, 1)))
+
+
+def ranges_of(node: Node, first: int, last: int) -> list[FileRange]:
+    """Which bytes of which files blocks [first, last) of the tensor are made of, views of other shapes left out."""
+    ranges = []
+    for leaf in leaves(node):
+        if isinstance(leaf, Stored) and leaf.info.elements == node.info.elements:
+            bits = leaf.info.dtype.bits
+            start, stop = (min(block * BLOCK * bits // 8, leaf.info.nbytes) for block in (first, last))
+            ranges.append(FileRange(leaf.file, leaf.start + start, leaf.start + stop))
+    return ranges
+
+
+def count_nonfinite(values: torch.Tensor, stored: torch.Tensor) -> int:
+    """How many stored elements are infinite or not numbers; no more than a look at the extremes where there are none.
+
+    A number beyond the stored dtype's range became infinite when it was rounded. A NaN is both of the extremes.
+    """
+    if not (stored.is_floating_point() and stored.numel()):
+        return 0
+    largest = torch.finfo(stored.dtype).max
+    low, high = torch.aminmax(values)
+    if low.item() >= -largest and high.item() <= largest:
+        return 0
+    stored = stored.float() if stored.dtype.itemsize == 1 else stored
+    return int((~torch.isfinite(stored)).sum())
