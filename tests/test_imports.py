@@ -26,7 +26,8 @@ ORDER = [
     *("methods.contract", "methods.registry", "methods.place", "methods.statistics", "methods.slices", "methods.sums"),
     *("methods.trimming", "methods.ranking"),
     *("methods.linear", "methods.spherical", "methods.means", "methods.sparse", "methods.dropping"),
-    *("methods.agreement", "methods.competition", "methods.selection", "methods.matrix", "methods"),
+    *("methods.agreement", "methods.competition", "methods.selection", "methods.matrix"),
+    *("methods.diffusion", "methods.placed", "methods.cosines", "methods"),
     # what is asked for
     *("parameters", "recipe", "recipe_files", "recipes"),
     # models as expressions
