@@ -27,7 +27,7 @@ ORDER = [
     *("methods.trimming", "methods.ranking"),
     *("methods.linear", "methods.spherical", "methods.means", "methods.sparse", "methods.dropping"),
     *("methods.agreement", "methods.competition", "methods.selection", "methods.matrix"),
-    *("methods.diffusion", "methods.placed", "methods.cosines", "methods"),
+    *("methods.diffusion", "methods.placed", "methods.cosines", "methods.loading", "methods"),
     # what is asked for
     *("parameters", "recipe", "recipe_files", "recipes"),
     # models as expressions
@@ -42,7 +42,7 @@ ORDER = [
     *("demo", "demo.layers", "demo.midas", "demo.text", "demo.unet", "demo.vae", "demo.layouts", "demo.noise"),
     *("demo.files", "demo.reference", "demo.story"),
     # the program
-    *("arguments", "commands", "cli", "__main__"),
+    *("manual", "arguments", "commands", "cli", "__main__"),
 ]
 """Every module; each imports only what stands before it. "" is the package itself."""
 
@@ -179,6 +179,7 @@ def test_the_public_names():
         "PlanError",
         "RecipeError",
         "TensorInfo",
+        "load_methods",
         "make_plan",
         "merge",
         "open_model",

@@ -1,4 +1,4 @@
-"""Merge methods: one registry, one module per family."""
+"""Merge methods: one registry, one module per family; and what a file with methods of one's own needs to import."""
 
 from __future__ import annotations
 
@@ -16,10 +16,31 @@ from streammerge.methods import (
     sparse,
     spherical,
 )
-from streammerge.methods.registry import METHODS, find_method, method
+from streammerge.methods.contract import Between, PerModel, Share
+from streammerge.methods.place import Place, Target
+from streammerge.methods.registry import (
+    METHODS,
+    BlockMethod,
+    GramMethod,
+    LinearMethod,
+    WholeMethod,
+    find_method,
+    method,
+)
+from streammerge.methods.statistics import Gram
 
 __all__ = [
     "METHODS",
+    "Between",
+    "BlockMethod",
+    "Gram",
+    "GramMethod",
+    "LinearMethod",
+    "PerModel",
+    "Place",
+    "Share",
+    "Target",
+    "WholeMethod",
     "agreement",
     "competition",
     "cosines",
