@@ -28,6 +28,7 @@ from streammerge.errors import (
 
 if TYPE_CHECKING:
     from streammerge.checkpoints import Checkpoint, open_model
+    from streammerge.methods.loading import load_methods
     from streammerge.public import make_plan, merge
     from streammerge.tensors import Model, TensorInfo
 
@@ -44,6 +45,7 @@ __all__ = [
     "PlanError",
     "RecipeError",
     "TensorInfo",
+    "load_methods",
     "make_plan",
     "merge",
     "open_model",
@@ -53,6 +55,7 @@ _HOMES = {
     "Checkpoint": "checkpoints",
     "Model": "tensors",
     "TensorInfo": "tensors",
+    "load_methods": "methods.loading",
     "make_plan": "public",
     "merge": "public",
     "open_model": "checkpoints",

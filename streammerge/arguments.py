@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from streammerge.errors import RecipeError
+from streammerge.methods.loading import load_methods
 from streammerge.options import COMPUTE_DTYPES, Options, parse_size
 from streammerge.recipe import MISSING_POLICIES, SHAPE_POLICIES, Recipe, parse_recipe
 from streammerge.recipe_files import packaged_recipe, parse_yaml, read_recipe_file
@@ -28,6 +29,18 @@ def add_merge_arguments(parser: argparse.ArgumentParser, *, output: bool = True)
     _add_output_arguments(parser.add_argument_group("what to write and to show"))
 
 
+def add_methods_argument(group: argparse._ActionsContainer) -> None:
+    """The user's own methods. A recipe can't name such a file, because files that are shared must not run code."""
+    group.add_argument(
+        "--methods",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE.py",
+        help="a Python file with merge methods of your own",
+    )
+
+
 def _add_recipe_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--recipe", metavar="NAME", help="a recipe that comes with streammerge (see: streammerge recipes)"
@@ -35,6 +48,7 @@ def _add_recipe_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "-m", "--method", metavar="M", help="the merge method (default: linear; see: streammerge methods)"
     )
+    add_methods_argument(group)
     group.add_argument("--base", metavar="MODEL", help="the method's base model")
     group.add_argument(
         "-p", "--parameter", action="append", default=[], metavar="KEY=VALUE", help="a parameter of the method"
@@ -114,6 +128,8 @@ def options_from(arguments: argparse.Namespace) -> Options:
 
 def recipe_from(arguments: argparse.Namespace) -> Recipe:
     """What to merge: a recipe file, a packaged recipe, or models; options change the recipe's keys."""
+    for path in arguments.methods:
+        load_methods(path)
     words: list[str] = arguments.models
     first = Path(words[0]) if words else None
     if arguments.recipe is not None:

@@ -174,8 +174,11 @@ def compare(words: Sequence[str]) -> int:
 
 def methods(words: Sequence[str]) -> int:
     """List the merge methods, or describe one."""
+    from streammerge import arguments as args
+
     parser = new_parser("methods", None, "List the merge methods, or describe one.")
     parser.add_argument("name", nargs="?", help="a method")
+    args.add_methods_argument(parser)
     parser.add_argument("--json", action="store_true", help="print as JSON")
     from streammerge import commands
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
 from streammerge.arguments import RECIPE_SUFFIXES, options_from, recipe_from
 from streammerge.errors import OutputError, RecipeError, one_line
 from streammerge.formats.shards import SUFFIXES
+from streammerge.manual import describe_method, example, method_rows
 from streammerge.methods import METHODS, find_method
+from streammerge.methods.loading import load_methods
 from streammerge.methods.registry import Method
 from streammerge.options import format_size
 from streammerge.plan import Plan, dump_json
@@ -156,6 +156,8 @@ def compare(arguments: argparse.Namespace) -> int:
 
 def methods(arguments: argparse.Namespace) -> int:
     """List the methods, or describe one."""
+    for path in arguments.methods:
+        load_methods(path)
     chosen = [find_method(arguments.name)] if arguments.name else [METHODS[name] for name in sorted(METHODS)]
     if arguments.json:
         say(dump_json([describe_method(method) for method in chosen]).rstrip())
@@ -166,45 +168,12 @@ def methods(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def describe_method(method: Method) -> dict[str, Any]:
-    """A method for machines."""
-    return {
-        "name": method.name,
-        "kind": method.kind,
-        "formula": method.formula,
-        "base": method.base,
-        "models": list(method.models),
-        "parameters": [
-            {
-                "name": p.name,
-                "type": p.type,
-                "takes": p.takes,
-                "per_model": p.per_model,
-                "default": p.default,
-            }
-            for p in method.parameters
-        ],
-        "doc": method.doc,
-    }
-
-
 def show_method(method: Method) -> None:
-    """A method for people: its formula, its source, its parameters, an example."""
-    say(f"{method.name} ({method.kind})\n")
+    """A method for people: its formula and source, what it takes, its parameters, an example."""
+    say(f"{method.name}\n")
     say(method.doc + "\n")
-    least, most = method.models
-    rows = [
-        ("models", f"{least}" if least == most else f"at least {least}"),
-        ("base", method.base),
-    ]
-    for parameter in method.parameters:
-        default = "required" if parameter.required else f"default {json.dumps(parameter.default)}"
-        rows.append((f"-p {parameter.name}", f"{parameter.takes}{', one per model' * parameter.per_model}; {default}"))
-    show_table(rows)
-    needed = [f"-p {parameter.name}=0.5" for parameter in method.parameters if parameter.required]
-    models = " ".join(f"{letter}.safetensors" for letter in "abc"[: max(least, 1 if most == 1 else 2)])
-    base = " --base base.safetensors" * (method.base == "required")
-    say(f"\nstreammerge {models} -m {method.name}{base} {' '.join(needed)}{' ' * bool(needed)}-o merged.safetensors")
+    show_table(method_rows(method))
+    say(f"\n{example(method)}")
 
 
 def recipes(arguments: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from streammerge.architecture import architecture_mismatch
-from streammerge.errors import SHOWN, PlanError
+from streammerge.errors import SHOWN, MethodError, PlanError
 from streammerge.methods import find_method
 from streammerge.methods.contract import ParameterValue
 from streammerge.methods.registry import BlockMethod, GramMethod, LinearMethod, Method, WholeMethod
@@ -297,6 +297,10 @@ def apply_method(
     match method:
         case LinearMethod():
             coefficients = method.coefficients(parameters)
+            if len(coefficients) != len(nodes):
+                raise MethodError(
+                    f"method {method.name!r} gave {len(coefficients)} coefficients for {len(nodes)} inputs"
+                )
             return combine(info, tuple(Term(c, node) for c, node in zip(coefficients, nodes, strict=True)))
         case GramMethod():
             return ByGram(info, method, parameters, nodes, name, seed)

@@ -239,7 +239,8 @@ def lane_bytes(job: Job) -> int:
         if isinstance(part, ByBlock):
             # rows are given beside the blocks that they are cut from and cut into, and may be longer than these
             rows = row_elements(part)
-            blocks += (part.method.temporaries + len(part.inputs)) * max(elements, rows) + 2 * rows
+            temporaries = part.method.temporaries + part.method.temporaries_each * len(part.inputs)
+            blocks += temporaries * max(elements, rows) + (len(part.inputs) + 2) * rows
         elif isinstance(part, ByGram):
             blocks += len(part.inputs) * elements * (1 if part.slices is None else 4)  # of slices as float64, at once
     widest = max((leaf.info.dtype.bits // 8 for leaf in leaves(job.node)), default=0)

@@ -110,7 +110,12 @@ def _first_step(node: Applied) -> Any:  # noqa: ANN401  (a pass, or a result)
 def _coefficients(node: ByGram, found: Gram | SliceGrams) -> Any:  # noqa: ANN401
     """One number per input; of slices a tensor with a row per input, in which every slice has its number."""
     if isinstance(found, Gram):
-        return node.method.coefficients(found, node.parameters)
+        coefficients = node.method.coefficients(found, node.parameters)
+        if len(coefficients) != len(node.inputs):
+            raise MethodError(
+                f"method {node.method.name!r} gave {len(coefficients)} coefficients for {len(node.inputs)} inputs"
+            )
+        return coefficients
     made = torch.empty(len(node.inputs), found.products.shape[2], dtype=torch.float64)
     for number, gram in enumerate(found):
         made[:, number] = torch.tensor(node.method.coefficients(gram, node.parameters), dtype=torch.float64)

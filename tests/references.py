@@ -20,6 +20,7 @@ from streammerge.functions import merge_function
 from streammerge.merged import Merged
 from streammerge.tensors import Model
 from tests.models import Tensors
+from tests.references_diffusion import DIFFUSION
 from tests.references_sparse import SPARSE
 from tests.references_spherical import SPHERICAL
 
@@ -243,6 +244,7 @@ REFERENCES: Final[Mapping[str, Reference]] = {
     "ties": ties,
     "truncate_rank": truncate_rank,
     **SPHERICAL,
+    **DIFFUSION,
     **SPARSE,
 }
 
@@ -301,6 +303,35 @@ CASES: Final[Sequence[Case]] = (
     Case("geometric_median", 1),
     Case("geometric_median", 3),
     Case("geometric_median", 3, parameters={"max_iter": 3, "eps": 0.01}),
+    Case("train_difference", 2, base=True),
+    Case("train_difference", 2, base=True, parameters={"alpha": 0.4}),
+    Case("add_opposite", 2, base=True),
+    Case("add_opposite", 2, base=True, parameters={"alpha": 0.4}),
+    Case("add_strict_opposite", 2, base=True),
+    Case("add_strict_opposite", 2, base=True, parameters={"alpha": 0.4}),
+    Case("multiply_difference", 2, base=True),
+    Case("multiply_difference", 2, base=True, parameters={"alpha": 0.3, "beta": 0.25}),
+    Case("euclidean_add_difference", 2, base=True),
+    Case("euclidean_add_difference", 2, base=True, parameters={"alpha": 0.25}),
+    Case("similarity_add_difference", 2, base=True),
+    Case("similarity_add_difference", 2, base=True, parameters={"alpha": 0.7, "beta": 0.4}),
+    Case("geometric_sum", 2),
+    Case("geometric_sum", 2, parameters={"alpha": 0.3}),
+    Case("multiply_quotient", 2, base=True),
+    Case("multiply_quotient", 2, base=True, parameters={"alpha": 0.6}),
+    Case("max", 1),
+    Case("max", 3),
+    Case("clamp", 2),
+    Case("clamp", 3, parameters={"stiffness": 0.5}),
+    Case("tensor_sum", 2),
+    Case("tensor_sum", 2, parameters={"width": 0.4, "offset": 0.3}),
+    Case("tensor_sum", 2, parameters={"width": 0.6, "offset": 0.7, "axis": 1}),
+    Case("plus_random", 1, parameters={"alpha": 0.1, "seed": 5}),
+    Case("adjust", 1, parameters={"detail": 5.0, "brightness": 3.0}),
+    Case("extract", 2, base=True),
+    Case("extract", 2, base=True, parameters={"alpha": 0.3, "beta": 1.0, "gamma": 2.0}),
+    Case("add_cosine_a", 2, parameters={"alpha": 0.1}),
+    Case("add_cosine_b", 2, parameters={"alpha": 0.2}),
     Case("ties", 1, base=True, parameters={"density": 0.2}),
     Case("ties", 2, base=True, parameters={"density": [0.3, 0.7], "weight": [0.5, 0.75]}),
     Case("ties", 3, base=True, parameters={"density": 0.5, "weight": [1.0, 0.5, -0.25], "normalize": False}),

@@ -26,7 +26,8 @@ ORDER = [
     *("methods.contract", "methods.registry", "methods.place", "methods.statistics", "methods.slices", "methods.sums"),
     *("methods.trimming", "methods.ranking"),
     *("methods.linear", "methods.spherical", "methods.means", "methods.sparse", "methods.dropping"),
-    *("methods.agreement", "methods.competition", "methods.selection", "methods.matrix", "methods"),
+    *("methods.agreement", "methods.competition", "methods.selection", "methods.matrix"),
+    *("methods.diffusion", "methods.placed", "methods.cosines", "methods.loading", "methods"),
     # what is asked for
     *("parameters", "recipe", "recipe_files", "recipes"),
     # models as expressions
@@ -41,7 +42,7 @@ ORDER = [
     *("demo", "demo.layers", "demo.midas", "demo.text", "demo.unet", "demo.vae", "demo.layouts", "demo.noise"),
     *("demo.files", "demo.reference", "demo.story"),
     # the program
-    *("arguments", "commands", "cli", "__main__"),
+    *("manual", "arguments", "commands", "cli", "__main__"),
 ]
 """Every module; each imports only what stands before it. "" is the package itself."""
 
@@ -178,6 +179,7 @@ def test_the_public_names():
         "PlanError",
         "RecipeError",
         "TensorInfo",
+        "load_methods",
         "make_plan",
         "merge",
         "open_model",

@@ -1,30 +1,57 @@
-"""Merge methods: one registry, one module per family."""
+"""Merge methods: one registry, one module per family; and what a file with methods of one's own needs to import."""
 
 from __future__ import annotations
 
 from streammerge.methods import (
     agreement,
     competition,
+    cosines,
+    diffusion,
     dropping,
     linear,
     matrix,
     means,
+    placed,
     selection,
     sparse,
     spherical,
 )
-from streammerge.methods.registry import METHODS, find_method, method
+from streammerge.methods.contract import Between, PerModel, Share
+from streammerge.methods.place import Place, Target
+from streammerge.methods.registry import (
+    METHODS,
+    BlockMethod,
+    GramMethod,
+    LinearMethod,
+    WholeMethod,
+    find_method,
+    method,
+)
+from streammerge.methods.statistics import Gram
 
 __all__ = [
     "METHODS",
+    "Between",
+    "BlockMethod",
+    "Gram",
+    "GramMethod",
+    "LinearMethod",
+    "PerModel",
+    "Place",
+    "Share",
+    "Target",
+    "WholeMethod",
     "agreement",
     "competition",
+    "cosines",
+    "diffusion",
     "dropping",
     "find_method",
     "linear",
     "matrix",
     "means",
     "method",
+    "placed",
     "selection",
     "sparse",
     "spherical",

@@ -10,7 +10,7 @@ from streammerge.methods.contract import Between, ParameterValue, Share
 from streammerge.methods.place import Place, Target
 from streammerge.methods.ranking import Cut, Ranking
 from streammerge.methods.registry import BlockMethod, method
-from streammerge.methods.sums import SumPass, task_vectors
+from streammerge.methods.sums import SumPass, l1_norm, task_vectors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,9 +43,14 @@ def check_task(parameters: Parameters, inputs: int) -> None:
 
 def variance(block: int, inputs: Sequence[Tensor]) -> list[Tensor]:
     """The population variance of each element over the models, in float64 so that nearly equal models don't cancel."""
-    deltas = [delta.double() for delta in task_vectors(block, inputs)]
-    mean = summed(deltas).div_(len(deltas))
-    return [summed([(delta - mean).square_() for delta in deltas]).div_(len(deltas))]
+    base, *models = inputs
+    mean, spread = base.double().zero_(), base.double().zero_()
+    for model in models:
+        mean += model.double().sub_(base)
+    mean /= len(models)
+    for model in models:
+        spread += model.double().sub_(base).sub_(mean).square_()
+    return [spread.div_(len(models))]
 
 
 def sce_statistics(target: Target, parameters: Parameters) -> Any:  # noqa: ANN401
@@ -55,8 +60,8 @@ def sce_statistics(target: Target, parameters: Parameters) -> Any:  # noqa: ANN4
     def weigh(cut: Cut) -> SumPass:
         def squares(block: int, inputs: Sequence[Tensor]) -> list[float]:
             mask = selected(cut, block, inputs)
-            deltas = [(delta * mask).double().reshape(-1) for delta in task_vectors(block, inputs)]
-            return [float(delta.dot(delta)) for delta in deltas]
+            base, *models = inputs
+            return [float(((model - base) * mask).double().square_().sum()) for model in models]
 
         def shares(sums: Sequence[float]) -> tuple[Cut, list[float]]:
             total = sum(sums)
@@ -77,7 +82,7 @@ def selected(cut: Cut, block: int, inputs: Sequence[Tensor]) -> Tensor:
     return cut.mask(variance(block, inputs)[0], block)
 
 
-@method(BlockMethod, base="required", accepted=("int8_mask",), statistics=sce_statistics, passes=4, temporaries=24)
+@method(BlockMethod, base="required", accepted=("int8_mask",), statistics=sce_statistics, passes=4, temporaries=8)
 def sce(
     base: Tensor, *models: Tensor, select_topk: Share = 1.0, place: Place, statistics: tuple[Cut, Sequence[float]]
 ) -> Tensor:
@@ -104,7 +109,7 @@ def sce(
 # RAM
 
 
-@method(BlockMethod, base="required")
+@method(BlockMethod, base="required", temporaries=6)
 def ram(base: Tensor, *models: Tensor, epsilon: Positive = 1e-5) -> Tensor:
     """θ = θ₀ + Σᵢ nᵢ (θᵢ − θ₀) / max(Σᵢ nᵢ, 1),   nᵢ = [|θᵢ − θ₀| > ε]
 
@@ -142,7 +147,7 @@ def ram_boosts(target: Target, parameters: Parameters) -> SumPass:
     return SumPass(2 * (target.inputs - 1), counts, boosts)
 
 
-@method(BlockMethod, base="required", statistics=ram_boosts, passes=1)
+@method(BlockMethod, base="required", statistics=ram_boosts, passes=1, temporaries=6)
 def ramplus_tl(
     base: Tensor,
     *models: Tensor,
@@ -168,7 +173,7 @@ def ramplus_tl(
 # the largest
 
 
-@method(BlockMethod, base="required")
+@method(BlockMethod, base="required", temporaries=6)
 def magmax(base: Tensor, *models: Tensor, lambda_: float = 0.5) -> Tensor:
     """θ = θ₀ + λ (θⱼ − θ₀),   j = argmaxᵢ |θᵢ − θ₀|
 
@@ -198,8 +203,8 @@ def emr_scales(target: Target, parameters: Parameters) -> Any:  # noqa: ANN401
     def sums(block: int, inputs: Sequence[Tensor]) -> list[float]:
         deltas = task_vectors(block, inputs)
         union, agree = unified(deltas)
-        vectors = [part for delta, mask in zip(deltas, agree, strict=True) for part in (delta, union * mask)]
-        return [float(vector.double().abs().sum()) for vector in vectors]
+        pairs = zip(deltas, agree, strict=True)
+        return [norm for delta, mask in pairs for norm in (l1_norm(delta), l1_norm(union * mask))]
 
     def scales(found: Sequence[float]) -> list[float]:
         return [own / left if left else 1.0 for own, left in zip(found[::2], found[1::2], strict=True)]
@@ -215,7 +220,7 @@ def emr_scales(target: Target, parameters: Parameters) -> Any:  # noqa: ANN401
     scope="model",
     statistics_of=("task",),
     check=check_task,
-    temporaries=20,
+    temporaries=7,
 )
 def emr(base: Tensor, *models: Tensor, task: Count = 0, statistics: Sequence[float] | None) -> Tensor:
     """θ = θ₀ + τ, or for a task θ = θ₀ + sₜ mₜ τ;   τ: of those with the sign of Σᵢ τᵢ the largest, τᵢ = θᵢ − θ₀
@@ -238,7 +243,7 @@ def tall_masks(deltas: Sequence[Tensor], threshold: float) -> tuple[Tensor, list
     return total, [delta.abs() > (total - delta).abs().mul_(threshold) for delta in deltas]
 
 
-@method(BlockMethod, base="required", check=check_task)
+@method(BlockMethod, base="required", check=check_task, temporaries=6)
 def tall_mask(
     base: Tensor,
     *models: Tensor,
@@ -254,7 +259,7 @@ def tall_mask(
     return total.mul_(masks[task - 1]).mul_(lambda_).add_(base)
 
 
-@method(BlockMethod, base="required")
+@method(BlockMethod, base="required", temporaries=6)
 def consensus_ta(
     base: Tensor, *models: Tensor, k: Count = 2, threshold: Positive = 0.6, lambda_: float = 1.0
 ) -> Tensor:

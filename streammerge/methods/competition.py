@@ -96,7 +96,8 @@ def interval(low: Cut, high: Cut) -> Interval:
     passes=4,
     scope="scope",
     statistics_of=("ratio",),
-    temporaries=40,
+    temporaries=8,
+    temporaries_each=5,
 )
 def pcb(
     base: Tensor,

@@ -11,7 +11,7 @@ from streammerge.methods.place import Place, Target
 from streammerge.methods.ranking import Cut, Ranking
 from streammerge.methods.registry import BlockMethod, method, net
 from streammerge.methods.sparse import elect_and_sum
-from streammerge.methods.sums import SumPass, task_vectors
+from streammerge.methods.sums import SumPass, l1_norm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,10 +46,12 @@ def l1_pass(
     """A pass for ‖d‖₁ / ‖kept d‖₁ of each task vector, 1 where nothing is kept; `then` makes these the statistics."""
 
     def sums(block: int, inputs: Sequence[Tensor]) -> list[float]:
-        place = target.place(block)
-        deltas = task_vectors(block, inputs)
-        vectors = [part for i, delta in enumerate(deltas) for part in (delta, kept(delta, i, place))]
-        return [float(vector.double().abs().sum()) for vector in vectors]
+        place, found = target.place(block), []
+        base, *models = inputs
+        for i, model in enumerate(models):  # one after the other: a block in float64 is wide
+            delta = model - base
+            found += [l1_norm(delta), l1_norm(kept(delta, i, place))]
+        return found
 
     def factors(found: Sequence[float]) -> Any:  # noqa: ANN401
         return then([whole / left if left > 0 else 1.0 for whole, left in zip(found[::2], found[1::2], strict=True)])
@@ -85,7 +87,7 @@ def dropped_at_random(
     ]
 
 
-@method(BlockMethod, **GTA, statistics=dare_factors, passes=1)
+@method(BlockMethod, **GTA, statistics=dare_factors, passes=1, temporaries=4, temporaries_each=2)
 def dare_linear(
     base: Tensor,
     *models: Tensor,
@@ -108,7 +110,7 @@ def dare_linear(
     return add_deltas(base, deltas, weight, normalize=normalize, scale=lambda_, elect=False)
 
 
-@method(BlockMethod, **GTA, statistics=dare_factors, passes=1)
+@method(BlockMethod, **GTA, statistics=dare_factors, passes=1, temporaries=4, temporaries_each=2)
 def dare_ties(
     base: Tensor,
     *models: Tensor,
@@ -166,7 +168,7 @@ def band_ranks(elements: int, density: float, gamma: float) -> tuple[int, int]:
     return outliers, outliers + kept
 
 
-@method(BlockMethod, **GTA, statistics=breadcrumbs_cuts, passes=4, temporaries=20)
+@method(BlockMethod, **GTA, statistics=breadcrumbs_cuts, passes=4, temporaries=4, temporaries_each=3)
 def breadcrumbs(
     base: Tensor,
     *models: Tensor,
@@ -193,7 +195,7 @@ def breadcrumbs(
     return add_deltas(base, deltas, weight, normalize=normalize, scale=lambda_, elect=False)
 
 
-@method(BlockMethod, **GTA, statistics=breadcrumbs_cuts, passes=4, temporaries=20)
+@method(BlockMethod, **GTA, statistics=breadcrumbs_cuts, passes=4, temporaries=4, temporaries_each=3)
 def breadcrumbs_ties(
     base: Tensor,
     *models: Tensor,
@@ -289,7 +291,8 @@ DELLA: Any = {
     **GTA,
     "statistics": della_factors,
     "passes": 1,
-    "temporaries": 26,
+    "temporaries": 4,
+    "temporaries_each": 2,
     "rows": "rows",
     "check": check_epsilon,
 }

@@ -70,3 +70,10 @@ class Place:
         import torch
 
         return torch.rand(like.numel(), generator=self.generator(model)).to(like.device).reshape(like.shape)
+
+    def normal(self, model: int, like: Tensor) -> Tensor:
+        """A normally distributed number for each element of the block, where and in the shape that `like` has."""
+        import torch
+
+        numbers = torch.randn(like.numel(), generator=self.generator(model))
+        return numbers.to(like.device, like.dtype).reshape(like.shape)

@@ -87,6 +87,11 @@ class Method:
         """The docstring's first line."""
         return self.doc.partition("\n")[0]
 
+    @property
+    def parameter_names(self) -> frozenset[str]:
+        """The names of its parameters."""
+        return frozenset(parameter.name for parameter in self.parameters)
+
     def parameter(self, name: str) -> Parameter | None:
         """The parameter of this name; None for one that is accepted without effect; RecipeError if there is none."""
         for parameter in self.parameters:
@@ -161,8 +166,8 @@ class BlockMethod(Method):
 
     The function may ask for the keywords `place`, where the block lies, and `statistics`. `statistics(target,
     parameters)` is the first pass over a tensor, or at once the result where the parameters need no pass. `passes` is
-    how many there are at most, `temporaries` how many blocks the function holds at once beside its inputs: the plan
-    counts both.
+    how many there are at most, `temporaries` how many blocks the function and the passes hold at once beside the
+    inputs, and `temporaries_each` how many more for every input: the plan counts them.
 
     With `rows` the blocks are whole rows: matrices of as many rows of each input as make a block, or one longer row.
     `held(target, parameters)` is what the statistics take in bytes, where that depends on the tensor's size.
@@ -174,6 +179,7 @@ class BlockMethod(Method):
     statistics: Callable[[Target, Mapping[str, ParameterValue]], Any] | None = None
     passes: int = 0
     temporaries: int = 14
+    temporaries_each: int = 1
     rows: Slices | None = None
     held: Callable[[Target, Mapping[str, ParameterValue]], int] | None = None
     scope: str = "tensor"
@@ -202,7 +208,12 @@ class BlockMethod(Method):
     ) -> Tensor:
         """The output's block at this place."""
         given = {"place": place, "statistics": statistics}
-        return self.function(*inputs, **keywords(parameters), **{name: given[name] for name in self.wanted})
+        made = self.function(*inputs, **keywords(parameters), **{name: given[name] for name in self.wanted})
+        if made.shape != inputs[0].shape:
+            raise MethodError(
+                f"method {self.name!r} made a block of shape {list(made.shape)} of blocks of {list(inputs[0].shape)}"
+            )
+        return made
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,11 @@ def task_vectors(block: int, inputs: Sequence[Tensor]) -> list[Tensor]:
     return [model - base for model in models]
 
 
+def l1_norm(values: Tensor) -> float:
+    """Σ|x| in float64."""
+    return float(values.double().abs_().sum())
+
+
 class SumPass:
     """One pass that adds up `count` numbers per block; `then` makes the sums into the result, or the next pass.
 

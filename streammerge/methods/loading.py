@@ -1,0 +1,63 @@
+"""A user's own methods, from a Python file that the user names: it is run as any program of theirs is."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import traceback
+from pathlib import Path
+from typing import Final
+
+from streammerge.errors import MethodError
+from streammerge.methods.registry import METHODS
+
+_LOADED: Final[dict[Path, tuple[str, ...]]] = {}
+"""The names of the methods that each file has brought."""
+
+
+def load_methods(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Run a Python file that registers merge methods, and return their names.
+
+    A file that is loaded again replaces its methods. MethodError if there is no such file, if it fails, or if it
+    registers nothing; then no method is added.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise MethodError(f"{file}: there is no such file of merge methods")
+    before = dict(METHODS)
+    for name in _LOADED.pop(file.resolve(), ()):
+        METHODS.pop(name, None)
+    known = set(METHODS)
+    try:
+        _run(file)
+    except BaseException:
+        METHODS.clear()
+        METHODS.update(before)
+        raise
+    names = tuple(name for name in METHODS if name not in known)
+    if not names:
+        raise MethodError(
+            f"{file}: it registers no merge method",
+            advice="Decorate a function with @method(LinearMethod), @method(BlockMethod) or another kind.",
+        )
+    _LOADED[file.resolve()] = names
+    return names
+
+
+def _run(file: Path) -> None:
+    """Run the file as a module of its own; what it raises becomes a MethodError that says in which line."""
+    spec = importlib.util.spec_from_loader(f"streammerge_methods_{file.stem}", loader=None, origin=str(file))
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    module.__file__ = str(file)
+    try:
+        code = compile(file.read_bytes(), str(file), "exec", dont_inherit=True)
+        exec(code, module.__dict__)
+    except MethodError:
+        raise
+    except SyntaxError as error:
+        raise MethodError(f"{file}, line {error.lineno}: {error.msg}") from error
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        where = f", line {lines[-1]}" if lines else ""
+        raise MethodError(f"{file}{where}: {type(error).__name__}: {error}") from error

@@ -1,0 +1,131 @@
+"""Order statistics by radix histograms give what sorting gives, ties and signs included."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streammerge.methods.ranking import Cut, Ranking, keys
+from streammerge.methods.registry import Pass
+
+STEP = 16
+"""Elements per block in these tests."""
+
+
+def settle(step: Any, vectors: Sequence[torch.Tensor], order: Sequence[int] | None = None) -> Any:
+    """Carry out all passes over the vectors."""
+    count = -(-vectors[0].numel() // STEP)
+    while isinstance(step, Pass):
+        for block in order or range(count):
+            part = [vector[block * STEP : (block + 1) * STEP] for vector in vectors]
+            step.add(block, step.measure(block, part))
+        step = step.finish()
+    return step
+
+
+def mask_of(cut: Cut, vector: torch.Tensor) -> torch.Tensor:
+    """Which elements are in the cut."""
+    parts = [cut.mask(vector[start : start + STEP], start // STEP) for start in range(0, vector.numel(), STEP)]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.bool)
+
+
+def rank(vectors: Sequence[torch.Tensor], ranks: Any, **options: Any) -> Any:
+    return settle(Ranking(vectors[0].numel(), ranks, lambda _, inputs: inputs, **options).begin(len(vectors)), vectors)
+
+
+def largest(vector: torch.Tensor, k: int, *, signed: bool) -> np.ndarray:
+    """Which are the k largest by a stable sort."""
+    values = vector.float().numpy() if signed else np.abs(vector.float().numpy())
+    mask = np.zeros(values.size, dtype=bool)
+    mask[np.argsort(-values, kind="stable")[:k]] = True
+    return mask
+
+
+VALUES = st.lists(
+    st.one_of(st.floats(width=32, allow_nan=False), st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 1e-40])),
+    min_size=1,
+    max_size=70,
+)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@given(data=st.data(), values=VALUES)
+def test_the_k_largest_are_those_of_a_stable_sort(data, values, signed):
+    vector = torch.tensor(values)
+    ranks = data.draw(st.lists(st.integers(0, len(values)), min_size=1, max_size=3))
+    (cuts,) = rank([vector], [ranks], signed=signed)
+    for k, cut in zip(ranks, cuts, strict=True):
+        assert mask_of(cut, vector).tolist() == largest(vector, k, signed=signed).tolist()
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@given(data=st.data(), values=VALUES)
+def test_the_value_of_a_rank_is_that_of_a_sort(data, values, signed):
+    vector = torch.tensor(values)
+    k = data.draw(st.integers(1, len(values)))
+    ((cut,),) = rank([vector], [[k]], signed=signed, exact=False)
+    ordered = np.sort(values if signed else np.abs(values))[::-1]
+    assert cut.value == np.float32(ordered[k - 1])
+    assert mask_of(cut, vector).sum() >= k  # those that equal it are in it too
+
+
+def test_several_vectors_are_ranked_together():
+    vectors = [torch.randn(1000, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    ranks = [[1, 999], [500], []]
+    for cuts, wanted, vector in zip(rank(vectors, ranks), ranks, vectors, strict=True):
+        assert [mask_of(cut, vector).sum() for cut in cuts] == wanted
+
+
+def test_blocks_may_come_in_any_order():
+    vector = torch.randint(-3, 4, (200,), generator=torch.Generator().manual_seed(0)).float()
+    ranking = Ranking(200, [[77]], lambda _, inputs: inputs)
+    ((cut,),) = settle(ranking.begin(1), [vector], order=list(reversed(range(13))))
+    assert mask_of(cut, vector).tolist() == largest(vector, 77, signed=False).tolist()
+
+
+def test_ranks_may_depend_on_what_is_not_zero():
+    vector = torch.tensor([0.0, 3.0, 0.0, 1.0, 2.0, 0.0, 5.0])
+    seen: list[int] = []
+
+    def ranks(nonzero: Sequence[int]) -> list[list[int]]:
+        seen.extend(nonzero)
+        return [[nonzero[0] // 2]]
+
+    ((cut,),) = rank([vector], ranks)
+    assert seen == [4]
+    assert mask_of(cut, vector).nonzero().flatten().tolist() == [1, 6]
+
+
+def test_nothing_is_counted_where_all_or_none_is_wanted():
+    ((everything, nothing),) = Ranking(5, [[5, 0]]).begin(1)
+    values = torch.tensor([1.0, float("nan"), -2.0])
+    assert everything.mask(values, 0).all()
+    assert not nothing.mask(values, 0).any()
+    assert (everything.value, nothing.value) == (float("-inf"), float("inf"))
+
+
+@pytest.mark.parametrize("ranks", [[[0]], lambda nonzero: [[0] for _ in nonzero]])
+def test_an_empty_vector_has_no_ranks(ranks):
+    ((cut,),) = Ranking(0, ranks, lambda _, inputs: inputs).begin(1)
+    assert cut.mask(torch.empty(0), 0).shape == (0,)
+
+
+def test_what_is_no_number_sorts_last_whatever_its_sign():
+    values = torch.tensor([float("nan"), -float("nan"), float("inf"), 1.0, -float("inf")])
+    for signed in (True, False):
+        found = keys(values, signed=signed)
+        assert found[:2].min() > found[2:].max()
+    assert keys(torch.tensor([0.0, -0.0]), signed=True).unique().numel() == 1
+
+
+def test_half_precision_and_float64_are_ranked_in_float32():
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        vector = torch.randn(300, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+        ((cut,),) = rank([vector], [[100]])
+        assert mask_of(cut, vector).tolist() == largest(vector, 100, signed=False).tolist()
