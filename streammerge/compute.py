@@ -1,4 +1,4 @@
-"""From expressions to numbers: one block of a tensor at a time, in one lane."""
+"""From expressions to numbers: a block of a tensor at the most at a time, in one lane."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from streammerge.methods.place import Target
 from streammerge.methods.slices import Slicing
 from streammerge.nodes import (
     BLOCK,
+    PIECE,
     Applied,
     ByBlock,
     ByGram,
@@ -37,11 +38,10 @@ class Evaluator:
         self.lane = lane
         self.dtype = dtype
         self.statistics = statistics
-        self._rows: dict[int, tuple[int, torch.Tensor]] = {}
+        self._kept: dict[int, tuple[int, torch.Tensor]] = {}
 
-    def block(self, node: Node, block: int, slot: int = 0) -> torch.Tensor:
-        """Block `block` of the node's flattened elements; in this slot, or where it is stored; not to be written to."""
-        start, stop = block * BLOCK, min((block + 1) * BLOCK, node.info.elements)
+    def values(self, node: Node, start: int, stop: int, slot: int = 0) -> torch.Tensor:
+        """Elements [start, stop), a block at the most; in this slot, or where they are stored; not to be written to."""
         match node:
             case Stored():
                 return self.lane.load(node, start, stop, self.dtype, slot)
@@ -50,67 +50,76 @@ class Evaluator:
             case Viewed():
                 return self._view(node, start, stop, slot)
             case Combined():
-                return self._combination(node.terms, block, stop - start, slot)
+                return self._combination(node.terms, start, stop, slot)
             case ByGram():
-                return self._by_gram(node, block, start, stop, slot)
+                return self._by_gram(node, start, stop, slot)
             case ByBlock():
-                return self._by_rows(node, start, stop, slot) if node.method.rows else self._method(node, block, slot)
+                return self._by_pieces(node, start, stop, slot)
             case ByWhole():
                 return self.lane.bring(self.statistics[id(node)][start:stop], self.dtype, slot)
 
-    def inputs(self, node: Applied, piece: int, slot: int = 0) -> list[torch.Tensor]:
-        """What the method is given of every input at once: blocks, each in a slot of its own; rows; whole tensors."""
+    def inputs(self, node: Applied, piece: int, part: int | None = None) -> list[torch.Tensor]:
+        """What the method is given of every input at once: pieces, each in a slot of its own; rows; whole tensors.
+
+        With `part`, no more than so many of the first elements of pieces.
+        """
+        return self._inputs(node, piece, 0, part)
+
+    def _inputs(self, node: Applied, piece: int, slot: int, part: int | None = None) -> list[torch.Tensor]:
+        step = piece_elements(node)
+        start, stop = piece * step, min((piece + 1) * step, node.info.elements)
         if isinstance(node, ByWhole):
-            whole = [self._range(child, 0, node.info.elements, slot) for child in node.inputs]
+            whole = [self.copy(child, start, stop, slot) for child in node.inputs]
             return [values.cpu().reshape(node.info.shape) for values in whole]
         if isinstance(node, ByBlock) and node.method.rows:
-            step = piece_elements(node)
-            start, stop = piece * step, min((piece + 1) * step, node.info.elements)
             width = Slicing.of(node.info.shape, node.method.rows).width
-            return [self._range(child, start, stop, slot).view(-1, width) for child in node.inputs]
-        return [self.block(child, piece, slot + place) for place, child in enumerate(node.inputs)]
+            return [self.copy(child, start, stop, slot).view(-1, width) for child in node.inputs]
+        stop = min(start + part, stop) if part else stop
+        return [self.values(child, start, stop, slot + place) for place, child in enumerate(node.inputs)]
 
     def _method(self, node: ByBlock, piece: int, slot: int) -> torch.Tensor:
         """What the method makes of a piece of its inputs."""
         place = target_of(node).place(piece)
-        inputs = self.inputs(node, piece, slot)
+        inputs = self._inputs(node, piece, slot)
         return node.method.compute(place, inputs, node.parameters, self.statistics.get(id(node)))
 
-    def _by_rows(self, node: ByBlock, start: int, stop: int, slot: int) -> torch.Tensor:
-        """A block cut from the rows that it touches. The last rows are kept, because the next block begins in them."""
+    def _by_pieces(self, node: ByBlock, start: int, stop: int, slot: int) -> torch.Tensor:
+        """Cut from the pieces that it touches. One that goes on is kept, because the next range begins in it."""
         step = piece_elements(node)
+        if start % step == 0 and stop == min(start + step, node.info.elements):
+            return self._method(node, start // step, slot).reshape(-1)
         out = torch.empty(stop - start, dtype=self.dtype, device=self.lane.device)
         for piece in range(start // step, -(-stop // step)):
-            kept, rows = self._rows.get(id(node), (-1, out))
+            kept, made = self._kept.pop(id(node), (-1, out))
             if kept != piece:
-                self._rows.pop(id(node), None)
-                rows = self._method(node, piece, slot).reshape(-1)
-                self._rows[id(node)] = piece, rows
-            low, high = max(start, piece * step), min(stop, piece * step + rows.numel())
-            out[low - start : high - start] = rows[low - piece * step : high - piece * step]
+                made = self._method(node, piece, slot).reshape(-1)
+            first, last = piece * step, piece * step + made.numel()
+            out[max(start, first) - start : min(stop, last) - start] = made[max(start, first) - first : stop - first]
+            if stop < last:
+                self._kept[id(node)] = piece, made
         return out
 
-    def _by_gram(self, node: ByGram, block: int, start: int, stop: int, slot: int) -> torch.Tensor:
+    def _by_gram(self, node: ByGram, start: int, stop: int, slot: int) -> torch.Tensor:
         coefficients = self.statistics[id(node)]
         if node.slices is None:
             terms = [Term(c, child) for c, child in zip(coefficients, node.inputs, strict=True) if c]
-            return self._combination(terms, block, stop - start, slot)
+            return self._combination(terms, start, stop, slot)
         slicing = Slicing.of(node.info.shape, node.slices)
         shares = coefficients.to(self.lane.device, self.dtype)
         total = self.lane.slot(slot, stop - start, self.dtype).zero_()
         for number, child in enumerate(node.inputs):
-            values = self.block(child, block, slot + 1)
+            values = self.values(child, start, stop, slot + 1)
             for part in slicing.rectangles(start, stop):
                 part.of(total).addcmul_(part.of(values), slicing.share(shares[number], part))
         return total
 
-    def _combination(self, terms: Sequence[Term], block: int, elements: int, slot: int) -> torch.Tensor:
-        """Σ coefficient · block, summed in the order of the terms, in slots alone: nothing is allocated on the way."""
-        total = self.lane.slot(slot, elements, self.dtype)
+    def _combination(self, terms: Sequence[Term], start: int, stop: int, slot: int) -> torch.Tensor:
+        """Σ coefficient · values, summed in the order of the terms, in slots alone: nothing is allocated on the way."""
+        total = self.lane.slot(slot, stop - start, self.dtype)
         if not terms:
             return total.zero_()
         for place, term in enumerate(terms):
-            values = self.block(term.node, block, slot + 1)
+            values = self.values(term.node, start, stop, slot + 1)
             if place:
                 total.add_(values, alpha=term.coefficient)
             else:
@@ -127,32 +136,26 @@ class Evaluator:
             )
             return self.lane.bring(gathered, self.dtype, slot)
         out = self.lane.slot(slot, stop - start, self.dtype)
-        return gather(node, start, stop, out, lambda i, j: self._range(source, i, j, slot + 1))
+        return gather(node, start, stop, out, lambda i, j: self.copy(source, i, j, slot + 1))
 
-    def _range(self, node: Node, start: int, stop: int, slot: int) -> torch.Tensor:
-        """Any flat range of a computed node, cut from whole blocks, because statistics count by them."""
+    def copy(self, node: Node, start: int, stop: int, slot: int = 0) -> torch.Tensor:
+        """Any flat range, of any length, block by block: the caller's own."""
         out = torch.empty(stop - start, dtype=self.dtype, device=self.lane.device)
-        for block in range(start // BLOCK, -(-stop // BLOCK)):
-            first = block * BLOCK
-            values = self.block(node, block, slot)
-            low, high = max(start, first), min(stop, first + values.numel())
-            out[low - start : high - start] = values[low - first : high - first]
+        while start < stop:
+            end = min((start // BLOCK + 1) * BLOCK, stop)
+            out[start - stop : end - stop or None] = self.values(node, start, end, slot)
+            start = end
         return out
 
 
-def block_count(node: Node) -> int:
-    """The number of the tensor's blocks; an empty one has none."""
-    return -(-node.info.elements // BLOCK)
-
-
 def piece_elements(node: Node) -> int:
-    """How many elements a method is given at once: a block, or as many whole rows as make one, or the whole tensor."""
+    """How many elements are computed at once: a block; for a method a piece of one, whole rows, or the whole tensor."""
     if isinstance(node, ByWhole):
         return max(node.info.elements, 1)
     if isinstance(node, ByBlock) and node.method.rows:
         width = max(Slicing.of(node.info.shape, node.method.rows).width, 1)
-        return max(BLOCK // width, 1) * width
-    return BLOCK
+        return max(PIECE // width, 1) * width
+    return PIECE if isinstance(node, ByBlock) else BLOCK
 
 
 def piece_count(node: Node) -> int:

@@ -16,7 +16,7 @@ import torch
 
 from streammerge.errors import DeviceError
 from streammerge.machine import Allotment
-from streammerge.nodes import BLOCK, ByGram, Stored, walk
+from streammerge.nodes import BLOCK, PIECE, ByGram, Stored, walk
 from streammerge.plan import Job
 from streammerge.reading import Reader, open_reader, page_aligned
 from streammerge.tensors import DTYPES, DType
@@ -56,7 +56,9 @@ class Lane:
         """Room for a block in this slot, on the lane's device."""
         buffer = self._slots.get((slot, dtype))
         if buffer is None or buffer.numel() < elements:
-            buffer = self._slots[slot, dtype] = self._allocate(max(elements, BLOCK), dtype)
+            buffer = self._slots[slot, dtype] = self._allocate(
+                max(elements, PIECE if elements <= PIECE else BLOCK), dtype
+            )
         return buffer[:elements]
 
     def _allocate(self, elements: int, dtype: torch.dtype) -> torch.Tensor:

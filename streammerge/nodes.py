@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from streammerge.methods.slices import Slices
 
 BLOCK: Final = 2**18
-"""Elements that are computed at once: few enough for the CPU's second-level cache, and a constant, because sums over
-a tensor are taken block by block and must not depend on threads, windows or limits."""
+"""Elements that are computed at once at the most: few enough for the CPU's caches, enough to be worth the calls."""
+
+PIECE: Final = 2**17
+"""Elements that methods are given at once, which make many temporary tensors of that size. Both are constants, because
+sums over a tensor are taken block by block, and random numbers piece by piece, whatever the threads and limits."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -20,6 +20,7 @@ from streammerge.methods.place import Target
 from streammerge.methods.slices import Slicing
 from streammerge.nodes import (
     BLOCK,
+    PIECE,
     Applied,
     ByBlock,
     ByGram,
@@ -232,7 +233,8 @@ def is_copy(node: Node, info: TensorInfo) -> bool:
 def lane_bytes(job: Job) -> int:
     """What a lane needs for this tensor beside its mapped windows: slots, stored blocks, a method's temporaries."""
     assert job.compute is not None
-    elements = min(BLOCK, job.info.elements)
+    by_piece = isinstance(job.node, ByBlock) and not job.node.method.rows
+    elements = min(PIECE if by_piece else BLOCK, job.info.elements)
     size = job.compute.bits // 8
     blocks = slots(job.node) * elements
     for part in walk(job.node):
@@ -240,7 +242,8 @@ def lane_bytes(job: Job) -> int:
             # rows are given beside the blocks that they are cut from and cut into, and may be longer than these
             rows = row_elements(part)
             temporaries = part.method.temporaries + part.method.temporaries_each * len(part.inputs)
-            blocks += temporaries * max(elements, rows) + (len(part.inputs) + 2) * rows
+            blocks += temporaries * max(min(PIECE, elements), rows) + (len(part.inputs) + 2) * rows
+            blocks += 0 if part is job.node else elements
         elif isinstance(part, ByGram):
             blocks += len(part.inputs) * elements * (1 if part.slices is None else 4)  # of slices as float64, at once
     widest = max((leaf.info.dtype.bits // 8 for leaf in leaves(job.node)), default=0)
@@ -251,7 +254,7 @@ def row_elements(node: ByBlock) -> int:
     """How many elements of whole rows a method is given at once; 0 if it takes blocks as they come."""
     if node.method.rows is None or not node.info.elements:
         return 0
-    return max(min(BLOCK, node.info.elements), Slicing.of(node.info.shape, node.method.rows).width)
+    return max(min(PIECE, node.info.elements), Slicing.of(node.info.shape, node.method.rows).width)
 
 
 def held_bytes(node: Node) -> int:

@@ -56,10 +56,15 @@ class Survey:
         """The number of blocks to measure: of the longest tensor, because views make tensors longer and shorter."""
         return max((piece_count(node) for node, _ in self.passes.values()), default=0)
 
+    @property
+    def step_elements(self) -> int:
+        """How many elements a block to be measured has at the most."""
+        return max((piece_elements(node) for node, _ in self.passes.values()), default=1)
+
     def measure(self, evaluator: Evaluator, block: int) -> dict[int, Any]:
         """What the current passes want to know of one block, those whose tensor has it."""
         return {
-            key: step.measure(block, evaluator.inputs(node, block))
+            key: step.measure(block, evaluator.inputs(node, block, getattr(step, "part", None)))
             for key, (node, step) in self.passes.items()
             if block < piece_count(node)
         }
@@ -192,6 +197,11 @@ class TogetherSurvey:
         return self.step is not None and self.step.ordered
 
     @property
+    def step_elements(self) -> int:
+        """How many elements a block to be measured has at the most."""
+        return piece_elements(self.together.members[0])
+
+    @property
     def blocks(self) -> int:
         """The number of blocks of all the tensors."""
         return self.first_blocks[-1]
@@ -202,7 +212,8 @@ class TogetherSurvey:
         number = bisect.bisect_right(self.first_blocks, block) - 1
         member = self.together.members[number]
         dtype = self.dtypes.get(id(member)) or own_dtype(member)
-        inputs = Evaluator(evaluator.lane, dtype, {}).inputs(member, block - self.first_blocks[number])
+        part = getattr(self.step, "part", None)
+        inputs = Evaluator(evaluator.lane, dtype, {}).inputs(member, block - self.first_blocks[number], part)
         return self.step.measure(block, inputs)
 
     def add(self, block: int, measured: Any) -> None:  # noqa: ANN401
@@ -252,7 +263,7 @@ def read_range(node: Node, start: int, stop: int, lane: Lane, dtype: torch.dtype
                 carry_out(TogetherSurvey(together, {}), lane, dtype)
         survey = Survey(node)
         carry_out(survey, lane, dtype)
-        return Evaluator(lane, dtype, survey.known)._range(node, start, stop, 0)
+        return Evaluator(lane, dtype, survey.known).copy(node, start, stop)
 
 
 def carry_out(survey: Survey | TogetherSurvey, lane: Lane, dtype: torch.dtype) -> None:

@@ -9,17 +9,17 @@ from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 
-from streammerge.compute import Evaluator, block_count
+from streammerge.compute import Evaluator, piece_elements
 from streammerge.devices import Lane, torch_dtype
 from streammerge.formats.files import ByteFile
-from streammerge.nodes import BLOCK, Node, Stored, Together, compute_dtype, leaves
+from streammerge.nodes import BLOCK, ByBlock, Node, Stored, Together, compute_dtype, leaves
 from streammerge.plan import Job, held_bytes
 from streammerge.progress import Progress
 from streammerge.surveys import Survey, TogetherSurvey
 from streammerge.tensors import DType
 
 WINDOW: Final = 16
-"""Blocks that a worker takes at once, at the most: long enough to read on, short enough to share a large tensor."""
+"""Whole blocks that a worker takes at once, at the most: long enough to read on, short enough to share a tensor."""
 
 WINDOW_BYTES: Final = 32 << 20
 """What a window reads at the most, if it is of more than one block: many models make it shorter."""
@@ -57,6 +57,7 @@ class Work:
         self.lock = threading.Lock()
         self._open_windows = 0
         self._next_block = 0
+        self._step = 1
         self._early: dict[int, Any] = {}
 
     def release(self) -> int:
@@ -67,9 +68,9 @@ class Work:
             released, self.held_bytes = self.held_bytes, 0
             return released
 
-    def ranges(self, first: int, last: int) -> list[FileRange]:
-        """What blocks [first, last) will read of files, as far as that is known beforehand."""
-        return ranges_of(self.node, first, last)
+    def ranges(self, window: Window) -> list[FileRange]:
+        """What the window will read of files, as far as that is known beforehand."""
+        return ranges_of(self.node, window.first * self._step, window.last * self._step)
 
     def begin_pass(self) -> list[Window]:
         """The windows of the next pass: a survey while one is due, then the writing; none when all is done."""
@@ -77,10 +78,11 @@ class Work:
         surveying = not self.survey.complete
         if not (surveying or self.writes):
             return []
-        blocks = self.survey.blocks if surveying else block_count(self.node)
-        step = window_blocks(self.node)
+        self._step = self.survey.step_elements if surveying else write_step(self.node)
+        blocks = self.survey.blocks if surveying else -(-self.node.info.elements // self._step)
+        count = window_blocks(self.node, self._step)
         windows = [
-            Window(self, first, min(first + step, blocks), surveying) for first in range(0, max(blocks, 1), step)
+            Window(self, first, min(first + count, blocks), surveying) for first in range(0, max(blocks, 1), count)
         ]
         self._open_windows = len(windows)
         return windows
@@ -127,7 +129,7 @@ class Window:
     @property
     def ranges(self) -> list[FileRange]:
         """What will be read of files, as far as that is known beforehand."""
-        return self.work.ranges(self.first, self.last)
+        return self.work.ranges(self)
 
     def run(self, lane: Lane, sink: Sink, progress: Progress) -> None:
         """Do this window's part of the pass."""
@@ -160,13 +162,12 @@ class MergeWork(Work):
     def write(self, first: int, last: int, lane: Lane, sink: Sink, progress: Progress) -> None:
         """Write blocks [first, last) at their place in the output."""
         assert self.dtype is not None
-        size = self.job.info.dtype.bits
-        evaluator = Evaluator(lane, self.dtype, self.survey.known)
-        for block in range(first, last):
-            values = evaluator.block(self.node, block)
+        evaluator, step = Evaluator(lane, self.dtype, self.survey.known), self._step
+        for start in range(first * step, min(last * step, self.node.info.elements), step):
+            values = evaluator.values(self.node, start, min(start + step, self.node.info.elements))
             stored = lane.store(values, self.stored)
             data = lane.stored_bytes(stored)
-            sink.write(self.job, block * BLOCK * size // 8, data)
+            sink.write(self.job, start * self.stored.itemsize, data)
             progress.advance(len(data))
             if bad := count_nonfinite(values, stored):
                 progress.found_nonfinite(self.name, bad)
@@ -185,7 +186,7 @@ class TogetherWork(Work):
             TogetherSurvey(together, dtypes),
         )
 
-    def ranges(self, first: int, last: int) -> list[FileRange]:
+    def ranges(self, window: Window) -> list[FileRange]:
         """None: the blocks may lie in several tensors."""
         return []
 
@@ -202,19 +203,24 @@ def together_works(together: Mapping[Together, Mapping[int, DType]]) -> list[Tog
     ]
 
 
-def window_blocks(node: Node) -> int:
-    """How many blocks of the tensor a worker takes at once."""
-    block_bytes = sum(BLOCK * leaf.info.dtype.bits // 8 for leaf in leaves(node))
-    return max(1, min(WINDOW, WINDOW_BYTES // max(block_bytes, 1)))
+def write_step(node: Node) -> int:
+    """How many elements are written at once: what a method makes at once, else a block."""
+    return piece_elements(node) if isinstance(node, ByBlock) and not node.method.rows else BLOCK
+
+
+def window_blocks(node: Node, step: int) -> int:
+    """How many blocks of so many elements a worker takes at once."""
+    block_bytes = sum(step * leaf.info.dtype.bits // 8 for leaf in leaves(node))
+    return max(1, min(WINDOW * BLOCK // step, WINDOW_BYTES // max(block_bytes, 1)))
 
 
 def ranges_of(node: Node, first: int, last: int) -> list[FileRange]:
-    """Which bytes of which files blocks [first, last) of the tensor are made of, views of other shapes left out."""
+    """Which bytes of which files elements [first, last) of the tensor are made of, views of other shapes left out."""
     ranges = []
     for leaf in leaves(node):
         if isinstance(leaf, Stored) and leaf.info.elements == node.info.elements:
             bits = leaf.info.dtype.bits
-            start, stop = (min(block * BLOCK * bits // 8, leaf.info.nbytes) for block in (first, last))
+            start, stop = (min(element * bits // 8, leaf.info.nbytes) for element in (first, last))
             ranges.append(FileRange(leaf.file, leaf.start + start, leaf.start + stop))
     return ranges
 

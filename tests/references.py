@@ -182,14 +182,14 @@ def ties(
     normalize: bool = True,
     rescale: bool = False,
     scope: str = "tensor",
-    context: Context,
+    context: Context | None = None,
     **lambda_: float,
 ) -> Array:
     base, *models = inputs
     weights = per_model(weight, len(models))
     trimmed = [
         keep_largest(model - base, share, rescale=rescale)
-        if scope == "tensor"
+        if scope == "tensor" or context is None
         else context.own_part(keep_largest(context.joined(number), share, rescale=rescale))
         for number, (model, share) in enumerate(zip(models, per_model(density, len(models)), strict=True))
     ]

@@ -69,7 +69,7 @@ def slerp(t: float, *inputs: Expression) -> Expression:
 
 def ties(density: float, base: Expression, *models: Expression) -> Expression:
     each = {"weight": (1.0, 0.75, 0.5)[: len(models)], "density": (density,) * len(models)}
-    others = {"normalize": True, "lambda": 1.0, "rescale": False}
+    others = {"normalize": True, "lambda": 1.0, "rescale": False, "scope": "tensor"}
     return apply("ties", [base, *models], {**each, **others}, **each, **others)
 
 

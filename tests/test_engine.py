@@ -115,6 +115,9 @@ class FakeWork:
         self.open: set[Window] = set()
         self.lock = threading.Lock()
 
+    def ranges(self, first: int, last: int) -> list[FileRange]:
+        return []
+
     def begin_pass(self) -> list[Window]:
         assert not self.open, "a pass begins when the one before is done"
         self.current += 1

@@ -24,7 +24,7 @@ ORDER = [
     *("formats.torchzip", "reading"),
     # methods
     *("methods.contract", "methods.registry", "methods.place", "methods.statistics", "methods.slices", "methods.sums"),
-    *("methods.trimming", "methods.ranking"),
+    *("methods.cuts", "methods.radix", "methods.bracketing", "methods.ranking"),
     *("methods.linear", "methods.spherical", "methods.means", "methods.sparse", "methods.dropping"),
     *("methods.agreement", "methods.competition", "methods.selection", "methods.matrix"),
     *("methods.diffusion", "methods.placed", "methods.cosines", "methods.loading", "methods"),

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import streammerge
-from streammerge import engine
+from streammerge import works
 from streammerge.cli import main
+from streammerge.copying import Copying
 from streammerge.errors import PlanError
 from streammerge.plan import Plan
 from tests.models import assert_same_bytes, load_model, make_tensors, merge_to, near, save_models
@@ -169,7 +170,7 @@ def test_windows_may_lie_in_several_tensors(paths, tmp_path, monkeypatch, method
         for _ in range(2)
     ]
     plain = merge_to(tmp_path / "plain.safetensors", made[0], threads=1)
-    monkeypatch.setattr(engine, "WINDOW", 1)
+    monkeypatch.setattr(works, "WINDOW", 1)
     assert_same_bytes(merge_to(tmp_path / "out.safetensors", made[1], threads=threads), plain)
 
 
@@ -183,6 +184,11 @@ def test_a_stage_of_its_own_is_shown(paths, tmp_path):
             def write(self, job: Any, position: int, data: memoryview) -> None:
                 """Nothing."""
 
-        progress = machine.run(Sink(), lambda progress: stages.append(progress.stage))
+            def copy(self, job: Any, position: int, source: Any, nbytes: int) -> None:
+                """Nothing."""
+
+        copying = Copying(plan.jobs, Sink(), plan.new_progress())
+        machine.run(Sink(), copying, lambda progress: stages.append(progress.stage))
+    progress = copying.progress
     assert set(stages) == {"measure the whole model", ""}
     assert progress.done_bytes == progress.total_bytes == sum(job.info.nbytes for job in plan.jobs)

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from streammerge.errors import MethodError
 from streammerge.methods.contract import Between, ParameterValue, Share
+from streammerge.methods.cuts import Cut
 from streammerge.methods.place import Place, Target
-from streammerge.methods.ranking import Cut, Ranking
+from streammerge.methods.ranking import Ranking
 from streammerge.methods.registry import BlockMethod, method
+from streammerge.methods.sparse import summed
 from streammerge.methods.sums import SumPass, l1_norm, task_vectors
 
 if TYPE_CHECKING:
@@ -18,14 +20,6 @@ if TYPE_CHECKING:
 Parameters = Mapping[str, ParameterValue]
 Positive = Annotated[float, Between(0)]
 Count = Annotated[int, Between(0)]
-
-
-def summed(tensors: Sequence[Tensor]) -> Tensor:
-    """Σᵢ of one tensor at the least, as a new one."""
-    total = tensors[0].clone()
-    for tensor in tensors[1:]:
-        total += tensor
-    return total
 
 
 def check_task(parameters: Parameters, inputs: int) -> None:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from streammerge.methods.contract import ParameterValue, Share
+from streammerge.methods.cuts import Cut
 from streammerge.methods.place import Target
-from streammerge.methods.ranking import Cut, Ranking
+from streammerge.methods.ranking import Ranking
 from streammerge.methods.registry import BlockMethod, method
 from streammerge.methods.sums import task_vectors
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from streammerge.errors import MethodError
 from streammerge.methods.contract import ParameterValue, PerModel, Share
+from streammerge.methods.cuts import Cut
 from streammerge.methods.place import Place, Target
-from streammerge.methods.ranking import Cut, Ranking
+from streammerge.methods.ranking import Ranking
 from streammerge.methods.registry import BlockMethod, method, net
-from streammerge.methods.sparse import elect_and_sum
-from streammerge.methods.sums import SumPass, l1_norm
+from streammerge.methods.sparse import divided, elect_and_sum, l1_pass
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,31 +32,12 @@ def add_deltas(
     if elect:
         total, weights = elect_and_sum(weighted, weight)
         if normalize:
-            total /= weights.masked_fill_(weights == 0, 1.0)
+            total = divided(total, weights, weight)
     else:
         total = sum(weighted[1:], start=weighted[0])
         if normalize:
             total = total / (net(*weight) or 1.0)
     return total.mul_(scale).add_(base)
-
-
-def l1_pass(
-    target: Target, kept: Callable[[Tensor, int, Place], Tensor], then: Callable[[Factors], Any] = tuple
-) -> SumPass:
-    """A pass for ‖d‖₁ / ‖kept d‖₁ of each task vector, 1 where nothing is kept; `then` makes these the statistics."""
-
-    def sums(block: int, inputs: Sequence[Tensor]) -> list[float]:
-        place, found = target.place(block), []
-        base, *models = inputs
-        for i, model in enumerate(models):  # one after the other: a block in float64 is wide
-            delta = model - base
-            found += [l1_norm(delta), l1_norm(kept(delta, i, place))]
-        return found
-
-    def factors(found: Sequence[float]) -> Any:  # noqa: ANN401
-        return then([whole / left if left > 0 else 1.0 for whole, left in zip(found[::2], found[1::2], strict=True)])
-
-    return SumPass(2 * (target.inputs - 1), sums, factors)
 
 
 # DARE: at random

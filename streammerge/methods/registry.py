@@ -42,7 +42,8 @@ Result = TypeVar("Result", covariant=True)
 class Pass(Protocol[Result]):
     """One pass over a tensor: `measure` runs in any thread, `add` takes its results one at a time.
 
-    With `ordered`, results arrive in the order of the blocks, so that floating-point sums don't depend on threads.
+    With `ordered`, results arrive in the order of the blocks, so that floating-point sums don't depend on threads. A
+    pass that has an attribute `part` is given no more than so many of the first elements of each block.
     """
 
     ordered: bool

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from streammerge.methods.contract import Between, ParameterValue
+from streammerge.methods.cuts import Cut
 from streammerge.methods.place import Target
-from streammerge.methods.ranking import Cut, Ranking
+from streammerge.methods.ranking import Ranking
 from streammerge.methods.registry import BlockMethod, method
 
 if TYPE_CHECKING:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from streammerge.methods.contract import ParameterValue, PerModel, Share
+from streammerge.methods.cuts import Cut
+from streammerge.methods.ranking import Ranking
 from streammerge.methods.registry import BlockMethod, method
-from streammerge.methods.trimming import Trim, search_k_largest
+from streammerge.methods.sums import SumPass, l1_norm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,11 +17,26 @@ if TYPE_CHECKING:
     from streammerge.methods.place import Place, Target
 
 
+Trim = tuple[Cut, float]
+"""Which elements of a task vector stay, and the factor that makes up for the others."""
+
+
 def trim_to_density(target: Target, parameters: Mapping[str, ParameterValue]) -> Any:  # noqa: ANN401
-    """Find the `density` largest elements of every task vector."""
-    density = parameters["density"]
-    assert isinstance(density, tuple)
-    return search_k_largest(target.elements, density, rescale=bool(parameters["rescale"]))
+    """Find the `density` largest elements of every task vector, one at the least; with `rescale` its L1 norms too."""
+    density: Any = parameters["density"]
+    ranks = [[max(int(share * target.elements), 1) if share > 0 else 0] for share in density]
+
+    def trims(cuts: Sequence[Sequence[Cut]]) -> Any:  # noqa: ANN401
+        first = [cut for (cut,) in cuts]
+
+        def kept(delta: Tensor, model: int, place: Place) -> Tensor:
+            return first[model].keep(delta, place.counted)
+
+        if not parameters["rescale"]:
+            return [(cut, 1.0) for cut in first]
+        return l1_pass(target, kept, lambda factors: list(zip(first, factors, strict=True)))
+
+    return Ranking(target.elements, ranks, then=trims).begin(len(ranks))
 
 
 @method(
@@ -49,24 +66,64 @@ def ties(
     first) of each tensor as in mergekit, or with `scope: model` of the whole model as in the paper; the sign of the
     weighted sum is elected, + where it is zero. `rescale` scales what was kept to the L1 norm of the whole task vector.
     """
-    total, weights = elect_and_sum(
-        [
-            trim.apply(model - base, place.counted).mul_(w)
-            for model, trim, w in zip(models, statistics, weight, strict=True)
-        ],
-        weight,
-    )
+    deltas = [
+        scaled(cut.keep(model - base, place.counted), share * factor)
+        for model, (cut, factor), share in zip(models, statistics, weight, strict=True)
+    ]
+    total, weights = elect_and_sum(deltas, weight)
     if normalize:
-        total /= weights.masked_fill_(weights == 0, 1.0)
-    return total.mul_(lambda_).add_(base)
+        total = divided(total, weights, weight)
+    return scaled(total, lambda_).add_(base)
+
+
+def summed(tensors: Sequence[Tensor]) -> Tensor:
+    """Σᵢ of one tensor at the least, as a new one."""
+    total = tensors[0] + tensors[1] if len(tensors) > 1 else tensors[0].clone()
+    for tensor in tensors[2:]:
+        total += tensor
+    return total
+
+
+def scaled(values: Tensor, factor: float) -> Tensor:
+    """The values times the factor, in place."""
+    return values if factor == 1 else values.mul_(factor)
 
 
 def elect_and_sum(deltas: Sequence[Tensor], weight: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """The sum of the weighted deltas that agree with the sign of their sum, and the sum of their weights."""
-    elected = sum(deltas[1:], start=deltas[0]) >= 0
-    total, weights = deltas[0].new_zeros(deltas[0].shape), deltas[0].new_zeros(deltas[0].shape)
-    for delta, share in zip(deltas, weight, strict=True):
-        agrees = ((delta > 0) & elected) | ((delta < 0) & ~elected)
-        total += delta * agrees
-        weights += share * agrees
-    return total, weights
+    """The sum of the weighted deltas that agree with the sign of their sum, and the sum of their weights.
+
+    The deltas are used up.
+    """
+    sign = summed(deltas).ge_(0.0).mul_(2.0).sub_(1.0)  # numbers are faster than truth values
+    agreeing = [delta.mul_(sign).clamp_(min=0.0) for delta in deltas]
+    total, weights = agreeing[0].clone(), agreeing[0].sign_().mul_(weight[0])
+    for delta, share in zip(agreeing[1:], weight[1:], strict=True):
+        total += delta
+        weights.add_(delta.sign_(), alpha=share)
+    return total.mul_(sign), weights
+
+
+def divided(total: Tensor, weights: Tensor, weight: Sequence[float]) -> Tensor:
+    """The sum divided by the weights that went into it, 0 where there were none."""
+    if all(share > 0 for share in weight):
+        return total.div_(weights.clamp_(min=min(weight)))  # no sum of some of them is less
+    return total.div_(weights.masked_fill_(weights == 0, 1.0))
+
+
+def l1_pass(
+    target: Target, kept: Callable[[Tensor, int, Place], Tensor], then: Callable[[Sequence[float]], Any] = tuple
+) -> SumPass:
+    """A pass for ‖d‖₁ / ‖kept d‖₁ of each task vector, 1 where nothing is kept; `then` makes these the statistics."""
+
+    def sums(block: int, inputs: Sequence[Tensor]) -> list[float]:
+        place, found = target.place(block), []
+        base, *models = inputs
+        for i, model in enumerate(models):  # one after the other: a block in float64 is wide
+            delta = model - base
+            found += [l1_norm(delta), l1_norm(kept(delta, i, place))]
+        return found
+
+    def factors(found: Sequence[float]) -> Any:  # noqa: ANN401
+        return then([whole / left if left > 0 else 1.0 for whole, left in zip(found[::2], found[1::2], strict=True)])
+
+    return SumPass(2 * (target.inputs - 1), sums, factors)

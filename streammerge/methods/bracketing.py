@@ -1,0 +1,194 @@
+"""Ranks found between brackets: a sample tells about where they lie, one pass counts what is above and gathers those.
+
+The sample is the beginning of every block, so it costs little and doesn't depend on threads. The brackets are set so
+wide around the sample's quantile that the rank nearly always lies between them; then the few values that do are all
+that has to be looked at to find it, exactly. A bracket that was set wrong, or that holds more than there is room for,
+sends the search to the histograms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from streammerge.methods.cuts import ALL
+from streammerge.methods.radix import UpperBits
+from streammerge.reading import page_aligned
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from streammerge.methods.ranking import Ranking, Search
+
+SAMPLE: Final = 2**14
+"""Values that are sampled of a tensor, or more if it has many blocks."""
+
+LEAST: Final = 2**8
+"""Values that are sampled of a block at the least."""
+
+SMALL: Final = 2**16
+"""A tensor of so few elements is gathered whole."""
+
+DEVIATIONS: Final = 4.0
+"""Half the brackets' width, in standard deviations of the sample's quantile."""
+
+UNEVEN: Final = 0.05
+"""What one block's quantile may be off the tensor's, because rows differ; of many blocks, less."""
+
+ROOM: Final = 2**20
+"""Values that are gathered for a rank at the most."""
+
+TOP: Final = 2**31 - 1
+"""The greatest key."""
+
+
+def begin_bracketing(ranking: Ranking) -> Any:  # noqa: ANN401
+    """The first pass of the searches."""
+    return Gathering(ranking, {}) if ranking.elements <= SMALL else Sample(ranking)
+
+
+@dataclass(frozen=True, slots=True)
+class Bracket:
+    """Keys between which a rank should lie: greater than `low`, and less than `low` + 2 ** `bits`; by default all."""
+
+    low: int = ALL
+    bits: int = 32
+
+    @classmethod
+    def around(cls, low: int, high: int) -> Bracket:
+        """The bracket that holds these keys and all between them."""
+        bits = (high - low + 2).bit_length()
+        middle = max(ALL, (low + high) // 2 - 2 ** (bits - 1))
+        return cls(middle, bits) if middle + 2**bits <= TOP else cls()
+
+    def part(self, found: Tensor) -> tuple[int, Tensor]:
+        """How many of the keys lie above, and which lie inside.
+
+        By sums of numbers rather than by masks, for truth values are four times slower to make and to count.
+        """
+        if self.bits >= 31:
+            return 0, found
+        size = 2**self.bits
+        offset = found.clamp(self.low, self.low + size).sub_(self.low)  # 0 below, 2 ** bits above
+        not_below = int(offset.count_nonzero())
+        inside = offset.bitwise_and_(size - 1).nonzero().view(-1)
+        return not_below - inside.numel(), found[inside]
+
+
+class Sample:
+    """First pass, over the beginning of every block: where each rank should lie."""
+
+    ordered = False
+
+    def __init__(self, ranking: Ranking) -> None:
+        self.ranking = ranking
+        self.part = max(LEAST, SAMPLE * SMALL // ranking.elements)
+        self.found: dict[int, list[Tensor]] = {}
+
+    def measure(self, block: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The keys of the block's beginning."""
+        return [found.cpu() for found in self.ranking.keys(block, inputs)]
+
+    def add(self, block: int, measured: list[Tensor]) -> None:
+        """Keep them."""
+        self.found[block] = measured
+
+    def finish(self) -> Gathering:
+        """The pass that gathers what lies between the brackets."""
+        import torch
+
+        brackets: dict[int, Bracket] = {}
+        for vector in range(len(self.ranking.searches)):
+            searches = self.ranking.open_searches(vector)
+            if searches:
+                sample = torch.cat([found[vector] for found in self.found.values()])
+                brackets |= {id(search): self._bracket(search, sample) for search in searches}
+        return Gathering(self.ranking, brackets)
+
+    def _bracket(self, search: Search, sample: Tensor) -> Bracket:
+        count, share = sample.numel(), 1 - search.k / self.ranking.elements
+        spread = share * (1 - share)
+        doubt = DEVIATIONS * math.sqrt(spread / count) + UNEVEN * spread / math.sqrt(len(self.found))
+        low, high = math.floor((share - doubt) * count) - 1, math.ceil((share + doubt) * count) + 1
+        return Bracket.around(
+            int(sample.kthvalue(low).values) if low >= 1 else ALL + 1,
+            int(sample.kthvalue(high).values) if high <= count else TOP,
+        )
+
+
+class Gathered:
+    """What lies between the brackets of a search, and how much lies above.
+
+    The values are kept in memory of their own, because many small tensors would each keep a hole in the heap open.
+    """
+
+    def __init__(self, bracket: Bracket, most: int) -> None:
+        import torch
+
+        self.bracket = bracket
+        self.above = 0
+        self.count = 0
+        self.room = torch.frombuffer(page_aligned(4 * min(most, ROOM)), dtype=torch.int32)
+        self.blocks: dict[int, slice] = {}
+
+    def add(self, block: int, above: int, between: Tensor) -> None:
+        """Take in a block's share, as long as there is room."""
+        self.above += above
+        part = slice(self.count, self.count + between.numel())
+        self.count = part.stop
+        if self.count <= self.room.numel():
+            self.room[part] = between.to("cpu")
+            self.blocks[block] = part
+
+    def settle(self, search: Search) -> bool:
+        """Find the rank among what was gathered; false if it is not there."""
+        wanted = search.k - self.above
+        if self.count > self.room.numel() or not 0 < wanted <= self.count:
+            return False
+        values = self.room[: self.count]
+        search.key = int(values.kthvalue(self.count - wanted + 1).values)
+        search.above = self.above + int((values > search.key).sum())
+        search.equal = int((values == search.key).sum())
+        if search.equal > search.k - search.above:
+            search.equals = {block: int((values[part] == search.key).sum()) for block, part in self.blocks.items()}
+        return True
+
+
+class Gathering:
+    """Second pass: how many keys lie above each bracket, and which lie inside."""
+
+    ordered = False
+
+    def __init__(self, ranking: Ranking, brackets: dict[int, Bracket]) -> None:
+        self.ranking = ranking
+        self.gathered = [
+            [self._gathered(search, brackets) for search in ranking.open_searches(vector)]
+            for vector in range(len(ranking.searches))
+        ]
+
+    def _gathered(self, search: Search, brackets: Mapping[int, Bracket]) -> tuple[Search, Gathered]:
+        return search, Gathered(brackets.get(id(search), Bracket()), self.ranking.elements)
+
+    def measure(self, block: int, inputs: Sequence[Tensor]) -> list[list[tuple[int, Tensor]]]:
+        """For each search of each vector: how many are above, and what is between the brackets."""
+        vectors = self.ranking.keys(block, inputs)
+        return [
+            [gathered.bracket.part(found) for _, gathered in searches]
+            for found, searches in zip(vectors, self.gathered, strict=True)
+        ]
+
+    def add(self, block: int, measured: list[list[tuple[int, Tensor]]]) -> None:
+        """Take in a block's shares."""
+        for searches, shares in zip(self.gathered, measured, strict=True):
+            for (_, gathered), (above, between) in zip(searches, shares, strict=True):
+                gathered.add(block, above, between)
+
+    def finish(self) -> Any:  # noqa: ANN401
+        """The result; or histograms for all, if a rank is not where it should be."""
+        settled = [gathered.settle(search) for searches in self.gathered for search, gathered in searches]
+        if all(settled):
+            return self.ranking.result()
+        self.ranking.look_for([[search.k for search in searches] for searches in self.ranking.searches])
+        return UpperBits(self.ranking, len(self.ranking.searches))
