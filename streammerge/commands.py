@@ -170,7 +170,7 @@ def methods(arguments: argparse.Namespace) -> int:
 
 def show_method(method: Method) -> None:
     """A method for people: its formula and source, what it takes, its parameters, an example."""
-    say(f"{method.name}\n")
+    say(f"{method.name} ({method.kind})\n")
     say(method.doc + "\n")
     show_table(method_rows(method))
     say(f"\n{example(method)}")

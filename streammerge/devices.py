@@ -16,7 +16,7 @@ import torch
 
 from streammerge.errors import DeviceError
 from streammerge.machine import Allotment
-from streammerge.nodes import BLOCK, ByGram, Stored, walk
+from streammerge.nodes import BLOCK, ByBlock, ByGram, Node, Stored, walk
 from streammerge.plan import Job
 from streammerge.reading import Reader, open_reader, page_aligned
 from streammerge.tensors import DTYPES, DType
@@ -191,13 +191,18 @@ def check_float64(device: torch.device, jobs: Iterable[Job]) -> None:
     """DeviceError if a tensor is to be computed in float64, or measured in it, on a device that has none."""
     if device.type not in NO_FLOAT64:
         return
-    double = [job for job in jobs if job.compute == DTYPES["F64"] or any(isinstance(n, ByGram) for n in walk(job.node))]
+    double = [job for job in jobs if job.compute == DTYPES["F64"] or any(map(needs_float64, walk(job.node)))]
     if double:
         raise DeviceError(
             f"{device} has no float64, which {len(double)} tensors need",
             found=[job.name for job in double],
-            advice="Use --compute-dtype fp32 (not for methods of kind gram), or another --device.",
+            advice="Use --compute-dtype fp32 (unless the method itself needs float64), or another --device.",
         )
+
+
+def needs_float64(node: Node) -> bool:
+    """Whether a method computes in float64 on the device, whatever the compute dtype is."""
+    return isinstance(node, ByGram) or (isinstance(node, ByBlock) and node.method.float64)
 
 
 def available_devices() -> list[str]:

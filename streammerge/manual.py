@@ -36,7 +36,6 @@ def method_rows(method: Method) -> list[tuple[str, str]]:
     least, most = method.models
     models = f"{least}" if least == most else f"at least {least}" if most is None else f"{least} to {most}"
     return [
-        ("kind", method.kind),
         ("models", models + " beside the base" * (method.base == "required")),
         ("base", method.base),
         ("passes", passes(method)),

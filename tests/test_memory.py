@@ -27,6 +27,9 @@ METHODS: dict[str, list[str]] = {
     "linear": ["{a}:0.3", "{b}:0.3", "{base}:0.4"],
     "slerp": ["{a}", "{b}", "-p", "t=0.3"],
     "ties": ["{a}:0.5", "{b}:0.5", "--base", "{base}", "-p", "density=0.3"],
+    "breadcrumbs_ties": ["{a}:0.5", "{b}:0.5", "--base", "{base}", "-p", "density=0.3", "-p", "rescale=true"],
+    "della": ["{a}:0.5", "{b}:0.5", "--base", "{base}", "-p", "density=0.5"],
+    "pcb": ["{a}", "{b}", "--base", "{base}"],
 }
 
 

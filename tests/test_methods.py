@@ -475,8 +475,11 @@ def test_a_method_says_what_it_does_and_where_it_comes_from(name):
     assert found.kind in ("linear", "gram", "block", "whole")
     assert found.formula.startswith("θ = ")
     assert len(found.doc.splitlines()) >= 3
+    numbers = [parameter.default for parameter in found.parameters if isinstance(parameter.default, int | float)]
+    assert np.isfinite(numbers).all()
     for parameter in found.parameters:
-        assert parameter.default is None or isinstance(parameter.default, str) or np.isfinite(parameter.default)
+        if parameter.default is not None:
+            assert parameter.check(parameter.default, "the default") == parameter.default
     assert streammerge.__getattr__(name).__doc__ == found.doc
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streammerge.methods.ranking import Cut, Ranking, keys
@@ -55,6 +55,7 @@ VALUES = st.lists(
 
 
 @pytest.mark.parametrize("signed", [True, False])
+@settings(deadline=None)
 @given(data=st.data(), values=VALUES)
 def test_the_k_largest_are_those_of_a_stable_sort(data, values, signed):
     vector = torch.tensor(values)
@@ -65,6 +66,7 @@ def test_the_k_largest_are_those_of_a_stable_sort(data, values, signed):
 
 
 @pytest.mark.parametrize("signed", [True, False])
+@settings(deadline=None)
 @given(data=st.data(), values=VALUES)
 def test_the_value_of_a_rank_is_that_of_a_sort(data, values, signed):
     vector = torch.tensor(values)

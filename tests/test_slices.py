@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import streammerge
@@ -38,6 +38,7 @@ def matrix(values: np.ndarray, slices: str) -> np.ndarray:
 SHAPES = st.lists(st.integers(1, 7), min_size=0, max_size=4).map(tuple)
 
 
+@settings(deadline=None)
 @given(shape=SHAPES, slices=st.sampled_from(KINDS), data=st.data())
 def test_rectangles_cover_a_range_once_and_spread_what_belongs_to_each_slice(shape, slices, data):
     slicing = Slicing.of(shape, slices)
@@ -66,6 +67,7 @@ def test_an_empty_tensor_has_no_slices(slices):
         assert list(slicing.rectangles(0, 0)) == []
 
 
+@settings(deadline=None)
 @given(shape=SHAPES, slices=st.sampled_from(KINDS), step=st.integers(1, 30), inputs=st.integers(1, 3))
 def test_gram_matrices_are_those_of_each_slice_alone(shape, slices, step, inputs):
     tensors = [normal(shape, seed).double() for seed in range(inputs)]

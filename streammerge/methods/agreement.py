@@ -44,12 +44,13 @@ def check_task(parameters: Parameters, inputs: int) -> None:
 def variance(block: int, inputs: Sequence[Tensor]) -> list[Tensor]:
     """The population variance of each element over the models, in float64 so that nearly equal models don't cancel."""
     base, *models = inputs
-    mean, spread = base.double().zero_(), base.double().zero_()
+    base = base.double()
+    mean, spread = base.new_zeros(base.shape), base.new_zeros(base.shape)
     for model in models:
-        mean += model.double().sub_(base)
+        mean += model - base
     mean /= len(models)
     for model in models:
-        spread += model.double().sub_(base).sub_(mean).square_()
+        spread += (model - base).sub_(mean).square_()
     return [spread.div_(len(models))]
 
 
@@ -82,7 +83,15 @@ def selected(cut: Cut, block: int, inputs: Sequence[Tensor]) -> Tensor:
     return cut.mask(variance(block, inputs)[0], block)
 
 
-@method(BlockMethod, base="required", accepted=("int8_mask",), statistics=sce_statistics, passes=4, temporaries=8)
+@method(
+    BlockMethod,
+    base="required",
+    accepted=("int8_mask",),
+    statistics=sce_statistics,
+    passes=4,
+    temporaries=8,
+    float64=True,
+)
 def sce(
     base: Tensor, *models: Tensor, select_topk: Share = 1.0, place: Place, statistics: tuple[Cut, Sequence[float]]
 ) -> Tensor:
@@ -102,7 +111,7 @@ def sce(
     for delta, share in zip(deltas, shares, strict=True):
         agrees = ((delta > 0) & elected) | ((delta < 0) & ~elected)
         total.add_(delta * agrees, alpha=share)
-        weights.add_(agrees, alpha=share)
+        weights.add_(agrees.to(weights.dtype), alpha=share)  # of flags it would be rounded to float32
     return total.div_(weights.masked_fill_(weights == 0, 1.0)).add_(base)
 
 

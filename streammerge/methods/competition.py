@@ -98,6 +98,7 @@ def interval(low: Cut, high: Cut) -> Interval:
     statistics_of=("ratio",),
     temporaries=8,
     temporaries_each=5,
+    float64=True,
 )
 def pcb(
     base: Tensor,

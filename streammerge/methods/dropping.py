@@ -294,6 +294,7 @@ DELLA: Any = {
     "temporaries": 4,
     "temporaries_each": 2,
     "rows": "rows",
+    "float64": True,
     "check": check_epsilon,
 }
 

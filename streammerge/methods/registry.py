@@ -172,7 +172,8 @@ class BlockMethod(Method):
     With `rows` the blocks are whole rows: matrices of as many rows of each input as make a block, or one longer row.
     `held(target, parameters)` is what the statistics take in bytes, where that depends on the tensor's size.
     `scope` is "model" where they are taken of the whole model: of all its tensors for which the parameters named in
-    `statistics_of` are the same, as if they were one; or it names a parameter that is "model" or "tensor".
+    `statistics_of` are the same, as if they were one; or it names a parameter that is "model" or "tensor". `float64`
+    says that the function, or every pass, computes in float64, which some devices lack.
     """
 
     function: Callable[..., Tensor] = lambda: None  # type: ignore[assignment,return-value]
@@ -184,6 +185,7 @@ class BlockMethod(Method):
     held: Callable[[Target, Mapping[str, ParameterValue]], int] | None = None
     scope: str = "tensor"
     statistics_of: tuple[str, ...] = ()
+    float64: bool = False
 
     @property
     def kind(self) -> str:

@@ -47,7 +47,16 @@ def fusion_threshold(target: Target, parameters: Mapping[str, ParameterValue]) -
     return Ranking(target.elements, [ranks], importance, signed=True, exact=False, then=threshold).begin(1)
 
 
-@method(BlockMethod, base="required", models=(1, 1), statistics=fusion_threshold, passes=2, rows="rows", temporaries=9)
+@method(
+    BlockMethod,
+    base="required",
+    models=(1, 1),
+    statistics=fusion_threshold,
+    passes=2,
+    rows="rows",
+    temporaries=9,
+    float64=True,
+)
 def arcee_fusion(base: Tensor, model: Tensor, *, statistics: float) -> Tensor:
     """θ = θ₀ + [s ≥ Q₂ + 1.5 (Q₃ − Q₁)] (θ₁ − θ₀),   s = |θ₁ − θ₀| · KL(softmax θ₁ ‖ softmax θ₀) of the row
 

@@ -68,5 +68,5 @@ def elect_and_sum(deltas: Sequence[Tensor], weight: Sequence[float]) -> tuple[Te
     for delta, share in zip(deltas, weight, strict=True):
         agrees = ((delta > 0) & elected) | ((delta < 0) & ~elected)
         total += delta * agrees
-        weights += share * agrees
+        weights += agrees.to(weights.dtype) * share  # a flag times a number would be rounded to float32
     return total, weights

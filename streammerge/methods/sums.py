@@ -21,8 +21,8 @@ def task_vectors(block: int, inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def l1_norm(values: Tensor) -> float:
-    """Σ|x| in float64."""
-    return float(values.double().abs_().sum())
+    """Σ|x| in float64, on the CPU where the device has none."""
+    return float((values.cpu() if values.device.type == "mps" else values).double().abs().sum())
 
 
 class SumPass:
