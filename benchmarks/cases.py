@@ -1,7 +1,7 @@
 """What is measured: each case is a merge of certain inputs, described once for every tool.
 
-A tool reads the description (`Case`, `Merge`) and turns it into its own words; the checker computes the same description
-in float64. Nothing here knows of any tool.
+A tool reads the description (`Case`, `Merge`) and turns it into its own words; the checker computes the same in
+float64. Nothing here knows of any tool.
 """
 
 from __future__ import annotations
