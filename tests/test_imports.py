@@ -18,6 +18,8 @@ PACKAGE = Path(streammerge.__file__).parent
 ORDER = [
     # the vocabulary
     *("errors", "tensors", "", "machine", "options"),
+    # what a process costs
+    *("launcher", "measuring", "floor"),
     # what is on disk
     *("formats", "formats.positional", "formats.files", "formats.safetensors", "formats.shards"),
     *("formats.zip_directory", "formats.pickle_machine", "formats.pickle_steps", "formats.pickles"),
@@ -32,7 +34,7 @@ ORDER = [
     # what will happen
     *("layout", "plan", "inputs", "report"),
     # what happens
-    *("devices", "gathering", "compute", "engine", "writing", "checking", "api", "public"),
+    *("devices", "gathering", "compute", "engine", "writing", "checking", "api", "public", "benchmark"),
     # what is shown
     *("inspection", "comparison", "plotting", "similarity", "screen"),
     # the example
