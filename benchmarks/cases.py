@@ -6,12 +6,14 @@ float64. Nothing here knows of any tool.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Final, Literal
 
-MethodName = Literal["linear", "task_arithmetic", "slerp", "ties"]
+from streammerge.methods import METHODS
+from streammerge.methods.registry import Method
+
 Family = Literal["sd1", "sd2", "sdxl", "llama", "other"]
 Container = Literal["safetensors", "ckpt", "shards"]
 
@@ -33,16 +35,18 @@ class Merge:
     slerp             between the two models, at t
     ties              trimmed to the density, sign elected by the weighted sum, weighted mean of those who agree
 
-    Takes are tried in order, the first that matches holds; what matches none is merged.
+    Takes are tried in order, the first that matches holds; what matches none is merged. Other methods, with
+    `parameters` of their own, are streammerge's alone and are measured against its linear merge.
     """
 
-    method: MethodName
+    method: str
     models: tuple[str, ...]
     base: str = ""
     weights: tuple[float, ...] = ()
     t: float = 0.5
     density: float = 1.0
     takes: tuple[Take, ...] = ()
+    parameters: Mapping[str, float | bool] = field(default_factory=dict)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -58,9 +62,10 @@ class Merge:
 class Case:
     """One job: its inputs by role, what they are, and the merge. The output has the tensors of `layout`'s model.
 
-    `variants` are merges of the same inputs that only streammerge runs, to be compared with its own run of the case.
-    `peers` is false where only streammerge is measured, and `limits_of_peers` true where peers' smallest memory is
-    sought too, which takes long.
+    `inputs` names the set of files, which cases may share; by default it is the case's own. `variants` are merges of
+    the same files that only streammerge runs, to be compared with its own run of the case. `peers` is false where
+    nothing but streammerge is measured; `thorough` is true where peers too run with a cold cache and in ever smaller
+    memory, which takes long.
     """
 
     name: str
@@ -72,8 +77,17 @@ class Case:
     layout: str
     variants: Mapping[str, Merge] = field(default_factory=dict)
     peers: bool = True
-    limits_of_peers: bool = False
+    thorough: bool = False
+    inputs: str = ""
 
+    @property
+    def input_set(self) -> str:
+        """The name of its set of files."""
+        return self.inputs or self.name
+
+
+GIGABYTES: Final = ("0.3", "1", "3", "10", "30")
+MODELS: Final = (2, 4, 8, 16, 32, 64)
 
 UNET: Final = "model.diffusion_model."
 
@@ -95,85 +109,141 @@ SIXTEEN: Final = tuple(f"m{number:02}" for number in range(1, 17))
 SD2_LINEAR: Final = Merge("linear", ("a", "b"), weights=(0.7, 0.3))
 SD2_ARITHMETIC: Final = Merge("task_arithmetic", ("a", "b"), "base", (0.5, 0.4))
 
-CASES: Final[Mapping[str, Case]] = {
-    case.name: case
-    for case in (
-        Case(
-            name="article-fp16",
-            title="the article: three SD 2 checkpoints, float16",
-            family="sd2",
-            dtype="F16",
-            container="safetensors",
-            merge=article(0.5, 0.5),
-            layout="depth",
-            variants={"base-read": article(0.5, 0.4)},
-            limits_of_peers=True,
-        ),
-        Case(
-            name="article-fp32-ckpt",
-            title="the article: three SD 2 checkpoints, float32 .ckpt",
-            family="sd2",
-            dtype="F32",
-            container="ckpt",
-            merge=article(0.5, 0.5),
-            layout="depth",
-        ),
-        Case(
-            name="sdxl",
-            title="weighted sum of two SDXL checkpoints, float16",
-            family="sdxl",
-            dtype="F16",
-            container="safetensors",
-            merge=Merge("linear", ("a", "b"), weights=(0.6, 0.4)),
-            layout="a",
-        ),
-        Case(
-            name="slerp",
-            title="SLERP of two SD 2 checkpoints, float16",
-            family="sd2",
-            dtype="F16",
-            container="safetensors",
-            merge=Merge("slerp", ("a", "b"), t=0.3),
-            layout="a",
-            variants={"linear": SD2_LINEAR},
-        ),
-        Case(
-            name="ties",
-            title="TIES of two SD 2 checkpoints over their base, float16",
-            family="sd2",
-            dtype="F16",
-            container="safetensors",
-            merge=Merge("ties", ("a", "b"), "base", (1.0, 1.0), density=0.3),
-            layout="base",
-            variants={"linear": SD2_ARITHMETIC},
-        ),
-        Case(
-            name="llama",
-            title="task arithmetic of three Llamas of 3 billion parameters, bfloat16 shards",
-            family="llama",
-            dtype="BF16",
-            container="shards",
-            merge=Merge("task_arithmetic", ("a", "b"), "base", (0.5, 0.4)),
-            layout="base",
-        ),
-        Case(
-            name="sixteen",
-            title="weighted mean of sixteen small models, float16",
-            family="sd1",
-            dtype="F16",
-            container="safetensors",
-            merge=Merge("linear", SIXTEEN, weights=tuple(float(number) for number in range(1, 17))),
-            layout="m01",
-        ),
-        Case(
-            name="one-tensor",
-            title="weighted sum of two models of one tensor of 4 GB, float16",
+COMPARED: Final = (
+    Case(
+        name="article-fp16",
+        title="the article: three SD 2 checkpoints, float16",
+        family="sd2",
+        dtype="F16",
+        container="safetensors",
+        merge=article(0.5, 0.5),
+        layout="depth",
+        variants={"base-read": article(0.5, 0.4)},
+        thorough=True,
+    ),
+    Case(
+        name="article-fp32-ckpt",
+        title="the article: three SD 2 checkpoints, float32 .ckpt",
+        family="sd2",
+        dtype="F32",
+        container="ckpt",
+        merge=article(0.5, 0.5),
+        layout="depth",
+    ),
+    Case(
+        name="sdxl",
+        title="weighted sum of two SDXL checkpoints, float16",
+        family="sdxl",
+        dtype="F16",
+        container="safetensors",
+        merge=Merge("linear", ("a", "b"), weights=(0.6, 0.4)),
+        layout="a",
+    ),
+    Case(
+        name="slerp",
+        title="SLERP of two SD 2 checkpoints, float16",
+        family="sd2",
+        dtype="F16",
+        container="safetensors",
+        merge=Merge("slerp", ("a", "b"), t=0.3),
+        layout="a",
+        variants={"linear": SD2_LINEAR},
+        inputs="sd2",
+    ),
+    Case(
+        name="ties",
+        title="TIES of two SD 2 checkpoints over their base, float16",
+        family="sd2",
+        dtype="F16",
+        container="safetensors",
+        merge=Merge("ties", ("a", "b"), "base", (1.0, 1.0), density=0.3),
+        layout="base",
+        variants={"linear": SD2_ARITHMETIC},
+        inputs="sd2",
+    ),
+    Case(
+        name="llama",
+        title="task arithmetic of three Llamas of 3 billion parameters, bfloat16 shards",
+        family="llama",
+        dtype="BF16",
+        container="shards",
+        merge=Merge("task_arithmetic", ("a", "b"), "base", (0.5, 0.4)),
+        layout="base",
+    ),
+    Case(
+        name="sixteen",
+        title="weighted mean of sixteen small models, float16",
+        family="sd1",
+        dtype="F16",
+        container="safetensors",
+        merge=Merge("linear", SIXTEEN, weights=tuple(float(number) for number in range(1, 17))),
+        layout="m01",
+    ),
+    Case(
+        name="one-tensor",
+        title="weighted sum of two models of one tensor of 4 GB, float16",
+        family="other",
+        dtype="F16",
+        container="safetensors",
+        merge=Merge("linear", ("a", "b"), weights=(0.6, 0.4)),
+        layout="a",
+    ),
+)
+"""The cases that tools are compared in."""
+
+
+def scaling() -> Iterator[Case]:
+    """Merges by streammerge alone of ever more bytes, and of ever more models."""
+    for gigabytes in GIGABYTES:
+        yield Case(
+            name=f"scale-{gigabytes}GB",
+            title=f"weighted sum of two models, {gigabytes} GB together",
             family="other",
             dtype="F16",
             container="safetensors",
             merge=Merge("linear", ("a", "b"), weights=(0.6, 0.4)),
             layout="a",
-        ),
+            peers=False,
+        )
+    for count in MODELS:
+        roles = tuple(f"m{number:02}" for number in range(1, count + 1))
+        yield Case(
+            name=f"scale-{count}-models",
+            title=f"weighted mean of {count} models of 0.1 GB",
+            family="other",
+            dtype="F16",
+            container="safetensors",
+            merge=Merge("linear", roles, weights=tuple(float(number) for number in range(1, count + 1))),
+            layout="m01",
+            peers=False,
+            inputs="scale-models",
+        )
+
+
+def every_method() -> Case:
+    """Every method of the registry on SD 2's UNet, with the linear merge as the case itself."""
+    return Case(
+        name="methods",
+        title="every method on the UNet of SD 2, float16",
+        family="sd2",
+        dtype="F16",
+        container="safetensors",
+        merge=Merge("linear", ("a", "b"), weights=(0.6, 0.4)),
+        layout="a",
+        variants={name: any_merge(METHODS[name]) for name in sorted(METHODS)},
+        peers=False,
+        inputs="unet",
     )
-}
-"""The cases that tools are compared in."""
+
+
+def any_merge(method: Method) -> Merge:
+    """A merge by this method of as many models as the set `unet` has and the method takes; numbers it needs are 0.5."""
+    least, most = method.models
+    count = min(max(least, 2), 2 if most is None else most)
+    base = "base" if method.base == "required" else ""
+    needed = {parameter.name: 0.5 for parameter in method.parameters if parameter.required}
+    return Merge(method.name, ("a", "b", "base")[:count], base, parameters=needed)
+
+
+CASES: Final[Mapping[str, Case]] = {case.name: case for case in (*COMPARED, every_method(), *scaling())}
+"""Every case, in the order of the report."""

@@ -37,7 +37,10 @@ class Job:
 
     @property
     def timing(self) -> Path:
-        """Where the tool may write `{"loop": seconds}`, if it can tell its merge loop from the rest."""
+        """Where the tool may write `{"loop": seconds}`, if it can tell its merge loop from the rest.
+
+        streammerge writes its report there.
+        """
         return self.scratch / "timing.json"
 
 
