@@ -237,11 +237,12 @@ def every_method() -> Case:
 
 
 def any_merge(method: Method) -> Merge:
-    """A merge by this method of as many models as the set `unet` has and the method takes; numbers it needs are 0.5."""
+    """A merge by this method of two models, and the base if need be; numbers it needs, and densities, are 0.5."""
     least, most = method.models
     count = min(max(least, 2), 2 if most is None else most)
     base = "base" if method.base == "required" else ""
-    needed = {parameter.name: 0.5 for parameter in method.parameters if parameter.required}
+    halved = [one.name for one in method.parameters if one.required or one.name == "density"]
+    needed = dict.fromkeys(halved, 0.5)
     return Merge(method.name, ("a", "b", "base")[:count], base, parameters=needed)
 
 

@@ -31,7 +31,10 @@ LARGEST: Final = 2**22
 """Elements of the largest tensor that is compared whole."""
 
 ONCE: Final = 1.0
-"""Error, in units of the last place, of a result that was rounded once (half a unit, and float32's own error)."""
+"""Error, in units of the last place, of a result that was rounded once (half a unit, and what is near half)."""
+
+SINGLE: Final = 2.0**-21
+"""Error of arithmetic in float32, relative to the inputs' sizes: what is left where they cancel out."""
 
 OFTEN: Final = 16.0
 """The same, relative to the inputs' sizes, of one that was rounded at every step in the stored dtype."""
@@ -209,7 +212,7 @@ def close(merge: Merge, inputs: Mapping[str, torch.Tensor], found: torch.Tensor)
     error = (found.double() - wanted).abs()
     tiny = torch.finfo(stored).smallest_normal * unit
     size = torch.stack([values.abs() for values in exact.values()]).amax(0)
-    off = error > ONCE * unit * torch.maximum(wanted.abs(), 2.0**-20 * size) + tiny
+    off = error > ONCE * unit * wanted.abs() + SINGLE * size + tiny
     far = error > OFTEN * unit * size + tiny
     strays, strays_if_rough = (0.0, 0.0) if merge.method != "ties" else (STRAYS, STRAYS_IF_ROUGH)
     allowed = max(strays * off.numel(), 2.0 if strays else 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -95,7 +96,7 @@ def save(result: CaseResult, folder: Path = FOLDER) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result.name}.json"
     unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(to_json(result), indent=1) + "\n", encoding="utf-8")
+    unfinished.write_text(in_lines(to_json(result)), encoding="utf-8")
     unfinished.replace(path)
     return path
 
@@ -110,6 +111,13 @@ def to_json(result: CaseResult) -> dict[str, Any]:
                 samples = whole.process.curve if whole is middle else ()
                 run["process"]["curve"] = [[one.seconds, one.resident, one.anonymous] for one in samples]
     return values
+
+
+def in_lines(values: dict[str, Any]) -> str:
+    """JSON that can be read, with lists of numbers in one line."""
+    text = json.dumps(values, indent=1) + "\n"
+    lists = re.compile(r"\[\s+(-?\d[-\d.e,\s]*?)\s+\]")
+    return lists.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text)
 
 
 def median_run(runs: list[Run]) -> Run | None:

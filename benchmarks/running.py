@@ -227,7 +227,8 @@ class CaseRunner:
             except CannotRun as reason:
                 return Run(number, NOTHING, failure=str(reason))
             log = job.scratch / "log.txt"
-            warm(self.inputs) if condition == "warm" else chill(self.inputs)
+            set_up = [path for path in job.scratch.rglob("*") if path.is_file()]
+            warm(self.inputs) if condition == "warm" else chill([*self.inputs, *set_up])
             settle()
             process = self.process(command, job, timeout=self.settings.timeout)
             told = timing(job.timing)

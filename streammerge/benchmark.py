@@ -52,7 +52,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class Round:
-    """One merge and the mean of the floors before and after it. Seconds; `rate` is the disk's, for a cold run."""
+    """One merge and the mean of the floors before and after it. Seconds.
+
+    `bytes_read` are those that it must read at least, in one pass; `rate` is the disk's, for a cold run.
+    """
 
     floor: Floor
     process: Measured
@@ -189,6 +192,7 @@ class _Runner:
     def __init__(self, words: Sequence[str], inputs: Sequence[Path], scratch: Path, timing: Timing) -> None:
         self.words, self.inputs, self.scratch = words, inputs, scratch
         self.sync = timing.sync
+        self.input_bytes = sum(path.stat().st_size for path in inputs)
         self.like = scratch / "like"
 
     def warm_up(self) -> None:
@@ -219,7 +223,9 @@ class _Runner:
             raise MergeError(f"the merge that is to be timed {process.ending}: {said}")
         found = json.loads(told.read_text(encoding="utf-8"))
         seconds = found["seconds"]
-        return Round(Floor(0, 0), process, seconds["merge"], seconds["sync"], found["bytes_read"])
+        return Round(
+            Floor(0, 0), process, seconds["merge"], seconds["sync"], min(found["bytes_read"], self.input_bytes)
+        )
 
 
 def describe_machine() -> dict[str, str]:
