@@ -32,7 +32,7 @@ def pytorch_command(job: Job) -> Command:
     models, prepared = readable(job)
     note = "put as a weighted sum with weights per tensor, for its task arithmetic needs every tensor in every model"
     return command(
-        job, "mergekit-pytorch", summing_recipe(job, models), "--tensor-union", "--lazy-unpickle", note=note + prepared
+        job, "mergekit-pytorch", summing_recipe(job, models), "--tensor-union", note=note + prepared
     )
 
 
