@@ -40,7 +40,15 @@ def main() -> None:
 
 
 def become(group: str, words: list[str]) -> None:
-    """Enter the control group and turn into the program; exit code 127 where there is no such program."""
+    """Enter the control group and turn into the program; exit code 127 where there is no such program.
+
+    Should memory run out, it is the first to go, rather than whoever measures it.
+    """
+    try:
+        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as score:  # noqa: PTH123
+            score.write("1000")
+    except OSError:
+        pass  # not Linux
     try:
         if group:
             with open(f"{group}/cgroup.procs", "w", encoding="ascii") as members:  # noqa: PTH123

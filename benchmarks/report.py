@@ -1,0 +1,7 @@
+"""x"""
+
+from pathlib import Path
+
+
+def write(folder: Path) -> Path:
+    return folder
