@@ -20,6 +20,7 @@ from benchmarks import environments, inputs, report, results
 from benchmarks.cases import CASES, Case
 from benchmarks.peers import PEERS
 from benchmarks.running import CaseRunner, Settings, all_tools, quickly
+from streammerge.cli import INTERRUPTED, stopping_on_signals
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -31,7 +32,8 @@ def main(words: Sequence[str] | None = None) -> int:
     if arguments.command == "report":
         print(f"written: {report.write(arguments.results)}")
         return 0
-    return run(arguments)
+    with stopping_on_signals():
+        return run(arguments)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -168,4 +170,8 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        say("stopped; what was measured is kept, and the same command goes on from there")
+        sys.exit(INTERRUPTED)

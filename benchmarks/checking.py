@@ -231,12 +231,11 @@ def reference(merge: Merge, exact: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return weighted(models, weights) / sum(weights)
     if merge.method == "slerp":
         return slerp(models[0], models[1], merge.t)
-    deltas = [model - exact[merge.base] for model in models]
-    if merge.method == "ties":
-        return exact[merge.base] + ties(deltas, weights, merge.density)
-    if merge.method == "task_arithmetic":
-        return exact[merge.base] + weighted(deltas, weights)
-    raise ValueError(f"there is no reference for {merge.method}")
+    if merge.method not in ("ties", "task_arithmetic"):
+        raise ValueError(f"there is no reference for {merge.method}")
+    base = exact[merge.base]
+    deltas = [model - base for model in models]
+    return base + (ties(deltas, weights, merge.density) if merge.method == "ties" else weighted(deltas, weights))
 
 
 def weighted(values: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:

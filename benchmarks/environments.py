@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks.tools import PEERS_FOLDER, CannotRun, Tool
+from streammerge.floor import read_through
 
 PATIENCE: Final = 1800.0
 """Seconds that an installation may take."""
@@ -78,6 +79,14 @@ def last_line(log: Path) -> str:
         return ""
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
+
+
+def warm_libraries(python: Path) -> None:
+    """Bring an environment's code into the page cache, lest the first run pay for all the others."""
+    for folder in ("lib", "Lib"):
+        for path in (python.parent.parent / folder).rglob("*"):
+            if (path.suffix in (".py", ".pyc", ".so", ".pyd", ".dll") or ".so." in path.name) and path.is_file():
+                read_through(path)
 
 
 def versions(python: Path, packages: Sequence[str]) -> dict[str, str]:

@@ -127,15 +127,14 @@ def tools_table(result: CaseResult) -> str:
         *("", "process, s", "against streammerge", "loop, s", "loop / floor", "CPU, s", "peak RSS", "anonymous"),
         *("read", "written", "from disk", "smallest memory", "output", "runs"),
     )
-    hidden = [tool for tool in result.tools if not (tool.name == CUDA.name and tool.skipped)]
-    return table(head, [tool_row(result, tool) for tool in hidden])
+    return table(head, [tool_row(result, tool) for tool in result.tools if not tool.skipped])
 
 
 def tool_row(result: CaseResult, tool: ToolResult) -> tuple[str, ...]:
     """One tool's warm runs, or why there are none."""
     name = f"**{tool.title}**" if tool.name == NAME else tool.title
-    if tool.skipped or not tool.good():
-        return (name, f"{'skipped: ' * bool(tool.skipped)}{tool.skipped or tool.failure or 'no run'}", *[""] * 12)
+    if not tool.good():
+        return (name, tool.failure or "no run", *[""] * 12)
     runs = tool.good()
     ratio = figures.ratio(result, tool.name, NAME, figures.wall) if tool.name != NAME else None
     process = runs[len(runs) // 2].process
@@ -185,9 +184,12 @@ def smallest(tool: ToolResult) -> str:
 
 
 def notes_of(result: CaseResult) -> str:
-    """What readers have to know about tools: their versions, their notes, their failures."""
+    """What readers have to know about tools: their versions, their notes, their failures, why they don't run."""
     lines = []
     for tool in result.tools:
+        if tool.skipped and tool.name != CUDA.name:  # where there is no GPU nothing is said of it
+            lines.append(f"- {tool.title}: not run: {tool.skipped}")
+            continue
         versions = ", ".join(f"{name} {version}" for name, version in tool.versions.items())
         said = [tool.note, f"later runs: {tool.failure}" if tool.good() and tool.failure else ""]
         text = "; ".join(part for part in (versions if not tool.name.startswith(NAME) else "", *said) if part)

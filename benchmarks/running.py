@@ -136,6 +136,9 @@ class CaseRunner:
         probe = probe_disk(self.work, 8 * MIB if self.settings.quick else 512 * MIB)
         self.result.disk_write_rate, self.result.disk_read_rate = probe.write, probe.read
         self.contestants = [self.contestant(tool) for tool in self.tools]
+        if not self.settings.quick:
+            for python in {contestant.python for contestant in self.contestants}:
+                environments.warm_libraries(python)
         self.result.tools = [contestant.result for contestant in self.contestants]
 
     def check_room(self) -> None:

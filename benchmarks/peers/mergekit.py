@@ -31,9 +31,7 @@ def pytorch_command(job: Job) -> Command:
         return command(job, "mergekit-pytorch", recipe(job, job.models))
     models, prepared = readable(job)
     note = "put as a weighted sum with weights per tensor, for its task arithmetic needs every tensor in every model"
-    return command(
-        job, "mergekit-pytorch", summing_recipe(job, models), "--tensor-union", note=note + prepared
-    )
+    return command(job, "mergekit-pytorch", summing_recipe(job, models), "--tensor-union", note=note + prepared)
 
 
 def yaml_command(job: Job) -> Command:
