@@ -50,9 +50,9 @@ def parser() -> argparse.ArgumentParser:
     runner.add_argument(
         "--budget",
         type=float,
-        default=120.0,
+        default=90.0,
         metavar="SECONDS",
-        help="for the warm runs of one tool in one case; half of it for cold ones (default: 120)",
+        help="for the warm runs of one tool in one case; half of it for cold ones (default: 90)",
     )
     runner.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="for one run (default: 600)")
     runner.add_argument("--quick", action="store_true", help="miniatures: to see that everything works")

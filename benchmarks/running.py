@@ -46,7 +46,7 @@ class Settings:
 
     folder: Path
     runs: int = 5
-    budget: float = 120.0
+    budget: float = 90.0
     timeout: float = 600.0
     quick: bool = False
     cold: bool = True
@@ -65,7 +65,7 @@ class Contestant:
     result: ToolResult
     variant: str = ""
     used: dict[Condition, float] = field(default_factory=lambda: {"warm": 0.0, "cold": 0.0})
-    last: float = 0.0
+    last: dict[Condition, float] = field(default_factory=lambda: {"warm": 0.0, "cold": 0.0})
 
     @property
     def is_own(self) -> bool:
@@ -76,7 +76,7 @@ class Contestant:
         """Whether there is time for one more run, and a point in it: it has not failed. The first is always allowed."""
         if self.result.skipped or self.result.failure:
             return False
-        return not self.used[condition] or self.used[condition] + self.last <= budget
+        return not self.used[condition] or self.used[condition] + self.last[condition] <= budget
 
 
 class CaseRunner:
@@ -212,7 +212,7 @@ class CaseRunner:
             run = self.measured(contestant, condition, number)
             (contestant.result.warm if condition == "warm" else contestant.result.cold).append(run)
             contestant.used[condition] += run.process.wall
-            contestant.last = run.process.wall
+            contestant.last[condition] = run.process.wall
             peak = run.process.peak_rss / 1e6
             told = run.failure or f"{run.process.wall:.2f} s, {run.loop:.2f} s of it the loop, peak {peak:,.0f} MB"
             self.say(f"{condition} {number + 1}: {contestant.tool.name}: {told}")

@@ -340,7 +340,7 @@ def test_too_small_a_disk_is_a_reason(made, tmp_path, monkeypatch):
 def test_the_budget_ends_the_runs_of_slow_tools(made):
     one = running.Contestant(scripted("x", ""), Path(sys.executable), ToolResult("x", "x"))
     assert one.may_run("warm", 0.0)
-    one.used["warm"], one.last = 60.0, 30.0
+    one.used["warm"], one.last["warm"] = 60.0, 30.0
     assert one.may_run("warm", 90.0)
     assert not one.may_run("warm", 89.0)
     assert one.may_run("cold", 1.0)
