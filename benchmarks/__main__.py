@@ -59,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     runner.add_argument("--again", action="store_true", help="measure cases again that have results")
     runner.add_argument("--newer", metavar="DATE", default="", help="measure again what is older than this, 2026-11-30")
     runner.add_argument("--keep", action="store_true", help="keep the inputs")
+    runner.add_argument("--remark", default="", metavar="TEXT", help="what the report is to say of the conditions")
     runner.add_argument("--no-cold", action="store_true", help="leave out the cold runs")
     runner.add_argument("--no-limits", action="store_true", help="leave out the search of the smallest memory")
     runner.add_argument("--no-install", action="store_true", help="skip peers whose environment is not there")
@@ -106,6 +107,7 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
         limits=not arguments.no_limits,
         install=not arguments.no_install,
         keep=arguments.keep,
+        remark=arguments.remark,
         results=place,
     )
     return quickly(settings) if arguments.quick else settings

@@ -17,6 +17,10 @@ MUCH: Final = 8.0
 """Where one tool takes so many times as long as another, memory is drawn over a logarithmic axis of time."""
 
 
+EARLIEST: Final = 0.3
+"""Seconds at which a logarithmic axis of time starts: before, only Python is there."""
+
+
 def shown(result: CaseResult) -> list[ToolResult]:
     """The tools that are drawn: streammerge without the sync, and the peers that came to an end."""
     hidden = (f"{figures.STREAMMERGE}-sync", f"{figures.STREAMMERGE}-cuda")
@@ -39,6 +43,7 @@ def memory_plot(result: CaseResult, path: Path) -> None:
         longest.append(times[-1])
     if longest and max(longest) > MUCH * min(longest):
         axes.set_xscale("log")
+        axes.set_xlim(left=EARLIEST)
     axes.axhline(result.import_torch_rss / 1e9, color=GREY, lw=0.8, ls=":", label="import torch")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("seconds")

@@ -118,6 +118,8 @@ def facts(result: CaseResult) -> str:
         f"{format_size(result.input_bytes)} in, {format_size(result.output_bytes)} out{warm}; {floor}"
         f"`import torch` {format_size(result.import_torch_rss)}; disk {format_size(result.disk_write_rate)}/s written, "
         f"{format_size(result.disk_read_rate)}/s read. {result.date}, {result.commit}."
+        + f" {result.remark}"
+        * bool(result.remark)
     )
 
 
@@ -306,9 +308,12 @@ def readme_table(result: CaseResult) -> str:
     runs = min(len(tool.good()) for tool in named)
     most = max(len(tool.good()) for tool in named)
     count = f"{most}" if runs == most else f"{runs} to {most}"
-    note = f"{result.title}, {format_size(result.input_bytes)}. Medians of {count} runs, page cache warm, without the "
-    note += f"final sync. {machine_line(result)}"
-    return f"{table(head, rows)}\n\n{note}"
+    title = result.title[0].upper() + result.title[1:]
+    note = (
+        f"{title}, {format_size(result.input_bytes)}. Medians of {count} runs, page cache warm, without the final sync. "
+        f"{machine_line(result)} {result.remark}"
+    )
+    return f"{table(head, rows)}\n\n{note.strip()}"
 
 
 def readme_row(result: CaseResult, tool: ToolResult) -> tuple[str, ...]:

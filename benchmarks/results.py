@@ -59,7 +59,10 @@ class ToolResult:
 
 @dataclass
 class CaseResult:
-    """Everything about one case. `floors` has a list for every warm round; `disk_rates` one rate for every cold one."""
+    """Everything about one case. `floors` has a list for every warm round; `disk_rates` one rate for every cold one.
+
+    `remark` is what whoever measured has to say of it, such as that the machine was busy with other work.
+    """
 
     name: str
     title: str
@@ -79,6 +82,7 @@ class CaseResult:
     skipped: str = ""
     took: float = 0.0
     complete: bool = False
+    remark: str = ""
     tools: list[ToolResult] = field(default_factory=list)
 
     def tool(self, name: str) -> ToolResult | None:

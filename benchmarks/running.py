@@ -53,6 +53,7 @@ class Settings:
     limits: bool = True
     install: bool = True
     keep: bool = False
+    remark: str = ""
     results: Path = results.FOLDER
 
 
@@ -96,6 +97,7 @@ class CaseRunner:
             __version__,
             settings.quick,
             describe_machine(),
+            remark=settings.remark,
         )
 
     def run(self) -> CaseResult:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from streammerge.checkpoints import Checkpoint
 from streammerge.errors import CheckpointError, OutputError
-from streammerge.formats.positional import read_at
+from streammerge.formats.positional import COPY_BYTES, read_at
 from streammerge.merged import count, plural
 from streammerge.nodes import Stored
 from streammerge.plan import Job, Plan
@@ -32,11 +32,19 @@ class Checker:
         if buffer != data:
             self.different.add(job.name)
 
-    def _buffer(self, nbytes: int) -> memoryview:
-        """This thread's own buffer."""
-        found: memoryview = getattr(self._local, "buffer", memoryview(b""))
+    def copy(self, job: Job, position: int, source: Stored, nbytes: int) -> None:
+        """Compare bytes [position, position + nbytes) of the job's tensor with the stored one's."""
+        for start in range(position, position + nbytes, COPY_BYTES):
+            stored = self._buffer(min(COPY_BYTES, position + nbytes - start), "stored")
+            read_at(source.file.descriptor, stored, source.start + start)
+            self.write(job, start, stored)
+
+    def _buffer(self, nbytes: int, name: str = "read back") -> memoryview:
+        """This thread's own buffer of this name."""
+        found: memoryview = getattr(self._local, name, memoryview(b""))
         if len(found) < nbytes:
-            found = self._local.buffer = page_aligned(nbytes)
+            found = page_aligned(nbytes)
+            setattr(self._local, name, found)
         return found[:nbytes]
 
     def report(self, path: object) -> None:

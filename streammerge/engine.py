@@ -13,23 +13,33 @@ from __future__ import annotations
 import collections
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 
 from streammerge.compute import Evaluator, Survey, block_count
+from streammerge.copying import Copying, Piece
 from streammerge.devices import Lane, torch_dtype
-from streammerge.errors import MergeError
-from streammerge.nodes import BLOCK, Combined, Node, Stored, leaves
+from streammerge.errors import error_context
+from streammerge.formats.files import ByteFile
+from streammerge.nodes import BLOCK, Node, Stored, leaves
 from streammerge.plan import Job
+from streammerge.progress import Progress
 from streammerge.tensors import DType
 
 WINDOW: Final = 16
-"""Blocks that a worker takes at once: long enough to read ahead, short enough to share a large tensor."""
+"""Blocks that a worker takes at once, at the most: long enough to read on, short enough to share a large tensor."""
 
-COPY_BYTES: Final = 1 << 19
-"""How much of a tensor is copied at once."""
+WINDOW_BYTES: Final = 32 << 20
+"""What a window reads at the most, if it is of more than one block: many models make it shorter."""
+
+AHEAD_BYTES: Final = 64 << 20
+"""What is asked of the disk ahead of its use: as much as it delivers while a few windows are computed."""
+
+
+AHEAD_WINDOWS: Final = 32
+"""How many windows, of small tensors, stand in line at the most."""
 
 
 class Sink(Protocol):
@@ -40,25 +50,12 @@ class Sink(Protocol):
         ...
 
 
-@dataclass
-class Progress:
-    """What has been done so far; read by whoever shows it, while the workers add to it."""
+class FileRange(NamedTuple):
+    """Bytes [start, stop) of a file."""
 
-    total_bytes: int = 0
-    done_bytes: int = 0
-    bytes_read: int = 0
-    nonfinite: dict[str, int] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-
-    def advance(self, nbytes: int) -> None:
-        """So many bytes of the output are done."""
-        with self.lock:
-            self.done_bytes += nbytes
-
-    def found_nonfinite(self, name: str, values: int) -> None:
-        """A block of this tensor holds values that are infinite or not numbers."""
-        with self.lock:
-            self.nonfinite[name] = self.nonfinite.get(name, 0) + values
+    file: ByteFile
+    start: int
+    stop: int
 
 
 class Work:
@@ -83,8 +80,9 @@ class Work:
         if not (surveying or self.writes):
             return []
         blocks = self.survey.blocks if surveying else block_count(self.node)
+        step = window_blocks(self.node)
         windows = [
-            Window(self, first, min(first + WINDOW, blocks), surveying) for first in range(0, max(blocks, 1), WINDOW)
+            Window(self, first, min(first + step, blocks), surveying) for first in range(0, max(blocks, 1), step)
         ]
         self._open_windows = len(windows)
         return windows
@@ -123,9 +121,18 @@ class Window:
     last: int
     surveying: bool
 
+    @property
+    def name(self) -> str:
+        """The tensor's name."""
+        return self.work.name
+
+    @property
+    def ranges(self) -> list[FileRange]:
+        """What will be read of files, as far as that is known beforehand."""
+        return ranges_of(self.work.node, self.first, self.last)
+
     def run(self, lane: Lane, sink: Sink, progress: Progress) -> None:
         """Do this window's part of the pass."""
-        read_ahead(self.work.node, self.first, self.last)
         if self.surveying:
             self._measure(lane, progress)
         else:
@@ -142,24 +149,19 @@ class Window:
 
 
 class MergeWork(Work):
-    """A tensor of the output: computed and rounded once, or copied."""
+    """A tensor of the output that is computed, and rounded once."""
 
     writes = True
 
     def __init__(self, job: Job) -> None:
         super().__init__(job.name, job.node, job.compute)
         self.job = job
-        self.stored = None if job.compute is None else torch_dtype(job.info.dtype)
+        self.stored = torch_dtype(job.info.dtype)
 
     def write(self, first: int, last: int, lane: Lane, sink: Sink, progress: Progress) -> None:
         """Write blocks [first, last) at their place in the output."""
+        assert self.dtype is not None
         size = self.job.info.dtype.bits
-        start = first * BLOCK * size // 8
-        stop = min(last * BLOCK * size // 8, self.job.info.nbytes)
-        if self.dtype is None:
-            self._copy(start, stop, lane, sink, progress)
-            return
-        assert self.stored is not None
         evaluator = Evaluator(lane, self.dtype, self.survey.known)
         for block in range(first, last):
             values = evaluator.block(self.node, block)
@@ -170,21 +172,20 @@ class MergeWork(Work):
             if bad := count_nonfinite(values, stored):
                 progress.found_nonfinite(self.name, bad)
 
-    def _copy(self, start: int, stop: int, lane: Lane, sink: Sink, progress: Progress) -> None:
-        """Copy bytes [start, stop) as they are stored."""
-        source = copied_from(self.node)
-        for first in range(start, stop, COPY_BYTES):
-            data = lane.read_bytes(source, first, min(first + COPY_BYTES, stop), 0)
-            sink.write(self.job, first, data)
-            progress.advance(len(data))
 
-
-def run(works: Iterable[Work], lanes: list[Lane], sink: Sink, progress: Progress, watch: Callable[[], None]) -> None:
-    """Run every work in the lanes, one thread per lane; `watch` is called in this thread from time to time.
+def run(
+    works: Iterable[Work],
+    lanes: list[Lane],
+    sink: Sink,
+    progress: Progress,
+    watch: Callable[[], None],
+    copying: Copying | None = None,
+) -> None:
+    """Run every work, then what is left to copy, in the lanes, one thread each; `watch` is called from time to time.
 
     The first error of any worker, or of `watch`, stops them all and is raised here.
     """
-    schedule = Schedule(works)
+    schedule = Schedule(works, copying)
     threads = [threading.Thread(target=_work, args=(schedule, lane, sink, progress), daemon=True) for lane in lanes]
     for thread in threads:
         thread.start()
@@ -197,7 +198,7 @@ def run(works: Iterable[Work], lanes: list[Lane], sink: Sink, progress: Progress
         schedule.stop()
         for thread in threads:
             thread.join()
-        progress.bytes_read = sum(lane.bytes_read for lane in lanes)
+        progress.bytes_read += sum(lane.bytes_read for lane in lanes)
     if schedule.error is not None:
         raise schedule.error
 
@@ -206,40 +207,57 @@ def _work(schedule: Schedule, lane: Lane, sink: Sink, progress: Progress) -> Non
     """A worker's life: take a window, run it, take the next."""
     try:
         with lane.running():
-            for window in schedule:
-                with error_context(window.work.name):
-                    window.run(lane, sink, progress)
-                    lane.release()
-                    schedule.done(window)
+            for task in schedule:
+                with error_context(task.name):
+                    if isinstance(task, Piece):
+                        task.run(progress)
+                    else:
+                        task.run(lane, sink, progress)
+                        lane.release()
+                    schedule.done(task)
     except BaseException as error:
         schedule.stop(error)
 
 
 class Schedule:
-    """Hands out windows to workers: what is due of tensors under way first, then new tensors."""
+    """Hands out windows to workers: what is due of tensors under way first, then new tensors, then what is copied.
 
-    def __init__(self, works: Iterable[Work]) -> None:
+    New tensors' windows stand in line with their bytes already asked for, so that the disk needn't wait for arithmetic.
+    """
+
+    def __init__(self, works: Iterable[Work], copying: Copying | None = None) -> None:
         self.finished = threading.Event()
         self.error: BaseException | None = None
-        self._works = iter(works)
-        self._ready: collections.deque[Window] = collections.deque()
+        self._new = (window for work in works for window in work.begin_pass())
+        self._line: collections.deque[Window] = collections.deque()
+        self._line_bytes: collections.deque[int] = collections.deque()
+        self._following: collections.deque[Window] = collections.deque()
+        self._copying = copying
         self._running = 0
         self._changed = threading.Condition()
 
-    def __iter__(self) -> Iterator[Window]:
-        while (window := self._take()) is not None:
-            yield window
+    def __iter__(self) -> Iterator[Window | Piece]:
+        while True:
+            wanted: list[FileRange] = []
+            task = self._take(wanted)
+            if task is None:
+                return
+            for file, start, stop in wanted:
+                file.will_need(start, stop)
+            yield task
 
-    def _take(self) -> Window | None:
-        """The next window; waits while running ones may still lead to others; None when all is done or stopped."""
+    def _take(self, wanted: list[FileRange]) -> Window | Piece | None:
+        """The next task; waits while running ones may still lead to others; None when all is done or stopped.
+
+        What should be asked of the disk now goes into `wanted`.
+        """
         with self._changed:
             while not self.finished.is_set():
-                if not self._ready and (work := next(self._works, None)) is not None:
-                    self._ready.extend(work.begin_pass())
-                    continue  # it may have nothing to do
-                if self._ready:
+                self._line_up(wanted)
+                task = self._next(wanted)
+                if task is not None:
                     self._running += 1
-                    return self._ready.popleft()
+                    return task
                 if not self._running:
                     self.finished.set()
                     self._changed.notify_all()
@@ -247,13 +265,33 @@ class Schedule:
                     self._changed.wait()
             return None
 
-    def done(self, window: Window) -> None:
-        """A window is done; what follows from it comes first."""
-        following = window.work.end_window(window)
+    def _line_up(self, wanted: list[FileRange]) -> None:
+        while len(self._line) < AHEAD_WINDOWS and sum(self._line_bytes) < AHEAD_BYTES:
+            window = next(self._new, None)
+            if window is None:
+                return
+            ranges = window.ranges
+            wanted += ranges
+            self._line.append(window)
+            self._line_bytes.append(sum(stop - start for _, start, stop in ranges))
+
+    def _next(self, wanted: list[FileRange]) -> Window | Piece | None:
+        if self._following:
+            wanted += self._following[0].ranges
+            return self._following.popleft()
+        if self._line:
+            self._line_bytes.popleft()
+            return self._line.popleft()
+        return self._copying.take() if self._copying else None
+
+    def done(self, task: Window | Piece) -> None:
+        """A task is done; what follows from it comes first."""
+        following = task.work.end_window(task) if isinstance(task, Window) else []
         with self._changed:
             self._running -= 1
-            self._ready.extendleft(reversed(following))
-            self._changed.notify_all()
+            self._following.extendleft(reversed(following))
+            if following or not self._running:
+                self._changed.notify_all()
 
     def stop(self, error: BaseException | None = None) -> None:
         """Hand out nothing more; keep the first error."""
@@ -263,21 +301,21 @@ class Schedule:
             self._changed.notify_all()
 
 
-def read_ahead(node: Node, first: int, last: int) -> None:
-    """Ask the system for the bytes that these blocks of the tensor will need."""
+def window_blocks(node: Node) -> int:
+    """How many blocks of the tensor a worker takes at once."""
+    block_bytes = sum(BLOCK * leaf.info.dtype.bits // 8 for leaf in leaves(node))
+    return max(1, min(WINDOW, WINDOW_BYTES // max(block_bytes, 1)))
+
+
+def ranges_of(node: Node, first: int, last: int) -> list[FileRange]:
+    """Which bytes of which files blocks [first, last) of the tensor are made of, views of other shapes left out."""
+    ranges = []
     for leaf in leaves(node):
         if isinstance(leaf, Stored) and leaf.info.elements == node.info.elements:
             bits = leaf.info.dtype.bits
             start, stop = (min(block * BLOCK * bits // 8, leaf.info.nbytes) for block in (first, last))
-            leaf.file.will_need(leaf.start + start, leaf.start + stop)
-
-
-def copied_from(node: Node) -> Stored:
-    """The stored tensor that a copy reads."""
-    while isinstance(node, Combined):
-        node = node.terms[0].node
-    assert isinstance(node, Stored)
-    return node
+            ranges.append(FileRange(leaf.file, leaf.start + start, leaf.start + stop))
+    return ranges
 
 
 def count_nonfinite(values: torch.Tensor, stored: torch.Tensor) -> int:
@@ -293,17 +331,3 @@ def count_nonfinite(values: torch.Tensor, stored: torch.Tensor) -> int:
         return 0
     stored = stored.float() if stored.dtype.itemsize == 1 else stored
     return int((~torch.isfinite(stored)).sum())
-
-
-class error_context:  # noqa: N801  (reads as a statement)
-    """Adds the tensor's name to an error that happens while it is merged."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, MergeError) and self.name not in error.what:
-            error.what = f"tensor {self.name}: {error.what}"

@@ -74,3 +74,17 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     """The text with all its control characters escaped, newlines too: a tensor's name must not look like our own."""
     return printable(text).replace("\n", "\\n")
+
+
+class error_context:  # noqa: N801  (reads as a statement)
+    """Adds the tensor's name to an error that happens while it is merged."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, MergeError) and self.name not in error.what:
+            error.what = f"tensor {self.name}: {error.what}"

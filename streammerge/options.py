@@ -44,6 +44,11 @@ class Options:
     metadata: bool = True
     verify: bool = False
 
+    @property
+    def torch_must_check(self) -> bool:
+        """Whether only torch can tell if a device is there, or how much it leaves of a bound on memory."""
+        return self.device != "cpu" or self.max_ram is not None or self.max_vram is not None
+
 
 def parse_size(text: str) -> int:
     """Bytes from `512MB`, `2GiB`, `1.5G` or a plain number; powers of 1000 unless the unit has an i."""

@@ -30,6 +30,7 @@ from streammerge.nodes import (
     walk,
 )
 from streammerge.options import Options, format_size
+from streammerge.progress import Progress
 from streammerge.tensors import DType, TensorInfo
 
 OVERHEAD_BYTES: Final = 16 * MIB
@@ -96,10 +97,14 @@ class Plan:
                 advice=f"Free {format_size(self.output.nbytes - free)}, or write to another disk.",
             )
 
+    def new_progress(self) -> Progress:
+        """A count of what is done, with nothing done yet."""
+        return Progress(total_bytes=sum(job.info.nbytes for job in self.jobs))
+
     @property
     def lane_bytes(self) -> int:
         """What a lane takes at the most beside what it maps."""
-        return max((lane_bytes(job) for job in self.jobs), default=0)
+        return max((lane_bytes(job) for job in self.jobs if job.compute is not None), default=0)
 
     def allot(self, work_limit: int | None = None) -> Allotment:
         """Share `work_limit` bytes out to lanes, as many as fit and as the machine has cores for."""
@@ -194,9 +199,8 @@ def is_copy(node: Node, info: TensorInfo) -> bool:
 
 def lane_bytes(job: Job) -> int:
     """What a lane needs for this tensor beside its mapped windows: slots, stored blocks, a method's temporaries."""
+    assert job.compute is not None
     elements = min(BLOCK, job.info.elements)
-    if job.compute is None:
-        return elements * job.info.dtype.bits // 8
     size = job.compute.bits // 8
     blocks = slots(job.node)
     for part in walk(job.node):

@@ -12,7 +12,7 @@ from streammerge.errors import one_line
 from streammerge.options import format_size
 
 if TYPE_CHECKING:
-    from streammerge.engine import Progress
+    from streammerge.progress import Progress
     from streammerge.report import Report
 
 PLAIN_INTERVAL: Final = 5.0

@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from streammerge.checkpoints import Checkpoint
 from streammerge.comparison import Comparison, ShapeMismatch, Similarity
 from streammerge.devices import find_device, open_lanes
-from streammerge.engine import Progress, Work, run
+from streammerge.engine import Work, run
 from streammerge.machine import MIB, IoMode, choose_io, share_out
 from streammerge.methods.registry import BlockMethod
 from streammerge.methods.statistics import Gram, GramPass
 from streammerge.nodes import ByBlock, compute_dtype
 from streammerge.plan import Job
+from streammerge.progress import Progress
 from streammerge.tensors import DTYPES, TensorInfo
 
 INNER_PRODUCTS = BlockMethod(

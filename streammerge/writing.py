@@ -16,8 +16,9 @@ from types import TracebackType
 from typing import Final
 
 from streammerge.errors import OutputError
-from streammerge.formats.positional import read_at, write_at
+from streammerge.formats.positional import copy_at, read_at, write_at
 from streammerge.layout import OutputFile, OutputLayout
+from streammerge.nodes import Stored
 from streammerge.plan import Job
 
 CREATE_FLAGS: Final = (
@@ -62,6 +63,16 @@ class OutputWriter:
         temporary = self._open[job.file]
         try:
             write_at(temporary.descriptor, data, job.offset + position)
+        except OSError as error:
+            raise cannot_write(temporary.file.path, error) from error
+
+    def copy(self, job: Job, position: int, source: Stored, nbytes: int) -> None:
+        """Copy bytes [position, position + nbytes) of the job's tensor from the stored one."""
+        temporary = self._open[job.file]
+        try:
+            copy_at(
+                source.file.descriptor, source.start + position, temporary.descriptor, job.offset + position, nbytes
+            )
         except OSError as error:
             raise cannot_write(temporary.file.path, error) from error
 

@@ -17,13 +17,29 @@ from hypothesis import strategies as st
 
 import streammerge
 from streammerge import compute, engine
+from streammerge.copying import PIECE, Copying
 from streammerge.devices import Lane
-from streammerge.engine import COPY_BYTES, MergeWork, Progress, Schedule, Window, Work, count_nonfinite, read_ahead, run
+from streammerge.engine import (
+    AHEAD_BYTES,
+    AHEAD_WINDOWS,
+    WINDOW_BYTES,
+    FileRange,
+    MergeWork,
+    Schedule,
+    Window,
+    Work,
+    count_nonfinite,
+    ranges_of,
+    run,
+    window_blocks,
+)
 from streammerge.errors import CheckpointError, MethodError
+from streammerge.formats.positional import read_at
 from streammerge.methods.registry import BlockMethod, GramMethod
 from streammerge.methods.statistics import Gram
 from streammerge.nodes import BLOCK, ByBlock, ByGram, External, Node, Stored, Term, combine
 from streammerge.plan import Job
+from streammerge.progress import Progress
 from streammerge.reading import MappedReader, PositionalReader
 from streammerge.tensors import DTYPES, TensorInfo
 from tests.models import (
@@ -64,6 +80,11 @@ class MemorySink:
             room[position : position + len(data)] = data
             self.covered[job.name] += len(data)
 
+    def copy(self, job: Job, position: int, source: Stored, nbytes: int) -> None:
+        data = bytearray(nbytes)
+        read_at(source.file.descriptor, memoryview(data), source.start + position)
+        self.write(job, position, memoryview(data))
+
 
 def job_of(name: str, node: Node, stored: str = "F32", computed: str | None = "F32") -> Job:
     info = TensorInfo(DTYPES[stored], node.info.shape)
@@ -75,7 +96,8 @@ def run_jobs(jobs: Sequence[Job], threads: int = 2, watch: Callable[[], None] = 
     sink = MemorySink()
     lanes = [Lane(PositionalReader() if number % 2 else MappedReader()) for number in range(threads)]
     progress = Progress(sum(job.info.nbytes for job in jobs))
-    run((MergeWork(job) for job in jobs), lanes, sink, progress, watch)
+    works = (MergeWork(job) for job in jobs if job.compute is not None)
+    run(works, lanes, sink, progress, watch, Copying(jobs, sink, progress))
     assert progress.done_bytes == progress.total_bytes
     assert all(sink.covered[job.name] == job.info.nbytes for job in jobs)
     return sink
@@ -90,6 +112,7 @@ class FakeWork:
     def __init__(self, name: str, passes: Sequence[int]) -> None:
         self.name = name
         self.passes = list(passes)
+        self.node = External(TensorInfo(DTYPES["F16"], (1,)), MemoryModel({}), name)
         self.current = -1
         self.open: set[Window] = set()
         self.lock = threading.Lock()
@@ -117,6 +140,7 @@ def work_off(works: Sequence[FakeWork], threads: int, pause: float = 0.0) -> lis
     def worker() -> None:
         try:
             for window in schedule:
+                assert isinstance(window, Window)
                 taken.append((window.work.name, window.last, window.first))
                 time.sleep(pause * ((window.first * 7 + window.last) % 3))
                 schedule.done(window)
@@ -158,20 +182,27 @@ def test_works_without_windows_are_passed_over():
     assert work_off(works, threads=1) == [("b", 0, 0), ("e", 0, 0)]
 
 
+def take(schedule: Schedule, count: int) -> list[Window]:
+    """The next windows."""
+    windows = list(itertools.islice(schedule, count))
+    assert all(isinstance(window, Window) for window in windows)
+    return windows  # type: ignore[return-value]
+
+
 def test_other_workers_go_on_with_new_tensors_but_what_is_under_way_comes_first():
     schedule = Schedule([FakeWork("a", [1, 2]), FakeWork("b", [3])])  # type: ignore[list-item]
-    first, second = (next(iter(schedule)) for _ in range(2))
-    assert (first.work.name, second.work.name) == ("a", "b")
+    first, second = take(schedule, 2)
+    assert (first.name, second.name) == ("a", "b")
     schedule.done(first)
-    following = [next(iter(schedule)) for _ in range(4)]
-    assert [(window.work.name, window.first) for window in following] == [("a", 0), ("a", 1), ("b", 1), ("b", 2)]
+    following = take(schedule, 4)
+    assert [(window.name, window.first) for window in following] == [("a", 0), ("a", 1), ("b", 1), ("b", 2)]
 
 
 def test_a_worker_waits_for_what_may_still_come():
     schedule = Schedule([FakeWork("a", [1, 2])])  # type: ignore[list-item]
-    first = next(iter(schedule))
+    (first,) = take(schedule, 1)
     came: list[Window] = []
-    waiting = threading.Thread(target=lambda: came.extend(itertools.islice(schedule, 1)))
+    waiting = threading.Thread(target=lambda: came.extend(take(schedule, 1)))
     waiting.start()
     time.sleep(0.05)
     assert waiting.is_alive()
@@ -182,8 +213,7 @@ def test_a_worker_waits_for_what_may_still_come():
 
 def test_a_stopped_schedule_hands_out_nothing_and_wakes_who_waits():
     schedule = Schedule([FakeWork("a", [1, 1]), FakeWork("b", [1])])  # type: ignore[list-item]
-    schedule._take()
-    schedule._take()
+    take(schedule, 2)
     waiting = threading.Thread(target=list, args=(schedule,))
     waiting.start()
     first, second = ValueError("first"), ValueError("second")
@@ -273,7 +303,7 @@ def test_a_work_that_only_looks_writes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["I64", "BOOL", "U8", "F16", "F8_E8M0", "F4"])
-@pytest.mark.parametrize("size", [0, 1, 63, COPY_BYTES + 5, 3 * COPY_BYTES])
+@pytest.mark.parametrize("size", [0, 1, 63, PIECE + 5, 2 * PIECE])
 def test_copies_are_the_stored_bytes(tmp_path, dtype, size):
     info = TensorInfo(DTYPES[dtype], (size * 8 // DTYPES[dtype].bits,))
     content = raw_bytes(torch.randint(0, 256, (info.nbytes,), dtype=torch.uint8))
@@ -527,21 +557,61 @@ def test_bad_values_are_counted_where_there_is_arithmetic_and_not_in_copies(tmp_
 # ── reading ahead ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_what_a_window_needs_is_asked_for_ahead(tmp_path, monkeypatch):
+def leaf_of(elements: int, dtype: str, path: Any, start: int = 0) -> Stored:
+    """A stored tensor in a file that need not be that long."""
+    (at,) = store_tensors(path, [torch.zeros(10)])
+    return Stored(TensorInfo(DTYPES[dtype], (elements,)), at.file, start)
+
+
+def test_what_a_window_needs_is_known_beforehand(tmp_path):
+    a = leaf_of(5 * BLOCK + 7, "F16", tmp_path / "a", 100)
+    b = Stored(TensorInfo(DTYPES["F32"], a.info.shape), a.file, 10**9)
+    other = Stored(TensorInfo(DTYPES["F16"], (3,)), a.file, 0)
+    node = combine(a.info, (Term(1.0, a), Term(1.0, b), Term(1.0, other)))
+    assert ranges_of(node, 1, 3) == [
+        FileRange(a.file, 100 + 2 * BLOCK, 100 + 6 * BLOCK),
+        FileRange(a.file, 10**9 + 4 * BLOCK, 10**9 + 12 * BLOCK),
+    ]
+    assert ranges_of(a, 4, 6) == [FileRange(a.file, 100 + 8 * BLOCK, 100 + a.info.nbytes)]
+
+
+def test_the_disk_is_asked_ahead_of_the_workers_but_not_far(tmp_path, monkeypatch):
     asked: list[tuple[int, int]] = []
-    (at,) = store_tensors(tmp_path / "leaf", [torch.zeros(10)])
-    monkeypatch.setattr(type(at.file), "will_need", lambda file, start, stop: asked.append((start, stop)))
-    info = TensorInfo(DTYPES["F16"], (5 * BLOCK + 7,))
-    a, b = Stored(info, at.file, 100), Stored(TensorInfo(DTYPES["F32"], info.shape), at.file, 10**9)
-    other = Stored(TensorInfo(DTYPES["F16"], (3,)), at.file, 0)
-    node = combine(info, (Term(1.0, a), Term(1.0, b), Term(1.0, other)))
-    read_ahead(node, 1, 3)
-    assert asked == [(100 + 2 * BLOCK, 100 + 6 * BLOCK), (10**9 + 4 * BLOCK, 10**9 + 12 * BLOCK)]
-    asked.clear()
-    read_ahead(a, 4, 6)
-    assert asked == [(100 + 8 * BLOCK, 100 + info.nbytes)]
+    leaf = leaf_of(1000 * BLOCK, "F16", tmp_path / "leaf")
+    monkeypatch.setattr(type(leaf.file), "will_need", lambda file, start, stop: asked.append((start, stop)))
+    schedule = iter(Schedule([MergeWork(job_of("w", combine(leaf.info, (Term(0.5, leaf),))))]))
+    window = next(schedule)
+    assert isinstance(window, Window)
+    assert window.first == 0
+    nbytes = 2 * BLOCK * window.last
+    assert asked == [(number * nbytes, (number + 1) * nbytes) for number in range(len(asked))]
+    assert AHEAD_BYTES <= sum(stop - start for start, stop in asked) < AHEAD_BYTES + 2 * nbytes
+    for number in range(1, 10):  # from now on, one for one
+        before = len(asked)
+        assert next(schedule).first == number * window.last  # type: ignore[union-attr]
+        assert len(asked) == before + 1
 
 
-def test_the_windows_constants_are_fit_for_each_other():
-    values: list[Any] = [BLOCK, engine.WINDOW, COPY_BYTES]
-    assert all(value > 0 and value & (value - 1) == 0 for value in values)
+def test_small_tensors_do_not_stand_in_line_by_the_thousand():
+    begun: list[str] = []
+    model = MemoryModel({"w": torch.ones(5)})
+
+    class Noted(MergeWork):
+        def begin_pass(self) -> list[Window]:
+            begun.append(self.name)
+            return super().begin_pass()
+
+    works = (Noted(job_of(str(number), External(model.tensors["w"], model, "w"))) for number in range(1000))
+    schedule = Schedule(works)
+    take(schedule, 1)
+    assert len(begun) == AHEAD_WINDOWS
+
+
+@pytest.mark.parametrize(("models", "dtype"), [(1, "F16"), (2, "F16"), (8, "F32"), (64, "F16"), (200, "F64")])
+def test_the_more_models_the_shorter_the_windows(tmp_path, models, dtype):
+    leaves = [leaf_of(100 * BLOCK, dtype, tmp_path / str(number)) for number in range(models)]
+    blocks = window_blocks(combine(leaves[0].info, tuple(Term(1.0, leaf) for leaf in leaves)))
+    assert 1 <= blocks <= engine.WINDOW
+    read = sum(BLOCK * DTYPES[dtype].bits // 8 for _ in leaves)
+    assert blocks == 1 or blocks * read <= WINDOW_BYTES
+    assert blocks == engine.WINDOW or (blocks + 1) * read > WINDOW_BYTES

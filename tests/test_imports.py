@@ -17,7 +17,7 @@ PACKAGE = Path(streammerge.__file__).parent
 
 ORDER = [
     # the vocabulary
-    *("errors", "tensors", "", "machine", "options"),
+    *("errors", "tensors", "", "machine", "options", "progress"),
     # what a process costs
     *("launcher", "measuring", "floor"),
     # what is on disk
@@ -32,7 +32,7 @@ ORDER = [
     # models as expressions
     *("nodes", "checkpoints", "architecture", "merged", "functions"),
     # what will happen
-    *("layout", "plan", "inputs", "report"),
+    *("layout", "plan", "inputs", "report", "copying"),
     # what happens
     *("devices", "gathering", "compute", "engine", "writing", "checking", "api", "public", "benchmark"),
     # what is shown

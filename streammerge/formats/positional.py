@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
+from typing import Final
 
 from streammerge.errors import CheckpointError
 
@@ -39,6 +41,37 @@ def write_at(descriptor: int, buffer: memoryview, offset: int) -> None:
     done = 0
     while done < len(buffer):
         done += _write_some(descriptor, buffer[done:], offset + done)
+
+
+COPY_BYTES: Final = 1 << 20
+"""How much is copied through memory at once, where the system does not copy from file to file itself."""
+
+
+def copy_at(source: int, start: int, target: int, offset: int, nbytes: int) -> None:
+    """Copy bytes from file to file, within the system where it can: some file systems then share them and copy nothing.
+
+    What the system refuses is read and written instead, which works or says what is wrong and with which file.
+    """
+    done = _copy_within_system(source, start, target, offset, nbytes)
+    buffer = memoryview(bytearray(min(COPY_BYTES, nbytes - done)))
+    while done < nbytes:
+        piece = buffer[: nbytes - done]
+        read_at(source, piece, start + done)
+        write_at(target, piece, offset + done)
+        done += len(piece)
+
+
+def _copy_within_system(source: int, start: int, target: int, offset: int, nbytes: int) -> int:
+    """How many of the bytes the system copied before it refused, or met the end of the file."""
+    done = 0
+    if hasattr(os, "copy_file_range"):
+        with contextlib.suppress(OSError):
+            while done < nbytes:
+                count = os.copy_file_range(source, target, nbytes - done, start + done, offset + done)
+                if not count:
+                    break
+                done += count
+    return done
 
 
 if hasattr(os, "preadv") and hasattr(os, "pwrite"):
