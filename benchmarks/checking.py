@@ -175,8 +175,8 @@ def compare(merge: Merge, name: str, models: Mapping[str, Opened], out: torch.Te
     """`right`, `rough` (rounded more than once) or `wrong`."""
     found = out.flatten()
     taken = merge.taken_from(name)
-    if taken or not out.is_floating_point():
-        source = models[taken or next(iter(models))][name].flatten()
+    source = models[taken or merge.roles[0]][name].flatten()
+    if taken or not source.is_floating_point():  # as the inputs have it: some tools store whole numbers as float16
         return worst(same(found[piece], source[piece]) for piece in pieces(found.numel()))
     inputs = {role: models[role][name].flatten() for role in merge.roles}
     parts = pieces(found.numel()) if elementwise(merge) else [slice(None)]

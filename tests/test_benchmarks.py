@@ -483,6 +483,22 @@ def test_another_dtype_is_noted_but_not_wrong(place):
     assert "1 tensors of another dtype" in found.text
 
 
+def test_whole_numbers_stored_as_halves_are_compared_as_whole_numbers(place):
+    def halved(out: dict[str, torch.Tensor]) -> None:
+        out["steps"] = out["steps"].half()
+
+    found = verdict(LINEAR, place, halved)
+    assert "1 tensors of another dtype" in found.text
+    assert "wrong" not in found.text
+
+
+def test_averaged_whole_numbers_are_wrong(place):
+    def averaged(out: dict[str, torch.Tensor]) -> None:
+        out["steps"] = out["steps"].half() * 0.6
+
+    assert "wrong numbers in 1 of 5" in verdict(LINEAR, place, averaged).text
+
+
 def test_outputs_of_every_form_are_found(place):
     models = some_models(place)
     out = right_output(LINEAR, models, "a")
