@@ -310,8 +310,8 @@ def readme_table(result: CaseResult) -> str:
     count = f"{most}" if runs == most else f"{runs} to {most}"
     title = result.title[0].upper() + result.title[1:]
     note = (
-        f"{title}, {format_size(result.input_bytes)}. Medians of {count} runs, page cache warm, "
-        f"without the final sync. {machine_line(result)} {result.remark}"
+        f"{title}, {format_size(result.input_bytes)}. Medians of {count} runs, page cache warm, without the final "
+        f"sync. {machine_line(result)} {result.remark}"
     )
     return f"{table(head, rows)}\n\n{note.strip()}"
 
