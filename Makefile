@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types unit slow docs clean
+.PHONY: demo test lint types unit slow docs bench clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,plot]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,plot,bench]'
 	touch $(INSTALLED)
 
 demo: $(INSTALLED)
@@ -33,5 +33,9 @@ slow: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/python -m tests.readme
 
+# Every case and every peer in full size, 60 GB of disk in ./bench: about an hour. `make bench ARGS=--quick` tries it out.
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks run $(ARGS)
+
 clean:
-	rm -rf $(VENV) demo build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) demo bench build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

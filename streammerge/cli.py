@@ -24,7 +24,7 @@ USAGE: Final = """\
 streammerge RECIPE.yaml -o OUT.safetensors [options]
        streammerge MODEL[:WEIGHT] MODEL[:WEIGHT] ... -o OUT.safetensors [options]
        streammerge --recipe NAME NAME=MODEL ... -o OUT.safetensors [options]
-       streammerge inspect|compare|plan|methods|recipes|verify|demo ... (--help tells more)"""
+       streammerge inspect|compare|plan|methods|recipes|verify|bench|demo ... (--help tells more)"""
 
 
 class Terminated(KeyboardInterrupt):
@@ -194,6 +194,36 @@ def recipes(words: Sequence[str]) -> int:
     return commands.recipes(parser.parse_args(words))
 
 
+def bench(words: Sequence[str]) -> int:
+    """Time a merge against its floor."""
+    from streammerge import arguments as args
+
+    parser = new_parser(
+        "bench",
+        "streammerge bench RECIPE.yaml | MODEL[:WEIGHT] ... [options of a merge] [options]",
+        "Time a merge: whole processes and the merge loop, RAM, and the floor (reading the inputs, copying the output) "
+        "measured beside every run. Takes what a merge takes; outputs are removed. Without the final sync, as other "
+        "tools work, unless --sync is given.",
+    )
+    parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="time it in this file's folder (default: .)")
+    parser.add_argument("--runs", type=args.positive, default=5, metavar="N", help="measured runs (default: 5)")
+    parser.add_argument("--cold", action="store_true", help="as many runs with the inputs out of the page cache, too")
+    parser.add_argument("--sync", action="store_true", help="wait for the disk at the end of every run")
+    parser.add_argument("--report", type=Path, metavar="FILE.json", help="write every figure of every run")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument("-q", "--quiet", action="store_true", help="show no progress")
+    arguments, merge_words = parser.parse_known_args(words)
+    merge_parser = new_parser("bench", None, None)
+    args.add_merge_arguments(merge_parser)
+    arguments.merge = merge_parser.parse_intermixed_args(merge_words)
+    arguments.merge_words = merge_words
+    if arguments.merge.dry_run:
+        parser.error("--dry-run merges nothing, so there is nothing to time")
+    from streammerge import commands
+
+    return commands.bench(arguments)
+
+
 def demo(words: Sequence[str]) -> int:
     """The founding job on models with random values."""
     parser = new_parser(
@@ -223,6 +253,6 @@ def new_parser(command: str, usage: str | None, description: str | None) -> argp
 
 
 COMMANDS: Final[dict[str, Callable[[Sequence[str]], int]]] = {
-    command.__name__: command for command in (inspect, compare, plan, methods, recipes, verify, demo)
+    command.__name__: command for command in (inspect, compare, plan, methods, recipes, verify, bench, demo)
 }
 """The words that are commands when they come first."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from streammerge.arguments import RECIPE_SUFFIXES, options_from, recipe_from
@@ -14,7 +15,7 @@ from streammerge.methods.loading import load_methods
 from streammerge.methods.registry import Method
 from streammerge.options import format_size
 from streammerge.plan import Plan, dump_json
-from streammerge.screen import say, show_report, show_table, watching
+from streammerge.screen import say, say_on_stderr, show_report, show_table, watching
 
 RESUME = "--resume is not there yet: it comes with the reliability work"
 
@@ -102,6 +103,32 @@ def verify(arguments: argparse.Namespace) -> int:
         run_verification(recipe, Path(arguments.merged), options, watch)
     say("Every byte is what the recipe gives.")
     return 0
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    """Time a merge against its floor, and show what it takes."""
+    from streammerge.api import planned, saying_what_is_on_disk
+    from streammerge.benchmark import OUTPUT, Timing, time_merge
+
+    folder = (arguments.output or Path(OUTPUT)).absolute().parent
+    timing = Timing(arguments.runs, arguments.cold, arguments.sync)
+    check_side_file(arguments.report)
+    with saying_what_is_on_disk("What was measured so far, and every output, is removed."):
+        recipe, options = recipe_from(arguments.merge), options_from(arguments.merge)
+        with planned(recipe, folder / OUTPUT, options, replacing=True) as made:
+            measured = time_merge(arguments.merge_words, made, folder, timing, telling(quiet=arguments.quiet))
+    if arguments.report is not None:
+        write_text(arguments.report, dump_json(measured.to_json()))
+    if arguments.json:
+        say(dump_json(measured.to_json()).rstrip())
+    else:
+        show_table(measured.rows())
+    return 0
+
+
+def telling(*, quiet: bool) -> Callable[[str], None]:
+    """Says on stderr what is being done, or nothing."""
+    return (lambda _: None) if quiet else say_on_stderr
 
 
 def inspect(arguments: argparse.Namespace) -> int:

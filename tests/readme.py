@@ -8,13 +8,14 @@ import re
 import sys
 from pathlib import Path
 
+from benchmarks import report, results
 from streammerge.arguments import add_merge_arguments
 from streammerge.methods import METHODS
 from streammerge.methods.contract import Parameter
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-RESULTS = ROOT / "benchmarks" / "results" / "article.json"
+RESULTS = ROOT / "benchmarks" / "results" / "article-fp16.json"
 
 
 def main() -> int:
@@ -78,25 +79,8 @@ def options() -> str:
 
 
 def measured() -> str:
-    """The article's job against copying the same bytes and the usual script."""
-    found = json.loads(RESULTS.read_text(encoding="utf-8"))
-    median, machine = found["median"], found["machine"]
-    baseline = found["import_torch_rss"]
-    above = (median["peak_rss"] - baseline) / 2**20
-    peak = f"{median['peak_rss'] / 1e6:.0f} MB, {above:.0f} MiB above `import torch` ({baseline / 1e6:.0f} MB)"
-    rows = [
-        "| three SD 2 checkpoints, float16, 8.0 GB | whole process | merging alone | peak RAM |",
-        "|---|---|---|---|",
-        f"| streammerge | {median['process']:.1f} s | {median['loop']:.1f} s | {peak} |",
-        f"| `load_file`, arithmetic, `save_file` | {median['script']:.1f} s | | {median['script_rss'] / 1e9:.1f} GB |",
-        f"| `cat` of the inputs and `cp` of one output | {median['floor']:.1f} s | {median['floor']:.1f} s | |",
-    ]
-    note = (
-        f"Medians of {len(found['runs'])} runs, page cache warm, without the final sync, on {machine['cores']} cores "
-        f"of a shared virtual machine; torch {machine['torch']}, safetensors {machine['safetensors']}, Python "
-        f"{machine['python']}; {found['date']}. It also runs in a memory cgroup of {found['cgroup']['megabytes']} MB."
-    )
-    return "\n".join([*rows, "", note])
+    """The article's job against copying the same bytes and against other tools."""
+    return report.readme_table(results.load(RESULTS))
 
 
 if __name__ == "__main__":

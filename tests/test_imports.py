@@ -18,6 +18,8 @@ PACKAGE = Path(streammerge.__file__).parent
 ORDER = [
     # the vocabulary
     *("errors", "tensors", "", "machine", "options", "progress"),
+    # what a process costs
+    *("launcher", "measuring", "floor"),
     # what is on disk
     *("formats", "formats.positional", "formats.files", "formats.safetensors", "formats.shards"),
     *("formats.zip_directory", "formats.pickle_machine", "formats.pickle_steps", "formats.pickles"),
@@ -36,6 +38,7 @@ ORDER = [
     *("layout", "plan", "inputs", "report", "copying"),
     # what happens
     *("devices", "gathering", "compute", "surveys", "works", "engine", "writing", "checking", "api", "public"),
+    "benchmark",
     # what is shown
     *("inspection", "comparison", "plotting", "similarity", "screen"),
     # the example

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from streammerge.methods.trimming import Equals, LowerBits, Search, UpperBits
 
 import streammerge
 from streammerge.errors import MethodError, RecipeError
 from streammerge.methods import METHODS, find_method
 from streammerge.methods.registry import LinearMethod, Pass, method, net
 from streammerge.methods.statistics import GramPass
-from streammerge.methods.trimming import Equals, LowerBits, Search, UpperBits
 from tests.models import (
     DTYPE_NAMES,
     SHAPES,
