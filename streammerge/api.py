@@ -148,7 +148,7 @@ def _carry_out(plan: Plan, started: float, watch: Watch | None) -> Report:
         nonfinite=dict(sorted(copying.progress.nonfinite.items())),
         bytes_read=copying.progress.bytes_read,
         bytes_written=plan.output.nbytes,
-        seconds={**seconds, "total": marks[-1] - started},
+        seconds={**seconds, "ahead": copying.seconds_ahead, "total": marks[-1] - started},
         peak_rss_bytes=peak_resident_bytes(),
         baseline_rss_bytes=machine.baseline,
         peak_vram_bytes=machine.peak_vram_bytes(),

@@ -223,9 +223,8 @@ class _Runner:
             raise MergeError(f"the merge that is to be timed {process.ending}: {said}")
         found = json.loads(told.read_text(encoding="utf-8"))
         seconds = found["seconds"]
-        return Round(
-            Floor(0, 0), process, seconds["merge"], seconds["sync"], min(found["bytes_read"], self.input_bytes)
-        )
+        loop = seconds["merge"] + seconds["ahead"]
+        return Round(Floor(0, 0), process, loop, seconds["sync"], min(found["bytes_read"], self.input_bytes))
 
 
 def describe_machine() -> dict[str, str]:

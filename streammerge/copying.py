@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -55,10 +56,14 @@ class Piece:
 
 
 class Copying:
-    """All copies of a plan, piece by piece, for any number of threads."""
+    """All copies of a plan, piece by piece, for any number of threads.
+
+    `seconds_ahead` is how long the thread of `ahead` was at it.
+    """
 
     def __init__(self, jobs: Iterable[Job], sink: CopySink, progress: Progress) -> None:
         self.progress = progress
+        self.seconds_ahead = 0.0
         self._pieces = (piece for job in jobs if job.compute is None for piece in pieces(job, sink))
         self._lock = threading.Lock()
         self._paused = threading.Event()
@@ -83,12 +88,15 @@ class Copying:
             raise self._error
 
     def _copy(self) -> None:
+        started = time.perf_counter()
         try:
             while not self._paused.is_set() and (piece := self.take()) is not None:
                 with error_context(piece.name):
                     piece.run(self.progress)
         except BaseException as error:
             self._error = error
+        finally:
+            self.seconds_ahead = time.perf_counter() - started
 
 
 def pieces(job: Job, sink: CopySink) -> Iterator[Piece]:

@@ -15,7 +15,11 @@ PARTS: Final = ("plan", "merge", "sync")
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """The outcome of a merge. Sizes are in bytes, times in seconds; `nonfinite` counts bad values per merged tensor."""
+    """The outcome of a merge. Sizes are in bytes, times in seconds; `nonfinite` counts bad values per merged tensor.
+
+    Of the seconds, `plan` is all before the workers begin, `import torch` included, and `ahead` is how long of it tensors
+    were being copied already.
+    """
 
     output: Sequence[str]
     method: str
@@ -69,7 +73,8 @@ class Report:
         """The short table: what was made, from how much, how fast, in how much memory."""
         seconds = self.seconds
         moved = self.bytes_read + self.bytes_written
-        rate = moved / seconds["merge"] / 1e9 if seconds["merge"] else 0.0
+        moving = seconds["merge"] + seconds.get("ahead", 0.0)
+        rate = moved / moving / 1e9 if moving else 0.0
         above = self.peak_rss_bytes - self.baseline_rss_bytes
         rows = [
             ("output", ", ".join(self.output[:2]) + (f" … ({len(self.output)} files)" if len(self.output) > 2 else "")),

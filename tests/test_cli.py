@@ -436,7 +436,7 @@ def test_the_report(folder, run):
     assert report["left_out"] == {"depth": 1}
     assert report["bytes_read"] == 2 * (16 + 8)
     assert report["bytes_written"] == Path("out.safetensors").stat().st_size
-    assert list(report["seconds"]) == ["plan", "merge", "sync", "total"]
+    assert list(report["seconds"]) == ["plan", "merge", "sync", "ahead", "total"]
     assert report["seconds"]["total"] == pytest.approx(sum(list(report["seconds"].values())[:3]), abs=1e-4)
     assert report["peak_rss_bytes"] >= report["baseline_rss_bytes"] > 10**7
     assert (report["nonfinite"], report["nonfinite_tensors"], report["peak_vram_bytes"]) == (0, {}, 0)

@@ -605,11 +605,11 @@ def test_what_a_window_needs_is_known_beforehand(tmp_path):
     b = Stored(TensorInfo(DTYPES["F32"], a.info.shape), a.file, 10**9)
     other = Stored(TensorInfo(DTYPES["F16"], (3,)), a.file, 0)
     node = combine(a.info, (Term(1.0, a), Term(1.0, b), Term(1.0, other)))
-    assert ranges_of(node, 1, 3) == [
+    assert ranges_of(node, BLOCK, 3 * BLOCK) == [
         FileRange(a.file, 100 + 2 * BLOCK, 100 + 6 * BLOCK),
         FileRange(a.file, 10**9 + 4 * BLOCK, 10**9 + 12 * BLOCK),
     ]
-    assert ranges_of(a, 4, 6) == [FileRange(a.file, 100 + 8 * BLOCK, 100 + a.info.nbytes)]
+    assert ranges_of(a, 4 * BLOCK, 6 * BLOCK) == [FileRange(a.file, 100 + 8 * BLOCK, 100 + a.info.nbytes)]
 
 
 def test_the_disk_is_asked_ahead_of_the_workers_but_not_far(tmp_path, monkeypatch):
@@ -647,7 +647,7 @@ def test_small_tensors_do_not_stand_in_line_by_the_thousand():
 @pytest.mark.parametrize(("models", "dtype"), [(1, "F16"), (2, "F16"), (8, "F32"), (64, "F16"), (200, "F64")])
 def test_the_more_models_the_shorter_the_windows(tmp_path, models, dtype):
     leaves = [leaf_of(100 * BLOCK, dtype, tmp_path / str(number)) for number in range(models)]
-    blocks = window_blocks(combine(leaves[0].info, tuple(Term(1.0, leaf) for leaf in leaves)))
+    blocks = window_blocks(combine(leaves[0].info, tuple(Term(1.0, leaf) for leaf in leaves)), BLOCK)
     assert 1 <= blocks <= works.WINDOW
     read = sum(BLOCK * DTYPES[dtype].bits // 8 for _ in leaves)
     assert blocks == 1 or blocks * read <= WINDOW_BYTES

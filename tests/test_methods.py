@@ -9,11 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from streammerge.methods.trimming import Equals, LowerBits, Search, UpperBits
 
 import streammerge
 from streammerge.errors import MethodError, RecipeError
 from streammerge.methods import METHODS, find_method
+from streammerge.methods.bracketing import Gathering, Sample
+from streammerge.methods.cuts import Cut
+from streammerge.methods.radix import Equals, LowerBits, UpperBits
+from streammerge.methods.ranking import Ranking
 from streammerge.methods.registry import LinearMethod, Pass, method, net
 from streammerge.methods.statistics import GramPass
 from tests.models import (
@@ -509,12 +512,12 @@ def test_decimal_fractions_that_cancel_are_exactly_nothing(contributions, total)
 
 
 def test_passes_are_passes_and_results_are_not():
-    searches = [Search(1, 2)]
-    assert all(
-        isinstance(step, Pass) for step in (GramPass(2), UpperBits(searches), LowerBits(searches), Equals(searches))
-    )
+    ranking = Ranking(2, [[1]])
+    ranking.look_for([[1]])
+    steps = (GramPass(2), UpperBits(ranking, 1), LowerBits(ranking), Equals(ranking), Sample(ranking))
+    assert all(isinstance(step, Pass) for step in (*steps, Gathering(ranking, {})))
     assert not isinstance(GramPass(2).finish(), Pass)
-    assert not isinstance((Search(2, 2).trim(),), Pass)
+    assert not isinstance((Cut(1),), Pass)
 
 
 def test_shapes_are_telling():

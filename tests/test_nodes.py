@@ -285,7 +285,7 @@ def test_a_tree_takes_as_many_slots_as_it_says(tmp_path, tree):
     while not survey.complete:
         survey.add(0, survey.measure(Evaluator(lane, torch.float32, survey.known), 0))
         survey.finish_pass()
-    Evaluator(lane, torch.float32, survey.known).block(node, 0)
+    Evaluator(lane, torch.float32, survey.known).values(node, 0, node.info.elements)
     assert lane.highest + 1 == slots(node)
 
 

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streammerge.methods.ranking import Cut, Ranking, keys
+from streammerge.methods.cuts import Cut, keys
+from streammerge.methods.ranking import Ranking
 from streammerge.methods.registry import Pass
 
 STEP = 16
@@ -23,7 +24,7 @@ def settle(step: Any, vectors: Sequence[torch.Tensor], order: Sequence[int] | No
     count = -(-vectors[0].numel() // STEP)
     while isinstance(step, Pass):
         for block in order or range(count):
-            part = [vector[block * STEP : (block + 1) * STEP] for vector in vectors]
+            part = [vector[block * STEP : (block + 1) * STEP][: getattr(step, "part", STEP)] for vector in vectors]
             step.add(block, step.measure(block, part))
         step = step.finish()
     return step

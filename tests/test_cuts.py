@@ -12,34 +12,68 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from streammerge.methods.trimming import Search, Trim, UpperBits, bit_patterns, magnitudes, search_k_largest
+from streammerge.methods import bracketing
+from streammerge.methods.bracketing import Bracket, Gathering, Sample
+from streammerge.methods.cuts import ALL, INFINITE, Cut, keys, quotas
+from streammerge.methods.place import Target
+from streammerge.methods.radix import LowerBits, UpperBits
+from streammerge.methods.ranking import Ranking
+from streammerge.methods.registry import Pass
+from streammerge.methods.sparse import Trim, trim_to_density
 from tests.models import normal
 
 TINY = float(np.nextafter(np.float32(0), np.float32(1)))
 
+WAYS: dict[str, dict[str, Any]] = {
+    "gathered whole": {},
+    "bracketed": {"SMALL": 4, "SAMPLE": 4, "LEAST": 2},
+    "bracketed wrongly": {"SMALL": 1, "SAMPLE": 8, "LEAST": 3},
+    "no room": {"ROOM": 1},
+}
+"""Constants with which the search goes one way or the other."""
 
-def search(deltas: list[torch.Tensor], density: list[float], block: int, *, rescale: bool = False) -> tuple[Trim, ...]:
+
+@pytest.fixture(params=WAYS, autouse=True)
+def way(request):
+    """Every test here is for each of the ways; hypothesis has one patch for all its examples."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in WAYS[request.param].items():
+            patch.setattr(bracketing, name, value)
+        if request.param == "bracketed wrongly":
+            patch.setattr(Sample, "_bracket", lambda *_: Bracket(low=5, bits=3))
+        yield request.param
+
+
+def search(deltas: list[torch.Tensor], density: list[float], block: int, *, rescale: bool = False) -> list[Trim]:
     """Search task vectors of equal length, cut into blocks of this size."""
     elements = deltas[0].numel()
     base = torch.zeros(elements, dtype=deltas[0].dtype)
-    step: Any = search_k_largest(elements, density, rescale=rescale)
+    target = Target("w", (elements,), len(deltas) + 1, step=block)
+    step: Any = trim_to_density(target, {"density": tuple(density), "rescale": rescale})
     passes = 0
-    while not isinstance(step, tuple):
+    while isinstance(step, Pass):
         blocks = list(range(-(-elements // block)))
+        most = getattr(step, "part", block)
         for number in blocks if step.ordered else reversed(blocks):
-            part = slice(number * block, (number + 1) * block)
+            part = slice(number * block, min(number * block + most, (number + 1) * block))
             step.add(number, step.measure(number, [base[part], *(delta[part] for delta in deltas)]))
         step = step.finish()
         passes += 1
-    assert passes <= 3
-    trims: tuple[Trim, ...] = step
+    assert passes <= 6
+    trims: list[Trim] = step
     return trims
+
+
+def applied(trim: Trim, delta: torch.Tensor, block: int) -> torch.Tensor:
+    """What the trim keeps of the task vector, block by block."""
+    cut, factor = trim
+    parts = [cut.keep(part, number) * factor for number, part in enumerate(delta.split(block))]
+    return torch.cat(parts) if delta.numel() else delta
 
 
 def trimmed(delta: torch.Tensor, density: float, block: int, *, rescale: bool = False) -> torch.Tensor:
     (trim,) = search([delta], [density], block, rescale=rescale)
-    parts = [trim.apply(part, number) for number, part in enumerate(delta.split(block))] if delta.numel() else [delta]
-    return torch.cat(parts)
+    return applied(trim, delta, block)
 
 
 def kept_by_sorting(delta: torch.Tensor, density: float) -> np.ndarray:
@@ -119,10 +153,8 @@ def test_task_vectors_are_searched_side_by_side_each_for_itself(first, second, o
     count = min(first.numel(), second.numel())
     deltas = [first[:count], second[:count]]
     for delta, density, trim in zip(deltas, [one, other], search(deltas, [one, other], block), strict=True):
-        parts = [trim.apply(part, number) for number, part in enumerate(delta.split(block))]
-        np.testing.assert_array_equal(
-            torch.cat(parts).numpy(), np.where(kept_by_sorting(delta, density), delta.numpy(), 0)
-        )
+        expected = np.where(kept_by_sorting(delta, density), delta.numpy(), 0)
+        np.testing.assert_array_equal(applied(trim, delta, block).numpy(), expected)
 
 
 @settings(deadline=None, max_examples=100)
@@ -140,21 +172,21 @@ def test_rescaling_nothing_leaves_nothing(density):
     assert trimmed(torch.zeros(7), density, 3, rescale=True).tolist() == [0.0] * 7
 
 
-def test_values_that_are_no_numbers_stay_visible():
+def test_values_that_are_no_numbers_count_as_the_largest():
     delta = torch.tensor([math.nan, 5.0, 1.0, 2.0])
     kept = trimmed(delta, 0.5, 2)
     assert math.isnan(kept[0])
     assert kept[1:].tolist() == [5.0, 0.0, 0.0]
     kept = trimmed(torch.tensor([math.nan, 5.0, -math.inf, math.nan]), 0.25, 2)
-    assert kept.isnan().tolist() == [True, False, False, True]
-    assert kept[1:3].tolist() == [0.0, 0.0]
+    assert kept.isnan().tolist() == [True, False, False, False]
+    assert kept[1:].tolist() == [0.0, 0.0, 0.0]
 
 
 def test_nothing_is_searched_where_nothing_is_left_out():
-    assert search_k_largest(10, [1.0, 1.0]) == (Trim(), Trim())
-    assert search_k_largest(0, [0.5, 0.0]) == (Trim(), Trim())
-    assert search_k_largest(1, [0.5]) == (Trim(),)
-    assert isinstance(search_k_largest(10, [1.0, 0.5]), UpperBits)
+    everything = Cut(ALL)
+    assert search([torch.ones(10)] * 2, [1.0, 1.0], 4) == [(everything, 1.0)] * 2
+    assert search([torch.ones(1)], [0.5], 4) == [(everything, 1.0)]
+    assert search([torch.ones(10)], [0.0], 4) == [(Cut(None), 1.0)]
 
 
 @pytest.mark.parametrize(
@@ -166,20 +198,59 @@ def test_how_many_are_kept(elements, density, count):
     assert int((trimmed(delta, density, 4) != 0).sum()) == count
 
 
-def test_the_third_pass_is_only_taken_to_choose_among_equals():
-    distinct, tied = Search(2, 4), Search(2, 4)
-    for found, values in ((distinct, [4.0, 3.0, 2.0, 1.0]), (tied, [4.0, 2.0, 2.0, 2.0])):
-        patterns = bit_patterns(torch.tensor(values))
-        found.settle_upper((patterns >> 16).bincount(minlength=2**15))
-        inside = patterns[(patterns >> 16) == found.upper]
-        found.settle_lower((inside & 0xFFFF).bincount(minlength=2**16))
-    assert (distinct.open, tied.open) == (False, True)
-    assert distinct.trim() == Trim(threshold=3.0)
-
-
 @given(st.lists(any_values, min_size=2, max_size=20))
-def test_bit_patterns_sort_as_magnitudes_do(values):
+def test_keys_sort_as_magnitudes_do(values):
     tensor = torch.tensor(values)
     np.testing.assert_array_equal(
-        np.argsort(bit_patterns(tensor).numpy(), kind="stable"), np.argsort(magnitudes(tensor).numpy(), kind="stable")
+        np.argsort(keys(tensor, signed=False).numpy(), kind="stable"), np.argsort(tensor.abs().numpy(), kind="stable")
     )
+
+
+def first_steps(elements: int) -> list[type]:
+    """The kinds of the passes until the result."""
+    vector, steps = normal((elements,), 3), []
+    step: Any = Ranking(elements, [[elements // 3]], lambda _, inputs: inputs).begin(1)
+    while isinstance(step, Pass):
+        steps.append(type(step))
+        for block in range(-(-elements // 1000)):
+            part = vector[block * 1000 : (block + 1) * 1000][: getattr(step, "part", 1000)]
+            step.add(block, step.measure(block, [part]))
+        step = step.finish()
+    return steps
+
+
+def test_which_passes_are_made(way):
+    steps = first_steps(20_000)
+    if way == "gathered whole":
+        assert steps == [Gathering]
+    elif way == "bracketed":
+        assert steps == [Sample, Gathering]
+    else:
+        assert steps[-3:] == [Gathering, UpperBits, LowerBits]
+
+
+@given(st.integers(ALL + 1, 2**31 - 1), st.integers(0, 2**20), st.lists(st.integers(ALL + 1, 2**31 - 1), max_size=30))
+def test_a_bracket_holds_what_it_was_made_around_and_tells_the_rest_apart(low, width, others):
+    high = min(low + width, 2**31 - 1)
+    bracket = Bracket.around(low, high)
+    found = torch.tensor([low, high, (low + high) // 2, *others], dtype=torch.int32)
+    above, inside = bracket.part(found)
+    top = bracket.low + 2**bracket.bits
+    assert sorted(inside.tolist()) == sorted(key for key in found.tolist() if bracket.low < key < top)
+    assert above == sum(key >= top for key in found.tolist())
+    assert {low, high} <= set(inside.tolist())
+
+
+def test_equals_are_shared_out_from_the_front():
+    assert quotas(5, 4, {2: 3, 0: 2, 1: 0}, signed=False) == Cut(5, 2, 2)
+    assert quotas(5, 2, {0: 2, 3: 9}, signed=False) == Cut(5, 0, 2)
+    assert quotas(5, 0, {}, signed=True) == Cut(5, None, 0, signed=True)
+
+
+@pytest.mark.parametrize("key", [0, 1, 0x3F800000, INFINITE - 1, INFINITE, INFINITE + 1])
+@pytest.mark.parametrize("last_block", [None, 0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_what_is_kept_is_what_the_mask_says(key, last_block, dtype):
+    cut = Cut(key, last_block, 1)
+    values = torch.tensor([0.0, -0.0, TINY, 1.0, -1.0, 1.5, 0.5, math.inf, -math.inf, 3e4, -1.0], dtype=dtype)
+    np.testing.assert_array_equal(cut.keep(values, 1).numpy(), torch.where(cut.mask(values, 1), values, 0.0).numpy())
