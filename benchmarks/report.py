@@ -23,9 +23,10 @@ HOW: Final = """\
 - The floor (`cat` of the inputs to nowhere, `cp` of a file of the output's size) and the tools take turns, round by
   round; ratios are taken within a round, figures are medians, in brackets the least and the greatest.
 - *Process* is the whole program from its start to its end, measured from outside; *loop* is the merging alone, as far
-  as the tool tells; what streammerge copies while torch is still being imported counts as part of it. CPU time, peak RSS and bytes are the system's own accounts (`wait4`, `/proc`), of the program and
-  its children; *anonymous* is the most that was seen, looking every 20 ms. Memory-mapped reads take no calls: they
-  show in *from disk* only, and there only when they aren't cached.
+  as the tool tells; what streammerge copies while torch is still being imported counts as part of it. CPU time, peak
+  RSS and bytes are the system's own accounts (`wait4`, `/proc`), of the program and its children; *anonymous* is the
+  most that was seen, looking every 20 ms. Memory-mapped reads take no calls: they show in *from disk* only, and there
+  only when they aren't cached.
 - Peers never wait for the disk at the end. So streammerge runs with `--no-sync` where it is compared, and a row of its
   own shows it with the final sync, which is its default.
 - Warm: inputs were read before every run. Cold: they were dropped from the page cache; the disk's sequential rate is

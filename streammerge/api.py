@@ -76,12 +76,14 @@ class Machine:
         import_torch()  # the bare import is the base line of what the merge takes
         self.plan = plan
         self.baseline = resident_bytes()
-        from streammerge.devices import check_float64, find_device
+        from streammerge.devices import check_float64, find_device, vram_limit
 
         self.device: torch.device = find_device(plan.options.device)
         check_float64(self.device, plan.jobs)
-        self.allotment = allot_memory(plan, self.baseline)
+        self.allotment = allot_memory(plan, self.baseline, vram_limit(self.device, plan.options.max_vram))
         self.io = choose_io(plan.options.io, [file.path for file in plan.inputs])
+        if self.device.type == "cuda" and plan.options.io == "auto":
+            self.io = "pread"  # straight into pinned memory
 
     def run(self, sink: Sink, copying: Copying, watch: Watch | None) -> None:
         """Give every byte of the output that is computed to the sink, and finish the copying."""
@@ -172,16 +174,17 @@ def import_torch() -> None:
             gc.enable()
 
 
-def allot_memory(plan: Plan, baseline: int) -> Allotment:
+def allot_memory(plan: Plan, baseline: int, vram: int | None) -> Allotment:
     """Share out what --max-ram leaves beside what the process takes already; PlanError naming the least that works."""
-    limit, vram = plan.options.max_ram, plan.options.max_vram
+    limit, wanted = plan.options.max_ram, plan.options.max_vram
     if vram is not None and vram < plan.lane_bytes:
+        what = f"{format_size(vram)} of memory on the card" if wanted != vram else f"--max-vram {format_size(vram)}"
         raise PlanError(
-            f"--max-vram {format_size(vram)} is too small: one worker's buffers take {format_size(plan.lane_bytes)}",
+            f"{what} is too small: one worker's buffers take {format_size(plan.lane_bytes)}",
             advice=f"The least that works is {-(-plan.lane_bytes // MIB)}MiB.",
         )
     if limit is None:
-        return plan.allot()
+        return plan.allot(vram_limit=vram)
     needed = plan.lane_bytes + MAPPED_BYTES[1] + plan.held_bytes
     fixed = baseline + OVERHEAD_BYTES
     if limit < fixed + needed:
@@ -190,7 +193,7 @@ def allot_memory(plan: Plan, baseline: int) -> Allotment:
             f"needs {format_size(needed)} to work in",
             advice=f"The least that works is {-(-(fixed + needed) // MIB)}MiB.",
         )
-    return plan.allot(limit - fixed)
+    return plan.allot(limit - fixed, vram)
 
 
 def as_merged(model: Model) -> Merged:

@@ -8,6 +8,7 @@ slot is used again.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Final, Literal
@@ -18,7 +19,7 @@ from streammerge.errors import DeviceError
 from streammerge.machine import Allotment
 from streammerge.nodes import BLOCK, PIECE, ByBlock, ByGram, Node, Stored, walk
 from streammerge.plan import Job
-from streammerge.reading import Reader, open_reader, page_aligned
+from streammerge.reading import PositionalReader, Reader, open_reader, page_aligned
 from streammerge.tensors import DTYPES, DType
 
 with warnings.catch_warnings():
@@ -104,8 +105,12 @@ class Lane:
             return torch.empty(0, dtype=dtype)
         nbytes = elements * dtype.itemsize
         if len(self._out) < nbytes:
-            self._out = page_aligned(nbytes)
+            self._out = self._host_bytes(nbytes)
         return torch.frombuffer(self._out, dtype=dtype, count=elements)
+
+    def _host_bytes(self, nbytes: int) -> memoryview:
+        """Main memory for what is to be written."""
+        return page_aligned(nbytes)
 
     def release(self) -> None:
         """Give mapped memory back."""
@@ -130,13 +135,18 @@ class StagedLane(Lane):
 
 
 class CudaLane(StagedLane):
-    """A CUDA lane: pinned buffers, and a stream of its own, so that lanes copy and compute at the same time."""
+    """A CUDA lane: reads straight into pinned memory, and has a stream of its own; lanes copy and compute at once.
+
+    What is read is sent without waiting for it to arrive. Two pinned buffers of a slot take turns, so that the next
+    block is read while the last one is on its way.
+    """
 
     def __init__(self, reader: Reader, device: torch.device) -> None:
         super().__init__(reader, device)
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pinned: dict[tuple[int, torch.dtype], torch.Tensor] = {}
-        self._sent: dict[tuple[int, torch.dtype], torch.cuda.Event] = {}
+        self._on_its_way: dict[int, torch.cuda.Event] = {}
+        self._turns: dict[int, int] = {}
+        self._pinned: dict[int, memoryview] = {}
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -144,33 +154,66 @@ class CudaLane(StagedLane):
         with super().running(), torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             yield
 
+    def load(self, node: Stored, start: int, stop: int, dtype: torch.dtype, slot: int) -> torch.Tensor:
+        """Elements [start, stop), read into pinned memory if the reader reads, and sent from there."""
+        if not isinstance(self.reader, PositionalReader):
+            return super().load(node, start, stop, dtype, slot)
+        buffer = self._next_buffer(slot)
+        return self._send(self.read(node, start, stop, buffer), dtype, slot, buffer)
+
     def bring(self, values: torch.Tensor, dtype: torch.dtype, slot: int) -> torch.Tensor:
-        """A copy of the values on the device, sent from pinned memory without waiting for it to arrive."""
-        key = slot, values.dtype
-        if key in self._sent:
-            self._sent[key].synchronize()  # the pinned buffer may still be on its way
-        staged = self._pin(key, values.numel()).copy_(values)
-        sent = self.slot(slot, values.numel(), values.dtype).copy_(staged, non_blocking=True)
-        self._sent[key] = event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        """A copy of the values on the device, sent from pinned memory."""
+        buffer, nbytes = self._next_buffer(slot), values.numel() * values.element_size()
+        if not nbytes:
+            return values.to(self.device, dtype)
+        if len(self._pinned.get(buffer, b"")) < nbytes:
+            self._pinned[buffer] = pinned_bytes(nbytes)
+        staged = torch.frombuffer(self._pinned[buffer], dtype=values.dtype, count=values.numel()).copy_(values)
+        return self._send(staged, dtype, slot, buffer)
+
+    def _next_buffer(self, slot: int) -> int:
+        """The number of the slot's other pinned buffer, when nothing is on its way from it any more."""
+        turn = self._turns[slot] = 1 - self._turns.get(slot, 0)
+        buffer = 2 * slot + turn
+        if buffer in self._on_its_way:
+            self._on_its_way.pop(buffer).synchronize()
+        return buffer
+
+    def _send(self, staged: torch.Tensor, dtype: torch.dtype, slot: int, buffer: int) -> torch.Tensor:
+        sent = self.slot(slot, staged.numel(), staged.dtype).copy_(staged, non_blocking=True)
+        self._on_its_way[buffer] = event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self.stream)
-        return sent if values.dtype == dtype else self.slot(slot, values.numel(), dtype).copy_(sent)
+        return sent if staged.dtype == dtype else self.slot(slot, staged.numel(), dtype).copy_(sent)
 
     def store(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The block rounded on the device and fetched through pinned memory."""
-        fetched = self._pin((-1, dtype), values.numel()).copy_(values.to(dtype), non_blocking=True)
+        """The block rounded on the device and fetched into pinned memory."""
+        stored = self._out_tensor(values.numel(), dtype).copy_(values.to(dtype), non_blocking=True)
         self.stream.synchronize()
-        return self._out_tensor(values.numel(), dtype).copy_(fetched)
+        return stored
 
-    def _pin(self, key: tuple[int, torch.dtype], elements: int) -> torch.Tensor:
-        buffer = self._pinned.get(key)
-        if buffer is None or buffer.numel() < elements:
-            buffer = self._pinned[key] = torch.empty(elements, dtype=key[1], pin_memory=True)
-        return buffer[:elements]
+    def _host_bytes(self, nbytes: int) -> memoryview:
+        return pinned_bytes(nbytes)
+
+
+def pinned_bytes(nbytes: int) -> memoryview:
+    """Memory that a CUDA device reads and writes by itself, so that nobody waits for the copy."""
+    pinned = torch.empty(max(nbytes, 1), dtype=torch.uint8, pin_memory=True)
+    return bytes_of(pinned)[:nbytes]
+
+
+def bytes_of(values: torch.Tensor) -> memoryview:
+    """The tensor's own memory, which lives as long as the view of it."""
+
+    class Memory(ctypes.c_ubyte * values.nbytes):  # type: ignore[misc]
+        owner = values  # the view holds the class's instance, and that its class
+
+    return memoryview(Memory.from_address(values.data_ptr())).cast("B")
 
 
 def open_lanes(device: torch.device, io: Literal["mmap", "pread"], allotment: Allotment) -> list[Lane]:
     """As many lanes as were allotted, each with a reader of its own."""
-    return [open_lane(open_reader(io, allotment.mapped_bytes), device) for _ in range(allotment.threads)]
+    allocate = pinned_bytes if device.type == "cuda" else page_aligned
+    return [open_lane(open_reader(io, allotment.mapped_bytes, allocate), device) for _ in range(allotment.threads)]
 
 
 def open_lane(reader: Reader, device: torch.device) -> Lane:
@@ -192,6 +235,21 @@ def find_device(name: str) -> torch.device:
         found=[f"there is: {', '.join(available)}"],
         advice="Choose one of these with --device.",
     )
+
+
+VRAM_BYTES: Final = 512_000_000
+"""What the lanes may take of a card's memory unless --max-vram says otherwise."""
+
+VRAM_LEFT: Final = 0.9
+"""The share of a card's free memory that may be taken: other programs want some too."""
+
+
+def vram_limit(device: torch.device, wanted: int | None) -> int | None:
+    """What the lanes may take of the card's memory: no more than is free now; None where there is no such memory."""
+    if device.type != "cuda":
+        return wanted
+    free, _ = torch.cuda.mem_get_info(device)
+    return min(wanted or VRAM_BYTES, int(free * VRAM_LEFT))
 
 
 def check_float64(device: torch.device, jobs: Iterable[Job]) -> None:

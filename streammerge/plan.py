@@ -117,12 +117,12 @@ class Plan:
         """What has to be held beside the lanes' buffers, for the tensor that takes the most of it."""
         return max((held_bytes(job.node) for job in self.jobs), default=0)
 
-    def allot(self, work_limit: int | None = None) -> Allotment:
-        """Share `work_limit` bytes out to lanes, as many as fit and as the machine has cores for.
+    def allot(self, work_limit: int | None = None, vram_limit: int | None = None) -> Allotment:
+        """Share `work_limit` bytes out to lanes, as many as fit, and the card's memory, and the machine has cores for.
 
         Whole tensors are held beside the lanes' buffers: one at a time, and more where the limit leaves room for them.
         """
-        held, vram = self.held_bytes, self.options.max_vram
+        held, vram = self.held_bytes, vram_limit or self.options.max_vram
         lanes_limit = None if work_limit is None else work_limit - held
         shared = share_out(self.lane_bytes, self.options.threads, lanes_limit, device_limit=vram)
         if held and work_limit is not None:

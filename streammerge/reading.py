@@ -6,6 +6,7 @@ A reader belongs to one worker. What `read` returns is valid until the next `rea
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from typing import Final, Literal, Protocol
 
 from streammerge.formats.files import ByteFile
@@ -68,16 +69,17 @@ class _Window:
 
 
 class PositionalReader:
-    """Reads into one buffer per slot, which stays in the CPU's cache."""
+    """Reads into one buffer per slot, which stays in the CPU's cache; `allocate` makes the buffers."""
 
-    def __init__(self) -> None:
+    def __init__(self, allocate: Callable[[int], memoryview] | None = None) -> None:
+        self._allocate = allocate or page_aligned
         self._buffers: dict[int, memoryview] = {}
 
     def read(self, file: ByteFile, start: int, stop: int, slot: int) -> memoryview:
         """A copy of bytes [start, stop) in the slot's buffer."""
         count = stop - start
         if count > len(self._buffers.get(slot, b"")):
-            self._buffers[slot] = page_aligned(count)
+            self._buffers[slot] = self._allocate(count)
         buffer = self._buffers[slot][:count]
         read_at(file.descriptor, buffer, start)
         return buffer
@@ -86,9 +88,11 @@ class PositionalReader:
         """Nothing is mapped."""
 
 
-def open_reader(io: Literal["mmap", "pread"], mapped_bytes: int) -> Reader:
+def open_reader(
+    io: Literal["mmap", "pread"], mapped_bytes: int, allocate: Callable[[int], memoryview] | None = None
+) -> Reader:
     """A worker's own reader."""
-    return MappedReader(mapped_bytes) if io == "mmap" else PositionalReader()
+    return MappedReader(mapped_bytes) if io == "mmap" else PositionalReader(allocate)
 
 
 def page_aligned(nbytes: int) -> memoryview:

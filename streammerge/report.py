@@ -17,8 +17,8 @@ PARTS: Final = ("plan", "merge", "sync")
 class Report:
     """The outcome of a merge. Sizes are in bytes, times in seconds; `nonfinite` counts bad values per merged tensor.
 
-    Of the seconds, `plan` is all before the workers begin, `import torch` included, and `ahead` is how long of it tensors
-    were being copied already.
+    Of the seconds, `plan` is all before the workers begin, `import torch` included, and `ahead` is how long of it
+    tensors were being copied already.
     """
 
     output: Sequence[str]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +19,13 @@ from streammerge.devices import (
     Lane,
     StagedLane,
     available_devices,
+    bytes_of,
     check_float64,
     find_device,
     open_lane,
     open_lanes,
     torch_dtype,
+    vram_limit,
 )
 from streammerge.errors import DeviceError, PlanError
 from streammerge.machine import Allotment
@@ -298,6 +303,94 @@ def test_a_cuda_lane_can_be_asked_again_before_its_copies_have_arrived(tmp_path)
         sums = [lane.load(node, 0, BLOCK, torch.float32, 0).double().sum() for node in nodes]
         found = [float(total) for total in sums]
     assert found == pytest.approx([float(tensor.double().sum()) for tensor in tensors], rel=1e-9)
+
+
+class FakeEvent:
+    """An event of a device that is never ready before it is waited for."""
+
+    def __init__(self) -> None:
+        self.recorded = self.awaited = False
+
+    def record(self, stream: Any) -> None:
+        self.recorded = True
+
+    def synchronize(self) -> None:
+        assert self.recorded
+        self.awaited = True
+
+
+class FakeStream:
+    """A stream that notes when it is waited for."""
+
+    def __init__(self, device: Any = None) -> None:
+        self.waits = 0
+
+    def synchronize(self) -> None:
+        self.waits += 1
+
+
+@pytest.fixture
+def cuda_on_the_cpu(monkeypatch):
+    """CUDA's calls as far as a lane makes them, with the CPU as the device; gives the events that were made."""
+    events: list[FakeEvent] = []
+
+    def event() -> FakeEvent:
+        events.append(FakeEvent())
+        return events[-1]
+
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(
+        devices, "pinned_bytes", lambda nbytes: bytes_of(torch.zeros(max(nbytes, 1), dtype=torch.uint8))
+    )
+    return events
+
+
+@pytest.mark.parametrize("reader", [PositionalReader(), MappedReader()], ids=["pread", "mmap"])
+def test_a_cuda_lane_waits_for_a_buffer_before_it_fills_it_again(tmp_path, cuda_on_the_cpu, reader):
+    tensors = [normal((1000,), seed, torch.float16) for seed in range(6)]
+    nodes = store_tensors(tmp_path / "leaves", tensors)
+    lane = CudaLane(reader, torch.device("cpu"))
+    with lane.running():
+        for number, (node, tensor) in enumerate(zip(nodes, tensors, strict=True)):
+            assert torch.equal(lane.load(node, 0, 1000, torch.float32, 0), tensor.float())
+            awaited = [event.awaited for event in cuda_on_the_cpu]
+            assert awaited == [True] * max(number - 1, 0) + [False] * min(number + 1, 2)
+        assert torch.equal(lane.bring(tensors[0][:7], torch.float16, 3), tensors[0][:7])
+        assert lane.bring(tensors[0][:0], torch.float32, 3).numel() == 0
+
+
+def test_a_cuda_lane_hands_out_what_has_arrived(cuda_on_the_cpu):
+    lane = CudaLane(PositionalReader(), torch.device("cpu"))
+    values = normal((300,), 1)
+    with lane.running():
+        stored = lane.store(values, torch.bfloat16)
+    assert lane.stream.waits == 1  # type: ignore[attr-defined]
+    assert bytes(lane.stored_bytes(stored)) == raw_bytes(values.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("free", "wanted", "limit"),
+    [(80 * 10**9, None, 512_000_000), (10**8, None, 9 * 10**7), (10**8, 10**6, 10**6), (10**9, 10**10, 9 * 10**8)],
+)
+def test_no_more_is_taken_of_a_card_than_is_free(monkeypatch, free, wanted, limit):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * 10**9))
+    assert vram_limit(torch.device("cuda"), wanted) == limit
+    assert vram_limit(torch.device("cpu"), wanted) == wanted
+
+
+def test_the_memory_of_a_tensor_lives_as_long_as_a_view_of_it():
+    values = torch.arange(50)
+    gone, view = weakref.ref(values), bytes_of(values)[8:16]
+    del values
+    gc.collect()
+    assert gone() is not None
+    assert int.from_bytes(view, "little") == 1
+    del view
+    gc.collect()
+    assert gone() is None
 
 
 def test_too_little_vram_is_an_error_that_names_the_least(families, tmp_path):
