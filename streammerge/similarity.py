@@ -12,7 +12,7 @@ from streammerge.engine import run
 from streammerge.machine import MIB, IoMode, choose_io, share_out
 from streammerge.methods.registry import BlockMethod
 from streammerge.methods.statistics import Gram, GramPass
-from streammerge.nodes import ByBlock, compute_dtype
+from streammerge.nodes import ByBlock
 from streammerge.plan import Job
 from streammerge.progress import Progress
 from streammerge.tensors import DTYPES, TensorInfo
@@ -31,8 +31,8 @@ class Nowhere:
         """Take the bytes and forget them."""
 
 
-LANE_BYTES = 6 * MIB
-"""What a lane takes that compares: two blocks as stored and converted, and pieces of them in float64."""
+LANE_BYTES = 8 * MIB
+"""What a lane takes that compares: two blocks as stored and in float64, and pieces of their differences."""
 
 
 def compare_models(
@@ -71,7 +71,7 @@ def compare_models(
 def _work(name: str, a: Checkpoint, b: Checkpoint) -> Work:
     nodes = a.node(name), b.node(name)
     node = ByBlock(a.tensors[name], INNER_PRODUCTS, {}, nodes)
-    return Work(name, node, compute_dtype(node, DTYPES["F32"]))
+    return Work(name, node, DTYPES["F64"])  # people read these figures to the last digit
 
 
 def _similarity(work: Work, tensors: Mapping[str, TensorInfo]) -> Similarity:
