@@ -105,10 +105,10 @@ def tensor_sum(inputs: Inputs, *, width: float = 0.5, offset: float = 0.0, axis:
 def plus_random(inputs: Inputs, *, alpha: float, seed: int = 0, context: Context) -> Array:
     (values,) = inputs
     parts = []
-    for block, start in enumerate(range(0, values.size, 2**18)):
+    for block, start in enumerate(range(0, values.size, 2**17)):
         digest = hashlib.blake2b(repr((seed, context.name, 0, block)).encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        parts.append(torch.randn(min(2**18, values.size - start), generator=generator).double().numpy())
+        parts.append(torch.randn(min(2**17, values.size - start), generator=generator).double().numpy())
     return np.asarray(values + alpha * np.concatenate([*parts, np.zeros(0)]).reshape(values.shape))
 
 

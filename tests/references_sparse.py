@@ -16,7 +16,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 Inputs = Sequence[Array]
 Numbers = float | Sequence[float]
 
-BLOCK = 2**18
+BLOCK = 2**17
 
 
 def each(value: Numbers, count: int) -> list[float]:

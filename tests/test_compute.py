@@ -36,6 +36,7 @@ TINY_BLOCK = 16
 def tiny_blocks(monkeypatch):
     """Blocks of 16 elements, so that a small tensor has several."""
     monkeypatch.setattr(compute, "BLOCK", TINY_BLOCK)
+    monkeypatch.setattr(compute, "PIECE", TINY_BLOCK)
     monkeypatch.setattr(works, "BLOCK", TINY_BLOCK)
 
 

@@ -88,8 +88,8 @@ class Sample:
         self.found: dict[int, list[Tensor]] = {}
 
     def measure(self, block: int, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The keys of the block's beginning."""
-        return [found.cpu() for found in self.ranking.keys(block, inputs)]
+        """The keys of the block's beginning, of which rows may be more than was asked for."""
+        return [found[: self.part].clone().cpu() for found in self.ranking.keys(block, inputs)]
 
     def add(self, block: int, measured: list[Tensor]) -> None:
         """Keep them."""

@@ -107,7 +107,7 @@ def interval(low: Cut, high: Cut) -> Interval:
     BlockMethod,
     base="required",
     statistics=pcb_contest,
-    passes=4,
+    passes=8,
     scope="scope",
     statistics_of=("ratio",),
     temporaries=8,
