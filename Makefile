@@ -25,7 +25,7 @@ types: $(INSTALLED)
 	$(BIN)/mypy
 
 unit: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow and not cuda"
+	$(BIN)/python -m pytest -n auto -m "not slow and not cuda and not peers"
 
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
