@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 TAILS = 1e-4
 """The share of the smallest magnitudes, and of the largest, that are clipped to the others."""
+
+
+PIECE = 2**16
+"""Elements that are taken at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,12 @@ class Contest:
         return [score.float() for score in scores]
 
 
+def pieces(inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The inputs' blocks, some elements at a time, because many tensors in float64 are wide."""
+    for start in range(0, inputs[0].numel(), PIECE):
+        yield [values[start : start + PIECE] for values in inputs]
+
+
 def in_float64(inputs: Sequence[Tensor]) -> list[Tensor]:
     """The task vectors in float64."""
     return [delta.double() for delta in task_vectors(0, inputs)]
@@ -69,7 +79,10 @@ def pcb_contest(target: Target, parameters: Mapping[str, ParameterValue]) -> Any
         contest = Contest([interval(low, high) for low, high in cuts])
 
         def scores(block: int, inputs: Sequence[Tensor]) -> list[Tensor]:
-            return contest.score(in_float64(inputs))
+            import torch
+
+            parts = [contest.score(in_float64(part)) for part in pieces(inputs)]
+            return [torch.cat(own) for own in zip(*parts, strict=True)]
 
         ranking = Ranking(
             elements,
@@ -97,7 +110,7 @@ def interval(low: Cut, high: Cut) -> Interval:
     scope="scope",
     statistics_of=("ratio",),
     temporaries=8,
-    temporaries_each=5,
+    temporaries_each=3,
     float64=True,
 )
 def pcb(
@@ -114,11 +127,19 @@ def pcb(
     the model, their tails of 1e-4 clipped; what scores below the `ratio` greatest has no say. Ranked over the whole
     model as in the paper, or with `scope: tensor` over each tensor.
     """
-    deltas = in_float64((base, *models))
+    out = base.new_empty(base.shape)
+    for number, part in enumerate(pieces((base, *models))):
+        first = number * PIECE
+        out[first : first + PIECE] = compete(statistics, in_float64(part)).mul_(lambda_).add_(part[0])
+    return out
+
+
+def compete(statistics: Contest, deltas: Sequence[Tensor]) -> Tensor:
+    """Σᵢ sᵢ τᵢ / Σᵢ sᵢ with clipped magnitudes."""
     total, weights = deltas[0] * 0.0, deltas[0] * 0.0
     sizes = zip(deltas, statistics.magnitudes, statistics.score(deltas), statistics.scores, strict=True)
     for delta, magnitude, score, scores in sizes:
         share = scores.share(score.double())
         total += delta.sign() * magnitude.clip(delta.abs()) * share
         weights += share
-    return (total / weights.clamp_(min=1e-12)).mul_(lambda_).add_(base).to(base.dtype)
+    return total / weights.clamp_(min=1e-12)
