@@ -212,7 +212,7 @@ def test_sd_meh_can_not_add_two_task_vectors():
 
 
 @pytest.mark.parametrize(
-    ("tool", "name"), [(tool, name) for tool in ("script", "article-script") for name in RUNS[tool]]
+    ("tool", "name"), [(tool, name) for tool in ("script", "article-script") for name in sorted(RUNS[tool])]
 )
 def test_a_plain_script_merges_rightly(tool, name, made, tmp_path):
     asked = job(name, made, tmp_path)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SAMPLE: Final = 2**14
 """Values that are sampled of a tensor, or more if it has many blocks."""
 
-LEAST: Final = 2**8
+LEAST: Final = 2**10
 """Values that are sampled of a block at the least."""
 
 SMALL: Final = 2**16
@@ -37,8 +37,11 @@ DEVIATIONS: Final = 4.0
 UNEVEN: Final = 0.05
 """What one block's quantile may be off the tensor's, because rows differ; of many blocks, less."""
 
-ROOM: Final = 2**20
+ROOM: Final = 2**19
 """Values that are gathered for a rank at the most."""
+
+COARSE: Final = 12
+"""Upper bits of what was gathered by which it is divided into bins."""
 
 TOP: Final = 2**31 - 1
 """The greatest key."""
@@ -148,12 +151,22 @@ class Gathered:
         if self.count > self.room.numel() or not 0 < wanted <= self.count:
             return False
         values = self.room[: self.count]
-        search.key = int(values.kthvalue(self.count - wanted + 1).values)
+        search.key = self._kth_largest(values, wanted)
         search.above = self.above + int((values > search.key).sum())
         search.equal = int((values == search.key).sum())
         if search.equal > search.k - search.above:
             search.equals = {block: int((values[part] == search.key).sum()) for block, part in self.blocks.items()}
         return True
+
+    def _kth_largest(self, values: Tensor, k: int) -> int:
+        """The key of this rank, sought in its bin alone: to select takes three times the memory of what there is."""
+        if values.numel() > SMALL and self.bracket.bits < 31:
+            bins = (values - self.bracket.low) >> max(self.bracket.bits - COARSE, 0)
+            counts = bins.bincount(minlength=1).flip(0)
+            from_the_top = int((counts.cumsum(0) >= k).int().argmax())
+            k -= int(counts[:from_the_top].sum())
+            values = values[bins == counts.numel() - 1 - from_the_top]
+        return int(values.kthvalue(values.numel() - k + 1).values)
 
 
 class Gathering:
