@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import streammerge
-from streammerge import engine
+from streammerge import works
 from streammerge.cli import main
 from streammerge.errors import MethodError
 from streammerge.methods import METHODS
@@ -77,7 +77,7 @@ def test_the_bytes_do_not_depend_on_how_it_is_run(own, models, tmp_path, monkeyp
     load_methods(own(text))
     merge = getattr(streammerge, name)(models["a"], base=models["base"])
     plain = merge_to(tmp_path / "plain.safetensors", merge, threads=1, io="pread")
-    monkeypatch.setattr(engine, "WINDOW", 1)
+    monkeypatch.setattr(works, "WINDOW", 1)
     assert_same_bytes(merge_to(tmp_path / "out.safetensors", merge, threads=4, io="mmap", verify=True), plain)
     for tensor, values in plain.items():
         assert torch.equal(merge.read(tensor, 0, values.numel()), values.reshape(-1))

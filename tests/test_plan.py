@@ -125,7 +125,7 @@ def test_copies_are_read_once_and_dropped_tensors_not_at_all():
     [
         ("linear", {}, 1),
         ("slerp", {"parameters": {"t": 0.5}}, 2),
-        ("ties", {"base": "b"}, 4),
+        ("ties", {"base": "b"}, 3),
     ],
 )
 def test_every_pass_is_counted(method, keys, passes):
@@ -197,7 +197,7 @@ def test_the_largest_lane_is_that_of_the_hungriest_tensor():
     models = pair(x=(BLOCK,), ids=f"I64 {BLOCK}")
     assert plan(models).lane_bytes == plan(pair(x=(BLOCK,))).lane_bytes
     copied = plan(models, rules=[{"match": "x", "keep": True}])
-    assert copied.lane_bytes == 8 * BLOCK
+    assert copied.lane_bytes == 0  # what is only copied takes no lane
 
 
 def test_threads_and_limits_are_shared_out():

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import streammerge
-from streammerge import compute, engine
+from streammerge import compute, works
 from streammerge.errors import PlanError
 from streammerge.machine import MIB
 from streammerge.methods.registry import METHODS, GramMethod, method
@@ -149,7 +149,7 @@ def test_every_slice_is_a_combination_of_its_own(models, tmp_path, along):
 def test_the_bytes_do_not_depend_on_threads_or_windows(models, tmp_path, monkeypatch, along):
     merge = streammerge.by_length(models["a"], models["b"], along=along)
     plain = merge_to(tmp_path / "plain.safetensors", merge, threads=1, io="pread")
-    monkeypatch.setattr(engine, "WINDOW", 1)
+    monkeypatch.setattr(works, "WINDOW", 1)
     assert_same_bytes(merge_to(tmp_path / "out.safetensors", merge, threads=4, io="mmap"), plain)
     for name, tensor in plain.items():
         start, stop = tensor.numel() // 3, tensor.numel() - tensor.numel() // 5

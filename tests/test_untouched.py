@@ -31,7 +31,8 @@ def test_inputs_stay_as_they_are(case, dtype):
     method = METHODS[case.method]
     shape = (6, 50) if isinstance(method, WholeMethod) or method.rows else (300,)  # type: ignore[attr-defined]
     base = normal(shape, 0, dtype)
-    given = [base, *(base + normal(shape, 1 + number, dtype, 1e-2) for number in range(case.models))]
+    models = [base + normal(shape, 1 + number, dtype, 1e-2) for number in range(case.models)]
+    given = [base, *models] if case.base else models
     copies = [tensor.clone() for tensor in given]
     target, parameters = Target("w", shape, len(given), step=300), parameters_of(case)
     if isinstance(method, WholeMethod):

@@ -107,11 +107,11 @@ def interval(low: Cut, high: Cut) -> Interval:
     BlockMethod,
     base="required",
     statistics=pcb_contest,
-    passes=8,
+    passes=2,
     scope="scope",
     statistics_of=("ratio",),
-    temporaries=8,
-    temporaries_each=3,
+    temporaries=12,
+    temporaries_each=6,
     float64=True,
 )
 def pcb(

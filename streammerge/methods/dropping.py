@@ -149,7 +149,7 @@ def band_ranks(elements: int, density: float, gamma: float) -> tuple[int, int]:
     return outliers, outliers + kept
 
 
-@method(BlockMethod, **GTA, statistics=breadcrumbs_cuts, passes=6, temporaries=4, temporaries_each=3)
+@method(BlockMethod, **GTA, statistics=breadcrumbs_cuts, passes=2, temporaries=4, temporaries_each=3)
 def breadcrumbs(
     base: Tensor,
     *models: Tensor,
@@ -176,7 +176,7 @@ def breadcrumbs(
     return add_deltas(base, deltas, weight, normalize=normalize, scale=lambda_, elect=False)
 
 
-@method(BlockMethod, **GTA, statistics=breadcrumbs_cuts, passes=6, temporaries=4, temporaries_each=3)
+@method(BlockMethod, **GTA, statistics=breadcrumbs_cuts, passes=2, temporaries=4, temporaries_each=3)
 def breadcrumbs_ties(
     base: Tensor,
     *models: Tensor,

@@ -167,8 +167,9 @@ class BlockMethod(Method):
 
     The function may ask for the keywords `place`, where the block lies, and `statistics`. `statistics(target,
     parameters)` is the first pass over a tensor, or at once the result where the parameters need no pass. `passes` is
-    how many there are at most, `temporaries` how many blocks the function and the passes hold at once beside the
-    inputs, and `temporaries_each` how many more for every input: the plan counts them.
+    how many there are as a rule (a search that has to begin again makes more), `temporaries` how many blocks the
+    function and the passes hold at once beside the inputs, and `temporaries_each` how many more for every input: the
+    plan counts them.
 
     With `rows` the blocks are whole rows: matrices of as many rows of each input as make a block, or one longer row.
     `held(target, parameters)` is what the statistics take in bytes, where that depends on the tensor's size.

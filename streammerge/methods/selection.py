@@ -53,7 +53,7 @@ def fusion_threshold(target: Target, parameters: Mapping[str, ParameterValue]) -
     base="required",
     models=(1, 1),
     statistics=fusion_threshold,
-    passes=4,
+    passes=2,
     rows="rows",
     temporaries=9,
     float64=True,

@@ -44,7 +44,7 @@ def trim_to_density(target: Target, parameters: Mapping[str, ParameterValue]) ->
     base="required",
     accepted=("int8_mask",),
     statistics=trim_to_density,
-    passes=6,
+    passes=2,
     scope="scope",
     statistics_of=("density", "rescale"),
 )
