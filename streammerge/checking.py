@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from streammerge.checkpoints import Checkpoint
+from streammerge.copying import CopyRange
 from streammerge.errors import CheckpointError, OutputError
 from streammerge.formats.positional import COPY_BYTES, read_at
 from streammerge.merged import count, plural
@@ -32,12 +33,13 @@ class Checker:
         if buffer != data:
             self.different.add(job.name)
 
-    def copy(self, job: Job, position: int, source: Stored, nbytes: int) -> None:
-        """Compare bytes [position, position + nbytes) of the job's tensor with the stored one's."""
-        for start in range(position, position + nbytes, COPY_BYTES):
-            stored = self._buffer(min(COPY_BYTES, position + nbytes - start), "stored")
-            read_at(source.file.descriptor, stored, source.start + start)
-            self.write(job, start, stored)
+    def copy(self, ranges: Sequence[CopyRange]) -> None:
+        """Compare these bytes of tensors with what is stored."""
+        for part in ranges:
+            for done in range(0, part.nbytes, COPY_BYTES):
+                stored = self._buffer(min(COPY_BYTES, part.nbytes - done), "stored")
+                read_at(part.source.file.descriptor, stored, part.start + done)
+                self.write(part.job, part.position + done, stored)
 
     def _buffer(self, nbytes: int, name: str = "read back") -> memoryview:
         """This thread's own buffer of this name."""

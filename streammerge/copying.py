@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from streammerge.errors import error_context
@@ -20,39 +20,58 @@ from streammerge.nodes import Combined, Node, Stored
 from streammerge.plan import Job
 from streammerge.progress import Progress
 
-PIECE: Final = 4 << 20
-"""Bytes that are copied at once: long calls, between which nobody waits for the interpreter, and yet soon stopped."""
-
-
-class CopySink(Protocol):
-    """Where copied bytes go."""
-
-    def copy(self, job: Job, position: int, source: Stored, nbytes: int) -> None:
-        """Take bytes [position, position + nbytes) of the job's tensor from the stored one."""
-        ...
+PIECE: Final = 32 << 20
+"""Bytes that are copied at once: calls so long that waiting for the interpreter between them, while it imports torch,
+does not matter, and yet soon stopped."""
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A range of bytes of one tensor that is copied."""
+class CopyRange:
+    """Bytes [position, position + nbytes) of the job's tensor, to be copied from the stored one."""
 
-    sink: CopySink
     job: Job
     source: Stored
     position: int
     nbytes: int
 
     @property
+    def start(self) -> int:
+        """Where they begin in the source's file."""
+        return self.source.start + self.position
+
+    @property
+    def offset(self) -> int:
+        """Where they go in the output's file."""
+        return self.job.offset + self.position
+
+
+class CopySink(Protocol):
+    """Where copied bytes go."""
+
+    def copy(self, ranges: Sequence[CopyRange]) -> None:
+        """Take these bytes."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some ranges that are copied at once: parts of a large tensor, or many small tensors."""
+
+    sink: CopySink
+    ranges: Sequence[CopyRange]
+
+    @property
     def name(self) -> str:
-        """The tensor's name."""
-        return self.job.name
+        """The first tensor's name."""
+        return self.ranges[0].job.name
 
     def run(self, progress: Progress) -> None:
-        """Copy it, and have the system fetch what comes behind."""
-        first, last = self.source.start, self.source.start + self.source.info.nbytes
-        self.source.file.will_need(first + self.position, min(first + self.position + 2 * PIECE, last))
-        self.sink.copy(self.job, self.position, self.source, self.nbytes)
-        progress.advance(self.nbytes, read=self.nbytes)
+        """Copy them."""
+        for part in self.ranges:
+            part.source.file.will_need(part.start, part.start + part.nbytes)
+        self.sink.copy(self.ranges)
+        nbytes = sum(part.nbytes for part in self.ranges)
+        progress.advance(nbytes, read=nbytes)
 
 
 class Copying:
@@ -64,7 +83,7 @@ class Copying:
     def __init__(self, jobs: Iterable[Job], sink: CopySink, progress: Progress) -> None:
         self.progress = progress
         self.seconds_ahead = 0.0
-        self._pieces = (piece for job in jobs if job.compute is None for piece in pieces(job, sink))
+        self._pieces = pieces(jobs, sink)
         self._lock = threading.Lock()
         self._paused = threading.Event()
         self._error: BaseException | None = None
@@ -99,11 +118,36 @@ class Copying:
             self.seconds_ahead = time.perf_counter() - started
 
 
-def pieces(job: Job, sink: CopySink) -> Iterator[Piece]:
-    """The tensor's bytes in pieces; none if it is empty."""
+def pieces(jobs: Iterable[Job], sink: CopySink) -> Iterator[Piece]:
+    """All that is copied, in the order of the jobs, in pieces of about the same size."""
+    ranges: list[CopyRange] = []
+    for part in (part for job in jobs if job.compute is None for part in ranges_of(job)):
+        if ranges and sum(other.nbytes for other in ranges) + part.nbytes > PIECE:
+            yield Piece(sink, ranges)
+            ranges = []
+        ranges.append(part)
+    if ranges:
+        yield Piece(sink, ranges)
+
+
+def ranges_of(job: Job) -> Iterator[CopyRange]:
+    """The tensor's bytes, cut where they are more than a piece; none if it is empty."""
     source, total = copied_from(job.node), job.info.nbytes
     for start in range(0, total, PIECE):
-        yield Piece(sink, job, source, start, min(PIECE, total - start))
+        yield CopyRange(job, source, start, min(PIECE, total - start))
+
+
+def adjoining(ranges: Sequence[CopyRange]) -> Iterator[CopyRange]:
+    """The same bytes in as few ranges as can be: what adjoins in both files becomes one, named by its first tensor."""
+    whole = ranges[0]
+    for part in ranges[1:]:
+        same = part.source.file is whole.source.file and part.job.file == whole.job.file
+        if same and part.start == whole.start + whole.nbytes and part.offset == whole.offset + whole.nbytes:
+            whole = replace(whole, nbytes=whole.nbytes + part.nbytes)
+        else:
+            yield whole
+            whole = part
+    yield whole
 
 
 def copied_from(node: Node) -> Stored:

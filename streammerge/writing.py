@@ -10,15 +10,15 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final
 
+from streammerge.copying import CopyRange, adjoining
 from streammerge.errors import OutputError
 from streammerge.formats.positional import copy_at, read_at, write_at
 from streammerge.layout import OutputFile, OutputLayout
-from streammerge.nodes import Stored
 from streammerge.plan import Job
 
 CREATE_FLAGS: Final = (
@@ -66,15 +66,14 @@ class OutputWriter:
         except OSError as error:
             raise cannot_write(temporary.file.path, error) from error
 
-    def copy(self, job: Job, position: int, source: Stored, nbytes: int) -> None:
-        """Copy bytes [position, position + nbytes) of the job's tensor from the stored one."""
-        temporary = self._open[job.file]
-        try:
-            copy_at(
-                source.file.descriptor, source.start + position, temporary.descriptor, job.offset + position, nbytes
-            )
-        except OSError as error:
-            raise cannot_write(temporary.file.path, error) from error
+    def copy(self, ranges: Sequence[CopyRange]) -> None:
+        """Copy these bytes of tensors from where they are stored."""
+        for part in adjoining(ranges):
+            temporary = self._open[part.job.file]
+            try:
+                copy_at(part.source.file.descriptor, part.start, temporary.descriptor, part.offset, part.nbytes)
+            except OSError as error:
+                raise cannot_write(temporary.file.path, error) from error
 
     def read(self, job: Job, position: int, buffer: memoryview) -> None:
         """Read back what was written at this position of the job's tensor."""

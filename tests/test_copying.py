@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import streammerge
 from streammerge import copying
-from streammerge.copying import Copying, Piece, pieces
+from streammerge.copying import Copying, CopyRange, Piece, adjoining, pieces, ranges_of
 from streammerge.errors import CheckpointError, OutputError
 from streammerge.formats import positional
 from streammerge.formats.positional import copy_at
@@ -36,9 +36,9 @@ class MemorySink:
         self.taken: list[tuple[str, int, int]] = []
         self.threads: set[int] = set()
 
-    def copy(self, job: Job, position: int, source: Stored, nbytes: int) -> None:
+    def copy(self, ranges: Sequence[CopyRange]) -> None:
         self.threads.add(threading.get_ident())
-        self.taken.append((job.name, position, nbytes))
+        self.taken += [(part.job.name, part.position, part.nbytes) for part in ranges]
 
 
 @pytest.fixture
@@ -59,21 +59,45 @@ def job_of(name: str, leaf: Stored, compute: str | None = None) -> Job:
 # ── pieces ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def cut(jobs: Sequence[Job]) -> list[list[tuple[str, int, int]]]:
+    """The pieces of these jobs: name, position and size of each range."""
+    return [
+        [(part.job.name, part.position, part.nbytes) for part in piece.ranges] for piece in pieces(jobs, MemorySink())
+    ]
+
+
 @pytest.mark.usefixtures("small_pieces")
-def test_a_tensor_is_copied_in_pieces(leaf):
-    cut = [(piece.position, piece.nbytes) for piece in pieces(job_of("w", leaf), MemorySink())]
-    assert cut == [(0, 100), (100, 100), (200, 50)]
+def test_a_large_tensor_is_copied_in_pieces(leaf):
+    assert cut([job_of("w", leaf)]) == [[("w", 0, 100)], [("w", 100, 100)], [("w", 200, 50)]]
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_small_tensors_are_copied_together(leaf):
+    small = Stored(TensorInfo(DTYPES["U8"], (40,)), leaf.file, leaf.start)
+    jobs = [job_of(name, small) for name in "abcde"]
+    assert cut(jobs) == [[("a", 0, 40), ("b", 0, 40)], [("c", 0, 40), ("d", 0, 40)], [("e", 0, 40)]]
+    assert cut([]) == []
 
 
 def test_an_empty_tensor_has_no_piece(leaf):
     empty = Stored(TensorInfo(DTYPES["F32"], (0, 3)), leaf.file, leaf.start)
-    assert list(pieces(job_of("w", empty), MemorySink())) == []
+    assert cut([job_of("w", empty)]) == []
 
 
 def test_a_merge_of_one_model_copies_what_that_model_stores(leaf):
     same = combine(leaf.info, (Term(1.0, combine(leaf.info, (Term(1.0, leaf),))),))
-    (piece,) = pieces(Job("w", leaf.info, same, None, 0, 0), MemorySink())
-    assert piece.source is leaf
+    (part,) = ranges_of(Job("w", leaf.info, same, None, 0, 0))
+    assert part.source is leaf
+
+
+def test_what_adjoins_in_both_files_is_one_range(leaf):
+    def part(start: int, offset: int, nbytes: int, file: int = 0) -> CopyRange:
+        source = Stored(leaf.info, leaf.file, start)
+        return CopyRange(Job("w", leaf.info, source, None, file, offset), source, 0, nbytes)
+
+    ranges = [part(0, 100, 10), part(10, 110, 5), part(20, 115, 5), part(25, 130, 5), part(30, 135, 5, file=1)]
+    found = [(one.start, one.offset, one.nbytes, one.job.file) for one in adjoining(ranges)]
+    assert found == [(0, 100, 15, 0), (20, 115, 5, 0), (25, 130, 5, 0), (30, 135, 5, 1)]
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -106,8 +130,8 @@ def test_copying_ahead_runs_in_a_thread_of_its_own_and_stops_with_the_block(leaf
     begun, go_on = threading.Event(), threading.Event()
 
     class Slow(MemorySink):
-        def copy(self, job: Job, position: int, source: Stored, nbytes: int) -> None:
-            super().copy(job, position, source, nbytes)
+        def copy(self, ranges: Sequence[CopyRange]) -> None:
+            super().copy(ranges)
             begun.set()
             assert go_on.wait(5)
 
@@ -128,7 +152,7 @@ def test_copying_ahead_runs_in_a_thread_of_its_own_and_stops_with_the_block(leaf
 
 def test_what_goes_wrong_ahead_is_raised_at_the_end_with_the_tensor_s_name(leaf):
     class Refusing(MemorySink):
-        def copy(self, job: Job, position: int, source: Stored, nbytes: int) -> None:
+        def copy(self, ranges: Sequence[CopyRange]) -> None:
             raise CheckpointError("no more")
 
     reached = []
@@ -173,11 +197,11 @@ def copied_before_torch(folder: Path, **options: object) -> list[str]:
 
 
 def test_copying_begins_before_torch_is_there(tmp_path):
-    assert copied_before_torch(tmp_path) == ["True", "True"]
+    assert copied_before_torch(tmp_path) == ["True"]
 
 
 def test_where_torch_must_check_first_nothing_is_written_before(tmp_path):
-    assert copied_before_torch(tmp_path, max_ram="4GiB") == ["False", "False"]
+    assert copied_before_torch(tmp_path, max_ram="4GiB") == ["False"]
 
 
 @pytest.mark.parametrize("options", [{"max_ram": 1000}, {"device": "cuda:99"}, {"max_vram": 10}])

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import streammerge
 from streammerge import compute, works
-from streammerge.copying import PIECE, Copying
+from streammerge.copying import PIECE, Copying, CopyRange
 from streammerge.devices import Lane
 from streammerge.engine import AHEAD_BYTES, AHEAD_WINDOWS, Schedule, run
 from streammerge.errors import CheckpointError, MethodError
@@ -78,10 +78,11 @@ class MemorySink:
             room[position : position + len(data)] = data
             self.covered[job.name] += len(data)
 
-    def copy(self, job: Job, position: int, source: Stored, nbytes: int) -> None:
-        data = bytearray(nbytes)
-        read_at(source.file.descriptor, memoryview(data), source.start + position)
-        self.write(job, position, memoryview(data))
+    def copy(self, ranges: Sequence[CopyRange]) -> None:
+        for part in ranges:
+            data = bytearray(part.nbytes)
+            read_at(part.source.file.descriptor, memoryview(data), part.start)
+            self.write(part.job, part.position, memoryview(data))
 
 
 def job_of(name: str, node: Node, stored: str = "F32", computed: str | None = "F32") -> Job:

@@ -184,7 +184,7 @@ def test_a_stage_of_its_own_is_shown(paths, tmp_path):
             def write(self, job: Any, position: int, data: memoryview) -> None:
                 """Nothing."""
 
-            def copy(self, job: Any, position: int, source: Any, nbytes: int) -> None:
+            def copy(self, ranges: Any) -> None:
                 """Nothing."""
 
         copying = Copying(plan.jobs, Sink(), plan.new_progress())
