@@ -141,7 +141,7 @@ def test_surroundings_are_those_asked_for(tmp_path):
     log = tmp_path / "log"
     around = Surroundings(folder=tmp_path, environment={"COLOUR": "blue"}, log=log)
     run("import os, sys; print(os.getcwd(), os.environ['COLOUR']); print('also', file=sys.stderr)", around)
-    assert log.read_text().split() == [str(tmp_path.resolve()), "blue", "also"]
+    assert sorted(log.read_text().split()) == sorted([str(tmp_path.resolve()), "blue", "also"])
 
 
 def test_import_torch_is_the_base_line():

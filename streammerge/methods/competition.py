@@ -91,11 +91,12 @@ def pcb_contest(target: Target, parameters: Mapping[str, ParameterValue]) -> Any
             scores,
             signed=True,
             exact=False,
+            gather=False,
             then=lambda found: Contest(contest.magnitudes, [interval(low, high) for low, high in found]),
         )
         return ranking.begin(models)
 
-    return Ranking(elements, [tails] * models, exact=False, then=rank_scores).begin(models)
+    return Ranking(elements, [tails] * models, exact=False, gather=False, then=rank_scores).begin(models)
 
 
 def interval(low: Cut, high: Cut) -> Interval:
@@ -107,7 +108,7 @@ def interval(low: Cut, high: Cut) -> Interval:
     BlockMethod,
     base="required",
     statistics=pcb_contest,
-    passes=2,
+    passes=4,
     scope="scope",
     statistics_of=("ratio",),
     temporaries=12,

@@ -44,6 +44,7 @@ class Ranking:
 
     `ranks` are the k of each vector, or follow from how many of each vector's elements are not zero. The result is, for
     each vector, a Cut for each of its k; `then` makes it into the method's statistics or into the next pass.
+    Without `gather`, histograms alone are used: for many ranks at once, what is gathered would be much.
     With `exact`, exactly k elements are in a cut; without, those that equal the k-th all are.
     """
 
@@ -52,6 +53,7 @@ class Ranking:
     vectors: Vectors = task_vectors
     signed: bool = False
     exact: bool = True
+    gather: bool = True
     then: Callable[[tuple[tuple[Cut, ...], ...]], Any] = tuple
     searches: list[list[Search]] = field(default_factory=list)
 
@@ -60,7 +62,9 @@ class Ranking:
         if callable(self.ranks):
             return UpperBits(self, count) if self.elements else self.settle([0] * count)
         self.look_for(self.ranks)
-        return begin_bracketing(self) if self.unsettled else self.result()
+        if not self.unsettled:
+            return self.result()
+        return begin_bracketing(self) if self.gather else UpperBits(self, count)
 
     def look_for(self, ranks: Ranks) -> None:
         """Begin to search for these."""
