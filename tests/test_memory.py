@@ -115,7 +115,9 @@ def check_promise(make_models: Any, bare: int, folder: Path, method: str, size: 
     assert above(large, bare) - above(small, bare) <= FLAT
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=pytest.mark.slow) if name == "pcb" else name for name in METHODS]
+)
 def test_memory_is_little_and_flat(make_models, bare, tmp_path, method):
     check_promise(make_models, bare, tmp_path, method, 200, [])
 
