@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types unit slow docs bench clean
+.PHONY: demo test lint types unit slow docs bench stress clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,10 @@ docs: $(INSTALLED)
 # Every case and every peer in full size, 60 GB of disk in ./bench: about an hour. `make bench ARGS=--quick` tries it out.
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks run $(ARGS)
+
+# Killed, starved, lied to and fuzzed, in full: writes tests/RELIABILITY.md.
+stress: $(INSTALLED)
+	$(BIN)/python -m tests.stress $(ARGS)
 
 clean:
 	rm -rf $(VENV) demo bench build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

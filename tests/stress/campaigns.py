@@ -1,0 +1,9 @@
+"""Every campaign. One more is a module of its own and a line here."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from tests.stress.campaign import Campaign
+
+CAMPAIGNS: Final[tuple[Campaign, ...]] = ()
