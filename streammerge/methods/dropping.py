@@ -208,7 +208,9 @@ def keep_probability(delta: Tensor, density: float, epsilon: float) -> Tensor:
     import torch
 
     width = delta.shape[1]
-    order = delta.abs().argsort(dim=1, stable=True)
+    whole_numbers = torch.int64 if delta.dtype == torch.float64 else torch.int32
+    bits = delta.abs().view(whole_numbers)  # which sort as the magnitudes do, in less time
+    order = bits.argsort(dim=1, stable=True)
     step = 2 * epsilon / (width - 1) if width > 1 else 0.0
     by_rank = torch.arange(width, dtype=torch.float64, device=delta.device).mul_(step)
     by_rank += density - epsilon if width > 1 else density
