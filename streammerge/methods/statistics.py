@@ -15,8 +15,12 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     import torch
 
+FEW: Final = 4
+"""So many tensors are measured in whole blocks, in fewer calls; the differences of more would take much room."""
+
+WHOLE: Final = 2**18
 PIECE: Final = 2**16
-"""Elements whose products are taken at once: few enough for them, and for the differences, to stay in the cache."""
+"""Elements whose products are taken at once, of few tensors and of many."""
 
 ALIGNMENT: Final = 64
 """Bytes on whose multiples torch puts what it allocates."""
@@ -165,8 +169,9 @@ def products_of(inputs: Sequence[torch.Tensor]) -> list[list[float]]:
     if not elements:
         return [[0.0] * (i + 1) for i in range(count)]
     shares = []
-    for start in range(0, elements, PIECE):
-        first, *others = (values[start : start + PIECE] for values in inputs)
+    step = piece_of(count)
+    for start in range(0, elements, step):
+        first, *others = (values[start : start + step] for values in inputs)
         *differences, spare = SCRATCH.rooms(count, first)
         vectors = [first]
         for other, room in zip(others, differences, strict=True):
@@ -174,6 +179,11 @@ def products_of(inputs: Sequence[torch.Tensor]) -> list[list[float]]:
         shares += [inner(one, other, spare) for i, one in enumerate(vectors) for other in vectors[: i + 1]]
     sums = torch.stack(shares).view(-1, count * (count + 1) // 2).sum(0, dtype=torch.float64).tolist()
     return [sums[i * (i + 1) // 2 : (i + 1) * (i + 2) // 2] for i in range(count)]
+
+
+def piece_of(count: int) -> int:
+    """How many elements of so many tensors are measured at once."""
+    return WHOLE if count <= FEW else PIECE
 
 
 def inner(one: torch.Tensor, other: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
@@ -215,9 +225,10 @@ class Scratch(threading.local):
         import torch
 
         kept = self._rooms
-        if len(kept) < count or (kept[0].dtype, kept[0].device) != (like.dtype, like.device):
+        fits = len(kept) >= count and kept[0].numel() >= like.numel()
+        if not fits or (kept[0].dtype, kept[0].device) != (like.dtype, like.device):
             with torch.inference_mode(mode=False):
-                kept = [torch.empty(PIECE, dtype=like.dtype, device=like.device) for _ in range(count)]
+                kept = [torch.empty(piece_of(count), dtype=like.dtype, device=like.device) for _ in range(count)]
             self._rooms = kept
         return [room[: like.numel()] for room in kept[:count]]
 
