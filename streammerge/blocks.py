@@ -35,7 +35,7 @@ from streammerge.tensors import TensorInfo
 BASE: Final = "BASE"
 
 _DENOISER: Final = r"(?:(?:model\.diffusion_model|diffusion_model|unet|transformer|control_model)\.)?"
-_NUMBERED: Final = re.compile(r"([A-Z]+?)(\d+)")
+_NUMBERED: Final = re.compile(r"(?!T5$)([A-Z]+?)(\d+)")
 _SYNONYMS: Final = {"DOUBLE": "D", "SINGLE": "S"}
 
 

@@ -75,7 +75,7 @@ class Element:
         return not self.parts.words or any(part in name for part in self.parts.words) is not self.parts.inverted
 
     def __str__(self) -> str:
-        return f"{self.blocks}:{self.parts}:{self.value}"
+        return f"{self.blocks}:{self.parts}:{str(self.value).removesuffix('.0')}"
 
 
 @dataclass(frozen=True, slots=True)
