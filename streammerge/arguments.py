@@ -57,7 +57,7 @@ def _add_recipe_arguments(group: argparse._ArgumentGroup) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a parameter of the method; by block: KEY=blocks:PRESET, KEY=blocks:IN00-IN05=0.3,default=1",
+        help="a parameter of the method; by block: KEY=blocks:PRESET or KEY=blocks:IN00-IN05=0.3",
     )
     group.add_argument("--dtype", metavar="keep|fp32|fp16|bf16|fp8_e4m3|fp8_e5m2", help="how tensors are stored")
     group.add_argument(

@@ -35,7 +35,7 @@ from streammerge.tensors import TensorInfo
 BASE: Final = "BASE"
 
 _DENOISER: Final = r"(?:(?:model\.diffusion_model|diffusion_model|unet|transformer|control_model)\.)?"
-_NUMBERED: Final = re.compile(r"(?!T5$)([A-Z]+?)(\d+)")
+_NUMBERED: Final = re.compile(r"(?!T5$)([A-Z]+?)(\d{1,3})")
 _SYNONYMS: Final = {"DOUBLE": "D", "SINGLE": "S"}
 
 
@@ -111,7 +111,8 @@ class _Place:
     """Tensors whose names start in a certain way, and their block's names.
 
     `#` in these is a number, `start` + 3 `level` + `n`: diffusers counts the blocks of every resolution from 0, and
-    there are three to a resolution. `$` is the number of the last block.
+    there are three to a resolution. `$` is the number of the last block. No number has more than three digits: a
+    stranger's file must not make us count further.
     """
 
     start_of_name: re.Pattern[str]
@@ -223,13 +224,13 @@ _FAMILIES: Final = (
             _denoiser(r"time_embed\.|time_embedding\.", "TIME", "IN00"),
             _denoiser(r"label_emb\.|add_embedding\.", "LABEL", "IN00"),
             _denoiser(r"conv_in\.", "IN00"),
-            _denoiser(r"input_blocks\.(?P<n>\d+)\.", "IN#"),
-            _denoiser(r"down_blocks\.(?P<level>\d+)\.(?:resnets|attentions)\.(?P<n>\d+)\.", "IN#", first=1),
-            _denoiser(r"down_blocks\.(?P<level>\d+)\.downsamplers\.", "IN#", first=3),
+            _denoiser(r"input_blocks\.(?P<n>\d{1,3})\.", "IN#"),
+            _denoiser(r"down_blocks\.(?P<level>\d{1,3})\.(?:resnets|attentions)\.(?P<n>\d{1,3})\.", "IN#", first=1),
+            _denoiser(r"down_blocks\.(?P<level>\d{1,3})\.downsamplers\.", "IN#", first=3),
             _denoiser(r"middle_block\.|mid_block\.", "M00"),
-            _denoiser(r"output_blocks\.(?P<n>\d+)\.", "OUT#"),
-            _denoiser(r"up_blocks\.(?P<level>\d+)\.(?:resnets|attentions)\.(?P<n>\d+)\.", "OUT#"),
-            _denoiser(r"up_blocks\.(?P<level>\d+)\.upsamplers\.", "OUT#", first=2),
+            _denoiser(r"output_blocks\.(?P<n>\d{1,3})\.", "OUT#"),
+            _denoiser(r"up_blocks\.(?P<level>\d{1,3})\.(?:resnets|attentions)\.(?P<n>\d{1,3})\.", "OUT#"),
+            _denoiser(r"up_blocks\.(?P<level>\d{1,3})\.upsamplers\.", "OUT#", first=2),
             _denoiser(r"out\.|conv_norm_out\.|conv_out\.", "OUT$"),
         ),
         _unet_forms,
@@ -243,8 +244,8 @@ _FAMILIES: Final = (
             _denoiser(r"(?:img|txt|time|vector|guidance)_in\.", "IN"),
             _denoiser(r"distilled_guidance_layer\.|(?:double|single)_stream_modulation", "IN"),  # Chroma, Flux 2
             _denoiser(r"x_embedder\.|context_embedder\.|time_text_embed\.|time_guidance_embed\.", "IN"),
-            _denoiser(r"(?:double|transformer)_blocks\.(?P<n>\d+)\.", "D#"),
-            _denoiser(r"single_(?:transformer_)?blocks\.(?P<n>\d+)\.", "S#"),
+            _denoiser(r"(?:double|transformer)_blocks\.(?P<n>\d{1,3})\.", "D#"),
+            _denoiser(r"single_(?:transformer_)?blocks\.(?P<n>\d{1,3})\.", "S#"),
             _denoiser(r"final_layer\.|norm_out\.|proj_out\.", "OUT"),
         ),
         _flux_forms,
@@ -254,7 +255,7 @@ _FAMILIES: Final = (
         re.compile(_DENOISER + r"(?:joint_blocks\.\d|transformer_blocks\.\d+\.attn\.add_q_proj\.)"),
         (
             *_PARTS_OF_BASE,
-            _denoiser(r"(?:joint|transformer)_blocks\.(?P<n>\d+)\.", "IN#"),
+            _denoiser(r"(?:joint|transformer)_blocks\.(?P<n>\d{1,3})\.", "IN#"),
             _denoiser(r"pos_embed|[xyt]_embedder\.|context_embedder\.|time_text_embed\.", "EMBED", BASE),
             _denoiser(r"final_layer\.|norm_out\.|proj_out\.", "FINAL", BASE),
         ),

@@ -38,7 +38,7 @@ class Condition:
 class PerModelSetting:
     """A rule's own values for a parameter that every model has: by the model's name."""
 
-    by_model: Mapping[str, Scalar]
+    by_model: Mapping[str, Scalar | BlockSetting]
 
 
 Setting = Value | tuple[Condition, ...] | PerModelSetting
@@ -85,7 +85,7 @@ def _parse_setting(raw: Any, where: str, models: Iterable[str] | None) -> Settin
         unknown = sorted(set(raw) - set(models), key=str)
         if unknown:
             raise RecipeError(f"{where}: no model is named {unknown[0]!r}", advice=f"Models: {', '.join(models)}.")
-        return PerModelSetting({name: scalar(value, where) for name, value in raw.items()})
+        return PerModelSetting({name: _scalar_or_blocks(value, where) for name, value in raw.items()})
     if isinstance(raw, dict):
         raw = [raw]
     if isinstance(raw, list) and raw and all(isinstance(entry, dict) for entry in raw):
@@ -103,11 +103,13 @@ def _parse_condition(raw: dict[str, Any], where: str) -> Condition:
 
 
 def _parse_value(raw: Any, where: str) -> Value:  # noqa: ANN401
-    if is_block_setting(raw):
-        return parse_block_setting(raw, where)
     if isinstance(raw, list) and raw:
         return tuple(float(number(value, where)) for value in raw)
-    return scalar(raw, where)
+    return _scalar_or_blocks(raw, where)
+
+
+def _scalar_or_blocks(raw: Any, where: str) -> Scalar | BlockSetting:  # noqa: ANN401
+    return parse_block_setting(raw, where) if is_block_setting(raw) else scalar(raw, where)
 
 
 def check_settings(settings: Settings, method: Method, where: str) -> None:
@@ -166,7 +168,7 @@ def evaluate(
 ) -> Scalar | None:
     """The setting's value for a tensor (and a model, where it matters); None where the setting says nothing of it."""
     if isinstance(setting, PerModelSetting):
-        return setting.by_model.get(model)
+        return evaluate(setting.by_model.get(model), name, model, layers, blocks)
     if isinstance(setting, BlockSetting):
         return bind(setting, blocks).value(name, blocks.places.get(name, ()))
     if isinstance(setting, tuple) and setting and isinstance(setting[0], Condition):
@@ -196,7 +198,7 @@ def describe_settings(settings: Settings) -> dict[str, Any]:
 def _describe(setting: Any) -> Any:  # noqa: ANN401
     match setting:
         case PerModelSetting():
-            return dict(setting.by_model)
+            return {model: _describe(value) for model, value in setting.by_model.items()}
         case BlockSetting():
             return setting.describe()
         case Condition():

@@ -134,6 +134,13 @@ def test_averages_and_strangers_are_base():
     assert blocks.places["alphas_cumprod"] == ("BASE",)
 
 
+def test_a_strangers_numbers_are_not_counted_up_to():
+    names = ["input_blocks.0.0.weight", "input_blocks.1000.0.weight", f"output_blocks.{'9' * 5000}.0.weight"]
+    blocks = Blocks.of(tensors(*names))
+    assert [blocks.places[name] for name in names] == [("IN00",), ("BASE",), ("BASE",)]
+    assert blocks.order == unet_blocks(1)
+
+
 # ── transformers ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 FLUX = {

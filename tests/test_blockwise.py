@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import streammerge
@@ -153,6 +156,35 @@ def test_a_model_may_be_called_blocks():
     parsed = parse_settings({"weight": {"blocks": 1, "a": 0}}, "rule", ["a", "blocks"])
     assert describe_settings(parsed) == {"weight": {"blocks": 1, "a": 0}}
     assert not isinstance(parsed["weight"], BlockSetting)
+
+
+WORDS = st.sampled_from(
+    [
+        *("IN00", "in3", "IN00-IN05", "OUT11-IN00", "M00", "NOT", "default", "VAE", "IN" + "9" * 5000),
+        *("-", ":", ",", "=", " ", "\n", "0.5", "1e999", "٣", "attn", "GRAD_V"),
+    ]
+)
+SCALARS = st.one_of(st.none(), st.booleans(), st.floats(), st.integers(), WORDS)
+TEXTS = st.lists(WORDS, max_size=8).map("".join)
+RAW = st.fixed_dictionaries(
+    {},
+    optional={
+        "blocks": st.one_of(TEXTS, SCALARS, st.lists(SCALARS), st.dictionaries(TEXTS, SCALARS)),
+        "elements": st.one_of(TEXTS, SCALARS, st.lists(TEXTS)),
+    },
+)
+
+
+@given(RAW)
+def test_whatever_is_written_comes_to_values_or_to_one_clear_error(raw):
+    with contextlib.suppress(RecipeError):
+        parsed = parse_settings({"alpha": {"blocks": {"default": 0}} | raw}, "recipe")
+        assert parse_settings(describe_settings(parsed), "recipe") == parsed
+        assert isinstance(parsed["alpha"], BlockSetting)
+        for blocks in (SD1, XL):
+            bound = bind(parsed["alpha"], blocks)
+            found = {bound.value(name, places) for name, places in blocks.places.items()}
+            assert found <= {None, *parsed["alpha"].every_value()}
 
 
 # ── lists and presets ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -474,6 +506,17 @@ def test_what_a_block_says_nothing_of_is_left_to_the_next_place():
     assert {name: coefficients(made, name) for name in weights} == weights
 
 
+def test_a_rule_may_give_each_model_its_own_values_by_block():
+    models = {name: Header(checkpoint("sd1", scale=32)) for name in ("a", "b")}
+    rule = {"match": UNET + "*", "parameters": {"weight": {"a": {"blocks": {"M00": 0.2}}, "b": 0.3}}}
+    made = merged(models, rules=[rule], parameters={"weight": 0.4, "normalize": False})
+    assert coefficients(made, UNET + "middle_block.0.in_layers.2.weight") == [0.2, 0.3]
+    assert coefficients(made, UNET + "out.2.weight") == [0.4, 0.3]
+    assert coefficients(made, "first_stage_model.decoder.conv_in.weight") == [0.4, 0.4]
+    settings = parse_settings(rule["parameters"], "rule", ["a", "b"])
+    assert describe_settings(settings) == rule["parameters"]
+
+
 def test_a_gradient_over_layers_holds_where_no_block_does():
     models = {name: Header(checkpoint("sd1", scale=32)) for name in ("a", "b")}
     keys = {
@@ -655,6 +698,13 @@ def test_the_recipe_in_the_metadata_gives_the_same_merge(folder):
         recipe = json.loads(model.metadata["streammerge.recipe"])
     assert recipe["parameters"] == {"alpha": {"blocks": "COSINE", "elements": "M00:attn:1"}}
     assert_same_bytes(merge_to(folder / "again.safetensors", recipe), load_file("out.safetensors"))
+
+
+def test_a_model_is_inspected_with_its_blocks(folder, capsys):
+    assert main(["inspect", "a.safetensors"]) == 0
+    assert "\nblocks: BASE, IN00-IN11, M00, OUT00-OUT11, CLIP, TIME, VAE\n" in capsys.readouterr().out
+    assert main(["inspect", "a.safetensors", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["blocks"] == list(SD1.names)
 
 
 def test_presets_are_listed(capsys):
