@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any, Final
 
+from streammerge import blockwise
 from streammerge.errors import RecipeError
 from streammerge.methods.loading import load_methods
 from streammerge.options import COMPUTE_DTYPES, Options, parse_size
@@ -51,7 +52,12 @@ def _add_recipe_arguments(group: argparse._ArgumentGroup) -> None:
     add_methods_argument(group)
     group.add_argument("--base", metavar="MODEL", help="the method's base model")
     group.add_argument(
-        "-p", "--parameter", action="append", default=[], metavar="KEY=VALUE", help="a parameter of the method"
+        "-p",
+        "--parameter",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a parameter of the method; by block: KEY=blocks:PRESET or KEY=blocks:IN00-IN05=0.3",
     )
     group.add_argument("--dtype", metavar="keep|fp32|fp16|bf16|fp8_e4m3|fp8_e5m2", help="how tensors are stored")
     group.add_argument(
@@ -222,7 +228,7 @@ def _changed(raw: dict[str, Any], arguments: argparse.Namespace) -> dict[str, An
         raw.pop("out_dtype", None)
         raw["dtype"] = arguments.dtype
     if arguments.parameter:
-        raw["parameters"] = {**(raw.get("parameters") or {}), **dict(map(_parameter, arguments.parameter))}
+        raw["parameters"] = {**(raw.get("parameters") or {}), **_parameters(arguments.parameter)}
     rules = [*map(_take_rule, arguments.take)]
     rules += [{"match": glob, "drop": True} for glob in arguments.drop]
     rules += [{"match": glob, "keep": True} for glob in arguments.keep]
@@ -244,11 +250,32 @@ def is_there(path: str) -> bool:
         return False
 
 
-def _parameter(word: str) -> tuple[str, Any]:
-    name, equals, value = word.partition("=")
-    if not equals or not name:
-        raise RecipeError(f"-p {word}: expected KEY=VALUE")
-    return name.strip(), parse_yaml(value, f"-p {word}")
+def _parameters(words: list[str]) -> dict[str, Any]:
+    """The parameters of `-p KEY=VALUE`; several words of one key that give it by block add up."""
+    parameters: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals or not name:
+            raise RecipeError(f"-p {word}: expected KEY=VALUE")
+        value = _by_block(text) or parse_yaml(text, f"-p {word}")
+        parameters[name.strip()] = _added(parameters.get(name.strip()), value)
+    return parameters
+
+
+def _by_block(text: str) -> dict[str, str]:
+    """`blocks:…` or `elements:…` as a recipe writes it, if it is one of these."""
+    kind, colon, rest = text.partition(":")
+    return {kind: rest} if colon and kind in blockwise.KEYS else {}
+
+
+def _added(before: Any, value: Any) -> Any:  # noqa: ANN401
+    """What a parameter comes to that had a value before: more by block is added to it, all else is instead of it."""
+    if not isinstance(value, dict) or isinstance(before, list | None):
+        return value
+    if not isinstance(before, dict):
+        before = {"blocks": before if isinstance(before, str) else f"{blockwise.DEFAULT}={before}"}
+    both = {key: f"{before[key]},{value[key]}" for key in value if isinstance(before.get(key), str)}
+    return {**before, **value, **both}
 
 
 def _take_rule(word: str) -> dict[str, Any]:

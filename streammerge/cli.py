@@ -178,6 +178,7 @@ def methods(words: Sequence[str]) -> int:
 
     parser = new_parser("methods", None, "List the merge methods, or describe one.")
     parser.add_argument("name", nargs="?", help="a method")
+    parser.add_argument("--presets", action="store_true", help="list the presets of values by block instead")
     args.add_methods_argument(parser)
     parser.add_argument("--json", action="store_true", help="print as JSON")
     from streammerge import commands

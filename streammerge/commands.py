@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from streammerge.arguments import RECIPE_SUFFIXES, options_from, recipe_from
+from streammerge.blocks import abridged, unet_blocks
 from streammerge.errors import OutputError, RecipeError, one_line
 from streammerge.formats.shards import SUFFIXES
 from streammerge.manual import describe_method, example, method_rows
@@ -15,6 +16,7 @@ from streammerge.methods.loading import load_methods
 from streammerge.methods.registry import Method
 from streammerge.options import format_size
 from streammerge.plan import Plan, dump_json
+from streammerge.presets import PRESETS
 from streammerge.screen import say, say_on_stderr, show_report, show_table, watching
 
 RESUME = "--resume is not there yet: it comes with the reliability work"
@@ -60,7 +62,8 @@ def show_plan(plan: Plan, *, every_tensor: bool) -> None:
     """The plan for people: the fates of the tensors, grouped by reason or one by one, and the costs."""
     if every_tensor:
         for decision in plan.decisions:
-            say(one_line(f"{decision.action:<8} {decision.info!s:<28} {decision.name}   {decision.why}"))
+            why = f"{decision.why}   {decision.detail}".rstrip()
+            say(one_line(f"{decision.action:<8} {decision.info!s:<28} {decision.name}   {why}"))
     else:
         for fate, number in plan.summary().items():
             say(one_line(f"{number:>6,}  {fate}"))
@@ -182,7 +185,10 @@ def compare(arguments: argparse.Namespace) -> int:
 
 
 def methods(arguments: argparse.Namespace) -> int:
-    """List the methods, or describe one."""
+    """List the methods, or describe one; or list the presets of values by block."""
+    if arguments.presets:
+        show_presets(as_json=arguments.json)
+        return 0
     for path in arguments.methods:
         load_methods(path)
     chosen = [find_method(arguments.name)] if arguments.name else [METHODS[name] for name in sorted(METHODS)]
@@ -193,6 +199,17 @@ def methods(arguments: argparse.Namespace) -> int:
     else:
         show_table([(method.name, f"{method.kind:<7} {method.formula}") for method in chosen])
     return 0
+
+
+def show_presets(*, as_json: bool) -> None:
+    """Every preset with its values: those of Stable Diffusion's 26 blocks, then those of SDXL's 20."""
+    if as_json:
+        say(dump_json({count: {name: list(row) for name, row in table.items()} for count, table in PRESETS.items()}))
+        return
+    for count, table in PRESETS.items():
+        say(f"{count} blocks: {abridged(unet_blocks(count // 2 - 1))}\n")
+        show_table([(name, ",".join(f"{value:.4g}" for value in row)) for name, row in table.items()])
+        say()
 
 
 def show_method(method: Method) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from streammerge.architecture import Component, components, count_dtypes, guess_architecture
+from streammerge.blocks import Blocks, abridged
 from streammerge.errors import one_line
 from streammerge.tensors import TensorInfo
 
@@ -50,6 +51,11 @@ class Inspection:
         """The number of elements of all tensors together."""
         return sum(info.elements for info in self.tensors.values())
 
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The names of the blocks by which parameters may be given; none where blocks have no names."""
+        return Blocks.of(self.tensors).names
+
     def largest(self, count: int = LARGEST) -> Mapping[str, TensorInfo]:
         """The tensors that take the most bytes, largest first."""
         return dict(heapq.nlargest(count, self.tensors.items(), key=lambda item: item[1].nbytes))
@@ -69,6 +75,7 @@ class Inspection:
             "tensor_count": len(self.tensors),
             "elements": self.elements,
             "dtypes": dict(self.dtypes),
+            "blocks": list(self.blocks),
             "components": [_plain_component(part) for part in self.components],
             "largest": _plain_tensors(self.largest()),
             "metadata": dict(self.metadata),
@@ -118,7 +125,10 @@ def _heading(inspection: Inspection) -> str:
         f"{_dtypes_text(inspection.dtypes)}"
     )
     file = f"{one_line(str(inspection.path))}   {inspection.container}, {size_text(inspection.nbytes)}"
-    return f"{file}\n{inspection.architecture}: {holdings}" if inspection.tensors else f"{file}\nno tensors"
+    if not inspection.tensors:
+        return f"{file}\nno tensors"
+    blocks = inspection.blocks
+    return f"{file}\n{inspection.architecture}: {holdings}" + (f"\nblocks: {abridged(blocks)}" if blocks else "")
 
 
 def _component_table(inspection: Inspection) -> str:

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from streammerge.architecture import architecture_mismatch
+from streammerge.blocks import Blocks
 from streammerge.errors import SHOWN, MethodError, PlanError
 from streammerge.methods import find_method
 from streammerge.methods.contract import ParameterValue
 from streammerge.methods.registry import BlockMethod, GramMethod, LinearMethod, Method, WholeMethod
 from streammerge.nodes import ByBlock, ByGram, ByWhole, External, Node, Term, Together, Viewed, combine, walk
-from streammerge.parameters import Layers, ParameterSources
+from streammerge.parameters import NO_BLOCKS, Layers, ParameterSources, check_blocks, is_by_block
 from streammerge.recipe import Recipe, Rule
 from streammerge.tensors import DType, Model, TensorInfo, contiguous_strides
 
@@ -26,13 +27,17 @@ Action = Literal["merged", "copied", "dropped"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decision:
-    """What becomes of one tensor of the layout, and why. A dropped one has no node."""
+    """What becomes of one tensor of the layout, and why. A dropped one has no node.
+
+    `detail` tells its block and the values of parameters that are given by block, if any are.
+    """
 
     name: str
     action: Action
     why: str
     info: TensorInfo
     node: Node | None = None
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,10 +107,25 @@ class _Resolution:
         self.layout_name = recipe.layout_name
         self.layout = self.models[self.layout_name]
         self.layers = Layers.of(self.layout.tensors)
+        self.blocks = self._blocks()
         has_base = recipe.base is not None and self.method.base != "none"
         self.base_name = recipe.base.name if recipe.base and has_base else ""
         self.model_names = [entry.name for entry in recipe.inputs if entry.name != self.base_name]
         self.input_names = [*([self.base_name] if self.base_name else []), *self.model_names]
+
+    def _blocks(self) -> Blocks:
+        """The layout's blocks if parameters are given by block; RecipeError where their values don't fit these."""
+        settings = {
+            "recipe": self.recipe.parameters,
+            **{f"model {entry.name}": entry.parameters for entry in self.recipe.inputs},
+            **{f"rule {number}": rule.parameters for number, rule in enumerate(self.recipe.rules, 1)},
+        }
+        if not any(is_by_block(setting) for own in settings.values() for setting in own.values()):
+            return NO_BLOCKS
+        blocks = Blocks.of(self.layout.tensors)
+        for where, own in settings.items():
+            check_blocks(own, blocks, where)
+        return blocks
 
     def resolve(self) -> Merged:
         decisions = tuple(self._decide(name, info) for name, info in self.layout.tensors.items())
@@ -180,10 +200,13 @@ class _Resolution:
         if fitted is None:
             return self._copy(name, self.layout_name, f"kept for its shape {list(info.shape)}", dtype)
         output = stored_as(info, dtype)
-        node = apply_method(self.method, output, self._parameters(name, rule), fitted, name, self.recipe.seed or 0)
+        sources = self._sources(rule)
+        parameters = sources.resolve(self.method, name, self.model_names, self.layers, self.blocks)
+        node = apply_method(self.method, output, parameters, fitted, name, self.recipe.seed or 0)
         if isinstance(node, ByBlock):
             node = self._with_others(node)
-        return Decision(name, "merged", self.method.name, output, node)
+        detail = self._detail(name, {key: parameters[key] for key in sources.by_block(self.method)})
+        return Decision(name, "merged", self.method.name, output, node, detail)
 
     def _with_others(self, node: ByBlock) -> ByBlock:
         """The node, among those with which it shares its statistics if the method takes them of the whole model."""
@@ -213,10 +236,17 @@ class _Resolution:
             self.misshapen.append(f"{name}   {self._shapes(name, shape, models)}")
         return None
 
-    def _parameters(self, name: str, rule: Rule | None) -> dict[str, ParameterValue]:
+    def _sources(self, rule: Rule | None) -> ParameterSources:
         by_model = {entry.name: entry.parameters for entry in self.recipe.inputs}
-        sources = ParameterSources(rule.parameters if rule else {}, by_model, self.recipe.parameters)
-        return sources.resolve(self.method, name, self.model_names, self.layers)
+        return ParameterSources(rule.parameters if rule else {}, by_model, self.recipe.parameters)
+
+    def _detail(self, name: str, parameters: Mapping[str, ParameterValue]) -> str:
+        """`BASE (VAE): alpha 0.5`: the tensor's block, and these parameters."""
+        if not parameters:
+            return ""
+        part, *whole = self.blocks.places[name]
+        block = f"{whole[0]} ({part})" if whole else part
+        return f"{block}: {', '.join(f'{key} {_shown(value)}' for key, value in parameters.items())}"
 
     def _shapes(self, name: str, expected: tuple[int, ...], models: list[str]) -> str:
         """`depth [320, 5, 3, 3]   base, waifu [320, 4, 3, 3]`: the models by their shape, the layout's first."""
@@ -267,6 +297,12 @@ class _Resolution:
             {name: self.models[name].tensors for name in (*self.input_names, self.layout_name)}
         )
         return f"{hint}. " if hint else ""
+
+
+def _shown(value: ParameterValue) -> str:
+    """`0.5`, or `0.5/0.25` of several models."""
+    values = value if isinstance(value, tuple) else (value,)
+    return "/".join(f"{each:g}" if isinstance(each, float) else str(each) for each in values)
 
 
 def fit(node: Node, shape: tuple[int, ...], policy: str) -> Node | None:

@@ -1,26 +1,28 @@
 """A method's parameters as a recipe gives them: numbers, gradients over layers, lists that depend on the tensor's name.
 
 The rules are mergekit's. A setting is a number, a flag or a word; or a list of numbers, a gradient that is interpolated
-over the layers; or a list of {filter, value} of which the first whose filter is part of the tensor's name holds.
+over the layers; or a list of {filter, value} of which the first whose filter is part of the tensor's name holds. Values
+by block (see `streammerge.blockwise`) may stand wherever a number may. What a setting says nothing of is left to the
+next place: a tensor's rule comes before the model, the model before the recipe, the recipe before the method's default.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
+from streammerge.blocks import Blocks
+from streammerge.blockwise import BlockSetting, bind, is_block_setting, parse_block_setting
 from streammerge.errors import RecipeError
 from streammerge.methods.contract import Parameter, ParameterValue
 from streammerge.methods.registry import Method
+from streammerge.scalars import Scalar, number, scalar
 
-Scalar = float | bool | str
-Value = Scalar | tuple[float, ...]
+Value = Scalar | tuple[float, ...] | BlockSetting
 
-_SCIENTIFIC = re.compile(r"[-+]?\d+\.?\d*[eE][-+]?\d+")
 _LAYER = re.compile(r"^(.*?)\.(\d+)\.")
 
 
@@ -36,7 +38,7 @@ class Condition:
 class PerModelSetting:
     """A rule's own values for a parameter that every model has: by the model's name."""
 
-    by_model: Mapping[str, Scalar]
+    by_model: Mapping[str, Scalar | BlockSetting]
 
 
 Setting = Value | tuple[Condition, ...] | PerModelSetting
@@ -77,11 +79,13 @@ def parse_settings(raw: Any, where: str, models: Iterable[str] | None = None) ->
 
 
 def _parse_setting(raw: Any, where: str, models: Iterable[str] | None) -> Setting:  # noqa: ANN401
+    if is_block_setting(raw) and not (isinstance(raw, dict) and raw.keys() <= set(models or ())):
+        return parse_block_setting(raw, where)
     if isinstance(raw, dict) and models is not None:
         unknown = sorted(set(raw) - set(models), key=str)
         if unknown:
             raise RecipeError(f"{where}: no model is named {unknown[0]!r}", advice=f"Models: {', '.join(models)}.")
-        return PerModelSetting({name: _scalar(value, where) for name, value in raw.items()})
+        return PerModelSetting({name: _scalar_or_blocks(value, where) for name, value in raw.items()})
     if isinstance(raw, dict):
         raw = [raw]
     if isinstance(raw, list) and raw and all(isinstance(entry, dict) for entry in raw):
@@ -100,22 +104,12 @@ def _parse_condition(raw: dict[str, Any], where: str) -> Condition:
 
 def _parse_value(raw: Any, where: str) -> Value:  # noqa: ANN401
     if isinstance(raw, list) and raw:
-        return tuple(float(_number(value, where)) for value in raw)
-    return _scalar(raw, where)
+        return tuple(float(number(value, where)) for value in raw)
+    return _scalar_or_blocks(raw, where)
 
 
-def _scalar(raw: Any, where: str) -> Scalar:  # noqa: ANN401
-    """A number or a word; whether the method's parameter can take it is for `check_settings` to say."""
-    return raw if isinstance(raw, str) and not _SCIENTIFIC.fullmatch(raw) else _number(raw, where)
-
-
-def _number(raw: Any, where: str) -> float | bool:  # noqa: ANN401
-    if isinstance(raw, str) and _SCIENTIFIC.fullmatch(raw):  # YAML takes 1e-3 for text, and 1.0e-3 for a number
-        raw = float(raw)
-    with contextlib.suppress(OverflowError):  # a whole number that no float can hold
-        if isinstance(raw, bool) or (isinstance(raw, int | float) and math.isfinite(raw)):
-            return raw
-    raise RecipeError(f"{where}: expected a finite number, found {raw!r}")
+def _scalar_or_blocks(raw: Any, where: str) -> Scalar | BlockSetting:  # noqa: ANN401
+    return parse_block_setting(raw, where) if is_block_setting(raw) else scalar(raw, where)
 
 
 def check_settings(settings: Settings, method: Method, where: str) -> None:
@@ -129,7 +123,7 @@ def check_settings(settings: Settings, method: Method, where: str) -> None:
         for value in _values(setting):
             if isinstance(value, tuple) and parameter.type != "number":
                 raise RecipeError(f"{where}: parameter {name!r}: only numbers can change over the layers")
-            for point in value if isinstance(value, tuple) else (value,):
+            for point in _points(value):
                 parameter.check(point, f"{where}: parameter {name!r}")
 
 
@@ -143,14 +137,44 @@ def _values(setting: Setting) -> Iterator[Value]:
         yield setting  # type: ignore[misc]
 
 
-def evaluate(setting: Setting | None, name: str, model: str, layers: Layers) -> Scalar | None:
+def _points(value: Value) -> Iterable[Scalar]:
+    if isinstance(value, BlockSetting):
+        return value.every_value()
+    return value if isinstance(value, tuple) else (value,)
+
+
+def check_blocks(settings: Settings, blocks: Blocks, where: str) -> None:
+    """RecipeError, which says where, if values by block don't fit the model's blocks."""
+    for name, setting in settings.items():
+        for value in _values(setting):
+            if isinstance(value, BlockSetting):
+                try:
+                    bind(value, blocks)
+                except RecipeError as error:
+                    error.what = f"{where}: parameter {name!r}: {error.what}"
+                    raise
+
+
+def is_by_block(setting: Setting | None) -> bool:
+    """Whether any value of the setting is one by block."""
+    return setting is not None and any(isinstance(value, BlockSetting) for value in _values(setting))
+
+
+NO_BLOCKS: Final = Blocks()
+
+
+def evaluate(
+    setting: Setting | None, name: str, model: str, layers: Layers, blocks: Blocks = NO_BLOCKS
+) -> Scalar | None:
     """The setting's value for a tensor (and a model, where it matters); None where the setting says nothing of it."""
     if isinstance(setting, PerModelSetting):
-        return setting.by_model.get(model)
+        return evaluate(setting.by_model.get(model), name, model, layers, blocks)
+    if isinstance(setting, BlockSetting):
+        return bind(setting, blocks).value(name, blocks.places.get(name, ()))
     if isinstance(setting, tuple) and setting and isinstance(setting[0], Condition):
         for condition in setting:
             if isinstance(condition, Condition) and condition.filter in name:
-                return evaluate(condition.value, name, model, layers)
+                return evaluate(condition.value, name, model, layers, blocks)
         return None
     if isinstance(setting, tuple):
         return _interpolate(
@@ -174,7 +198,9 @@ def describe_settings(settings: Settings) -> dict[str, Any]:
 def _describe(setting: Any) -> Any:  # noqa: ANN401
     match setting:
         case PerModelSetting():
-            return dict(setting.by_model)
+            return {model: _describe(value) for model, value in setting.by_model.items()}
+        case BlockSetting():
+            return setting.describe()
         case Condition():
             return {"filter": setting.filter or "*", "value": _describe(setting.value)}
         case tuple():
@@ -191,22 +217,39 @@ class ParameterSources:
     by_model: Mapping[str, Settings]
     recipe: Settings
 
-    def resolve(self, method: Method, name: str, models: Iterable[str], layers: Layers) -> dict[str, ParameterValue]:
+    def resolve(
+        self, method: Method, name: str, models: Iterable[str], layers: Layers, blocks: Blocks = NO_BLOCKS
+    ) -> dict[str, ParameterValue]:
         """The value of each of the method's parameters for one tensor; RecipeError if one that is needed isn't set."""
         models = list(models)
+
+        def find(parameter: Parameter, model: str) -> Scalar:
+            for settings in self._places(model):
+                value = evaluate(settings.get(parameter.name), name, model, layers, blocks)
+                if value is not None:
+                    return parameter.check(value, f"parameter {parameter.name!r} for the tensor {name}")
+            return self._default(method, parameter, name)
+
         return {
-            parameter.name: tuple(self._one(method, parameter, name, model, layers) for model in models)
+            parameter.name: tuple(find(parameter, model) for model in models)
             if parameter.per_model
-            else self._one(method, parameter, name, "", layers)
+            else find(parameter, "")
             for parameter in method.parameters
         }
 
-    def _one(self, method: Method, parameter: Parameter, name: str, model: str, layers: Layers) -> Scalar:
-        places = (self.rule, self.by_model.get(model, {}), self.recipe)
-        for settings in places:
-            value = evaluate(settings.get(parameter.name), name, model, layers)
-            if value is not None:
-                return parameter.check(value, f"parameter {parameter.name!r} for the tensor {name}")
+    def by_block(self, method: Method) -> tuple[str, ...]:
+        """The method's parameters that any place gives by block."""
+        places = [*map(self._places, self.by_model), (self.rule, self.recipe)]
+        return tuple(
+            parameter.name
+            for parameter in method.parameters
+            if any(is_by_block(settings.get(parameter.name)) for settings in itertools.chain.from_iterable(places))
+        )
+
+    def _places(self, model: str) -> tuple[Settings, ...]:
+        return self.rule, self.by_model.get(model, {}), self.recipe
+
+    def _default(self, method: Method, parameter: Parameter, name: str) -> Scalar:
         if parameter.default is None:
             raise RecipeError(
                 f"method {method.name!r} needs the parameter {parameter.name!r}",

@@ -161,6 +161,7 @@ class Plan:
                     "name": decision.name,
                     "action": decision.action,
                     "why": decision.why,
+                    **({"by_block": decision.detail} if decision.detail else {}),
                     "dtype": decision.info.dtype.name,
                     "shape": list(decision.info.shape),
                 }

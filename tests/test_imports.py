@@ -31,9 +31,10 @@ ORDER = [
     *("methods.agreement", "methods.competition", "methods.selection", "methods.matrix"),
     *("methods.diffusion", "methods.placed", "methods.cosines", "methods.loading", "methods"),
     # what is asked for
+    *("architecture", "scalars", "blocks", "presets", "blockwise"),
     *("parameters", "recipe", "recipe_files", "recipes"),
     # models as expressions
-    *("nodes", "checkpoints", "architecture", "merged", "functions"),
+    *("nodes", "checkpoints", "merged", "functions"),
     # what will happen
     *("layout", "plan", "inputs", "report", "copying"),
     # what happens

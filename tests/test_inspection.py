@@ -135,6 +135,7 @@ def test_the_whole_text():
     assert render(inspection(metadata={"format": "pt"})).splitlines() == [
         f"{Path('models/depth.safetensors')}   safetensors, 104 MB",
         "Stable Diffusion 2 (depth): 6 tensors, 51.9 M elements, F16 (3), F32 (2), I64 (1)",
+        "blocks: BASE, IN00-IN03, M00, OUT00-OUT03, CLIP, VAE",
         "",
         "component     tensors  elements     size  dtypes            prefix",
         "UNet                2     1.3 M  2.65 MB  F16               model.diffusion_model.",
