@@ -419,9 +419,20 @@ def test_the_version(run):
 # ── what is printed ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 REPORT_KEYS = [
-    *("output", "method", "tensors", "left_out", "nonfinite", "nonfinite_tensors", "bytes_read", "bytes_written"),
-    *("seconds", "peak_rss_bytes", "baseline_rss_bytes", "peak_vram_bytes", "device", "dtype", "threads", "io"),
-    *("inputs", "version"),
+    *("output", "method", "tensors", "left_out", "nonfinite", "nonfinite_tensors", "findings"),
+    *(
+        "bytes_read",
+        "bytes_written",
+        "seconds",
+        "peak_rss_bytes",
+        "baseline_rss_bytes",
+        "peak_vram_bytes",
+        "device",
+        "dtype",
+        "threads",
+        "io",
+    ),
+    *("inputs", "hashes", "version"),
 ]
 
 
@@ -465,8 +476,22 @@ def test_values_that_are_no_numbers_are_told(folder, run):
     words = ("a.safetensors", "b.safetensors", "-p", "normalize=false", "-o", "out.safetensors")
     result = run(*words, "--report", "r.json")
     assert result.code == 0
-    assert result.err == "warning: 3 values are infinite or not numbers: x (2), y\\x1b[31m\\n (1)\n"
-    assert json.loads(Path("r.json").read_text())["nonfinite"] == 3
+    name, reason = "y\\x1b[31m\\n", "it holds 3.40282e+38 at the most, the largest value is 4e+38"
+    assert result.err.splitlines() == [
+        f"warning: 3 values are infinite or not numbers: x (2), {name} (1)",
+        f"warning: a.safetensors holds 1 value that is infinite or not numbers: {name} (1)",
+        f"warning: b.safetensors holds 2 values that are infinite or not numbers: x (1), {name} (1)",
+        f"warning: 1 value is overflow of float32 ({reason}); store them as a wider dtype: x (1)",
+    ]
+    report = json.loads(Path("r.json").read_text())
+    assert report["nonfinite"] == 3
+    assert report["findings"]["x"] == {
+        "nonfinite": 2,
+        "overflowed": 1,
+        "saturated": 0,
+        "largest": pytest.approx(4e38),
+        "inputs": {"b.safetensors": 1},
+    }
 
 
 def test_what_is_left_out_is_told_even_if_quiet(folder, run):
