@@ -682,7 +682,14 @@ def test_verify_checks_the_format_and_with_the_recipe_every_byte(folder, run):
     assert run(*merge, "-o", "out.safetensors", "-q").code == 0
     result = run("verify", "out.safetensors")
     assert (result.code, result.err) == (0, "")
-    assert result.out.startswith("out.safetensors: a valid model, safetensors, 3 tensors\nName the recipe, or")
+    assert result.out.splitlines() == [
+        "out.safetensors: a valid model, safetensors, 3 tensors",
+        "hashes: not checked: there is no out.safetensors.sha256",
+        "inputs: not checked: their hashes were not recorded (--hash-inputs)",
+        "values: 3 windows of 3 of 3 tensors are what the recipe gives (--all computes every byte)",
+    ]
+    assert run("verify", "out.safetensors", "--all").out.endswith("Every byte is what the recipe gives.\n")
+    assert "recipe in its metadata" in run("verify", "a.safetensors").out
     result = run("verify", "out.safetensors", *merge)
     assert (result.code, result.err) == (0, "")
     assert result.out.endswith("Every byte is what the recipe gives.\n")
@@ -696,11 +703,16 @@ def test_verify_finds_a_byte_that_is_wrong(folder, run):
     content = bytearray(Path("out.safetensors").read_bytes())
     content[-1] ^= 1
     Path("out.safetensors").write_bytes(content)
-    assert run("verify", "out.safetensors").code == 0  # its format is all right
-    result = run("verify", "out.safetensors", *merge)
-    assert result.code == 1
-    assert result.err.startswith(f"error: out.safetensors: 1 tensor is not what the recipe gives\n  {UNET}\n")
-    assert "Every byte" not in result.out
+    for words in ((), ("--all",), merge):
+        result = run("verify", "out.safetensors", *words)
+        assert result.code == 1
+        assert result.err.startswith(f"error: out.safetensors: 1 tensor is not what the recipe gives\n  {UNET}\n")
+        assert "Every byte" not in result.out
+    Path("a.safetensors").unlink()
+    result = run("verify", "out.safetensors")
+    assert result.code == 0  # its format is all right, and it says what was not checked
+    assert "values: not checked: out.safetensors: the recipe in its metadata needs models that are not" in result.out
+    assert run("verify", "out.safetensors", "--all").code == 1
 
 
 def test_verify_finds_tensors_that_are_others(folder, run):
