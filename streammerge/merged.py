@@ -15,6 +15,7 @@ from streammerge.methods.contract import ParameterValue
 from streammerge.methods.registry import BlockMethod, GramMethod, LinearMethod, Method, WholeMethod
 from streammerge.nodes import ByBlock, ByGram, ByWhole, External, Node, Term, Together, Viewed, combine, walk
 from streammerge.parameters import Layers, ParameterSources
+from streammerge.quantisation import DECODED, CodedModels, Quantised, decoded
 from streammerge.recipe import Recipe, Rule
 from streammerge.tensors import DType, Model, TensorInfo, contiguous_strides
 
@@ -93,6 +94,8 @@ class _Resolution:
     misshapen: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unmergeable: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+    codes_of: dict[str, str] = field(default_factory=dict)
     used_rules: set[int] = field(default_factory=set)
     together: dict[tuple[ParameterValue, ...], Together] = field(default_factory=dict)
 
@@ -105,14 +108,18 @@ class _Resolution:
         has_base = recipe.base is not None and self.method.base != "none"
         self.base_name = recipe.base.name if recipe.base and has_base else ""
         self.model_names = [entry.name for entry in recipe.inputs if entry.name != self.base_name]
+        self.coded = CodedModels.of(self.models, self.layout_name)
         self.input_names = [*([self.base_name] if self.base_name else []), *self.model_names]
 
     def resolve(self) -> Merged:
-        decisions = tuple(self._decide(name, info) for name, info in self.layout.tensors.items())
+        layout, coded = self.layout.tensors, self.coded
+        weights = {name: self._decide(name, info) for name, info in layout.items() if name not in coded.beside}
+        decisions = tuple(weights.get(name) or self._decide_beside(name, info) for name, info in layout.items())
         self._report_problems()
-        layout = self.layout.tensors
-        left_out = {name: names_beside(model.tensors, layout) for name, model in self.models.items()}
-        lacking = {name: names_beside(layout, model.tensors) for name, model in self.models.items()}
+        known = {name: {*layout, *coded.accounted(name)} for name in self.models}
+        left_out = {name: names_beside(model.tensors, known[name]) for name, model in self.models.items()}
+        held = {name: {*model.tensors, *coded.weights[name]} for name, model in self.models.items()}
+        lacking = {name: names_beside(weights, held[name]) for name in self.models}
         return Merged(
             decisions,
             {name: tensors for name, tensors in left_out.items() if tensors},
@@ -128,9 +135,33 @@ class _Resolution:
             return self._copy(name, self.layout_name, f"kept by rule {rule}", dtype)
         if rule and rule.action == "take":
             return self._take(name, rule, dtype)
+        if unreadable := self.coded.unreadable([*self.input_names, self.layout_name], name):
+            return self._refuse(name, unreadable)
         if not info.dtype.mergeable and info.dtype.kind != "packed":
             return self._copy(name, self.layout_name, f"{info.dtype} is never averaged", dtype)
         return self._merge(name, info, rule, dtype)
+
+    def _refuse(self, name: str, quantised: Mapping[str, Quantised]) -> Decision:
+        kinds = ", ".join(f"{model}: {weight.kind}" for model, weight in quantised.items())
+        self.unreadable.append(f"{name}   {kinds}")
+        return Decision(name, "dropped", "its codes can't be decoded", self.layout.tensors[name])
+
+    def _decide_beside(self, name: str, info: TensorInfo) -> Decision:
+        """What belongs to a weight's codes goes where they go: copied with them, or left out where they are decoded."""
+        self._rule_for(name)
+        codes = self.coded.beside[name]
+        model = self.codes_of.get(codes) if codes else (self.layout_name if self.codes_of else None)
+        if model is None:
+            return Decision(name, "dropped", "the weights that it belongs to are decoded", info)
+        node = node_of(self.models[model], name)
+        return Decision(name, "copied", f"from {model}: it belongs to {codes or 'its weights'}", node.info, node)
+
+    def _weight(self, model: str, name: str) -> Node:
+        """The model's tensor, decoded if it is stored as codes."""
+        weight = self.coded.find(model, name)
+        if weight is None:
+            return node_of(self.models[model], name)
+        return decoded(weight, lambda part: node_of(self.models[model], part))
 
     def _rule_for(self, name: str) -> Rule | None:
         for number, rule in enumerate(self.recipe.rules):
@@ -140,7 +171,14 @@ class _Resolution:
         return None
 
     def _copy(self, name: str, model: str, why: str, dtype: DType | None) -> Decision:
-        node = node_of(self.models[model], name)
+        node, quantised = node_of(self.models[model], name), self.coded.find(model, name)
+        if quantised is not None:
+            if self.coded.stay_whole(quantised) and stored_as(node.info, dtype) == node.info:
+                self.codes_of[name] = model
+            elif not quantised.is_readable:
+                return self._refuse(name, {model: quantised})
+            else:
+                node, why = self._weight(model, name), f"{why}, decoded"
         info = stored_as(node.info, dtype)
         cast = "" if info == node.info else f", stored as {info.dtype}"
         return Decision(name, "copied", f"from {model}: {why}{cast}", info, node)
@@ -148,9 +186,12 @@ class _Resolution:
     def _take(self, name: str, rule: Rule, dtype: DType | None) -> Decision:
         if name not in self.models[rule.model].tensors:
             return self._without(name, [rule.model], dtype)
-        shape, node = self.layout.tensors[name].shape, node_of(self.models[rule.model], name)
-        if node.info.shape == shape:
+        shape, weight = self.layout.tensors[name].shape, self.coded.find(rule.model, name)
+        if self.models[rule.model].tensors[name].shape == shape:
             return self._copy(name, rule.model, f"taken by rule {rule}", dtype)
+        if weight is not None and not weight.is_readable:
+            return self._refuse(name, {rule.model: weight})
+        node = self._weight(rule.model, name)
         fitted = self._fit(name, [node], [rule.model], shape)
         if fitted is None:
             return self._copy(name, self.layout_name, f"kept for its shape {list(shape)}", dtype)
@@ -171,7 +212,7 @@ class _Resolution:
         lacking = [model for model in self.input_names if name not in self.models[model].tensors]
         if lacking:
             return self._without(name, lacking, dtype)
-        inputs = [node_of(self.models[model], name) for model in self.input_names]
+        inputs = [self._weight(model, name) for model in self.input_names]
         if not all(node.info.dtype.mergeable for node in inputs):
             kinds = [f"{model} {node.info.dtype}" for model, node in zip(self.input_names, inputs, strict=True)]
             self.unmergeable.append(f"{name}   {', '.join(kinds)}")
@@ -179,6 +220,8 @@ class _Resolution:
         fitted = self._fit(name, inputs, self.input_names, info.shape)
         if fitted is None:
             return self._copy(name, self.layout_name, f"kept for its shape {list(info.shape)}", dtype)
+        if self.coded.find(self.layout_name, name):
+            info = TensorInfo(DECODED, info.shape)
         output = stored_as(info, dtype)
         node = apply_method(self.method, output, self._parameters(name, rule), fitted, name, self.recipe.seed or 0)
         if isinstance(node, ByBlock):
@@ -229,6 +272,13 @@ class _Resolution:
 
     def _report_problems(self) -> None:
         keep = f"keep (copy {self.layout_name}'s)"
+        if self.unreadable:
+            raise PlanError(
+                f"{count(self.unreadable, 'tensor')} {plural(self.unreadable, 'is', 'are')} quantised in a way that "
+                "streammerge can't decode, and averaging codes gives nonsense",
+                found=self.unreadable,
+                advice="Merge the models before they are quantised, or copy such tensors with --keep or --take.",
+            )
         if self.misshapen:
             raise PlanError(
                 f"{count(self.misshapen, 'tensor')} {plural(self.misshapen, 'differs', 'differ')} in shape between "
@@ -248,7 +298,7 @@ class _Resolution:
             raise PlanError(
                 f"{count(self.unmergeable, 'tensor')} can't be averaged: not all are floating point",
                 found=self.unmergeable,
-                advice="Quantised weights must be dequantised first; or copy such tensors with --keep or a rule.",
+                advice="Copy such tensors with --keep or a rule.",
             )
         idle = [str(rule) for number, rule in enumerate(self.recipe.rules) if number not in self.used_rules]
         if idle:

@@ -33,7 +33,7 @@ ORDER = [
     # what is asked for
     *("parameters", "recipe", "recipe_files", "recipes", "provenance", "carrying"),
     # models as expressions
-    *("nodes", "checkpoints", "architecture", "merged", "functions"),
+    *("nodes", "quantisation", "checkpoints", "architecture", "merged", "functions"),
     # what will happen
     *("layout", "plan", "indexes", "inputs", "report", "copying"),
     # what happens
