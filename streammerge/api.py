@@ -19,7 +19,15 @@ from streammerge.copying import Copying
 from streammerge.errors import MergeError, PlanError
 from streammerge.findings import refuse_nonfinite
 from streammerge.formats.files import ByteFile
-from streammerge.hashing import FileHashes, HashingWriter, check_sidecar, file_sha256, hashing, write_sidecar
+from streammerge.hashing import (
+    FileHashes,
+    HashingWriter,
+    check_sidecar,
+    file_sha256,
+    hashing,
+    stale_sidecar,
+    write_sidecar,
+)
 from streammerge.inputs import OpenInputs, check_output, check_with_library
 from streammerge.machine import MAPPED_BYTES, MIB, Allotment, choose_io, peak_resident_bytes, resident_bytes
 from streammerge.merged import Decision, Merged, node_of
@@ -201,6 +209,7 @@ def _carry_out(plan: Plan, started: float, watch: Watch | None) -> Report:
         io=machine.io,
         inputs=plan.inputs,
         hashes=hashes_by_file(plan, hashes),
+        stale_hashes="" if hashes else stale_sidecar(plan.output),
         version=__version__,
     )
 

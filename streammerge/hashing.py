@@ -172,6 +172,12 @@ def sidecar_beside(path: Path) -> Path:
     return path.with_name(path.name + SUFFIX)
 
 
+def stale_sidecar(layout: OutputLayout) -> str:
+    """The file of hashes that lies beside an output without being of it; "" if there is none."""
+    path = sidecar_of(layout)
+    return str(path) if path.exists() else ""
+
+
 def check_sidecar(layout: OutputLayout, *, force: bool) -> None:
     """OutputError if the hashes would replace something that the user didn't offer."""
     path = sidecar_of(layout)

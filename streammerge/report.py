@@ -17,6 +17,7 @@ PARTS: Final = ("plan", "merge", "sync")
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """The outcome of a merge. Sizes are in bytes, times in seconds; `findings` are what is wrong, by tensor.
+    `stale_hashes` is a file of hashes that is not of this output.
 
     Of the seconds, `plan` is all before the workers begin, `import torch` included, and `ahead` is how long of it
     tensors were being copied already.
@@ -43,6 +44,7 @@ class Report:
     left_out: Mapping[str, int] = field(default_factory=dict)
     on_nonfinite: NonfinitePolicy = "warn"
     hashes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    stale_hashes: str = ""
 
     @property
     def nonfinite(self) -> Mapping[str, int]:
@@ -106,4 +108,8 @@ class Report:
             f"{model}: {count:,} tensors that the layout does not have were left out"
             for model, count in self.left_out.items()
         ]
+        if self.stale_hashes:
+            found.append(
+                f"{self.stale_hashes} holds the hashes of the output that was replaced; --hash replaces it too"
+            )
         return found if self.on_nonfinite == "ignore" else [*found, *warnings(self.findings)]

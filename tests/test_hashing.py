@@ -91,6 +91,13 @@ def test_a_file_of_hashes_that_is_there_is_not_replaced_unasked(folder, capsys):
     assert main(["verify", "out.safetensors", "-q"]) == 0
 
 
+def test_hashes_of_an_output_that_was_replaced_are_told(folder, capsys):
+    assert main([*MERGE, "-o", "out.safetensors", "--hash"]) == 0
+    assert capsys.readouterr().err == ""
+    assert main([*MERGE, "-o", "out.safetensors", "--force"]) == 0
+    assert "out.safetensors.sha256 holds the hashes of the output that was replaced" in capsys.readouterr().err
+
+
 def layout_of(path: Path, sizes: list[int], shard_bytes: int | None):
     infos = {f"t{number}": TensorInfo(DTYPES["U8"], (size,)) for number, size in enumerate(sizes)}
     return lay_out(path, infos, {}, shard_bytes)
