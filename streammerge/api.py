@@ -5,18 +5,29 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
-import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streammerge import __version__
+from streammerge.carrying import LICENCES, MERGED_FROM, carried_metadata
 from streammerge.checking import Checker, ReadBack, checkpoint_reader
 from streammerge.checkpoints import open_model
 from streammerge.copying import Copying
 from streammerge.errors import MergeError, PlanError
+from streammerge.findings import refuse_nonfinite
 from streammerge.formats.files import ByteFile
+from streammerge.hashing import (
+    FileHashes,
+    HashingWriter,
+    check_sidecar,
+    file_sha256,
+    hashing,
+    stale_sidecar,
+    write_sidecar,
+)
 from streammerge.inputs import OpenInputs, check_output, check_with_library
 from streammerge.machine import MAPPED_BYTES, MIB, Allotment, choose_io, peak_resident_bytes, resident_bytes
 from streammerge.merged import Decision, Merged, node_of
@@ -24,6 +35,7 @@ from streammerge.nodes import Stored, leaves
 from streammerge.options import Options, format_size
 from streammerge.plan import OVERHEAD_BYTES, Plan, make_plan
 from streammerge.progress import Progress
+from streammerge.provenance import Hashes, recipe_metadata, stored_names
 from streammerge.recipe import Recipe
 from streammerge.report import Report
 from streammerge.tensors import Model
@@ -31,7 +43,7 @@ from streammerge.tensors import Model
 if TYPE_CHECKING:
     import torch
 
-    from streammerge.works import Sink
+    from streammerge.works import MergeWork, Sink
 
 Watch = Callable[[Progress], None]
 """Called from time to time while a merge runs, with what has been done so far."""
@@ -44,12 +56,25 @@ def run_merge(recipe: Recipe | Model, output: Path, options: Options, watch: Wat
         return _carry_out(plan, started, watch)
 
 
-def run_verification(recipe: Recipe | Model, output: Path, options: Options, watch: Watch | None = None) -> Plan:
-    """Compute every byte of an output again and compare; OutputError if the recipe gives anything else."""
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How much was computed again: windows of so many tensors of all, or, if `windows` is None, everything."""
+
+    tensors: int
+    of: int
+    windows: int | None = None
+
+
+def run_verification(
+    recipe: Recipe | Model, output: Path, options: Options, watch: Watch | None = None, *, sampled: bool = False
+) -> Extent:
+    """Compute an output again, every byte or samples of it, and compare; OutputError if the recipe gives another."""
     with planned(recipe, output, options, replacing=True) as plan, open_model(output) as found:
-        machine = Machine(plan)
-        machine.check(checkpoint_reader(plan, found), output, watch)
-        return plan
+        read, machine = checkpoint_reader(plan, found), Machine(plan)
+        if sampled:
+            return machine.check_samples(read, output, watch)
+        machine.check(read, output, watch)
+        return Extent(len(plan.jobs), len(plan.jobs))
 
 
 @contextlib.contextmanager
@@ -59,7 +84,7 @@ def planned(recipe: Recipe | Model, output: Path, options: Options, *, replacing
     try:
         merged = opened.merge(recipe) if isinstance(recipe, Recipe) else as_merged(recipe)
         method = recipe.method if isinstance(recipe, Recipe) else ""
-        metadata = output_metadata(recipe, options)
+        metadata = output_metadata(recipe, options, opened)
         inputs = opened.files or files_of(merged)
         plan = make_plan(merged, output, options, method=method, inputs=inputs, metadata=metadata)
         if not replacing:
@@ -85,8 +110,8 @@ class Machine:
         if self.device.type == "cuda" and plan.options.io == "auto":
             self.io = "pread"  # straight into pinned memory
 
-    def run(self, sink: Sink, copying: Copying, watch: Watch | None) -> None:
-        """Give every byte of the output that is computed to the sink, and finish the copying."""
+    def run(self, sink: Sink, copying: Copying, watch: Watch | None, works: Sequence[MergeWork] | None = None) -> None:
+        """Give every byte of the output that is computed, or those of these works, to the sink; finish the copying."""
         from streammerge.devices import open_lanes
         from streammerge.engine import run
         from streammerge.works import MergeWork, together_works
@@ -95,20 +120,34 @@ class Machine:
         lanes = open_lanes(self.device, self.io, self.allotment)
 
         def look() -> None:
+            if self.plan.options.on_nonfinite == "error":
+                refuse_nonfinite(dict(progress.findings))
             if watch:
                 watch(progress)
 
         if together := together_works(self.plan.together):
             with progress.doing("measure the whole model", self.plan.bytes_before_writing):
                 run(together, lanes, sink, progress, look)
-        works = (MergeWork(job) for job in self.plan.jobs if job.compute is not None)
-        run(works, lanes, sink, progress, look, copying, held_bytes=held)
+        every = (MergeWork(job) for job in self.plan.jobs if job.compute is not None)
+        run(every if works is None else works, lanes, sink, progress, look, copying, held_bytes=held)
+        look()
 
     def check(self, read: ReadBack, path: Path, watch: Watch | None) -> None:
         """Compute every byte again and compare it with what is read back."""
         checker = Checker(read)
         self.run(checker, Copying(self.plan.jobs, checker, self.plan.new_progress()), watch)
         checker.report(path)
+
+    def check_samples(self, read: ReadBack, path: Path, watch: Watch | None) -> Extent:
+        """Compute windows that are spread over the output again and compare them with what is read back."""
+        from streammerge.sampling import copied_samples, sample, sampled_works
+
+        chosen, checker = sample(self.plan.jobs), Checker(read)
+        works, copied = sampled_works(chosen), copied_samples(chosen)
+        checker.copy(copied)
+        self.run(checker, Copying([], checker, self.plan.new_progress()), watch, works)
+        checker.report(path)
+        return Extent(len(chosen), len(self.plan.jobs), len(copied) + sum(work.windows for work in works))
 
     def peak_vram_bytes(self) -> int:
         """The most memory that was taken on a CUDA device."""
@@ -121,14 +160,21 @@ def _carry_out(plan: Plan, started: float, watch: Watch | None) -> Report:
     from streammerge.writing import OutputWriter
 
     plan.check_disk()
+    if plan.options.hash:
+        check_sidecar(plan.output, force=plan.options.force)
     machine = Machine(plan) if plan.options.torch_must_check else None
-    with saying_what_is_on_disk("The unfinished output was removed."), OutputWriter(plan.output) as writer:
-        copying = Copying(plan.jobs, writer, plan.new_progress())
+    with (
+        saying_what_is_on_disk("The unfinished output was removed."),
+        OutputWriter(plan.output) as writer,
+        hashing(writer, wanted=plan.options.hash) as sink,
+    ):
+        copying = Copying(plan.jobs, sink, plan.new_progress())
         with copying.ahead():
             machine = machine or Machine(plan)
             check_with_library(plan)
         marks = [started, time.perf_counter()]
-        machine.run(writer, copying, watch)
+        machine.run(sink, copying, watch)
+        hashes = sink.finish() if isinstance(sink, HashingWriter) else []
         marks.append(time.perf_counter())
         if plan.options.sync:
             writer.sync()
@@ -138,6 +184,8 @@ def _carry_out(plan: Plan, started: float, watch: Watch | None) -> Report:
         for file in plan.inputs:
             file.check_unchanged()
         writer.commit(sync=plan.options.sync)
+    if hashes:
+        write_sidecar(plan.output, hashes, sync=plan.options.sync)
     marks.append(time.perf_counter())
     seconds = dict(zip(("plan", "merge", "sync"), (b - a for a, b in itertools.pairwise(marks)), strict=True))
     return Report(
@@ -147,7 +195,8 @@ def _carry_out(plan: Plan, started: float, watch: Watch | None) -> Report:
         copied=plan.count("copied"),
         dropped=plan.count("dropped"),
         left_out={model: len(names) for model, names in plan.merged.left_out.items()},
-        nonfinite=dict(sorted(copying.progress.nonfinite.items())),
+        findings=dict(sorted(copying.progress.findings.items())),
+        on_nonfinite=plan.options.on_nonfinite,
         bytes_read=copying.progress.bytes_read,
         bytes_written=plan.output.nbytes,
         seconds={**seconds, "ahead": copying.seconds_ahead, "total": marks[-1] - started},
@@ -159,6 +208,8 @@ def _carry_out(plan: Plan, started: float, watch: Watch | None) -> Report:
         threads=machine.allotment.threads,
         io=machine.io,
         inputs=plan.inputs,
+        hashes=hashes_by_file(plan, hashes),
+        stale_hashes="" if hashes else stale_sidecar(plan.output),
         version=__version__,
     )
 
@@ -214,12 +265,32 @@ def files_of(merged: Merged) -> list[ByteFile]:
     return list({id(leaf.file): leaf.file for leaf in stored}.values())
 
 
-def output_metadata(recipe: Recipe | Model, options: Options) -> dict[str, str]:
-    """The output's `__metadata__`: the format mark that loaders look for, and the recipe unless it is not wanted."""
+def output_metadata(recipe: Recipe | Model, options: Options, opened: OpenInputs) -> dict[str, str]:
+    """The output's `__metadata__`: the format mark that loaders look for, what the inputs' metadata say of its use and
+    licences, and the recipe unless that is not wanted."""
     marks = {"format": "pt"}
-    if isinstance(recipe, Recipe) and options.metadata:
-        marks["streammerge.recipe"] = json.dumps(recipe.describe(), separators=(",", ":"))
-    return marks
+    if not isinstance(recipe, Recipe):
+        return marks
+    marks |= carried_metadata(recipe, lambda path: opened.open(path).metadata)
+    if not options.metadata:
+        return {key: text for key, text in marks.items() if key not in (LICENCES, MERGED_FROM)}
+    return marks | recipe_metadata(recipe, options, input_hashes(recipe, opened) if options.hash_inputs else None)
+
+
+def input_hashes(recipe: Recipe, opened: OpenInputs) -> Hashes:
+    """The sha256 of every file of every model, by the name that the recipe in the metadata has for it."""
+    return {
+        name: {file.path.name: file_sha256(file.path) for file in opened.open(path).files}
+        for path, name in stored_names(recipe.paths()).items()
+    }
+
+
+def hashes_by_file(plan: Plan, hashes: Sequence[FileHashes]) -> Mapping[str, Mapping[str, str]]:
+    """The hashes of the output for its report."""
+    return {
+        str(file.path): {"sha256": found.sha256, "tensors": found.tensors}
+        for file, found in zip(plan.output.files, hashes, strict=False)
+    }
 
 
 @contextlib.contextmanager

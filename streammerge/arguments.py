@@ -9,8 +9,10 @@ from typing import Any, Final
 
 from streammerge import blockwise
 from streammerge.errors import RecipeError
+from streammerge.findings import NONFINITE_POLICIES
 from streammerge.methods.loading import load_methods
 from streammerge.options import COMPUTE_DTYPES, Options, parse_size
+from streammerge.provenance import Recorded, read_recorded
 from streammerge.recipe import MISSING_POLICIES, SHAPE_POLICIES, Recipe, parse_recipe
 from streammerge.recipe_files import packaged_recipe, parse_yaml, read_recipe_file
 
@@ -45,6 +47,11 @@ def add_methods_argument(group: argparse._ActionsContainer) -> None:
 def _add_recipe_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--recipe", metavar="NAME", help="a recipe that comes with streammerge (see: streammerge recipes)"
+    )
+    group.add_argument(
+        "--recipe-from-metadata",
+        action="store_true",
+        help="the first model is an earlier output: merge again what its metadata say",
     )
     group.add_argument(
         "-m", "--method", metavar="M", help="the merge method (default: linear; see: streammerge methods)"
@@ -93,6 +100,11 @@ def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--force", action="store_true", help="replace an existing output")
     group.add_argument("--no-metadata", action="store_true", help="don't write the recipe into the output's metadata")
     group.add_argument("--verify", action="store_true", help="read the output back and compute it again to compare")
+    group.add_argument(
+        "--on-nonfinite", choices=NONFINITE_POLICIES, default="warn", help="infinite values and NaN (default: warn)"
+    )
+    group.add_argument("--hash", action="store_true", help="write the output's sha256 beside it, to OUT.sha256")
+    group.add_argument("--hash-inputs", action="store_true", help="put the inputs' sha256 into the output's metadata")
     group.add_argument("--dry-run", action="store_true", help="show the plan and stop")
     group.add_argument("--report", type=Path, metavar="FILE.json", help="write how it went as JSON")
     group.add_argument("--json", action="store_true", help="with plan: print it as JSON")
@@ -116,8 +128,8 @@ def positive(text: str) -> int:
 
 
 def options_from(arguments: argparse.Namespace) -> Options:
-    """How to run, from the command line."""
-    return Options(
+    """How to run, from the command line; what is not asked for is as an output was made that is to be made again."""
+    options = Options(
         device=arguments.device,
         compute_dtype=COMPUTE_DTYPES.get(arguments.compute_dtype),
         max_ram=arguments.max_ram,
@@ -129,13 +141,19 @@ def options_from(arguments: argparse.Namespace) -> Options:
         sync=not arguments.no_sync,
         metadata=not arguments.no_metadata,
         verify=arguments.verify,
+        on_nonfinite=arguments.on_nonfinite,
+        hash=arguments.hash,
+        hash_inputs=arguments.hash_inputs,
     )
+    return recorded_from(arguments).options(options) if arguments.recipe_from_metadata else options
 
 
 def recipe_from(arguments: argparse.Namespace) -> Recipe:
     """What to merge: a recipe file, a packaged recipe, or models; options change the recipe's keys."""
     for path in arguments.methods:
         load_methods(path)
+    if arguments.recipe_from_metadata:
+        return recorded_from(arguments).recipe
     words: list[str] = arguments.models
     first = Path(words[0]) if words else None
     if arguments.recipe is not None:
@@ -149,6 +167,25 @@ def recipe_from(arguments: argparse.Namespace) -> Recipe:
     bindings, weights = _bindings(bound)
     where = words[0] if arguments.recipe is None else f"recipe {arguments.recipe}"
     return parse_recipe(_changed(_weighted(raw, weights), arguments), folder, bindings, where)
+
+
+def recorded_from(arguments: argparse.Namespace) -> Recorded:
+    """The recipe in the metadata of an earlier output, the first word; the other words say where its models are."""
+    from streammerge.checkpoints import open_model
+
+    words: list[str] = arguments.models
+    if not words or arguments.recipe is not None:
+        raise RecipeError("--recipe-from-metadata needs an earlier output, and no other recipe")
+    for path in arguments.methods:
+        load_methods(path)
+    bindings = {}
+    for word in words[1:]:
+        name, equals, path = word.partition("=")
+        if not (name and equals and path):
+            raise RecipeError(f"{word!r}: beside a recipe, models are given as NAME=PATH")
+        bindings[name] = Path(path)
+    with open_model(words[0]) as model:
+        return read_recorded(Path(words[0]), model.metadata, bindings, lambda raw: _changed(raw, arguments))
 
 
 def _recipe_of_models(words: list[str]) -> dict[str, Any]:

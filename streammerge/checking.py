@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 
 from streammerge.checkpoints import Checkpoint
 from streammerge.copying import CopyRange
-from streammerge.errors import CheckpointError, OutputError
+from streammerge.errors import CheckpointError, OutputError, count, plural
 from streammerge.formats.positional import COPY_BYTES, read_at
-from streammerge.merged import count, plural
 from streammerge.nodes import Stored
 from streammerge.plan import Job, Plan
 from streammerge.reading import page_aligned

@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     import torch
 
 
+GGUF = (
+    "is GGUF, whose tensors are quantised in blocks that streammerge does not decode; merge the safetensors that it "
+    "was made from"
+)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A model on disk: its tensors in file order, each known by its place in a file and nothing read yet.
@@ -91,7 +97,7 @@ def _open_file(path: Path) -> Checkpoint:
         return _open_torch_zip(file)
     if is_safetensors(head):
         return _open_safetensors(file)
-    reason = legacy_torch_reason(head)
+    reason = GGUF if head.startswith(b"GGUF") else legacy_torch_reason(head)
     raise CheckpointError(
         f"{path}: {reason or 'is neither safetensors nor a torch zip'}",
         found=[] if reason else [f"it starts with the bytes {head[:8].hex(' ') or '(none: it is empty)'}"],

@@ -24,6 +24,7 @@ USAGE: Final = """\
 streammerge RECIPE.yaml -o OUT.safetensors [options]
        streammerge MODEL[:WEIGHT] MODEL[:WEIGHT] ... -o OUT.safetensors [options]
        streammerge --recipe NAME NAME=MODEL ... -o OUT.safetensors [options]
+       streammerge OLD.safetensors --recipe-from-metadata -o OUT.safetensors [NAME=MODEL ...] [options]
        streammerge inspect|compare|plan|methods|recipes|verify|bench|demo ... (--help tells more)"""
 
 
@@ -127,10 +128,11 @@ def verify(words: Sequence[str]) -> int:
     parser = new_parser(
         "verify",
         None,
-        "Read a merged model back: check its format and, with the recipe or models it was made from, compute every "
-        "tensor again and compare the bytes.",
+        "Read a merged model back: check its format, its index and its hashes, compute windows of it again from the "
+        "recipe in its metadata and compare the bytes. With a recipe or models all of it is computed.",
     )
     parser.add_argument("merged", metavar="OUT", help="the output to check")
+    parser.add_argument("--all", action="store_true", help="compute every byte again, not only samples")
     args.add_merge_arguments(parser, output=False)
     from streammerge import commands
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-from streammerge.arguments import RECIPE_SUFFIXES, options_from, recipe_from
+from streammerge.arguments import RECIPE_SUFFIXES, is_there, options_from, recipe_from, recorded_from
 from streammerge.blocks import abridged, unet_blocks
 from streammerge.errors import OutputError, RecipeError, one_line
 from streammerge.formats.shards import SUFFIXES
@@ -31,8 +32,10 @@ def merge(arguments: argparse.Namespace) -> int:
             raise RecipeError(RESUME, advice="Leave it out to merge from the beginning.")
         recipe, options = recipe_from(arguments), options_from(arguments)
         check_side_file(arguments.report)
+        if arguments.recipe_from_metadata:
+            check_recorded_inputs(arguments)
         if arguments.verbose and not arguments.quiet:
-            with planned(recipe, arguments.output, options) as shown:
+            with planned(recipe, arguments.output, replace(options, hash_inputs=False)) as shown:
                 show_plan(shown, every_tensor=True)
     with watching("merge", quiet=arguments.quiet) as watch:
         report = run_merge(recipe, arguments.output, options, watch)
@@ -42,13 +45,22 @@ def merge(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def check_recorded_inputs(arguments: argparse.Namespace) -> None:
+    """CheckpointError if a recipe in metadata comes with its inputs' hashes, and these are others."""
+    from streammerge.verification import check_inputs
+
+    recorded = recorded_from(arguments)
+    if recorded.hashes:
+        check_inputs(recorded)
+
+
 def plan(arguments: argparse.Namespace) -> int:
     """Show what would happen."""
     from streammerge.api import planned, saying_what_is_on_disk
 
     output = arguments.output or Path("merged.safetensors")
     with saying_what_is_on_disk():
-        recipe, options = recipe_from(arguments), options_from(arguments)
+        recipe, options = recipe_from(arguments), replace(options_from(arguments), hash_inputs=False)
         with planned(recipe, output, options, replacing=arguments.output is None) as made:
             made.check_disk()
             if arguments.json:
@@ -92,19 +104,58 @@ def before_writing(plan: Plan) -> list[tuple[str, str]]:
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    """Check an output's format, and its bytes if the recipe is given."""
-    from streammerge.api import run_verification
+    """Check an output's format, index and hashes, and its values against the recipe: say what was checked."""
     from streammerge.checkpoints import open_model
+    from streammerge.provenance import has_recipe
+    from streammerge.verification import check_files
 
     with open_model(arguments.merged) as found:
         say(f"{found.path}: a valid model, {found.container}, {len(found.tensors):,} tensors")
+        for line in check_files(found):
+            say(one_line(line))
+        recorded = has_recipe(found.metadata)
+    bound = all("=" in word and not is_there(word) for word in arguments.models) and not arguments.recipe
+    if recorded and bound:
+        return verify_recorded(arguments)
     if not (arguments.models or arguments.recipe):
+        say("values: not checked: there is no recipe in its metadata.")
         say("Name the recipe, or the models and options it was made with, to compute every byte again.")
         return 0
+    return verify_values(arguments, sampled=False)
+
+
+def verify_recorded(arguments: argparse.Namespace) -> int:
+    """Check an output's inputs and values by the recipe in its metadata, as far as its models are there."""
+    from streammerge.provenance import ModelsMissingError
+    from streammerge.verification import check_inputs
+
+    named = bool(arguments.models)
+    arguments.models, arguments.recipe_from_metadata = [arguments.merged, *arguments.models], True
+    try:
+        recorded = recorded_from(arguments)
+    except ModelsMissingError as error:
+        if arguments.all or named:
+            raise
+        say(f"values: not checked: {error}")
+        return 0
+    say(one_line(check_inputs(recorded)))
+    return verify_values(arguments, sampled=not arguments.all)
+
+
+def verify_values(arguments: argparse.Namespace, *, sampled: bool) -> int:
+    """Compute an output again and compare."""
+    from streammerge.api import run_verification
+
     recipe, options = recipe_from(arguments), options_from(arguments)
     with watching("verify", quiet=arguments.quiet) as watch:
-        run_verification(recipe, Path(arguments.merged), options, watch)
-    say("Every byte is what the recipe gives.")
+        extent = run_verification(recipe, Path(arguments.merged), options, watch, sampled=sampled)
+    if extent.windows is None:
+        say("Every byte is what the recipe gives.")
+    else:
+        say(
+            f"values: {extent.windows:,} windows of {extent.tensors:,} of {extent.of:,} tensors are what the recipe "
+            "gives (--all computes every byte)"
+        )
     return 0
 
 

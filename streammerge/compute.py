@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,12 +33,16 @@ ByWhole node the tensor itself."""
 
 
 class Evaluator:
-    """Computes blocks of expressions in the lane's slots, in one compute dtype."""
+    """Computes blocks of expressions in the lane's slots, in one compute dtype.
+
+    It is `suspicious` once a method was given what may be infinite or no number, of which its output may not tell.
+    """
 
     def __init__(self, lane: Lane, dtype: torch.dtype, statistics: Statistics) -> None:
         self.lane = lane
         self.dtype = dtype
         self.statistics = statistics
+        self.suspicious = False
         self._kept: dict[int, tuple[int, torch.Tensor]] = {}
 
     def values(self, node: Node, start: int, stop: int, slot: int = 0) -> torch.Tensor:
@@ -81,6 +86,8 @@ class Evaluator:
         """What the method makes of a piece of its inputs."""
         place = target_of(node).place(piece)
         inputs = self._inputs(node, piece, slot)
+        # a sum takes a twentieth of the time of a look at every element
+        self.suspicious |= not math.isfinite(sum(values.sum() for values in inputs))
         return node.method.compute(place, inputs, node.parameters, self.statistics.get(id(node)))
 
     def _by_pieces(self, node: ByBlock, start: int, stop: int, slot: int) -> torch.Tensor:

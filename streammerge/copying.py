@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from streammerge.errors import error_context
-from streammerge.nodes import Combined, Node, Stored
-from streammerge.plan import Job
+from streammerge.nodes import Stored
+from streammerge.plan import Job, copied_from
 from streammerge.progress import Progress
 
 PIECE: Final = 32 << 20
@@ -148,11 +148,3 @@ def adjoining(ranges: Sequence[CopyRange]) -> Iterator[CopyRange]:
             yield whole
             whole = part
     yield whole
-
-
-def copied_from(node: Node) -> Stored:
-    """The stored tensor that a copy reads."""
-    while isinstance(node, Combined):
-        node = node.terms[0].node
-    assert isinstance(node, Stored)
-    return node

@@ -11,7 +11,7 @@ MergeError
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Final
 
 SHOWN: Final = 5
@@ -88,3 +88,13 @@ class error_context:  # noqa: N801  (reads as a statement)
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, MergeError) and self.name not in error.what:
             error.what = f"tensor {self.name}: {error.what}"
+
+
+def count(items: Sized, noun: str) -> str:
+    """`1 tensor`, `5 tensors`"""
+    return f"{len(items):,} {plural(items, noun, noun + 's')}"
+
+
+def plural(items: Sized, one: str, many: str) -> str:
+    """The word for one, or for many."""
+    return one if len(items) == 1 else many

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Container, Iterable, Mapping, Sized
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from streammerge.architecture import architecture_mismatch
 from streammerge.blocks import Blocks
-from streammerge.errors import SHOWN, MethodError, PlanError
+from streammerge.errors import MethodError, PlanError
 from streammerge.methods import find_method
 from streammerge.methods.contract import ParameterValue
 from streammerge.methods.registry import BlockMethod, GramMethod, LinearMethod, Method, WholeMethod
+from streammerge.mismatches import Problems
 from streammerge.nodes import ByBlock, ByGram, ByWhole, External, Node, Term, Together, Viewed, combine, walk
 from streammerge.parameters import NO_BLOCKS, Layers, ParameterSources, check_blocks, is_by_block
+from streammerge.quantisation import DECODED, CodedModels, Quantised, decoded
 from streammerge.recipe import Recipe, Rule
 from streammerge.tensors import DType, Model, TensorInfo, contiguous_strides
 
@@ -95,9 +96,8 @@ class _Resolution:
 
     recipe: Recipe
     models: Mapping[str, Model]
-    misshapen: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    unmergeable: list[str] = field(default_factory=list)
+    problems: Problems = field(default_factory=Problems)
+    codes_of: dict[str, str] = field(default_factory=dict)
     used_rules: set[int] = field(default_factory=set)
     together: dict[tuple[ParameterValue, ...], Together] = field(default_factory=dict)
 
@@ -111,6 +111,7 @@ class _Resolution:
         has_base = recipe.base is not None and self.method.base != "none"
         self.base_name = recipe.base.name if recipe.base and has_base else ""
         self.model_names = [entry.name for entry in recipe.inputs if entry.name != self.base_name]
+        self.coded = CodedModels.of(self.models, self.layout_name)
         self.input_names = [*([self.base_name] if self.base_name else []), *self.model_names]
 
     def _blocks(self) -> Blocks:
@@ -128,11 +129,14 @@ class _Resolution:
         return blocks
 
     def resolve(self) -> Merged:
-        decisions = tuple(self._decide(name, info) for name, info in self.layout.tensors.items())
+        layout, coded = self.layout.tensors, self.coded
+        weights = {name: self._decide(name, info) for name, info in layout.items() if name not in coded.beside}
+        decisions = tuple(weights.get(name) or self._decide_beside(name, info) for name, info in layout.items())
         self._report_problems()
-        layout = self.layout.tensors
-        left_out = {name: names_beside(model.tensors, layout) for name, model in self.models.items()}
-        lacking = {name: names_beside(layout, model.tensors) for name, model in self.models.items()}
+        known = {name: {*layout, *coded.accounted(name)} for name in self.models}
+        left_out = {name: names_beside(model.tensors, known[name]) for name, model in self.models.items()}
+        held = {name: {*model.tensors, *coded.weights[name]} for name, model in self.models.items()}
+        lacking = {name: names_beside(weights, held[name]) for name in self.models}
         return Merged(
             decisions,
             {name: tensors for name, tensors in left_out.items() if tensors},
@@ -148,9 +152,33 @@ class _Resolution:
             return self._copy(name, self.layout_name, f"kept by rule {rule}", dtype)
         if rule and rule.action == "take":
             return self._take(name, rule, dtype)
+        if unreadable := self.coded.unreadable([*self.input_names, self.layout_name], name):
+            return self._refuse(name, unreadable)
         if not info.dtype.mergeable and info.dtype.kind != "packed":
             return self._copy(name, self.layout_name, f"{info.dtype} is never averaged", dtype)
         return self._merge(name, info, rule, dtype)
+
+    def _refuse(self, name: str, quantised: Mapping[str, Quantised]) -> Decision:
+        kinds = ", ".join(f"{model}: {weight.kind}" for model, weight in quantised.items())
+        self.problems.unreadable.append(f"{name}   {kinds}")
+        return Decision(name, "dropped", "its codes can't be decoded", self.layout.tensors[name])
+
+    def _decide_beside(self, name: str, info: TensorInfo) -> Decision:
+        """What belongs to a weight's codes goes where they go: copied with them, or left out where they are decoded."""
+        self._rule_for(name)
+        codes = self.coded.beside[name]
+        model = self.codes_of.get(codes) if codes else (self.layout_name if self.codes_of else None)
+        if model is None:
+            return Decision(name, "dropped", "the weights that it belongs to are decoded", info)
+        node = node_of(self.models[model], name)
+        return Decision(name, "copied", f"from {model}: it belongs to {codes or 'its weights'}", node.info, node)
+
+    def _weight(self, model: str, name: str) -> Node:
+        """The model's tensor, decoded if it is stored as codes."""
+        weight = self.coded.find(model, name)
+        if weight is None:
+            return node_of(self.models[model], name)
+        return decoded(weight, lambda part: node_of(self.models[model], part))
 
     def _rule_for(self, name: str) -> Rule | None:
         for number, rule in enumerate(self.recipe.rules):
@@ -160,7 +188,14 @@ class _Resolution:
         return None
 
     def _copy(self, name: str, model: str, why: str, dtype: DType | None) -> Decision:
-        node = node_of(self.models[model], name)
+        node, quantised = node_of(self.models[model], name), self.coded.find(model, name)
+        if quantised is not None:
+            if self.coded.stay_whole(quantised) and stored_as(node.info, dtype) == node.info:
+                self.codes_of[name] = model
+            elif not quantised.is_readable:
+                return self._refuse(name, {model: quantised})
+            else:
+                node, why = self._weight(model, name), f"{why}, decoded"
         info = stored_as(node.info, dtype)
         cast = "" if info == node.info else f", stored as {info.dtype}"
         return Decision(name, "copied", f"from {model}: {why}{cast}", info, node)
@@ -168,9 +203,12 @@ class _Resolution:
     def _take(self, name: str, rule: Rule, dtype: DType | None) -> Decision:
         if name not in self.models[rule.model].tensors:
             return self._without(name, [rule.model], dtype)
-        shape, node = self.layout.tensors[name].shape, node_of(self.models[rule.model], name)
-        if node.info.shape == shape:
+        shape, weight = self.layout.tensors[name].shape, self.coded.find(rule.model, name)
+        if self.models[rule.model].tensors[name].shape == shape:
             return self._copy(name, rule.model, f"taken by rule {rule}", dtype)
+        if weight is not None and not weight.is_readable:
+            return self._refuse(name, {rule.model: weight})
+        node = self._weight(rule.model, name)
         fitted = self._fit(name, [node], [rule.model], shape)
         if fitted is None:
             return self._copy(name, self.layout_name, f"kept for its shape {list(shape)}", dtype)
@@ -184,21 +222,23 @@ class _Resolution:
         if self.recipe.on_missing == "drop":
             return Decision(name, "dropped", why, self.layout.tensors[name])
         if self.recipe.on_missing == "error":
-            self.missing.append(f"{name}   not in {', '.join(lacking)}")
+            self.problems.missing.append(f"{name}   not in {', '.join(lacking)}")
         return self._copy(name, self.layout_name, why, dtype)
 
     def _merge(self, name: str, info: TensorInfo, rule: Rule | None, dtype: DType | None) -> Decision:
         lacking = [model for model in self.input_names if name not in self.models[model].tensors]
         if lacking:
             return self._without(name, lacking, dtype)
-        inputs = [node_of(self.models[model], name) for model in self.input_names]
+        inputs = [self._weight(model, name) for model in self.input_names]
         if not all(node.info.dtype.mergeable for node in inputs):
             kinds = [f"{model} {node.info.dtype}" for model, node in zip(self.input_names, inputs, strict=True)]
-            self.unmergeable.append(f"{name}   {', '.join(kinds)}")
+            self.problems.unmergeable.append(f"{name}   {', '.join(kinds)}")
             return self._copy(name, self.layout_name, "its dtypes can't be averaged", dtype)
         fitted = self._fit(name, inputs, self.input_names, info.shape)
         if fitted is None:
             return self._copy(name, self.layout_name, f"kept for its shape {list(info.shape)}", dtype)
+        if self.coded.find(self.layout_name, name):
+            info = TensorInfo(DECODED, info.shape)
         output = stored_as(info, dtype)
         sources = self._sources(rule)
         parameters = sources.resolve(self.method, name, self.model_names, self.layers, self.blocks)
@@ -233,7 +273,7 @@ class _Resolution:
         if len(possible) == len(nodes):
             return possible
         if policy != "keep":
-            self.misshapen.append(f"{name}   {self._shapes(name, shape, models)}")
+            self.problems.misshapen.append(f"{name}   {self._shapes(name, shape, models)}")
         return None
 
     def _sources(self, rule: Rule | None) -> ParameterSources:
@@ -258,45 +298,9 @@ class _Resolution:
         return "   ".join(f"{', '.join(models)} {list(shape)}" for shape, models in by_shape.items())
 
     def _report_problems(self) -> None:
-        keep = f"keep (copy {self.layout_name}'s)"
-        if self.misshapen:
-            raise PlanError(
-                f"{count(self.misshapen, 'tensor')} {plural(self.misshapen, 'differs', 'differ')} in shape between "
-                "the models",
-                found=self.misshapen,
-                advice=f"{self._hint(self.misshapen)}Use --on-shape-mismatch {keep}, pad (fill smaller ones with "
-                "zeros), slice (cut larger ones), or a rule.",
-            )
-        if self.missing:
-            raise PlanError(
-                f"{count(self.missing, 'tensor')} of {self.layout_name} {plural(self.missing, 'is', 'are')} missing "
-                "from other models",
-                found=self.missing,
-                advice=f"{self._hint(self.missing)}Use --on-missing {keep} or drop, --take 'GLOB=MODEL', or a rule.",
-            )
-        if self.unmergeable:
-            raise PlanError(
-                f"{count(self.unmergeable, 'tensor')} can't be averaged: not all are floating point",
-                found=self.unmergeable,
-                advice="Quantised weights must be dequantised first; or copy such tensors with --keep or a rule.",
-            )
-        idle = [str(rule) for number, rule in enumerate(self.recipe.rules) if number not in self.used_rules]
-        if idle:
-            raise PlanError(
-                f"{count(idle, 'rule')} {plural(idle, 'matches', 'match')} no tensor of {self.layout_name} that an "
-                "earlier rule left",
-                found=idle,
-                advice="Correct the globs (`streammerge inspect` lists names), or choose another --layout.",
-            )
-
-    def _hint(self, problems: list[str]) -> str:
-        """What the models look like, where so much differs that they may be of different architectures."""
-        if len(problems) <= SHOWN:
-            return ""
-        hint = architecture_mismatch(
-            {name: self.models[name].tensors for name in (*self.input_names, self.layout_name)}
-        )
-        return f"{hint}. " if hint else ""
+        unused = [str(rule) for number, rule in enumerate(self.recipe.rules) if number not in self.used_rules]
+        compared = {name: self.models[name].tensors for name in (*self.input_names, self.layout_name)}
+        self.problems.report(self.layout_name, unused, compared)
 
 
 def _shown(value: ParameterValue) -> str:
@@ -360,13 +364,3 @@ def names_beside(names: Iterable[str], others: Container[str]) -> tuple[str, ...
 def stored_as(info: TensorInfo, dtype: DType | None) -> TensorInfo:
     """The description with the asked-for dtype, if it is one and the elements are floating point."""
     return TensorInfo(dtype, info.shape) if dtype and info.dtype.mergeable else info
-
-
-def count(items: Sized, noun: str) -> str:
-    """`1 tensor`, `5 tensors`"""
-    return f"{len(items):,} {plural(items, noun, noun + 's')}"
-
-
-def plural(items: Sized, one: str, many: str) -> str:
-    """The word for one, or for many."""
-    return one if len(items) == 1 else many

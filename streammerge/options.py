@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from streammerge.errors import RecipeError
+from streammerge.findings import NonfinitePolicy
 from streammerge.machine import IoMode
 from streammerge.tensors import DTYPES, DType
 
@@ -42,6 +43,9 @@ class Options:
     sync: bool = True
     metadata: bool = True
     verify: bool = False
+    on_nonfinite: NonfinitePolicy = "warn"
+    hash: bool = False
+    hash_inputs: bool = False
 
     @property
     def torch_must_check(self) -> bool:

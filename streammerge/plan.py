@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from streammerge.architecture import component_of
-from streammerge.errors import OutputError
+from streammerge.errors import OutputError, count, plural
 from streammerge.formats.files import ByteFile
 from streammerge.layout import OutputLayout, lay_out
 from streammerge.machine import MIB, Allotment, share_out
-from streammerge.merged import Action, Decision, Merged, count, plural
+from streammerge.merged import Action, Decision, Merged
 from streammerge.methods.place import Target
 from streammerge.methods.slices import Slicing
 from streammerge.nodes import (
@@ -213,6 +213,9 @@ def make_plan(
 
 def _job(merged: Merged, name: str, file: int, offset: int, options: Options) -> Job:
     node, info = merged.nodes[name], merged.tensors[name]
+    if options.on_nonfinite == "error" and info.dtype.mergeable and is_copy(node, info):
+        # nobody looks at what the system copies: its bytes go through our memory instead, as they are
+        return Job(name, info, copied_from(node), info.dtype, file, offset)
     return Job(name, info, node, _compute_dtype(node, info, options), file, offset)
 
 
@@ -229,6 +232,14 @@ def is_copy(node: Node, info: TensorInfo) -> bool:
     if isinstance(node, Combined) and len(node.terms) == 1 and node.terms[0].coefficient == 1:
         node = node.terms[0].node
     return isinstance(node, Stored) and node.info.dtype == info.dtype
+
+
+def copied_from(node: Node) -> Stored:
+    """The stored tensor that a copy reads."""
+    while isinstance(node, Combined):
+        node = node.terms[0].node
+    assert isinstance(node, Stored)
+    return node
 
 
 def lane_bytes(job: Job) -> int:

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from streammerge.findings import Finding
+
 
 @dataclass
 class Progress:
@@ -19,7 +21,7 @@ class Progress:
     done_bytes: int = 0
     stage: str = ""
     bytes_read: int = 0
-    nonfinite: dict[str, int] = field(default_factory=dict)
+    findings: dict[str, Finding] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @contextlib.contextmanager
@@ -38,7 +40,7 @@ class Progress:
             self.done_bytes += nbytes
             self.bytes_read += read
 
-    def found_nonfinite(self, name: str, values: int) -> None:
-        """A block of this tensor holds values that are infinite or not numbers."""
+    def found(self, name: str, finding: Finding) -> None:
+        """Something was found in a block of this tensor."""
         with self.lock:
-            self.nonfinite[name] = self.nonfinite.get(name, 0) + values
+            self.findings.setdefault(name, Finding()).add(finding)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from streammerge.api import planned, run_merge, saying_what_is_on_disk
+from streammerge.findings import NonfinitePolicy
 from streammerge.machine import IoMode
 from streammerge.options import COMPUTE_DTYPES, Options, parse_size
 from streammerge.plan import Plan
@@ -39,6 +40,9 @@ class OptionArguments(TypedDict, total=False):
     sync: bool
     metadata: bool
     verify: bool
+    on_nonfinite: NonfinitePolicy
+    hash: bool
+    hash_inputs: bool
 
 
 RECIPE_KEYS = ("dtype", "layout", "on_shape_mismatch", "on_missing", "seed")

@@ -110,21 +110,31 @@ class Recipe:
         """The input whose tensors, order and shapes the output has: the first model unless said otherwise."""
         return self.layout or self.inputs[0].name
 
-    def describe(self) -> dict[str, Any]:
-        """The recipe in its own vocabulary, with file names instead of paths: what goes into the output's metadata."""
+    def describe(self, names: Mapping[Path, str] | None = None) -> dict[str, Any]:
+        """The recipe in its own vocabulary, with file names instead of paths: what goes into the output's metadata.
+
+        It can be parsed again. `names` are the texts to write for paths, if not their last parts.
+        """
+        names = names or {}
+        beside = {entry.name: _describe_input(entry, names) for entry in self.others}
         described: dict[str, Any] = {
             "merge_method": self.method,
-            "models": [_describe_input(entry) for entry in self.inputs],
-            "base_model": _describe_input(self.base) if self.base else None,
+            "models": [_describe_input(entry, names) for entry in self.inputs],
+            "base_model": self._describe_base(names),
             "parameters": describe_settings(self.parameters),
-            "layout": self.layout_name,
+            "layout": beside.get(self.layout_name, self.layout_name),
             "on_shape_mismatch": self.on_shape_mismatch,
             "on_missing": self.on_missing,
-            "rules": [_describe_rule(rule) for rule in self.rules],
+            "rules": [_describe_rule(rule, beside) for rule in self.rules],
             "dtype": self.dtype.torch_name if self.dtype else None,
             "seed": self.seed,
         }
         return {key: value for key, value in described.items() if value not in (None, [], {}, "error")}
+
+    def _describe_base(self, names: Mapping[Path, str]) -> Any:  # noqa: ANN401  (a name, or an input of its own)
+        if self.base is None or self.base.name in {entry.name for entry in self.inputs}:
+            return self.base.name if self.base else None
+        return _describe_input(self.base, names)
 
     def paths(self) -> Iterator[Path]:
         """Every file or folder that is read, those of nested recipes included."""
@@ -135,14 +145,15 @@ class Recipe:
                 yield entry.source
 
 
-def _describe_input(entry: Input) -> dict[str, Any]:
-    source = entry.source.describe() if isinstance(entry.source, Recipe) else entry.source.name
+def _describe_input(entry: Input, names: Mapping[Path, str]) -> dict[str, Any]:
+    source = entry.source
+    described = source.describe(names) if isinstance(source, Recipe) else names.get(source, source.name)
     parameters = describe_settings(entry.parameters)
-    return {"model": source, "name": entry.name, **({"parameters": parameters} if parameters else {})}
+    return {"model": described, "name": entry.name, **({"parameters": parameters} if parameters else {})}
 
 
-def _describe_rule(rule: Rule) -> dict[str, Any]:
-    action: dict[str, Any] = {} if rule.action == "merge" else {rule.action: rule.model or True}
+def _describe_rule(rule: Rule, beside: Mapping[str, Any]) -> dict[str, Any]:
+    action: dict[str, Any] = {} if rule.action == "merge" else {rule.action: beside.get(rule.model, rule.model) or True}
     parameters = {"parameters": describe_settings(rule.parameters)} if rule.parameters else {}
     dtype = {"dtype": rule.dtype.torch_name} if rule.dtype else {}
     return {"match": list(rule.match), **action, **parameters, **dtype}

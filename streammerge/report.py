@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from streammerge.findings import Finding, NonfinitePolicy, warnings
 from streammerge.formats.files import ByteFile
 from streammerge.options import format_size
 
@@ -15,7 +16,8 @@ PARTS: Final = ("plan", "merge", "sync")
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """The outcome of a merge. Sizes are in bytes, times in seconds; `nonfinite` counts bad values per merged tensor.
+    """The outcome of a merge. Sizes are in bytes, times in seconds; `findings` are what is wrong, by tensor.
+    `stale_hashes` is a file of hashes that is not of this output.
 
     Of the seconds, `plan` is all before the workers begin, `import torch` included, and `ahead` is how long of it
     tensors were being copied already.
@@ -26,7 +28,7 @@ class Report:
     merged: int
     copied: int
     dropped: int
-    nonfinite: Mapping[str, int]
+    findings: Mapping[str, Finding]
     bytes_read: int
     bytes_written: int
     seconds: Mapping[str, float]
@@ -40,6 +42,14 @@ class Report:
     inputs: Sequence[ByteFile]
     version: str
     left_out: Mapping[str, int] = field(default_factory=dict)
+    on_nonfinite: NonfinitePolicy = "warn"
+    hashes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    stale_hashes: str = ""
+
+    @property
+    def nonfinite(self) -> Mapping[str, int]:
+        """How many values are infinite or not numbers, by tensor of the output, where there are any."""
+        return {name: finding.nonfinite for name, finding in self.findings.items() if finding.nonfinite}
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, in the order of the documentation."""
@@ -55,6 +65,7 @@ class Report:
             "left_out": dict(self.left_out),
             "nonfinite": sum(self.nonfinite.values()),
             "nonfinite_tensors": dict(self.nonfinite),
+            "findings": {name: finding.to_json() for name, finding in self.findings.items()},
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
             "seconds": {name: round(value, 6) for name, value in self.seconds.items()},
@@ -66,6 +77,7 @@ class Report:
             "threads": self.threads,
             "io": self.io,
             "inputs": [{"path": str(file.path), "bytes": file.nbytes} for file in self.inputs],
+            "hashes": {path: dict(found) for path, found in self.hashes.items()},
             "version": self.version,
         }
 
@@ -85,6 +97,7 @@ class Report:
             ("peak RAM", f"{format_size(self.peak_rss_bytes)}, {format_size(max(above, 0))} above import torch"),
             ("run on", f"{self.device}, {self.threads} threads, {self.io}"),
         ]
+        rows += [("sha256", found["sha256"]) for found in list(self.hashes.values())[:1] if len(self.hashes) == 1]
         if self.peak_vram_bytes:
             rows.append(("peak VRAM", format_size(self.peak_vram_bytes)))
         return rows
@@ -95,8 +108,8 @@ class Report:
             f"{model}: {count:,} tensors that the layout does not have were left out"
             for model, count in self.left_out.items()
         ]
-        if self.nonfinite:
-            worst = ", ".join(f"{name} ({count:,})" for name, count in list(self.nonfinite.items())[:3])
-            values, more = sum(self.nonfinite.values()), " …" if len(self.nonfinite) > 3 else ""
-            found.append(f"{values:,} values are infinite or not numbers: {worst}{more}")
-        return found
+        if self.stale_hashes:
+            found.append(
+                f"{self.stale_hashes} holds the hashes of the output that was replaced; --hash replaces it too"
+            )
+        return found if self.on_nonfinite == "ignore" else [*found, *warnings(self.findings)]

@@ -143,7 +143,15 @@ class WholePass:
     def measure(self, block: int, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """The whole output, flattened."""
         node = self.node
-        made = node.method.compute(target_of(node).place(0), inputs, node.parameters)
+        try:
+            made = node.method.compute(target_of(node).place(0), inputs, node.parameters)
+        except RuntimeError as error:  # torch.linalg.LinAlgError is one
+            if all(bool(torch.isfinite(values).all()) for values in inputs):
+                raise
+            raise MethodError(
+                f"method {node.method.name!r} can't be applied: an input holds values that are infinite or not numbers",
+                advice="Copy the tensor with --keep or a rule, or mend the input.",
+            ) from error
         if made.shape != node.info.shape:
             raise MethodError(
                 f"method {node.method.name!r} gave a tensor of shape {list(made.shape)} instead of "

@@ -11,6 +11,8 @@ import torch
 
 from streammerge.compute import Evaluator, piece_elements
 from streammerge.devices import Lane, torch_dtype
+from streammerge.examining import examine, nonfinite_inputs
+from streammerge.findings import Finding
 from streammerge.formats.files import ByteFile
 from streammerge.nodes import BLOCK, ByBlock, Node, Stored, Together, compute_dtype, leaves
 from streammerge.plan import Job, held_bytes
@@ -169,8 +171,13 @@ class MergeWork(Work):
             data = lane.stored_bytes(stored)
             sink.write(self.job, start * self.stored.itemsize, data)
             progress.advance(len(data))
-            if bad := count_nonfinite(values, stored):
-                progress.found_nonfinite(self.name, bad)
+            found = examine(values, stored)
+            if evaluator.suspicious or (found and found.nonfinite):
+                evaluator.suspicious = False
+                found = found or Finding()
+                found.inputs = nonfinite_inputs(evaluator, self.node, start, start + len(stored))
+            if found and found.is_any:
+                progress.found(self.name, found)
 
 
 class TogetherWork(Work):
@@ -223,18 +230,3 @@ def ranges_of(node: Node, first: int, last: int) -> list[FileRange]:
             start, stop = (min(element * bits // 8, leaf.info.nbytes) for element in (first, last))
             ranges.append(FileRange(leaf.file, leaf.start + start, leaf.start + stop))
     return ranges
-
-
-def count_nonfinite(values: torch.Tensor, stored: torch.Tensor) -> int:
-    """How many stored elements are infinite or not numbers; no more than a look at the extremes where there are none.
-
-    A number beyond the stored dtype's range became infinite when it was rounded. A NaN is both of the extremes.
-    """
-    if not (stored.is_floating_point() and stored.numel()):
-        return 0
-    largest = torch.finfo(stored.dtype).max
-    low, high = torch.aminmax(values)
-    if low.item() >= -largest and high.item() <= largest:
-        return 0
-    stored = stored.float() if stored.dtype.itemsize == 1 else stored
-    return int((~torch.isfinite(stored)).sum())

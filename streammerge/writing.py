@@ -79,6 +79,10 @@ class OutputWriter:
         """Read back what was written at this position of the job's tensor."""
         read_at(self._open[job.file].descriptor, buffer, job.offset + position)
 
+    def read_file(self, number: int, position: int, buffer: memoryview) -> None:
+        """Read back what was written at this position of a file."""
+        read_at(self._open[number].descriptor, buffer, position)
+
     def forget(self) -> None:
         """Have the system drop its cache of what is on the disk, so that reading it back reads the disk."""
         if hasattr(os, "posix_fadvise"):

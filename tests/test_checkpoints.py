@@ -199,7 +199,7 @@ def test_a_file_that_changed_since_it_was_opened_is_not_read(tmp_path):
         (b"", r"is neither safetensors nor a torch zip\n  it starts with the bytes \(none: it is empty\)"),
         (b"version https://git-lfs.github.com/spec/v1\n", "starts with the bytes 76 65 72 73 69 6f 6e 20"),
         (b"<!DOCTYPE html><html>", "is neither safetensors nor a torch zip"),
-        (b"GGUF\3\0\0\0\0\0\0\0", "is neither safetensors nor a torch zip"),
+        (b"GGUF\3\0\0\0\0\0\0\0", "is GGUF, whose tensors are quantised"),
         (bytes(1000), "is neither safetensors nor a torch zip"),
         (b"PK\3\4", "not a readable torch zip"),
         (b"PK\3\4" + bytes(100), "not a readable torch zip"),

@@ -419,9 +419,20 @@ def test_the_version(run):
 # ── what is printed ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 REPORT_KEYS = [
-    *("output", "method", "tensors", "left_out", "nonfinite", "nonfinite_tensors", "bytes_read", "bytes_written"),
-    *("seconds", "peak_rss_bytes", "baseline_rss_bytes", "peak_vram_bytes", "device", "dtype", "threads", "io"),
-    *("inputs", "version"),
+    *("output", "method", "tensors", "left_out", "nonfinite", "nonfinite_tensors", "findings"),
+    *(
+        "bytes_read",
+        "bytes_written",
+        "seconds",
+        "peak_rss_bytes",
+        "baseline_rss_bytes",
+        "peak_vram_bytes",
+        "device",
+        "dtype",
+        "threads",
+        "io",
+    ),
+    *("inputs", "hashes", "version"),
 ]
 
 
@@ -465,8 +476,22 @@ def test_values_that_are_no_numbers_are_told(folder, run):
     words = ("a.safetensors", "b.safetensors", "-p", "normalize=false", "-o", "out.safetensors")
     result = run(*words, "--report", "r.json")
     assert result.code == 0
-    assert result.err == "warning: 3 values are infinite or not numbers: x (2), y\\x1b[31m\\n (1)\n"
-    assert json.loads(Path("r.json").read_text())["nonfinite"] == 3
+    name, reason = "y\\x1b[31m\\n", "it holds 3.40282e+38 at the most, the largest value is 4e+38"
+    assert result.err.splitlines() == [
+        f"warning: 3 values are infinite or not numbers: x (2), {name} (1)",
+        f"warning: a.safetensors holds 1 value that is infinite or not numbers: {name} (1)",
+        f"warning: b.safetensors holds 2 values that are infinite or not numbers: x (1), {name} (1)",
+        f"warning: 1 value is overflow of float32 ({reason}); store them as a wider dtype: x (1)",
+    ]
+    report = json.loads(Path("r.json").read_text())
+    assert report["nonfinite"] == 3
+    assert report["findings"]["x"] == {
+        "nonfinite": 2,
+        "overflowed": 1,
+        "saturated": 0,
+        "largest": pytest.approx(4e38),
+        "inputs": {"b.safetensors": 1},
+    }
 
 
 def test_what_is_left_out_is_told_even_if_quiet(folder, run):
@@ -657,7 +682,14 @@ def test_verify_checks_the_format_and_with_the_recipe_every_byte(folder, run):
     assert run(*merge, "-o", "out.safetensors", "-q").code == 0
     result = run("verify", "out.safetensors")
     assert (result.code, result.err) == (0, "")
-    assert result.out.startswith("out.safetensors: a valid model, safetensors, 3 tensors\nName the recipe, or")
+    assert result.out.splitlines() == [
+        "out.safetensors: a valid model, safetensors, 3 tensors",
+        "hashes: not checked: there is no out.safetensors.sha256",
+        "inputs: not checked: their hashes were not recorded (--hash-inputs)",
+        "values: 3 windows of 3 of 3 tensors are what the recipe gives (--all computes every byte)",
+    ]
+    assert run("verify", "out.safetensors", "--all").out.endswith("Every byte is what the recipe gives.\n")
+    assert "recipe in its metadata" in run("verify", "a.safetensors").out
     result = run("verify", "out.safetensors", *merge)
     assert (result.code, result.err) == (0, "")
     assert result.out.endswith("Every byte is what the recipe gives.\n")
@@ -671,11 +703,16 @@ def test_verify_finds_a_byte_that_is_wrong(folder, run):
     content = bytearray(Path("out.safetensors").read_bytes())
     content[-1] ^= 1
     Path("out.safetensors").write_bytes(content)
-    assert run("verify", "out.safetensors").code == 0  # its format is all right
-    result = run("verify", "out.safetensors", *merge)
-    assert result.code == 1
-    assert result.err.startswith(f"error: out.safetensors: 1 tensor is not what the recipe gives\n  {UNET}\n")
-    assert "Every byte" not in result.out
+    for words in ((), ("--all",), merge):
+        result = run("verify", "out.safetensors", *words)
+        assert result.code == 1
+        assert result.err.startswith(f"error: out.safetensors: 1 tensor is not what the recipe gives\n  {UNET}\n")
+        assert "Every byte" not in result.out
+    Path("a.safetensors").unlink()
+    result = run("verify", "out.safetensors")
+    assert result.code == 0  # its format is all right, and it says what was not checked
+    assert "values: not checked: out.safetensors: the recipe in its metadata needs models that are not" in result.out
+    assert run("verify", "out.safetensors", "--all").code == 1
 
 
 def test_verify_finds_tensors_that_are_others(folder, run):

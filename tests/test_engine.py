@@ -21,6 +21,7 @@ from streammerge.copying import PIECE, Copying, CopyRange
 from streammerge.devices import Lane
 from streammerge.engine import AHEAD_BYTES, AHEAD_WINDOWS, Schedule, run
 from streammerge.errors import CheckpointError, MethodError
+from streammerge.examining import examine
 from streammerge.formats.positional import read_at
 from streammerge.methods.registry import BlockMethod, GramMethod
 from streammerge.methods.statistics import Gram
@@ -35,7 +36,6 @@ from streammerge.works import (
     MergeWork,
     Window,
     Work,
-    count_nonfinite,
     ranges_of,
     window_blocks,
 )
@@ -526,6 +526,12 @@ def test_the_plan_foretells_what_is_read(tmp_path, method):
 # ── values that are no numbers ───────────────────────────────────────────────────────────────────────────────────────
 
 
+def nonfinite(values: torch.Tensor, stored: torch.Tensor) -> int:
+    """How many stored elements a look at the block finds to be infinite or no numbers."""
+    found = examine(values, stored)
+    return found.nonfinite if found else 0
+
+
 @pytest.mark.parametrize(
     ("dtype", "largest", "beyond"),
     [
@@ -548,26 +554,26 @@ def test_what_rounding_made_infinite_is_counted(dtype, largest, beyond):
         ([largest, beyond, -beyond, math.nan], 3),
     ):
         values = torch.tensor([1.0, *bad, 2.0], dtype=torch.float64)
-        assert count_nonfinite(values, values.to(dtype)) == count, bad
+        assert nonfinite(values, values.to(dtype)) == count, bad
 
 
 def test_fp8_without_infinity_is_counted_as_torch_rounds_it():
     values = torch.tensor([448.0, 500.0, -1e6, math.inf, math.nan])  # larger ones: 448 in some versions, NaN in others
     rounded = values.to(torch.float8_e4m3fn)
-    assert count_nonfinite(values, rounded) == int((~rounded.float().isfinite()).sum()) >= 1
+    assert nonfinite(values, rounded) == int((~rounded.float().isfinite()).sum()) >= 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_values_may_be_in_any_compute_dtype(dtype):
     values = torch.tensor([1.0, math.inf, -2.0, math.nan], dtype=dtype)
-    assert count_nonfinite(values, values.half()) == 2
-    assert count_nonfinite(values[::2], values[::2].half()) == 0
-    assert count_nonfinite(values[:0], values[:0].half()) == 0
+    assert nonfinite(values, values.half()) == 2
+    assert nonfinite(values[::2], values[::2].half()) == 0
+    assert nonfinite(values[:0], values[:0].half()) == 0
 
 
 def test_large_finite_values_beside_a_bad_one_are_not_counted():
     values = torch.tensor([1e300, -1e200, math.nan], dtype=torch.float64)
-    assert count_nonfinite(values, values) == 1
+    assert nonfinite(values, values) == 1
 
 
 @pytest.mark.parametrize(("dtype", "overflows"), [("keep", 3), ("bf16", 0), ("fp8_e5m2", 3)])

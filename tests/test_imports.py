@@ -17,7 +17,7 @@ PACKAGE = Path(streammerge.__file__).parent
 
 ORDER = [
     # the vocabulary
-    *("errors", "tensors", "", "machine", "options", "progress"),
+    *("errors", "tensors", "", "machine", "findings", "options", "progress"),
     # what a process costs
     *("launcher", "measuring", "floor"),
     # what is on disk
@@ -32,14 +32,14 @@ ORDER = [
     *("methods.diffusion", "methods.placed", "methods.cosines", "methods.loading", "methods"),
     # what is asked for
     *("architecture", "scalars", "blocks", "presets", "blockwise"),
-    *("parameters", "recipe", "recipe_files", "recipes"),
+    *("parameters", "recipe", "recipe_files", "recipes", "provenance", "carrying"),
     # models as expressions
-    *("nodes", "checkpoints", "merged", "functions"),
+    *("nodes", "quantisation", "checkpoints", "mismatches", "merged", "functions"),
     # what will happen
-    *("layout", "plan", "inputs", "report", "copying"),
+    *("layout", "plan", "indexes", "inputs", "report", "copying"),
     # what happens
-    *("devices", "gathering", "compute", "surveys", "works", "engine", "writing", "checking", "api", "public"),
-    "benchmark",
+    *("devices", "gathering", "compute", "examining", "surveys", "works", "sampling", "engine", "writing"),
+    *("hashing", "checking", "verification", "api", "public", "benchmark"),
     # what is shown
     *("inspection", "comparison", "plotting", "similarity", "screen"),
     # the example

@@ -75,6 +75,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "8 threads": {"threads": 8, "io": "mmap"},
     "verified": {"threads": 2, "verify": True},
     "synced": {"threads": 2, "sync": True},
+    "hashed, and refused if not finite": {"threads": 2, "hash": True, "on_nonfinite": "error"},
     "much memory": {"max_ram": "4GiB"},
     "little memory": {"threads": 8},
 }

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from streammerge.demo.layouts import checkpoint
-from streammerge.errors import PlanError, RecipeError
-from streammerge.merged import Merged, count, fit, plural
+from streammerge.errors import PlanError, RecipeError, count, plural
+from streammerge.merged import Merged, fit
 from streammerge.nodes import ByBlock, ByGram, Combined, External, Stored, Viewed
 from streammerge.tensors import DTYPES, TensorInfo
 
@@ -398,7 +398,7 @@ def test_floats_and_integers_are_not_averaged(dtype, kinds):
 @pytest.mark.parametrize("dtype", ["F4", "F8_E8M0", "F6_E2M3"])
 def test_packed_weights_are_not_averaged_but_copied_if_asked(dtype):
     models = pair(x=f"{dtype} 8")
-    with pytest.raises(PlanError, match=f"x   a {dtype}, b {dtype}\n  Quantised weights must be dequantised first"):
+    with pytest.raises(PlanError, match=f"x   a {dtype}, b {dtype}\n  Copy such tensors with --keep or a rule"):
         merged(models)
     assert fates(merged(models, rules=[{"match": "x", "keep": True}]))["x"].startswith("copied: from a")
 

@@ -273,7 +273,11 @@ def test_a_layout_is_an_input_by_name_or_path_or_one_more():
 
 
 def test_a_file_that_is_mentioned_twice_is_one_input():
-    rules = [{"match": "x", "take": "c.ckpt"}, {"match": "y", "take": "./c.ckpt"}, {"match": "z", "take": "c"}]
+    rules = [
+        {"match": "x", "take": "c.ckpt"},
+        {"match": "y", "take": "./c.ckpt"},
+        {"match": "z", "take": {"model": "c.ckpt", "name": "c"}},
+    ]
     recipe = linear(layout="c.ckpt", rules=rules)
     assert [rule.model for rule in recipe.rules] == ["c", "c", "c"]
     assert len(recipe.others) == 1
@@ -441,13 +445,15 @@ def test_a_recipe_describes_itself_without_paths():
         "layout": "a",
         "on_missing": "keep",
         "rules": [
-            {"match": ["x.*"], "take": "c"},
+            {"match": ["x.*"], "take": {"model": "c.ckpt", "name": "c"}},
             {"match": ["y", "z"], "parameters": {"weight": {"a": 0.3}}, "dtype": "bfloat16"},
             {"match": ["w"], "drop": True},
         ],
         "dtype": "float16",
     }
     assert "secret" not in str(recipe.describe())
+    again = parse_recipe(recipe.describe(), Path("/home/me/secret"))
+    assert again.describe() == recipe.describe()
 
 
 # ── what is refused ──────────────────────────────────────────────────────────────────────────────────────────────────

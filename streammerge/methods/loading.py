@@ -44,6 +44,11 @@ def load_methods(path: str | os.PathLike[str]) -> tuple[str, ...]:
     return names
 
 
+def loaded_from(name: str) -> Path | None:
+    """The user's file that the method came from; None for one that comes with streammerge."""
+    return next((file for file, names in _LOADED.items() if name in names), None)
+
+
 def _run(file: Path) -> None:
     """Run the file as a module of its own; what it raises becomes a MethodError that says in which line."""
     spec = importlib.util.spec_from_loader(f"streammerge_methods_{file.stem}", loader=None, origin=str(file))
