@@ -72,16 +72,26 @@ class Evaluator:
             whole = [self.copy(child, start, stop, slot) for child in node.inputs]
             return [values.cpu().reshape(node.info.shape) for values in whole]
         if isinstance(node, ByBlock) and node.method.rows:
-            width = Slicing.of(node.info.shape, node.method.rows).width
-            return [self.copy(child, start, stop, slot).view(-1, width) for child in node.inputs]
+            return self._rows(node, start, stop, slot)
         stop = min(start + part, stop) if part else stop
         return [self.values(child, start, stop, slot + place) for place, child in enumerate(node.inputs)]
 
+    def _rows(self, node: ByBlock, start: int, stop: int, slot: int) -> list[torch.Tensor]:
+        """The rows of every input that elements [start, stop) are, as matrices."""
+        width = row_width(node)
+        return [self.copy(child, start, stop, slot).view(-1, width) for child in node.inputs]
+
     def _method(self, node: ByBlock, piece: int, slot: int) -> torch.Tensor:
         """What the method makes of a piece of its inputs."""
-        place = target_of(node).place(piece)
-        inputs = self._inputs(node, piece, slot)
-        return node.method.compute(place, inputs, node.parameters, self.statistics.get(id(node)))
+        place, statistics = target_of(node).place(piece), self.statistics.get(id(node))
+        if not node.method.halo:
+            return node.method.compute(place, self._inputs(node, piece, slot), node.parameters, statistics)
+        width = row_width(node)
+        start, stop = place.start, min(place.start + piece_elements(node), node.info.elements)
+        first = max(start - node.method.halo * width, 0)
+        last = min(stop + node.method.halo * width, node.info.elements)
+        made = node.method.compute(place, self._rows(node, first, last, slot), node.parameters, statistics)
+        return made[(start - first) // width : (stop - first) // width]
 
     def _by_pieces(self, node: ByBlock, start: int, stop: int, slot: int) -> torch.Tensor:
         """Cut from the pieces that it touches. One that goes on is kept, because the next range begins in it."""
@@ -153,9 +163,14 @@ def piece_elements(node: Node) -> int:
     if isinstance(node, ByWhole):
         return max(node.info.elements, 1)
     if isinstance(node, ByBlock) and node.method.rows:
-        width = max(Slicing.of(node.info.shape, node.method.rows).width, 1)
-        return max(PIECE // width, 1) * width
+        width = max(row_width(node), 1)
+        return max((BLOCK if node.method.halo else PIECE) // width, 1) * width  # the more, the less a halo weighs
     return PIECE if isinstance(node, ByBlock) else BLOCK
+
+
+def row_width(node: ByBlock) -> int:
+    """How many elements a row has, for a method that is given whole rows."""
+    return Slicing.of(node.info.shape, node.method.rows or "rows").width
 
 
 def piece_count(node: Node) -> int:
