@@ -229,7 +229,11 @@ def crossover(inputs: Inputs, *, alpha: float = 0.5, tilt: float = 0.0) -> Array
         shape = [-1 if i == axis else 1 for i in range(a.ndim)]
         squares = squares + (turns / max(count // 2, 1)).reshape(shape) ** 2
     frequency = np.sqrt(squares / a.ndim)
-    share = {0: (frequency > 1 - alpha) * 1.0, 1: np.full(a.shape, alpha), 2: (frequency < alpha) * 1.0}.get(tilt % 4)
+    share = {
+        0: (frequency > 1 - alpha + 1e-6) * 1.0,
+        1: np.full(a.shape, alpha),
+        2: (frequency < alpha - 1e-6) * 1.0,
+    }.get(int(tilt % 4) if tilt % 1 == 0 else -1)
     if share is None:
         turned, own = (tilt - 2, 1 - alpha) if tilt > 2 else (tilt, alpha)
         slope = 1 / np.tan(np.pi * turned / 2)
@@ -288,7 +292,7 @@ def gaussian_filtered(values: Array) -> Array:
     return wide
 
 
-def smooth_add(inputs: Inputs, *, alpha: float = 0.5) -> Array:
+def smooth_add(inputs: Inputs, *, alpha: float = 1.0) -> Array:
     base, a, b = inputs
     delta = b - base
     if delta.ndim and delta.size:

@@ -99,7 +99,8 @@ def _sums_of(part: Rectangle, one: Tensor, other: Tensor, slicing: Slicing) -> t
 
 def cosines_from(sums: Tensor) -> Tensor:
     """The cosines that follow from rows of ⟨a, b⟩, ‖a‖² and ‖b‖², which are used up; 0 where one of them is zero."""
-    dot, *squares = sums
+    dot: Tensor = sums[0]
+    squares = sums[1:]
     for square in squares:
         dot.div_(square.masked_fill_(square == 0, 1.0).sqrt_())
     return dot

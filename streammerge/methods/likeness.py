@@ -266,7 +266,7 @@ def share_by_cosine(target: Target, parameters: Parameters) -> LikenessPass:
     """Measure the columns' cosines, and see where in their own tensor's range they lie."""
 
     def shares(found: Mapping[int, Likeness]) -> Shares | None:
-        return shares_of(*found.values(), parameters=parameters) if found else None  # an empty tensor has none
+        return shares_of(next(iter(found.values())), parameters) if found else None  # an empty tensor has none
 
     return LikenessPass(target, shares)
 

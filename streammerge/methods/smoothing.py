@@ -21,7 +21,7 @@ TILE: Final = 2**15
 
 
 @method(BlockMethod, base="required", models=(2, 2), rows="filters", halo=HALO, temporaries=4, temporaries_each=0)
-def smooth_add(base: Tensor, first: Tensor, second: Tensor, *, alpha: float = 0.5, place: Place) -> Tensor:
+def smooth_add(base: Tensor, first: Tensor, second: Tensor, *, alpha: float = 1.0, place: Place) -> Tensor:
     """θ = θ₁ + α G M (θ₂ − θ₀),   M: the median of 3 × 3 × … neighbours, G: a Gaussian filter with σ = 1
 
     SuperMerger's smoothAdd, and its MT. Both filters run over all axes of the tensor, and are scipy.ndimage's

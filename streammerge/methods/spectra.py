@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 from streammerge.methods.contract import Between, Share
 from streammerge.methods.registry import WholeMethod, method
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+EQUAL: Final = 1e-6
+"""Frequencies that differ by less are the same, however they were rounded."""
 
 
 @method(WholeMethod, models=(2, 2), temporaries=6)
@@ -34,7 +37,8 @@ def crossover(first: Tensor, second: Tensor, *, alpha: Share = 0.5, tilt: float 
         return first.lerp(second, alpha)
     spectrum = torch.fft.rfftn(second - first)
     spectrum.mul_(crossing(radial_frequencies(spectrum.shape, first), alpha, tilt % 4.0))
-    return torch.fft.irfftn(spectrum, s=first.shape).add_(first)
+    mixed: Tensor = torch.fft.irfftn(spectrum, s=first.shape)
+    return mixed.add_(first)
 
 
 def radial_frequencies(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -55,9 +59,9 @@ def radial_frequencies(shape: Sequence[int], like: Tensor) -> Tensor:
 def crossing(frequencies: Tensor, alpha: float, tilt: float) -> Tensor:
     """How much of the second's coefficients is taken; the frequencies are used up."""
     if tilt == 0.0:
-        return (frequencies > 1.0 - alpha).to(frequencies.dtype)
+        return (frequencies > 1.0 - alpha + EQUAL).to(frequencies.dtype)
     if tilt == 2.0:
-        return (frequencies < alpha).to(frequencies.dtype)
+        return (frequencies < alpha - EQUAL).to(frequencies.dtype)
     slope = math.copysign(1.0, 2.0 - tilt) / math.tan(0.5 * math.pi * tilt)
     pivot = alpha if 1.0 < tilt < 3.0 else 1.0 - alpha
     return frequencies.sub_(pivot).mul_(slope).add_(alpha).clamp_(0.0, 1.0)
