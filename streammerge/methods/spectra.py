@@ -27,7 +27,8 @@ def crossover(first: Tensor, second: Tensor, *, alpha: Share = 0.5, tilt: float 
     of its shares of each dimension's highest. `tilt` turns the crossing, with a period of 4: 0 is steep, at 1 and 3
     g = α (a weighted sum), at 2 the low frequencies are θ₂'s, g = [frequency < α]; between, g is linear. Nearly equal
     tensors are crossed like all others, and g at tilt 2 is what it tends to from either side; sd-mecha averages the
-    former and has [frequency < 1 − α] for the latter. Single numbers are averaged.
+    former and has [frequency < 1 − α] for the latter. Single numbers are averaged. A vector of millions of elements
+    whose number has a large prime factor takes three times the stated memory.
     """
     import torch
 
@@ -67,7 +68,7 @@ def crossing(frequencies: Tensor, alpha: float, tilt: float) -> Tensor:
     return frequencies.sub_(pivot).mul_(slope).add_(alpha).clamp_(0.0, 1.0)
 
 
-@method(WholeMethod, base="required", models=(2, 2), temporaries=10)
+@method(WholeMethod, base="required", models=(2, 2), temporaries=26)
 def distribution_crossover(
     base: Tensor,
     first: Tensor,
@@ -81,7 +82,7 @@ def distribution_crossover(
     sd-meh's distribution crossover: of the models' elements in the ascending order of the base's, the low frequencies
     of θ₁ and the high ones of θ₂. f goes from 0 to less than 1, which is the highest; with `beta` (sd-meh's tilt)
     g = clamp((f − α) / β + ½, 0, 1). Of equal elements of the base the first ones come first. A single number is
-    α θ₁ + (1 − α) θ₂.
+    α θ₁ + (1 − α) θ₂. The memory is that for lengths with large prime factors; others take a third of it.
     """
     import torch
 
