@@ -321,8 +321,9 @@ def trust_region(
     deltas = [context.joined(i) if scope == "model" else d.reshape(-1) for i, d in enumerate(deltas_of(inputs))]
     pairs = [np.abs(a * b) for i, a in enumerate(deltas) for b in deltas[:i]]
     conflict = np.sqrt(np.sum(pairs, axis=0)).astype(np.float32)
-    inside = np.ones(conflict.shape)
-    inside[np.argsort(-conflict, kind="stable")[: int((1 - threshold_quantile) * conflict.size)]] = 0
+    dropped = int((1 - threshold_quantile) * conflict.size)
+    threshold = np.sort(conflict)[::-1][dropped - 1] if dropped else np.inf
+    inside = ((conflict < threshold) | (conflict == 0)).astype(np.float64)
     inside = context.own_part(inside) if scope == "model" else inside.reshape(inputs[0].shape)
     return np.asarray(inputs[0] + scale.get("lambda", 1.0) * inside * np.sum(deltas_of(inputs), axis=0))
 

@@ -290,7 +290,8 @@ def conflict(block: int, inputs: Sequence[Tensor]) -> list[Tensor]:
 def outside_trust_region(target: Target, parameters: Parameters) -> Any:  # noqa: ANN401
     """Find the elements of the greatest conflict."""
     dropped = int((1.0 - float(parameters["threshold_quantile"])) * target.elements)  # type: ignore[arg-type]
-    return Ranking(target.elements, [[dropped]], conflict, then=lambda cuts: cuts[0][0]).begin(1)
+    search = Ranking(target.elements, [[dropped]], conflict, exact=False, gather=False, then=lambda cuts: cuts[0][0])
+    return search.begin(1)
 
 
 @method(
@@ -315,9 +316,11 @@ def trust_region(
     """θ = θ₀ + λ [Ω < Q] Σᵢ τᵢ,   Ω = Σᵢ Σⱼ |τᵢ| |τⱼ| over i ≠ j, Q its `threshold_quantile`,   τᵢ = θᵢ − θ₀
 
     Task Arithmetic in Trust Region without data, Sun et al. 2025, arXiv:2501.15065: elements on which several task
-    vectors are large are left alone. The share 1 − `threshold_quantile` with the greatest Ω is dropped, of equal ones
-    the first, over the whole model or with `scope: tensor` over each tensor.
+    vectors are large are left alone. The share 1 − `threshold_quantile` with the greatest Ω is dropped, and what equals
+    the last of these, over the whole model or with `scope: tensor` over each tensor; but nothing that
+    one model alone changed.
     """
     inputs = (base, *models)
-    outside = statistics.mask(conflict(place.block, inputs)[0], place.counted)
+    (omega,) = conflict(place.block, inputs)
+    outside = statistics.mask(omega, place.counted) & (omega > 0.0)
     return summed(task_vectors(place.block, inputs)).masked_fill_(outside, 0.0).mul_(lambda_).add_(base)
