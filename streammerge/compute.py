@@ -77,18 +77,32 @@ class Evaluator:
             whole = [self.copy(child, start, stop, slot) for child in node.inputs]
             return [values.cpu().reshape(node.info.shape) for values in whole]
         if isinstance(node, ByBlock) and node.method.rows:
-            width = Slicing.of(node.info.shape, node.method.rows).width
-            return [self.copy(child, start, stop, slot).view(-1, width) for child in node.inputs]
+            return self._rows(node, start, stop, slot)
         stop = min(start + part, stop) if part else stop
         return [self.values(child, start, stop, slot + place) for place, child in enumerate(node.inputs)]
 
+    def _rows(self, node: ByBlock, start: int, stop: int, slot: int) -> list[torch.Tensor]:
+        """The rows of every input that elements [start, stop) are, as matrices."""
+        width = row_width(node)
+        return [self.copy(child, start, stop, slot).view(-1, width) for child in node.inputs]
+
     def _method(self, node: ByBlock, piece: int, slot: int) -> torch.Tensor:
         """What the method makes of a piece of its inputs."""
-        place = target_of(node).place(piece)
-        inputs = self._inputs(node, piece, slot)
+        place, statistics = target_of(node).place(piece), self.statistics.get(id(node))
+        inputs = self._with_halo(node, place.start, slot) if node.method.halo else self._inputs(node, piece, slot)
         # a sum takes a twentieth of the time of a look at every element
         self.suspicious |= not math.isfinite(sum(values.sum() for values in inputs))
-        return node.method.compute(place, inputs, node.parameters, self.statistics.get(id(node)))
+        made = node.method.compute(place, inputs, node.parameters, statistics)
+        if not node.method.halo:
+            return made
+        above = min(place.start // row_width(node), node.method.halo)
+        return made[above : above + min(piece_elements(node), node.info.elements - place.start) // row_width(node)]
+
+    def _with_halo(self, node: ByBlock, start: int, slot: int) -> list[torch.Tensor]:
+        """The rows of every input that begin at this element, and the method's halo of rows on both sides."""
+        halo = node.method.halo * row_width(node)
+        stop = min(start + piece_elements(node), node.info.elements)
+        return self._rows(node, max(start - halo, 0), min(stop + halo, node.info.elements), slot)
 
     def _by_pieces(self, node: ByBlock, start: int, stop: int, slot: int) -> torch.Tensor:
         """Cut from the pieces that it touches. One that goes on is kept, because the next range begins in it."""
@@ -160,9 +174,14 @@ def piece_elements(node: Node) -> int:
     if isinstance(node, ByWhole):
         return max(node.info.elements, 1)
     if isinstance(node, ByBlock) and node.method.rows:
-        width = max(Slicing.of(node.info.shape, node.method.rows).width, 1)
-        return max(PIECE // width, 1) * width
+        width = max(row_width(node), 1)
+        return max((BLOCK if node.method.halo else PIECE) // width, 1) * width  # the more, the less a halo weighs
     return PIECE if isinstance(node, ByBlock) else BLOCK
+
+
+def row_width(node: ByBlock) -> int:
+    """How many elements a row has, for a method that is given whole rows."""
+    return Slicing.of(node.info.shape, node.method.rows or "rows").width
 
 
 def piece_count(node: Node) -> int:

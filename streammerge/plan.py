@@ -263,10 +263,12 @@ def lane_bytes(job: Job) -> int:
 
 
 def row_elements(node: ByBlock) -> int:
-    """How many elements of whole rows a method is given at once; 0 if it takes blocks as they come."""
+    """How many elements of whole rows a method is given at once, its halo's too; 0 if it takes blocks as they come."""
     if node.method.rows is None or not node.info.elements:
         return 0
-    return max(min(PIECE, node.info.elements), Slicing.of(node.info.shape, node.method.rows).width)
+    width, halo = Slicing.of(node.info.shape, node.method.rows).width, node.method.halo
+    own = max(min(BLOCK if halo else PIECE, node.info.elements), width)
+    return min(own + 2 * halo * width, max(node.info.elements, own))
 
 
 def held_bytes(node: Node) -> int:
@@ -284,8 +286,18 @@ def _held_by(node: Applied) -> int:
             # products, as many on their way at the most, and coefficients
             return 0 if slices is None else Slicing.of(node.info.shape, slices).count * 8 * inputs * (2 * inputs + 1)
         case ByBlock():
-            target = Target(node.name, node.info.shape, len(node.inputs))
-            return node.method.held(target, node.parameters) if node.method.held else 0
+            return node.method.held(_measured(node), node.parameters) if node.method.held else 0
+
+
+def _measured(node: ByBlock) -> Target:
+    """What the node's statistics are taken of: its tensor; those of a whole model count with its first tensor."""
+    if node.together is None:
+        return Target(node.name, node.info.shape, len(node.inputs))
+    members = node.together.members
+    if node is not members[0]:
+        return Target(node.name, (0,), len(node.inputs))
+    parts = tuple(Target(member.name, member.info.shape, len(member.inputs)) for member in members)
+    return Target("", (sum(part.elements for part in parts),), len(node.inputs), parts=parts)
 
 
 def bytes_read(node: Node) -> int:

@@ -6,7 +6,7 @@ import bisect
 import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -188,8 +188,12 @@ class TogetherSurvey:
         counts = [piece_count(member) for member in together.members]
         self.first_blocks = [0, *itertools.accumulate(counts)]
         first = together.members[0]
-        elements = sum(member.info.elements for member in together.members)
-        target = Target("", (elements,), len(first.inputs), first.seed, piece_elements(first))
+        parts = [
+            replace(target_of(member), first_block=begin)
+            for member, begin in zip(together.members, self.first_blocks, strict=False)
+        ]
+        elements = sum(part.elements for part in parts)
+        target = Target("", (elements,), len(first.inputs), first.seed, piece_elements(first), parts=tuple(parts))
         assert first.method.statistics is not None
         self.step: Pass[Any] | None = None
         self._take(first.method.statistics(target, first.parameters))

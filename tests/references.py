@@ -182,6 +182,7 @@ def ties(
     normalize: bool = True,
     rescale: bool = False,
     scope: str = "tensor",
+    vote: str = "sum",
     context: Context | None = None,
     **lambda_: float,
 ) -> Array:
@@ -195,6 +196,8 @@ def ties(
     ]
     votes = np.stack([share * delta for share, delta in zip(weights, trimmed, strict=True)])
     sign = np.where(votes.sum(axis=0) >= 0, 1.0, -1.0)
+    if vote == "count":
+        sign = np.sign(np.sign(votes).sum(axis=0))
     agree = (np.sign(votes) == sign) & (votes != 0)
     merged = (votes * agree).sum(axis=0)
     if normalize:
@@ -332,6 +335,26 @@ CASES: Final[Sequence[Case]] = (
     Case("extract", 2, base=True, parameters={"alpha": 0.3, "beta": 1.0, "gamma": 2.0}),
     Case("add_cosine_a", 2, parameters={"alpha": 0.1}),
     Case("add_cosine_b", 2, parameters={"alpha": 0.2}),
+    Case("cosine_a", 2, parameters={"alpha": 0.2}),
+    Case("cosine_a", 2, parameters={"alpha": -0.3, "scope": "tensor"}),
+    Case("cosine_b", 2, parameters={"alpha": 0.2}),
+    Case("cosine_b", 2, parameters={"alpha": -0.3, "scope": "tensor"}),
+    Case("cosine_sum", 2, parameters={"alpha": 0.7}),
+    Case("cosine_sum", 2, base=True, parameters={"inverse": True}),
+    Case("cosine_sum", 2, base=True, parameters={"mean": True}),
+    Case("crossover", 2),
+    Case("crossover", 2, parameters={"alpha": 0.3, "tilt": 0.5}),
+    Case("crossover", 2, parameters={"alpha": 0.4, "tilt": 1.3}),
+    Case("crossover", 2, parameters={"alpha": 0.7, "tilt": 2.0}),
+    Case("crossover", 2, parameters={"alpha": 0.7, "tilt": 2.6}),
+    Case("crossover", 2, parameters={"alpha": 0.3, "tilt": 3.7}),
+    Case("distribution_crossover", 2, base=True),
+    Case("distribution_crossover", 2, base=True, parameters={"alpha": 0.3, "beta": 0.4}),
+    Case("top_k_tensor_sum", 2),
+    Case("top_k_tensor_sum", 2, parameters={"width": 0.4, "offset": 0.3}),
+    Case("top_k_tensor_sum", 2, parameters={"width": 0.6, "offset": 0.7}),
+    Case("smooth_add", 2, base=True),
+    Case("smooth_add", 2, base=True, parameters={"alpha": -1.2}),
     Case("ties", 1, base=True, parameters={"density": 0.2}),
     Case("ties", 2, base=True, parameters={"density": [0.3, 0.7], "weight": [0.5, 0.75]}),
     Case("ties", 3, base=True, parameters={"density": 0.5, "weight": [1.0, 0.5, -0.25], "normalize": False}),
@@ -339,12 +362,19 @@ CASES: Final[Sequence[Case]] = (
     Case("ties", 3, base=True),
     Case("ties", 2, base=True, parameters={"density": [0.3, 0.6], "weight": [1.0, 0.5], "scope": "model"}),
     Case("ties", 2, base=True, parameters={"density": 0.1, "scope": "model", "rescale": True, "normalize": False}),
+    Case("ties", 3, base=True, parameters={"density": 0.5, "vote": "count"}),
+    Case("ties", 2, base=True, parameters={"density": 0.7, "vote": "count", "scope": "model"}),
     Case("dare_linear", 2, base=True, parameters={"density": [0.3, 0.8], "weight": [0.6, 0.7], "rescale_by": "l1"}),
     Case("dare_linear", 2, base=True, parameters={"density": 0.5, "lambda": 0.7, "normalize": True, "seed": 7}),
     Case("dare_linear", 1, base=True, parameters={"density": 0.25, "rescale": False}),
     Case("dare_linear", 3, base=True),
     Case("dare_ties", 3, base=True, parameters={"density": [0.3, 0.8, 0.5], "weight": [0.61, 0.73, -0.37]}),
     Case("dare_ties", 2, base=True, parameters={"density": 0.4, "normalize": True, "rescale_by": "l1"}),
+    Case("dropout", 2, base=True, parameters={"density": [0.3, 0.6], "lambda": 0.8, "seed": 3}),
+    Case("dropout", 3, base=True, parameters={"density": 0.4, "rescale": 0.5}),
+    Case("trust_region", 3, base=True, parameters={"threshold_quantile": 0.7, "lambda": 0.6}),
+    Case("trust_region", 2, base=True),
+    Case("trust_region", 2, base=True, parameters={"threshold_quantile": 0.4, "scope": "tensor"}),
     Case("breadcrumbs", 2, base=True, parameters={"density": [0.3, 0.6], "gamma": [0.05, 0.3], "weight": [0.6, 0.7]}),
     Case("breadcrumbs", 2, base=True, parameters={"density": 0.5, "rescale": True, "lambda": 1.5, "normalize": True}),
     Case("breadcrumbs", 1, base=True, parameters={"density": 0.9, "gamma": 0.5}),

@@ -304,11 +304,36 @@ def arcee_fusion(inputs: Inputs) -> Array:
     return np.asarray(merged.reshape(inputs[0].shape))
 
 
+def dropout(
+    inputs: Inputs, *, context: Context, density: Numbers = 0.1, rescale: float = 1.0, seed: int = 0, **scale: float
+) -> Array:
+    densities = each(density, len(inputs) - 1)
+    masks = [
+        uniform(context.name, i, inputs[0].shape, seed=seed) < np.float32(share) for i, share in enumerate(densities)
+    ]
+    kept = [m * d / share**rescale for m, d, share in zip(masks, deltas_of(inputs), densities, strict=True)]
+    return np.asarray(inputs[0] + scale.get("lambda", 1.0) * sum(kept) / np.maximum(np.sum(masks, axis=0), 1))
+
+
+def trust_region(
+    inputs: Inputs, *, context: Context, threshold_quantile: float = 0.99, scope: str = "model", **scale: float
+) -> Array:
+    deltas = [context.joined(i) if scope == "model" else d.reshape(-1) for i, d in enumerate(deltas_of(inputs))]
+    pairs = [np.abs(a * b) for i, a in enumerate(deltas) for b in deltas[:i]]
+    conflict = np.sqrt(np.sum(pairs, axis=0)).astype(np.float32)
+    dropped = int((1 - threshold_quantile) * conflict.size)
+    threshold = np.sort(conflict)[::-1][dropped - 1] if dropped else np.inf
+    inside = ((conflict < threshold) | (conflict == 0)).astype(np.float64)
+    inside = context.own_part(inside) if scope == "model" else inside.reshape(inputs[0].shape)
+    return np.asarray(inputs[0] + scale.get("lambda", 1.0) * inside * np.sum(deltas_of(inputs), axis=0))
+
+
 SPARSE: Mapping[str, Any] = {
     function.__name__: function
     for function in (
         *(dare_linear, dare_ties, breadcrumbs, breadcrumbs_ties, della, della_linear),
         *(sce, ram, ramplus_tl, magmax, emr, tall_mask, consensus_ta, pcb, nearswap, arcee_fusion),
+        *(dropout, trust_region),
     )
 }
 """The references by method."""

@@ -29,7 +29,8 @@ ORDER = [
     *("methods.cuts", "methods.radix", "methods.bracketing", "methods.ranking"),
     *("methods.linear", "methods.spherical", "methods.means", "methods.sparse", "methods.dropping"),
     *("methods.agreement", "methods.competition", "methods.selection", "methods.matrix"),
-    *("methods.diffusion", "methods.placed", "methods.cosines", "methods.loading", "methods"),
+    *("methods.diffusion", "methods.placed", "methods.cosines", "methods.likeness", "methods.medians"),
+    *("methods.smoothing", "methods.spectra", "methods.loading", "methods"),
     # what is asked for
     *("architecture", "scalars", "blocks", "presets", "blockwise"),
     *("parameters", "recipe", "recipe_files", "recipes", "provenance", "carrying"),

@@ -81,6 +81,15 @@ def test_every_method_is_in_the_table():
         assert f"| `{name}` |" in TEXT
 
 
+def test_other_tools_names_lead_to_methods_that_are_there():
+    table = TEXT.partition("<!-- other names -->")[2].partition("<!-- end of other names -->")[0]
+    cells = [row.split("|")[3] for row in table.strip().splitlines()[2:]]
+    words = {word for cell in cells for word in re.findall(r"`([a-z_]+)`", cell)}
+    known = {parameter.name for method in METHODS.values() for parameter in method.parameters} | {"on_missing"}
+    assert len(cells) > 10
+    assert words <= {*METHODS, *known}
+
+
 def test_every_command_is_mentioned():
     for name in COMMANDS:
         assert f"streammerge {name}" in TEXT

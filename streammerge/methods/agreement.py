@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from streammerge.errors import MethodError
 from streammerge.methods.contract import Between, ParameterValue, Share
@@ -273,3 +273,54 @@ def consensus_ta(
     total, masks = tall_masks(task_vectors(0, (base, *models)), threshold)
     claims = summed([mask.to(base.dtype) for mask in masks])
     return total.mul_(claims >= k).mul_(lambda_).add_(base)
+
+
+# Trust region
+
+
+def conflict(block: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """√(Σᵢ Σⱼ |τᵢ τⱼ|) over all pairs, in float64: in the order of the sums themselves, and in float32's range."""
+    pairs = sizes = inputs[0].new_zeros(()).double()
+    for delta in task_vectors(block, inputs):
+        size = delta.double().abs_()
+        pairs, sizes = pairs + size * sizes, sizes + size
+    return [pairs.sqrt_()]
+
+
+def outside_trust_region(target: Target, parameters: Parameters) -> Any:  # noqa: ANN401
+    """Find the elements of the greatest conflict."""
+    dropped = int((1.0 - float(parameters["threshold_quantile"])) * target.elements)  # type: ignore[arg-type]
+    search = Ranking(target.elements, [[dropped]], conflict, exact=False, gather=False, then=lambda cuts: cuts[0][0])
+    return search.begin(1)
+
+
+@method(
+    BlockMethod,
+    base="required",
+    statistics=outside_trust_region,
+    passes=2,
+    scope="scope",
+    statistics_of=("threshold_quantile",),
+    temporaries=12,
+    float64=True,
+)
+def trust_region(
+    base: Tensor,
+    *models: Tensor,
+    threshold_quantile: Share = 0.99,
+    lambda_: float = 1.0,
+    scope: Literal["model", "tensor"] = "model",
+    place: Place,
+    statistics: Cut,
+) -> Tensor:
+    """θ = θ₀ + λ [Ω < Q] Σᵢ τᵢ,   Ω = Σᵢ Σⱼ |τᵢ| |τⱼ| over i ≠ j, Q its `threshold_quantile`,   τᵢ = θᵢ − θ₀
+
+    Task Arithmetic in Trust Region without data, Sun et al. 2025, arXiv:2501.15065: elements on which several task
+    vectors are large are left alone. The share 1 − `threshold_quantile` with the greatest Ω is dropped, and what equals
+    the last of these, over the whole model or with `scope: tensor` over each tensor; but nothing that
+    one model alone changed.
+    """
+    inputs = (base, *models)
+    (omega,) = conflict(place.block, inputs)
+    outside = statistics.mask(omega, place.counted) & (omega > 0.0)
+    return summed(task_vectors(place.block, inputs)).masked_fill_(outside, 0.0).mul_(lambda_).add_(base)

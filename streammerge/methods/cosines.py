@@ -69,16 +69,7 @@ class ColumnCosinePass:
 
     def measure(self, block: int, inputs: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
         """⟨a, b⟩, ‖a‖² and ‖b‖² of the block's share of columns, from the first that it touches on."""
-        start = block * self.step
-        parts = self.slicing.rectangles(start, start + inputs[0].numel())
-        return [self._measure(part, *(part.of(values).double() for values in inputs)) for part in parts]
-
-    def _measure(self, part: Rectangle, one: Tensor, other: Tensor) -> tuple[int, Tensor]:
-        import torch
-
-        along = 0 if self.slicing.by_column else 1
-        sums = [(one * other).sum(along), (one * one).sum(along), (other * other).sum(along)]
-        return part.column if self.slicing.by_column else part.row, torch.stack(sums).cpu()
+        return sums_of_columns(self.slicing, block * self.step, *inputs)
 
     def add(self, block: int, measured: list[tuple[int, Tensor]]) -> None:
         """Add a block's shares to the sums."""
@@ -87,12 +78,32 @@ class ColumnCosinePass:
 
     def finish(self) -> ColumnCosines:
         """The cosines of the whole columns, and of the whole tensors."""
-        dot, square, other_square = self.totals
         product, one, other = self.totals.sum(1).tolist()
         whole = product / math.sqrt(one) / math.sqrt(other) if one and other else 0.0
-        for squares in (square, other_square):
-            dot.div_(squares.masked_fill_(squares == 0, 1.0).sqrt_())
-        return ColumnCosines(self.slicing, dot, whole)
+        return ColumnCosines(self.slicing, cosines_from(self.totals), whole)
+
+
+def sums_of_columns(slicing: Slicing, start: int, one: Tensor, other: Tensor) -> list[tuple[int, Tensor]]:
+    """⟨a, b⟩, ‖a‖² and ‖b‖² of a block's share of columns, from the first that each of its rectangles touches on."""
+    parts = slicing.rectangles(start, start + one.numel())
+    return [_sums_of(part, part.of(one).double(), part.of(other).double(), slicing) for part in parts]
+
+
+def _sums_of(part: Rectangle, one: Tensor, other: Tensor, slicing: Slicing) -> tuple[int, Tensor]:
+    import torch
+
+    along = 0 if slicing.by_column else 1
+    sums = [(one * other).sum(along), (one * one).sum(along), (other * other).sum(along)]
+    return part.column if slicing.by_column else part.row, torch.stack(sums).cpu()
+
+
+def cosines_from(sums: Tensor) -> Tensor:
+    """The cosines that follow from rows of ⟨a, b⟩, ‖a‖² and ‖b‖², which are used up; 0 where one of them is zero."""
+    dot: Tensor = sums[0]
+    squares = sums[1:]
+    for square in squares:
+        dot.div_(square.masked_fill_(square == 0, 1.0).sqrt_())
+    return dot
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -112,6 +112,28 @@ def dare_ties(
     return add_deltas(base, deltas, weight, normalize=normalize, scale=lambda_, elect=True)
 
 
+@method(BlockMethod, base="required", temporaries=6)
+def dropout(
+    base: Tensor,
+    *models: Tensor,
+    density: Sequence[Share] = (0.1,),
+    lambda_: float = 1.0,
+    rescale: Share = 1.0,
+    place: Place,
+) -> Tensor:
+    """θ = θ₀ + λ Σᵢ mᵢ densityᵢ⁻ʳ (θᵢ − θ₀) / max(Σᵢ mᵢ, 1),   mᵢ: 1 with the probability densityᵢ, else 0
+
+    sd-mecha's dropout (its probability is 1 − density): elements that several task vectors keep are averaged. r is
+    `rescale`. Task vectors are dropped independently; sd-mecha's other overlaps raise errors, but for odd ones.
+    """
+    total, kept = base * 0.0, base * 0.0
+    for i, (model, share) in enumerate(zip(models, density, strict=True)):
+        mask = (place.uniform(i, model) < share).to(base.dtype)
+        kept += mask
+        total.addcmul_(model - base, mask, value=share**-rescale if share else 0.0)
+    return total.div_(kept.clamp_(min=1.0)).mul_(lambda_).add_(base)
+
+
 # Breadcrumbs: the smallest and the largest
 
 Band = Sequence[Cut]

@@ -17,7 +17,7 @@ class Target:
     """The tensor that a method makes: its name and shape, how many inputs it is made of, and the seed of the merge.
 
     It is made in blocks of `step` elements. Where statistics are taken over all tensors of a model together, its blocks
-    are counted from `first_block` in them.
+    are counted from `first_block` in them; what is measured then has them as its `parts`.
     """
 
     name: str
@@ -26,6 +26,7 @@ class Target:
     seed: int = 0
     step: int = 2**18
     first_block: int = 0
+    parts: tuple[Target, ...] = ()
 
     @property
     def elements(self) -> int:

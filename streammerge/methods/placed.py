@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from streammerge.methods.contract import Between
-from streammerge.methods.registry import BlockMethod, method
+from streammerge.methods.registry import BlockMethod, WholeMethod, method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,6 +64,29 @@ def tensor_sum(
     index = index.div_(behind, rounding_mode="floor").remainder_(shape[axis])
     inside = (index >= region.start) & (index < region.stop)
     return torch.where(inside != region.inverted, second, first)
+
+
+@method(WholeMethod, models=(2, 2), temporaries=12)
+def top_k_tensor_sum(first: Tensor, second: Tensor, *, width: float = 0.5, offset: float = 0.0) -> Tensor:
+    """θ = the element of θ₁ of the same rank as θ₂'s, if its magnitude's rank is in [offset · n, (offset + width) · n)
+
+    sd-meh's and sd-mecha's top k tensor sum: θ₁'s values in θ₂'s order, where these are among the smallest (or from
+    `offset` on, around the end), and θ₁ elsewhere. Ranks are ascending; of equal elements the first ones come first, so
+    that exactly the share `width` of θ₁'s elements is in (sd-mecha takes one more from an `offset` on; both take all
+    that equal the last). A NaN is the greatest.
+    """
+    import torch
+
+    region = Region.of(width, offset, first.numel())
+    values, model = first.reshape(-1), second.reshape(-1)
+    chosen = torch.full(values.shape, region.inverted)
+    chosen[values.abs().argsort(stable=True)[region.start : region.stop]] = not region.inverted
+    order = values.argsort(stable=True)
+    chosen, values = chosen[order], values[order]
+    out = first.clone()
+    del order
+    out.view(-1)[model.argsort(stable=True)[chosen]] = values[chosen]
+    return out
 
 
 @method(BlockMethod, models=(1, 1))

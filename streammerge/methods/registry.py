@@ -172,6 +172,8 @@ class BlockMethod(Method):
     plan counts them.
 
     With `rows` the blocks are whole rows: matrices of as many rows of each input as make a block, or one longer row.
+    With a `halo` the function (not the statistics) is also given so many of the rows before and after, as far as there
+    are any, and what it makes of these is left out: what lies further away than that has no influence on a row.
     `held(target, parameters)` is what the statistics take in bytes, where that depends on the tensor's size.
     `scope` is "model" where they are taken of the whole model: of all its tensors for which the parameters named in
     `statistics_of` are the same, as if they were one; or it names a parameter that is "model" or "tensor". `float64`
@@ -184,6 +186,7 @@ class BlockMethod(Method):
     temporaries: int = 14
     temporaries_each: int = 1
     rows: Slices | None = None
+    halo: int = 0
     held: Callable[[Target, Mapping[str, ParameterValue]], int] | None = None
     scope: str = "tensor"
     statistics_of: tuple[str, ...] = ()

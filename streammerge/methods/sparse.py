@@ -57,6 +57,7 @@ def ties(
     lambda_: float = 1.0,
     rescale: bool = False,
     scope: Literal["tensor", "model"] = "tensor",
+    vote: Literal["sum", "count"] = "sum",
     place: Place,
     statistics: Sequence[Trim],
 ) -> Tensor:
@@ -64,13 +65,14 @@ def ties(
 
     TIES-Merging, Yadav et al. 2023, arXiv:2306.01708. trim keeps the `density` largest elements (of equal ones the
     first) of each tensor as in mergekit, or with `scope: model` of the whole model as in the paper; the sign of the
-    weighted sum is elected, + where it is zero. `rescale` scales what was kept to the L1 norm of the whole task vector.
+    weighted sum is elected, + where it is zero; or with `vote: count`, as in sd-meh and sd-mecha, that of most models,
+    none where there is no majority. `rescale` scales what was kept to the L1 norm of the whole task vector.
     """
     deltas = [
         scaled(cut.keep(model - base, place.counted), share * factor)
         for model, (cut, factor), share in zip(models, statistics, weight, strict=True)
     ]
-    total, weights = elect_and_sum(deltas, weight)
+    total, weights = elect_and_sum(deltas, weight, vote)
     if normalize:
         total = divided(total, weights, weight)
     return scaled(total, lambda_).add_(base)
@@ -89,12 +91,15 @@ def scaled(values: Tensor, factor: float) -> Tensor:
     return values if factor == 1 else values.mul_(factor)
 
 
-def elect_and_sum(deltas: Sequence[Tensor], weight: Sequence[float]) -> tuple[Tensor, Tensor]:
+def elect_and_sum(deltas: Sequence[Tensor], weight: Sequence[float], vote: str = "sum") -> tuple[Tensor, Tensor]:
     """The sum of the weighted deltas that agree with the sign of their sum, and the sum of their weights.
 
-    The deltas are used up.
+    Where signs are counted, with that of most, if there is one. The deltas are used up.
     """
-    sign = summed(deltas).ge_(0.0).mul_(2.0).sub_(1.0)  # numbers are faster than truth values
+    if vote == "count":
+        sign = summed([delta.sign() for delta in deltas]).sign_()
+    else:
+        sign = summed(deltas).ge_(0.0).mul_(2.0).sub_(1.0)  # numbers are faster than truth values
     agreeing = [delta.mul_(sign).clamp_(min=0.0) for delta in deltas]
     total, weights = agreeing[0].clone(), agreeing[0].sign_().mul_(weight[0])
     for delta, share in zip(agreeing[1:], weight[1:], strict=True):

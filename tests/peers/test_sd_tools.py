@@ -29,6 +29,13 @@ MECHA = [
     Case("tensor_sum", 2, parameters={"width": 0.4, "offset": 0.3}),
     Case("tensor_sum", 2, parameters={"width": 0.5, "offset": 0.75}),
     Case("geometric_median", 3),
+    Case("crossover", 2, parameters={"alpha": 0.3}),
+    Case("crossover", 2, parameters={"alpha": 0.3, "tilt": 0.5}),
+    Case("crossover", 2, parameters={"alpha": 0.4, "tilt": 1.3}),
+    Case("crossover", 2, parameters={"alpha": 0.7, "tilt": 2.6}),
+    Case("crossover", 2, parameters={"alpha": 0.7, "tilt": 3.7}),
+    Case("top_k_tensor_sum", 2, parameters={"width": 0.4}),
+    Case("top_k_tensor_sum", 2, parameters={"width": 1.0}),
 ]
 
 MECHA_MATRICES = [Case("model_stock", 3, base=True, parameters={"filter_wise": True, "pairs": "consecutive"})]
@@ -43,6 +50,10 @@ MEH = [
     Case("euclidean_add_difference", 2, base=True, parameters={"alpha": 0.3}),
     Case("multiply_difference", 2, base=True, parameters={"alpha": 0.3, "beta": 0.25}),
     Case("similarity_add_difference", 2, base=True, parameters={"alpha": 0.7, "beta": 0.4}),
+    Case("distribution_crossover", 2, base=True, parameters={"alpha": 0.3, "beta": 0.0}),
+    Case("distribution_crossover", 2, base=True, parameters={"alpha": 0.3, "beta": 0.4}),
+    Case("top_k_tensor_sum", 2, parameters={"width": 0.4, "offset": 0.3}),
+    Case("top_k_tensor_sum", 2, parameters={"width": 0.6, "offset": 0.7}),
 ]
 
 

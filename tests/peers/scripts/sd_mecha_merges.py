@@ -37,6 +37,8 @@ MERGES = {
     "add_cosine_b": lambda _, a, b, **p: call("add_cosine_b", a, b, **p),
     "clamp": lambda _, a, *bounds, **p: call("clamp", a, *bounds, **p),
     "tensor_sum": lambda _, a, b, **p: resolve("tensor_sum").__wrapped__(a, b, **p),
+    "crossover": lambda _, a, b, **p: resolve("crossover").__wrapped__(a, b, **p),
+    "top_k_tensor_sum": lambda _, a, b, **p: resolve("top_k_tensor_sum").__wrapped__(a, b, **p),
     "geometric_median": lambda _, *models, max_iter=100: call(
         "geometric_median", *models, eps=1e-6, maxiter=torch.tensor(max_iter), ftol=1e-20
     ),

@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from sd_meh import merge_methods
 
+NAMES = {"width": "alpha", "offset": "beta"}
+
 
 def main():
     """Merge every tensor of every case; sd-meh's models are a, b and c, of which c is the base where there is one."""
@@ -17,8 +19,9 @@ def main():
         base, *others = models[: case["models"] + 1]
         inputs = [*others, base] if case["base"] else others
         merge = getattr(merge_methods, case["method"])
-        merged = {
-            name: merge(**dict(zip("abc", (model[name] for model in inputs), strict=False)), **case["parameters"])
+        parameters = {NAMES.get(key, key): value for key, value in case["parameters"].items()}
+        merged = {  # of copies, because tensor_sum writes into its inputs
+            name: merge(**dict(zip("abc", (model[name].clone() for model in inputs), strict=False)), **parameters)
             for name in base
         }
         save_file(
