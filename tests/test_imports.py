@@ -28,7 +28,9 @@ ORDER = [
     *("methods.contract", "methods.registry", "methods.place", "methods.statistics", "methods.slices", "methods.sums"),
     *("methods.cuts", "methods.radix", "methods.bracketing", "methods.ranking"),
     *("methods.linear", "methods.spherical", "methods.means", "methods.sparse", "methods.dropping"),
-    *("methods.agreement", "methods.competition", "methods.selection", "methods.matrix"),
+    *("methods.agreement", "methods.competition", "methods.selection"),
+    *("methods.tall", "methods.decomposition", "methods.tasks", "methods.matrix", "methods.rotation"),
+    *("methods.isotropic", "methods.subspaces", "methods.alignment", "methods.interference"),
     *("methods.diffusion", "methods.placed", "methods.cosines", "methods.loading", "methods"),
     # what is asked for
     *("parameters", "recipe", "recipe_files", "recipes"),
