@@ -41,9 +41,14 @@ def knots(
     largest of its elements, and of these the ones that agree with the elected sign are averaged by `weight`
     (`normalize` false: summed), as in `ties`. All of equally large elements are kept. Singular values of at most
     `epsilon` times the greatest are left out, where the paper's program takes `epsilon` as it stands, whatever the
-    models' scale. Tensors that are no matrices are merged by TIES as they are.
+    models' scale. Tensors of fewer than two dimensions are merged by TIES as they are, and those with infinite values
+    or NaNs take the mean task vector.
     """
+    import torch
+
     flat = Tasks(base, models)
+    if not flat.are_finite:
+        return flat.mean(lambda_)
     weights, densities = (tuple(each) * (1 if len(each) > 1 else len(models)) for each in (weight, density))
     if not flat.are_matrices:
         return flat.merged(elect(flat.deltas, weights, densities, normalize=normalize), lambda_)
@@ -57,7 +62,7 @@ def knots(
         return tasks.merged(merged @ (found.values * found.right).T, lambda_)
     together = beside(tasks.deltas)
     found = telling(decompose(together), epsilon)
-    parts = [Tall.held(part) for part in found.right.unflatten(0, (-1, width))]
+    parts = [Tall.held(part) for part in torch.split(found.right, width)]
     merged = elect(parts, weights, densities, normalize=normalize)
     return tasks.merged(together @ ((found.left * found.values) @ merged.matrix().T), lambda_)
 

@@ -74,12 +74,12 @@ def descend_together(parts: list[Tall], factors: list[float], iterations: int, r
 
 
 class Adam:
-    """Values on their way down a gradient, with its first and second moments; `count`: the steps, from 1 on."""
+    """Values on their way down a gradient, moved where they are, with its two moments; `count`: the steps, from 1."""
 
     def __init__(self, values: Tensor, rate: float) -> None:
         import torch
 
-        self.values = values.clone()
+        self.values = values
         self.mean = torch.zeros_like(values)
         self.square = torch.zeros_like(values)
         self.rate = rate

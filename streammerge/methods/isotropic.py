@@ -8,6 +8,7 @@ from streammerge.methods.contract import PerModel, Share
 from streammerge.methods.decomposition import decompose
 from streammerge.methods.registry import WholeMethod, method
 from streammerge.methods.subspaces import Part, orthogonalized
+from streammerge.methods.tall import Tall
 from streammerge.methods.tasks import Tasks, workspace
 
 if TYPE_CHECKING:
@@ -52,14 +53,22 @@ def iso_cts(
     own = tasks_share(tasks.rank, tasks.count, common_space_fraction)
     total = tasks.total
     shared = decompose(total).largest(tasks.rank - own * tasks.count)
-    if tasks.turned:  # the filters' side is the short one
-        beyond = [delta - delta @ (shared.right @ shared.right.T) for delta in tasks.deltas]
-    else:
-        common = total @ shared.left
-        beyond = [delta - total @ (shared.left @ common.gram(delta)) for delta in tasks.deltas]
-    parts = [Part(total, shared), *(Part(rest, decompose(rest).largest(own)) for rest in beyond)]
+    parts = [Part(total, shared)]
+    for delta in tasks.deltas:
+        rest = beyond(delta, Part(total, shared), turned=tasks.turned)
+        parts.append(Part(rest, decompose(rest).largest(own)))
     kept = sum(float(part.found.values.sum()) for part in parts)
     return tasks.merged(orthogonalized(parts, isotropic=True), lambda_ * kept / tasks.rank)
+
+
+def beyond(delta: Tall, shared: Part, *, turned: bool) -> Tall:
+    """What of a task vector is orthogonal to the shared directions of the filters' side."""
+    if turned:  # that side is the short one
+        return delta - delta @ (shared.found.right @ shared.found.right.T)
+    common = shared.matrix @ shared.found.left
+    for _ in range(2):  # because the directions are orthonormal to 1e-8 alone
+        delta = delta - common @ common.gram(delta)
+    return delta
 
 
 def tasks_share(rank: int, count: int, fraction: float) -> int:

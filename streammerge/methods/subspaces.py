@@ -73,7 +73,7 @@ def tsv_m(
     return tasks.merged(orthogonalized(parts, isotropic=False), lambda_)
 
 
-@method(WholeMethod, base="required", temporaries=0, held=workspace(squares=12, each=1))
+@method(WholeMethod, base="required", temporaries=0, held=workspace(squares=10))
 def svc(
     base: Tensor,
     *models: Tensor,

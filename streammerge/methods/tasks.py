@@ -29,7 +29,8 @@ class Tasks:
         self.turned = height * height < base.numel() if turned is None else turned
         weights = weight if len(weight) == len(models) else tuple(weight) * len(models)
         self.deltas = [self._delta(model, w) for model, w in zip(models, weights, strict=True)]
-        self.are_matrices = base.ndim > 1 and all(is_finite(tensor) for tensor in (base, *models))
+        self.are_finite = all(is_finite(tensor) for tensor in (base, *models))
+        self.are_matrices = base.ndim > 1 and self.are_finite
 
     def _flat(self, tensor: Tensor) -> Tensor:
         matrix = tensor.reshape(tensor.shape[0] if tensor.ndim > 1 else -1, self.width)
