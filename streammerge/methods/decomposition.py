@@ -54,7 +54,8 @@ def decompose(matrix: Tall) -> Decomposition:
     The Gram matrix holds the singular values' squares, and small ones only to the rounding of the greatest. So where
     they differ much, it serves to make the columns nearly orthonormal; the Gram matrix of these gives the polar factor
     (cf. Fukaya et al. 2020, shifted CholeskyQR3), and M's other factor, symmetric, has M's singular values unsquared
-    (Higham, Papadimitriou 1994). Values are right to 1e-9 of the greatest, and the polar factor to about 1e-8, both as a rule far better.
+    (Higham, Papadimitriou 1994). Values are right to 1e-9 of the greatest, and the polar factor to about 1e-8; both to
+    1e-10 where the squares differ less.
     """
     import torch
 

@@ -45,7 +45,8 @@ def iso_cts(
     τᵢ = θᵢ − θ₀ as a matrix with a row per filter, of r singular values; U_c are T's largest left singular vectors, a
     share `common_space_fraction` of r, and the others are divided evenly among the tasks. ⊥ is the nearest matrix with
     orthonormal columns, and σ̄ the mean of all singular values that were kept. What is 0, and tensors that are no
-    matrices, are treated as in `iso_c`, and so is the decomposition.
+    matrices, are treated as in `iso_c`, and so is the decomposition. Task vectors of low rank, such as LoRAs that were
+    merged, have rounding errors for most of their directions, which count like the others here.
     """
     tasks = Tasks(base, models, weight)
     if not tasks.are_matrices:
