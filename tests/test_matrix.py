@@ -177,7 +177,7 @@ def test_randomised_methods_are_near_the_exact_ones_and_follow_the_seed():
 
 
 def some_rotation(size: int) -> torch.Tensor:
-    rotation = torch.linalg.qr(normal((size, size), 5, torch.float64))[0]
+    rotation: torch.Tensor = torch.linalg.qr(normal((size, size), 5, torch.float64))[0]
     rotation[:, 0] *= torch.linalg.det(rotation).sign()
     return rotation
 

@@ -20,7 +20,8 @@ def matrix(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 def with_values(rows: int, columns: int, values: torch.Tensor) -> torch.Tensor:
     """A matrix of these singular values."""
     left, right = torch.linalg.qr(matrix(rows, columns, 1))[0], torch.linalg.qr(matrix(columns, columns, 2))[0]
-    return (left * values) @ right.T
+    made: torch.Tensor = (left * values) @ right.T
+    return made
 
 
 def rebuilt(given: torch.Tensor, found: Decomposition) -> torch.Tensor:
@@ -65,7 +66,7 @@ def test_the_inputs_stay_as_they_are():
 @pytest.mark.parametrize("shape", [(40, 40), (90, 20)], ids=str)
 def test_singular_values_and_the_polar_factor_are_right_whatever_the_condition(shape, spread):
     values = torch.logspace(0, 1, shape[1], base=spread, dtype=F64) if spread < 1 else torch.ones(shape[1], dtype=F64)
-    given = 3e-3 * with_values(*shape, values)
+    given = 3e-3 * with_values(shape[0], shape[1], values)
     found = decompose(Tall.held(given))
     left, expected, right = torch.linalg.svd(given, full_matrices=False)
     torch.testing.assert_close(found.values, expected, rtol=0, atol=1e-9 * float(expected[0]))
