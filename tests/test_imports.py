@@ -30,7 +30,7 @@ ORDER = [
     *("methods.linear", "methods.spherical", "methods.means", "methods.sparse", "methods.dropping"),
     *("methods.agreement", "methods.competition", "methods.selection"),
     *("methods.tall", "methods.decomposition", "methods.tasks", "methods.matrix", "methods.rotation"),
-    *("methods.isotropic", "methods.subspaces", "methods.alignment", "methods.interference"),
+    *("methods.subspaces", "methods.isotropic", "methods.alignment", "methods.interference"),
     *("methods.diffusion", "methods.placed", "methods.cosines", "methods.loading", "methods"),
     # what is asked for
     *("parameters", "recipe", "recipe_files", "recipes"),

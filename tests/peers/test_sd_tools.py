@@ -29,10 +29,18 @@ MECHA = [
     Case("tensor_sum", 2, parameters={"width": 0.4, "offset": 0.3}),
     Case("tensor_sum", 2, parameters={"width": 0.5, "offset": 0.75}),
     Case("geometric_median", 3),
+    Case("truncate_rank", 1, base=True, parameters={"rank": 3}),
 ]
 
 MECHA_MATRICES = [Case("model_stock", 3, base=True, parameters={"filter_wise": True, "pairs": "consecutive"})]
 """Whose rows are those of the kernels for convolutions."""
+
+MECHA_TALL = [
+    Case("rotate", 2),
+    Case("rotate", 2, parameters={"alpha": 0.3, "centralization": 0.5}),
+    Case("rotate", 2, parameters={"alignment": 0.4, "alpha": 0.3}),
+]
+"""Whose matrices have more rows than columns: of others sd-mecha's map is not orthogonal."""
 
 MEH = [
     Case("weighted_sum", 2, parameters={"alpha": 0.3}),
@@ -75,6 +83,8 @@ def test_sd_mecha_makes_the_same(tensors, tmp_path, pytestconfig, distance):
     models = [{"matrix": model["matrix"]} for model in models]
     made = run_peer(python, "sd_mecha_merges.py", tmp_path, as_jobs(MECHA_MATRICES), models)
     assert_same(MECHA_MATRICES, made, models)
+    models = [{"conv": model["conv"], "turned": model["matrix"].T.contiguous()} for model in tensors[distance]]
+    assert_same(MECHA_TALL, run_peer(python, "sd_mecha_merges.py", tmp_path, as_jobs(MECHA_TALL), models), models, 2e-5)
 
 
 @pytest.mark.parametrize("distance", ["near", "far"])
