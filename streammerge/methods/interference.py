@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@method(WholeMethod, base="required", temporaries=0, held=workspace(squares=3, each=1, tensors=3))
+@method(WholeMethod, base="required", temporaries=0, held=workspace(squares=4, each=1, tensors=3))
 def wudi(
     base: Tensor,
     *models: Tensor,

@@ -101,7 +101,7 @@ def _workspace(
     target: Target,
     parameters: Mapping[str, Any],
 ) -> int:
-    pieces = min(max(PIECE, longer_side(target)), target.elements) * (8 + target.inputs)
+    pieces = min(max(PIECE, longer_side(target)), target.elements) * (10 + target.inputs)
     square = (squares + each * target.inputs) * side(target) ** 2
     return 8 * int(square + tensors * target.elements + pieces)
 
