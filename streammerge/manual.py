@@ -76,7 +76,8 @@ def memory(method: Method) -> str:
             more = f"{method.temporaries_each} more per input, {method.temporaries} beside"
             return f"per worker {unit} of every input, {more}"
         case WholeMethod():
-            return f"every input's whole tensor, and {method.temporaries + 1} of its size beside them"
+            beside = " and matrices of its shorter side, which the plan counts" if method.held else ""
+            return f"every input's whole tensor, and {method.temporaries + 1} of its size beside them{beside}"
         case _:
             return "unknown"
 

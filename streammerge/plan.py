@@ -277,10 +277,12 @@ def held_bytes(node: Node) -> int:
 
 
 def _held_by(node: Applied) -> int:
+    target = Target(node.name, node.info.shape, len(node.inputs))
     match node:
         case ByWhole():
             widest = 8 if any(leaf.info.dtype.bits == 64 for leaf in leaves(node)) else 4
-            return node.info.elements * widest * (len(node.inputs) + node.method.temporaries + 1)
+            beside = node.method.held(target, node.parameters) if node.method.held else 0
+            return node.info.elements * widest * (len(node.inputs) + node.method.temporaries + 1) + beside
         case ByGram():
             slices, inputs = node.slices, len(node.inputs)
             # products, as many on their way at the most, and coefficients

@@ -21,6 +21,7 @@ from streammerge.merged import Merged
 from streammerge.tensors import Model
 from tests.models import Tensors
 from tests.references_diffusion import DIFFUSION
+from tests.references_matrix import MATRIX
 from tests.references_sparse import SPARSE
 from tests.references_spherical import SPHERICAL
 
@@ -219,7 +220,9 @@ def keep_largest(delta: Array, density: float, *, rescale: bool = False) -> Arra
     return np.asarray(kept.reshape(delta.shape))
 
 
-def truncate_rank(inputs: Inputs, *, rank: int = 8, fraction: float = 0.0, alpha: float = 1.0) -> Array:
+def truncate_rank(
+    inputs: Inputs, *, rank: int = 8, fraction: float = 0.0, alpha: float = 1.0, svd: str = "exact"
+) -> Array:
     base, model = inputs
     delta = model - base
     if delta.ndim >= 2 and delta.size:
@@ -249,6 +252,7 @@ REFERENCES: Final[Mapping[str, Reference]] = {
     **SPHERICAL,
     **DIFFUSION,
     **SPARSE,
+    **MATRIX,
 }
 
 CASES: Final[Sequence[Case]] = (
@@ -407,6 +411,23 @@ CASES: Final[Sequence[Case]] = (
     Case("truncate_rank", 1, base=True, parameters={"rank": 2}),
     Case("truncate_rank", 1, base=True, parameters={"fraction": 0.4, "alpha": 0.8}),
     Case("truncate_rank", 1, base=True),
+    Case("iso_c", 3, base=True, parameters={"weight": [1.0, 0.5, 0.75], "lambda": 1.2}),
+    Case("iso_c", 2, base=True),
+    Case("iso_cts", 2, base=True, parameters={"weight": [1.0, 0.5], "common_space_fraction": 0.5, "lambda": 0.9}),
+    Case("iso_cts", 3, base=True),
+    Case("iso_cts", 2, base=True, parameters={"common_space_fraction": 0.0}),
+    Case("tsv_m", 2, base=True, parameters={"weight": [1.0, 0.5], "lambda": 0.9}),
+    Case("tsv_m", 3, base=True),
+    Case("svc", 2, base=True, parameters={"weight": [0.6, 0.3], "lambda": 0.9, "alpha": 0.2}),
+    Case("svc", 3, base=True),
+    Case("knots", 3, base=True, parameters={"density": [0.3, 0.6, 0.5], "weight": [1.0, 0.5, 0.75], "lambda": 0.9}),
+    Case("knots", 2, base=True, parameters={"density": 0.4, "normalize": False}),
+    Case("knots", 2, base=True),
+    Case("wudi", 2, base=True, parameters={"iterations": 20, "learning_rate": 1e-4, "lambda": 0.9}),
+    Case("wudi", 3, base=True, parameters={"iterations": 40}),
+    Case("rotate", 2, parameters={"alignment": 0.5, "alpha": 0.3, "centralization": 0.8}),
+    Case("rotate", 2),
+    Case("rotate", 2, parameters={"alignment": 2.0, "alpha": 0.5}),
 )
 
 ONE_CASE_EACH: Final[Sequence[Case]] = tuple({case.method: case for case in reversed(CASES)}.values())[::-1]

@@ -28,7 +28,9 @@ ORDER = [
     *("methods.contract", "methods.registry", "methods.place", "methods.statistics", "methods.slices", "methods.sums"),
     *("methods.cuts", "methods.radix", "methods.bracketing", "methods.ranking"),
     *("methods.linear", "methods.spherical", "methods.means", "methods.sparse", "methods.dropping"),
-    *("methods.agreement", "methods.competition", "methods.selection", "methods.matrix"),
+    *("methods.agreement", "methods.competition", "methods.selection"),
+    *("methods.tall", "methods.decomposition", "methods.tasks", "methods.matrix", "methods.rotation"),
+    *("methods.subspaces", "methods.isotropic", "methods.alignment", "methods.interference"),
     *("methods.diffusion", "methods.placed", "methods.cosines", "methods.likeness", "methods.medians"),
     *("methods.smoothing", "methods.spectra", "methods.loading", "methods"),
     # what is asked for

@@ -15,7 +15,7 @@ import streammerge
 from streammerge import api, works
 from streammerge.errors import PlanError
 from streammerge.machine import MIB
-from streammerge.methods import METHODS
+from streammerge.methods import METHODS, Target
 from streammerge.methods.registry import WholeMethod
 from streammerge.nodes import BLOCK
 from tests.models import (
@@ -83,9 +83,12 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def whole_bytes(method: str) -> int:
     """What a method may take beside the little that is enough for others, because it needs whole tensors."""
-    found = METHODS[method]
+    found, case = METHODS[method], CASES[method]
+    if not isinstance(found, WholeMethod):
+        return 0
     largest = max(map(math.prod, WINDOWED.values()))
-    return 4 * largest * (CASES[method].models + 2 + found.temporaries) if isinstance(found, WholeMethod) else 0
+    held = [found.held(Target("w", shape, case.models + 1), {}) for shape in WINDOWED.values()] if found.held else [0]
+    return 4 * largest * (case.models + 2 + found.temporaries) + max(held)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -31,7 +31,7 @@ def test_passes(name, text):
         ("slerp", "per worker a block of 1 MB of every input"),
         ("ties", "per worker a block of 1 MB of every input, 1 more per input, 14 beside"),
         ("della", "or a row where one is longer, of every input"),
-        ("truncate_rank", "every input's whole tensor, and 11 of its size beside them"),
+        ("truncate_rank", "every input's whole tensor, and 1 of its size beside them and matrices of its shorter side"),
     ],
 )
 def test_memory(name, text):

@@ -227,11 +227,13 @@ class BlockMethod(Method):
 class WholeMethod(Method):
     """The output is a function of the whole inputs in their shape, on the CPU, in float32 or better.
 
-    `temporaries` is how many tensors of the output's size the function holds at once beside its inputs.
+    `temporaries` is how many tensors of the output's size the function holds at once beside its inputs and what it
+    returns; `held(target, parameters)` what it takes in bytes beside these, where that is no multiple of the size.
     """
 
     function: Callable[..., Tensor] = lambda: None  # type: ignore[assignment,return-value]
     temporaries: int = 6
+    held: Callable[[Target, Mapping[str, ParameterValue]], int] | None = None
 
     @property
     def kind(self) -> str:

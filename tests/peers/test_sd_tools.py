@@ -36,10 +36,21 @@ MECHA = [
     Case("crossover", 2, parameters={"alpha": 0.7, "tilt": 3.7}),
     Case("top_k_tensor_sum", 2, parameters={"width": 0.4}),
     Case("top_k_tensor_sum", 2, parameters={"width": 1.0}),
+    Case("truncate_rank", 1, base=True, parameters={"rank": 3}),
 ]
 
 MECHA_MATRICES = [Case("model_stock", 3, base=True, parameters={"filter_wise": True, "pairs": "consecutive"})]
 """Whose rows are those of the kernels for convolutions."""
+
+MECHA_TALL = [
+    Case("rotate", 2),
+    Case("rotate", 2, parameters={"alpha": 0.3, "centralization": 0.5}),
+    Case("rotate", 2, parameters={"alignment": -1.0, "alpha": 0.3}),
+]
+"""Whose matrices have more rows than columns: of others sd-mecha's map is not orthogonal."""
+
+MECHA_FRACTIONS = [Case("rotate", 2, parameters={"alignment": 0.4, "alpha": 0.3})]
+"""Which sd-mecha makes from eigenvalues in float32, to 1e-4 where many lie near to 1."""
 
 MEH = [
     Case("weighted_sum", 2, parameters={"alpha": 0.3}),
@@ -86,6 +97,10 @@ def test_sd_mecha_makes_the_same(tensors, tmp_path, pytestconfig, distance):
     models = [{"matrix": model["matrix"]} for model in models]
     made = run_peer(python, "sd_mecha_merges.py", tmp_path, as_jobs(MECHA_MATRICES), models)
     assert_same(MECHA_MATRICES, made, models)
+    models = [{"conv": model["conv"], "turned": model["matrix"].T.contiguous()} for model in tensors[distance]]
+    for cases, within in ((MECHA_TALL, 2e-6), (MECHA_FRACTIONS, 5e-4)):
+        made = run_peer(python, "sd_mecha_merges.py", tmp_path, as_jobs(cases), models)
+        assert_same(cases, made, models, within)
 
 
 @pytest.mark.parametrize("distance", ["near", "far"])

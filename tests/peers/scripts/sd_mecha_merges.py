@@ -42,6 +42,12 @@ MERGES = {
     "geometric_median": lambda _, *models, max_iter=100: call(
         "geometric_median", *models, eps=1e-6, maxiter=torch.tensor(max_iter), ftol=1e-20
     ),
+    "truncate_rank": lambda base, a, rank: (
+        base + call("truncate_rank", a - base, rank=rank, use_approximate_basis=False)
+    ),
+    "rotate": lambda _, a, b, alpha=0.0, **p: resolve("rotate").__wrapped__(
+        {"": a}, {"": b}, alpha=torch.tensor(alpha), key="", **p
+    ),
     "model_stock": lambda base, *models, **_: base + call("model_stock", *(model - base for model in models)),
 }
 
