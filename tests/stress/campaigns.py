@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from tests.stress import headers
 from tests.stress.campaign import Campaign
 
-CAMPAIGNS: Final[tuple[Campaign, ...]] = ()
+CAMPAIGNS: Final[tuple[Campaign, ...]] = (headers.CAMPAIGN,)
