@@ -193,12 +193,13 @@ def _text_here(text: str, at: int) -> tuple[str, int]:
     return read_text(text, at)
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs, for a parser of JSON; MalformedHeaderError if a name stands twice in it."""
     entries = dict(pairs)
     if len(entries) != len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise MalformedHeaderError(f"its header names {twice!r} twice")
+        raise MalformedHeaderError(f"it names {twice[:MAX_NAME]!r} twice")
     return entries
 
 
@@ -214,7 +215,7 @@ def _whole_number(digits: str) -> int:
 
 
 _DECODER: Final = json.JSONDecoder(
-    object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_int=_whole_number
+    object_pairs_hook=no_duplicates, parse_constant=_no_constant, parse_int=_whole_number
 )
 
 

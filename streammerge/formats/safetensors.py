@@ -71,7 +71,9 @@ def _header_length(prefix: bytes, file_bytes: int) -> int:
     if length > MAX_HEADER:
         raise MalformedHeaderError(f"its header claims {length} bytes; the format allows {MAX_HEADER}")
     if length > file_bytes - 8:
-        raise MalformedHeaderError(f"its header claims {length} bytes, but only {file_bytes - 8} follow: it is truncated")
+        raise MalformedHeaderError(
+            f"its header claims {length} bytes, but only {file_bytes - 8} follow: it is truncated"
+        )
     if length > MAX_TEXT:
         raise MalformedHeaderError(f"its header has {length} bytes; {MAX_TEXT} are read at most")
     return int(length)

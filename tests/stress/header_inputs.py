@@ -17,16 +17,41 @@ NAMES: Final = (
 )
 SIZES: Final = (0, 1, 2, 3, 7, 8, 63, 64, 255, 256, 2**16, 2**31 - 1, 2**31, 2**32, 2**33, 2**53, 2**61, 2**62)
 NUMBERS: Final = (*SIZES, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**19, 10**20, -1, -(2**63), 1.0, 1.5, 1e300)
-VALUES: Final = (*NUMBERS, None, True, False, "", "F32", "1", [], {}, [1], [[1]], {"a": 1}, [0, 4], [4, 0], [0, 4, 4])
+VALUES: Final[tuple[Any, ...]] = (
+    *NUMBERS,
+    None,
+    True,
+    False,
+    "",
+    "F32",
+    "1",
+    [],
+    {},
+    [1],
+    [[1]],
+    {"a": 1},
+    [0, 4],
+    [4, 0],
+    [0, 4, 4],
+)
 LENGTHS: Final = (0, 1, 2, 7, 8, 9, 99_999_999, 100_000_000, 100_000_001, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1)
-TOKENS: Final = tuple(
-    (
-        '{ } [ ] , : " \\ \\u \\ud800 \\udc00 \\ud83d\\ude00 \\u0000 \\" \\x NaN Infinity -Infinity -0 01 1e0 1e999 1.0'
-        ' null true false "__metadata__":{} "__metadata__": "a":{ {"dtype": "shape":[ "data_offsets":[0,4] [[[[ {}{}'
-        " /* // ' 99999999999999999999 18446744073709551616 "
-    ).split(" ")
-) + (" ", "\n", "\t", "\x0b", "\xa0", "\ufeff", "\u2028", "[" * 50, "]" * 50, '{"a":' * 30, "1" * 5000)
-BYTES: Final = (b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xe2\x82", b"\0", b"\x80", b"\xef\xbb\xbf")
+_JSON_TOKENS: Final = (
+    '{ } [ ] , : " \\ \\u \\ud800 \\udc00 \\ud83d\\ude00 \\u0000 \\" \\x NaN Infinity -Infinity -0 01 1e0 1e999 1.0'
+    ' null true false "__metadata__":{} "__metadata__": "a":{ {"dtype": "shape":[ "data_offsets":[0,4] [[[[ {}{}'
+    " /* // ' 99999999999999999999 18446744073709551616"
+)
+_LONG_TOKENS: Final = ("[" * 50, "]" * 50, '{"a":' * 30, "1" * 5000)
+TOKENS: Final = (*_JSON_TOKENS.split(" "), " ", "\n", "\t", "\x0b", "\xa0", "\ufeff", "\u2028", *_LONG_TOKENS)
+BYTES: Final = (
+    b"\xff",
+    b"\xc0\x80",
+    b"\xed\xa0\x80",
+    b"\xf4\x90\x80\x80",
+    b"\xe2\x82",
+    b"\0",
+    b"\x80",
+    b"\xef\xbb\xbf",
+)
 DTYPE_NAMES: Final = tuple(DTYPES)
 
 
