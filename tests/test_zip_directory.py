@@ -228,6 +228,16 @@ def test_members_that_lie_are_refused(member: Raw, match: str) -> None:
     refused(build([Raw(b"first"), member]), match)
 
 
+def test_a_version_that_does_not_exist_is_refused() -> None:
+    """Found by fuzzing: Python's zipfile refuses it."""
+    data = bytearray(build(PAIR))
+    place = data.index(b"PK\1\2") + 6
+    data[place] = 63
+    read(bytes(data))
+    data[place] = 64
+    refused(bytes(data), "needs version 64 of the format; up to 63")
+
+
 def test_overlapping_members_are_refused() -> None:
     first, second = PAIR
     refused(build([first, replace(second, start=0)]), "reach into what follows|contradicts")

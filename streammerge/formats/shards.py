@@ -99,7 +99,8 @@ def _index_bytes(path: Path) -> bytes:
 
 def _weight_map(encoded: bytes) -> dict[str, str]:
     """The index's `weight_map`."""
-    index = json.loads(encoded, object_pairs_hook=no_duplicates, parse_int=_any_number)
+    text = encoded.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+    index = json.loads(text, object_pairs_hook=no_duplicates, parse_int=_any_number)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise MalformedHeaderError("the index has no weight_map")
