@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from io import RawIOBase
 from pathlib import Path
 from typing import Any, Final
 
@@ -121,16 +122,21 @@ class Watch:
 def work(fuzzer: Fuzzer, trials: int, seed: int, folder: Path) -> Tally:
     """Read so many inputs."""
     path = folder / fuzzer.file_name
+    with path.open("w+b", buffering=0) as file:
+        return _work(fuzzer, trials, seed, path, file)
+
+
+def _work(fuzzer: Fuzzer, trials: int, seed: int, path: Path, file: RawIOBase) -> Tally:
     fuzzer.prepare()
     tally, watch = Tally(), Watch(path)
     stream = fuzzer.inputs(seed)
     for data in [next(stream) for _ in range(min(trials, 200))]:  # what grows at first is no input's fault
-        _read_one(fuzzer, path, data, watch, Tally())
+        _read_one(fuzzer, path, file, data, watch, Tally())
     stream = fuzzer.inputs(seed)
     _limit_address_space()
     before = resident_bytes()  # not the peak so far, which the first inputs may have made
     for _ in range(trials):
-        _read_one(fuzzer, path, next(stream), watch, tally)
+        _read_one(fuzzer, path, file, next(stream), watch, tally)
         grown = peak_resident_bytes() - before if tally.outcomes.total() % 64 == 0 else 0
         tally.most_bytes = max(tally.most_bytes, grown)
     tally.most_bytes = max(tally.most_bytes, peak_resident_bytes() - before)
@@ -139,8 +145,10 @@ def work(fuzzer: Fuzzer, trials: int, seed: int, folder: Path) -> Tally:
     return tally
 
 
-def _read_one(fuzzer: Fuzzer, path: Path, data: bytes, watch: Watch, tally: Tally) -> None:
-    path.write_bytes(data)
+def _read_one(fuzzer: Fuzzer, path: Path, file: RawIOBase, data: bytes, watch: Watch, tally: Tally) -> None:
+    file.seek(0)  # written over: making the file anew would take longer than all else
+    file.write(data)
+    file.truncate()
     started = time.thread_time()
     outcome = "refused"
     try:
@@ -156,7 +164,8 @@ def _read_one(fuzzer: Fuzzer, path: Path, data: bytes, watch: Watch, tally: Tall
         tally.fail(f"it takes {seconds:.1f} s", data)
     if watch.violations:
         tally.fail(f"it does what it may not: {watch.violations[0]}", data)
-    if path.read_bytes() != data:
+    file.seek(0)
+    if file.read() != data:
         tally.fail("the input is not as it was", data)
 
 
