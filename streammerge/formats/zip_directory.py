@@ -116,9 +116,11 @@ def _end64(file: BinaryIO, end_start: int) -> tuple[int, tuple[int, ...] | None]
     locator_start = end_start - _LOCATOR64.size
     if locator_start < _END64.size:
         return end_start, None
-    signature, _, start, _ = _LOCATOR64.unpack(read_at(file, locator_start, _LOCATOR64.size))
+    signature, disk, start, disks = _LOCATOR64.unpack(read_at(file, locator_start, _LOCATOR64.size))
     if signature != b"PK\6\7":
         return end_start, None
+    if disk != 0 or disks > 1:
+        raise MalformedZipError("it is split over several disks")
     if start != locator_start - _END64.size:
         raise MalformedZipError("its zip64 end record is not where it should be")
     signature, _, _, _, *fields = _END64.unpack(read_at(file, start, _END64.size))
