@@ -87,7 +87,7 @@ class error_context:  # noqa: N801  (reads as a statement)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, MergeError) and self.name not in error.what:
-            error.what = f"tensor {self.name}: {error.what}"
+            error.what = f"tensor {one_line(self.name)}: {error.what}"
 
 
 def count(items: Sized, noun: str) -> str:

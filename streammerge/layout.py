@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streammerge.errors import OutputError
+from streammerge.formats.header_entries import MAX_TENSORS
 from streammerge.formats.safetensors import NewHeader, build_header
 from streammerge.tensors import TensorInfo
 
@@ -55,7 +56,8 @@ def lay_out(
     """The output's files: one, or shards of at most `shard_bytes` (or of one tensor that is larger) and their index.
 
     `OUT.safetensors` is written there, any other path is a folder that gets `model.safetensors`. OutputError if the
-    path's suffix asks for another format, or a tensor has a name that the format does not allow.
+    path's suffix asks for another format, a tensor has a name that the format does not allow, or a file would hold more
+    tensors than are read back.
     """
     if path.suffix in (".ckpt", ".pt", ".pth", ".bin", ".gguf"):
         raise OutputError(
@@ -68,6 +70,11 @@ def lay_out(
         )
     folder, stem = (path.parent, path.stem) if path.suffix == SUFFIX else (path, "model")
     shards = split(tensors, shard_bytes) if shard_bytes else [dict(tensors)]
+    if (most := max(map(len, shards))) > MAX_TENSORS:
+        raise OutputError(
+            f"{path}: a file would hold {most:,} tensors; {MAX_TENSORS:,} are allowed",
+            advice="Use --shard-size, or a smaller one, to write several files.",
+        )
     if len(shards) == 1:
         return OutputLayout(path, (OutputFile(folder / f"{stem}{SUFFIX}", build_header(tensors, metadata)),))
     names = [f"{stem}-{number:05}-of-{len(shards):05}{SUFFIX}" for number in range(1, len(shards) + 1)]

@@ -305,8 +305,11 @@ class _RecipeParser:
             raise RecipeError(f"{where}: expected a path or a recipe, found {model!r}")
         if model in self.bindings:
             return self.bindings[model]
-        with contextlib.suppress(RuntimeError):  # ~somebody who is not known here
-            return self.folder / Path(model).expanduser()
+        if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in model):
+            raise RecipeError(f"{where}: no file can be called {model!r}")
+        if model == "~" or model.startswith("~/"):  # nothing else is expanded: no variables, nobody else's folder
+            with contextlib.suppress(RuntimeError):  # nobody knows where home is
+                return Path(model).expanduser()
         return self.folder / model
 
     def _reference(self, recipe: Recipe, raw: Any, where: str) -> Input:  # noqa: ANN401

@@ -11,21 +11,29 @@ from typing import Any, Final
 from streammerge.errors import RecipeError
 from streammerge.methods.registry import suggestion
 
-MAX_RECIPE: Final = 1_000_000
+MAX_RECIPE: Final = 2**18
 """The longest recipe, in bytes, that is read."""
+
+MAX_NODES: Final = 20_000
+"""The most values that are written out in a recipe, keys included: a rule for every tensor of a model takes half."""
 
 MAX_VALUES: Final = 100_000
 """The most values that a recipe may have, those that aliases repeat counted each time."""
+
+_MAX_NUMBER: Final = 256  # characters of a scalar that is no text: PyYAML's numbers in base 60 take quadratic time
+_MAX_KEY: Final = 18  # characters of a key that is a number: larger ones may all have one hash
 
 
 def read_recipe_file(path: Path) -> Any:  # noqa: ANN401  (checked by `parse_recipe`)
     """The values of a recipe's YAML; RecipeError if it can't be read, is too long, or plays tricks with aliases."""
     try:
-        if path.stat().st_size > MAX_RECIPE:
-            raise RecipeError(f"{path}: a recipe of more than {MAX_RECIPE} bytes is not read")
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open("rb") as file:
+            encoded = file.read(MAX_RECIPE + 1)
+        text = encoded.decode("utf-8")
+    except (OSError, ValueError) as error:
         raise RecipeError(f"{path}: can't be read as a recipe: {error}") from error
+    if len(encoded) > MAX_RECIPE:
+        raise RecipeError(f"{path}: a recipe of more than {MAX_RECIPE} bytes is not read")
     return parse_yaml(text, str(path))
 
 
@@ -33,11 +41,24 @@ def parse_yaml(text: str, where: str) -> Any:  # noqa: ANN401
     """Plain values from YAML: no tags that make objects, no key twice, no aliases that multiply."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """PyYAML's safe loader, which makes no objects but plain values, with a bound."""
+
+        nodes = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:  # noqa: ANN401
+            self.nodes += 1
+            if self.nodes > MAX_NODES:
+                raise RecipeError(f"{where}: a recipe of more than {MAX_NODES} values is not read")
+            return super().compose_node(parent, index)
+
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        if root is not None:
-            _check_node(root, {}, where)
-        return yaml.safe_load(text)
+        loader = Loader(text)
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        _check_node(root, {}, where)
+        return loader.construct_document(root)
     except yaml.YAMLError as error:
         raise RecipeError(f"{where}: is not valid YAML: {error}") from None
     except RecursionError:
@@ -54,15 +75,24 @@ def _check_node(node: Any, sizes: dict[int, int], where: str) -> int:  # noqa: A
     sizes[id(node)] = MAX_VALUES + 1  # what a node that contains itself comes to
     place = f"{where}: line {node.start_mark.line + 1}"
     parts = node.value if isinstance(node.value, list) else []
-    keys = Counter(part[0].value for part in parts if isinstance(part, tuple) and isinstance(part[0].value, str))
-    if len(keys) < keys.total():
-        twice = keys.most_common(1)[0][0]
+    keys = [part[0] for part in parts if isinstance(part, tuple)]
+    counted = Counter(key.value for key in keys if isinstance(key.value, str))
+    if len(counted) < counted.total():
+        twice = counted.most_common(1)[0][0]
         raise RecipeError(f"{place}: the key {twice!r} stands twice in one map", advice="Remove one of them.")
+    if any(not _is_text(key) and len(key.value) > _MAX_KEY for key in keys) or not (
+        parts or _is_text(node) or len(node.value) <= _MAX_NUMBER
+    ):
+        raise RecipeError(f"{where}: is not valid YAML: a number of too many digits in line {node.start_mark.line + 1}")
     nodes = [child for part in parts for child in (part if isinstance(part, tuple) else (part,))]
     sizes[id(node)] = 1 + sum(_check_node(child, sizes, where) for child in nodes)
     if sizes[id(node)] > MAX_VALUES:
         raise RecipeError(f"{place}: its aliases multiply to more than {MAX_VALUES} values")
     return sizes[id(node)]
+
+
+def _is_text(node: Any) -> bool:  # noqa: ANN401
+    return bool(node.tag == "tag:yaml.org,2002:str")
 
 
 def packaged_recipes() -> Mapping[str, str]:

@@ -21,7 +21,8 @@ ORDER = [
     # what a process costs
     *("launcher", "measuring", "floor"),
     # what is on disk
-    *("formats", "formats.positional", "formats.files", "formats.safetensors", "formats.shards"),
+    *("formats", "formats.positional", "formats.files"),
+    *("formats.header_entries", "formats.safetensors", "formats.shards"),
     *("formats.zip_directory", "formats.pickle_machine", "formats.pickle_steps", "formats.pickles"),
     *("formats.torchzip", "reading"),
     # methods

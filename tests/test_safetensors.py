@@ -157,7 +157,7 @@ MALFORMED = {
     "bytes that are not UTF-8": (encode(ONE.encode().replace(b'"a"', b'"\xff"'), DATA), "is not UTF-8 at byte 10"),
     "half of an escaped pair": (encode(entries(entry(r"\ud800")), DATA), "is not JSON"),
     "half of a pair in metadata": (encode(entries(r'"__metadata__":{"k":"\uDE00"}', ENTRY), DATA), "is not JSON"),
-    "a byte order mark": (encode("\ufeff" + ONE, DATA), "is not JSON"),
+    "a byte order mark": (encode("\ufeff" + ONE, DATA), "is not a JSON object"),
     "a raw newline in a name": (encode(entries(entry("a\n")), DATA), "is not JSON"),
     "something after the object": (encode(ONE + "x", DATA), "is not JSON"),
     "NUL as padding": (encode(ONE + "\0", DATA), "is not JSON"),

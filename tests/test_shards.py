@@ -125,6 +125,16 @@ def test_what_is_no_index_is_refused(tmp_path, text, problem):
         read_index(path)
 
 
+def test_a_byte_order_mark_before_an_index_is_passed_over_and_utf_16_refused(tmp_path):
+    path = write_index(tmp_path, {"a": "x.safetensors"})
+    plain = path.read_bytes()
+    path.write_bytes(b"\xef\xbb\xbf" + plain)
+    assert list(read_index(path).weight_map) == ["a"]
+    path.write_bytes(plain.decode().encode("utf-16-le"))
+    with pytest.raises(CheckpointError, match=r"can't be read as an index of shards|is no index"):
+        read_index(path)
+
+
 def test_a_missing_index_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match=r"can't be read as an index of shards: .*No such file"):
         read_index(tmp_path / "x.index.json")

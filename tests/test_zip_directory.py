@@ -228,6 +228,27 @@ def test_members_that_lie_are_refused(member: Raw, match: str) -> None:
     refused(build([Raw(b"first"), member]), match)
 
 
+def test_a_version_that_does_not_exist_is_refused() -> None:
+    """Found by fuzzing: Python's zipfile refuses it."""
+    data = bytearray(build(PAIR))
+    place = data.index(b"PK\1\2") + 6
+    data[place] = 63
+    read(bytes(data))
+    data[place] = 64
+    refused(bytes(data), "needs version 64 of the format; up to 63")
+
+
+@pytest.mark.parametrize(("field", "value"), [(4, 1), (16, 2)])
+def test_a_locator_of_several_disks_is_refused(field: int, value: int) -> None:
+    """Found by fuzzing: Python's zipfile refuses it."""
+    whole = build(PAIR)
+    count, length, start = struct.unpack_from("<H2L", whole, len(whole) - 12)
+    data = bytearray(build(PAIR, wide=(0, 0, count, count, length, start)))
+    read(bytes(data))
+    data[data.index(b"PK\6\7") + field] = value
+    refused(bytes(data), "split over several disks")
+
+
 def test_overlapping_members_are_refused() -> None:
     first, second = PAIR
     refused(build([first, replace(second, start=0)]), "reach into what follows|contradicts")

@@ -1,7 +1,8 @@
 """Sharded checkpoints: which files a folder or an index file stands for.
 
 An index is JSON with a `weight_map` from tensor name to the name of the shard beside it, as transformers and diffusers
-write it. A shard's name must be a plain file name: an index from a stranger must not point elsewhere.
+write it. A shard's name must be a plain file name: an index from a stranger must not point elsewhere. The file of that
+name may be a symbolic link, as it is in the cache of Hugging Face's hub: whoever made the folder made the link.
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ from pathlib import Path, PureWindowsPath
 from typing import Final
 
 from streammerge.errors import CheckpointError
+from streammerge.formats.header_entries import MalformedHeaderError, no_duplicates
 
-MAX_INDEX: Final = 100_000_000
-"""The longest index, in bytes, that is read."""
+MAX_INDEX: Final = 24 * 2**20
+"""The longest index, in bytes, that is read. A tensor takes about 100; characters beyond ASCII count fourfold."""
+
+MAX_INDEXED: Final = 2**18
+"""The most values in an index: the largest models have half as many tensors."""
 
 PREFERRED: Final = (
     "model.safetensors.index.json",
@@ -66,15 +71,12 @@ def find_weights(folder: Path) -> Path:
 def read_index(path: Path) -> ShardIndex:
     """Read and check an index of shards."""
     try:
-        if path.stat().st_size > MAX_INDEX:
-            raise CheckpointError(f"{path}: the index is longer than {MAX_INDEX} bytes")
-        index = json.loads(path.read_bytes())
+        weight_map = _weight_map(_index_bytes(path))
+    except MalformedHeaderError as problem:
+        raise CheckpointError(f"{path}: is no index of shards: {problem}", advice="Fetch the index again.") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: can't be read as an index of shards: {error}") from error
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path}: the index has no weight_map", advice="Fetch the index again.")
-    outside = sorted({str(name) for name in weight_map.values() if not _is_plain_name(name)})
+    outside = sorted({str(name) for name in weight_map.values() if not is_plain_name(name)})
     if outside:
         raise CheckpointError(
             f"{path}: the index points outside its folder",
@@ -84,10 +86,37 @@ def read_index(path: Path) -> ShardIndex:
     return ShardIndex({name: path.parent / shard for name, shard in weight_map.items()})
 
 
-def _is_plain_name(name: object) -> bool:
+def _index_bytes(path: Path) -> bytes:
+    """The index, if parsing it can't take much time or memory."""
+    with path.open("rb") as file:
+        encoded = file.read(MAX_INDEX + 1)
+    if len(encoded) * (1 if encoded.isascii() else 4) > MAX_INDEX:
+        raise MalformedHeaderError(f"the index is longer than {MAX_INDEX} bytes")
+    if (values := sum(map(encoded.count, (b",", b"[", b"{")))) > MAX_INDEXED:
+        raise MalformedHeaderError(f"the index has up to {values} values; {MAX_INDEXED} are read at most")
+    return encoded
+
+
+def _weight_map(encoded: bytes) -> dict[str, str]:
+    """The index's `weight_map`."""
+    text = encoded.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+    index = json.loads(text, object_pairs_hook=no_duplicates, parse_int=_any_number)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise MalformedHeaderError("the index has no weight_map")
+    return weight_map
+
+
+def _any_number(digits: str) -> int:
+    """The number; of one so long that it is no size, only its start."""
+    return int(digits[:20])
+
+
+def is_plain_name(name: object) -> bool:
     """Whether this is the name of a file in the same folder, on any system."""
     return (
         isinstance(name, str)
+        and not any("\ud800" <= character <= "\udfff" for character in name)
         and name not in ("", ".", "..")
         and not any(character in name for character in "/\\\0")
         and not PureWindowsPath(name).drive

@@ -26,6 +26,7 @@ _LOCATOR64 = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 
 _FULL16, _FULL32 = 2**16 - 1, 2**32 - 1  # what a field holds whose number is too big for it
+_NEWEST: Final = 63  # the format's version 6.3, beyond which other readers refuse; torch asks for less
 _SIZES_LATER, _UTF8 = 0x8, 0x800  # flags: the local header doesn't know the sizes; the name is UTF-8
 
 
@@ -115,9 +116,11 @@ def _end64(file: BinaryIO, end_start: int) -> tuple[int, tuple[int, ...] | None]
     locator_start = end_start - _LOCATOR64.size
     if locator_start < _END64.size:
         return end_start, None
-    signature, _, start, _ = _LOCATOR64.unpack(read_at(file, locator_start, _LOCATOR64.size))
+    signature, disk, start, disks = _LOCATOR64.unpack(read_at(file, locator_start, _LOCATOR64.size))
     if signature != b"PK\6\7":
         return end_start, None
+    if disk != 0 or disks > 1:
+        raise MalformedZipError("it is split over several disks")
     if start != locator_start - _END64.size:
         raise MalformedZipError("its zip64 end record is not where it should be")
     signature, _, _, _, *fields = _END64.unpack(read_at(file, start, _END64.size))
@@ -148,9 +151,11 @@ def _parse_directory(data: bytes, count: int) -> dict[str, Member]:
 
 
 def _member(fields: tuple[Any, ...], raw_name: bytes, extra: bytes) -> Member:
-    signature, _, _, flags, method, _, _, crc, packed, nbytes, _, _, _, disk, _, _, start = fields
+    signature, _, version, flags, method, _, _, crc, packed, nbytes, _, _, _, disk, _, _, start = fields
     if signature != b"PK\1\2" or disk != 0:
         raise MalformedZipError("its directory is damaged")
+    if version > _NEWEST:
+        raise MalformedZipError(f"{raw_name!r}: it needs version {version} of the format; up to {_NEWEST} is known")
     if flags & ~(_SIZES_LATER | _UTF8):
         raise MalformedZipError(f"{raw_name!r}: it is encrypted, or stored in another way that torch.save never does")
     nbytes, packed, start = _widened(extra, nbytes, packed, start)
