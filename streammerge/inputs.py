@@ -7,7 +7,7 @@ from pathlib import Path
 
 from streammerge.checkpoints import Checkpoint, open_model
 from streammerge.errors import CheckpointError, OutputError
-from streammerge.formats.files import ByteFile
+from streammerge.formats.files import ByteFile, read_errors
 from streammerge.formats.safetensors import is_safetensors
 from streammerge.merged import Merged, merge_models
 from streammerge.plan import Plan
@@ -85,11 +85,11 @@ def check_with_library(plan: Plan) -> None:
     from safetensors import SafetensorError, safe_open
 
     for file in plan.inputs:
-        with file.path.open("rb") as opened:
+        with read_errors(file.path), file.path.open("rb") as opened:
             if not is_safetensors(opened.read(9)):
                 continue
         try:
-            with safe_open(file.path, framework="pt"):
+            with read_errors(file.path), safe_open(file.path, framework="pt"):
                 pass
         except SafetensorError as error:
             raise CheckpointError(f"{file.path}: safetensors refuses it: {error}", advice="Fetch it again.") from error

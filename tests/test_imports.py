@@ -23,7 +23,7 @@ ORDER = [
     # what is on disk
     *("formats", "formats.positional", "formats.files", "formats.safetensors", "formats.shards"),
     *("formats.zip_directory", "formats.pickle_machine", "formats.pickle_steps", "formats.pickles"),
-    *("formats.torchzip", "reading"),
+    *("formats.torchzip", "mapping", "reading"),
     # methods
     *("methods.contract", "methods.registry", "methods.place", "methods.statistics", "methods.slices", "methods.sums"),
     *("methods.cuts", "methods.radix", "methods.bracketing", "methods.ranking"),
