@@ -15,7 +15,7 @@ from streammerge import __version__
 from streammerge.checking import Checker, ReadBack, checkpoint_reader
 from streammerge.checkpoints import open_model
 from streammerge.copying import Copying
-from streammerge.errors import MergeError, PlanError
+from streammerge.errors import MergeError, PlanError, refusal
 from streammerge.formats.files import ByteFile
 from streammerge.inputs import OpenInputs, check_output, check_with_library
 from streammerge.machine import MAPPED_BYTES, MIB, Allotment, choose_io, peak_resident_bytes, resident_bytes
@@ -224,9 +224,18 @@ def output_metadata(recipe: Recipe | Model, options: Options) -> dict[str, str]:
 
 @contextlib.contextmanager
 def saying_what_is_on_disk(state: str = "Nothing was written.") -> Iterator[None]:
-    """Add to an error what state it leaves the disk in, unless who raised it said so already."""
+    """Add to an error what state it leaves the disk in, unless who raised it said so already.
+
+    What the system refused, and nobody nearer put into words, becomes an error of ours here.
+    """
     try:
         yield
     except MergeError as error:
         error.state = error.state or state
         raise
+    except BrokenPipeError:  # whoever read what we print has stopped reading
+        raise
+    except (OSError, MemoryError) as error:
+        refused = refusal(error)
+        refused.state = state
+        raise refused from error

@@ -6,11 +6,13 @@ MergeError
 ├── PlanError         the models don't fit together, or don't fit the machine
 ├── MethodError       a method refuses its parameters
 ├── DeviceError       the device is not there, or can't do what is asked
-└── OutputError       the output can't be written
+├── OutputError       the output can't be written
+└── OutOfMemoryError  the machine, or the device, has no memory left; a MemoryError too
 """
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from typing import Final
 
@@ -62,6 +64,24 @@ class DeviceError(MergeError):
 
 class OutputError(MergeError):
     """The output can't be written."""
+
+
+class OutOfMemoryError(MergeError, MemoryError):
+    """The machine, or the device, has no memory left."""
+
+
+def refusal(error: OSError | MemoryError) -> MergeError:
+    """The error to tell when the system refuses something and nobody nearer could say it better."""
+    if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
+        return OutOfMemoryError(
+            "the machine has no memory left for this merge",
+            advice="Close other programs, or take less with --threads 1 or --max-ram.",
+        )
+    where = f"{error.filename}: " if error.filename else ""
+    return MergeError(
+        f"{where}the system refuses: {error.strerror or error}",
+        advice="Check the disk, its permissions, and the system's limits.",
+    )
 
 
 def printable(text: str) -> str:

@@ -83,7 +83,8 @@ class OutputWriter:
         """Have the system drop its cache of what is on the disk, so that reading it back reads the disk."""
         if hasattr(os, "posix_fadvise"):
             for temporary in self._open:
-                os.posix_fadvise(temporary.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                with contextlib.suppress(OSError):
+                    os.posix_fadvise(temporary.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def sync(self) -> None:
         """Have the system put everything on the disk."""
@@ -98,8 +99,8 @@ class OutputWriter:
         self._write_index(sync=sync)
         while self._open:
             temporary = self._open[0]
-            temporary.close()  # before the rename: Windows does not rename open files
             with output_errors(temporary.file.path):
+                temporary.close()  # before the rename: Windows does not rename open files
                 temporary.path.replace(temporary.file.path)
             self._open.pop(0)
         if self._index is not None and self.layout.index is not None:
@@ -123,7 +124,8 @@ class OutputWriter:
     def _discard(self) -> None:
         """Remove what was not put in place."""
         for temporary in self._open:
-            temporary.close()
+            with contextlib.suppress(OSError):
+                temporary.close()
             with contextlib.suppress(OSError):
                 temporary.path.unlink()
         self._open.clear()
@@ -146,15 +148,17 @@ class _Temporary:
                 preallocate(self.descriptor, file.nbytes)
                 write_at(self.descriptor, memoryview(file.header.encoded), 0)
         except BaseException:
-            self.close()
-            self.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.close()
+            with contextlib.suppress(OSError):
+                self.path.unlink()
             raise
 
     def close(self) -> None:
         """Close the file if it is open."""
         if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
+            descriptor, self.descriptor = self.descriptor, -1  # it is closed even if the system complains
+            os.close(descriptor)
 
 
 def temporary_name(path: Path) -> Path:
@@ -180,7 +184,7 @@ def check_with_library(path: Path, file: OutputFile) -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as opened:
+        with output_errors(file.path), safe_open(path, framework="pt") as opened:
             names = set(opened.keys())
     except SafetensorError as error:
         raise OutputError(f"{file.path}: the finished file does not pass safetensors' own check: {error}") from error

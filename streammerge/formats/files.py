@@ -97,8 +97,9 @@ class ByteFile:
     def close(self) -> None:
         """Close the file if it was opened."""
         if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+            descriptor, self._descriptor = self._descriptor, None
+            with contextlib.suppress(OSError):  # it was only read, and is closed even if the system complains
+                os.close(descriptor)
 
     def __repr__(self) -> str:
         return f"ByteFile({str(self.path)!r})"

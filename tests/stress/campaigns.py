@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from tests.stress import faults
 from tests.stress.campaign import Campaign
 
-CAMPAIGNS: Final[tuple[Campaign, ...]] = ()
+CAMPAIGNS: Final[tuple[Campaign, ...]] = (faults.CAMPAIGN,)
