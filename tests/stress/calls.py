@@ -1,6 +1,6 @@
 """The calls through which all of a merge's I/O goes, put into the hands of whoever wants to watch them or spoil them.
 
-    with intercepted(folder, handler): ...     handler(call, real, args) stands in for every call that concerns `folder`
+with intercepted(folder, handler): ...     handler(call, real, args) stands in for every call that concerns `folder`
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Handler(Protocol):
 
 @contextlib.contextmanager
 def intercepted(folder: Path, handler: Handler) -> Iterator[None]:
-    """For as long as the `with` statement lasts, calls that concern the folder, or no path at all, go to the handler."""
+    """For as long as the `with` statement lasts, calls that concern the folder, or no path, go to the handler."""
     inside = os.fspath(folder)
     with contextlib.ExitStack() as patches:
         for call in CALLS:

@@ -191,4 +191,3 @@ def _run_scenario(scenario: Scenario, effort: Effort, chance: random.Random) -> 
 
 
 CAMPAIGN: Final = Campaign("faults", "Every call to the system fails, one after the other", run)
-

@@ -1,4 +1,4 @@
-"""Merges so small that thousands can be made, which do everything that large ones do, and what to make of their ends."""
+"""Merges so small that thousands can be made, which do all that large ones do, and what to make of their ends."""
 
 from __future__ import annotations
 
