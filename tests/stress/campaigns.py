@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from tests.stress import faults
+from tests.stress import faults, full_disk, power
 from tests.stress.campaign import Campaign
 
-CAMPAIGNS: Final[tuple[Campaign, ...]] = (faults.CAMPAIGN,)
+CAMPAIGNS: Final[tuple[Campaign, ...]] = (faults.CAMPAIGN, power.CAMPAIGN, full_disk.CAMPAIGN)

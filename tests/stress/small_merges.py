@@ -143,6 +143,10 @@ class Bench:
             return []
         return [f"neither the old output nor the new one: {sorted(found)}"]
 
+    def is_new(self) -> bool:
+        """Whether the new output lies there, whole."""
+        return not self.wrong_output(complete=True)
+
     def left_over(self) -> list[str]:
         """Temporary files that are still there."""
         return [name for name in digests(self.place) if is_temporary(name)]
