@@ -1,4 +1,4 @@
-"""The plan's figure for memory, held by the system: in a control group of so much and a tenth, every kind of merge passes.
+"""The plan's figure for memory, held by the system: in a control group of it and a tenth, every kind of merge passes.
 
 The group feels page cache too, and has no swap. The base line is what a bare `import torch` takes that can't be
 reclaimed, so that the memory of shared libraries doesn't make it easy.
