@@ -48,7 +48,8 @@ def main(words: Sequence[str] | None = None) -> int:
         say_on_stderr(f"error: {error}")
         return FAILED
     except KeyboardInterrupt as interrupt:
-        say_on_stderr("interrupted: the unfinished output was removed")
+        state = str(interrupt).rstrip(".")
+        say_on_stderr(f"interrupted: {state[:1].lower()}{state[1:]}" if state else "interrupted")
         return interrupt.exit_code if isinstance(interrupt, Terminated) else INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output has stopped reading

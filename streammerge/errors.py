@@ -11,7 +11,9 @@ MergeError
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Final
 
 SHOWN: Final = 5
@@ -62,6 +64,23 @@ class DeviceError(MergeError):
 
 class OutputError(MergeError):
     """The output can't be written."""
+
+
+@contextlib.contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Turn the system's refusals into an OutputError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> OutputError:
+    """The error to raise when the system refuses."""
+    return OutputError(
+        f"{path}: can't be written: {error.strerror or error}",
+        advice="Check the folder, its permissions, and the free disk.",
+    )
 
 
 def printable(text: str) -> str:

@@ -12,6 +12,7 @@ import torch
 from streammerge.compute import Evaluator, piece_elements
 from streammerge.devices import Lane, torch_dtype
 from streammerge.formats.files import ByteFile
+from streammerge.ledger import Ledger
 from streammerge.nodes import BLOCK, ByBlock, Node, Stored, Together, compute_dtype, leaves
 from streammerge.plan import Job, held_bytes
 from streammerge.progress import Progress
@@ -107,8 +108,8 @@ class Work:
             self.survey.finish_pass()
             return self.begin_pass()
 
-    def write(self, first: int, last: int, lane: Lane, sink: Sink, progress: Progress) -> None:
-        """Compute and write blocks [first, last)."""
+    def write(self, window: Window, lane: Lane, sink: Sink, progress: Progress) -> None:
+        """Compute and write the window's blocks."""
         raise NotImplementedError
 
 
@@ -136,7 +137,7 @@ class Window:
         if self.surveying:
             self._measure(lane, progress)
         else:
-            self.work.write(self.first, self.last, lane, sink, progress)
+            self.work.write(self, lane, sink, progress)
 
     def _measure(self, lane: Lane, progress: Progress) -> None:
         assert self.work.dtype is not None
@@ -149,20 +150,34 @@ class Window:
 
 
 class MergeWork(Work):
-    """A tensor of the output that is computed, and rounded once."""
+    """A tensor of the output that is computed, and rounded once; what the ledger has of it is left out."""
 
     writes = True
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, ledger: Ledger | None = None) -> None:
         super().__init__(job.name, job.node, job.compute)
         self.job = job
+        self.ledger = ledger or Ledger()
         self.held_bytes = held_bytes(job.node)
         self.stored = torch_dtype(job.info.dtype)
 
-    def write(self, first: int, last: int, lane: Lane, sink: Sink, progress: Progress) -> None:
-        """Write blocks [first, last) at their place in the output."""
+    def begin_pass(self) -> list[Window]:
+        """The windows of the next pass, those left out that need not be written."""
+        windows = super().begin_pass()
+        due = [window for window in windows if window.surveying or not self.ledger.has(self.job, *self._bytes(window))]
+        self._open_windows = len(due)
+        return due
+
+    def _bytes(self, window: Window) -> tuple[int, int]:
+        """Which bytes of the tensor the window writes."""
+        size, elements = self.stored.itemsize, self.node.info.elements
+        return window.first * self._step * size, min(window.last * self._step, elements) * size
+
+    def write(self, window: Window, lane: Lane, sink: Sink, progress: Progress) -> None:
+        """Write the window's blocks at their place in the output."""
         assert self.dtype is not None
-        evaluator, step = Evaluator(lane, self.dtype, self.survey.known), self._step
+        evaluator, step, nonfinite = Evaluator(lane, self.dtype, self.survey.known), self._step, 0
+        first, last = window.first, window.last
         for start in range(first * step, min(last * step, self.node.info.elements), step):
             values = evaluator.values(self.node, start, min(start + step, self.node.info.elements))
             stored = lane.store(values, self.stored)
@@ -171,6 +186,8 @@ class MergeWork(Work):
             progress.advance(len(data))
             if bad := count_nonfinite(values, stored):
                 progress.found_nonfinite(self.name, bad)
+                nonfinite += bad
+        self.ledger.finish(self.job, *self._bytes(window), nonfinite)
 
 
 class TogetherWork(Work):
