@@ -146,6 +146,8 @@ def _carry_out(begun: Beginning, started: float, watch: Watch | None, tell: Tell
         return report_of(plan, [started] * 3 + [time.perf_counter()], nothing, None)
     older = find_older(plan.output)
     check_output(plan, older, may_exist=plan.options.force)
+    if older.strays:
+        tell(f"note: {len(older.strays)} shards of an older output are left: {older.strays[0].name} …")
     plan.check_disk(begun.present_bytes)
     machine = Machine(plan) if plan.options.torch_must_check else None
     writer, ledger = OutputWriter(plan.output, begun.journal), Ledger(begun.journal.contents.entry)

@@ -216,6 +216,26 @@ def recipes(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def clean(arguments: argparse.Namespace) -> int:
+    """List what merges that were stopped left behind, and remove it."""
+    from streammerge.leftovers import find_leftovers, finish_placing, remove
+
+    if not arguments.dry_run:
+        for path in finish_placing(arguments.folder):
+            say(one_line(f"{path.name}: the output that it tells of was complete, and has been put in place"))
+    found = find_leftovers(arguments.folder)
+    for leftover in found:
+        say(one_line(str(leftover)))
+    removed = [] if arguments.dry_run else remove(found)
+    stale = [leftover for leftover in found if not leftover.in_use] if arguments.dry_run else removed
+    size = format_size(sum(leftover.nbytes for leftover in stale))
+    if not found:
+        say("nothing is left of merges that were stopped")
+    else:
+        say(f"{len(stale)} files, {size}, {'would be' if arguments.dry_run else 'were'} removed")
+    return 0
+
+
 def demo(arguments: argparse.Namespace) -> int:
     """The founding job, step by step, each with the command that a user would type."""
     from streammerge.demo.story import tell

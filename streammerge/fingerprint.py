@@ -46,7 +46,7 @@ def fingerprint_of(plan: Plan) -> Fingerprint:
 
 
 def request_of(plan: Plan) -> Fingerprint:
-    """What was asked for, and of which files: what tells finished outputs from each other, and costs nothing to tell."""
+    """What was asked for, and of which files: enough to tell finished outputs from each other, and told in no time."""
     return {
         "program": {
             "streammerge": __version__,

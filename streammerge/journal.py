@@ -63,6 +63,11 @@ class Contents:
     nbytes: int = 0
 
     @property
+    def names(self) -> frozenset[str]:
+        """Every file that is unfinished, or renamed or removed in the end."""
+        return frozenset(self.temporaries).union(names_of(self.placing) if self.placing else ())
+
+    @property
     def entry(self) -> Entry:
         """What is on the disk."""
         return Entry(self.spans, self.nonfinite)
@@ -179,6 +184,18 @@ def read_journal(descriptor: int) -> Contents:
             break
         contents.nbytes += len(line)
     return contents
+
+
+def read_journal_file(path: Path) -> Contents:
+    """What the journal at this path says, whoever has it; nothing if it can't be read."""
+    try:
+        descriptor = os.open(path, OPEN_FLAGS)
+    except OSError:
+        return Contents()
+    try:
+        return read_journal(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def encode(record: Mapping[str, Any]) -> bytes:

@@ -37,7 +37,7 @@ ORDER = [
     # what will happen
     *("layout", "plan", "ledger", "older", "inputs", "report", "copying"),
     # what is left of a merge that was stopped
-    *("locking", "fingerprint", "placing", "journal", "resuming"),
+    *("locking", "fingerprint", "placing", "journal", "resuming", "leftovers"),
     # what happens
     *("devices", "gathering", "compute", "surveys", "works", "engine", "writing"),
     *("bookkeeping", "checking", "api", "public"),
