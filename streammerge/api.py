@@ -18,14 +18,17 @@ from streammerge.copying import Copying
 from streammerge.errors import MergeError, PlanError, refusal
 from streammerge.formats.files import ByteFile
 from streammerge.inputs import OpenInputs, check_output, check_with_library
+from streammerge.ledger import Ledger
 from streammerge.machine import MAPPED_BYTES, MIB, Allotment, choose_io, peak_resident_bytes, resident_bytes
 from streammerge.merged import Decision, Merged, node_of
 from streammerge.nodes import Stored, leaves
+from streammerge.older import find_older
 from streammerge.options import Options, format_size
 from streammerge.plan import OVERHEAD_BYTES, Plan, make_plan
 from streammerge.progress import Progress
 from streammerge.recipe import Recipe
 from streammerge.report import Report
+from streammerge.resuming import Beginning, Tell, beginning
 from streammerge.tensors import Model
 
 if TYPE_CHECKING:
@@ -37,11 +40,20 @@ Watch = Callable[[Progress], None]
 """Called from time to time while a merge runs, with what has been done so far."""
 
 
-def run_merge(recipe: Recipe | Model, output: Path, options: Options, watch: Watch | None = None) -> Report:
-    """Merge to the output. It is complete when this returns; when it raises, what lay there is as it was."""
+def run_merge(
+    recipe: Recipe | Model,
+    output: Path,
+    options: Options,
+    watch: Watch | None = None,
+    tell: Tell = lambda _: None,
+) -> Report:
+    """Merge to the output. It is complete when this returns; when it raises, what lay there is as it was.
+
+    `tell` is given lines for the user while it begins: what there is to be resumed.
+    """
     started = time.perf_counter()
-    with saying_what_is_on_disk(), planned(recipe, output, options) as plan:
-        return _carry_out(plan, started, watch)
+    with saying_what_is_on_disk(), planned(recipe, output, options) as plan, beginning(plan, tell) as begun:
+        return _carry_out(begun, started, watch, tell)
 
 
 def run_verification(recipe: Recipe | Model, output: Path, options: Options, watch: Watch | None = None) -> Plan:
@@ -60,10 +72,14 @@ def planned(recipe: Recipe | Model, output: Path, options: Options, *, replacing
         merged = opened.merge(recipe) if isinstance(recipe, Recipe) else as_merged(recipe)
         method = recipe.method if isinstance(recipe, Recipe) else ""
         metadata = output_metadata(recipe, options)
+        description = recipe.describe() if isinstance(recipe, Recipe) else {}
         inputs = opened.files or files_of(merged)
-        plan = make_plan(merged, output, options, method=method, inputs=inputs, metadata=metadata)
+        plan = make_plan(
+            merged, output, options, method=method, inputs=inputs, metadata=metadata, description=description
+        )
         if not replacing:
-            check_output(plan)
+            # an interrupted run may have put its output in place; whoever resumes it looks again
+            check_output(plan, find_older(plan.output), may_exist=options.force or options.resume)
         yield plan
     finally:
         opened.close()
@@ -91,17 +107,18 @@ class Machine:
         from streammerge.engine import run
         from streammerge.works import MergeWork, together_works
 
-        progress, held = copying.progress, self.allotment.held_bytes
+        progress, held, ledger = copying.progress, self.allotment.held_bytes, copying.ledger
+        computed = [job for job in self.plan.jobs if job.compute is not None and not ledger.has_all(job)]
         lanes = open_lanes(self.device, self.io, self.allotment)
 
         def look() -> None:
             if watch:
                 watch(progress)
 
-        if together := together_works(self.plan.together):
+        if computed and (together := together_works(self.plan.together)):
             with progress.doing("measure the whole model", self.plan.bytes_before_writing):
                 run(together, lanes, sink, progress, look)
-        works = (MergeWork(job) for job in self.plan.jobs if job.compute is not None)
+        works = (MergeWork(job, ledger) for job in computed)
         run(works, lanes, sink, progress, look, copying, held_bytes=held)
 
     def check(self, read: ReadBack, path: Path, watch: Watch | None) -> None:
@@ -117,28 +134,51 @@ class Machine:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
 
 
-def _carry_out(plan: Plan, started: float, watch: Watch | None) -> Report:
+def _carry_out(begun: Beginning, started: float, watch: Watch | None, tell: Tell) -> Report:
+    from streammerge.bookkeeping import Bookkeeper
     from streammerge.writing import OutputWriter
 
-    plan.check_disk()
+    plan = begun.plan
+    if begun.is_complete:
+        begun.finish()
+        tell("resumed: everything was written already, and has been put in place")
+        nothing = Copying((), OutputWriter(plan.output), plan.new_progress(), Ledger(begun.journal.contents.entry))
+        return report_of(plan, [started] * 3 + [time.perf_counter()], nothing, None)
+    older = find_older(plan.output)
+    check_output(plan, older, may_exist=plan.options.force)
+    if older.strays:
+        tell(f"note: {len(older.strays)} shards of an older output are left: {older.strays[0].name} …")
+    plan.check_disk(begun.present_bytes)
     machine = Machine(plan) if plan.options.torch_must_check else None
-    with saying_what_is_on_disk("The unfinished output was removed."), OutputWriter(plan.output) as writer:
-        copying = Copying(plan.jobs, writer, plan.new_progress())
+    writer, ledger = OutputWriter(plan.output, begun.journal), Ledger(begun.journal.contents.entry)
+    with saying_what_is_on_disk(writer.state), writer:
+        copying = Copying(plan.jobs, writer, plan.new_progress(ledger.found.spans.nbytes), ledger)
+        copying.progress.nonfinite.update(ledger.found.nonfinite)
         with copying.ahead():
             machine = machine or Machine(plan)
             check_with_library(plan)
         marks = [started, time.perf_counter()]
-        machine.run(writer, copying, watch)
+        bookkeeper = Bookkeeper(begun, writer, ledger)
+        with bookkeeper.every(plan.options.journal if begun.can_be_resumed else 0.0):
+            machine.run(writer, copying, bookkeeper.watching(watch))
         marks.append(time.perf_counter())
         if plan.options.sync:
             writer.sync()
-        if plan.options.verify:
-            writer.forget()
-            machine.check(writer.read, plan.output.path, watch)
-        for file in plan.inputs:
-            file.check_unchanged()
-        writer.commit(sync=plan.options.sync)
+        with writer.judging():
+            if plan.options.verify:
+                writer.forget()
+                machine.check(writer.read, plan.output.path, watch)
+            for file in plan.inputs:
+                file.check_unchanged()
+            check_output(plan, older, may_exist=plan.options.force)
+            writer.check()
+        writer.commit(sync=plan.options.sync, superseded=older.superseded, identity=begun.request)
     marks.append(time.perf_counter())
+    return report_of(plan, marks, copying, machine)
+
+
+def report_of(plan: Plan, marks: list[float], copying: Copying, machine: Machine | None) -> Report:
+    """How it went, with the times at which the parts began; no machine if there was nothing to be done any more."""
     seconds = dict(zip(("plan", "merge", "sync"), (b - a for a, b in itertools.pairwise(marks)), strict=True))
     return Report(
         output=[str(path) for path in plan.output.paths],
@@ -150,14 +190,15 @@ def _carry_out(plan: Plan, started: float, watch: Watch | None) -> Report:
         nonfinite=dict(sorted(copying.progress.nonfinite.items())),
         bytes_read=copying.progress.bytes_read,
         bytes_written=plan.output.nbytes,
-        seconds={**seconds, "ahead": copying.seconds_ahead, "total": marks[-1] - started},
+        seconds={**seconds, "ahead": copying.seconds_ahead, "total": marks[-1] - marks[0]},
         peak_rss_bytes=peak_resident_bytes(),
-        baseline_rss_bytes=machine.baseline,
-        peak_vram_bytes=machine.peak_vram_bytes(),
-        device=str(machine.device),
+        baseline_rss_bytes=machine.baseline if machine else peak_resident_bytes(),
+        peak_vram_bytes=machine.peak_vram_bytes() if machine else 0,
+        device=str(machine.device) if machine else plan.options.device,
         dtype=sorted({job.info.dtype.name for job in plan.jobs}),
-        threads=machine.allotment.threads,
-        io=machine.io,
+        threads=machine.allotment.threads if machine else 0,
+        io=machine.io if machine else plan.options.io,
+        resumed_bytes=copying.ledger.found.spans.nbytes,
         inputs=plan.inputs,
         version=__version__,
     )
@@ -223,7 +264,7 @@ def output_metadata(recipe: Recipe | Model, options: Options) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def saying_what_is_on_disk(state: str = "Nothing was written.") -> Iterator[None]:
+def saying_what_is_on_disk(state: Callable[[], str] = lambda: "Nothing was written.") -> Iterator[None]:
     """Add to an error what state it leaves the disk in, unless who raised it said so already.
 
     What the system refused, and nobody nearer put into words, becomes an error of ours here.
@@ -231,11 +272,14 @@ def saying_what_is_on_disk(state: str = "Nothing was written.") -> Iterator[None
     try:
         yield
     except MergeError as error:
-        error.state = error.state or state
+        error.state = error.state or state()
+        raise
+    except KeyboardInterrupt as interrupt:
+        interrupt.args = interrupt.args or (state(),)
         raise
     except BrokenPipeError:  # whoever read what we print has stopped reading
         raise
     except (OSError, MemoryError) as error:
         refused = refusal(error)
-        refused.state = state
+        refused.state = state()
         raise refused from error

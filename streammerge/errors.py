@@ -12,8 +12,10 @@ MergeError
 
 from __future__ import annotations
 
+import contextlib
 import errno
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Final
 
 SHOWN: Final = 5
@@ -81,6 +83,23 @@ def refusal(error: OSError | MemoryError) -> MergeError:
     return MergeError(
         f"{where}the system refuses: {error.strerror or error}",
         advice="Check the disk, its permissions, and the system's limits.",
+    )
+
+
+@contextlib.contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Turn the system's refusals into an OutputError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> OutputError:
+    """The error to raise when the system refuses."""
+    return OutputError(
+        f"{path}: can't be written: {error.strerror or error}",
+        advice="Check the folder, its permissions, and the free disk.",
     )
 
 

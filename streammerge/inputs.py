@@ -10,6 +10,7 @@ from streammerge.errors import CheckpointError, OutputError
 from streammerge.formats.files import ByteFile, read_errors
 from streammerge.formats.safetensors import is_safetensors
 from streammerge.merged import Merged, merge_models
+from streammerge.older import Older
 from streammerge.plan import Plan
 from streammerge.recipe import Recipe
 from streammerge.tensors import Model
@@ -54,9 +55,12 @@ def seeded(recipe: Recipe, seed: int | None) -> Recipe:
     return recipe if recipe.seed is not None else replace(recipe, seed=seed)
 
 
-def check_output(plan: Plan) -> None:
-    """OutputError if the output would replace an input, or a file that the user didn't offer."""
-    for path in plan.output.paths:
+def check_output(plan: Plan, older: Older, *, may_exist: bool) -> None:
+    """OutputError if the output would replace an input, or a file that the user didn't offer.
+
+    What an older output by this name has more than the new one counts, too.
+    """
+    for path in (*plan.output.paths, *older.superseded):
         if not _exists(path):
             continue
         for file in plan.inputs:
@@ -67,7 +71,7 @@ def check_output(plan: Plan) -> None:
                 )
         if not path.is_file():
             raise OutputError(f"{path}: there is something here that is no file", advice="Choose another name.")
-        if not plan.options.force:
+        if not may_exist:
             raise OutputError(f"{path}: the output exists", advice="Use --force to replace it, or choose another name.")
 
 

@@ -39,6 +39,8 @@ class OptionArguments(TypedDict, total=False):
     sync: bool
     metadata: bool
     verify: bool
+    resume: bool
+    journal: float
 
 
 RECIPE_KEYS = ("dtype", "layout", "on_shape_mismatch", "on_missing", "seed")

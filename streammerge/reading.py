@@ -24,6 +24,10 @@ class Reader(Protocol):
         """Bytes [start, stop) of the file, not to be written to."""
         ...
 
+    def check(self) -> None:
+        """CheckpointError if something that was read is void."""
+        ...
+
     def release(self) -> None:
         """Give mapped memory back to the system."""
         ...
@@ -55,11 +59,12 @@ class MappedReader:
         window = self._windows[file] = _Window(file, start, stop)
         return window
 
-    def release(self) -> None:
-        """Unmap every window, each as soon as nothing refers to its bytes any more.
+    def check(self) -> None:
+        """CheckpointError if a window could not be read: what was computed of it is void."""
+        check_windows()
 
-        CheckpointError if one could not be read: what was computed of it is void.
-        """
+    def release(self) -> None:
+        """Unmap every window, each as soon as nothing refers to its bytes any more; CheckpointError as of `check`."""
         self._windows.clear()
         check_windows()
 
@@ -88,6 +93,9 @@ class PositionalReader:
         buffer = self._buffers[slot][:count]
         read_at(file.descriptor, buffer, start)
         return buffer
+
+    def check(self) -> None:
+        """What can't be read is an error at once."""
 
     def release(self) -> None:
         """Nothing is mapped."""

@@ -16,6 +16,7 @@ PARTS: Final = ("plan", "merge", "sync")
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """The outcome of a merge. Sizes are in bytes, times in seconds; `nonfinite` counts bad values per merged tensor.
+    `resumed_bytes` is what an interrupted run had put on the disk.
 
     Of the seconds, `plan` is all before the workers begin, `import torch` included, and `ahead` is how long of it
     tensors were being copied already.
@@ -40,6 +41,7 @@ class Report:
     inputs: Sequence[ByteFile]
     version: str
     left_out: Mapping[str, int] = field(default_factory=dict)
+    resumed_bytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, in the order of the documentation."""
@@ -57,6 +59,7 @@ class Report:
             "nonfinite_tensors": dict(self.nonfinite),
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
+            "resumed_bytes": self.resumed_bytes,
             "seconds": {name: round(value, 6) for name, value in self.seconds.items()},
             "peak_rss_bytes": self.peak_rss_bytes,
             "baseline_rss_bytes": self.baseline_rss_bytes,

@@ -12,6 +12,7 @@ import torch
 from streammerge.compute import Evaluator, piece_elements
 from streammerge.devices import Lane, is_out_of_memory, no_memory_left, torch_dtype
 from streammerge.formats.files import ByteFile
+from streammerge.ledger import Ledger
 from streammerge.nodes import BLOCK, ByBlock, Node, Stored, Together, compute_dtype, leaves, walk
 from streammerge.plan import Job, held_bytes
 from streammerge.progress import Progress
@@ -107,8 +108,8 @@ class Work:
             self.survey.finish_pass()
             return self.begin_pass()
 
-    def write(self, first: int, last: int, lane: Lane, sink: Sink, progress: Progress) -> None:
-        """Compute and write blocks [first, last)."""
+    def write(self, window: Window, lane: Lane, sink: Sink, progress: Progress) -> None:
+        """Compute and write the window's blocks."""
         raise NotImplementedError
 
 
@@ -136,7 +137,7 @@ class Window:
         if self.surveying:
             self._measure(lane, progress)
         else:
-            self.work.write(self.first, self.last, lane, sink, progress)
+            self.work.write(self, lane, sink, progress)
 
     def _measure(self, lane: Lane, progress: Progress) -> None:
         assert self.work.dtype is not None
@@ -163,25 +164,35 @@ class Window:
 
 
 class MergeWork(Work):
-    """A tensor of the output that is computed, and rounded once."""
+    """A tensor of the output that is computed, and rounded once; what the ledger has of it is left out."""
 
     writes = True
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, ledger: Ledger | None = None) -> None:
         super().__init__(job.name, job.node, job.compute)
         self.job = job
+        self.ledger = ledger or Ledger()
         self.held_bytes = held_bytes(job.node)
         self.least = least_step(job.node)
         self.stored = torch_dtype(job.info.dtype)
 
-    def write(self, first: int, last: int, lane: Lane, sink: Sink, progress: Progress) -> None:
-        """Write blocks [first, last) at their place in the output."""
+    def begin_pass(self) -> list[Window]:
+        """The windows of the next pass, those left out that need not be written."""
+        windows = super().begin_pass()
+        due = [window for window in windows if window.surveying or not self.ledger.has(self.job, *self._bytes(window))]
+        self._open_windows = len(due)
+        return due
+
+    def _bytes(self, window: Window) -> tuple[int, int]:
+        """Which bytes of the tensor the window writes."""
+        size, elements = self.stored.itemsize, self.node.info.elements
+        return window.first * self._step * size, min(window.last * self._step, elements) * size
+
+    def write(self, window: Window, lane: Lane, sink: Sink, progress: Progress) -> None:
+        """Write the window's blocks at their place in the output."""
         assert self.dtype is not None
-        evaluator, stop = (
-            Evaluator(lane, self.dtype, self.survey.known),
-            min(last * self._step, self.node.info.elements),
-        )
-        start, failures = first * self._step, 0
+        evaluator, nonfinite, failures = Evaluator(lane, self.dtype, self.survey.known), 0, 0
+        start, stop = window.first * self._step, min(window.last * self._step, self.node.info.elements)
         while start < stop:
             made = self._make(evaluator, start, min(start + self._elements(lane), stop))
             if made is None:
@@ -190,12 +201,15 @@ class MergeWork(Work):
                 evaluator = Evaluator(lane, self.dtype, self.survey.known)  # the last one holds what it had made
                 continue
             values, stored = made
+            lane.reader.check()  # what is written is kept for --resume
             data = lane.stored_bytes(stored)
             sink.write(self.job, start * self.stored.itemsize, data)
             progress.advance(len(data))
             if bad := count_nonfinite(values, stored):
                 progress.found_nonfinite(self.name, bad)
+                nonfinite += bad
             start, failures = start + values.numel(), 0
+        self.ledger.finish(self.job, *self._bytes(window), nonfinite)
 
     def _make(self, evaluator: Evaluator, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Elements [start, stop), and as they are stored; None if there is no memory for them."""

@@ -35,9 +35,12 @@ ORDER = [
     # models as expressions
     *("nodes", "checkpoints", "architecture", "merged", "functions"),
     # what will happen
-    *("layout", "plan", "inputs", "report", "copying"),
+    *("layout", "plan", "ledger", "older", "inputs", "report", "copying"),
+    # what is left of a merge that was stopped
+    *("locking", "fingerprint", "placing", "journal", "resuming", "leftovers"),
     # what happens
-    *("devices", "gathering", "compute", "surveys", "works", "engine", "writing", "checking", "api", "public"),
+    *("devices", "gathering", "compute", "surveys", "works", "engine", "writing"),
+    *("bookkeeping", "checking", "api", "public"),
     "benchmark",
     # what is shown
     *("inspection", "comparison", "plotting", "similarity", "screen"),
