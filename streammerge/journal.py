@@ -129,8 +129,9 @@ class Journal:
     def close(self) -> None:
         """Close it, and let others have it."""
         if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
+            descriptor, self.descriptor = self.descriptor, -1
+            with contextlib.suppress(OSError):  # what matters in it was synced, or is not relied on
+                os.close(descriptor)
 
     def remove(self) -> None:
         """Close and remove it."""

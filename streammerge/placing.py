@@ -62,8 +62,11 @@ class Placing:
         return (step.target for step in self.steps if step.retire)
 
     def has_begun(self, folder: Path) -> bool:
-        """Whether some step is made, so that only all of them lead to something that can be loaded."""
-        return not all(step.is_due(folder) for step in self.steps)
+        """Whether some step is made, or may be, so that only all of them lead to something that can be loaded."""
+        try:
+            return not all(step.is_due(folder) for step in self.steps)
+        except OSError:  # nobody can tell now
+            return True
 
 
 def plan_placing(layout: OutputLayout, temporaries: Sequence[Path], superseded: Sequence[Path] = ()) -> Placing:
@@ -89,8 +92,17 @@ def put_in_place(
 ) -> None:
     """Make all steps that are due, or none: an OSError before the last one has those undone that were made.
 
-    `before` is called with a file's final name before the file gets it.
+    The last one is made when all others are, so once it is made nothing is due any more, even if what made room is gone
+    already. `before` is called with a file's final name before the file gets it.
     """
+    if placing.steps[-1].is_due(folder):
+        _make_steps(placing, folder, sync=sync, before=before)
+    if sync:
+        sync_folder(folder)
+    tidy_up(placing, folder, sync=sync)
+
+
+def _make_steps(placing: Placing, folder: Path, *, sync: bool, before: Callable[[Path], None]) -> None:
     made: list[Step] = []
     *steps, last = placing.steps
     try:
@@ -103,17 +115,13 @@ def put_in_place(
                     sync_folder(folder)  # the old index is gone before a shard is replaced
         if sync and made:
             sync_folder(folder)  # every shard has its name before the index names it
-        if last.is_due(folder):
-            before(folder / last.target)
-            last.make(folder)
+        before(folder / last.target)
+        last.make(folder)
     except BaseException:
-        for step in reversed(made):
+        for step in reversed(made if last.is_due(folder) else []):  # an interrupt may come right after the last
             with contextlib.suppress(OSError):
                 step.undo(folder)
         raise
-    if sync:
-        sync_folder(folder)
-    tidy_up(placing, folder, sync=sync)
 
 
 def tidy_up(placing: Placing, folder: Path, *, sync: bool) -> None:

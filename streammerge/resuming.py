@@ -105,11 +105,13 @@ def leave(journal: Journal) -> None:
     """Remove the journal, unless there are files that it tells of."""
     contents = journal.contents
     names = [*contents.temporaries, *(contents.placing.retired if contents.placing else ())]
-    if any((journal.folder / name).exists() for name in names):
-        journal.close()
-    else:
-        with suppress(OSError):
+    try:
+        if not any((journal.folder / name).exists() for name in names):
             journal.remove()
+    except OSError:
+        pass  # it stays, and is known for what it is
+    finally:
+        journal.close()
 
 
 def _resume(begun: Beginning, tell: Tell) -> None:

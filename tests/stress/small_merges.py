@@ -110,10 +110,14 @@ class Bench:
 
     def merge(self, *more: str) -> Ending:
         """Run the program, in this process."""
-        said = io.StringIO()
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        return self._run([*self.words, *(["--force"] if self.scenario.old else []), *more])
+
+    @staticmethod
+    def _run(words: list[str]) -> Ending:
+        said, printed = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(printed):
             try:
-                code: int | None = main([*self.words, *(["--force"] if self.scenario.old else []), *more])
+                code: int | None = main(words)
             except SystemExit as leaving:
                 code = 2 if leaving.code is None else int(leaving.code)
             except BaseException:
@@ -122,8 +126,19 @@ class Bench:
         return Ending(code, said.getvalue())
 
     def problems(self, ending: Ending) -> list[str]:
-        """Everything that is wrong after a merge ended so; what an error says, and what lies there now."""
-        wrong = self.wrong_output(complete=ending.exit_code == 0)
+        """Everything that is wrong after a merge ended so; what an error says, and what lies there now.
+
+        What can't be undone either, because the system refuses everything, may wait for `streammerge clean`, which
+        finishes it; until then nothing is to be loadable that is neither the old output nor the new one.
+        """
+        wrong = ["what can be loaded is mixed"] if self.loadable_and_mixed() else []
+        if ending.exit_code == 0:
+            wrong += self.wrong_output(complete=True)
+        if self.wrong_output() or self.left_over():
+            cleaned = self.clean()
+            if cleaned.exit_code != 0:
+                wrong.append(f"clean fails: {cleaned.said}")
+            wrong += self.wrong_output()
         if ending.exit_code not in (0, 1) or "Traceback" in ending.said:
             wrong.append(f"it died: {ending.said.strip().splitlines()[-1:]}")
         elif ending.exit_code == 1 and not ending.said.startswith("error: "):
@@ -139,13 +154,18 @@ class Bench:
             return []
         if complete:
             return ["it says that it is done, and it is not"]
-        if found == self.old:
+        with_old = {**{name: digest for name, digest in self.old.items() if name not in self.new}, **self.new}
+        if found in (self.old, with_old):  # an old single file beside a new index could not be removed
             return []
         return [f"neither the old output nor the new one: {sorted(found)}"]
 
     def is_new(self) -> bool:
         """Whether the new output lies there, whole."""
         return not self.wrong_output(complete=True)
+
+    def clean(self) -> Ending:
+        """Run `streammerge clean` where the output goes."""
+        return self._run(["clean", str(self.place / self.scenario.output if self.scenario.sharded else self.place)])
 
     def left_over(self) -> list[str]:
         """Temporary files that are still there."""
