@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,7 +26,11 @@ class OpenInputs:
 
     def open(self, path: Path) -> Checkpoint:
         """The checkpoint at this path."""
-        key = path.resolve()
+        try:
+            key = path.resolve()
+        except RuntimeError as error:  # Python's word, before 3.13, for links that lead to each other
+            loop = os.strerror(errno.ELOOP)
+            raise CheckpointError(f"{path}: can't be read: {loop}", advice="Name a checkpoint file.") from error
         if key not in self.checkpoints:
             self.checkpoints[key] = open_model(path)
         return self.checkpoints[key]
@@ -62,6 +68,11 @@ def check_output(plan: Plan, older: Older, *, may_exist: bool) -> None:
     """
     for path in (*plan.output.paths, *older.superseded):
         if not _exists(path):
+            if path.is_symlink():
+                raise OutputError(
+                    f"{path}: there is a link here that leads nowhere",
+                    advice="Remove it, or choose another name for the output.",
+                )
             continue
         for file in plan.inputs:
             if path.samefile(file.path):
@@ -73,6 +84,17 @@ def check_output(plan: Plan, older: Older, *, may_exist: bool) -> None:
             raise OutputError(f"{path}: there is something here that is no file", advice="Choose another name.")
         if not may_exist:
             raise OutputError(f"{path}: the output exists", advice="Use --force to replace it, or choose another name.")
+
+
+def check_name(path: Path) -> None:
+    """OutputError if safetensors itself could not open a file of this name: it wants Unicode."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise OutputError(
+            f"{path}: the name is not valid Unicode, and safetensors can't open such files",
+            advice="Choose another name for the output.",
+        ) from error
 
 
 def _exists(path: Path) -> bool:

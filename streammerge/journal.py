@@ -46,7 +46,7 @@ def journal_path(layout: OutputLayout) -> Path:
     """Where the journal of this output is: the same for every run that would write it, sharded or not."""
     folder, stem = output_stem(layout.path)
     name = f"{stem}{SUFFIX}"
-    if len(name.encode()) > 200:
+    if len(os.fsencode(name)) > 200:
         name = f"{name[:50]}.{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}"
     return folder / f".{name}{JOURNAL_SUFFIX}"
 
