@@ -116,6 +116,7 @@ class Journal:
 
     def _add(self, record: Mapping[str, Any]) -> None:
         line = encode(record)
+        os.ftruncate(self.descriptor, self.contents.nbytes)  # of what was torn
         write_at(self.descriptor, memoryview(line), self.contents.nbytes)
         _take_in(self.contents, record)
         self.contents.nbytes += len(line)

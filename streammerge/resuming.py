@@ -141,7 +141,7 @@ def _resume(begun: Beginning, tell: Tell) -> None:
             found=changes,
             advice="Undo the change, or leave out --resume to merge from the beginning.",
         )
-        refusal.state = "What is there of it was left as it is."
+        refusal.state = "What is there of it is left as it is."
         raise refusal
     if begun.journal.contents.placing is not None:
         finish_or_refuse(begun)

@@ -5,5 +5,6 @@ from __future__ import annotations
 from typing import Final
 
 from tests.stress.campaign import Campaign
+from tests.stress.kill import KILL
 
-CAMPAIGNS: Final[tuple[Campaign, ...]] = ()
+CAMPAIGNS: Final[tuple[Campaign, ...]] = (KILL,)
