@@ -20,7 +20,7 @@ from streammerge import bookkeeping
 from streammerge.api import run_merge
 from streammerge.cli import main
 from streammerge.errors import OutputError
-from streammerge.journal import JOURNAL_SUFFIX, lock_journal
+from streammerge.journal import JOURNAL_SUFFIX, Journal, lock_journal
 from streammerge.methods import METHODS
 from streammerge.options import Options
 from streammerge.recipe import parse_recipe
@@ -40,7 +40,7 @@ def paths(tmp_path):
 
 
 def recipe_of(paths, name="linear", **keys) -> dict[str, Any]:
-    base = {"base_model": str(paths["base"])} if METHODS[name].base == "required" else {}  # type: ignore[attr-defined]
+    base = {"base_model": str(paths["base"])} if METHODS[name].base == "required" else {}
     return {"merge_method": name, "models": [str(paths["a"]), str(paths["b"])], **base, **keys}
 
 
@@ -73,6 +73,27 @@ class Stopping:
         monkeypatch.setattr(MergeWork, "write", write)
 
 
+def noting(notes: list[str], what: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with a note of every call."""
+
+    def noted(*arguments: Any) -> Any:
+        notes.append(what)
+        return function(*arguments)
+
+    return noted
+
+
+def slow_down(monkeypatch) -> None:
+    """Have every write take some time."""
+    write = OutputWriter.write
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.03)
+        write(*arguments)
+
+    monkeypatch.setattr(OutputWriter, "write", slow)
+
+
 def run(raw: dict[str, Any], output: Path, tell: Callable[[str], None] = lambda _: None, **options: Any):
     return run_merge(parse_recipe(raw, Path()), output, Options(threads=1, **options), None, tell)
 
@@ -92,7 +113,7 @@ def whole(raw, folder: Path, **options) -> dict[str, str]:
     return digests(folder)
 
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "linear": {},
     "slerp": {"parameters": {"t": 0.3}},
     "ties": {"parameters": {"density": 0.5}},
@@ -111,7 +132,7 @@ def test_a_resumed_merge_gives_the_same_bytes(tmp_path, paths, monkeypatch, name
     raw = recipe_of(paths, name, **CASES[name])
     if name == "truncate_rank":
         raw["models"] = raw["models"][:1]
-    options = {"shard_size": streammerge.options.parse_size(shard_size) if shard_size else None}
+    options: dict[str, Any] = {"shard_size": streammerge.options.parse_size(shard_size) if shard_size else None}
     right = whole(raw, tmp_path / "right", **options)
     output = tmp_path / "new" / "out.safetensors"
     first = stop(monkeypatch, raw, output, after=4, **options)
@@ -131,11 +152,9 @@ def test_what_is_copied_is_not_copied_again(tmp_path, paths, monkeypatch):
     right = whole(raw, tmp_path / "right")
     output = tmp_path / "new" / "out.safetensors"
     stop(monkeypatch, raw, output)
-    copied = []
-    whole_copy = OutputWriter.copy
-    monkeypatch.setattr(
-        OutputWriter, "copy", lambda writer, ranges: (copied.append(ranges), whole_copy(writer, ranges))
-    )
+    copied: list[str] = []
+    copy = OutputWriter.copy
+    monkeypatch.setattr(OutputWriter, "copy", noting(copied, "copy", copy))
     run(raw, output, resume=True)
     assert not copied
     assert digests(tmp_path / "new") == right
@@ -226,8 +245,7 @@ def test_without_a_journal_nothing_is_kept(tmp_path, paths, monkeypatch, options
 def test_the_thread_writes_down_what_is_done(tmp_path, paths, monkeypatch):
     raw, output = recipe_of(paths), tmp_path / "new" / "out.safetensors"
     right = whole(raw, tmp_path / "right")
-    write = OutputWriter.write
-    monkeypatch.setattr(OutputWriter, "write", lambda *arguments: (time.sleep(0.03), write(*arguments)))
+    slow_down(monkeypatch)
 
     def interrupt(progress):
         if progress.done_bytes > progress.total_bytes * 0.7:
@@ -245,20 +263,19 @@ def test_a_disk_that_can_not_be_synced_stops_the_merge(tmp_path, paths, monkeypa
         raise OutputError("the disk is gone")
 
     monkeypatch.setattr(OutputWriter, "sync_data", failing)
-    write = OutputWriter.write
-    monkeypatch.setattr(OutputWriter, "write", lambda *arguments: (time.sleep(0.03), write(*arguments)))
+    slow_down(monkeypatch)
     with pytest.raises(OutputError, match=r"the disk is gone\n  The unfinished output was removed\."):
         run(recipe_of(paths), tmp_path / "new" / "out.safetensors", journal=0.01)
     assert not (tmp_path / "new").exists()
 
 
 def test_data_are_synced_before_the_journal_says_so(tmp_path, paths, monkeypatch):
-    events = []
-    add, sync = streammerge.journal.Journal.add, OutputWriter.sync_data
-    monkeypatch.setattr(OutputWriter, "sync_data", lambda writer: (sync(writer), events.append("data")))
-    monkeypatch.setattr(streammerge.journal.Journal, "add", lambda *words: (events.append("record"), add(*words)))
-    stop(monkeypatch, recipe_of(paths), tmp_path / "new" / "out.safetensors", after=3)
-    assert events[:6] == ["data", "record"] * 3
+    events: list[str] = []
+    monkeypatch.setattr(Journal, "add", noting(events, "record", Journal.add))
+    monkeypatch.setattr(OutputWriter, "sync_data", noting(events, "data", OutputWriter.sync_data))
+    stop(monkeypatch, recipe_of(paths), tmp_path / "new" / "out.safetensors", after=6)
+    assert len(events) >= 6
+    assert events == ["data", "record"] * (len(events) // 2)
 
 
 # ── or it says why it can't ──────────────────────────────────────────────────────────────────────────────────────────
@@ -465,12 +482,7 @@ def test_the_command_line_resumes(tmp_path, paths, monkeypatch, capsys):
     assert "the same command with --resume goes on from there" in err
     assert main([*words, "--resume", "-v"]) == 0
     assert "resumed: " in capsys.readouterr().err
-    assert list(digests(tmp_path)) == [
-        "models/a.safetensors",
-        "models/b.safetensors",
-        "models/base.safetensors",
-        "out.safetensors",
-    ]
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["out.safetensors"]
 
 
 @pytest.mark.parametrize("word", ["-1", "nan", "x", "1e9"])

@@ -157,9 +157,13 @@ def kill_and_resume(arena: Arena, case: Case, chance: random.Random, most: int) 
 def make_model(path: Path, seed: int) -> None:
     """A model of 24 MB: some large tensors, and a few of odd sizes."""
     random_numbers = np.random.default_rng(seed)
-    shapes = {f"layers.{number}.weight": (1024, 1024 if number % 2 else 512) for number in range(8)}
+    shapes: dict[str, tuple[int, ...]] = {
+        f"layers.{number}.weight": (1024, 1024 if number % 2 else 512) for number in range(8)
+    }
     shapes |= {f"layers.{number}.bias": (63 + number,) for number in range(8)}
-    tensors = {name: random_numbers.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    tensors: dict[str, np.ndarray] = {
+        name: random_numbers.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()
+    }
     tensors["positions"] = np.arange(77)
     save_file(tensors, path, {"format": "pt"})
 
