@@ -35,10 +35,6 @@ class Step:
     target: str
     retire: bool = False
 
-    def is_due(self, folder: Path) -> bool:
-        """Whether it has still to be made. Names of temporary and retired files occur once in the world."""
-        return _exists(folder / self.source) and not (self.retire and _exists(folder / self.target))
-
     def make(self, folder: Path) -> None:
         """Make it."""
         (folder / self.source).replace(folder / self.target)
@@ -63,7 +59,17 @@ class Placing:
 
     def has_begun(self, folder: Path) -> bool:
         """Whether some step is made, so that only all of them lead to something that can be loaded."""
-        return not all(step.is_due(folder) for step in self.steps)
+        return not all(self.is_due(step, folder) for step in self.steps)
+
+    def is_due(self, step: Step, folder: Path) -> bool:
+        """Whether the step has still to be made: names of temporary and retired files occur once in the world.
+
+        Nothing makes room for what is in place already: what has that name then, is the new file itself.
+        """
+        if not step.retire:
+            return _exists(folder / step.source)
+        comes = next(other for other in self.steps if other.target == step.source)
+        return _exists(folder / comes.source) and _exists(folder / step.source) and not _exists(folder / step.target)
 
 
 def plan_placing(layout: OutputLayout, temporaries: Sequence[Path], superseded: Sequence[Path] = ()) -> Placing:
@@ -95,7 +101,7 @@ def put_in_place(
     *steps, last = placing.steps
     try:
         for step in steps:
-            if step.is_due(folder):
+            if placing.is_due(step, folder):
                 before(folder / step.target)
                 made.append(step)  # first, in case that an interrupt comes between
                 step.make(folder)
@@ -103,7 +109,7 @@ def put_in_place(
                     sync_folder(folder)  # the old index is gone before a shard is replaced
         if sync and made:
             sync_folder(folder)  # every shard has its name before the index names it
-        if last.is_due(folder):
+        if placing.is_due(last, folder):
             before(folder / last.target)
             last.make(folder)
     except BaseException:
