@@ -69,8 +69,8 @@ class Contents:
 
     @property
     def entry(self) -> Entry:
-        """What is on the disk."""
-        return Entry(self.spans, self.nonfinite)
+        """What is on the disk now; it does not grow with what is written down later."""
+        return Entry(Coverage(self.spans), dict(self.nonfinite))
 
     def can_resume(self, folder: Path) -> bool:
         """Whether something is on the disk, and the files that it is in are there (an index is made last)."""
@@ -116,6 +116,7 @@ class Journal:
 
     def _add(self, record: Mapping[str, Any]) -> None:
         line = encode(record)
+        os.ftruncate(self.descriptor, self.contents.nbytes)  # of what was torn
         write_at(self.descriptor, memoryview(line), self.contents.nbytes)
         _take_in(self.contents, record)
         self.contents.nbytes += len(line)

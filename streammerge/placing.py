@@ -35,10 +35,6 @@ class Step:
     target: str
     retire: bool = False
 
-    def is_due(self, folder: Path) -> bool:
-        """Whether it has still to be made. Names of temporary and retired files occur once in the world."""
-        return _exists(folder / self.source) and not (self.retire and _exists(folder / self.target))
-
     def make(self, folder: Path) -> None:
         """Make it."""
         (folder / self.source).replace(folder / self.target)
@@ -64,9 +60,19 @@ class Placing:
     def has_begun(self, folder: Path) -> bool:
         """Whether some step is made, or may be, so that only all of them lead to something that can be loaded."""
         try:
-            return not all(step.is_due(folder) for step in self.steps)
+            return not all(self.is_due(step, folder) for step in self.steps)
         except OSError:  # nobody can tell now
             return True
+
+    def is_due(self, step: Step, folder: Path) -> bool:
+        """Whether the step has still to be made: names of temporary and retired files occur once in the world.
+
+        Nothing makes room for what is in place already: what has that name then, is the new file itself.
+        """
+        if not step.retire:
+            return _exists(folder / step.source)
+        comes = next(other for other in self.steps if other.target == step.source)
+        return _exists(folder / comes.source) and _exists(folder / step.source) and not _exists(folder / step.target)
 
 
 def plan_placing(layout: OutputLayout, temporaries: Sequence[Path], superseded: Sequence[Path] = ()) -> Placing:
@@ -95,7 +101,7 @@ def put_in_place(
     The last one is made when all others are, so once it is made nothing is due any more, even if what made room is gone
     already. `before` is called with a file's final name before the file gets it.
     """
-    if placing.steps[-1].is_due(folder):
+    if placing.is_due(placing.steps[-1], folder):
         _make_steps(placing, folder, sync=sync, before=before)
     if sync:
         sync_folder(folder)
@@ -107,7 +113,7 @@ def _make_steps(placing: Placing, folder: Path, *, sync: bool, before: Callable[
     *steps, last = placing.steps
     try:
         for step in steps:
-            if step.is_due(folder):
+            if placing.is_due(step, folder):
                 before(folder / step.target)
                 made.append(step)  # first, in case that an interrupt comes between
                 step.make(folder)
@@ -118,7 +124,9 @@ def _make_steps(placing: Placing, folder: Path, *, sync: bool, before: Callable[
         before(folder / last.target)
         last.make(folder)
     except BaseException:
-        for step in reversed(made if last.is_due(folder) else []):  # an interrupt may come right after the last
+        for step in reversed(
+            made if placing.is_due(last, folder) else []
+        ):  # an interrupt may come right after the last
             with contextlib.suppress(OSError):
                 step.undo(folder)
         raise

@@ -143,7 +143,7 @@ def _resume(begun: Beginning, tell: Tell) -> None:
             found=changes,
             advice="Undo the change, or leave out --resume to merge from the beginning.",
         )
-        refusal.state = "What is there of it was left as it is."
+        refusal.state = "What is there of it is left as it is."
         raise refusal
     if begun.journal.contents.placing is not None:
         finish_or_refuse(begun)
@@ -185,7 +185,7 @@ def finish_or_refuse(begun: Beginning) -> None:
     """An earlier merge is complete but for names: only tidying up may be left of it, else it has to be finished."""
     placing = begun.journal.contents.placing
     assert placing is not None
-    if any(step.is_due(begun.journal.folder) for step in placing.steps):
+    if any(placing.is_due(step, begun.journal.folder) for step in placing.steps):
         raise OutputError(
             f"{begun.plan.output.path}: an earlier merge to this output is complete and was stopped while it was put "
             "in place",

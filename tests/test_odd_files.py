@@ -1,4 +1,4 @@
-"""Files that are no plain files, names that are no plain names, inputs that change, and inputs that stay what they are."""
+"""Files that are no plain files, names that are no plain names, inputs that change, and inputs that stay the same."""
 
 from __future__ import annotations
 
@@ -181,7 +181,8 @@ def remove(path: Path) -> None:
 def test_an_input_that_changes_meanwhile_is_one_error(tmp_path, paths, told, monkeypatch, change, io):
     from streammerge.writing import OutputWriter
 
-    whole, done = OutputWriter.write, []
+    whole = OutputWriter.write
+    done: list[object] = []
 
     def changing(writer, job, position, data):
         if not done:

@@ -6,5 +6,6 @@ from typing import Final
 
 from tests.stress import faults, full_disk, power
 from tests.stress.campaign import Campaign
+from tests.stress.kill import KILL
 
-CAMPAIGNS: Final[tuple[Campaign, ...]] = (faults.CAMPAIGN, power.CAMPAIGN, full_disk.CAMPAIGN)
+CAMPAIGNS: Final[tuple[Campaign, ...]] = (KILL, faults.CAMPAIGN, power.CAMPAIGN, full_disk.CAMPAIGN)
