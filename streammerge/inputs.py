@@ -67,6 +67,7 @@ def check_output(plan: Plan, older: Older, *, may_exist: bool) -> None:
     What an older output by this name has more than the new one counts, too.
     """
     for path in (*plan.output.paths, *older.superseded):
+        check_name(path)
         if not _exists(path):
             if path.is_symlink():
                 raise OutputError(
