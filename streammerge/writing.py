@@ -22,7 +22,7 @@ from streammerge.fingerprint import Fingerprint
 from streammerge.formats.positional import copy_at, read_at, write_at
 from streammerge.journal import Journal
 from streammerge.layout import OutputFile, OutputLayout
-from streammerge.locking import sync_data
+from streammerge.locking import sync_data, sync_folder
 from streammerge.options import format_size
 from streammerge.placing import plan_placing, put_in_place, temporary_name
 from streammerge.plan import Job
@@ -148,6 +148,8 @@ class OutputWriter:
             with output_errors(self.layout.path):
                 self.journal.identify(identity())
                 self.journal.place(placing, sync=sync)
+                if sync and self.layout.index is not None:
+                    sync_folder(self.journal.folder)  # its name, and the files', outlast what is renamed first
         folder = self.layout.paths[0].parent
         try:
             with output_errors(self.layout.path):

@@ -260,6 +260,25 @@ def recording(bench: Bench) -> Iterator[Recorder]:
         yield recorder
 
 
+FINISHED: Final = "nothing loadable until `clean` put the new in place"
+
+
+def judge(bench: Bench, *, done: bool) -> str:
+    """What lies there after a crash; "the old", "the new" and FINISHED are well, anything else is what is wrong."""
+    if bench.loadable_and_mixed():
+        return "a mixture"
+    if bench.is_new():
+        return "the new"
+    if done:
+        return "a merge that was done and is gone"
+    if not bench.wrong_output():
+        return "the old"
+    cleaned = bench.clean()
+    if cleaned.exit_code != 0:
+        return f"clean failed: {cleaned.said}"
+    return FINISHED if bench.is_new() else "neither, and clean can't mend it"
+
+
 def run(effort: Effort) -> list[Figure]:
     """Crash states of every scenario: at every moment in turn, then at random ones."""
     chance = random.Random(effort.seed)
@@ -273,18 +292,15 @@ def _run_scenario(scenario: Scenario, effort: Effort, chance: random.Random) -> 
         ending = bench.merge()
     assert ending.exit_code == 0, ending.said
     states = effort.trials(FULL)
-    problems, ends = [], {"the old": 0, "the new": 0, "nothing loadable": 0}
+    problems, ends = [], {"the old": 0, "the new": 0, FINISHED: 0}
     for state in range(states):
         moment = chance.randint(0, len(record.events)) if state else len(record.events)
         lay_down(crash(record, moment, chance), bench.place)
-        if bench.loadable_and_mixed():
-            problems.append(f"{scenario.name}: mixed after {moment} of {len(record.events)} events (state {state})")
-        elif not bench.wrong_output():
-            ends["the new" if bench.is_new() else "the old"] += 1
+        end = judge(bench, done=moment == len(record.events))
+        if end in ends:
+            ends[end] += 1
         else:
-            ends["nothing loadable"] += 1
-        if moment == len(record.events) and not bench.is_new():
-            problems.append(f"{scenario.name}: the merge was done, and the power cut took it back")
+            problems.append(f"{scenario.name}: {end} after {moment} of {len(record.events)} events (state {state})")
     for problem in problems[:20]:
         print(f"    {problem}")
     outcome = ", ".join(f"{count:,} times {end}" for end, count in ends.items())
