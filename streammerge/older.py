@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from streammerge.errors import CheckpointError
+from streammerge.errors import CheckpointError, OutputError
 from streammerge.formats.shards import read_index
 from streammerge.layout import SUFFIX, OutputLayout, is_shard_name, output_stem
 
@@ -36,12 +36,17 @@ def find_older(layout: OutputLayout) -> Older:
 
 
 def files_in(folder: Path) -> frozenset[Path]:
-    """The files in a folder, links to files among them; none if it is not there, or not to be listed."""
+    """The files in a folder, links to files among them; none if it is not there, or we may not list it.
+
+    OutputError if the disk fails: what is not seen would be taken for gone.
+    """
     try:
         with os.scandir(folder) as entries:
             return frozenset(folder / entry.name for entry in entries if entry.is_file())
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         return frozenset()
+    except OSError as error:
+        raise OutputError(f"{folder}: can't be listed: {error.strerror or error}", advice="Check the disk.") from error
 
 
 def _named_by(index: Path) -> frozenset[Path]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import random
 import subprocess
@@ -42,6 +43,7 @@ def small_disk(folder: Path) -> Iterator[str]:
         yield reason
     finally:
         if not reason:
+            gc.collect()  # errors' tracebacks hold windows of inputs
             subprocess.run(["umount", str(folder)], check=True)
 
 
