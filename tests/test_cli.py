@@ -419,6 +419,7 @@ def test_the_version(run):
 
 REPORT_KEYS = [
     *("output", "method", "tensors", "left_out", "nonfinite", "nonfinite_tensors", "bytes_read", "bytes_written"),
+    "resumed_bytes",
     *("seconds", "peak_rss_bytes", "baseline_rss_bytes", "peak_vram_bytes", "device", "dtype", "threads", "io"),
     *("inputs", "version"),
 ]
