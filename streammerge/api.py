@@ -3,66 +3,62 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streammerge import __version__
 from streammerge.carrying import LICENCES, MERGED_FROM, carried_metadata
-from streammerge.checking import Checker, ReadBack, checkpoint_reader
+from streammerge.checking import checkpoint_reader
 from streammerge.checkpoints import open_model
 from streammerge.copying import Copying
-from streammerge.errors import MergeError, PlanError
-from streammerge.findings import refuse_nonfinite
+from streammerge.errors import MergeError, refusal
 from streammerge.formats.files import ByteFile
 from streammerge.hashing import (
     FileHashes,
     HashingWriter,
     check_sidecar,
     file_sha256,
+    hash_output,
     hashing,
     stale_sidecar,
     write_sidecar,
 )
 from streammerge.inputs import OpenInputs, check_output, check_with_library
-from streammerge.machine import MAPPED_BYTES, MIB, Allotment, choose_io, peak_resident_bytes, resident_bytes
+from streammerge.lanes import Extent, Machine, Watch
+from streammerge.ledger import Ledger
+from streammerge.machine import peak_resident_bytes
 from streammerge.merged import Decision, Merged, node_of
 from streammerge.nodes import Stored, leaves
-from streammerge.options import Options, format_size
-from streammerge.plan import OVERHEAD_BYTES, Plan, make_plan
-from streammerge.progress import Progress
+from streammerge.older import find_older
+from streammerge.options import Options
+from streammerge.plan import Plan, make_plan
 from streammerge.provenance import Hashes, recipe_metadata, stored_names
 from streammerge.recipe import Recipe
 from streammerge.report import Report
+from streammerge.resuming import Beginning, Tell, beginning
 from streammerge.tensors import Model
 
 if TYPE_CHECKING:
-    import torch
-
-    from streammerge.works import MergeWork, Sink
-
-Watch = Callable[[Progress], None]
-"""Called from time to time while a merge runs, with what has been done so far."""
+    pass
 
 
-def run_merge(recipe: Recipe | Model, output: Path, options: Options, watch: Watch | None = None) -> Report:
-    """Merge to the output. It is complete when this returns; when it raises, what lay there is as it was."""
+def run_merge(
+    recipe: Recipe | Model,
+    output: Path,
+    options: Options,
+    watch: Watch | None = None,
+    tell: Tell = lambda _: None,
+) -> Report:
+    """Merge to the output. It is complete when this returns; when it raises, what lay there is as it was.
+
+    `tell` is given lines for the user while it begins: what there is to be resumed.
+    """
     started = time.perf_counter()
-    with saying_what_is_on_disk(), planned(recipe, output, options) as plan:
-        return _carry_out(plan, started, watch)
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """How much was computed again: windows of so many tensors of all, or, if `windows` is None, everything."""
-
-    tensors: int
-    of: int
-    windows: int | None = None
+    with saying_what_is_on_disk(), planned(recipe, output, options) as plan, beginning(plan, tell) as begun:
+        return _carry_out(begun, started, watch, tell)
 
 
 def run_verification(
@@ -85,108 +81,82 @@ def planned(recipe: Recipe | Model, output: Path, options: Options, *, replacing
         merged = opened.merge(recipe) if isinstance(recipe, Recipe) else as_merged(recipe)
         method = recipe.method if isinstance(recipe, Recipe) else ""
         metadata = output_metadata(recipe, options, opened)
+        description = recipe.describe() if isinstance(recipe, Recipe) else {}
         inputs = opened.files or files_of(merged)
-        plan = make_plan(merged, output, options, method=method, inputs=inputs, metadata=metadata)
+        plan = make_plan(
+            merged, output, options, method=method, inputs=inputs, metadata=metadata, description=description
+        )
         if not replacing:
-            check_output(plan)
+            # an interrupted run may have put its output in place; whoever resumes it looks again
+            check_output(plan, find_older(plan.output), may_exist=options.force or options.resume)
         yield plan
     finally:
         opened.close()
 
 
-class Machine:
-    """The lanes in which a plan is carried out: as many as the memory allows, on the device that was asked for."""
-
-    def __init__(self, plan: Plan) -> None:
-        import_torch()  # the bare import is the base line of what the merge takes
-        self.plan = plan
-        self.baseline = resident_bytes()
-        from streammerge.devices import check_float64, find_device, vram_limit
-
-        self.device: torch.device = find_device(plan.options.device)
-        check_float64(self.device, plan.jobs)
-        self.allotment = allot_memory(plan, self.baseline, vram_limit(self.device, plan.options.max_vram))
-        self.io = choose_io(plan.options.io, [file.path for file in plan.inputs])
-        if self.device.type == "cuda" and plan.options.io == "auto":
-            self.io = "pread"  # straight into pinned memory
-
-    def run(self, sink: Sink, copying: Copying, watch: Watch | None, works: Sequence[MergeWork] | None = None) -> None:
-        """Give every byte of the output that is computed, or those of these works, to the sink; finish the copying."""
-        from streammerge.devices import open_lanes
-        from streammerge.engine import run
-        from streammerge.works import MergeWork, together_works
-
-        progress, held = copying.progress, self.allotment.held_bytes
-        lanes = open_lanes(self.device, self.io, self.allotment)
-
-        def look() -> None:
-            if self.plan.options.on_nonfinite == "error":
-                refuse_nonfinite(dict(progress.findings))
-            if watch:
-                watch(progress)
-
-        if together := together_works(self.plan.together):
-            with progress.doing("measure the whole model", self.plan.bytes_before_writing):
-                run(together, lanes, sink, progress, look)
-        every = (MergeWork(job) for job in self.plan.jobs if job.compute is not None)
-        run(every if works is None else works, lanes, sink, progress, look, copying, held_bytes=held)
-        look()
-
-    def check(self, read: ReadBack, path: Path, watch: Watch | None) -> None:
-        """Compute every byte again and compare it with what is read back."""
-        checker = Checker(read)
-        self.run(checker, Copying(self.plan.jobs, checker, self.plan.new_progress()), watch)
-        checker.report(path)
-
-    def check_samples(self, read: ReadBack, path: Path, watch: Watch | None) -> Extent:
-        """Compute windows that are spread over the output again and compare them with what is read back."""
-        from streammerge.sampling import copied_samples, sample, sampled_works
-
-        chosen, checker = sample(self.plan.jobs), Checker(read)
-        works, copied = sampled_works(chosen), copied_samples(chosen)
-        checker.copy(copied)
-        self.run(checker, Copying([], checker, self.plan.new_progress()), watch, works)
-        checker.report(path)
-        return Extent(len(chosen), len(self.plan.jobs), len(copied) + sum(work.windows for work in works))
-
-    def peak_vram_bytes(self) -> int:
-        """The most memory that was taken on a CUDA device."""
-        import torch
-
-        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
-
-
-def _carry_out(plan: Plan, started: float, watch: Watch | None) -> Report:
+def _carry_out(begun: Beginning, started: float, watch: Watch | None, tell: Tell) -> Report:
+    from streammerge.bookkeeping import Bookkeeper
     from streammerge.writing import OutputWriter
 
-    plan.check_disk()
+    plan = begun.plan
+    if begun.is_complete:
+        return _finish(begun, started, tell)
+    older = find_older(plan.output)
+    check_output(plan, older, may_exist=plan.options.force)
     if plan.options.hash:
         check_sidecar(plan.output, force=plan.options.force)
+    if older.strays:
+        tell(f"note: {len(older.strays)} shards of an older output are left: {older.strays[0].name} …")
+    plan.check_disk(begun.present_bytes)
     machine = Machine(plan) if plan.options.torch_must_check else None
-    with (
-        saying_what_is_on_disk("The unfinished output was removed."),
-        OutputWriter(plan.output) as writer,
-        hashing(writer, wanted=plan.options.hash) as sink,
-    ):
-        copying = Copying(plan.jobs, sink, plan.new_progress())
+    writer, ledger = OutputWriter(plan.output, begun.journal), Ledger(begun.journal.contents.entry)
+    with saying_what_is_on_disk(writer.state), writer, hashing(writer, wanted=plan.options.hash) as sink:
+        copying = Copying(plan.jobs, sink, plan.new_progress(ledger.found.spans.nbytes), ledger)
+        copying.progress.findings.update(ledger.found.findings)
         with copying.ahead():
             machine = machine or Machine(plan)
             check_with_library(plan)
         marks = [started, time.perf_counter()]
-        machine.run(sink, copying, watch)
+        bookkeeper = Bookkeeper(begun, writer, ledger)
+        with bookkeeper.every(plan.options.journal if begun.can_be_resumed else 0.0):
+            machine.run(sink, copying, bookkeeper.watching(watch))
         hashes = sink.finish() if isinstance(sink, HashingWriter) else []
         marks.append(time.perf_counter())
         if plan.options.sync:
             writer.sync()
-        if plan.options.verify:
-            writer.forget()
-            machine.check(writer.read, plan.output.path, watch)
-        for file in plan.inputs:
-            file.check_unchanged()
-        writer.commit(sync=plan.options.sync)
+        with writer.judging():
+            if plan.options.verify:
+                writer.forget()
+                machine.check(writer.read, plan.output.path, watch)
+            for file in plan.inputs:
+                file.check_unchanged()
+            check_output(plan, older, may_exist=plan.options.force)
+            writer.check()
+        writer.commit(sync=plan.options.sync, superseded=older.superseded, identity=begun.request)
     if hashes:
         write_sidecar(plan.output, hashes, sync=plan.options.sync)
     marks.append(time.perf_counter())
+    return report_of(plan, marks, copying, machine, hashes)
+
+
+def _finish(begun: Beginning, started: float, tell: Tell) -> Report:
+    """Put in place what an earlier run has written, all of it."""
+    from streammerge.writing import OutputWriter
+
+    plan = begun.plan
+    begun.finish()
+    tell("resumed: everything was written already, and has been put in place")
+    hashes = hash_output(plan.output) if plan.options.hash else []
+    if hashes:
+        write_sidecar(plan.output, hashes, sync=plan.options.sync)
+    nothing = Copying((), OutputWriter(plan.output), plan.new_progress(), Ledger(begun.journal.contents.entry))
+    return report_of(plan, [started] * 3 + [time.perf_counter()], nothing, None, hashes)
+
+
+def report_of(
+    plan: Plan, marks: list[float], copying: Copying, machine: Machine | None, hashes: Sequence[FileHashes]
+) -> Report:
+    """How it went, with the times at which the parts began; no machine if there was nothing to be done any more."""
     seconds = dict(zip(("plan", "merge", "sync"), (b - a for a, b in itertools.pairwise(marks)), strict=True))
     return Report(
         output=[str(path) for path in plan.output.paths],
@@ -199,52 +169,20 @@ def _carry_out(plan: Plan, started: float, watch: Watch | None) -> Report:
         on_nonfinite=plan.options.on_nonfinite,
         bytes_read=copying.progress.bytes_read,
         bytes_written=plan.output.nbytes,
-        seconds={**seconds, "ahead": copying.seconds_ahead, "total": marks[-1] - started},
+        seconds={**seconds, "ahead": copying.seconds_ahead, "total": marks[-1] - marks[0]},
         peak_rss_bytes=peak_resident_bytes(),
-        baseline_rss_bytes=machine.baseline,
-        peak_vram_bytes=machine.peak_vram_bytes(),
-        device=str(machine.device),
+        baseline_rss_bytes=machine.baseline if machine else peak_resident_bytes(),
+        peak_vram_bytes=machine.peak_vram_bytes() if machine else 0,
+        device=str(machine.device) if machine else plan.options.device,
         dtype=sorted({job.info.dtype.name for job in plan.jobs}),
-        threads=machine.allotment.threads,
-        io=machine.io,
+        threads=machine.allotment.threads if machine else 0,
+        io=machine.io if machine else plan.options.io,
+        resumed_bytes=copying.ledger.found.spans.nbytes,
         inputs=plan.inputs,
         hashes=hashes_by_file(plan, hashes),
         stale_hashes="" if hashes else stale_sidecar(plan.output),
         version=__version__,
     )
-
-
-def import_torch() -> None:
-    """Import torch without looking for garbage on the way: there is none, and the search takes a tenth of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        import torch  # noqa: F401
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def allot_memory(plan: Plan, baseline: int, vram: int | None) -> Allotment:
-    """Share out what --max-ram leaves beside what the process takes already; PlanError naming the least that works."""
-    limit, wanted = plan.options.max_ram, plan.options.max_vram
-    if vram is not None and vram < plan.lane_bytes:
-        what = f"{format_size(vram)} of memory on the card" if wanted != vram else f"--max-vram {format_size(vram)}"
-        raise PlanError(
-            f"{what} is too small: one worker's buffers take {format_size(plan.lane_bytes)}",
-            advice=f"The least that works is {-(-plan.lane_bytes // MIB)}MiB.",
-        )
-    if limit is None:
-        return plan.allot(vram_limit=vram)
-    needed = plan.lane_bytes + MAPPED_BYTES[1] + plan.held_bytes
-    fixed = baseline + OVERHEAD_BYTES
-    if limit < fixed + needed:
-        raise PlanError(
-            f"--max-ram {format_size(limit)} is too small: Python and torch take {format_size(fixed)}, and this merge "
-            f"needs {format_size(needed)} to work in",
-            advice=f"The least that works is {-(-(fixed + needed) // MIB)}MiB.",
-        )
-    return plan.allot(limit - fixed, vram)
 
 
 def as_merged(model: Model) -> Merged:
@@ -294,10 +232,22 @@ def hashes_by_file(plan: Plan, hashes: Sequence[FileHashes]) -> Mapping[str, Map
 
 
 @contextlib.contextmanager
-def saying_what_is_on_disk(state: str = "Nothing was written.") -> Iterator[None]:
-    """Add to an error what state it leaves the disk in, unless who raised it said so already."""
+def saying_what_is_on_disk(state: Callable[[], str] = lambda: "Nothing was written.") -> Iterator[None]:
+    """Add to an error what state it leaves the disk in, unless who raised it said so already.
+
+    What the system refused, and nobody nearer put into words, becomes an error of ours here.
+    """
     try:
         yield
     except MergeError as error:
-        error.state = error.state or state
+        error.state = error.state or state()
         raise
+    except KeyboardInterrupt as interrupt:
+        interrupt.args = interrupt.args or (state(),)
+        raise
+    except BrokenPipeError:  # whoever read what we print has stopped reading
+        raise
+    except (OSError, MemoryError) as error:
+        refused = refusal(error)
+        refused.state = state()
+        raise refused from error

@@ -96,7 +96,14 @@ def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--shard-size", type=size, metavar="SIZE", help="write shards of at most this size, and an index"
     )
-    group.add_argument("--resume", action="store_true", help="continue an interrupted merge (not there yet)")
+    group.add_argument("--resume", action="store_true", help="continue an interrupted merge")
+    group.add_argument(
+        "--journal",
+        type=seconds,
+        default=Options.journal,
+        metavar="SECONDS",
+        help="how often what is written is synced and noted for --resume (default: 15; 0: never)",
+    )
     group.add_argument("--force", action="store_true", help="replace an existing output")
     group.add_argument("--no-metadata", action="store_true", help="don't write the recipe into the output's metadata")
     group.add_argument("--verify", action="store_true", help="read the output back and compute it again to compare")
@@ -118,6 +125,17 @@ def size(text: str) -> int:
         return parse_size(text)
     except RecipeError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def seconds(text: str) -> float:
+    """A number of seconds that is not negative."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1e6:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds, found {text!r}")
+    return value
 
 
 def positive(text: str) -> int:
@@ -144,6 +162,8 @@ def options_from(arguments: argparse.Namespace) -> Options:
         on_nonfinite=arguments.on_nonfinite,
         hash=arguments.hash,
         hash_inputs=arguments.hash_inputs,
+        resume=arguments.resume,
+        journal=arguments.journal,
     )
     return recorded_from(arguments).options(options) if arguments.recipe_from_metadata else options
 

@@ -25,7 +25,7 @@ streammerge RECIPE.yaml -o OUT.safetensors [options]
        streammerge MODEL[:WEIGHT] MODEL[:WEIGHT] ... -o OUT.safetensors [options]
        streammerge --recipe NAME NAME=MODEL ... -o OUT.safetensors [options]
        streammerge OLD.safetensors --recipe-from-metadata -o OUT.safetensors [NAME=MODEL ...] [options]
-       streammerge inspect|compare|plan|methods|recipes|verify|bench|demo ... (--help tells more)"""
+       streammerge inspect|compare|plan|methods|recipes|verify|bench|clean|demo ... (--help tells more)"""
 
 
 class Terminated(KeyboardInterrupt):
@@ -49,7 +49,8 @@ def main(words: Sequence[str] | None = None) -> int:
         say_on_stderr(f"error: {error}")
         return FAILED
     except KeyboardInterrupt as interrupt:
-        say_on_stderr("interrupted: the unfinished output was removed")
+        state = str(interrupt).rstrip(".")
+        say_on_stderr(f"interrupted: {state[:1].lower()}{state[1:]}" if state else "interrupted")
         return interrupt.exit_code if isinstance(interrupt, Terminated) else INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output has stopped reading
@@ -249,6 +250,21 @@ def demo(words: Sequence[str]) -> int:
     return commands.demo(parser.parse_args(words))
 
 
+def clean(words: Sequence[str]) -> int:
+    """Remove what merges that were stopped left behind."""
+    parser = new_parser(
+        "clean",
+        None,
+        "List and remove the unfinished files and journals that merges left in a folder when they were stopped. What a "
+        "running merge uses is left alone, and an output that was complete is put in place.",
+    )
+    parser.add_argument("folder", nargs="?", type=Path, default=Path(), help="where merges were written (default: .)")
+    parser.add_argument("-n", "--dry-run", action="store_true", help="list, and remove nothing")
+    from streammerge import commands
+
+    return commands.clean(parser.parse_args(words))
+
+
 def new_parser(command: str, usage: str | None, description: str | None) -> argparse.ArgumentParser:
     """A parser for one command, which does not abbreviate options."""
     options: dict[str, Any] = {"prog": f"streammerge {command}".strip(), "description": description, "usage": usage}
@@ -256,6 +272,6 @@ def new_parser(command: str, usage: str | None, description: str | None) -> argp
 
 
 COMMANDS: Final[dict[str, Callable[[Sequence[str]], int]]] = {
-    command.__name__: command for command in (inspect, compare, plan, methods, recipes, verify, bench, demo)
+    command.__name__: command for command in (inspect, compare, plan, methods, recipes, verify, bench, clean, demo)
 }
 """The words that are commands when they come first."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from streammerge.arguments import RECIPE_SUFFIXES, is_there, options_from, recipe_from, recorded_from
 from streammerge.blocks import abridged, unet_blocks
-from streammerge.errors import OutputError, RecipeError, one_line
+from streammerge.errors import OutputError, one_line
 from streammerge.formats.shards import SUFFIXES
 from streammerge.manual import describe_method, example, method_rows
 from streammerge.methods import METHODS, find_method
@@ -20,16 +20,12 @@ from streammerge.plan import Plan, dump_json
 from streammerge.presets import PRESETS
 from streammerge.screen import say, say_on_stderr, show_report, show_table, watching
 
-RESUME = "--resume is not there yet: it comes with the reliability work"
-
 
 def merge(arguments: argparse.Namespace) -> int:
     """Merge, show progress and the final table, write the report."""
     from streammerge.api import planned, run_merge, saying_what_is_on_disk
 
     with saying_what_is_on_disk():
-        if arguments.resume:
-            raise RecipeError(RESUME, advice="Leave it out to merge from the beginning.")
         recipe, options = recipe_from(arguments), options_from(arguments)
         check_side_file(arguments.report)
         if arguments.recipe_from_metadata:
@@ -38,7 +34,7 @@ def merge(arguments: argparse.Namespace) -> int:
             with planned(recipe, arguments.output, replace(options, hash_inputs=False)) as shown:
                 show_plan(shown, every_tensor=True)
     with watching("merge", quiet=arguments.quiet) as watch:
-        report = run_merge(recipe, arguments.output, options, watch)
+        report = run_merge(recipe, arguments.output, options, watch, telling(quiet=arguments.quiet))
     if arguments.report is not None:
         write_text(arguments.report, dump_json(report.to_json()))
     show_report(report, quiet=arguments.quiet)
@@ -167,7 +163,7 @@ def bench(arguments: argparse.Namespace) -> int:
     folder = (arguments.output or Path(OUTPUT)).absolute().parent
     timing = Timing(arguments.runs, arguments.cold, arguments.sync)
     check_side_file(arguments.report)
-    with saying_what_is_on_disk("What was measured so far, and every output, is removed."):
+    with saying_what_is_on_disk(lambda: "What was measured so far, and every output, is removed."):
         recipe, options = recipe_from(arguments.merge), options_from(arguments.merge)
         with planned(recipe, folder / OUTPUT, options, replacing=True) as made:
             measured = time_merge(arguments.merge_words, made, folder, timing, telling(quiet=arguments.quiet))
@@ -285,6 +281,26 @@ def recipes(arguments: argparse.Namespace) -> int:
         say(f"{name}\n  streammerge --recipe {name} {words} -o OUT.safetensors")
         for key, what in inputs.items():
             say(f"    {key:<8} {what}")
+    return 0
+
+
+def clean(arguments: argparse.Namespace) -> int:
+    """List what merges that were stopped left behind, and remove it."""
+    from streammerge.leftovers import find_leftovers, finish_placing, remove
+
+    if not arguments.dry_run:
+        for path in finish_placing(arguments.folder):
+            say(one_line(f"{path.name}: the output that it tells of was complete, and has been put in place"))
+    found = find_leftovers(arguments.folder)
+    for leftover in found:
+        say(one_line(str(leftover)))
+    removed = [] if arguments.dry_run else remove(found)
+    stale = [leftover for leftover in found if not leftover.in_use] if arguments.dry_run else removed
+    size = format_size(sum(leftover.nbytes for leftover in stale))
+    if not found:
+        say("nothing is left of merges that were stopped")
+    else:
+        say(f"{len(stale)} files, {size}, {'would be' if arguments.dry_run else 'were'} removed")
     return 0
 
 

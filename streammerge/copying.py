@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from streammerge.errors import error_context
+from streammerge.ledger import Ledger
 from streammerge.nodes import Stored
 from streammerge.plan import Job, copied_from
 from streammerge.progress import Progress
@@ -59,6 +60,7 @@ class Piece:
 
     sink: CopySink
     ranges: Sequence[CopyRange]
+    ledger: Ledger
 
     @property
     def name(self) -> str:
@@ -70,6 +72,8 @@ class Piece:
         for part in self.ranges:
             part.source.file.will_need(part.start, part.start + part.nbytes)
         self.sink.copy(self.ranges)
+        for part in self.ranges:
+            self.ledger.finish(part.job, part.position, part.position + part.nbytes)
         nbytes = sum(part.nbytes for part in self.ranges)
         progress.advance(nbytes, read=nbytes)
 
@@ -77,13 +81,14 @@ class Piece:
 class Copying:
     """All copies of a plan, piece by piece, for any number of threads.
 
-    `seconds_ahead` is how long the thread of `ahead` was at it.
+    What the ledger has already is left out. `seconds_ahead` is how long the thread of `ahead` was at it.
     """
 
-    def __init__(self, jobs: Iterable[Job], sink: CopySink, progress: Progress) -> None:
+    def __init__(self, jobs: Iterable[Job], sink: CopySink, progress: Progress, ledger: Ledger | None = None) -> None:
+        self.ledger = ledger or Ledger()
         self.progress = progress
         self.seconds_ahead = 0.0
-        self._pieces = pieces(jobs, sink)
+        self._pieces = pieces(jobs, sink, self.ledger)
         self._lock = threading.Lock()
         self._paused = threading.Event()
         self._error: BaseException | None = None
@@ -118,16 +123,18 @@ class Copying:
             self.seconds_ahead = time.perf_counter() - started
 
 
-def pieces(jobs: Iterable[Job], sink: CopySink) -> Iterator[Piece]:
-    """All that is copied, in the order of the jobs, in pieces of about the same size."""
+def pieces(jobs: Iterable[Job], sink: CopySink, ledger: Ledger) -> Iterator[Piece]:
+    """All that is to be copied, in the order of the jobs, in pieces of about the same size."""
     ranges: list[CopyRange] = []
     for part in (part for job in jobs if job.compute is None for part in ranges_of(job)):
+        if ledger.has(part.job, part.position, part.position + part.nbytes):
+            continue
         if ranges and sum(other.nbytes for other in ranges) + part.nbytes > PIECE:
-            yield Piece(sink, ranges)
+            yield Piece(sink, ranges, ledger)
             ranges = []
         ranges.append(part)
     if ranges:
-        yield Piece(sink, ranges)
+        yield Piece(sink, ranges, ledger)
 
 
 def ranges_of(job: Job) -> Iterator[CopyRange]:

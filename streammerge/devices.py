@@ -15,7 +15,7 @@ from typing import Final, Literal
 
 import torch
 
-from streammerge.errors import DeviceError
+from streammerge.errors import DeviceError, OutOfMemoryError
 from streammerge.machine import Allotment
 from streammerge.nodes import BLOCK, PIECE, ByBlock, ByGram, Node, Stored, walk
 from streammerge.plan import Job
@@ -32,12 +32,16 @@ NO_FLOAT64: Final = frozenset({"mps"})
 
 
 class Lane:
-    """The CPU lane: reads where the bytes are, converts into its slots, and hands out bytes to write."""
+    """The CPU lane: reads where the bytes are, converts into its slots, and hands out bytes to write.
+
+    `room` is how many elements it takes at once; it shrinks where the device's memory runs out.
+    """
 
     def __init__(self, reader: Reader, device: torch.device | None = None) -> None:
         self.reader = reader
         self.device = device or torch.device("cpu")
         self.bytes_read = 0
+        self.room = BLOCK
         self._slots: dict[tuple[int, torch.dtype], torch.Tensor] = {}
         self._out = page_aligned(0)
 
@@ -57,10 +61,16 @@ class Lane:
         """Room for a block in this slot, on the lane's device."""
         buffer = self._slots.get((slot, dtype))
         if buffer is None or buffer.numel() < elements:
-            buffer = self._slots[slot, dtype] = self._allocate(
-                max(elements, PIECE if elements <= PIECE else BLOCK), dtype
-            )
+            usual = min(self.room, PIECE if elements <= PIECE else BLOCK)
+            buffer = self._slots[slot, dtype] = self._allocate(max(elements, usual), dtype)
         return buffer[:elements]
+
+    def make_room(self, elements: int) -> None:
+        """Give all buffers back, and take no larger ones than for so many elements from now on, where they will do."""
+        self.room = min(self.room, elements)
+        self._slots.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _allocate(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
         """A buffer that is made once: in pages of its own on the CPU, so that it leaves no holes in the heap."""
@@ -250,6 +260,26 @@ def vram_limit(device: torch.device, wanted: int | None) -> int | None:
         return wanted
     free, _ = torch.cuda.mem_get_info(device)
     return min(wanted or VRAM_BYTES, int(free * VRAM_LEFT))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the machine's or a device's memory has run out: torch has errors of its own for some devices' only."""
+    words = ("out of memory", "can't allocate memory")
+    said = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return said or isinstance(error, MemoryError)
+
+
+def no_memory_left(device: torch.device) -> OutOfMemoryError:
+    """The error to raise when there is not even room for the smallest windows."""
+    if device.type == "cpu":
+        return OutOfMemoryError(
+            "the machine has no memory left for this merge",
+            advice="Close other programs, or take less with --threads 1 or --max-ram.",
+        )
+    return OutOfMemoryError(
+        f"{device} has no memory left for this merge, however small its windows are",
+        advice="Close other programs that use it, take less with --threads 1 or --max-vram, or use --device cpu.",
+    )
 
 
 def check_float64(device: torch.device, jobs: Iterable[Job]) -> None:

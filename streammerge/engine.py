@@ -18,6 +18,7 @@ from typing import Final
 from streammerge.copying import Copying, Piece
 from streammerge.devices import Lane
 from streammerge.errors import error_context
+from streammerge.mapping import bus_errors_are_caught
 from streammerge.progress import Progress
 from streammerge.works import FileRange, Sink, Window, Work
 
@@ -46,19 +47,20 @@ def run(
     """
     schedule = Schedule(works, copying, held_bytes)
     threads = [threading.Thread(target=_work, args=(schedule, lane, sink, progress), daemon=True) for lane in lanes]
-    for thread in threads:
-        thread.start()
-    try:
-        finished = False
-        while not finished:
-            finished = schedule.finished.wait(0.05)
-            watch()
-    finally:
-        schedule.stop()
+    with bus_errors_are_caught():
         for thread in threads:
-            thread.join()
-        for lane in lanes:
-            progress.advance(0, read=lane.take_bytes_read())
+            thread.start()
+        try:
+            finished = False
+            while not finished:
+                finished = schedule.finished.wait(0.05)
+                watch()
+        finally:
+            schedule.stop()
+            for thread in threads:
+                thread.join()
+            for lane in lanes:
+                progress.advance(0, read=lane.take_bytes_read())
     if schedule.error is not None:
         raise schedule.error
 

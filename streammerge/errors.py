@@ -6,12 +6,16 @@ MergeError
 ├── PlanError         the models don't fit together, or don't fit the machine
 ├── MethodError       a method refuses its parameters
 ├── DeviceError       the device is not there, or can't do what is asked
-└── OutputError       the output can't be written
+├── OutputError       the output can't be written
+└── OutOfMemoryError  the machine, or the device, has no memory left; a MemoryError too
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
+import contextlib
+import errno
+from collections.abc import Iterator, Sequence, Sized
+from pathlib import Path
 from typing import Final
 
 SHOWN: Final = 5
@@ -62,6 +66,41 @@ class DeviceError(MergeError):
 
 class OutputError(MergeError):
     """The output can't be written."""
+
+
+class OutOfMemoryError(MergeError, MemoryError):
+    """The machine, or the device, has no memory left."""
+
+
+def refusal(error: OSError | MemoryError) -> MergeError:
+    """The error to tell when the system refuses something and nobody nearer could say it better."""
+    if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
+        return OutOfMemoryError(
+            "the machine has no memory left for this merge",
+            advice="Close other programs, or take less with --threads 1 or --max-ram.",
+        )
+    where = f"{error.filename}: " if error.filename else ""
+    return MergeError(
+        f"{where}the system refuses: {error.strerror or error}",
+        advice="Check the disk, its permissions, and the system's limits.",
+    )
+
+
+@contextlib.contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Turn the system's refusals into an OutputError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> OutputError:
+    """The error to raise when the system refuses."""
+    return OutputError(
+        f"{path}: can't be written: {error.strerror or error}",
+        advice="Check the folder, its permissions, and the free disk.",
+    )
 
 
 def printable(text: str) -> str:

@@ -74,6 +74,8 @@ class Finding:
             "overflowed": self.overflowed,
             "saturated": self.saturated,
             "largest": self.largest,
+            "dtype": self.dtype,
+            "limit": self.limit,
             "inputs": dict(sorted(self.inputs.items())),
         }
 

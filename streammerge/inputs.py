@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from streammerge.checkpoints import Checkpoint, open_model
 from streammerge.errors import CheckpointError, OutputError
-from streammerge.formats.files import ByteFile
+from streammerge.formats.files import ByteFile, read_errors
 from streammerge.formats.safetensors import is_safetensors
 from streammerge.merged import Merged, merge_models
+from streammerge.older import Older
 from streammerge.plan import Plan
 from streammerge.recipe import Recipe
 from streammerge.tensors import Model
@@ -23,7 +26,11 @@ class OpenInputs:
 
     def open(self, path: Path) -> Checkpoint:
         """The checkpoint at this path."""
-        key = path.resolve()
+        try:
+            key = path.resolve()
+        except RuntimeError as error:  # Python's word, before 3.13, for links that lead to each other
+            loop = os.strerror(errno.ELOOP)
+            raise CheckpointError(f"{path}: can't be read: {loop}", advice="Name a checkpoint file.") from error
         if key not in self.checkpoints:
             self.checkpoints[key] = open_model(path)
         return self.checkpoints[key]
@@ -54,10 +61,19 @@ def seeded(recipe: Recipe, seed: int | None) -> Recipe:
     return recipe if recipe.seed is not None else replace(recipe, seed=seed)
 
 
-def check_output(plan: Plan) -> None:
-    """OutputError if the output would replace an input, or a file that the user didn't offer."""
-    for path in plan.output.paths:
+def check_output(plan: Plan, older: Older, *, may_exist: bool) -> None:
+    """OutputError if the output would replace an input, or a file that the user didn't offer.
+
+    What an older output by this name has more than the new one counts, too.
+    """
+    for path in (*plan.output.paths, *older.superseded):
+        check_name(path)
         if not _exists(path):
+            if path.is_symlink():
+                raise OutputError(
+                    f"{path}: there is a link here that leads nowhere",
+                    advice="Remove it, or choose another name for the output.",
+                )
             continue
         for file in plan.inputs:
             if path.samefile(file.path):
@@ -67,8 +83,19 @@ def check_output(plan: Plan) -> None:
                 )
         if not path.is_file():
             raise OutputError(f"{path}: there is something here that is no file", advice="Choose another name.")
-        if not plan.options.force:
+        if not may_exist:
             raise OutputError(f"{path}: the output exists", advice="Use --force to replace it, or choose another name.")
+
+
+def check_name(path: Path) -> None:
+    """OutputError if safetensors itself could not open a file of this name: it wants Unicode."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise OutputError(
+            f"{path}: the name is not valid Unicode, and safetensors can't open such files",
+            advice="Choose another name for the output.",
+        ) from error
 
 
 def _exists(path: Path) -> bool:
@@ -85,11 +112,11 @@ def check_with_library(plan: Plan) -> None:
     from safetensors import SafetensorError, safe_open
 
     for file in plan.inputs:
-        with file.path.open("rb") as opened:
+        with read_errors(file.path), file.path.open("rb") as opened:
             if not is_safetensors(opened.read(9)):
                 continue
         try:
-            with safe_open(file.path, framework="pt"):
+            with read_errors(file.path), safe_open(file.path, framework="pt"):
                 pass
         except SafetensorError as error:
             raise CheckpointError(f"{file.path}: safetensors refuses it: {error}", advice="Fetch it again.") from error

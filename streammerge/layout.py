@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ def lay_out(
         raise OutputError(
             f"{path}: safetensors can't hold a tensor called {METADATA}", advice="Leave it out with --drop or a rule."
         )
-    folder, stem = (path.parent, path.stem) if path.suffix == SUFFIX else (path, "model")
+    folder, stem = output_stem(path)
     shards = split(tensors, shard_bytes) if shard_bytes else [dict(tensors)]
     if (most := max(map(len, shards))) > MAX_TENSORS:
         raise OutputError(
@@ -85,6 +86,16 @@ def lay_out(
     total = sum(info.nbytes for info in tensors.values())
     index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
     return OutputLayout(path, files, (folder / f"{stem}{SUFFIX}.index.json", index))
+
+
+def output_stem(path: Path) -> tuple[Path, str]:
+    """The folder that an output's files go to, and what their names begin with."""
+    return (path.parent, path.stem) if path.suffix == SUFFIX else (path, "model")
+
+
+def is_shard_name(name: str, stem: str) -> bool:
+    """Whether a shard of an output of this stem is called so, whatever the number of shards."""
+    return re.fullmatch(re.escape(stem) + r"-\d{5,}-of-\d{5,}" + re.escape(SUFFIX), name) is not None
 
 
 def split(tensors: Mapping[str, TensorInfo], shard_bytes: int) -> list[dict[str, TensorInfo]]:

@@ -13,8 +13,11 @@ import psutil
 
 IoMode = Literal["auto", "mmap", "pread"]
 
-NETWORK_FILE_SYSTEMS: Final = frozenset({"nfs", "nfs4", "cifs", "smbfs", "smb3", "9p", "afs", "fuse.sshfs", "webdav"})
-
+LOCAL_FILE_SYSTEMS: Final = frozenset(
+    {"ext2", "ext3", "ext4", "xfs", "btrfs", "bcachefs", "zfs", "f2fs", "jfs", "reiserfs", "tmpfs", "overlay"}
+    | {"ntfs3", "exfat", "vfat", "apfs", "hfs", "ufs"}
+)
+"""Where a page is fetched from a disk of this machine, as far as the name tells; anything else may be a network."""
 
 MIB: Final = 1 << 20
 
@@ -66,7 +69,7 @@ def choose_io(io: IoMode, paths: Iterable[Path]) -> Literal["mmap", "pread"]:
         return io
     if sys.platform == "win32" or is_virtual_machine():
         return "pread"
-    return "pread" if any(_file_system(path) in NETWORK_FILE_SYSTEMS for path in paths) else "mmap"
+    return "mmap" if all(_file_system(path) in LOCAL_FILE_SYSTEMS for path in paths) else "pread"
 
 
 def is_virtual_machine(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

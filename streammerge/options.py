@@ -30,7 +30,10 @@ _SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The bounds and the manner of a run. Sizes are in bytes; None leaves the choice to streammerge."""
+    """The bounds and the manner of a run. Sizes are in bytes; None leaves the choice to streammerge.
+
+    Every `journal` seconds what is written is synced and written down, so that `resume` can go on with it; 0: never.
+    """
 
     device: str = "cpu"
     compute_dtype: DType | None = None
@@ -46,6 +49,8 @@ class Options:
     on_nonfinite: NonfinitePolicy = "warn"
     hash: bool = False
     hash_inputs: bool = False
+    resume: bool = False
+    journal: float = 15.0
 
     @property
     def torch_must_check(self) -> bool:

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -68,6 +68,7 @@ class Plan:
     output: OutputLayout
     inputs: tuple[ByteFile, ...]
     options: Options
+    description: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
@@ -93,19 +94,19 @@ class Plan:
         """Free bytes where the output goes."""
         return shutil.disk_usage(existing_folder(self.output.files[0].path)).free
 
-    def check_disk(self) -> None:
-        """OutputError unless the output fits the free disk."""
+    def check_disk(self, present: int = 0) -> None:
+        """OutputError unless the output fits the free disk, beside what is present of it already."""
         free = self.free_disk
-        if free < self.output.nbytes:
+        if free + present < self.output.nbytes:
             raise OutputError(
                 f"{self.output.path}: not enough disk: the output takes {format_size(self.output.nbytes)}, "
                 f"{format_size(free)} are free",
                 advice=f"Free {format_size(self.output.nbytes - free)}, or write to another disk.",
             )
 
-    def new_progress(self) -> Progress:
-        """A count of what is done, with nothing done yet."""
-        return Progress(total_bytes=sum(job.info.nbytes for job in self.jobs))
+    def new_progress(self, done_bytes: int = 0) -> Progress:
+        """A count of what is done, with so much done already."""
+        return Progress(total_bytes=sum(job.info.nbytes for job in self.jobs), done_bytes=done_bytes)
 
     @property
     def lane_bytes(self) -> int:
@@ -200,15 +201,19 @@ def make_plan(
     method: str = "",
     inputs: Sequence[ByteFile] = (),
     metadata: Mapping[str, str] | None = None,
+    description: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """Lay out the output of a merge and turn every tensor into a job, in the order of the output's bytes."""
+    """Lay out the output of a merge and turn every tensor into a job, in the order of the output's bytes.
+
+    `description` is the recipe's, if there is one.
+    """
     layout = lay_out(output, merged.tensors, metadata or {}, options.shard_size)
     jobs = tuple(
         _job(merged, name, number, offset, options)
         for number, file in enumerate(layout.files)
         for name, offset in file.header.offsets.items()
     )
-    return Plan(method, merged, jobs, layout, tuple(inputs), options)
+    return Plan(method, merged, jobs, layout, tuple(inputs), options, description or {})
 
 
 def _job(merged: Merged, name: str, file: int, offset: int, options: Options) -> Job:

@@ -43,6 +43,8 @@ class OptionArguments(TypedDict, total=False):
     on_nonfinite: NonfinitePolicy
     hash: bool
     hash_inputs: bool
+    resume: bool
+    journal: float
 
 
 RECIPE_KEYS = ("dtype", "layout", "on_shape_mismatch", "on_missing", "seed")

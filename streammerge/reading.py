@@ -11,6 +11,7 @@ from typing import Final, Literal, Protocol
 
 from streammerge.formats.files import ByteFile
 from streammerge.formats.positional import read_at
+from streammerge.mapping import check_windows, map_window
 
 WINDOW_BYTES: Final = 2 << 20
 """How much of a file is mapped at once: less pays for mapping and unmapping, more in resident memory."""
@@ -21,6 +22,10 @@ class Reader(Protocol):
 
     def read(self, file: ByteFile, start: int, stop: int, slot: int) -> memoryview:
         """Bytes [start, stop) of the file, not to be written to."""
+        ...
+
+    def check(self) -> None:
+        """CheckpointError if something that was read is void."""
         ...
 
     def release(self) -> None:
@@ -40,7 +45,8 @@ class MappedReader:
         self._windows: dict[ByteFile, _Window] = {}
 
     def read(self, file: ByteFile, start: int, stop: int, slot: int) -> memoryview:
-        """Bytes [start, stop) of the mapped file."""
+        """Bytes [start, stop) of the mapped file; CheckpointError if anything mapped could not be read before."""
+        check_windows()
         window = self._windows.get(file)
         if window is None or not window.start <= start <= stop <= window.stop:
             window = self._map(file, start, max(stop, start + WINDOW_BYTES))
@@ -53,9 +59,14 @@ class MappedReader:
         window = self._windows[file] = _Window(file, start, stop)
         return window
 
+    def check(self) -> None:
+        """CheckpointError if a window could not be read: what was computed of it is void."""
+        check_windows()
+
     def release(self) -> None:
-        """Unmap every window, each as soon as nothing refers to its bytes any more."""
+        """Unmap every window, each as soon as nothing refers to its bytes any more; CheckpointError as of `check`."""
         self._windows.clear()
+        check_windows()
 
 
 class _Window:
@@ -64,8 +75,7 @@ class _Window:
     def __init__(self, file: ByteFile, start: int, stop: int) -> None:
         self.start = start - start % mmap.ALLOCATIONGRANULARITY
         self.stop = min(stop, file.nbytes)
-        length = self.stop - self.start
-        self.bytes = memoryview(mmap.mmap(file.descriptor, length, access=mmap.ACCESS_READ, offset=self.start))
+        self.bytes = memoryview(map_window(file, self.start, self.stop - self.start))
 
 
 class PositionalReader:
@@ -83,6 +93,9 @@ class PositionalReader:
         buffer = self._buffers[slot][:count]
         read_at(file.descriptor, buffer, start)
         return buffer
+
+    def check(self) -> None:
+        """What can't be read is an error at once."""
 
     def release(self) -> None:
         """Nothing is mapped."""

@@ -17,7 +17,8 @@ PARTS: Final = ("plan", "merge", "sync")
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """The outcome of a merge. Sizes are in bytes, times in seconds; `findings` are what is wrong, by tensor.
-    `stale_hashes` is a file of hashes that is not of this output.
+    `stale_hashes` is a file of hashes that is not of this output, `resumed_bytes` what an interrupted run had put on
+    the disk.
 
     Of the seconds, `plan` is all before the workers begin, `import torch` included, and `ahead` is how long of it
     tensors were being copied already.
@@ -45,6 +46,7 @@ class Report:
     on_nonfinite: NonfinitePolicy = "warn"
     hashes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     stale_hashes: str = ""
+    resumed_bytes: int = 0
 
     @property
     def nonfinite(self) -> Mapping[str, int]:
@@ -68,6 +70,7 @@ class Report:
             "findings": {name: finding.to_json() for name, finding in self.findings.items()},
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
+            "resumed_bytes": self.resumed_bytes,
             "seconds": {name: round(value, 6) for name, value in self.seconds.items()},
             "peak_rss_bytes": self.peak_rss_bytes,
             "baseline_rss_bytes": self.baseline_rss_bytes,

@@ -10,11 +10,12 @@ from typing import Any, Final, NamedTuple, Protocol
 import torch
 
 from streammerge.compute import Evaluator, piece_elements
-from streammerge.devices import Lane, torch_dtype
+from streammerge.devices import Lane, is_out_of_memory, no_memory_left, torch_dtype
 from streammerge.examining import examine, nonfinite_inputs
 from streammerge.findings import Finding
 from streammerge.formats.files import ByteFile
-from streammerge.nodes import BLOCK, ByBlock, Node, Stored, Together, compute_dtype, leaves
+from streammerge.ledger import Ledger
+from streammerge.nodes import BLOCK, ByBlock, Node, Stored, Together, compute_dtype, leaves, walk
 from streammerge.plan import Job, held_bytes
 from streammerge.progress import Progress
 from streammerge.surveys import Survey, TogetherSurvey
@@ -109,8 +110,8 @@ class Work:
             self.survey.finish_pass()
             return self.begin_pass()
 
-    def write(self, first: int, last: int, lane: Lane, sink: Sink, progress: Progress) -> None:
-        """Compute and write blocks [first, last)."""
+    def write(self, window: Window, lane: Lane, sink: Sink, progress: Progress) -> None:
+        """Compute and write the window's blocks."""
         raise NotImplementedError
 
 
@@ -138,46 +139,109 @@ class Window:
         if self.surveying:
             self._measure(lane, progress)
         else:
-            self.work.write(self.first, self.last, lane, sink, progress)
+            self.work.write(self, lane, sink, progress)
 
     def _measure(self, lane: Lane, progress: Progress) -> None:
         assert self.work.dtype is not None
         before = lane.bytes_read
-        evaluator = Evaluator(lane, self.work.dtype, self.work.survey.known)
         for block in range(self.first, self.last):
-            self.work.add_measure(block, self.work.survey.measure(evaluator, block))
+            measured = self._measured(block, lane)
+            self.work.add_measure(block, measured)
         if not self.work.writes:
             progress.advance(lane.bytes_read - before)
 
+    def _measured(self, block: int, lane: Lane) -> Any:  # noqa: ANN401
+        """The measure of a block; once more if memory runs out, when the lane has given up all that it kept."""
+        assert self.work.dtype is not None
+        for attempt in (1, 2):
+            try:
+                return self.work.survey.measure(Evaluator(lane, self.work.dtype, self.work.survey.known), block)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if attempt == 2:
+                    raise no_memory_left(lane.device) from error
+            lane.make_room(lane.room)
+        raise AssertionError("there are two attempts")
+
 
 class MergeWork(Work):
-    """A tensor of the output that is computed, and rounded once."""
+    """A tensor of the output that is computed, and rounded once; what the ledger has of it is left out."""
 
     writes = True
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, ledger: Ledger | None = None) -> None:
         super().__init__(job.name, job.node, job.compute)
         self.job = job
+        self.ledger = ledger or Ledger()
         self.held_bytes = held_bytes(job.node)
+        self.least = least_step(job.node)
         self.stored = torch_dtype(job.info.dtype)
 
-    def write(self, first: int, last: int, lane: Lane, sink: Sink, progress: Progress) -> None:
-        """Write blocks [first, last) at their place in the output."""
+    def begin_pass(self) -> list[Window]:
+        """The windows of the next pass, those left out that need not be written."""
+        windows = super().begin_pass()
+        due = [window for window in windows if window.surveying or not self.ledger.has(self.job, *self._bytes(window))]
+        self._open_windows = len(due)
+        return due
+
+    def _bytes(self, window: Window) -> tuple[int, int]:
+        """Which bytes of the tensor the window writes."""
+        size, elements = self.stored.itemsize, self.node.info.elements
+        return window.first * self._step * size, min(window.last * self._step, elements) * size
+
+    def write(self, window: Window, lane: Lane, sink: Sink, progress: Progress) -> None:
+        """Write the window's blocks at their place in the output."""
         assert self.dtype is not None
-        evaluator, step = Evaluator(lane, self.dtype, self.survey.known), self._step
-        for start in range(first * step, min(last * step, self.node.info.elements), step):
-            values = evaluator.values(self.node, start, min(start + step, self.node.info.elements))
-            stored = lane.store(values, self.stored)
+        evaluator, findings, failures = Evaluator(lane, self.dtype, self.survey.known), Finding(), 0
+        start, stop = window.first * self._step, min(window.last * self._step, self.node.info.elements)
+        while start < stop:
+            made = self._make(evaluator, start, min(start + self._elements(lane), stop))
+            if made is None:
+                failures += 1
+                self._take_less(lane, failures)
+                evaluator = Evaluator(lane, self.dtype, self.survey.known)  # the last one holds what it had made
+                continue
+            values, stored = made
+            lane.reader.check()  # what is written is kept for --resume
             data = lane.stored_bytes(stored)
             sink.write(self.job, start * self.stored.itemsize, data)
             progress.advance(len(data))
-            found = examine(values, stored)
-            if evaluator.suspicious or (found and found.nonfinite):
-                evaluator.suspicious = False
-                found = found or Finding()
-                found.inputs = nonfinite_inputs(evaluator, self.node, start, start + len(stored))
-            if found and found.is_any:
+            if found := self._look(evaluator, values, stored, start):
                 progress.found(self.name, found)
+                findings.add(found)
+            start, failures = start + values.numel(), 0
+        self.ledger.finish(self.job, *self._bytes(window), findings)
+
+    def _make(self, evaluator: Evaluator, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Elements [start, stop), and as they are stored; None if there is no memory for them."""
+        try:
+            values = evaluator.values(self.node, start, stop)
+            return values, evaluator.lane.store(values, self.stored)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
+
+    def _look(self, evaluator: Evaluator, values: torch.Tensor, stored: torch.Tensor, start: int) -> Finding | None:
+        """What is wrong with a block, and with the inputs that it was made of; None where nothing is."""
+        found = examine(values, stored)
+        if evaluator.suspicious or (found and found.nonfinite):
+            evaluator.suspicious = False
+            found = found or Finding()
+            found.inputs = nonfinite_inputs(evaluator, self.node, start, start + len(stored))
+        return found if found and found.is_any else None
+
+    def _take_less(self, lane: Lane, failures: int) -> None:
+        """Give the lane's buffers back and take half as many elements at once; OutOfMemoryError if that was all."""
+        elements = self._elements(lane)
+        if elements <= self.least and failures > 1:
+            raise no_memory_left(lane.device)
+        lane.make_room(max(elements // 2, LEAST_STEP))
+
+    def _elements(self, lane: Lane) -> int:
+        """How many elements the lane makes at once."""
+        return max(min(self._step, lane.room), self.least)
 
 
 class TogetherWork(Work):
@@ -213,6 +277,15 @@ def together_works(together: Mapping[Together, Mapping[int, DType]]) -> list[Tog
 def write_step(node: Node) -> int:
     """How many elements are written at once: what a method makes at once, else a block."""
     return piece_elements(node) if isinstance(node, ByBlock) and not node.method.rows else BLOCK
+
+
+LEAST_STEP: Final = 2**13
+"""The fewest elements that are written at once where memory is short."""
+
+
+def least_step(node: Node) -> int:
+    """How many elements have to be written at once at the least: what a method makes at once must not be cut."""
+    return write_step(node) if any(isinstance(part, ByBlock) for part in walk(node)) else LEAST_STEP
 
 
 def window_blocks(node: Node, step: int) -> int:

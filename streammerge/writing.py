@@ -2,61 +2,84 @@
 
 The final name exists only if the merge is complete: files are written beside it under names that nobody guesses,
 synced, checked with the format's own library, and renamed; the index of a sharded output comes last. Whatever happens
-before that, the temporary files are removed and what lay at the output stays as it was.
+before that, what lay at the output stays as it was, and the temporary files are removed, or kept with the journal that
+tells how to go on with them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import secrets
-from collections.abc import Iterator, Sequence
+import stat
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final
 
 from streammerge.copying import CopyRange, adjoining
-from streammerge.errors import OutputError
+from streammerge.errors import MergeError, OutputError, cannot_write, output_errors
+from streammerge.fingerprint import Fingerprint
 from streammerge.formats.positional import copy_at, read_at, write_at
+from streammerge.journal import Journal
 from streammerge.layout import OutputFile, OutputLayout
+from streammerge.locking import sync_data, sync_folder
+from streammerge.options import format_size
+from streammerge.placing import plan_placing, put_in_place, temporary_name
 from streammerge.plan import Job
 
-CREATE_FLAGS: Final = (
-    os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-    | getattr(os, "O_NOFOLLOW", 0)
-)  # fmt: skip
+CREATE_FLAGS: Final = os.O_CREAT | os.O_EXCL
 
-TEMPORARY_SUFFIX: Final = ".partial"
+OPEN_FLAGS: Final = (
+    os.O_RDWR | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
+)  # fmt: skip
 
 
 class OutputWriter:
     """The output's files while they are written. Use it in a `with` statement; `commit` puts the files in place.
 
-    `write` may be called from any thread. Raises OutputError where the system refuses.
+    With a journal that has begun already, the files that it names are gone on with. `write` may be called from any
+    thread. Raises OutputError where the system refuses.
     """
 
-    def __init__(self, layout: OutputLayout) -> None:
+    def __init__(self, layout: OutputLayout, journal: Journal | None = None) -> None:
         self.layout = layout
+        self.journal = journal
         self.bytes_written = 0
+        self.keep = False
+        """Whether the temporary files stay if the merge does not come to its end."""
         self._open: list[_Temporary] = []
-        self._index: Path | None = None
+        self._paths: list[Path] = []
 
     def __enter__(self) -> OutputWriter:
         try:
-            for file in self.layout.files:
-                with output_errors(file.path.parent):
-                    file.path.parent.mkdir(parents=True, exist_ok=True)
-                self._open.append(_Temporary(file))
+            going_on = self._take_names()
+            for file, path in zip(self.layout.files, self._paths, strict=False):
+                self._open.append(_Temporary(file, path, create=not going_on))
                 self.bytes_written += len(file.header.encoded)
         except BaseException:
-            self._discard()
+            self._leave()
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._discard()
+        self._leave()
+
+    def _take_names(self) -> bool:
+        """Choose the temporary files' names, and tell the journal before they are made; True if it has some already."""
+        folder = self.layout.paths[0].parent
+        if self.journal is not None and self.journal.contents.fingerprint is not None:
+            self._paths = [folder / name for name in self.journal.contents.temporaries]
+            self.keep = True
+            return True
+        with output_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._paths = [temporary_name(path) for path in self.layout.paths]
+        if self.journal is not None:
+            with output_errors(self.layout.path):
+                self.journal.begin(self._paths)
+        return False
 
     def write(self, job: Job, position: int, data: memoryview) -> None:
         """Put the bytes at this position of the job's tensor."""
@@ -87,83 +110,143 @@ class OutputWriter:
         """Have the system drop its cache of what is on the disk, so that reading it back reads the disk."""
         if hasattr(os, "posix_fadvise"):
             for temporary in self._open:
-                os.posix_fadvise(temporary.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                with contextlib.suppress(OSError):
+                    os.posix_fadvise(temporary.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def sync(self) -> None:
         """Have the system put everything on the disk."""
         for temporary in self._open:
-            with output_errors(temporary.path):
+            with output_errors(temporary.file.path):
                 os.fsync(temporary.descriptor)
 
-    def commit(self, *, sync: bool) -> None:
-        """Check the files and give them their final names, the index last."""
+    def sync_data(self) -> None:
+        """Have the system put what has been written so far on the disk, while more is being written."""
+        for temporary in self._open:
+            with output_errors(temporary.file.path):
+                sync_data(temporary.descriptor)
+
+    @contextlib.contextmanager
+    def judging(self) -> Iterator[None]:
+        """Within the `with` statement, what is found wrong is wrong for good: then nothing is kept."""
+        try:
+            yield
+        except MergeError:
+            self.keep = False
+            raise
+
+    def check(self) -> None:
+        """OutputError unless the format's own library can read what was written, and finds what was planned."""
         for temporary in self._open:
             check_with_library(temporary.path, temporary.file)
+
+    def commit(
+        self, *, sync: bool, superseded: Sequence[Path] = (), identity: Callable[[], Fingerprint] = dict
+    ) -> None:
+        """Give the files their final names, the index last; then remove what they supersede.
+
+        `identity` tells what they are, for the journal, so that this can be finished if it is interrupted.
+        """
         self._write_index(sync=sync)
-        while self._open:
-            temporary = self._open[0]
-            temporary.close()  # before the rename: Windows does not rename open files
-            with output_errors(temporary.file.path):
-                temporary.path.replace(temporary.file.path)
-            self._open.pop(0)
-        if self._index is not None and self.layout.index is not None:
-            with output_errors(self.layout.index[0]):
-                self._index.replace(self.layout.index[0])
-            self._index = None
-        if sync:
-            sync_folder(self.layout.paths[0].parent)
+        placing = plan_placing(self.layout, self._paths, superseded)
+        if self.journal is not None:
+            with output_errors(self.layout.path):
+                self.journal.identify(identity())
+                self.journal.place(placing, sync=sync)
+                if sync and self.layout.index is not None:
+                    sync_folder(self.journal.folder)  # its name, and the files', outlast what is renamed first
+        folder = self.layout.paths[0].parent
+        try:
+            with output_errors(self.layout.path):
+                put_in_place(placing, folder, sync=sync, before=self._close)
+        except BaseException:  # what could not be undone either has to be finished later
+            self.keep |= placing.has_begun(folder)
+            raise
+        self.keep = False
+        self._open.clear()
+        self._paths.clear()
+
+    def _close(self, final: Path) -> None:
+        """Close a file before it is renamed: Windows does not rename open files."""
+        for temporary in self._open:
+            if temporary.file.path == final:
+                temporary.close()
 
     def _write_index(self, *, sync: bool) -> None:
         if self.layout.index is None:
             return
         path, text = self.layout.index
-        self._index = temporary_name(path)
-        with output_errors(path), self._index.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
+        with output_errors(path):
+            self._paths[-1].unlink(missing_ok=True)  # of a run that was interrupted right here
+            with self._paths[-1].open("x", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                if sync:
+                    os.fsync(file.fileno())
 
-    def _discard(self) -> None:
-        """Remove what was not put in place."""
+    def state(self) -> str:
+        """What is on the disk when a merge has not come to its end."""
+        if not self.keep or self.journal is None:
+            return "The unfinished output was removed."
+        if self.journal.contents.placing is not None:
+            return "The output is complete, but not in place: the same command with --resume puts it there."
+        kept = f"{format_size(self.journal.contents.spans.nbytes)} of {format_size(self.layout.nbytes)} are on the disk"
+        clean = f"`streammerge clean {self.journal.folder}`"
+        return f"{kept}: the same command with --resume goes on from there, {clean} removes them."
+
+    def _leave(self) -> None:
+        """Close the files; remove what was neither put in place nor is to be kept."""
         for temporary in self._open:
-            temporary.close()
             with contextlib.suppress(OSError):
-                temporary.path.unlink()
+                temporary.close()
+        for path in () if self.keep else self._paths:
+            with contextlib.suppress(OSError):
+                path.unlink()
         self._open.clear()
-        if self._index is not None:
-            with contextlib.suppress(OSError):
-                self._index.unlink()
-            self._index = None
 
 
 class _Temporary:
-    """A file of the output under its temporary name: created, given its whole size, its header written."""
+    """A file of the output under its temporary name: created, or found as it was left; of its whole size; with header.
 
-    def __init__(self, file: OutputFile) -> None:
+    OutputError if what was left is not the file any more.
+    """
+
+    def __init__(self, file: OutputFile, path: Path, *, create: bool) -> None:
         self.file = file
-        self.path = temporary_name(file.path)
+        self.path = path
         with output_errors(file.path):
-            self.descriptor = os.open(self.path, CREATE_FLAGS, 0o666)
+            self.descriptor = os.open(path, OPEN_FLAGS | (CREATE_FLAGS if create else 0), 0o666)
         try:
             with output_errors(file.path):
-                preallocate(self.descriptor, file.nbytes)
-                write_at(self.descriptor, memoryview(file.header.encoded), 0)
+                if create:
+                    preallocate(self.descriptor, file.nbytes)
+                    write_at(self.descriptor, memoryview(file.header.encoded), 0)
+                else:
+                    self._check()
         except BaseException:
-            self.close()
-            self.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.close()
+            with contextlib.suppress(OSError):
+                if create:
+                    path.unlink()
             raise
+
+    def _check(self) -> None:
+        """It must have the size, and begin with the header, that was given to it when it was made."""
+        found, encoded = os.fstat(self.descriptor), self.file.header.encoded
+        header = bytearray(len(encoded))
+        if stat.S_ISREG(found.st_mode) and found.st_size == self.file.nbytes:
+            read_at(self.descriptor, memoryview(header), 0)
+        if header != encoded:
+            raise OutputError(
+                f"{self.path}: is not what the interrupted merge left",
+                advice="Merge from the beginning, without --resume.",
+            )
 
     def close(self) -> None:
         """Close the file if it is open."""
         if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
-
-
-def temporary_name(path: Path) -> Path:
-    """A hidden name in the same folder that nobody guesses, and that is no longer than file systems allow."""
-    return path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
+            descriptor, self.descriptor = self.descriptor, -1  # it is closed even if the system complains
+            os.close(descriptor)
 
 
 def preallocate(descriptor: int, nbytes: int) -> None:
@@ -184,36 +267,9 @@ def check_with_library(path: Path, file: OutputFile) -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as opened:
+        with output_errors(file.path), safe_open(path, framework="pt") as opened:
             names = set(opened.keys())
     except SafetensorError as error:
         raise OutputError(f"{file.path}: the finished file does not pass safetensors' own check: {error}") from error
     if names != set(file.header.offsets):
         raise OutputError(f"{file.path}: the finished file holds other tensors than were planned")
-
-
-def sync_folder(folder: Path) -> None:
-    """Put the folder's entries on the disk, where folders can be synced."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-@contextlib.contextmanager
-def output_errors(path: Path) -> Iterator[None]:
-    """Turn the system's refusals into an OutputError that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise cannot_write(path, error) from error
-
-
-def cannot_write(path: Path, error: OSError) -> OutputError:
-    """The error to raise when the system refuses."""
-    return OutputError(
-        f"{path}: can't be written: {error.strerror or error}",
-        advice="Check the folder, its permissions, and the free disk.",
-    )

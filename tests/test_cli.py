@@ -338,7 +338,6 @@ REFUSED = [
     ),
 ]
 REFUSED_BY_A_MERGE = [
-    (["a.safetensors", "b.safetensors", "--resume"], "error: --resume is not there yet"),
     (["a.safetensors", "--device", "cuda:7"], "error: no device 'cuda:7' on this machine\n  there is: cpu"),
     (["a.safetensors", "--device", "tpu"], "error: no device 'tpu' on this machine\n  there is: cpu"),
     (["a.safetensors:0.5", "b.safetensors", "--max-ram", "100MB"], "error: --max-ram 100 MB is too small: Python"),
@@ -420,18 +419,8 @@ def test_the_version(run):
 
 REPORT_KEYS = [
     *("output", "method", "tensors", "left_out", "nonfinite", "nonfinite_tensors", "findings"),
-    *(
-        "bytes_read",
-        "bytes_written",
-        "seconds",
-        "peak_rss_bytes",
-        "baseline_rss_bytes",
-        "peak_vram_bytes",
-        "device",
-        "dtype",
-        "threads",
-        "io",
-    ),
+    *("bytes_read", "bytes_written", "resumed_bytes", "seconds"),
+    *("peak_rss_bytes", "baseline_rss_bytes", "peak_vram_bytes", "device", "dtype", "threads", "io"),
     *("inputs", "hashes", "version"),
 ]
 

@@ -20,6 +20,7 @@ from streammerge.copying import Copying, CopyRange, Piece, adjoining, pieces, ra
 from streammerge.errors import CheckpointError, OutputError
 from streammerge.formats import positional
 from streammerge.formats.positional import copy_at
+from streammerge.ledger import Ledger
 from streammerge.nodes import Stored, Term, combine
 from streammerge.plan import Job
 from streammerge.progress import Progress
@@ -62,7 +63,8 @@ def job_of(name: str, leaf: Stored, compute: str | None = None) -> Job:
 def cut(jobs: Sequence[Job]) -> list[list[tuple[str, int, int]]]:
     """The pieces of these jobs: name, position and size of each range."""
     return [
-        [(part.job.name, part.position, part.nbytes) for part in piece.ranges] for piece in pieces(jobs, MemorySink())
+        [(part.job.name, part.position, part.nbytes) for part in piece.ranges]
+        for piece in pieces(jobs, MemorySink(), Ledger())
     ]
 
 

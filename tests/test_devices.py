@@ -22,12 +22,14 @@ from streammerge.devices import (
     bytes_of,
     check_float64,
     find_device,
+    is_out_of_memory,
+    no_memory_left,
     open_lane,
     open_lanes,
     torch_dtype,
     vram_limit,
 )
-from streammerge.errors import DeviceError, PlanError
+from streammerge.errors import DeviceError, OutOfMemoryError, PlanError
 from streammerge.machine import Allotment
 from streammerge.methods import METHODS
 from streammerge.nodes import BLOCK
@@ -144,6 +146,102 @@ def test_a_staged_lane_gives_the_same_bytes(families, tmp_path, monkeypatch, cas
     staged = merge_to(tmp_path / "staged.safetensors", case.merge(paths))
     assert used
     assert_same_bytes(staged, plain)
+
+
+# ── memory that runs out ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class SmallCard(StagedLane):
+    """A stand-in for a card with room for so many elements in all of its slots together."""
+
+    room_for = 0
+    refused = 0
+
+    def slot(self, slot, elements, dtype):
+        before = {key: buffer.numel() for key, buffer in self._slots.items()}
+        found = super().slot(slot, elements, dtype)
+        if sum(buffer.numel() for buffer in self._slots.values()) > self.room_for:
+            SmallCard.refused += 1
+            for key in set(self._slots) - set(before):
+                del self._slots[key]
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 MiB")
+        return found
+
+
+@pytest.fixture
+def small_card(monkeypatch):
+    """Makes every lane one of a card with room for so many elements."""
+
+    def make(elements):
+        monkeypatch.setattr(SmallCard, "room_for", elements)
+        monkeypatch.setattr(SmallCard, "refused", 0)
+        monkeypatch.setattr(devices, "open_lane", lambda reader, device: SmallCard(reader, device))
+
+    return make
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp", "ties"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_card_that_is_too_small_gets_smaller_windows_and_the_bytes_are_the_same(
+    families, tmp_path, small_card, method, threads
+):
+    _, paths = families["F16"]
+    base, a, b, _ = paths
+    words = {
+        "linear": {"merge_method": "linear", "models": [str(base), str(a), str(b)]},
+        "slerp": {"merge_method": "slerp", "models": [str(a), str(b)], "parameters": {"t": 0.3}},
+        "ties": {
+            "merge_method": "ties",
+            "base_model": str(base),
+            "models": [str(a), str(b)],
+            "parameters": {"density": 0.5},
+        },
+    }[method]
+    plain = merge_to(tmp_path / "plain.safetensors", words, threads=threads)
+    room = {"linear": 4 * 2**14, "slerp": 5 * BLOCK, "ties": 8 * 2**17}[method]
+    small_card(room)
+    small = merge_to(tmp_path / "small.safetensors", words, threads=threads)
+    assert SmallCard.refused or method != "linear"
+    assert_same_bytes(small, plain)
+
+
+def test_a_card_without_any_room_is_an_error_that_says_what_to_do(families, tmp_path, small_card):
+    _, paths = families["F16"]
+    small_card(100)
+    words = {"merge_method": "linear", "models": [str(paths[0]), str(paths[1])]}
+    with pytest.raises(OutOfMemoryError, match=r"has no memory left for this merge.*\n.*The unfinished output was"):
+        merge_to(tmp_path / "out.safetensors", words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_card_is_told_by_its_name_and_what_to_take_less_of():
+    assert "cuda:1 has no memory left" in str(no_memory_left(torch.device("cuda:1")))
+    assert "--max-vram" in str(no_memory_left(torch.device("cuda")))
+    assert "--max-vram" not in str(no_memory_left(CPU))
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (torch.cuda.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), True),
+        (MemoryError(), True),
+        (RuntimeError("shapes differ"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_errors_of_memory_are_known(error, is_one):
+    assert is_out_of_memory(error) == is_one
+
+
+def test_a_lane_with_less_room_takes_smaller_buffers(lane):
+    lane.slot(0, 1000, torch.float32)
+    lane.make_room(5000)
+    assert not lane._slots
+    lane.slot(0, 1000, torch.float32)
+    assert {buffer.numel() for buffer in lane._slots.values()} == {5000}
+    assert lane.slot(1, BLOCK, torch.float32).numel() == BLOCK  # what must be, must be
 
 
 def test_lanes_are_opened_as_allotted():

@@ -407,7 +407,7 @@ def test_a_name_is_said_once():
         run_jobs(jobs_of(Failing(CheckpointError("model.b.weight ends too early"))))
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError("a bug"), MemoryError("none left"), SystemExit(3)])
+@pytest.mark.parametrize("error", [ZeroDivisionError("a bug"), RuntimeError("another"), SystemExit(3)])
 def test_bugs_keep_their_type_and_traceback(error):
     with pytest.raises(type(error)) as raised:
         run_jobs(jobs_of(Failing(error)))

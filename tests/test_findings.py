@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import streammerge
-from streammerge.errors import MethodError, OutputError
+from streammerge.errors import OutputError
 from streammerge.examining import beyond, examine
 from streammerge.findings import Finding, refuse_nonfinite, warnings
 from streammerge.nodes import BLOCK
@@ -122,10 +122,11 @@ def test_what_is_not_read_is_not_looked_at(tmp_path):
     assert report.findings == {}
 
 
-def test_a_whole_tensor_that_is_no_number_is_an_error_and_no_crash(tmp_path):
+def test_a_whole_tensor_that_is_no_number_is_told_and_no_crash(tmp_path):
     save_models(tmp_path, a={"w": torch.full((8, 8), math.nan)}, base={"w": torch.ones(8, 8)})
-    with pytest.raises(MethodError, match="an input holds values that are infinite or not numbers"):
-        merge(tmp_path, "truncate_rank", base="base", models=("a",), parameters={"rank": 2})
+    report = merge(tmp_path, "truncate_rank", base="base", models=("a",), parameters={"rank": 2})
+    assert report.findings["w"].nonfinite == 64
+    assert report.findings["w"].inputs == {str(tmp_path / "a.safetensors"): 64}
 
 
 # ── what follows ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -24,7 +24,7 @@ ORDER = [
     *("formats", "formats.positional", "formats.files"),
     *("formats.header_entries", "formats.safetensors", "formats.shards"),
     *("formats.zip_directory", "formats.pickle_machine", "formats.pickle_steps", "formats.pickles"),
-    *("formats.torchzip", "reading"),
+    *("formats.torchzip", "mapping", "reading"),
     # methods
     *("methods.contract", "methods.registry", "methods.place", "methods.statistics", "methods.slices", "methods.sums"),
     *("methods.cuts", "methods.radix", "methods.bracketing", "methods.ranking"),
@@ -40,10 +40,12 @@ ORDER = [
     # models as expressions
     *("nodes", "quantisation", "checkpoints", "mismatches", "merged", "functions"),
     # what will happen
-    *("layout", "plan", "indexes", "inputs", "report", "copying"),
+    *("layout", "plan", "ledger", "older", "indexes", "inputs", "report", "copying"),
+    # what is left of a merge that was stopped
+    *("locking", "fingerprint", "placing", "journal", "resuming", "leftovers"),
     # what happens
     *("devices", "gathering", "compute", "examining", "surveys", "works", "sampling", "engine", "writing"),
-    *("hashing", "checking", "verification", "api", "public", "benchmark"),
+    *("bookkeeping", "hashing", "checking", "lanes", "verification", "api", "public", "benchmark"),
     # what is shown
     *("inspection", "comparison", "plotting", "similarity", "screen"),
     # the example

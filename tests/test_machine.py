@@ -29,6 +29,12 @@ def test_files_on_a_network_are_read(bare_metal):
     assert choose_io("auto", [Path("a"), Path("/mount/b")]) == "pread"
 
 
+def test_where_nobody_tells_what_it_is_files_are_read(bare_metal, monkeypatch):
+    for name in ("", "fuseblk", "fuse.rclone", "virtiofs", "9p"):
+        monkeypatch.setattr(machine, "_file_system", lambda path, name=name: name)
+        assert choose_io("auto", [Path("a")]) == "pread"
+
+
 def test_windows_reads(bare_metal, monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     assert choose_io("auto", [Path("a")]) == "pread"

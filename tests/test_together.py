@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import streammerge
+import streammerge.lanes
 from streammerge import works
 from streammerge.cli import main
 from streammerge.copying import Copying
@@ -178,7 +179,7 @@ def test_a_stage_of_its_own_is_shown(paths, tmp_path):
     stages: list[str] = []
     made = merge(paths)
     with streammerge.api.planned(made, tmp_path / "out.safetensors", streammerge.options.Options()) as plan:
-        machine = streammerge.api.Machine(plan)
+        machine = streammerge.lanes.Machine(plan)
 
         class Sink:
             def write(self, job: Any, position: int, data: memoryview) -> None:

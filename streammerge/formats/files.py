@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,17 @@ class FileIdentity:
     nbytes: int
     modified_ns: int
 
+    def differences(self, found: FileIdentity) -> list[str]:
+        """What tells the two apart, a line for each."""
+        told = []
+        if (found.device, found.inode) != (self.device, self.inode):
+            told.append("another file is there now: it was replaced")
+        if found.nbytes != self.nbytes:
+            told.append(f"it had {self.nbytes:,} bytes, and has {found.nbytes:,} now")
+        if found.modified_ns != self.modified_ns:
+            told.append("it was written to: its time of change is another")
+        return told
+
 
 class ByteFile:
     """A file of known size, opened read-only at the first read and closed with its model.
@@ -33,6 +46,7 @@ class ByteFile:
         self.path = path
         self.identity = identify(path)
         self._descriptor: int | None = None
+        self._opening = threading.Lock()
 
     @property
     def nbytes(self) -> int:
@@ -43,29 +57,49 @@ class ByteFile:
     def descriptor(self) -> int:
         """The open file's descriptor; the file is opened when this is first asked for."""
         if self._descriptor is None:
-            self.check_unchanged()
-            with read_errors(self.path):
-                self._descriptor = os.open(self.path, READ_FLAGS)
+            with self._opening:
+                self._descriptor = self._descriptor or self._open()
         return self._descriptor
+
+    def _open(self) -> int:
+        """Open the file, and look whether it was replaced between the last look and now."""
+        self.check_unchanged()
+        with read_errors(self.path):
+            descriptor = os.open(self.path, READ_FLAGS)
+        try:
+            with read_errors(self.path):
+                opened = identity_of(os.fstat(descriptor))
+            self._compare(opened)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError if the file at this path is another than when its header was read."""
-        if identify(self.path) != self.identity:
+        self._compare(identify(self.path))
+
+    def _compare(self, found: FileIdentity) -> None:
+        if found != self.identity:
             raise CheckpointError(
                 f"{self.path}: the file changed while it was being merged",
+                found=self.identity.differences(found),
                 advice="Let no other program write to it, and start again.",
             )
 
     def will_need(self, start: int, stop: int) -> None:
         """Ask the system to fetch bytes [start, stop) ahead of their use, where it can be asked."""
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
+            descriptor = self.descriptor
+            with contextlib.suppress(OSError):  # a wish: the reading itself tells what is wrong
+                os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         """Close the file if it was opened."""
         if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+            descriptor, self._descriptor = self._descriptor, None
+            with contextlib.suppress(OSError):  # it was only read, and is closed even if the system complains
+                os.close(descriptor)
 
     def __repr__(self) -> str:
         return f"ByteFile({str(self.path)!r})"
@@ -75,9 +109,28 @@ def identify(path: Path) -> FileIdentity:
     """The identity of the regular file at this path; CheckpointError if there is none."""
     with read_errors(path):
         status = path.stat()
-    if not path.is_file():
-        raise CheckpointError(f"{path}: is no regular file", advice="Name a checkpoint file.")
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(
+            f"{path}: is no regular file but {kind_of(status.st_mode)}", advice="Name a checkpoint file."
+        )
+    return identity_of(status)
+
+
+def identity_of(status: os.stat_result) -> FileIdentity:
+    """The identity that the system's answer holds."""
     return FileIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def kind_of(mode: int) -> str:
+    """What is there, in words, if it is no regular file."""
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a named pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    return kinds.get(stat.S_IFMT(mode), "something else")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,175 @@
+"""What decides the bytes of an output, in short: so that an interrupted merge is continued only as what it was.
+
+A fingerprint has topics, each with named values. Two are compared name by name, so that a refusal can say what changed.
+Threads, windows, bounds of memory and the way of reading are not in it: they don't change a byte.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import marshal
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from streammerge import __version__
+from streammerge.formats.files import ByteFile, read_errors
+from streammerge.nodes import Applied, ByBlock, Combined, External, Node, Stored, Together, Viewed, leaves, walk
+from streammerge.plan import Job, Plan
+
+Fingerprint = Mapping[str, Mapping[str, Any]]
+"""Topic → name → plain value. One that begins with MARK is a digest, which is not worth showing."""
+
+ENDS: Final = 1 << 20
+"""How much of an input's beginning and end is looked at: a header or directory, and some of the data."""
+
+MARK: Final = "#"
+"""What digests begin with."""
+
+FOLLOWING: Final = ("tensor", "output")
+"""Topics that change when another does, and tell nothing more then."""
+
+
+def fingerprint_of(plan: Plan) -> Fingerprint:
+    """What decides the bytes of the plan's output: what was asked for, and what every tensor will be made of."""
+    describe = _Describer(plan)
+    return {
+        **request_of(plan),
+        "content": {str(file.path.resolve()): _ends(file) for file in plan.inputs},
+        "method": {method.name: _source_of(method.function) for method in _methods(plan.jobs)},
+        "tensor": {job.name: describe.job(job) for job in plan.jobs},
+    }
+
+
+def request_of(plan: Plan) -> Fingerprint:
+    """What was asked for, and of which files: enough to tell finished outputs from each other, and told in no time."""
+    return {
+        "program": {
+            "streammerge": __version__,
+            "torch": importlib.metadata.version("torch"),
+            "device": plan.options.device,
+        },
+        "recipe": dict(_flat(plan.description)),
+        "input": {key: value for file in plan.inputs for key, value in _identity(file)},
+        "output": {path.name: digest for path, digest in _files(plan)},
+    }
+
+
+def can_be_told(plan: Plan) -> bool:
+    """Whether everything that is merged has an identity; models that are objects of some program have none."""
+    return not any(isinstance(leaf, External) for job in plan.jobs for leaf in leaves(job.node))
+
+
+def differences(before: Fingerprint, now: Fingerprint) -> list[str]:
+    """What changed, one line each, in the topics of `before`; what only follows from a change is left out."""
+    found = {topic: list(_compare(topic, names, now.get(topic, {}))) for topic, names in before.items()}
+    causes = [line for topic, lines in found.items() if topic not in FOLLOWING for line in lines]
+    return causes or [line for lines in found.values() for line in lines]
+
+
+def _compare(topic: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    for name in {**before, **now}:
+        old, new = (found.get(name, "not there") for found in (before, now))
+        if old != new:
+            is_digest = str(old).startswith(MARK) and str(new).startswith(MARK)
+            yield f"{topic} {name}: {'is another' if is_digest else f'was {_shown(old)}, is {_shown(new)}'}"
+
+
+def _shown(value: Any) -> str:  # noqa: ANN401
+    return "there" if str(value).startswith(MARK) else str(value)
+
+
+def digest(data: bytes) -> str:
+    """A short digest."""
+    return MARK + hashlib.blake2b(data, digest_size=12).hexdigest()
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:  # noqa: ANN401
+    """`models.0.parameters.weight`, 0.5: the leaves of nested values."""
+    if isinstance(value, Mapping | list | tuple) and value:
+        entries = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, part in entries:
+            yield from _flat(part, f"{name}.{key}" if name else str(key))
+    elif name:
+        yield name, value if isinstance(value, int | str | None) else repr(value)
+
+
+def _identity(file: ByteFile) -> Iterator[tuple[str, Any]]:
+    """What tells a state of an input from another."""
+    path, identity = file.path.resolve(), file.identity
+    yield f"{path} (size in bytes)", identity.nbytes
+    yield f"{path} (time of change in ns)", identity.modified_ns
+    yield f"{path} (inode)", identity.inode
+
+
+def _ends(file: ByteFile) -> str:
+    """A digest of the file's beginning and end."""
+    with read_errors(file.path), file.path.open("rb") as opened:
+        ends = opened.read(ENDS)
+        if file.nbytes > ENDS:
+            opened.seek(max(file.nbytes - ENDS, ENDS))
+            ends += opened.read(ENDS)
+    return digest(ends)
+
+
+def _files(plan: Plan) -> Iterator[tuple[Path, str]]:
+    for file in plan.output.files:
+        yield file.path, digest(file.header.encoded)
+    if plan.output.index is not None:
+        path, text = plan.output.index
+        yield path, digest(text.encode())
+
+
+def _methods(jobs: tuple[Job, ...]) -> list[Any]:
+    """Every method that is applied, those that are folded into coefficients not among them."""
+    found = {part.method.name: part.method for job in jobs for part in walk(job.node) if isinstance(part, Applied)}
+    return [found[name] for name in sorted(found)]
+
+
+def _source_of(function: Callable[..., Any]) -> str:
+    """A digest of the file that a method is written in, or of its code where there is no file."""
+    try:
+        return digest(Path(inspect.getfile(function)).read_bytes())
+    except (OSError, TypeError):
+        code = getattr(function, "__code__", None)
+        return digest(marshal.dumps(code) if code else repr(function).encode())
+
+
+class _Describer:
+    """Says of expressions what they compute, with inputs by their number."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.numbers = {id(file): number for number, file in enumerate(plan.inputs)}
+        self._together = functools.cache(self._describe_together)
+
+    def job(self, job: Job) -> str:
+        computed = job.compute.name if job.compute else None
+        return digest(json.dumps([str(job.info), computed, job.file, job.offset, self.node(job.node)]).encode())
+
+    def node(self, node: Node) -> list[Any]:
+        info = str(node.info)
+        match node:
+            case Stored():
+                return ["stored", info, self.numbers.get(id(node.file), str(node.file.path)), node.start]
+            case Viewed():
+                return ["viewed", info, self.node(node.source), node.offset, node.strides, node.inner]
+            case Combined():
+                return ["combined", info, [[term.coefficient.hex(), self.node(term.node)] for term in node.terms]]
+            case External():
+                return ["external", info, node.name]
+            case _:
+                return self._applied(node)
+
+    def _applied(self, node: Applied) -> list[Any]:
+        together = self._together(node.together) if isinstance(node, ByBlock) and node.together else None
+        parameters = repr(sorted(node.parameters.items()))
+        inputs = [self.node(part) for part in node.inputs]
+        return [node.method.name, str(node.info), parameters, node.name, node.seed, together, inputs]
+
+    def _describe_together(self, together: Together) -> str:
+        """Its members without what they are together with: else there would be no end."""
+        return digest(json.dumps([[m.name, [self.node(part) for part in m.inputs]] for m in together.members]).encode())

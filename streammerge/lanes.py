@@ -1,0 +1,131 @@
+"""The lanes in which a plan is carried out, with as much memory as is allowed: for writing, and for checking."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from streammerge.checking import Checker, ReadBack
+from streammerge.copying import Copying
+from streammerge.errors import PlanError
+from streammerge.findings import refuse_nonfinite
+from streammerge.machine import MAPPED_BYTES, MIB, Allotment, choose_io, resident_bytes
+from streammerge.options import format_size
+from streammerge.plan import OVERHEAD_BYTES, Plan
+from streammerge.progress import Progress
+
+if TYPE_CHECKING:
+    import torch
+
+    from streammerge.works import MergeWork, Sink
+
+Watch = Callable[[Progress], None]
+"""Called from time to time while a merge runs, with what has been done so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How much was computed again: windows of so many tensors of all, or, if `windows` is None, everything."""
+
+    tensors: int
+    of: int
+    windows: int | None = None
+
+
+class Machine:
+    """The lanes in which a plan is carried out: as many as the memory allows, on the device that was asked for."""
+
+    def __init__(self, plan: Plan) -> None:
+        import_torch()  # the bare import is the base line of what the merge takes
+        self.plan = plan
+        self.baseline = resident_bytes()
+        from streammerge.devices import check_float64, find_device, vram_limit
+
+        self.device: torch.device = find_device(plan.options.device)
+        check_float64(self.device, plan.jobs)
+        self.allotment = allot_memory(plan, self.baseline, vram_limit(self.device, plan.options.max_vram))
+        self.io = choose_io(plan.options.io, [file.path for file in plan.inputs])
+        if self.device.type == "cuda" and plan.options.io == "auto":
+            self.io = "pread"  # straight into pinned memory
+
+    def run(self, sink: Sink, copying: Copying, watch: Watch | None, works: Sequence[MergeWork] | None = None) -> None:
+        """Give every byte of the output that is computed, or those of these works, to the sink; finish the copying."""
+        from streammerge.devices import open_lanes
+        from streammerge.engine import run
+        from streammerge.works import MergeWork, together_works
+
+        progress, held, ledger = copying.progress, self.allotment.held_bytes, copying.ledger
+        computed = [job for job in self.plan.jobs if job.compute is not None and not ledger.has_all(job)]
+        lanes = open_lanes(self.device, self.io, self.allotment)
+
+        def look() -> None:
+            if self.plan.options.on_nonfinite == "error":
+                refuse_nonfinite(dict(progress.findings))
+            if watch:
+                watch(progress)
+
+        if computed and (together := together_works(self.plan.together)):
+            with progress.doing("measure the whole model", self.plan.bytes_before_writing):
+                run(together, lanes, sink, progress, look)
+        every = (MergeWork(job, ledger) for job in computed)
+        run(every if works is None else works, lanes, sink, progress, look, copying, held_bytes=held)
+        look()
+
+    def check(self, read: ReadBack, path: Path, watch: Watch | None) -> None:
+        """Compute every byte again and compare it with what is read back."""
+        checker = Checker(read)
+        self.run(checker, Copying(self.plan.jobs, checker, self.plan.new_progress()), watch)
+        checker.report(path)
+
+    def check_samples(self, read: ReadBack, path: Path, watch: Watch | None) -> Extent:
+        """Compute windows that are spread over the output again and compare them with what is read back."""
+        from streammerge.sampling import copied_samples, sample, sampled_works
+
+        chosen, checker = sample(self.plan.jobs), Checker(read)
+        works, copied = sampled_works(chosen), copied_samples(chosen)
+        checker.copy(copied)
+        self.run(checker, Copying([], checker, self.plan.new_progress()), watch, works)
+        checker.report(path)
+        return Extent(len(chosen), len(self.plan.jobs), len(copied) + sum(work.windows for work in works))
+
+    def peak_vram_bytes(self) -> int:
+        """The most memory that was taken on a CUDA device."""
+        import torch
+
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+
+def import_torch() -> None:
+    """Import torch without looking for garbage on the way: there is none, and the search takes a tenth of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        import torch  # noqa: F401
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def allot_memory(plan: Plan, baseline: int, vram: int | None) -> Allotment:
+    """Share out what --max-ram leaves beside what the process takes already; PlanError naming the least that works."""
+    limit, wanted = plan.options.max_ram, plan.options.max_vram
+    if vram is not None and vram < plan.lane_bytes:
+        what = f"{format_size(vram)} of memory on the card" if wanted != vram else f"--max-vram {format_size(vram)}"
+        raise PlanError(
+            f"{what} is too small: one worker's buffers take {format_size(plan.lane_bytes)}",
+            advice=f"The least that works is {-(-plan.lane_bytes // MIB)}MiB.",
+        )
+    if limit is None:
+        return plan.allot(vram_limit=vram)
+    needed = plan.lane_bytes + MAPPED_BYTES[1] + plan.held_bytes
+    fixed = baseline + OVERHEAD_BYTES
+    if limit < fixed + needed:
+        raise PlanError(
+            f"--max-ram {format_size(limit)} is too small: Python and torch take {format_size(fixed)}, and this merge "
+            f"needs {format_size(needed)} to work in",
+            advice=f"The least that works is {-(-(fixed + needed) // MIB)}MiB.",
+        )
+    return plan.allot(limit - fixed, vram)

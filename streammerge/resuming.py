@@ -1,0 +1,236 @@
+"""How a merge begins where others may have been: running, interrupted, or finished but for the names."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from streammerge.errors import OutputError, output_errors
+from streammerge.fingerprint import Fingerprint, can_be_told, differences, fingerprint_of, request_of
+from streammerge.journal import JOURNAL_SUFFIX, Journal, journal_path, lock_journal
+from streammerge.older import files_in
+from streammerge.options import format_size
+from streammerge.placing import put_in_place, tidy_up
+from streammerge.plan import Plan
+
+Tell = Callable[[str], None]
+"""Takes a line for the user."""
+
+
+@dataclass
+class Beginning:
+    """A merge that has its output to itself.
+
+    `journal` holds what an earlier run left, if the merge goes on with it.
+    """
+
+    plan: Plan
+    journal: Journal
+    _identity: Fingerprint | None = None
+
+    def identity(self) -> Fingerprint:
+        """The plan's fingerprint."""
+        if self._identity is None:
+            self._identity = fingerprint_of(self.plan)
+        return self._identity
+
+    def request(self) -> Fingerprint:
+        """As much of it as costs nothing."""
+        return request_of(self.plan)
+
+    @property
+    def can_be_resumed(self) -> bool:
+        """Whether it is worth writing down what is on the disk."""
+        return self.plan.options.sync and can_be_told(self.plan)
+
+    @property
+    def present_bytes(self) -> int:
+        """What the files that are gone on with take on the disk."""
+        if not self.journal.contents.can_resume(self.journal.folder):
+            return 0
+        found = [self.journal.folder / name for name in self.journal.contents.temporaries]
+        return sum(allocated_bytes(path) for path in found if path.exists())
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether an earlier run wrote everything, and was stopped while files got their names."""
+        return self.journal.contents.placing is not None
+
+    def finish(self) -> None:
+        """Give the files their names."""
+        placing = self.journal.contents.placing
+        assert placing is not None
+        with output_errors(self.plan.output.path):
+            put_in_place(placing, self.journal.folder, sync=self.plan.options.sync)
+
+
+@contextmanager
+def beginning(plan: Plan, tell: Tell) -> Iterator[Beginning]:
+    """Take the output for this run, and look for what is left of earlier ones.
+
+    OutputError if another run has it, or if what is left was made of something else. In the end the journal stays if
+    the temporary files do: who writes them says so by leaving them there.
+    """
+    path = journal_path(plan.output)
+    with output_errors(plan.output.path):
+        made = make_folders(path.parent)
+    with ExitStack() as undoing:
+        undoing.callback(remove_folders, made)
+        begun = Beginning(plan, take(path, plan))
+        undoing.callback(lambda: leave(begun.journal))
+        if plan.options.resume:
+            _resume(begun, tell)
+        else:
+            _start_anew(begun, tell)
+        yield begun
+
+
+def take(path: Path, plan: Plan) -> Journal:
+    """The journal of this output, which is its lock too; OutputError if another run has it."""
+    with output_errors(plan.output.path):
+        journal = lock_journal(path, create=True)
+    if journal is None:
+        raise OutputError(
+            f"{plan.output.path}: another run of streammerge is writing this output",
+            advice="Wait until it is done, or choose another name for the output.",
+        )
+    return journal
+
+
+def leave(journal: Journal) -> None:
+    """Remove the journal, unless there are files that it tells of."""
+    contents = journal.contents
+    names = [*contents.temporaries, *(contents.placing.retired if contents.placing else ())]
+    try:
+        if not any((journal.folder / name).exists() for name in names):
+            journal.remove()
+    except OSError:
+        pass  # it stays, and is known for what it is
+    finally:
+        journal.close()
+
+
+def _resume(begun: Beginning, tell: Tell) -> None:
+    """Go on with the run that was interrupted, if there is one; OutputError if all there are made something else."""
+    if not can_be_told(begun.plan):
+        raise OutputError(
+            f"{begun.plan.output.path}: a merge of models that are Python objects can't be resumed",
+            advice="Nobody can tell whether such a model is the same as before. Leave out resume.",
+        )
+    changes: list[str] = []
+    for number, path in enumerate([begun.journal.path, *set_aside(begun.journal.path)]):
+        journal = begun.journal if not number else lock_journal(path, create=False)
+        if journal is None:
+            continue
+        contents = journal.contents
+        if contents.fingerprint is not None and (contents.placing or contents.can_resume(journal.folder)):
+            found = differences(contents.fingerprint, begun.identity())
+            if not found:
+                done, total = contents.spans.nbytes, begun.plan.output.nbytes
+                tell(f"resumed: {format_size(done)} of {format_size(total)} are on the disk")
+                _go_on_with(begun, journal)
+                return
+            changes = changes or found
+        if number:
+            journal.close()
+    if changes:
+        refusal = OutputError(
+            f"{begun.plan.output.path}: can't be resumed: what is merged has changed",
+            found=changes,
+            advice="Undo the change, or leave out --resume to merge from the beginning.",
+        )
+        refusal.state = "What is there of it is left as it is."
+        raise refusal
+    if begun.journal.contents.placing is not None:
+        finish_or_refuse(begun)
+    tell("nothing to resume: merging from the beginning")
+    discard(begun.journal)
+
+
+def _go_on_with(begun: Beginning, journal: Journal) -> None:
+    """Make the journal the output's own."""
+    if journal is begun.journal:
+        return
+    path = begun.journal.path
+    if begun.journal.contents.can_resume(begun.journal.folder):
+        begun.journal.move(aside(path))
+    else:
+        discard(begun.journal)
+        begun.journal.remove()
+    journal.move(path)
+    begun.journal = take(path, begun.plan)
+
+
+def _start_anew(begun: Beginning, tell: Tell) -> None:
+    """Leave what can be resumed for later, under another name, and say so; remove what can't."""
+    path, contents = begun.journal.path, begun.journal.contents
+    if contents.placing is not None:
+        finish_or_refuse(begun)
+    elif contents.can_resume(begun.journal.folder):
+        begun.journal.move(aside(path))
+        begun.journal = take(path, begun.plan)
+    discard(begun.journal)
+    for left in set_aside(path):
+        tell(
+            f"note: {left.name} is of an unfinished merge to this output: --resume goes on with it, "
+            f"`streammerge clean {path.parent}` removes it"
+        )
+
+
+def finish_or_refuse(begun: Beginning) -> None:
+    """An earlier merge is complete but for names: only tidying up may be left of it, else it has to be finished."""
+    placing = begun.journal.contents.placing
+    assert placing is not None
+    if any(placing.is_due(step, begun.journal.folder) for step in placing.steps):
+        raise OutputError(
+            f"{begun.plan.output.path}: an earlier merge to this output is complete and was stopped while it was put "
+            "in place",
+            advice=f"`streammerge clean {begun.journal.folder}` puts it in place; so does --resume with its recipe.",
+        )
+    with output_errors(begun.plan.output.path):
+        tidy_up(placing, begun.journal.folder, sync=begun.plan.options.sync)
+
+
+def discard(journal: Journal) -> None:
+    """Remove the files that the journal names, and what it says."""
+    with output_errors(journal.path):
+        for name in journal.contents.temporaries:
+            (journal.folder / name).unlink(missing_ok=True)
+        journal.begin(())
+
+
+def aside(path: Path) -> Path:
+    """A name for a journal that makes room for a new run's."""
+    return path.with_name(f"{path.name.removesuffix(JOURNAL_SUFFIX)}.{secrets.token_hex(8)}{JOURNAL_SUFFIX}")
+
+
+def set_aside(path: Path) -> list[Path]:
+    """The journals that made room for this one, the latest first."""
+    stem = re.escape(path.name.removesuffix(JOURNAL_SUFFIX))
+    name = re.compile(rf"{stem}\.[0-9a-f]{{16}}{re.escape(JOURNAL_SUFFIX)}")
+    found = [entry for entry in files_in(path.parent) if name.fullmatch(entry.name)]
+    return sorted(found, key=lambda entry: entry.stat().st_mtime_ns, reverse=True)
+
+
+def make_folders(folder: Path) -> list[Path]:
+    """Make the folder and those above that are missing; those that were made, the innermost first."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def remove_folders(made: list[Path]) -> None:
+    """Remove the folders again that are empty."""
+    for folder in made:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def allocated_bytes(path: Path) -> int:
+    """What the file takes on the disk, which is less than its size if it has holes."""
+    status = path.stat()
+    return int(getattr(status, "st_blocks", 0)) * 512 or status.st_size

@@ -1,0 +1,232 @@
+"""The journal: what is read back is what was written before it was torn, and one run has it at a time."""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streammerge.errors import OutputError
+from streammerge.findings import Finding
+from streammerge.journal import Contents, decode, encode, journal_path, lock_journal, read_journal_file
+from streammerge.layout import lay_out
+from streammerge.ledger import Coverage, Entry, Ledger, Span
+from streammerge.placing import Placing, Step
+from streammerge.plan import Job
+from streammerge.tensors import DTYPES, TensorInfo
+
+# ── the ledger ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+SPANS = st.lists(st.builds(Span, st.integers(0, 2), st.integers(0, 40), st.integers(0, 40)), max_size=25)
+
+
+@given(SPANS, st.builds(Span, st.integers(0, 2), st.integers(0, 40), st.integers(1, 40)))
+def test_coverage_is_a_set_of_bytes(spans, asked):
+    held = {(file, byte) for file, start, stop in spans for byte in range(start, stop)}
+    coverage = Coverage(spans)
+    assert coverage.nbytes == len(held)
+    assert bool(coverage) == bool(held)
+    assert {(file, byte) for file, start, stop in coverage for byte in range(start, stop)} == held
+    if asked.start < asked.stop:
+        assert coverage.covers(asked) == all((asked.file, byte) in held for byte in range(asked.start, asked.stop))
+
+
+@given(SPANS)
+def test_spans_that_touch_become_one(spans):
+    found = sorted(Coverage(spans))
+    assert all(a.file != b.file or a.stop < b.start for a, b in itertools.pairwise(found))
+    assert all(span.start < span.stop for span in found)
+
+
+def job(name: str = "x", offset: int = 100, elements: int = 10) -> Job:
+    return Job(name, TensorInfo(DTYPES["F32"], (elements,)), None, None, 1, offset)  # type: ignore[arg-type]
+
+
+def test_a_ledger_has_what_was_found_and_tells_only_what_is_new():
+    ledger = Ledger(Entry(Coverage([Span(1, 100, 120)]), {"x": Finding(3)}))
+    assert ledger.has(job(), 0, 20)
+    assert ledger.has(job(), 8, 12)
+    assert not ledger.has(job(), 8, 21)
+    assert not ledger.has_all(job())
+    assert ledger.has_all(job(elements=5))
+    assert ledger.has_all(job(elements=0))
+    ledger.finish(job(), 20, 30, Finding(2))
+    ledger.finish(job(), 30, 40, Finding(5))
+    ledger.finish(job("y", 300), 0, 4)
+    entry = ledger.take()
+    assert list(entry.spans) == [Span(1, 120, 140), Span(1, 300, 304)]
+    assert entry.findings == {"x": Finding(7)}
+    assert not ledger.take().spans
+    assert not ledger.has(job(), 20, 30), "only what was there when the run began is left out"
+
+
+def test_a_new_ledger_has_nothing_not_even_empty_tensors():
+    assert not Ledger().has_all(job(elements=0))
+    assert not Ledger().has(job(), 0, 4)
+
+
+# ── records ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@given(st.dictionaries(st.text(), st.integers() | st.text() | st.lists(st.integers())))
+def test_a_record_is_read_as_it_was_written(record):
+    line = encode(record)
+    assert line.count(b"\n") == 1
+    assert line.endswith(b"\n")
+    assert decode(line) == record
+
+
+@given(st.data())
+def test_a_record_that_is_damaged_is_none(data):
+    line = bytearray(encode({"progress": [[0, 1, 2]], "findings": {}}))
+    at = data.draw(st.integers(0, len(line) - 1))
+    line[at] ^= data.draw(st.integers(1, 255))
+    assert decode(bytes(line)) is None
+    assert decode(bytes(line[:at])) is None
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / ".out.safetensors.streammerge-journal"
+
+
+def written(path, records: int = 5):
+    """A journal with so many records of progress, after the two that begin it."""
+    journal = lock_journal(path, create=True)
+    assert journal is not None
+    journal.begin([path.with_name(".out.partial")])
+    journal.identify({"recipe": {"a": 1}})
+    for number in range(records):
+        journal.add(Entry(Coverage([Span(0, 10 * number, 10 * number + 10)]), {"x": Finding(1, inputs={"a": 1})}))
+    journal.close()
+    return path
+
+
+def test_a_journal_says_what_was_written(path):
+    contents = read_journal_file(written(path))
+    assert contents.temporaries == (".out.partial",)
+    assert contents.fingerprint == {"recipe": {"a": 1}}
+    assert list(contents.spans) == [Span(0, 0, 50)]
+    assert contents.findings == {"x": Finding(5, inputs={"a": 5})}
+    assert contents.nbytes == path.stat().st_size
+
+
+def test_a_journal_that_is_cut_anywhere_says_what_its_whole_records_say(path):
+    data = written(path).read_bytes()
+    ends = [at + 1 for at, byte in enumerate(data) if byte == ord("\n")]
+    for length in range(len(data) + 1):
+        path.write_bytes(data[:length])
+        whole = sum(end <= length for end in ends)
+        contents = read_journal_file(path)
+        assert contents.nbytes == ([0, *ends][whole])
+        assert contents.spans.nbytes == 10 * max(whole - 2, 0)
+
+
+def test_what_follows_a_torn_record_is_ignored_and_written_over(path):
+    data = written(path).read_bytes()
+    second = data.index(b"\n", data.index(b'"progress"')) + 1
+    path.write_bytes(data[:second] + b"\0" * 30 + data[second:])
+    journal = lock_journal(path, create=False)
+    assert journal is not None
+    assert journal.contents.spans.nbytes == 10
+    journal.add(Entry(Coverage([Span(0, 90, 95)])))
+    journal.close()
+    assert list(read_journal_file(path).spans) == [Span(0, 0, 10), Span(0, 90, 95)]
+
+
+def says_nothing(contents: Contents) -> bool:
+    return not (contents.nbytes or contents.names or contents.spans or contents.fingerprint)
+
+
+@pytest.mark.parametrize("data", [b"", b"\n", b"hello\n", b"\0" * 100, encode({"unknown": 1}), encode({"begin": 99})])
+def test_what_is_no_journal_says_nothing(path, data):
+    path.write_bytes(data)
+    assert says_nothing(read_journal_file(path))
+    assert says_nothing(read_journal_file(path.with_name("not there")))
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a\\b", "", ".", "..", 7, None])
+def test_a_journal_names_files_of_its_own_folder_only(path, name):
+    path.write_bytes(encode({"begin": 1, "temporaries": [name]}))
+    assert says_nothing(read_journal_file(path))
+    path.write_bytes(encode({"placing": [["x", name, False]], "superseded": []}))
+    assert read_journal_file(path).placing is None
+    path.write_bytes(encode({"placing": [["x", "y", False]], "superseded": [name]}))
+    assert read_journal_file(path).placing is None
+
+
+def test_what_is_about_to_happen_to_names_is_remembered(path):
+    journal = lock_journal(path, create=True)
+    assert journal is not None
+    placing = Placing((Step("a", "b", True), Step("c", "a")), ("old",))
+    journal.place(placing, sync=True)
+    journal.close()
+    assert read_journal_file(path).placing == placing
+    assert read_journal_file(path).names == {"a", "b", "c", "old"}
+
+
+# ── the lock ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_one_run_has_a_journal_at_a_time(path):
+    journal = lock_journal(path, create=True)
+    assert journal is not None
+    assert lock_journal(path, create=True) is None
+    journal.remove()
+    assert not path.exists()
+    second = lock_journal(path, create=True)
+    assert second is not None
+    second.close()
+    third = lock_journal(path, create=False)
+    assert third is not None
+    third.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_the_lock_of_a_run_that_is_killed_is_free(path):
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        lock_journal(path, create=True)
+        os.write(writing, b"x")
+        os.read(reading, 0)
+        import time
+
+        time.sleep(60)
+        os._exit(0)
+    os.read(reading, 1)
+    assert lock_journal(path, create=True) is None
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    journal = lock_journal(path, create=True)
+    assert journal is not None
+    journal.close()
+
+
+def test_a_link_is_no_journal(tmp_path, path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    path.symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic link"):
+        lock_journal(path, create=True)
+    path.unlink()
+    os.link(victim, path)
+    with pytest.raises(OutputError, match="is no journal"):
+        lock_journal(path, create=True)
+    assert victim.read_text() == "precious"
+
+
+def test_every_form_of_an_output_has_one_journal(tmp_path):
+    infos = {"x": TensorInfo(DTYPES["F32"], (4,)), "y": TensorInfo(DTYPES["F32"], (4,))}
+    single = lay_out(tmp_path / "out.safetensors", infos, {})
+    sharded = lay_out(tmp_path / "out.safetensors", infos, {}, 16)
+    assert len(sharded.files) == 2
+    assert journal_path(single) == journal_path(sharded) == tmp_path / ".out.safetensors.streammerge-journal"
+    folder = lay_out(tmp_path / "out", infos, {})
+    assert journal_path(folder) == tmp_path / "out" / ".model.safetensors.streammerge-journal"
+    names = {journal_path(lay_out(tmp_path / f"{'模' * 78}{end}.safetensors", infos, {})).name for end in "ab"}
+    assert len(names) == 2
+    assert all(len(name.encode()) <= 255 for name in names)
