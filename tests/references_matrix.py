@@ -155,7 +155,8 @@ def largest(values: Array, density: float) -> Array:
     if not values.size or density == 0:
         return np.zeros_like(values)
     count = max(int(density * values.size), 1)
-    cut = np.sort(np.abs(values).reshape(-1))[values.size - count]
+    magnitudes = np.sort(np.abs(values).reshape(-1))
+    cut = max(magnitudes[values.size - count], 1e-7 * magnitudes[-1])
     return np.where(np.abs(values) >= cut, values, 0.0)
 
 

@@ -190,7 +190,7 @@ def test_a_file_that_is_called_so_is_that_file(tmp_path, monkeypatch, word):
     assert _split_weight(word) == (word, None)
 
 
-@pytest.mark.parametrize("word", ["x" * 5000 + ":0.5", "x=" + "y" * 5000, "x\0:0.5"])
+@pytest.mark.parametrize("word", ["x" * 5000 + ":0.5", "x=" + "y" * 5000])
 def test_words_that_no_file_can_be_called_are_taken_apart_all_the_same(word):
     recipe_from(parsed(word, "b"))
     recipe_from(parsed("a", "b", "--layout", word))
@@ -479,6 +479,8 @@ def test_values_that_are_no_numbers_are_told(folder, run):
         "overflowed": 1,
         "saturated": 0,
         "largest": pytest.approx(4e38),
+        "dtype": "float32",
+        "limit": pytest.approx(3.4028235e38),
         "inputs": {"b.safetensors": 1},
     }
 

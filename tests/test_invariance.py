@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import streammerge
-from streammerge import api, works
+from streammerge import lanes, works
 from streammerge.errors import PlanError
 from streammerge.machine import MIB
 from streammerge.methods import METHODS, Target
@@ -43,7 +43,7 @@ CASES = {case.method: case for case in ONE_CASE_EACH}
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
     monkeypatch.setattr(works, "WINDOW", 2)
-    monkeypatch.setattr(api, "resident_bytes", lambda: BASELINE)
+    monkeypatch.setattr(lanes, "resident_bytes", lambda: BASELINE)
 
 
 @pytest.fixture(scope="module")

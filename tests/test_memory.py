@@ -57,6 +57,10 @@ def write_model(path: Path, megabytes: int, seed: int, pool: bytes, base: bytes)
     return path
 
 
+LONG = ("breadcrumbs_ties", "della", "pcb")
+"""Methods that take more than some seconds."""
+
+
 @pytest.fixture(scope="module")
 def make_models(tmp_path_factory) -> Iterator[Any]:
     """Writes `base`, `a` and `b` of a size; they are deleted when the module is done."""
@@ -116,7 +120,7 @@ def check_promise(make_models: Any, bare: int, folder: Path, method: str, size: 
 
 
 @pytest.mark.parametrize(
-    "method", [pytest.param(name, marks=pytest.mark.slow) if name == "pcb" else name for name in METHODS]
+    "method", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in METHODS]
 )
 def test_memory_is_little_and_flat(make_models, bare, tmp_path, method):
     check_promise(make_models, bare, tmp_path, method, 200, [])

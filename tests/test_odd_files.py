@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -181,13 +182,14 @@ def remove(path: Path) -> None:
 def test_an_input_that_changes_meanwhile_is_one_error(tmp_path, paths, told, monkeypatch, change, io):
     from streammerge.writing import OutputWriter
 
-    whole = OutputWriter.write
+    whole, once = OutputWriter.write, threading.Lock()
     done: list[object] = []
 
     def changing(writer, job, position, data):
-        if not done:
-            change(paths["b"])
-            done.append(job)
+        with once:
+            if not done:
+                change(paths["b"])
+                done.append(job)
         whole(writer, job, position, data)
 
     monkeypatch.setattr(OutputWriter, "write", changing)

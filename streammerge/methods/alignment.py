@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from streammerge.methods.place import Target
 
 
+NOISE = 1e-7
+"""The share of the greatest element of singular vectors below which there is nothing but what rounding left."""
+
+
 def aligned_side(target: Target) -> int:
     """The shorter side of all task vectors beside each other."""
     height = target.shape[0] if len(target.shape) > 1 else 1
@@ -93,11 +97,15 @@ def elect(parts: Sequence[Tall], weights: PerModel, densities: Sequence[float], 
 
 
 def least_kept(part: Tall, density: float) -> float:
-    """The least magnitude among the share of the largest ones, one at the least; infinite for a share of nothing."""
+    """The least magnitude among the share of the largest ones, one at the least; infinite for a share of nothing.
+
+    What is as small as the decomposition's rounding is nothing: its sign would be anybody's guess.
+    """
     elements = part.rows * part.columns
-    if density >= 1 or not elements:
+    if not elements:
         return 0.0
     if density == 0:
         return float("inf")
-    dropped = elements - max(int(density * elements), 1)
-    return float(part.matrix().abs_().reshape(-1).kthvalue(dropped + 1).values)
+    magnitudes = part.matrix().abs_().reshape(-1)
+    dropped = elements - min(max(int(density * elements), 1), elements)
+    return max(float(magnitudes.kthvalue(dropped + 1).values), NOISE * float(magnitudes.max()))
