@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import pytest
 import torch
 
 from streammerge.functions import merge_function
@@ -432,6 +433,12 @@ CASES: Final[Sequence[Case]] = (
 
 ONE_CASE_EACH: Final[Sequence[Case]] = tuple({case.method: case for case in reversed(CASES)}.values())[::-1]
 """The first case of every method that has more than default parameters is enough where numbers are not the point."""
+
+
+def mostly(chosen: Iterable[Any], of: Iterable[Any]) -> list[Any]:
+    """All of them as parameters of a test; those that aren't chosen are tried with the slow tests."""
+    kept = list(chosen)
+    return [one if one in kept else pytest.param(one, marks=pytest.mark.slow) for one in of]
 
 
 def relative_error(actual: torch.Tensor, expected: Array) -> float:

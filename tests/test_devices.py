@@ -47,7 +47,7 @@ from tests.models import (
     store_tensors,
     with_integers,
 )
-from tests.references import CASES, ONE_CASE_EACH, relative_error, ulps_apart
+from tests.references import CASES, ONE_CASE_EACH, mostly, relative_error, ulps_apart
 
 CPU = torch.device("cpu")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -131,7 +131,7 @@ def test_a_running_lane_has_one_thread_and_keeps_no_gradients(lane):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", mostly(ONE_CASE_EACH, CASES), ids=str)
 @pytest.mark.parametrize("dtype", ["F16", "F32"])
 def test_a_staged_lane_gives_the_same_bytes(families, tmp_path, monkeypatch, case, dtype):
     _, paths = families[dtype]

@@ -33,7 +33,7 @@ from tests.models import (
     save_model,
     with_integers,
 )
-from tests.references import CASES, ONE_CASE_EACH, REFERENCES, Array, Case, relative_error, ulps_apart
+from tests.references import CASES, ONE_CASE_EACH, REFERENCES, Array, Case, mostly, relative_error, ulps_apart
 
 LINEAR_CASES = [case for case in CASES if isinstance(find_method(case.method), LinearMethod)]
 
@@ -95,8 +95,15 @@ def test_every_method_has_a_reference_and_a_case():
 
 
 @pytest.mark.parametrize("distance", ["near", "far"])
-@pytest.mark.parametrize("dtype", DTYPE_NAMES)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        pytest.param(case, dtype, marks=[] if dtype == "F32" or case in ONE_CASE_EACH else pytest.mark.slow)
+        for case in CASES
+        for dtype in DTYPE_NAMES
+    ],
+    ids=str,
+)
 def test_a_method_gives_what_its_formula_says(families, tmp_path, case, dtype, distance):
     family = families(dtype, distance)
     merged = merge_to(tmp_path / "out.safetensors", case.merge(family.paths))
@@ -110,7 +117,7 @@ def test_a_method_gives_what_its_formula_says(families, tmp_path, case, dtype, d
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", mostly(ONE_CASE_EACH, CASES), ids=str)
 def test_half_precision_is_no_excuse_for_half_precision_arithmetic(families, tmp_path, case, dtype):
     family = families(dtype, "near")
     merged = merge_to(tmp_path / "out.safetensors", case.merge(family.paths, dtype="fp32"))
