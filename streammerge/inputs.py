@@ -88,7 +88,9 @@ def check_output(plan: Plan, older: Older, *, may_exist: bool) -> None:
 
 
 def check_name(path: Path) -> None:
-    """OutputError if safetensors itself could not open a file of this name: it wants Unicode."""
+    """OutputError if no such file can be opened: safetensors wants Unicode, and Windows keeps some names to itself."""
+    if os.name == "nt" and is_reserved(path.name):
+        raise OutputError(f"{path}: Windows keeps this name to itself", advice="Choose another name for the output.")
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
@@ -96,6 +98,13 @@ def check_name(path: Path) -> None:
             f"{path}: the name is not valid Unicode, and safetensors can't open such files",
             advice="Choose another name for the output.",
         ) from error
+
+
+def is_reserved(name: str) -> bool:
+    """Whether Windows takes the name for a device (`CON`, `aux.safetensors`), or cuts off its end."""
+    stem = name.partition(".")[0].rstrip(" ").upper()
+    numbered = stem[:3] in ("COM", "LPT") and len(stem) == 4 and stem[3] in "123456789¹²³"
+    return stem in ("CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$") or numbered or name.endswith((".", " "))
 
 
 def _exists(path: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import socket
@@ -12,11 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 import streammerge
 from streammerge.cli import main
 from streammerge.errors import CheckpointError
 from streammerge.formats.files import ByteFile
+from streammerge.inputs import is_reserved
 from tests.models import SMALL, load_model, make_tensors, save_models, with_integers
 
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_TRUNC
@@ -280,3 +284,78 @@ def test_inputs_that_may_only_be_read_are_enough(tmp_path, paths):
         path.chmod(0o444)
     streammerge.merge(streammerge.linear(paths["a"], paths["b"]), output=tmp_path / "out.safetensors", sync=False)
     assert (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["CON", "nul.safetensors", "aux .x", "com1.safetensors", "LPT9", "x.", "x ", "CONIN$"])
+def test_names_that_windows_keeps_are_known(name):
+    assert is_reserved(name)
+
+
+@pytest.mark.parametrize("name", ["console.safetensors", "com0", "COM10.x", "nulls", "x.con", "out.safetensors", "lpt"])
+def test_names_that_it_leaves_to_others_are_known_too(name):
+    assert not is_reserved(name)
+
+
+# ── files and tensors beyond 32 bits ─────────────────────────────────────────────────────────────────────────────────
+
+
+def sparse_model(path: Path, rows: int, seed: int) -> torch.Tensor:
+    """A tensor of `rows` × 2^20 halves, all holes but the last row, and a small one behind it; the last row."""
+    row, small = torch.randn(2, 1 << 20, generator=torch.Generator().manual_seed(seed)).half()
+    large_bytes, small_bytes = rows << 21, 1 << 21
+    entries = {
+        "large": {"dtype": "F16", "shape": [rows, 1 << 20], "data_offsets": [0, large_bytes]},
+        "small": {"dtype": "F16", "shape": [1 << 20], "data_offsets": [large_bytes, large_bytes + small_bytes]},
+    }
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.truncate(8 + len(text) + large_bytes + small_bytes)
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.seek(8 + len(text) + large_bytes - (1 << 21))
+        file.write(row.numpy().tobytes())
+        file.write(small.numpy().tobytes())
+    return torch.stack([row, small])
+
+
+@pytest.mark.parametrize("io", ["mmap", "pread"])
+def test_what_lies_beyond_4_gibibytes_of_a_file_is_merged(tmp_path, io):
+    rows = 2100  # more than 2^31 elements, and more than 2^32 bytes
+    made = [sparse_model(tmp_path / f"{name}.safetensors", rows, seed) for seed, name in enumerate("ab")]
+    recipe = {
+        "merge_method": "linear",
+        "models": [{"model": str(tmp_path / f"{name}.safetensors"), "parameters": {"weight": 0.5}} for name in "ab"],
+        "rules": [{"match": "large", "drop": True}],
+    }
+    streammerge.merge(recipe, output=tmp_path / "out.safetensors", io=io)
+    merged = load_file(tmp_path / "out.safetensors")
+    assert merged.keys() == {"small"}
+    assert torch.equal(merged["small"], ((made[0][1].double() + made[1][1].double()) / 2).half())
+
+
+def test_elements_beyond_2_to_the_31_of_a_tensor_are_read(tmp_path):
+    rows = 2100
+    made = [sparse_model(tmp_path / f"{name}.safetensors", rows, seed) for seed, name in enumerate("ab")]
+    merged = streammerge.linear(*(tmp_path / f"{name}.safetensors" for name in "ab"))
+    elements = rows << 20
+    assert elements > 2**31
+    last = merged.read("large", elements - (1 << 20), elements)
+    assert torch.equal(last, ((made[0][0].double() + made[1][0].double()) / 2).half())
+    assert not merged.read("large", 2**31 - 5, 2**31 + 5).any()
+
+
+@pytest.mark.slow
+def test_a_tensor_of_more_than_4_gibibytes_is_written(tmp_path):
+    rows = 2100
+    made = [sparse_model(tmp_path / f"{name}.safetensors", rows, seed) for seed, name in enumerate("ab")]
+    streammerge.merge(
+        streammerge.linear(*(tmp_path / f"{name}.safetensors" for name in "ab")),
+        output=tmp_path / "out.safetensors",
+        sync=False,
+    )
+    with safe_open(tmp_path / "out.safetensors", framework="pt") as opened:
+        large = opened.get_slice("large")
+        assert large.get_shape() == [rows, 1 << 20]
+        assert torch.equal(large[rows - 1], ((made[0][0].double() + made[1][0].double()) / 2).half())
+        assert not large[rows - 2].any()
+    (tmp_path / "out.safetensors").unlink()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from streammerge.methods.place import Place, Target
 
 
-@method(BlockMethod, base="required", models=(2, 2), rows="rows", temporaries=6)
+@method(BlockMethod, base="required", models=(2, 2), rows="rows", temporaries=6, float64=True)
 def extract(
     base: Tensor,
     first: Tensor,
@@ -133,7 +133,15 @@ def held_by_columns(target: Target, parameters: Mapping[str, ParameterValue]) ->
     return 3 * 8 * Slicing.of(target.shape, "columns").count
 
 
-@method(BlockMethod, models=(2, 2), statistics=cosines_of_columns, passes=1, held=held_by_columns, temporaries=6)
+@method(
+    BlockMethod,
+    models=(2, 2),
+    statistics=cosines_of_columns,
+    passes=1,
+    held=held_by_columns,
+    temporaries=6,
+    float64=True,
+)
 def add_cosine_a(
     first: Tensor, second: Tensor, *, alpha: float = 1.0, place: Place, statistics: ColumnCosines
 ) -> Tensor:
@@ -145,7 +153,15 @@ def add_cosine_a(
     return statistics.mix(first, second, alpha, place, with_whole=False)
 
 
-@method(BlockMethod, models=(2, 2), statistics=cosines_of_columns, passes=1, held=held_by_columns, temporaries=6)
+@method(
+    BlockMethod,
+    models=(2, 2),
+    statistics=cosines_of_columns,
+    passes=1,
+    held=held_by_columns,
+    temporaries=6,
+    float64=True,
+)
 def add_cosine_b(
     first: Tensor, second: Tensor, *, alpha: float = 1.0, place: Place, statistics: ColumnCosines
 ) -> Tensor:
