@@ -496,7 +496,8 @@ def test_seconds_are_a_number(word, capsys):
 
 
 SIGNALS = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored in the background
 from streammerge import bookkeeping, works
 from streammerge.cli import run
 whole, every, keepers, count = works.MergeWork.write, bookkeeping.Bookkeeper.every, [], [0]
