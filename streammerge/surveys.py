@@ -52,6 +52,11 @@ class Survey:
         return any(step.ordered for _, step in self.passes.values())
 
     @property
+    def bulky(self) -> bool:
+        """Whether the measure of a block is a good part of its size."""
+        return any(getattr(step, "bulky", False) for _, step in self.passes.values())
+
+    @property
     def blocks(self) -> int:
         """The number of blocks to measure: of the longest tensor, because views make tensors longer and shorter."""
         return max((piece_count(node) for node, _ in self.passes.values()), default=0)
@@ -207,6 +212,11 @@ class TogetherSurvey:
     def ordered(self) -> bool:
         """Whether what is measured must be added in the order of the blocks."""
         return self.step is not None and self.step.ordered
+
+    @property
+    def bulky(self) -> bool:
+        """Whether the measure of a block is a good part of its size."""
+        return getattr(self.step, "bulky", False)
 
     @property
     def step_elements(self) -> int:

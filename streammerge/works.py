@@ -28,6 +28,10 @@ WINDOW_BYTES: Final = 32 << 20
 """What a window reads at the most, if it is of more than one block: many models make it shorter."""
 
 
+SHORT_WINDOW: Final = 2
+"""Whole blocks that a worker measures at once where measures are bulky: those of a window wait for the one before."""
+
+
 class Sink(Protocol):
     """Where finished blocks go."""
 
@@ -84,6 +88,8 @@ class Work:
         self._step = self.survey.step_elements if surveying else write_step(self.node)
         blocks = self.survey.blocks if surveying else -(-self.node.info.elements // self._step)
         count = window_blocks(self.node, self._step)
+        if surveying and self.survey.bulky:
+            count = min(count, SHORT_WINDOW)
         windows = [
             Window(self, first, min(first + count, blocks), surveying) for first in range(0, max(blocks, 1), count)
         ]

@@ -59,6 +59,7 @@ class ColumnCosinePass:
     """One pass for the cosines of all columns of two tensors; takes 24 bytes per column."""
 
     ordered = True
+    bulky = True
 
     def __init__(self, target: Target) -> None:
         import torch

@@ -109,6 +109,7 @@ class LikenessPass:
     """
 
     ordered = True
+    bulky = True
 
     def __init__(self, target: Target, then: Callable[[Mapping[int, Likeness]], Any]) -> None:
         self.parts = target.parts or (target,)

@@ -45,7 +45,9 @@ def fusion_threshold(target: Target, parameters: Mapping[str, ParameterValue]) -
         low, median, high = (cut.value for cut in cuts[0])
         return median + 1.5 * (high - low)
 
-    return Ranking(target.elements, [ranks], importance, signed=True, exact=False, then=threshold).begin(1)
+    return Ranking(target.elements, [ranks], importance, signed=True, exact=False, gather=False, then=threshold).begin(
+        1
+    )
 
 
 @method(
@@ -55,7 +57,7 @@ def fusion_threshold(target: Target, parameters: Mapping[str, ParameterValue]) -
     statistics=fusion_threshold,
     passes=2,
     rows="rows",
-    temporaries=9,
+    temporaries=20,
     float64=True,
 )
 def arcee_fusion(base: Tensor, model: Tensor, *, statistics: float) -> Tensor:

@@ -124,6 +124,7 @@ class SliceGramPass:
     """One pass for the Gram matrices of all slices of a tensor; takes 8 bytes per slice and product."""
 
     ordered = True
+    bulky = True
 
     def __init__(self, slicing: Slicing, inputs: int, step: int) -> None:
         import torch
