@@ -7,7 +7,6 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from streammerge import __version__
 from streammerge.carrying import LICENCES, MERGED_FROM, carried_metadata
@@ -40,9 +39,6 @@ from streammerge.recipe import Recipe
 from streammerge.report import Report
 from streammerge.resuming import Beginning, Tell, beginning
 from streammerge.tensors import Model
-
-if TYPE_CHECKING:
-    pass
 
 
 def run_merge(

@@ -15,7 +15,7 @@ from typing import Final, Literal
 
 import torch
 
-from streammerge.errors import DeviceError, OutOfMemoryError
+from streammerge.errors import DeviceError, OutOfMemoryError, machine_is_full
 from streammerge.machine import Allotment
 from streammerge.nodes import BLOCK, PIECE, ByBlock, ByGram, Node, Stored, walk
 from streammerge.plan import Job
@@ -272,10 +272,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def no_memory_left(device: torch.device) -> OutOfMemoryError:
     """The error to raise when there is not even room for the smallest windows."""
     if device.type == "cpu":
-        return OutOfMemoryError(
-            "the machine has no memory left for this merge",
-            advice="Close other programs, or take less with --threads 1 or --max-ram.",
-        )
+        return machine_is_full()
     return OutOfMemoryError(
         f"{device} has no memory left for this merge, however small its windows are",
         advice="Close other programs that use it, take less with --threads 1 or --max-vram, or use --device cpu.",

@@ -72,13 +72,18 @@ class OutOfMemoryError(MergeError, MemoryError):
     """The machine, or the device, has no memory left."""
 
 
+def machine_is_full() -> OutOfMemoryError:
+    """The error to raise when main memory has run out."""
+    return OutOfMemoryError(
+        "the machine has no memory left for this merge",
+        advice="Close other programs, or take less with --threads 1 or --max-ram.",
+    )
+
+
 def refusal(error: OSError | MemoryError) -> MergeError:
     """The error to tell when the system refuses something and nobody nearer could say it better."""
     if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
-        return OutOfMemoryError(
-            "the machine has no memory left for this merge",
-            advice="Close other programs, or take less with --threads 1 or --max-ram.",
-        )
+        return machine_is_full()
     where = f"{error.filename}: " if error.filename else ""
     return MergeError(
         f"{where}the system refuses: {error.strerror or error}",

@@ -156,22 +156,28 @@ def hashing(writer: OutputWriter, *, wanted: bool) -> Iterator[OutputWriter | Ha
 
 def hash_output(layout: OutputLayout) -> list[FileHashes]:
     """The hashes of an output that is in place."""
-    found, buffer = [], memoryview(bytearray(BLOCK))
+    found = []
     for file in layout.files:
         followed = _Followed(file, file.nbytes)
-        with read_errors(file.path), file.path.open("rb", buffering=0) as opened:
-            while count := opened.readinto(buffer):
-                followed.update(buffer[:count])
+        for data in blocks_of(file.path):
+            followed.update(data)
         found.append(FileHashes(followed.whole.hexdigest(), followed.tensors.hexdigest()))
     return found
 
 
-def file_sha256(path: Path) -> str:
-    """The sha256 of a whole file."""
-    hasher, buffer = hashlib.sha256(), memoryview(bytearray(BLOCK))
+def blocks_of(path: Path) -> Iterator[memoryview]:
+    """The file's bytes from the first to the last; a block is only good until the next."""
+    buffer = memoryview(bytearray(BLOCK))
     with read_errors(path), path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
-            hasher.update(buffer[:count])
+            yield buffer[:count]
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a whole file."""
+    hasher = hashlib.sha256()
+    for data in blocks_of(path):
+        hasher.update(data)
     return hasher.hexdigest()
 
 

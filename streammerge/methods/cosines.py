@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from streammerge.methods.contract import Between, ParameterValue, Share
 from streammerge.methods.registry import BlockMethod, method
@@ -134,15 +134,17 @@ def held_by_columns(target: Target, parameters: Mapping[str, ParameterValue]) ->
     return 3 * 8 * Slicing.of(target.shape, "columns").count
 
 
-@method(
-    BlockMethod,
-    models=(2, 2),
-    statistics=cosines_of_columns,
-    passes=1,
-    held=held_by_columns,
-    temporaries=6,
-    float64=True,
-)
+COLUMNS: Final[Any] = {
+    "models": (2, 2),
+    "statistics": cosines_of_columns,
+    "passes": 1,
+    "held": held_by_columns,
+    "temporaries": 6,
+    "float64": True,
+}
+
+
+@method(BlockMethod, **COLUMNS)
 def add_cosine_a(
     first: Tensor, second: Tensor, *, alpha: float = 1.0, place: Place, statistics: ColumnCosines
 ) -> Tensor:
@@ -154,15 +156,7 @@ def add_cosine_a(
     return statistics.mix(first, second, alpha, place, with_whole=False)
 
 
-@method(
-    BlockMethod,
-    models=(2, 2),
-    statistics=cosines_of_columns,
-    passes=1,
-    held=held_by_columns,
-    temporaries=6,
-    float64=True,
-)
+@method(BlockMethod, **COLUMNS)
 def add_cosine_b(
     first: Tensor, second: Tensor, *, alpha: float = 1.0, place: Place, statistics: ColumnCosines
 ) -> Tensor:

@@ -43,7 +43,8 @@ class Pass(Protocol[Result]):
     """One pass over a tensor: `measure` runs in any thread, `add` takes its results one at a time.
 
     With `ordered`, results arrive in the order of the blocks, so that floating-point sums don't depend on threads. A
-    pass that has an attribute `part` is given no more than so many of the first elements of each block.
+    pass that has an attribute `part` is given no more than so many of the first elements of each block; one
+    with `bulky` set, whose results are a good part of a block's size, gets few blocks at a time: results wait.
     """
 
     ordered: bool
