@@ -15,7 +15,7 @@ from streammerge.methods import METHODS, find_method
         ("nearswap", "1"),
         ("truncate_rank", "1"),
         ("slerp", "2: one for inner products, one that writes"),
-        ("arcee_fusion", "up to 3: 2 for statistics, one that writes"),
+        ("arcee_fusion", "up to 4: 3 for statistics, one that writes"),
         ("emr", "up to 2: 1 for statistics over the whole model, one that writes"),
         ("ties", "up to 3: 2 for statistics over the whole model with scope=model, one that writes"),
     ],

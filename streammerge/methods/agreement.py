@@ -37,14 +37,15 @@ def check_task(parameters: Parameters, inputs: int) -> None:
 
 def variance(block: int, inputs: Sequence[Tensor]) -> list[Tensor]:
     """The population variance of each element over the models, in float64 so that nearly equal models don't cancel."""
-    base, *models = inputs
-    base = base.double()
-    mean, spread = base.new_zeros(base.shape), base.new_zeros(base.shape)
+    import torch
+
+    _, *models = inputs
+    mean, spread = (torch.zeros_like(models[0], dtype=torch.float64) for _ in range(2))
     for model in models:
-        mean += model - base
+        mean += model
     mean /= len(models)
     for model in models:
-        spread += (model - base).sub_(mean).square_()
+        spread += (mean - model).square_()
     return [spread.div_(len(models))]
 
 

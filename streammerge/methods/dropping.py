@@ -143,7 +143,7 @@ Band = Sequence[Cut]
 def in_band(delta: Tensor, band: Band, block: int) -> Tensor:
     """The task vector without its outliers and without what is too small."""
     outliers, both = band
-    return delta * (both.mask(delta, block) & ~outliers.mask(delta, block))
+    return both.keep(delta, block) - outliers.keep(delta, block)
 
 
 def breadcrumbs_cuts(target: Target, parameters: Parameters) -> Any:  # noqa: ANN401
