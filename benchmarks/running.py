@@ -370,9 +370,14 @@ def own_figures(told: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def all_tools(case: Case, peers: Sequence[Tool], wanted: Sequence[str] = ()) -> list[Tool]:
-    """The tools of a case: streammerge and its variants, and the peers; of those that are wanted, if any are named."""
+    """The tools of a case: streammerge and its variants, and the peers; of those that are wanted, if any are named.
+
+    A tool's name stands for its variants too, unless some of these are named.
+    """
     tools = [*own.own_tools(case), *(peers if case.peers else [])]
-    return [tool for tool in tools if not wanted or tool.name in wanted or tool.name.partition(":")[0] in wanted]
+    named = {name.partition(":")[0] for name in wanted if ":" in name}
+    with_variants = set(wanted) - named
+    return [tool for tool in tools if not wanted or tool.name in wanted or tool.name.partition(":")[0] in with_variants]
 
 
 def quickly(settings: Settings) -> Settings:
