@@ -12,7 +12,7 @@ from streammerge.methods.place import Place, Target
 from streammerge.methods.ranking import Ranking
 from streammerge.methods.registry import BlockMethod, method
 from streammerge.methods.sparse import summed
-from streammerge.methods.sums import SumPass, l1_norm, task_vectors
+from streammerge.methods.sums import SumPass, l1_norm, pieces, task_vectors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,13 +40,22 @@ def variance(block: int, inputs: Sequence[Tensor]) -> list[Tensor]:
     import torch
 
     _, *models = inputs
+    spread = torch.empty_like(models[0])
+    for part in pieces([spread, *models]):  # some at a time, for float64 is wide
+        part[0].copy_(_variance(part[1:]))
+    return [spread]
+
+
+def _variance(models: Sequence[Tensor]) -> Tensor:
+    import torch
+
     mean, spread = (torch.zeros_like(models[0], dtype=torch.float64) for _ in range(2))
     for model in models:
         mean += model
     mean /= len(models)
     for model in models:
         spread += (mean - model).square_()
-    return [spread.div_(len(models))]
+    return spread.div_(len(models))
 
 
 def sce_statistics(target: Target, parameters: Parameters) -> Any:  # noqa: ANN401

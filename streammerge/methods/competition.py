@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,17 +11,13 @@ from streammerge.methods.cuts import Cut
 from streammerge.methods.place import Target
 from streammerge.methods.ranking import Ranking
 from streammerge.methods.registry import BlockMethod, method
-from streammerge.methods.sums import task_vectors
+from streammerge.methods.sums import PIECE, pieces, task_vectors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 TAILS = 1e-4
 """The share of the smallest magnitudes, and of the largest, that are clipped to the others."""
-
-
-PIECE = 2**16
-"""Elements that are taken at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +53,6 @@ class Contest:
             for share, delta in zip(shares, deltas, strict=True)
         ]
         return [score.float() for score in scores]
-
-
-def pieces(inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The inputs' blocks, some elements at a time, because many tensors in float64 are wide."""
-    for start in range(0, inputs[0].numel(), PIECE):
-        yield [values[start : start + PIECE] for values in inputs]
 
 
 def in_float64(inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -198,7 +198,14 @@ def breadcrumbs(
     return add_deltas(base, deltas, weight, normalize=normalize, scale=lambda_, elect=False)
 
 
-@method(BlockMethod, **GTA, statistics=breadcrumbs_cuts, passes=2, temporaries=4, temporaries_each=3)
+@method(
+    BlockMethod,
+    **GTA,
+    statistics=breadcrumbs_cuts,
+    passes=2,
+    temporaries=10,  # measured: the heap keeps as much again as is held at once, which two workers have no room for
+    temporaries_each=8,
+)
 def breadcrumbs_ties(
     base: Tensor,
     *models: Tensor,

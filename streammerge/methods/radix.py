@@ -31,10 +31,8 @@ class UpperBits:
     ordered = False
 
     def __init__(self, ranking: Ranking, count: int) -> None:
-        import torch
-
         self.ranking = ranking
-        self.counts = [torch.zeros(BINS, dtype=torch.int64) for _ in range(count)]
+        self.counts: list[Tensor] = []  # the first block's at first: many tensors stand in line with nothing counted
         self.nonzero = [0] * count
 
     def measure(self, block: int, inputs: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
@@ -46,9 +44,11 @@ class UpperBits:
 
     def add(self, block: int, measured: list[tuple[Tensor, int]]) -> None:
         """Add a block's counts."""
-        for vector, (counts, nonzero) in enumerate(measured):
-            self.counts[vector] += counts.to("cpu")
-            self.nonzero[vector] += nonzero
+        found = [counts.to("cpu") for counts, _ in measured]
+        self.counts = (
+            [total.add_(counts) for total, counts in zip(self.counts, found, strict=True)] if self.counts else found
+        )
+        self.nonzero = [total + nonzero for total, (_, nonzero) in zip(self.nonzero, measured, strict=True)]
 
     def finish(self) -> Any:  # noqa: ANN401
         """The pass over the lower bits, or the result."""

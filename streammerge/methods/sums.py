@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,10 +14,20 @@ Vectors = Callable[[int, Sequence["Tensor"]], Sequence["Tensor"]]
 """From a block's number and the inputs' blocks to the blocks of what is measured, such as task vectors."""
 
 
+PIECE: Final = 2**16
+"""Elements that are taken at once where many tensors are in float64."""
+
+
 def task_vectors(block: int, inputs: Sequence[Tensor]) -> list[Tensor]:
     """θᵢ − θ₀ of every model; the base is the first input."""
     base, *models = inputs
     return [model - base for model in models]
+
+
+def pieces(inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The inputs' blocks, some elements at a time, because many tensors in float64 are wide."""
+    for start in range(0, inputs[0].numel(), PIECE):
+        yield [values[start : start + PIECE] for values in inputs]
 
 
 def l1_norm(values: Tensor) -> float:
