@@ -68,8 +68,9 @@ MEH = [
 ]
 
 
-LOOSER = {"geometric_median": 1e-3}
-"""How far a peer may be off: sd-mecha's median stops when its float32 distances no longer change."""
+LOOSER = {"geometric_median": 1e-3, "truncate_rank": 1e-5}
+"""How far a peer may be off: sd-mecha's median stops when its float32 distances no longer change, and it decomposes in
+float32 what is decomposed in float64 here."""
 
 
 def assert_same(cases, peers, tensors, tolerance=2e-6):
