@@ -179,11 +179,16 @@ class CaseRunner:
         """Files as large as the output's: those of the model that gives the layout."""
         return inputs.files_of(self.models[self.case.layout])
 
+    @property
+    def rounds(self) -> int:
+        """How many rounds there are, where every tool has the time."""
+        return min(self.settings.runs, self.case.rounds)
+
     def warm_rounds(self) -> None:
         """Rounds of floor, streammerge and its variants, floor, and the peers."""
         ours = [contestant for contestant in self.contestants if contestant.is_own]
         peers = [contestant for contestant in self.contestants if not contestant.is_own]
-        for number in range(self.settings.runs):
+        for number in range(self.rounds):
             running = [one for one in (*ours, *peers) if one.may_run("warm", self.settings.budget)]
             if not running:
                 break
@@ -196,7 +201,7 @@ class CaseRunner:
         """The same with the inputs out of the page cache, between readings of the disk's own rate."""
         names = {own.NAME} if not self.case.thorough else {tool.name for tool in self.tools if ":" not in tool.name}
         names -= {own.SYNCED.name, own.CUDA.name}
-        for number in range(self.settings.runs):
+        for number in range(self.rounds):
             budget = self.settings.budget / 2
             running = [one for one in self.contestants if one.tool.name in names and one.may_run("cold", budget)]
             if not running:
