@@ -171,7 +171,16 @@ def band_ranks(elements: int, density: float, gamma: float) -> tuple[int, int]:
     return outliers, outliers + kept
 
 
-@method(BlockMethod, **GTA, statistics=breadcrumbs_cuts, passes=2, temporaries=4, temporaries_each=3)
+BANDED: Any = {
+    **GTA,
+    "statistics": breadcrumbs_cuts,
+    "passes": 2,
+    "temporaries": 10,  # measured: the heap keeps as much again as is held at once, which two workers have no room for
+    "temporaries_each": 8,
+}
+
+
+@method(BlockMethod, **BANDED)
 def breadcrumbs(
     base: Tensor,
     *models: Tensor,
@@ -198,14 +207,7 @@ def breadcrumbs(
     return add_deltas(base, deltas, weight, normalize=normalize, scale=lambda_, elect=False)
 
 
-@method(
-    BlockMethod,
-    **GTA,
-    statistics=breadcrumbs_cuts,
-    passes=2,
-    temporaries=10,  # measured: the heap keeps as much again as is held at once, which two workers have no room for
-    temporaries_each=8,
-)
+@method(BlockMethod, **BANDED)
 def breadcrumbs_ties(
     base: Tensor,
     *models: Tensor,
