@@ -146,6 +146,16 @@ def in_band(delta: Tensor, band: Band, block: int) -> Tensor:
     return both.keep(delta, block) - outliers.keep(delta, block)
 
 
+def banded_deltas(
+    base: Tensor, models: Sequence[Tensor], place: Place, statistics: Sequence[tuple[Band, float]]
+) -> list[Tensor]:
+    """The task vectors within their bands, made up for what was dropped."""
+    return [
+        in_band(model - base, band, place.counted) * factor
+        for model, (band, factor) in zip(models, statistics, strict=True)
+    ]
+
+
 def breadcrumbs_cuts(target: Target, parameters: Parameters) -> Any:  # noqa: ANN401
     """Find the cuts of each task vector, and if it is to be rescaled the ratio of its L1 norms."""
     density: Any = parameters["density"]
@@ -200,10 +210,7 @@ def breadcrumbs(
     gamma comes to less than one element none is dropped (mergekit drops the whole tensor then), and as in `ties` one
     element at the least is kept.
     """
-    deltas = [
-        in_band(model - base, band, place.counted) * factor
-        for model, (band, factor) in zip(models, statistics, strict=True)
-    ]
+    deltas = banded_deltas(base, models, place, statistics)
     return add_deltas(base, deltas, weight, normalize=normalize, scale=lambda_, elect=False)
 
 
@@ -224,10 +231,7 @@ def breadcrumbs_ties(
 
     Model Breadcrumbs (arXiv:2312.06795) as in `breadcrumbs`, with TIES' election of signs (arXiv:2306.01708).
     """
-    deltas = [
-        in_band(model - base, band, place.counted) * factor
-        for model, (band, factor) in zip(models, statistics, strict=True)
-    ]
+    deltas = banded_deltas(base, models, place, statistics)
     return add_deltas(base, deltas, weight, normalize=normalize, scale=lambda_, elect=True)
 
 
