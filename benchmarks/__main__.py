@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     runner = commands.add_parser("run", help="measure", description="Measure cases, one after the other.")
     runner.add_argument("--cases", nargs="+", metavar="CASE", choices=[*CASES], help="only these (see: list)")
     runner.add_argument("--tools", nargs="+", metavar="TOOL", default=[], help="only these (see: list)")
-    runner.add_argument("--runs", type=int, default=5, metavar="N", help="rounds of every case at most (default: 5)")
+    runner.add_argument("--runs", type=int, default=5, metavar="N", help="rounds of a case, fewer of some (default: 5)")
     runner.add_argument("--folder", type=Path, default=Path("bench"), metavar="DIR", help="a place with 60 GB of room")
     runner.add_argument(
         "--budget",

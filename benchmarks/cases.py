@@ -65,7 +65,7 @@ class Case:
     `inputs` names the set of files, which cases may share; by default it is the case's own. `variants` are merges of
     the same files that only streammerge runs, to be compared with its own run of the case. `peers` is false where
     nothing but streammerge is measured; `thorough` is true where peers too run with a cold cache and in ever smaller
-    memory, which takes long. `rounds` is how many there are at most, for cases that would take hours.
+    memory, which takes long. `rounds` bounds how many there are, in cases that would take hours.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Case:
     variants: Mapping[str, Merge] = field(default_factory=dict)
     peers: bool = True
     thorough: bool = False
-    rounds: int = 5
+    rounds: int | None = None
     inputs: str = ""
 
     @property

@@ -182,7 +182,7 @@ class CaseRunner:
     @property
     def rounds(self) -> int:
         """How many rounds there are, where every tool has the time."""
-        return min(self.settings.runs, self.case.rounds)
+        return min(self.settings.runs, self.case.rounds or self.settings.runs)
 
     def warm_rounds(self) -> None:
         """Rounds of floor, streammerge and its variants, floor, and the peers."""

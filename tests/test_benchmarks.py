@@ -275,7 +275,7 @@ def test_a_fast_wrong_answer_is_shown_as_wrong(made, tmp_path):
     assert plots.label(tool) == "copier (wrong output)"
 
 
-@pytest.mark.parametrize(("asked", "allowed", "rounds"), [(5, 3, 3), (1, 3, 1)])
+@pytest.mark.parametrize(("asked", "allowed", "rounds"), [(5, 3, 3), (1, 3, 1), (6, None, 6)])
 def test_a_case_of_hours_has_fewer_rounds(made, tmp_path, asked, allowed, rounds):
     settings = Settings(made, runs=asked, quick=True, cold=False, limits=False, results=tmp_path)
     case = dataclasses.replace(CASES["one-tensor"], rounds=allowed)
