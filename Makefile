@@ -33,7 +33,8 @@ slow: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/python -m tests.readme
 
-# Every case and every peer in full size, 60 GB of disk in ./bench: two and a half hours. `make bench ARGS=--quick` tries it out.
+# Every case and every peer in full size, 60 GB of disk in ./bench: two and a half hours.
+# `make bench ARGS=--quick` tries it out.
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks run $(ARGS)
 
