@@ -303,16 +303,15 @@ def readme_table(result: CaseResult) -> str:
     head = ("", "whole process", "merging alone", "peak RAM", "smallest memory", "output")
     named = [tool for tool in result.tools if tool.good() and ":" not in tool.name and tool.name != SYNCED.name]
     rows = [readme_row(result, tool) for tool in named]
-    floors = [result.floor(number) for number in range(len(result.floors))]
-    floor = f"{Spread.of(floors).median:.1f} s"
-    rows.append(("`cat` of the inputs and `cp` of one output", floor, floor, "", "", ""))
+    floor = Spread.of([result.floor(number) for number in range(len(result.floors))]).median
     runs = min(len(tool.good()) for tool in named)
     most = max(len(tool.good()) for tool in named)
     count = f"{most}" if runs == most else f"{runs} to {most}"
-    title = result.title[0].upper() + result.title[1:]
+    what = result.title.rpartition(": ")[2]
     note = (
-        f"{title}, {format_size(result.input_bytes)}. Medians of {count} runs, page cache warm, without the final "
-        f"sync. {machine_line(result)} {result.remark}"
+        f"{what[0].upper()}{what[1:]}, {format_size(result.input_bytes)}. The floor, `cat` of the inputs and `cp` of "
+        f"one output, takes {floor:.1f} s. Medians of {count} runs, page cache warm, without the final sync. "
+        f"{machine_line(result)} {result.remark}"
     )
     return f"{table(head, rows)}\n\n{note.strip()}"
 

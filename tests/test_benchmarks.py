@@ -817,6 +817,7 @@ def test_tables_are_markdown():
 def test_the_readme_shows_the_article():
     text = report.readme_table(case_result())
     assert "| **streammerge** | 3.0 s | 1.5 s |" in text
+    assert "`cat` of the inputs and `cp` of one output, takes " in text
     assert "Medians of 2 to 3 runs" in text
     assert "2026-01-01" in text
 
