@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from streammerge.public import make_plan, merge
     from streammerge.tensors import Model, TensorInfo
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Checkpoint",
