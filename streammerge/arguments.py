@@ -82,7 +82,7 @@ def _add_recipe_arguments(group: argparse._ArgumentGroup) -> None:
 def _add_run_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--device", default="cpu", metavar="auto|cpu|cuda|cuda:N|mps|xpu", help="(default: cpu)")
     group.add_argument(
-        "--compute-dtype", choices=list(COMPUTE_DTYPES), help="(default: fp32 or better, see the README)"
+        "--compute-dtype", choices=list(COMPUTE_DTYPES), help="of the arithmetic (default: fp32 or better)"
     )
     group.add_argument("--max-ram", type=size, metavar="SIZE", help="bound of the whole process, such as 512MB")
     group.add_argument("--max-vram", type=size, metavar="SIZE", help="bound of the buffers on the device")

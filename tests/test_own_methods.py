@@ -16,7 +16,7 @@ from streammerge.errors import MethodError
 from streammerge.methods import METHODS
 from streammerge.methods.loading import load_methods
 from tests.models import assert_same_bytes, load_model, make_tensors, merge_to, near, save_models
-from tests.readme import README
+from tests.pages import PAGES, blocks
 
 LINEAR = """
 from streammerge.methods import LinearMethod, method
@@ -61,7 +61,7 @@ def own(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def models(tmp_path):
     base = make_tensors(0)
-    return save_models(tmp_path, base=base, a=near(base, 1))
+    return save_models(tmp_path, base=base, a=near(base, 1), b=near(base, 2))
 
 
 def test_a_file_brings_its_methods(own, models):
@@ -173,14 +173,17 @@ def test_what_a_method_gives_has_to_fit(own, models, tmp_path, text, name, probl
         )
 
 
-def test_the_readmes_example_runs(own, models, tmp_path):
-    (text,) = (
-        block
-        for block in re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-        if "@method(BlockMethod" in block
-    )
-    names = load_methods(own(text))
-    assert len(names) == 1
-    merge = getattr(streammerge, names[0])(models["a"], models["base"], base=models["base"])
+DOCUMENTED = [block.text for page in PAGES for block in blocks(page) if "@method(" in block.text]
+
+
+def test_there_are_documented_examples():
+    assert len(DOCUMENTED) >= 3
+
+
+@pytest.mark.parametrize("text", DOCUMENTED)
+def test_a_documented_example_runs(own, models, tmp_path, text):
+    (name,) = load_methods(own(text))
+    given = [models["a"], models["b"]][: METHODS[name].models[1]]
+    merge = getattr(streammerge, name)(*given, base=models["base"])
     plain = merge_to(tmp_path / "plain.safetensors", merge, threads=1)
     assert_same_bytes(merge_to(tmp_path / "out.safetensors", merge, threads=3), plain)
