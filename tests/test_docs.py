@@ -4,6 +4,7 @@ import dataclasses
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -15,10 +16,15 @@ from docs import make
 from streammerge.cli import COMMANDS
 from streammerge.methods import METHODS
 from streammerge.options import Options
+from streammerge.recipe import KEYS, MERGEKIT_ONLY, MISSING_POLICIES, SHAPE_POLICIES
 from tests.pages import PAGES, anchors, links
 from tests.rooms import ROOMS
 
 TEXTS = {page.name: make.read(page) for page in PAGES}
+BESIDE = [
+    make.ROOT / path for path in ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/NOTES.md", "tests/RELIABILITY.md")
+]
+"""Pages that people write beside the documentation."""
 
 
 def test_generated_parts_are_current():
@@ -52,7 +58,32 @@ def test_the_readme_fits_a_screen():
     assert make.README.stat().st_size <= 8000
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    ("page", "line"),
+    [
+        ("methods.md", "| `nearswap` | θ = θ₀ + g (θ₁ − θ₀),   g = min(t / \\|θ₁ − θ₀\\|, 1) | block | required | "),
+        ("options.md", "| `-m, --method M` | the merge method (default: linear; "),
+        ("options.md", "| `--on-nonfinite error\\|warn\\|ignore` | infinite values and NaN (default: warn) |\n"),
+        ("commands.md", "| `--all` | compute every byte again, not only samples |\n"),
+        ("commands.md", "    streammerge demo [FOLDER] [options]\n"),
+        ("commands.md", "| `[FOLDER]` | where to put the models (default: demo) |\n"),
+        ("python.md", "| `sync` | `--no-sync` | `True` |\n"),
+        ("diffusion.md", f"| `OUT07` | `{'▁' * 19}{'█' * 7}` | `{'▁' * 13}{'█' * 7}` |\n"),
+        ("safety.md", "| an index of shards | 24 MiB (a quarter of that beyond ASCII), 262,144 values |\n"),
+        ("README.md", "| **streammerge** | "),
+    ],
+)
+def test_generated_parts_say_what_is_so(page, line):
+    assert f"\n{line}" in TEXTS[page]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *BESIDE], ids=lambda page: page.name)
+def test_paths_are_there(page):
+    for path in re.findall(r"(?<![\w/.])(?:streammerge|tests|docs|examples|benchmarks)/[\w./*-]*\w", make.read(page)):
+        assert list(make.ROOT.glob(path)), path
+
+
+@pytest.mark.parametrize("page", [*PAGES, *BESIDE], ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for link in links(page):
         if "://" in link:
@@ -97,6 +128,29 @@ def test_every_option_is_told_to_python_programs_and_to_those_who_type(field):
     assert row is not None
     assert row[2] == repr(field.default)
     assert f"`{row[1]}" in TEXTS["options.md"]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_key_of_a_recipe_is_told(key):
+    table = TEXTS["recipes.md"].partition("| key | what it says |\n")[2].partition("\n\n")[0]
+    assert f"`{key}`" in "".join(row.split("|")[1] for row in table.splitlines())
+
+
+@pytest.mark.parametrize("key", MERGEKIT_ONLY)
+def test_every_key_that_is_refused_is_told(key):
+    refused = TEXTS["language-models.md"].partition("## What is refused\n")[2]
+    assert re.search(rf"^\|.*`{key}`.*\| {MERGEKIT_ONLY[key]} \|$", refused, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("key", "policies"), [("shape_mismatch", SHAPE_POLICIES), ("missing", MISSING_POLICIES)])
+def test_every_policy_is_told(key, policies):
+    table = TEXTS["recipes.md"].partition(f"\n| `on_{key}` | ")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(policies)
+
+
+def test_every_public_name_is_told():
+    for name in streammerge.__all__:
+        assert re.search(rf"\b{name}\b", TEXTS["python.md"]), name
 
 
 def test_every_option_of_a_merge_is_told():
@@ -156,7 +210,7 @@ def test_pre_commit_checks_what_lint_checks():
         assert f"\t$(BIN)/{entry}" in lint
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+@pytest.mark.skipif(sys.platform == "win32" or shutil.which("make") is None, reason="there is no make, or no shell")
 def test_make_tells_its_targets():
     done = subprocess.run(["make"], cwd=make.ROOT, capture_output=True, text=True, check=True)
     phony = re.search(r"^\.PHONY: (.*)$", makefile(), re.MULTILINE)
