@@ -39,9 +39,12 @@ ROW: Final = 30
 
 def main(words: Sequence[str]) -> int:
     """Write every file that has generated parts, or with --check name those that are not current."""
+    parser = argparse.ArgumentParser(prog="docs/make.py", description="Make the generated parts of the docs.")
+    parser.add_argument("--check", action="store_true", help="write nothing, and name the files that are not current")
+    check = parser.parse_args(words).check
     sys.path.insert(0, str(ROOT))  # benchmarks and tests are packages of the repository, and are not installed
     stale = {path: text for path, text in current().items() if not path.exists() or read(path) != text}
-    if "--check" in words:
+    if check:
         for path in stale:
             sys.stderr.write(f"{path.relative_to(ROOT)} is not current; run `make docs`\n")
         return 1 if stale else 0
