@@ -184,6 +184,7 @@ def test_the_picture_shows_every_room():
     picture = ElementTree.fromstring(make.read(make.PICTURE))
     texts = [element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")]
     assert texts == [text for room in ROOMS for text in room]
+    assert max(len(what) for _, what in ROOMS) <= 90, "longer lines would leave the picture"
 
 
 # ── what helps those who work on it ──────────────────────────────────────────────────────────────────────────────────
