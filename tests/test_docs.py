@@ -44,6 +44,7 @@ def test_what_is_not_current_is_made_so(tmp_path, monkeypatch, capsys):
     readme.write_text("nothing is made here\n", encoding="utf-8")
     for name, path in (("ROOT", tmp_path), ("README", readme), ("PICTURE", tmp_path / "docs" / "rooms.svg")):
         monkeypatch.setattr(make, name, path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     assert make.main(["--check"]) == 1
     assert re.findall(r"\S+ is not current", capsys.readouterr().err) == [
         f"{Path('docs', name)} is not current" for name in ("safety.md", "rooms.svg")
