@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,7 @@ from streammerge.formats.safetensors import is_safetensors, read_header
 from streammerge.formats.shards import find_weights, is_index, read_index
 from streammerge.formats.torchzip import StoredView, is_torch_zip, legacy_torch_reason, read_torch_zip
 from streammerge.nodes import Node, Stored, Viewed
+from streammerge.tables import Column, Names
 from streammerge.tensors import TensorInfo
 
 if TYPE_CHECKING:
@@ -26,6 +28,51 @@ GGUF = (
     "is GGUF, whose tensors are quantised in blocks that streammerge does not decode; merge the safetensors that it "
     "was made from"
 )
+
+
+class StoredTensors(Mapping[str, Node]):
+    """Tensors that lie in files, as expressions that are made when they are asked for."""
+
+    def __init__(
+        self,
+        names: Names,
+        infos: Sequence[TensorInfo],
+        starts: Sequence[int],
+        files: Sequence[ByteFile],
+        numbers: Sequence[int] | None = None,
+    ) -> None:
+        """`starts` are where the tensors begin in their files; `numbers` say which these are, if not all the first."""
+        self.infos = Column(names, infos)
+        self._starts = starts
+        self._files = files
+        self._numbers = numbers
+
+    def __getitem__(self, name: str) -> Node:
+        place = self.infos.names.places[name]
+        file = self._files[self._numbers[place] if self._numbers else 0]
+        return Stored(self.infos.values_in_order[place], file, self._starts[place])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.infos)
+
+    def __len__(self) -> int:
+        return len(self.infos)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.infos
+
+
+def compact(nodes: Mapping[str, Node], files: Sequence[ByteFile]) -> Mapping[str, Node]:
+    """The same in little memory, if all of them lie flat in these files."""
+    numbers = {id(file): number for number, file in enumerate(files)}
+    infos, starts, places = list[TensorInfo](), array("Q"), array("L")
+    for node in nodes.values():
+        if not isinstance(node, Stored):
+            return nodes
+        infos.append(node.info)
+        starts.append(node.start)
+        places.append(numbers[id(node.file)])
+    return StoredTensors(Names.of(nodes), infos, starts, files, places)
 
 
 @dataclass(frozen=True)
@@ -44,6 +91,8 @@ class Checkpoint:
     @functools.cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Names and descriptions, in file order."""
+        if isinstance(self.nodes, StoredTensors):
+            return self.nodes.infos
         return {name: node.info for name, node in self.nodes.items()}
 
     @property
@@ -107,7 +156,7 @@ def _open_file(path: Path) -> Checkpoint:
 
 def _open_safetensors(file: ByteFile) -> Checkpoint:
     header = read_header(file.path, file.nbytes)
-    nodes = {name: Stored(info, file, header.offsets[name]) for name, info in header.tensors.items()}
+    nodes = StoredTensors(header.names, header.infos, header.starts, (file,))
     return Checkpoint(file.path, "safetensors", nodes, (file,), header.metadata)
 
 
@@ -148,4 +197,5 @@ def _open_shards(path: Path) -> Checkpoint:
         )
     first = next(iter(shards.values()))
     files = tuple(file for checkpoint in shards.values() for file in checkpoint.files)
-    return Checkpoint(path, f"sharded {first.container} ({len(shards)} files)", nodes, files, first.metadata)
+    what = f"sharded {first.container} ({len(shards)} files)"
+    return Checkpoint(path, what, compact(nodes, files), files, first.metadata)

@@ -12,7 +12,7 @@ import importlib.metadata
 import inspect
 import json
 import marshal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -83,9 +83,12 @@ def _shown(value: Any) -> str:  # noqa: ANN401
     return "there" if str(value).startswith(MARK) else str(value)
 
 
-def digest(data: bytes) -> str:
-    """A short digest."""
-    return MARK + hashlib.blake2b(data, digest_size=12).hexdigest()
+def digest(data: bytes | Iterable[bytes]) -> str:
+    """A short digest of bytes, or of pieces of them."""
+    made = hashlib.blake2b(digest_size=12)
+    for piece in (data,) if isinstance(data, bytes) else data:
+        made.update(piece)
+    return MARK + made.hexdigest()
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:  # noqa: ANN401
@@ -118,7 +121,7 @@ def _ends(file: ByteFile) -> str:
 
 def _files(plan: Plan) -> Iterator[tuple[Path, str]]:
     for file in plan.output.files:
-        yield file.path, digest(file.header.encoded)
+        yield file.path, digest(file.header.pieces())
     if plan.output.index is not None:
         path, text = plan.output.index
         yield path, digest(text.encode())

@@ -64,7 +64,7 @@ class _Followed:
 
     def update(self, data: memoryview) -> None:
         """Hash the next bytes."""
-        header = max(0, len(self.file.header.encoded) - self.hashed)
+        header = max(0, self.file.header.nbytes - self.hashed)
         self.whole.update(data)
         self.tensors.update(data[header:])
         self.hashed += len(data)
@@ -78,7 +78,7 @@ class HashingWriter:
 
     def __init__(self, writer: OutputWriter) -> None:
         self.writer = writer
-        self._files = [_Followed(file, len(file.header.encoded)) for file in writer.layout.files]
+        self._files = [_Followed(file, file.header.nbytes) for file in writer.layout.files]
         self._changed = threading.Condition()
         self._stopped = False
         self._error: BaseException | None = None

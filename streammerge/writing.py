@@ -55,7 +55,7 @@ class OutputWriter:
             going_on = self._take_names()
             for file, path in zip(self.layout.files, self._paths, strict=False):
                 self._open.append(_Temporary(file, path, create=not going_on))
-                self.bytes_written += len(file.header.encoded)
+                self.bytes_written += file.header.nbytes
         except BaseException:
             self._leave()
             raise
@@ -219,7 +219,10 @@ class _Temporary:
             with output_errors(file.path):
                 if create:
                     preallocate(self.descriptor, file.nbytes)
-                    write_at(self.descriptor, memoryview(file.header.encoded), 0)
+                    position = 0
+                    for piece in file.header.pieces():
+                        write_at(self.descriptor, memoryview(piece), position)
+                        position += len(piece)
                 else:
                     self._check()
         except BaseException:
@@ -232,15 +235,22 @@ class _Temporary:
 
     def _check(self) -> None:
         """It must have the size, and begin with the header, that was given to it when it was made."""
-        found, encoded = os.fstat(self.descriptor), self.file.header.encoded
-        header = bytearray(len(encoded))
-        if stat.S_ISREG(found.st_mode) and found.st_size == self.file.nbytes:
-            read_at(self.descriptor, memoryview(header), 0)
-        if header != encoded:
+        found = os.fstat(self.descriptor)
+        if not (stat.S_ISREG(found.st_mode) and found.st_size == self.file.nbytes and self._has_header()):
             raise OutputError(
                 f"{self.path}: is not what the interrupted merge left",
                 advice="Merge from the beginning, without --resume.",
             )
+
+    def _has_header(self) -> bool:
+        position = 0
+        for piece in self.file.header.pieces():
+            there = bytearray(len(piece))
+            read_at(self.descriptor, memoryview(there), position)
+            if there != piece:
+                return False
+            position += len(piece)
+        return True
 
     def close(self) -> None:
         """Close the file if it is open."""

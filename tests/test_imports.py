@@ -17,7 +17,7 @@ PACKAGE = Path(streammerge.__file__).parent
 
 ORDER = [
     # the vocabulary
-    *("errors", "tensors", "", "machine", "findings", "options", "progress"),
+    *("errors", "tensors", "tables", "", "machine", "findings", "options", "progress"),
     # what a process costs
     *("launcher", "measuring", "floor"),
     # what is on disk

@@ -13,9 +13,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from json.decoder import scanstring  # type: ignore[attr-defined]  # what it calls itself for every string
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-from streammerge.tensors import DTYPES, TensorInfo
+from streammerge.tensors import DTYPES, TensorInfo, described
 
 MAX_TEXT: Final = 24 * 2**20
 """The most memory that a header may take as text, in bytes; a character beyond ASCII makes all of them wider."""
@@ -56,8 +56,7 @@ class MalformedHeaderError(Exception):
     """What is wrong with a header; the file's name is added where it is known."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A tensor: its name, what it is, and which bytes of the data are its own."""
 
     name: str
@@ -234,7 +233,7 @@ def _checked(name: str, raw: Any) -> Entry:  # noqa: ANN401  (it is whatever the
         raise MalformedHeaderError(f"tensor {name!r} has the data_offsets {data_offsets!r}, not [first, last + 1]")
     if max(itertools.accumulate(shape, operator.mul), default=1) >= _MAX_PRODUCT:
         raise MalformedHeaderError(f"tensor {name!r} has the shape {shape!r}, which overflows")
-    return _sized(Entry(name, TensorInfo(dtype, tuple(shape)), *data_offsets))
+    return _sized(Entry(name, described(dtype, tuple(shape)), *data_offsets))
 
 
 def _sized(entry: Entry) -> Entry:
