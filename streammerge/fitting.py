@@ -22,10 +22,11 @@ class Fitting:
     why: str = ""
 
 
-def fit(nodes: Mapping[str, Node], layout: Shape, policy: str) -> Fitting | None:
-    """The models' tensors in one shape; None where the policy doesn't allow it."""
+def fit(nodes: Mapping[str, Node], info: TensorInfo, policy: str) -> Fitting | None:
+    """The models' tensors in one shape, given the layout's; None where the policy doesn't allow it."""
+    layout = info.shape
     shape = common_shape([node.info.shape for node in nodes.values()], layout, policy)
-    if shape is None:
+    if shape is None or (shape != layout and are_mixed(nodes, info)):
         return None
     fitted = tuple(reshaped(node, shape) for node in nodes.values())
     done = {name: node.info.shape for name, node in nodes.items() if node.info.shape != shape}
@@ -53,6 +54,12 @@ def common_shape(shapes: Iterable[Shape], layout: Shape, policy: str) -> Shape |
         return least if math.prod(least) or least == layout else None
     most = tuple(map(max, layout, *others))
     return layout if layout == (most if policy == "pad" else least) else None
+
+
+def are_mixed(nodes: Mapping[str, Node], layout: TensorInfo) -> bool:
+    """Whether the tensors have elements of other kinds than the layout's, so that no tensor can hold both."""
+    dtypes = {layout.dtype, *(node.info.dtype for node in nodes.values())}
+    return len(dtypes) > 1 and not all(dtype.mergeable for dtype in dtypes)
 
 
 def reshaped(node: Node, shape: Shape) -> Node:

@@ -325,11 +325,9 @@ class _Resolution:
     def _fit(self, name: str, nodes: Mapping[str, Node], *, taken: bool = False) -> Fitting | None:
         """The models' tensors in one shape, as the recipe allows; None, and the problem noted, where not."""
         layout, policy = self.layout.tensors[name], self.recipe.on_shape_mismatch
-        fitting = fit(nodes, layout.shape, policy)
+        fitting = fit(nodes, layout, policy)
         if fitting is None:
-            shapes = {self.layout_name: layout.shape, **{model: node.info.shape for model, node in nodes.items()}}
-            problems = self.problems.kept if policy == "keep" else self.problems.misshapen
-            problems.append(Misshapen(name, self.layout_name, shapes, taken))
+            self.problems.note_shape(Misshapen.of(name, self.layout_name, layout, nodes, taken=taken), policy)
         return fitting
 
     def _sources(self, rule: Rule | None) -> ParameterSources:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from streammerge.architecture import architecture_mismatch
 from streammerge.errors import SHOWN, PlanError, count, listed, plural
-from streammerge.fitting import Shape, common_shape
+from streammerge.fitting import Shape, are_mixed, common_shape
+from streammerge.nodes import Node
 from streammerge.tensors import TensorInfo
 
 Tensors = Mapping[str, TensorInfo]
@@ -16,15 +17,27 @@ Tensors = Mapping[str, TensorInfo]
 
 @dataclass(frozen=True, slots=True)
 class Misshapen:
-    """A tensor whose shapes the policy doesn't make one, by model; `taken` if a rule takes it from one of these."""
+    """A tensor whose shapes the policy doesn't make one, by model.
+
+    `taken` if a rule takes it from one of these, `mixed` if it then would be of two kinds of elements.
+    """
 
     name: str
     layout: str
     shapes: Mapping[str, Shape]
     taken: bool = False
+    mixed: bool = False
+
+    @classmethod
+    def of(cls, name: str, layout: str, info: TensorInfo, nodes: Mapping[str, Node], *, taken: bool) -> Misshapen:
+        """The tensor as these models have it, and the layout."""
+        shapes = {layout: info.shape, **{model: node.info.shape for model, node in nodes.items()}}
+        return cls(name, layout, shapes, taken, are_mixed(nodes, info))
 
     def allows(self, policy: str) -> bool:
         """Whether the policy would."""
+        if self.mixed and policy == "overlap":
+            return False
         others = [shape for model, shape in self.shapes.items() if model != self.layout]
         return policy == "keep" or common_shape(others, self.shapes[self.layout], policy) is not None
 
@@ -86,6 +99,13 @@ class Problems:
     missing: list[Unshared] = field(default_factory=list)
     alone: list[str] = field(default_factory=list)
     unmergeable: list[str] = field(default_factory=list)
+
+    def note_shape(self, found: Misshapen, policy: str) -> None:
+        """Note a tensor that the policy keeps as the layout has it, or does not allow."""
+        if policy != "keep":
+            self.misshapen.append(found)
+        elif not found.taken:
+            self.kept.append(found)
 
     def report(
         self, recipe: Asked, models: Mapping[str, Tensors], unused_rules: Sequence[str], *, is_merge: bool
@@ -178,21 +198,17 @@ def missing_advice(found: Sequence[Unshared], layout: str, models: Mapping[str, 
     inside = [layout in problem.having for problem in found]
     whole = [model for model in models if all(model in problem.having for problem in found)]
     free = not any(problem.taken for problem in found)
-    ways = [f"--on-missing keep ({_kept(layout, inside)})", "--on-missing drop (leave them out)"]
-    if whole and not any(inside):
-        ways.append(f"--layout {whole[0]} --on-missing keep (copy {whole[0]}'s)")
+    if not any(inside):
+        ways = ["--on-missing keep (leave them out)"]
+        ways += [f"--layout {model} --on-missing keep (copy {model}'s)" for model in whole[:1]]
+    else:
+        outside = "" if all(inside) else ", leave out the others"
+        ways = [f"--on-missing keep (copy {layout}'s{outside})", "--on-missing drop (leave them out)"]
     if free:
         ways.append("--drop GLOB")
     if free and all(inside):
         ways.append("--take 'GLOB=MODEL'")
-    return f"Use {', '.join(ways[:-1])}, or {ways[-1]}." if len(ways) > 2 else f"Use {' or '.join(ways)}."
-
-
-def _kept(layout: str, inside: Iterable[bool]) -> str:
-    kept = set(inside)
-    if kept == {True}:
-        return f"copy {layout}'s"
-    return "leave them out" if kept == {False} else f"copy {layout}'s, leave out the others"
+    return f"Use {', '.join(ways[:-1])}, or {ways[-1]}." if len(ways) > 1 else f"Use {ways[0]}."
 
 
 def hint(problems: Sized, models: Mapping[str, Tensors]) -> str:

@@ -183,10 +183,10 @@ def children(node: Node) -> tuple[Node, ...]:
     if isinstance(node, Applied):
         return node.inputs
     match node:
-        case Viewed(around=None) | Rounded():
+        case Viewed():
+            return (node.source,) if node.around is None else (node.source, node.around)
+        case Rounded():
             return (node.source,)
-        case Viewed(around=around):
-            return (node.source, around)
         case _:
             return ()
 

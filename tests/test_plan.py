@@ -301,10 +301,11 @@ def test_what_models_have_too_much_or_too_little_is_noted():
         "depth": header("F16", **depth),
         "waifu": header("F16", **shapes, **{"first_stage_model.x": (1,)}),
     }
+    lacking = ", ".join(list(depth)[2:])
     made = plan(models, on_missing="keep")
     assert made.notes() == [
         "1 tensor (1 VAE) of waifu is not in the layout and left out: first_stage_model.x",
-        f"waifu lacks 3 tensors (3 depth model) of the layout's; all come from other models: {', '.join(list(depth)[2:])}",
+        f"waifu lacks 3 tensors (3 depth model) of the layout's; all come from other models: {lacking}",
     ]
     made = plan(models, on_missing="drop")
     assert "; 3 of them are dropped: depth_model.model.x0, " in made.notes()[1]
