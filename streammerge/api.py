@@ -160,7 +160,7 @@ def report_of(
         merged=plan.count("merged"),
         copied=plan.count("copied"),
         dropped=plan.count("dropped"),
-        left_out={model: len(names) for model, names in plan.merged.left_out.items()},
+        left_out=plan.merged.left_out,
         findings=dict(sorted(copying.progress.findings.items())),
         on_nonfinite=plan.options.on_nonfinite,
         bytes_read=copying.progress.bytes_read,

@@ -11,10 +11,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from streammerge.errors import CheckpointError
+from streammerge.errors import CheckpointError, count, plural
 from streammerge.formats.files import ByteFile, read_errors
 from streammerge.formats.safetensors import is_safetensors, read_header
-from streammerge.formats.shards import find_weights, is_index, read_index
+from streammerge.formats.shards import ShardIndex, find_weights, is_index, read_index
 from streammerge.formats.torchzip import StoredView, is_torch_zip, legacy_torch_reason, read_torch_zip
 from streammerge.nodes import Node, Stored, Viewed
 from streammerge.tables import Column, Names
@@ -178,10 +178,12 @@ def _torch_node(file: ByteFile, view: StoredView) -> Node:
 def _open_shards(path: Path) -> Checkpoint:
     """All shards as one model, in the order of the shards and of the tensors in them.
 
-    Where two shards hold a tensor, the index decides; one that the index forgot is in the model all the same.
+    Where two shards hold a tensor, the index decides; one that the index forgot is in the model all the same, unless it
+    is in two of them.
     """
     index = read_index(path)
     shards = {shard: _open_file(shard) for shard in index.shards}
+    _check_once(path, index, shards)
     nodes = {
         name: node
         for shard, checkpoint in shards.items()
@@ -199,3 +201,19 @@ def _open_shards(path: Path) -> Checkpoint:
     files = tuple(file for checkpoint in shards.values() for file in checkpoint.files)
     what = f"sharded {first.container} ({len(shards)} files)"
     return Checkpoint(path, what, compact(nodes, files), files, first.metadata)
+
+
+def _check_once(path: Path, index: ShardIndex, shards: Mapping[Path, Checkpoint]) -> None:
+    """CheckpointError if a tensor is in several shards, and the index doesn't say in which of them it is meant."""
+    holders: dict[str, list[str]] = {}
+    for shard, checkpoint in shards.items():
+        for name in checkpoint.nodes:
+            if name not in index.weight_map:
+                holders.setdefault(name, []).append(shard.name)
+    twice = [f"{name}   {', '.join(files)}" for name, files in holders.items() if len(files) > 1]
+    if twice:
+        raise CheckpointError(
+            f"{path}: {count(twice, 'tensor')} {plural(twice, 'is', 'are')} in several shards, and not in the index",
+            found=twice,
+            advice="Say in the index's weight_map which file is meant, or fetch index and shards again.",
+        )

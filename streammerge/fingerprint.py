@@ -18,7 +18,19 @@ from typing import Any, Final
 
 from streammerge import __version__
 from streammerge.formats.files import ByteFile, read_errors
-from streammerge.nodes import Applied, ByBlock, Combined, External, Node, Stored, Together, Viewed, leaves, walk
+from streammerge.nodes import (
+    Applied,
+    ByBlock,
+    Combined,
+    External,
+    Node,
+    Rounded,
+    Stored,
+    Together,
+    Viewed,
+    leaves,
+    walk,
+)
 from streammerge.plan import Job, Plan
 
 Fingerprint = Mapping[str, Mapping[str, Any]]
@@ -159,7 +171,10 @@ class _Describer:
             case Stored():
                 return ["stored", info, self.numbers.get(id(node.file), str(node.file.path)), node.start]
             case Viewed():
-                return ["viewed", info, self.node(node.source), node.offset, node.strides, node.inner]
+                around = [self.node(node.around)] if node.around is not None else []
+                return ["viewed", info, self.node(node.source), node.offset, node.strides, node.inner, *around]
+            case Rounded():
+                return ["rounded", info, self.node(node.source)]
             case Combined():
                 return ["combined", info, [[term.coefficient.hex(), self.node(term.node)] for term in node.terms]]
             case External():

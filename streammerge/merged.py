@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from streammerge.blocks import Blocks
 from streammerge.errors import MethodError, PlanError
+from streammerge.fitting import Fitting, fit, placed
 from streammerge.methods import find_method
 from streammerge.methods.contract import ParameterValue
 from streammerge.methods.registry import BlockMethod, GramMethod, LinearMethod, Method, WholeMethod
-from streammerge.mismatches import Problems
-from streammerge.nodes import ByBlock, ByGram, ByWhole, External, Node, Term, Together, Viewed, combine, walk
+from streammerge.mismatches import Misshapen, Problems, Unshared
+from streammerge.nodes import ByBlock, ByGram, ByWhole, External, Node, Term, Together, combine, rounded, walk
 from streammerge.parameters import NO_BLOCKS, Layers, ParameterSources, check_blocks, is_by_block
+from streammerge.presence import Names, names_lacking, names_outside, with_inner
 from streammerge.quantisation import DECODED, CodedModels, Quantised, decoded
 from streammerge.recipe import Recipe, Rule
-from streammerge.tensors import DType, Model, TensorInfo, contiguous_strides
+from streammerge.tensors import DType, Model, TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +32,8 @@ Action = Literal["merged", "copied", "dropped"]
 class Decision:
     """What becomes of one tensor of the layout, and why. A dropped one has no node.
 
-    `detail` tells its block and the values of parameters that are given by block, if any are.
+    `detail` tells its block and the values of parameters that are given by block, if any are. With `rounds` its dtype
+    was asked for: a merge of this merge is given what a file of that dtype would hold.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Decision:
     info: TensorInfo
     node: Node | None = None
     detail: str = ""
+    rounds: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,12 @@ class Merged:
     """A merge, computed when it is read.
 
     Per input, `left_out` are its tensors that the layout doesn't have, `lacking` the layout's that it doesn't have.
+    Inputs of an input that is a merge itself count too, as `inner/model`.
     """
 
     decisions: tuple[Decision, ...]
-    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    lacking: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    left_out: Names = field(default_factory=dict)
+    lacking: Names = field(default_factory=dict)
 
     @functools.cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -62,9 +67,14 @@ class Merged:
         """The output's tensors as expressions."""
         return {decision.name: decision.node for decision in self.decisions if decision.node is not None}
 
+    @functools.cached_property
+    def _given(self) -> Mapping[str, Node]:
+        made = (decision for decision in self.decisions if decision.node is not None)
+        return {made.name: rounded(made.node, made.info) if made.rounds else made.node for made in made if made.node}
+
     def node(self, name: str) -> Node:
-        """The tensor's expression, not rounded to its stored dtype."""
-        return self.nodes[name]
+        """The tensor's expression for a merge of this merge: rounded to its stored dtype only if that was asked for."""
+        return self._given[name]
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the merged tensor, in the dtype in which it would be stored."""
@@ -132,20 +142,21 @@ class _Resolution:
         layout, coded = self.layout.tensors, self.coded
         weights = {name: self._decide(name, info) for name, info in layout.items() if name not in coded.beside}
         decisions = tuple(weights.get(name) or self._decide_beside(name, info) for name, info in layout.items())
-        self._report_problems()
-        known = {name: {*layout, *coded.accounted(name)} for name in self.models}
-        left_out = {name: names_beside(model.tensors, known[name]) for name, model in self.models.items()}
-        held = {name: {*model.tensors, *coded.weights[name]} for name, model in self.models.items()}
-        lacking = {name: names_beside(weights, held[name]) for name in self.models}
+        left_out = names_outside(self.models, layout.keys(), coded)
+        self._look_outside(left_out)
+        self._report_problems(is_merge=any(decision.action == "merged" for decision in decisions))
         return Merged(
             decisions,
-            {name: tensors for name, tensors in left_out.items() if tensors},
-            {name: tensors for name, tensors in lacking.items() if tensors},
+            with_inner(left_out, self.models, "left_out"),
+            with_inner(names_lacking(self.models, weights, coded), self.models, "lacking"),
         )
 
     def _decide(self, name: str, info: TensorInfo) -> Decision:
         rule = self._rule_for(name)
         dtype = (rule and rule.dtype) or self.recipe.dtype
+        return replace(self._fate(name, info, rule, dtype), rounds=dtype is not None)
+
+    def _fate(self, name: str, info: TensorInfo, rule: Rule | None, dtype: DType | None) -> Decision:
         if rule and rule.action == "drop":
             return Decision(name, "dropped", f"rule {rule}", info)
         if rule and rule.action == "keep":
@@ -153,14 +164,44 @@ class _Resolution:
         if rule and rule.action == "take":
             return self._take(name, rule, dtype)
         if unreadable := self.coded.unreadable([*self.input_names, self.layout_name], name):
-            return self._refuse(name, unreadable)
+            return self._refuse(name, unreadable, self.problems.unreadable)
         if not info.dtype.mergeable and info.dtype.kind != "packed":
             return self._copy(name, self.layout_name, f"{info.dtype} is never averaged", dtype)
         return self._merge(name, info, rule, dtype)
 
-    def _refuse(self, name: str, quantised: Mapping[str, Quantised]) -> Decision:
+    def _look_outside(self, left_out: Names) -> None:
+        """Note what is missing in the layout, as what is missing in other models: which of them it is, is chance."""
+        wanted: dict[str, bool] = {}
+        for model, names in left_out.items():
+            for name in names:
+                number, rule = self._match(name)
+                if rule and rule.action == "drop":
+                    self.used_rules.add(number)
+                elif rule and rule.action == "take" and rule.model == model:
+                    wanted[name] = True
+                elif model in self.input_names and (rule is None or rule.action == "merge"):
+                    dtype = self.models[model].tensors[name].dtype
+                    if dtype.mergeable or dtype.kind == "packed":
+                        wanted.setdefault(name, False)
+        if not self.recipe.rules:
+            self.problems.alone.extend(wanted)
+        if self.recipe.on_missing == "error":
+            self.problems.missing.extend(self._unshared(name, taken=taken) for name, taken in wanted.items())
+
+    def _unshared(self, name: str, *, taken: bool) -> Unshared:
+        models = list(self._compared)
+        having = [model for model in models if name in self.models[model].tensors]
+        return Unshared(name, having, [model for model in models if model not in having], taken)
+
+    @property
+    def _compared(self) -> dict[str, Mapping[str, TensorInfo]]:
+        """The models that the recipe brings together, the layout first."""
+        taken = [rule.model for rule in self.recipe.rules if rule.action == "take"]
+        return {name: self.models[name].tensors for name in (self.layout_name, *self.input_names, *taken)}
+
+    def _refuse(self, name: str, quantised: Mapping[str, Quantised], problems: list[str]) -> Decision:
         kinds = ", ".join(f"{model}: {weight.kind}" for model, weight in quantised.items())
-        self.problems.unreadable.append(f"{name}   {kinds}")
+        problems.append(f"{name}   {kinds}")
         return Decision(name, "dropped", "its codes can't be decoded", self.layout.tensors[name])
 
     def _decide_beside(self, name: str, info: TensorInfo) -> Decision:
@@ -181,11 +222,16 @@ class _Resolution:
         return decoded(weight, lambda part: node_of(self.models[model], part))
 
     def _rule_for(self, name: str) -> Rule | None:
+        number, rule = self._match(name)
+        self.used_rules.add(number)
+        return rule
+
+    def _match(self, name: str) -> tuple[int, Rule | None]:
+        """The first rule for the name, and its number; -1 where there is none."""
         for number, rule in enumerate(self.recipe.rules):
             if any(fnmatch.fnmatchcase(name, glob) for glob in rule.match):
-                self.used_rules.add(number)
-                return rule
-        return None
+                return number, rule
+        return -1, None
 
     def _copy(self, name: str, model: str, why: str, dtype: DType | None) -> Decision:
         node, quantised = node_of(self.models[model], name), self.coded.find(model, name)
@@ -193,7 +239,7 @@ class _Resolution:
             if self.coded.stay_whole(quantised) and stored_as(node.info, dtype) == node.info:
                 self.codes_of[name] = model
             elif not quantised.is_readable:
-                return self._refuse(name, {model: quantised})
+                return self._refuse(name, {model: quantised}, self.problems.uncopied)
             else:
                 node, why = self._weight(model, name), f"{why}, decoded"
         info = stored_as(node.info, dtype)
@@ -202,51 +248,62 @@ class _Resolution:
 
     def _take(self, name: str, rule: Rule, dtype: DType | None) -> Decision:
         if name not in self.models[rule.model].tensors:
-            return self._without(name, [rule.model], dtype)
-        shape, weight = self.layout.tensors[name].shape, self.coded.find(rule.model, name)
-        if self.models[rule.model].tensors[name].shape == shape:
+            return self._without(name, [rule.model], dtype, taken=True)
+        if self.models[rule.model].tensors[name].shape == self.layout.tensors[name].shape:
             return self._copy(name, rule.model, f"taken by rule {rule}", dtype)
-        if weight is not None and not weight.is_readable:
-            return self._refuse(name, {rule.model: weight})
-        node = self._weight(rule.model, name)
-        fitted = self._fit(name, [node], [rule.model], shape)
-        if fitted is None:
-            return self._copy(name, self.layout_name, f"kept for its shape {list(shape)}", dtype)
-        info = stored_as(fitted[0].info, dtype)
-        why = f"from {rule.model}: taken by rule {rule}, fitted to the shape {list(shape)}"
-        return Decision(name, "copied", why, info, fitted[0])
+        if unreadable := self.coded.unreadable([rule.model, self.layout_name], name):
+            return self._refuse(name, unreadable, self.problems.uncopied)
+        taken = self._weight(rule.model, name)
+        fitting = self._fit(name, {rule.model: taken}, taken=True)
+        if fitting is None:
+            return self._keep_shape(name, dtype)
+        node = self._placed(name, fitting.nodes[0], taken.info.dtype)
+        return Decision(
+            name, "copied", f"from {rule.model}: taken by rule {rule}{fitting.why}", stored_as(node.info, dtype), node
+        )
 
-    def _without(self, name: str, lacking: list[str], dtype: DType | None) -> Decision:
+    def _without(self, name: str, lacking: list[str], dtype: DType | None, *, taken: bool = False) -> Decision:
         """What becomes of a tensor that some of the models lack."""
         why = f"{' and '.join(lacking)} {'lack' if len(lacking) > 1 else 'lacks'} it"
+        if not taken:
+            self.problems.alone.append(name)
         if self.recipe.on_missing == "drop":
             return Decision(name, "dropped", why, self.layout.tensors[name])
         if self.recipe.on_missing == "error":
-            self.problems.missing.append(f"{name}   not in {', '.join(lacking)}")
+            self.problems.missing.append(self._unshared(name, taken=taken))
         return self._copy(name, self.layout_name, why, dtype)
 
     def _merge(self, name: str, info: TensorInfo, rule: Rule | None, dtype: DType | None) -> Decision:
         lacking = [model for model in self.input_names if name not in self.models[model].tensors]
         if lacking:
             return self._without(name, lacking, dtype)
-        inputs = [self._weight(model, name) for model in self.input_names]
-        if not all(node.info.dtype.mergeable for node in inputs):
-            kinds = [f"{model} {node.info.dtype}" for model, node in zip(self.input_names, inputs, strict=True)]
-            self.problems.unmergeable.append(f"{name}   {', '.join(kinds)}")
+        inputs = {model: self._weight(model, name) for model in self.input_names}
+        if not all(node.info.dtype.mergeable for node in inputs.values()):
+            kinds = ", ".join(f"{model} {node.info.dtype}" for model, node in inputs.items())
+            self.problems.unmergeable.append(f"{name}   {kinds}")
             return self._copy(name, self.layout_name, "its dtypes can't be averaged", dtype)
-        fitted = self._fit(name, inputs, self.input_names, info.shape)
-        if fitted is None:
-            return self._copy(name, self.layout_name, f"kept for its shape {list(info.shape)}", dtype)
-        if self.coded.find(self.layout_name, name):
-            info = TensorInfo(DECODED, info.shape)
-        output = stored_as(info, dtype)
+        fitting = self._fit(name, inputs)
+        if fitting is None:
+            return self._keep_shape(name, dtype)
+        own = DECODED if self.coded.find(self.layout_name, name) else info.dtype
+        output = stored_as(TensorInfo(own, fitting.shape), dtype)
         sources = self._sources(rule)
         parameters = sources.resolve(self.method, name, self.model_names, self.layers, self.blocks)
-        node = apply_method(self.method, output, parameters, fitted, name, self.recipe.seed or 0)
+        node = apply_method(self.method, output, parameters, fitting.nodes, name, self.recipe.seed or 0)
         if isinstance(node, ByBlock):
             node = self._with_others(node)
+        node = self._placed(name, node, output.dtype)
         detail = self._detail(name, {key: parameters[key] for key in sources.by_block(self.method)})
-        return Decision(name, "merged", self.method.name, output, node, detail)
+        return Decision(name, "merged", f"{self.method.name}{fitting.why}", node.info, node, detail)
+
+    def _placed(self, name: str, node: Node, dtype: DType) -> Node:
+        """The tensor in the layout's shape: what it doesn't reach is the layout's."""
+        if node.info.shape == self.layout.tensors[name].shape:
+            return node
+        return placed(node, self._weight(self.layout_name, name), dtype)
+
+    def _keep_shape(self, name: str, dtype: DType | None) -> Decision:
+        return self._copy(name, self.layout_name, f"kept for its shape {list(self.layout.tensors[name].shape)}", dtype)
 
     def _with_others(self, node: ByBlock) -> ByBlock:
         """The node, among those with which it shares its statistics if the method takes them of the whole model."""
@@ -265,16 +322,13 @@ class _Resolution:
         together.members.append(member)
         return member
 
-    def _fit(self, name: str, nodes: list[Node], models: list[str], shape: tuple[int, ...]) -> list[Node] | None:
-        """The models' tensors in the layout's shape, as the recipe allows; None, and the problem noted, where not."""
-        policy = self.recipe.on_shape_mismatch
-        fitted = [fit(node, shape, policy) for node in nodes]
-        possible = [node for node in fitted if node is not None]
-        if len(possible) == len(nodes):
-            return possible
-        if policy != "keep":
-            self.problems.misshapen.append(f"{name}   {self._shapes(name, shape, models)}")
-        return None
+    def _fit(self, name: str, nodes: Mapping[str, Node], *, taken: bool = False) -> Fitting | None:
+        """The models' tensors in one shape, as the recipe allows; None, and the problem noted, where not."""
+        layout, policy = self.layout.tensors[name], self.recipe.on_shape_mismatch
+        fitting = fit(nodes, layout, policy)
+        if fitting is None:
+            self.problems.note_shape(Misshapen.of(name, self.layout_name, layout, nodes, taken=taken), policy)
+        return fitting
 
     def _sources(self, rule: Rule | None) -> ParameterSources:
         by_model = {entry.name: entry.parameters for entry in self.recipe.inputs}
@@ -288,37 +342,15 @@ class _Resolution:
         block = f"{whole[0]} ({part})" if whole else part
         return f"{block}: {', '.join(f'{key} {_shown(value)}' for key, value in parameters.items())}"
 
-    def _shapes(self, name: str, expected: tuple[int, ...], models: list[str]) -> str:
-        """`depth [320, 5, 3, 3]   base, waifu [320, 4, 3, 3]`: the models by their shape, the layout's first."""
-        by_shape: dict[tuple[int, ...], list[str]] = {expected: [self.layout_name]}
-        for model in models:
-            names = by_shape.setdefault(self.models[model].tensors[name].shape, [])
-            if model not in names:
-                names.append(model)
-        return "   ".join(f"{', '.join(models)} {list(shape)}" for shape, models in by_shape.items())
-
-    def _report_problems(self) -> None:
+    def _report_problems(self, *, is_merge: bool) -> None:
         unused = [str(rule) for number, rule in enumerate(self.recipe.rules) if number not in self.used_rules]
-        compared = {name: self.models[name].tensors for name in (*self.input_names, self.layout_name)}
-        self.problems.report(self.layout_name, unused, compared)
+        self.problems.report(self.recipe, self._compared, unused, is_merge=is_merge)
 
 
 def _shown(value: ParameterValue) -> str:
     """`0.5`, or `0.5/0.25` of several models."""
     values = value if isinstance(value, tuple) else (value,)
     return "/".join(f"{each:g}" if isinstance(each, float) else str(each) for each in values)
-
-
-def fit(node: Node, shape: tuple[int, ...], policy: str) -> Node | None:
-    """The tensor zero-padded or cut to the shape, as the policy allows; None where it does not."""
-    own = node.info.shape
-    if own == shape:
-        return node
-    allowed = {"pad": lambda has, wants: has <= wants, "slice": lambda has, wants: has >= wants}.get(policy)
-    if allowed is None or len(own) != len(shape) or not all(map(allowed, own, shape)):
-        return None
-    inner = tuple(map(min, own, shape))
-    return Viewed(TensorInfo(node.info.dtype, shape), node, 0, contiguous_strides(own), inner)
 
 
 def apply_method(
@@ -354,11 +386,6 @@ def apply_method(
 def needs_statistics(node: Node) -> bool:
     """Whether passes over the inputs are needed before the node can be computed."""
     return isinstance(node, ByGram | ByWhole) or (isinstance(node, ByBlock) and node.method.statistics is not None)
-
-
-def names_beside(names: Iterable[str], others: Container[str]) -> tuple[str, ...]:
-    """The names that are not among the others."""
-    return tuple(name for name in names if name not in others)
 
 
 def stored_as(info: TensorInfo, dtype: DType | None) -> TensorInfo:

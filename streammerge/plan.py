@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from streammerge.architecture import component_of
-from streammerge.errors import OutputError, count, plural
+from streammerge.errors import OutputError, count, listed, plural
 from streammerge.formats.files import ByteFile
 from streammerge.layout import OutputLayout, lay_out
 from streammerge.machine import MIB, Allotment, share_out
@@ -27,8 +27,10 @@ from streammerge.nodes import (
     ByWhole,
     Combined,
     Node,
+    Rounded,
     Stored,
     Together,
+    Viewed,
     children,
     compute_dtype,
     leaves,
@@ -182,12 +184,14 @@ class Plan:
     def notes(self) -> list[str]:
         """What the user should know of tensors that not every model has."""
         left_out = [
-            f"{by_component(names)} of {model} {plural(names, 'is', 'are')} not in the layout and left out"
+            f"{by_component(names)} of {model} {plural(names, 'is', 'are')} not in the layout and left out: "
+            f"{listed(names)}"
             for model, names in self.merged.left_out.items()
         ]
         dropped = {decision.name for decision in self.decisions if decision.action == "dropped"}
         lacking = [
-            f"{model} lacks {by_component(names)} of the layout's; {_fate(len(dropped.intersection(names)))}"
+            f"{model} lacks {by_component(names)} of the layout's; {_fate(len(dropped.intersection(names)))}: "
+            f"{listed(names)}"
             for model, names in self.merged.lacking.items()
         ]
         return [*left_out, *lacking]
@@ -228,7 +232,7 @@ def _compute_dtype(node: Node, info: TensorInfo, options: Options) -> DType | No
     """What a tensor is computed in: nothing if its bytes are copied; the user's choice holds for merged ones."""
     if is_copy(node, info):
         return None
-    is_merged = isinstance(node, Combined | Applied)
+    is_merged = any(isinstance(part, Combined | Applied) for part in walk(node))
     return (options.compute_dtype if is_merged else None) or compute_dtype(node, info.dtype)
 
 
@@ -263,6 +267,8 @@ def lane_bytes(job: Job) -> int:
             blocks += 0 if part is job.node else elements
         elif isinstance(part, ByGram):
             blocks += len(part.inputs) * elements * (1 if part.slices is None else 4)  # of slices as float64, at once
+        elif isinstance(part, Rounded) or (isinstance(part, Viewed) and not isinstance(part.source, Stored)):
+            blocks += elements  # as they are before they are rounded, or put in their place
     widest = max((leaf.info.dtype.bits // 8 for leaf in leaves(job.node)), default=0)
     return blocks * size + elements * (slots(job.node) * widest + job.info.dtype.bits // 8)
 

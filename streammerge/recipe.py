@@ -18,11 +18,11 @@ from streammerge.methods.registry import suggestion
 from streammerge.parameters import Settings, check_settings, describe_settings, parse_settings
 from streammerge.tensors import DTYPES, DType
 
-ShapePolicy = Literal["error", "keep", "pad", "slice"]
+ShapePolicy = Literal["error", "overlap", "keep", "pad", "slice"]
 MissingPolicy = Literal["error", "keep", "drop"]
 RuleAction = Literal["merge", "take", "keep", "drop"]
 
-SHAPE_POLICIES: Final = ("error", "keep", "pad", "slice")
+SHAPE_POLICIES: Final = ("error", "overlap", "keep", "pad", "slice")
 MISSING_POLICIES: Final = ("error", "keep", "drop")
 
 STORED_DTYPES: Final[Mapping[str, DType | None]] = {

@@ -291,6 +291,21 @@ def test_a_tensor_that_the_index_forgot_is_in_the_model_all_the_same(tmp_path):
         assert set(model.tensors) == {"x", "y"}
 
 
+@pytest.mark.parametrize("container", ["safetensors", "bin"])
+@pytest.mark.parametrize("values", [(1.0, 2.0), (1.0, 1.0)], ids=["others", "the same"])
+def test_a_tensor_in_two_shards_that_the_index_does_not_settle_is_refused(tmp_path, container, values):
+    shards = {
+        f"{n}.{container}": {"x": torch.full((2,), value), f"y{n}": torch.ones(1)} for n, value in enumerate(values)
+    }
+    weight_map = {"y0": f"0.{container}", "y1": f"1.{container}"}
+    with pytest.raises(CheckpointError, match="1 tensor is in several shards, and not in the index") as error:
+        open_model(save_shards(tmp_path, shards, weight_map))
+    assert error.value.found == (f"x   0.{container}, 1.{container}",)
+    for n, value in enumerate(values):  # what the error advises
+        with open_model(save_shards(tmp_path, shards, {**weight_map, "x": f"{n}.{container}"})) as model:
+            assert model.read("x", 0, 2).tolist() == [value] * 2
+
+
 def test_a_missing_shard_is_an_error_that_names_it(tmp_path):
     index = save_shards(tmp_path, split_small())
     (tmp_path / "model-00002-of-00002.safetensors").unlink()

@@ -38,7 +38,7 @@ ORDER = [
     *("architecture", "scalars", "blocks", "presets", "blockwise"),
     *("parameters", "recipe", "recipe_files", "recipes", "provenance", "carrying"),
     # models as expressions
-    *("nodes", "quantisation", "checkpoints", "mismatches", "merged", "functions"),
+    *("nodes", "quantisation", "checkpoints", "presence", "fitting", "mismatches", "merged", "functions"),
     # what will happen
     *("layout", "plan", "ledger", "older", "indexes", "inputs", "report", "copying"),
     # what is left of a merge that was stopped
