@@ -13,6 +13,7 @@ from streammerge.carrying import LICENCES, MERGED_FROM, carried_metadata
 from streammerge.checking import checkpoint_reader
 from streammerge.checkpoints import open_model
 from streammerge.copying import Copying
+from streammerge.decisions import Decision, Decisions
 from streammerge.errors import MergeError, refusal
 from streammerge.formats.files import ByteFile
 from streammerge.hashing import (
@@ -29,7 +30,7 @@ from streammerge.inputs import OpenInputs, check_output, check_with_library
 from streammerge.lanes import Extent, Machine, Watch
 from streammerge.ledger import Ledger
 from streammerge.machine import peak_resident_bytes
-from streammerge.merged import Decision, Merged, node_of
+from streammerge.merged import Merged, node_of
 from streammerge.nodes import Stored, leaves
 from streammerge.older import find_older
 from streammerge.options import Options
@@ -170,7 +171,7 @@ def report_of(
         baseline_rss_bytes=machine.baseline if machine else peak_resident_bytes(),
         peak_vram_bytes=machine.peak_vram_bytes() if machine else 0,
         device=str(machine.device) if machine else plan.options.device,
-        dtype=sorted({job.info.dtype.name for job in plan.jobs}),
+        dtype=sorted({kind.info.dtype.name for kind in plan.jobs.kinds}),
         threads=machine.allotment.threads if machine else 0,
         io=machine.io if machine else plan.options.io,
         resumed_bytes=copying.ledger.found.spans.nbytes,
@@ -185,11 +186,9 @@ def as_merged(model: Model) -> Merged:
     """Any model as a merge: its tensors as they are."""
     if isinstance(model, Merged):
         return model
+    tensors = model.tensors
     return Merged(
-        tuple(
-            Decision(name, "copied", "from the model", info, node_of(model, name))
-            for name, info in model.tensors.items()
-        )
+        Decisions(tensors, lambda name: Decision(name, "copied", "from the model", tensors[name], node_of(model, name)))
     )
 
 

@@ -69,12 +69,12 @@ def plan(arguments: argparse.Namespace) -> int:
 def show_plan(plan: Plan, *, every_tensor: bool) -> None:
     """The plan for people: the fates of the tensors, grouped by reason or one by one, and the costs."""
     if every_tensor:
-        for decision in plan.decisions:
-            why = f"{decision.why}   {decision.detail}".rstrip()
-            say(one_line(f"{decision.action:<8} {decision.info!s:<28} {decision.name}   {why}"))
+        for name, fate in plan.decisions.told():
+            why = f"{fate.why}   {fate.detail}".rstrip()
+            say(one_line(f"{fate.action:<8} {fate.info!s:<28} {name}   {why}"))
     else:
-        for fate, number in plan.summary().items():
-            say(one_line(f"{number:>6,}  {fate}"))
+        for outcome, number in plan.summary().items():
+            say(one_line(f"{number:>6,}  {outcome}"))
     for note in plan.notes():
         say(one_line(f"note: {note}"))
     say()

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from streammerge.errors import error_context
+from streammerge.jobs import Job, copied_from
 from streammerge.ledger import Ledger
 from streammerge.nodes import Stored
-from streammerge.plan import Job, copied_from
 from streammerge.progress import Progress
 
 PIECE: Final = 32 << 20

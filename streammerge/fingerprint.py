@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from streammerge import __version__
 from streammerge.formats.files import ByteFile, read_errors
+from streammerge.jobs import Job
 from streammerge.nodes import (
     Applied,
     ByBlock,
@@ -28,10 +29,9 @@ from streammerge.nodes import (
     Stored,
     Together,
     Viewed,
-    leaves,
     walk,
 )
-from streammerge.plan import Job, Plan
+from streammerge.plan import Plan
 
 Fingerprint = Mapping[str, Mapping[str, Any]]
 """Topic → name → plain value. One that begins with MARK is a digest, which is not worth showing."""
@@ -73,7 +73,7 @@ def request_of(plan: Plan) -> Fingerprint:
 
 def can_be_told(plan: Plan) -> bool:
     """Whether everything that is merged has an identity; models that are objects of some program have none."""
-    return not any(isinstance(leaf, External) for job in plan.jobs for leaf in leaves(job.node))
+    return all(kind.is_told for kind in plan.jobs.kinds)
 
 
 def differences(before: Fingerprint, now: Fingerprint) -> list[str]:
@@ -139,7 +139,7 @@ def _files(plan: Plan) -> Iterator[tuple[Path, str]]:
         yield path, digest(text.encode())
 
 
-def _methods(jobs: tuple[Job, ...]) -> list[Any]:
+def _methods(jobs: Iterable[Job]) -> list[Any]:
     """Every method that is applied, those that are folded into coefficients not among them."""
     found = {part.method.name: part.method for job in jobs for part in walk(job.node) if isinstance(part, Applied)}
     return [found[name] for name in sorted(found)]

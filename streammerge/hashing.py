@@ -21,9 +21,9 @@ from typing import Final
 from streammerge.copying import CopyRange
 from streammerge.errors import CheckpointError, OutputError, output_errors
 from streammerge.formats.files import read_errors
+from streammerge.jobs import Job
 from streammerge.layout import OutputFile, OutputLayout
 from streammerge.placing import temporary_name
-from streammerge.plan import Job
 from streammerge.writing import OutputWriter
 
 BLOCK: Final = 1 << 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ class Machine:
         from streammerge.works import MergeWork, together_works
 
         progress, held, ledger = copying.progress, self.allotment.held_bytes, copying.ledger
-        computed = [job for job in self.plan.jobs if job.compute is not None and not ledger.has_all(job)]
+        computed = (job for job in self.plan.jobs if job.compute is not None and not ledger.has_all(job))
         lanes = open_lanes(self.device, self.io, self.allotment)
 
         def look() -> None:
@@ -67,10 +68,10 @@ class Machine:
             if watch:
                 watch(progress)
 
-        if computed and (together := together_works(self.plan.together)):
+        if (due := next(computed, None)) and (together := together_works(self.plan.together)):
             with progress.doing("measure the whole model", self.plan.bytes_before_writing):
                 run(together, lanes, sink, progress, look)
-        every = (MergeWork(job, ledger) for job in computed)
+        every = (MergeWork(job, ledger) for job in itertools.chain([due] if due else [], computed))
         run(every if works is None else works, lanes, sink, progress, look, copying, held_bytes=held)
         look()
 

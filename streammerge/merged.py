@@ -6,9 +6,10 @@ import fnmatch
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from streammerge.blocks import Blocks
+from streammerge.decisions import Decision, Decisions, Expressions
 from streammerge.errors import MethodError, PlanError
 from streammerge.fitting import Fitting, fit, placed
 from streammerge.methods import find_method
@@ -20,29 +21,11 @@ from streammerge.parameters import NO_BLOCKS, Layers, ParameterSources, check_bl
 from streammerge.presence import Names, names_lacking, names_outside, with_inner
 from streammerge.quantisation import DECODED, CodedModels, Quantised, decoded
 from streammerge.recipe import Recipe, Rule
+from streammerge.tables import Column
 from streammerge.tensors import DType, Model, TensorInfo
 
 if TYPE_CHECKING:
     import torch
-
-Action = Literal["merged", "copied", "dropped"]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Decision:
-    """What becomes of one tensor of the layout, and why. A dropped one has no node.
-
-    `detail` tells its block and the values of parameters that are given by block, if any are. With `rounds` its dtype
-    was asked for: a merge of this merge is given what a file of that dtype would hold.
-    """
-
-    name: str
-    action: Action
-    why: str
-    info: TensorInfo
-    node: Node | None = None
-    detail: str = ""
-    rounds: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,28 +36,26 @@ class Merged:
     Inputs of an input that is a merge itself count too, as `inner/model`.
     """
 
-    decisions: tuple[Decision, ...]
+    decisions: Decisions
     left_out: Names = field(default_factory=dict)
     lacking: Names = field(default_factory=dict)
 
     @functools.cached_property
-    def tensors(self) -> Mapping[str, TensorInfo]:
+    def tensors(self) -> Column[TensorInfo]:
         """The output's tensors, in the layout's order."""
-        return {decision.name: decision.info for decision in self.decisions if decision.node is not None}
+        return self.decisions.tensors()
 
-    @functools.cached_property
+    @property
     def nodes(self) -> Mapping[str, Node]:
         """The output's tensors as expressions."""
-        return {decision.name: decision.node for decision in self.decisions if decision.node is not None}
-
-    @functools.cached_property
-    def _given(self) -> Mapping[str, Node]:
-        made = (decision for decision in self.decisions if decision.node is not None)
-        return {made.name: rounded(made.node, made.info) if made.rounds else made.node for made in made if made.node}
+        return Expressions(self.decisions, self.tensors.names)
 
     def node(self, name: str) -> Node:
         """The tensor's expression for a merge of this merge: rounded to its stored dtype only if that was asked for."""
-        return self._given[name]
+        made = self.decisions.of(name)
+        if made.node is None:
+            raise KeyError(name)
+        return rounded(made.node, made.info) if made.rounds else made.node
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the merged tensor, in the dtype in which it would be stored."""
@@ -110,6 +91,9 @@ class _Resolution:
     codes_of: dict[str, str] = field(default_factory=dict)
     used_rules: set[int] = field(default_factory=set)
     together: dict[tuple[ParameterValue, ...], Together] = field(default_factory=dict)
+    members: dict[str, ByBlock] = field(default_factory=dict)
+    constants: dict[int, dict[str, ParameterValue]] = field(default_factory=dict)
+    is_reported: bool = False
 
     def __post_init__(self) -> None:
         recipe = self.recipe
@@ -122,6 +106,7 @@ class _Resolution:
         self.base_name = recipe.base.name if recipe.base and has_base else ""
         self.model_names = [entry.name for entry in recipe.inputs if entry.name != self.base_name]
         self.coded = CodedModels.of(self.models, self.layout_name)
+        self.is_coded = any(self.coded.weights.values())
         self.input_names = [*([self.base_name] if self.base_name else []), *self.model_names]
 
     def _blocks(self) -> Blocks:
@@ -140,21 +125,28 @@ class _Resolution:
 
     def resolve(self) -> Merged:
         layout, coded = self.layout.tensors, self.coded
-        weights = {name: self._decide(name, info) for name, info in layout.items() if name not in coded.beside}
-        decisions = tuple(weights.get(name) or self._decide_beside(name, info) for name, info in layout.items())
-        left_out = names_outside(self.models, layout.keys(), coded)
+        weights = [name for name in layout if name not in coded.beside]
+        decisions = Decisions(layout, self._decision, (name for name in layout if name in coded.beside))
+        left_out, lacking = names_outside(self.models, layout.keys(), coded), names_lacking(self.models, weights, coded)
         self._look_outside(left_out)
-        self._report_problems(is_merge=any(decision.action == "merged" for decision in decisions))
+        self._report_problems(is_merge=any(fate.action == "merged" for fate in decisions.fates))
+        self.is_reported = True
         return Merged(
-            decisions,
-            with_inner(left_out, self.models, "left_out"),
-            with_inner(names_lacking(self.models, weights, coded), self.models, "lacking"),
+            decisions, with_inner(left_out, self.models, "left_out"), with_inner(lacking, self.models, "lacking")
         )
+
+    def _decision(self, name: str) -> Decision:
+        """What becomes of a tensor. It is the same when this is asked again, when problems are no news any more."""
+        if self.is_reported:
+            self.problems = Problems()
+        info = self.layout.tensors[name]
+        return self._decide_beside(name, info) if name in self.coded.beside else self._decide(name, info)
 
     def _decide(self, name: str, info: TensorInfo) -> Decision:
         rule = self._rule_for(name)
         dtype = (rule and rule.dtype) or self.recipe.dtype
-        return replace(self._fate(name, info, rule, dtype), rounds=dtype is not None)
+        made = self._fate(name, info, rule, dtype)
+        return made if dtype is None else replace(made, rounds=True)
 
     def _fate(self, name: str, info: TensorInfo, rule: Rule | None, dtype: DType | None) -> Decision:
         if rule and rule.action == "drop":
@@ -163,7 +155,7 @@ class _Resolution:
             return self._copy(name, self.layout_name, f"kept by rule {rule}", dtype)
         if rule and rule.action == "take":
             return self._take(name, rule, dtype)
-        if unreadable := self.coded.unreadable([*self.input_names, self.layout_name], name):
+        if self.is_coded and (unreadable := self.coded.unreadable([*self.input_names, self.layout_name], name)):
             return self._refuse(name, unreadable, self.problems.unreadable)
         if not info.dtype.mergeable and info.dtype.kind != "packed":
             return self._copy(name, self.layout_name, f"{info.dtype} is never averaged", dtype)
@@ -288,7 +280,7 @@ class _Resolution:
         own = DECODED if self.coded.find(self.layout_name, name) else info.dtype
         output = stored_as(TensorInfo(own, fitting.shape), dtype)
         sources = self._sources(rule)
-        parameters = sources.resolve(self.method, name, self.model_names, self.layers, self.blocks)
+        parameters = self._parameters(name, rule, sources)
         node = apply_method(self.method, output, parameters, fitting.nodes, name, self.recipe.seed or 0)
         if isinstance(node, ByBlock):
             node = self._with_others(node)
@@ -310,6 +302,8 @@ class _Resolution:
         method = node.method
         if method.statistics is None or not method.is_of_model(node.parameters):
             return node
+        if node.name in self.members:
+            return self.members[node.name]
         if any(needs_statistics(part) for child in node.inputs for part in walk(child)):
             raise PlanError(
                 f"method {method.name!r} measures the whole model at once, and one of its inputs is a merge that has "
@@ -318,7 +312,7 @@ class _Resolution:
             )
         key = tuple(node.parameters[name] for name in method.statistics_of)
         together = self.together.setdefault(key, Together())
-        member = replace(node, together=together)
+        member = self.members[node.name] = replace(node, together=together)
         together.members.append(member)
         return member
 
@@ -333,6 +327,15 @@ class _Resolution:
     def _sources(self, rule: Rule | None) -> ParameterSources:
         by_model = {entry.name: entry.parameters for entry in self.recipe.inputs}
         return ParameterSources(rule.parameters if rule else {}, by_model, self.recipe.parameters)
+
+    def _parameters(self, name: str, rule: Rule | None, sources: ParameterSources) -> dict[str, ParameterValue]:
+        """The parameters' values for the tensor; those that are the same for all of a rule are found once."""
+        if id(rule) in self.constants:
+            return self.constants[id(rule)]
+        found = sources.resolve(self.method, name, self.model_names, self.layers, self.blocks)
+        if sources.are_constant(self.method):
+            self.constants[id(rule)] = found
+        return found
 
     def _detail(self, name: str, parameters: Mapping[str, ParameterValue]) -> str:
         """`BASE (VAE): alpha 0.5`: the tensor's block, and these parameters."""

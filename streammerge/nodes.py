@@ -173,7 +173,9 @@ def _flatten(terms: tuple[Term, ...], factor: float) -> Iterator[tuple[float, No
 
 def _identity(node: Node) -> object:
     """Equal for two leaves that are the same bytes of the same open file, and otherwise for the same node only."""
-    return (id(node.file), node.start, node.info) if isinstance(node, Stored) else id(node)
+    if isinstance(node, Stored):
+        return id(node.file), node.start, node.info.dtype.name, node.info.shape
+    return id(node)
 
 
 def children(node: Node) -> tuple[Node, ...]:

@@ -9,11 +9,11 @@ from streammerge.checkpoints import Checkpoint
 from streammerge.comparison import Comparison, ShapeMismatch, Similarity
 from streammerge.devices import find_device, open_lanes
 from streammerge.engine import run
+from streammerge.jobs import Job
 from streammerge.machine import MIB, IoMode, choose_io, share_out
 from streammerge.methods.registry import BlockMethod
 from streammerge.methods.statistics import Gram, GramPass
 from streammerge.nodes import ByBlock
-from streammerge.plan import Job
 from streammerge.progress import Progress
 from streammerge.tensors import DTYPES, TensorInfo
 from streammerge.works import Work

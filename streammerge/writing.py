@@ -20,12 +20,12 @@ from streammerge.copying import CopyRange, adjoining
 from streammerge.errors import MergeError, OutputError, cannot_write, output_errors
 from streammerge.fingerprint import Fingerprint
 from streammerge.formats.positional import copy_at, read_at, write_at
+from streammerge.jobs import Job
 from streammerge.journal import Journal
 from streammerge.layout import OutputFile, OutputLayout
 from streammerge.locking import sync_data, sync_folder
 from streammerge.options import format_size
 from streammerge.placing import plan_placing, put_in_place, temporary_name
-from streammerge.plan import Job
 
 CREATE_FLAGS: Final = os.O_CREAT | os.O_EXCL
 

@@ -16,6 +16,7 @@ import streammerge
 import streammerge.merged
 from streammerge import compute, works
 from streammerge.compute import Evaluator
+from streammerge.decisions import Decision, Decisions
 from streammerge.devices import Lane, torch_dtype
 from streammerge.fitting import placed, reshaped
 from streammerge.merged import Merged, apply_method
@@ -178,7 +179,7 @@ def test_nested_merges_come_to_what_whole_tensors_come_to(inputs, request, name,
 @pytest.mark.parametrize("name", EXPRESSIONS)
 def test_the_engine_comes_to_the_same(inputs, tmp_path, name):
     entry = EXPRESSIONS[name](*inputs)
-    merged = Merged((streammerge.merged.Decision("w", "merged", "", entry.node.info, entry.node),))
+    merged = Merged(Decisions(["w"], lambda name: Decision(name, "merged", "", entry.node.info, entry.node)))
     streammerge.merge(merged, output=tmp_path / "out.safetensors", threads=2, sync=False)
     written = streammerge.open_model(tmp_path / "out.safetensors").read("w", 0, entry.node.info.elements)
     assert raw_bytes(written) == raw_bytes(whole(entry.node).to(torch_dtype(entry.node.info.dtype)))

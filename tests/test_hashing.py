@@ -19,8 +19,8 @@ from streammerge import hashing
 from streammerge.cli import main
 from streammerge.errors import CheckpointError, OutputError
 from streammerge.hashing import HashingWriter, file_sha256, read_sidecar, sidecar_beside
+from streammerge.jobs import Job
 from streammerge.layout import lay_out
-from streammerge.plan import Job
 from streammerge.sampling import SAMPLES, sample
 from streammerge.tensors import DTYPES, TensorInfo
 from streammerge.writing import OutputWriter

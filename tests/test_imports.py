@@ -38,9 +38,9 @@ ORDER = [
     *("architecture", "scalars", "blocks", "presets", "blockwise"),
     *("parameters", "recipe", "recipe_files", "recipes", "provenance", "carrying"),
     # models as expressions
-    *("nodes", "quantisation", "checkpoints", "presence", "fitting", "mismatches", "merged", "functions"),
+    *("nodes", "quantisation", "checkpoints", "presence", "fitting", "mismatches", "decisions", "merged", "functions"),
     # what will happen
-    *("layout", "plan", "ledger", "older", "indexes", "inputs", "report", "copying"),
+    *("layout", "costs", "jobs", "plan", "ledger", "older", "indexes", "inputs", "report", "copying"),
     # what is left of a merge that was stopped
     *("locking", "fingerprint", "placing", "journal", "resuming", "leftovers"),
     # what happens

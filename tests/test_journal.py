@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from streammerge.errors import OutputError
 from streammerge.findings import Finding
+from streammerge.jobs import Job
 from streammerge.journal import Contents, decode, encode, journal_path, lock_journal, read_journal_file
 from streammerge.layout import lay_out
 from streammerge.ledger import Coverage, Entry, Ledger, Span
 from streammerge.placing import Placing, Step
-from streammerge.plan import Job
 from streammerge.tensors import DTYPES, TensorInfo
 
 # ── the ledger ───────────────────────────────────────────────────────────────────────────────────────────────────────

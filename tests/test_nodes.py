@@ -12,6 +12,7 @@ from streammerge.compute import Evaluator
 from streammerge.devices import Lane
 from streammerge.fitting import placed, reshaped
 from streammerge.formats.files import ByteFile
+from streammerge.jobs import is_copy
 from streammerge.merged import Merged, apply_method
 from streammerge.methods import find_method
 from streammerge.methods.registry import net
@@ -32,7 +33,6 @@ from streammerge.nodes import (
     slots,
     walk,
 )
-from streammerge.plan import is_copy
 from streammerge.reading import PositionalReader
 from streammerge.surveys import Survey
 from streammerge.tensors import DTYPES, TensorInfo

@@ -21,10 +21,10 @@ import streammerge
 from streammerge import writing
 from streammerge.api import run_merge
 from streammerge.errors import CheckpointError, MergeError, OutputError
+from streammerge.jobs import Job
 from streammerge.layout import lay_out
 from streammerge.options import Options
 from streammerge.placing import temporary_name
-from streammerge.plan import Job
 from streammerge.recipe import parse_recipe
 from streammerge.tensors import DTYPES, TensorInfo
 from streammerge.writing import OutputWriter, preallocate

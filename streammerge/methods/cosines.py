@@ -137,8 +137,8 @@ def held_by_columns(target: Target, parameters: Mapping[str, ParameterValue]) ->
 
 
 SUMS: Final = 18
-"""Temporary tensors of a piece where sums are taken of its columns: both inputs and a product in float64, and, where the
-piece is of one row, three sums of it that wait for their turn beside those that are made."""
+"""Temporary tensors of a piece where sums are taken of its columns: both inputs and a product in float64, and, of a
+piece of one row, three sums of it that wait for their turn beside those that are made."""
 
 
 COLUMNS: Final[Any] = {
