@@ -81,7 +81,14 @@ def planned(recipe: Recipe | Model, output: Path, options: Options, *, replacing
         description = recipe.describe() if isinstance(recipe, Recipe) else {}
         inputs = opened.files or files_of(merged)
         plan = make_plan(
-            merged, output, options, method=method, inputs=inputs, metadata=metadata, description=description
+            merged,
+            output,
+            options,
+            method=method,
+            inputs=inputs,
+            metadata=metadata,
+            description=description,
+            described_bytes=opened.described_bytes,
         )
         if not replacing:
             # an interrupted run may have put its output in place; whoever resumes it looks again

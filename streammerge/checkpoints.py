@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from streammerge.errors import CheckpointError, count, plural
 from streammerge.formats.files import ByteFile, read_errors
@@ -28,6 +28,13 @@ GGUF = (
     "is GGUF, whose tensors are quantised in blocks that streammerge does not decode; merge the safetensors that it "
     "was made from"
 )
+
+
+ROW_BYTES: Final = 24
+"""What a tensor takes in a table: places of a description, of a file and in it."""
+
+NODE_BYTES: Final = 800
+"""What a tensor takes that is no row of a table: its name, its view of a storage, and where it is to be found."""
 
 
 class StoredTensors(Mapping[str, Node]):
@@ -65,7 +72,7 @@ class StoredTensors(Mapping[str, Node]):
 def compact(nodes: Mapping[str, Node], files: Sequence[ByteFile]) -> Mapping[str, Node]:
     """The same in little memory, if all of them lie flat in these files."""
     numbers = {id(file): number for number, file in enumerate(files)}
-    infos, starts, places = list[TensorInfo](), array("Q"), array("L")
+    infos, starts, places = list[TensorInfo](), array("Q"), array("I")
     for node in nodes.values():
         if not isinstance(node, Stored):
             return nodes
@@ -99,6 +106,11 @@ class Checkpoint:
     def nbytes(self) -> int:
         """The size of all the model's files."""
         return sum(file.nbytes for file in self.files)
+
+    @property
+    def described_bytes(self) -> int:
+        """What is kept in memory of the tensors' descriptions, their names left out."""
+        return len(self.nodes) * (ROW_BYTES if isinstance(self.nodes, StoredTensors) else NODE_BYTES)
 
     def node(self, name: str) -> Node:
         """Where the tensor's elements come from."""

@@ -65,7 +65,7 @@ class Decisions(Sequence[Decision]):
         self.names: Final = Names.of(names)
         self._decide = decide
         self._recent = _Recent()
-        self._numbers = array("L", bytes(array("L").itemsize * len(self.names)))
+        self._numbers = array("I", bytes(array("I").itemsize * len(self.names)))
         found: dict[Hashable, int] = {}
         firsts: list[Decision] = []
         counts: list[int] = []

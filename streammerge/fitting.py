@@ -25,6 +25,8 @@ class Fitting:
 def fit(nodes: Mapping[str, Node], info: TensorInfo, policy: str) -> Fitting | None:
     """The models' tensors in one shape, given the layout's; None where the policy doesn't allow it."""
     layout = info.shape
+    if all(node.info.shape == layout for node in nodes.values()):
+        return Fitting(tuple(nodes.values()), layout)
     shape = common_shape([node.info.shape for node in nodes.values()], layout, policy)
     if shape is None or (shape != layout and are_mixed(nodes, info)):
         return None

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from streammerge.applying import apply_method, needs_statistics
 from streammerge.blocks import Blocks
 from streammerge.decisions import Decision, Decisions, Expressions
-from streammerge.errors import MethodError, PlanError
+from streammerge.errors import PlanError
 from streammerge.fitting import Fitting, fit, placed
 from streammerge.methods import find_method
 from streammerge.methods.contract import ParameterValue
-from streammerge.methods.registry import BlockMethod, GramMethod, LinearMethod, Method, WholeMethod
+from streammerge.methods.registry import Method
 from streammerge.mismatches import Misshapen, Problems, Unshared
-from streammerge.nodes import ByBlock, ByGram, ByWhole, External, Node, Term, Together, combine, rounded, walk
+from streammerge.nodes import ByBlock, External, Node, Together, rounded, walk
 from streammerge.parameters import NO_BLOCKS, Layers, ParameterSources, check_blocks, is_by_block
 from streammerge.presence import Names, names_lacking, names_outside, with_inner
 from streammerge.quantisation import DECODED, CodedModels, Quantised, decoded
@@ -92,6 +93,7 @@ class _Resolution:
     used_rules: set[int] = field(default_factory=set)
     together: dict[tuple[ParameterValue, ...], Together] = field(default_factory=dict)
     members: dict[str, ByBlock] = field(default_factory=dict)
+    sources: dict[int, ParameterSources] = field(default_factory=dict)
     constants: dict[int, dict[str, ParameterValue]] = field(default_factory=dict)
     is_reported: bool = False
 
@@ -285,7 +287,8 @@ class _Resolution:
         if isinstance(node, ByBlock):
             node = self._with_others(node)
         node = self._placed(name, node, output.dtype)
-        detail = self._detail(name, {key: parameters[key] for key in sources.by_block(self.method)})
+        by_block = sources.by_block(self.method) if self.blocks is not NO_BLOCKS else ()
+        detail = self._detail(name, {key: parameters[key] for key in by_block})
         return Decision(name, "merged", f"{self.method.name}{fitting.why}", node.info, node, detail)
 
     def _placed(self, name: str, node: Node, dtype: DType) -> Node:
@@ -325,8 +328,12 @@ class _Resolution:
         return fitting
 
     def _sources(self, rule: Rule | None) -> ParameterSources:
-        by_model = {entry.name: entry.parameters for entry in self.recipe.inputs}
-        return ParameterSources(rule.parameters if rule else {}, by_model, self.recipe.parameters)
+        """Where the parameters of the rule's tensors come from."""
+        if id(rule) not in self.sources:
+            by_model = {entry.name: entry.parameters for entry in self.recipe.inputs}
+            own = rule.parameters if rule else {}
+            self.sources[id(rule)] = ParameterSources(own, by_model, self.recipe.parameters)
+        return self.sources[id(rule)]
 
     def _parameters(self, name: str, rule: Rule | None, sources: ParameterSources) -> dict[str, ParameterValue]:
         """The parameters' values for the tensor; those that are the same for all of a rule are found once."""
@@ -354,41 +361,6 @@ def _shown(value: ParameterValue) -> str:
     """`0.5`, or `0.5/0.25` of several models."""
     values = value if isinstance(value, tuple) else (value,)
     return "/".join(f"{each:g}" if isinstance(each, float) else str(each) for each in values)
-
-
-def apply_method(
-    method: Method,
-    info: TensorInfo,
-    parameters: Mapping[str, ParameterValue],
-    inputs: Iterable[Node],
-    name: str = "",
-    seed: int = 0,
-) -> Node:
-    """The expression of a method over the inputs, the base first if there is one; random numbers follow from the name
-    and the seed."""
-    nodes = tuple(inputs)
-    if method.check:
-        method.check(parameters, len(nodes))
-    match method:
-        case LinearMethod():
-            coefficients = method.coefficients(parameters)
-            if len(coefficients) != len(nodes):
-                raise MethodError(
-                    f"method {method.name!r} gave {len(coefficients)} coefficients for {len(nodes)} inputs"
-                )
-            return combine(info, tuple(Term(c, node) for c, node in zip(coefficients, nodes, strict=True)))
-        case GramMethod():
-            return ByGram(info, method, parameters, nodes, name, seed)
-        case BlockMethod():
-            return ByBlock(info, method, parameters, nodes, name, seed)
-        case WholeMethod():
-            return ByWhole(info, method, parameters, nodes, name, seed)
-    raise TypeError(f"method {method.name!r} is of no known kind")
-
-
-def needs_statistics(node: Node) -> bool:
-    """Whether passes over the inputs are needed before the node can be computed."""
-    return isinstance(node, ByGram | ByWhole) or (isinstance(node, ByBlock) and node.method.statistics is not None)
 
 
 def stored_as(info: TensorInfo, dtype: DType | None) -> TensorInfo:

@@ -18,22 +18,29 @@ from streammerge.errors import OutputError, count, listed, plural
 from streammerge.formats.files import ByteFile
 from streammerge.jobs import Jobs, together_of
 from streammerge.layout import OutputLayout, lay_out
-from streammerge.machine import MIB, Allotment, share_out
+from streammerge.machine import DEFAULT_WORK_BYTES, MIB, PROMISED_BYTES, Allotment, share_out
 from streammerge.merged import Merged
 from streammerge.nodes import (
     Together,
 )
 from streammerge.options import Options, format_size
 from streammerge.progress import Progress
+from streammerge.tables import known_bytes
 from streammerge.tensors import DType
 
 OVERHEAD_BYTES: Final = 16 * MIB
-"""What the process takes beside its lanes, above a bare `import torch`: modules, headers, the plan itself."""
+"""What the process takes above a bare `import torch` beside its lanes and what it keeps of headers."""
+
+TENSOR_BYTES: Final = 24
+"""What a plan keeps of a tensor beside the tables of the models: its fate, its place in the output."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A merge ready to be run: what becomes of the tensors, where they go, and what it costs."""
+    """A merge ready to be run: what becomes of the tensors, where they go, and what it costs.
+
+    `described_bytes` is what is kept in memory of headers and decisions.
+    """
 
     method: str
     merged: Merged
@@ -42,6 +49,7 @@ class Plan:
     inputs: tuple[ByteFile, ...]
     options: Options
     description: Mapping[str, Any] = field(default_factory=dict)
+    described_bytes: int = 0
 
     @property
     def decisions(self) -> Decisions:
@@ -98,7 +106,8 @@ class Plan:
         Whole tensors are held beside the lanes' buffers: one at a time, and more where the limit leaves room for them.
         """
         held, vram = self.held_bytes, vram_limit or self.options.max_vram
-        lanes_limit = None if work_limit is None else work_limit - held
+        usual = min(DEFAULT_WORK_BYTES, max(PROMISED_BYTES - OVERHEAD_BYTES - self.described_bytes, MIB))
+        lanes_limit = usual if work_limit is None else work_limit - held
         shared = share_out(self.lane_bytes, self.options.threads, lanes_limit, device_limit=vram)
         if held and work_limit is not None:
             held = max(held, min(work_limit - shared.work_bytes, held * shared.threads))
@@ -147,7 +156,7 @@ class Plan:
     @property
     def work_bytes(self) -> int:
         """The RAM that the merge takes above a bare `import torch`, at most."""
-        return OVERHEAD_BYTES + self.allot().work_bytes
+        return OVERHEAD_BYTES + self.described_bytes + self.allot().work_bytes
 
     def summary(self) -> Counter[str]:
         """How many tensors share an action and its reason, as `merged: linear`."""
@@ -181,14 +190,16 @@ def make_plan(
     inputs: Sequence[ByteFile] = (),
     metadata: Mapping[str, str] | None = None,
     description: Mapping[str, Any] | None = None,
+    described_bytes: int = 0,
 ) -> Plan:
     """Lay out the output of a merge and turn every tensor into a job, in the order of the output's bytes.
 
-    `description` is the recipe's, if there is one.
+    `description` is the recipe's, if there is one. `described_bytes` is what the models' tables take without names.
     """
     layout = lay_out(output, merged.tensors, metadata or {}, options.shard_size)
     jobs = Jobs(merged, layout, options)
-    return Plan(method, merged, jobs, layout, tuple(inputs), options, description or {})
+    described_bytes += known_bytes() + TENSOR_BYTES * len(merged.decisions)
+    return Plan(method, merged, jobs, layout, tuple(inputs), options, description or {}, described_bytes)
 
 
 def existing_folder(path: Path) -> Path:

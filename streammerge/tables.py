@@ -6,6 +6,7 @@ columns. A dict for each model, of objects for each tensor, would take ten times
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence
 from typing import Final, Generic, TypeVar
@@ -36,8 +37,19 @@ class Names:
     def __len__(self) -> int:
         return len(self.order)
 
+    @property
+    def nbytes(self) -> int:
+        """What they take in memory, the numbers of their places included."""
+        own = sys.getsizeof(self.order) + sys.getsizeof(self.places)
+        return own + sum(map(sys.getsizeof, self.order)) + len(self.order) * sys.getsizeof(1 << 16)
+
 
 _KNOWN: Final[weakref.WeakSet[Names]] = weakref.WeakSet()
+
+
+def known_bytes() -> int:
+    """What all names take that somebody has."""
+    return sum(names.nbytes for names in list(_KNOWN))
 
 
 class Column(Mapping[str, Value], Generic[Value]):

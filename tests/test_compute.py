@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 import streammerge
 import streammerge.merged
 from streammerge import compute, works
+from streammerge.applying import apply_method
 from streammerge.compute import Evaluator
 from streammerge.decisions import Decision, Decisions
 from streammerge.devices import Lane, torch_dtype
 from streammerge.fitting import placed, reshaped
-from streammerge.merged import Merged, apply_method
+from streammerge.merged import Merged
 from streammerge.methods import find_method
 from streammerge.methods.registry import BlockMethod
 from streammerge.nodes import BLOCK, ByBlock, External, Node, Stored, Term, Viewed, combine, rounded

@@ -21,7 +21,7 @@ ORDER = [
     # what a process costs
     *("launcher", "measuring", "floor"),
     # what is on disk
-    *("formats", "formats.positional", "formats.files"),
+    *("formats", "formats.positional", "formats.files", "formats.library"),
     *("formats.header_entries", "formats.safetensors", "formats.shards"),
     *("formats.zip_directory", "formats.pickle_machine", "formats.pickle_steps", "formats.pickles"),
     *("formats.torchzip", "mapping", "reading"),
@@ -38,7 +38,18 @@ ORDER = [
     *("architecture", "scalars", "blocks", "presets", "blockwise"),
     *("parameters", "recipe", "recipe_files", "recipes", "provenance", "carrying"),
     # models as expressions
-    *("nodes", "quantisation", "checkpoints", "presence", "fitting", "mismatches", "decisions", "merged", "functions"),
+    *(
+        "nodes",
+        "quantisation",
+        "checkpoints",
+        "presence",
+        "fitting",
+        "mismatches",
+        "applying",
+        "decisions",
+        "merged",
+        "functions",
+    ),
     # what will happen
     *("layout", "costs", "jobs", "plan", "ledger", "older", "indexes", "inputs", "report", "copying"),
     # what is left of a merge that was stopped

@@ -8,12 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import streammerge
+from streammerge.applying import apply_method
 from streammerge.compute import Evaluator
 from streammerge.devices import Lane
 from streammerge.fitting import placed, reshaped
 from streammerge.formats.files import ByteFile
 from streammerge.jobs import is_copy
-from streammerge.merged import Merged, apply_method
+from streammerge.merged import Merged
 from streammerge.methods import find_method
 from streammerge.methods.registry import net
 from streammerge.nodes import (
