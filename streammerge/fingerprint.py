@@ -135,8 +135,7 @@ def _files(plan: Plan) -> Iterator[tuple[Path, str]]:
     for file in plan.output.files:
         yield file.path, digest(file.header.pieces())
     if plan.output.index is not None:
-        path, text = plan.output.index
-        yield path, digest(text.encode())
+        yield plan.output.index.path, digest(plan.output.index.pieces())
 
 
 def _methods(jobs: Iterable[Job]) -> list[Any]:

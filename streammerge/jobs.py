@@ -121,11 +121,11 @@ class Jobs(Sequence[Job]):
         file = bisect.bisect_right(self._ends, place)
         header = self._files[file].header
         place -= self._ends[file] - len(header.names)
-        return self._job(header.names.order[place], file, header.starts[place])
+        return self._job(header.names[place], file, header.starts[place])
 
     def __iter__(self) -> Iterator[Job]:
         for number, file in enumerate(self._files):
-            for name, start in zip(file.header.names.order, file.header.starts, strict=True):
+            for name, start in zip(file.header.names, file.header.starts, strict=True):
                 yield self._job(name, number, start)
 
     def where(self, wanted: Callable[[Kind], bool]) -> Iterator[Job]:

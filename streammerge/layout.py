@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from streammerge.errors import OutputError
@@ -33,22 +33,40 @@ class OutputFile:
 
 
 @dataclass(frozen=True, slots=True)
-class OutputLayout:
-    """All files of the output; `index` is the sharded one's index file and its text."""
+class OutputIndex:
+    """The index of shards: which of them each tensor is in. Its text is made when it is needed, a piece at a time."""
 
     path: Path
     files: tuple[OutputFile, ...]
-    index: tuple[Path, str] | None = None
+    total_bytes: int
+    nbytes: int = 0
+
+    def pieces(self) -> Iterator[bytes]:
+        """Its bytes."""
+        names = {name: file.path.name for file in self.files for name in file.header.names}
+        whole = {"metadata": {"total_size": self.total_bytes}, "weight_map": names}
+        for piece in json.JSONEncoder(indent=2, sort_keys=True).iterencode(whole):
+            yield piece.encode()
+        yield b"\n"
+
+
+@dataclass(frozen=True, slots=True)
+class OutputLayout:
+    """All files of the output, with their index if they are shards."""
+
+    path: Path
+    files: tuple[OutputFile, ...]
+    index: OutputIndex | None = None
 
     @property
     def paths(self) -> list[Path]:
         """Every path at which something will be put."""
-        return [*(file.path for file in self.files), *([self.index[0]] if self.index else [])]
+        return [*(file.path for file in self.files), *([self.index.path] if self.index else [])]
 
     @property
     def nbytes(self) -> int:
         """The size of all files together."""
-        return sum(file.nbytes for file in self.files) + (len(self.index[1].encode()) if self.index else 0)
+        return sum(file.nbytes for file in self.files) + (self.index.nbytes if self.index else 0)
 
 
 def lay_out(
@@ -70,7 +88,7 @@ def lay_out(
             f"{path}: safetensors can't hold a tensor called {METADATA}", advice="Leave it out with --drop or a rule."
         )
     folder, stem = output_stem(path)
-    shards = split(tensors, shard_bytes) if shard_bytes else [dict(tensors)]
+    shards = split(tensors, shard_bytes) if shard_bytes else [tensors]
     if (most := max(map(len, shards))) > MAX_TENSORS:
         raise OutputError(
             f"{path}: a file would hold {most:,} tensors; {MAX_TENSORS:,} are allowed",
@@ -82,10 +100,8 @@ def lay_out(
     files = tuple(
         OutputFile(folder / name, build_header(shard, metadata)) for name, shard in zip(names, shards, strict=True)
     )
-    weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-    total = sum(info.nbytes for info in tensors.values())
-    index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
-    return OutputLayout(path, files, (folder / f"{stem}{SUFFIX}.index.json", index))
+    index = OutputIndex(folder / f"{stem}{SUFFIX}.index.json", files, sum(info.nbytes for info in tensors.values()))
+    return OutputLayout(path, files, replace(index, nbytes=sum(map(len, index.pieces()))))
 
 
 def output_stem(path: Path) -> tuple[Path, str]:
@@ -98,7 +114,7 @@ def is_shard_name(name: str, stem: str) -> bool:
     return re.fullmatch(re.escape(stem) + r"-\d{5,}-of-\d{5,}" + re.escape(SUFFIX), name) is not None
 
 
-def split(tensors: Mapping[str, TensorInfo], shard_bytes: int) -> list[dict[str, TensorInfo]]:
+def split(tensors: Mapping[str, TensorInfo], shard_bytes: int) -> Sequence[Mapping[str, TensorInfo]]:
     """The tensors in their order, cut where the next one would make a shard larger than allowed."""
     shards: list[dict[str, TensorInfo]] = [{}]
     size = 0

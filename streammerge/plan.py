@@ -31,7 +31,7 @@ from streammerge.tensors import DType
 OVERHEAD_BYTES: Final = 16 * MIB
 """What the process takes above a bare `import torch` beside its lanes and what it keeps of headers."""
 
-TENSOR_BYTES: Final = 24
+TENSOR_BYTES: Final = 40
 """What a plan keeps of a tensor beside the tables of the models: its fate, its place in the output."""
 
 

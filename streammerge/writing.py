@@ -175,11 +175,11 @@ class OutputWriter:
     def _write_index(self, *, sync: bool) -> None:
         if self.layout.index is None:
             return
-        path, text = self.layout.index
-        with output_errors(path):
+        index = self.layout.index
+        with output_errors(index.path):
             self._paths[-1].unlink(missing_ok=True)  # of a run that was interrupted right here
-            with self._paths[-1].open("x", encoding="utf-8") as file:
-                file.write(text)
+            with self._paths[-1].open("xb") as file:
+                file.writelines(index.pieces())
                 file.flush()
                 if sync:
                     os.fsync(file.fileno())
@@ -280,5 +280,5 @@ def check_with_library(path: Path, file: OutputFile) -> None:
             found = library_digest(path)
     except RefusedError as error:
         raise OutputError(f"{file.path}: the finished file does not pass safetensors' own check: {error}") from error
-    if found != names_digest(file.header.names.order):
+    if found != names_digest(file.header.names):
         raise OutputError(f"{file.path}: the finished file holds other tensors than were planned")

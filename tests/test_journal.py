@@ -42,7 +42,7 @@ def test_spans_that_touch_become_one(spans):
 
 
 def job(name: str = "x", offset: int = 100, elements: int = 10) -> Job:
-    return Job(name, TensorInfo(DTYPES["F32"], (elements,)), None, None, 1, offset)  # type: ignore[arg-type]
+    return Job(name, TensorInfo(DTYPES["F32"], (elements,)), None, None, 1, offset)
 
 
 def test_a_ledger_has_what_was_found_and_tells_only_what_is_new():

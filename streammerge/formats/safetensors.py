@@ -58,17 +58,17 @@ class NewHeader:
     Its text is made when it is needed, a piece at a time.
     """
 
-    tensors: Mapping[str, TensorInfo]
-    metadata: Mapping[str, str]
-    names: Names
+    names: Sequence[str]
+    infos: Sequence[TensorInfo]
     starts: Sequence[int]
+    metadata: Mapping[str, str]
     nbytes: int
     file_bytes: int
 
     @property
     def offsets(self) -> Mapping[str, int]:
         """Where the tensors begin, by name, in file order."""
-        return Column(self.names, self.starts)
+        return dict(zip(self.names, self.starts, strict=True))
 
     @property
     def encoded(self) -> bytes:
@@ -79,7 +79,7 @@ class NewHeader:
         """Its bytes, some tensors' at a time."""
         yield struct.pack("<Q", self.nbytes - 8)
         written = 8
-        for piece in _texts(self.names.order, self.tensors, self.metadata):
+        for piece in _texts(self.names, self.infos, self.metadata):
             written += len(piece)
             yield piece
         yield b" " * (self.nbytes - written)
@@ -182,14 +182,15 @@ def build_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str])
     Metadata is written in the order of its keys (the library's own order changes from run to run).
     """
     # in the order of code points, which is that of UTF-8's bytes
-    names = Names.of(sorted(sorted(tensors), key=lambda name: -DTYPE_RANK[tensors[name].dtype.name]))
-    length = sum(map(len, _texts(names.order, tensors, metadata)))
+    names = sorted(sorted(tensors), key=lambda name: -DTYPE_RANK[tensors[name].dtype.name])
+    infos = [tensors[name] for name in names]
+    length = sum(map(len, _texts(names, infos, metadata)))
     data_start = 8 + length + -length % 8
-    ends = array("Q", itertools.accumulate((tensors[name].nbytes for name in names.order), initial=data_start))
-    return NewHeader(tensors, metadata, names, ends[:-1], data_start, ends[-1])
+    ends = array("Q", itertools.accumulate((info.nbytes for info in infos), initial=data_start))
+    return NewHeader(names, infos, ends[:-1], metadata, data_start, ends[-1])
 
 
-def _texts(names: Sequence[str], tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> Iterator[bytes]:
+def _texts(names: Sequence[str], infos: Sequence[TensorInfo], metadata: Mapping[str, str]) -> Iterator[bytes]:
     """The header as `json` writes it without spaces and escapes, some tensors at a time."""
     yield b"{"
     before = ""
@@ -200,8 +201,7 @@ def _texts(names: Sequence[str], tensors: Mapping[str, TensorInfo], metadata: Ma
     shapes: dict[TensorInfo, tuple[str, int]] = {}
     for first in range(0, len(names), TOGETHER):
         entries = []
-        for name in names[first : first + TOGETHER]:
-            info = tensors[name]
+        for name, info in zip(names[first : first + TOGETHER], infos[first : first + TOGETHER], strict=True):
             if info not in shapes:
                 shapes[info] = f'"dtype":"{info.dtype.name}","shape":{_dump(info.shape)}', info.nbytes
             text, nbytes = shapes[info]
