@@ -13,6 +13,7 @@ from typing import Any, Final
 from streammerge.architecture import component_of
 from streammerge.errors import OutputError, count, plural
 from streammerge.formats.files import ByteFile
+from streammerge.formats.state_dicts import LeftTensors
 from streammerge.layout import OutputLayout, lay_out
 from streammerge.machine import MIB, Allotment, share_out
 from streammerge.merged import Action, Decision, Merged
@@ -69,6 +70,7 @@ class Plan:
     inputs: tuple[ByteFile, ...]
     options: Options
     description: Mapping[str, Any] = field(default_factory=dict)
+    left: Mapping[Path, LeftTensors] = field(default_factory=dict)
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
@@ -157,6 +159,7 @@ class Plan:
             "inputs": [{"path": str(file.path), "bytes": file.nbytes} for file in self.inputs],
             "left_out": {model: list(names) for model, names in self.merged.left_out.items()},
             "lacking": {model: list(names) for model, names in self.merged.lacking.items()},
+            "beside_models": {str(path): left.to_json() for path, left in self.left.items()},
             "tensors": [
                 {
                     "name": decision.name,
@@ -190,7 +193,11 @@ class Plan:
             f"{model} lacks {by_component(names)} of the layout's; {_fate(len(dropped.intersection(names)))}"
             for model, names in self.merged.lacking.items()
         ]
-        return [*left_out, *lacking]
+        return [*left_out, *lacking, *self.left_notes()]
+
+    def left_notes(self) -> list[str]:
+        """What torch files hold beside their models."""
+        return [f"{path.name} holds {left}" for path, left in self.left.items()]
 
 
 def make_plan(
@@ -202,10 +209,11 @@ def make_plan(
     inputs: Sequence[ByteFile] = (),
     metadata: Mapping[str, str] | None = None,
     description: Mapping[str, Any] | None = None,
+    left: Mapping[Path, LeftTensors] | None = None,
 ) -> Plan:
     """Lay out the output of a merge and turn every tensor into a job, in the order of the output's bytes.
 
-    `description` is the recipe's, if there is one.
+    `description` is the recipe's, if there is one; `left` is what torch files hold beside their models.
     """
     layout = lay_out(output, merged.tensors, metadata or {}, options.shard_size)
     jobs = tuple(
@@ -213,7 +221,7 @@ def make_plan(
         for number, file in enumerate(layout.files)
         for name, offset in file.header.offsets.items()
     )
-    return Plan(method, merged, jobs, layout, tuple(inputs), options, description or {})
+    return Plan(method, merged, jobs, layout, tuple(inputs), options, description or {}, left or {})
 
 
 def _job(merged: Merged, name: str, file: int, offset: int, options: Options) -> Job:

@@ -7,7 +7,7 @@ The YAML is mergekit's (`merge_method`, `models`, `base_model`, `parameters`, `d
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -60,11 +60,15 @@ MERGEKIT_ONLY: Final = {
 
 @dataclass(frozen=True)
 class Input:
-    """A model of the recipe: what it is called, where it is (a path, or a recipe of its own), and its parameters."""
+    """A model of the recipe: what it is called, where it is (a path, or a recipe of its own), and its parameters.
+
+    `entry` names the dict of a torch file that is the model, where several could be.
+    """
 
     name: str
     source: Path | Recipe
     parameters: Settings = field(default_factory=dict)
+    entry: str = ""
 
 
 @dataclass(frozen=True)
@@ -148,8 +152,8 @@ class Recipe:
 def _describe_input(entry: Input, names: Mapping[Path, str]) -> dict[str, Any]:
     source = entry.source
     described = source.describe(names) if isinstance(source, Recipe) else names.get(source, source.name)
-    parameters = describe_settings(entry.parameters)
-    return {"model": described, "name": entry.name, **({"parameters": parameters} if parameters else {})}
+    more = {"entry": entry.entry, "parameters": describe_settings(entry.parameters)}
+    return {"model": described, "name": entry.name, **{key: value for key, value in more.items() if value}}
 
 
 def _describe_rule(rule: Rule, beside: Mapping[str, Any]) -> dict[str, Any]:
@@ -283,12 +287,13 @@ class _RecipeParser:
 
     def _input(self, raw: Any, where: str) -> Input:  # noqa: ANN401
         entry = raw if isinstance(raw, dict) and "merge_method" not in raw else {"model": raw}
-        self._check_keys(entry, ("model", "name", "parameters"), where)
+        self._check_keys(entry, ("model", "name", "parameters", "entry"), where)
         if "model" not in entry:
             raise RecipeError(f"{where}: the key 'model' is missing")
         source = self._source(entry["model"], where)
         name = str(entry.get("name") or self._default_name(entry["model"], source))
-        return Input(name, source, parse_settings(entry.get("parameters"), where))
+        key = parse_entry(entry.get("entry"), source, where)
+        return Input(name, source, parse_settings(entry.get("parameters"), where), key)
 
     def _default_name(self, model: Any, source: Path | Recipe) -> str:  # noqa: ANN401
         if isinstance(source, Recipe):
@@ -372,8 +377,35 @@ def distinct_names(inputs: list[Input]) -> list[Input]:
 def same_source(one: Input, other: Input) -> bool:
     """Whether two inputs are the same path, or the same recipe."""
     if isinstance(one.source, Path) and isinstance(other.source, Path):
-        return one.source.absolute() == other.source.absolute()
+        return one.source.absolute() == other.source.absolute() and one.entry == other.entry
     return one.source == other.source
+
+
+def parse_entry(raw: Any, source: Path | Recipe, where: str) -> str:  # noqa: ANN401
+    """The name of a torch file's dict, "" where none has to be chosen."""
+    if raw is None:
+        return ""
+    if not isinstance(raw, str | int) or isinstance(raw, bool) or raw == "":
+        raise RecipeError(f"{where}: entry must be the name of a dict in the file, found {raw!r}")
+    if isinstance(source, Recipe):
+        raise RecipeError(f"{where}: a nested recipe has no entry {raw!r}", advice="Put it beside one of its models.")
+    return str(raw)
+
+
+def with_entry(recipe: Recipe, chosen: Callable[[str, Path], str]) -> Recipe:
+    """The recipe with entries, by name and path, for its models and its nested recipes' models that have none."""
+
+    def change(entry: Input) -> Input:
+        if isinstance(entry.source, Recipe):
+            return replace(entry, source=with_entry(entry.source, chosen))
+        return entry if entry.entry else replace(entry, entry=chosen(entry.name, entry.source))
+
+    return replace(
+        recipe,
+        inputs=tuple(map(change, recipe.inputs)),
+        base=None if recipe.base is None else change(recipe.base),
+        others=tuple(map(change, recipe.others)),
+    )
 
 
 def unused_name(name: str, recipe: Recipe) -> str:
