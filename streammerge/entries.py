@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
 from streammerge.checkpoints import has_entries
 from streammerge.errors import RecipeError
-from streammerge.recipe import Recipe, with_entry
+from streammerge.recipe import Input, Recipe
 
 _NAMED: Final = re.compile(r"(?P<name>[^=]+)=(?P<key>.+)", re.DOTALL)
 
@@ -63,6 +63,22 @@ class Entries:
                 f"--entry {self.default}: none of the models is a torch file of which a dict has to be chosen",
                 advice="Leave it out.",
             )
+
+
+def with_entry(recipe: Recipe, chosen: Callable[[str, Path], str]) -> Recipe:
+    """The recipe with entries, by name and path, for its models and its nested recipes' models that have none."""
+
+    def change(entry: Input) -> Input:
+        if isinstance(entry.source, Recipe):
+            return replace(entry, source=with_entry(entry.source, chosen))
+        return entry if entry.entry else replace(entry, entry=chosen(entry.name, entry.source))
+
+    return replace(
+        recipe,
+        inputs=tuple(map(change, recipe.inputs)),
+        base=None if recipe.base is None else change(recipe.base),
+        others=tuple(map(change, recipe.others)),
+    )
 
 
 def with_entries(recipe: Recipe, words: Sequence[str]) -> Recipe:

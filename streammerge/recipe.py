@@ -7,7 +7,7 @@ The YAML is mergekit's (`merge_method`, `models`, `base_model`, `parameters`, `d
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -16,6 +16,7 @@ from streammerge.errors import RecipeError
 from streammerge.methods import find_method
 from streammerge.methods.registry import suggestion
 from streammerge.parameters import Settings, check_settings, describe_settings, parse_settings
+from streammerge.scalars import parse_key, parse_seed
 from streammerge.tensors import DTYPES, DType
 
 ShapePolicy = Literal["error", "keep", "pad", "slice"]
@@ -292,7 +293,11 @@ class _RecipeParser:
             raise RecipeError(f"{where}: the key 'model' is missing")
         source = self._source(entry["model"], where)
         name = str(entry.get("name") or self._default_name(entry["model"], source))
-        key = parse_entry(entry.get("entry"), source, where)
+        key = parse_key(entry.get("entry"), f"{where}: entry")
+        if key and isinstance(source, Recipe):
+            raise RecipeError(
+                f"{where}: a nested recipe has no entry {key!r}", advice="Put it beside one of its models."
+            )
         return Input(name, source, parse_settings(entry.get("parameters"), where), key)
 
     def _default_name(self, model: Any, source: Path | Recipe) -> str:  # noqa: ANN401
@@ -381,43 +386,9 @@ def same_source(one: Input, other: Input) -> bool:
     return one.source == other.source
 
 
-def parse_entry(raw: Any, source: Path | Recipe, where: str) -> str:  # noqa: ANN401
-    """The name of a torch file's dict, "" where none has to be chosen."""
-    if raw is None:
-        return ""
-    if not isinstance(raw, str | int) or isinstance(raw, bool) or raw == "":
-        raise RecipeError(f"{where}: entry must be the name of a dict in the file, found {raw!r}")
-    if isinstance(source, Recipe):
-        raise RecipeError(f"{where}: a nested recipe has no entry {raw!r}", advice="Put it beside one of its models.")
-    return str(raw)
-
-
-def with_entry(recipe: Recipe, chosen: Callable[[str, Path], str]) -> Recipe:
-    """The recipe with entries, by name and path, for its models and its nested recipes' models that have none."""
-
-    def change(entry: Input) -> Input:
-        if isinstance(entry.source, Recipe):
-            return replace(entry, source=with_entry(entry.source, chosen))
-        return entry if entry.entry else replace(entry, entry=chosen(entry.name, entry.source))
-
-    return replace(
-        recipe,
-        inputs=tuple(map(change, recipe.inputs)),
-        base=None if recipe.base is None else change(recipe.base),
-        others=tuple(map(change, recipe.others)),
-    )
-
-
 def unused_name(name: str, recipe: Recipe) -> str:
     """The name, or one made of it that no input has yet."""
     return distinct_names([*recipe.named.values(), Input(name, Path())])[-1].name
-
-
-def parse_seed(raw: Any, where: str) -> int | None:  # noqa: ANN401
-    """The seed of what is random, None where it isn't set."""
-    if raw is None or (isinstance(raw, int) and not isinstance(raw, bool)):
-        return raw
-    raise RecipeError(f"{where}: seed must be a whole number, found {raw!r}")
 
 
 def parse_dtype(raw: Any, where: str) -> DType | None:  # noqa: ANN401

@@ -38,7 +38,7 @@ class NoStateDictError(Exception):
 class ChoiceError(Exception):
     """It can't be told which dict is the model, or it has tensors that would be lost; `found` lists what there is.
 
-    `example` is an entry that can be chosen.
+    `example` is an entry that can be chosen, if there is one.
     """
 
     def __init__(self, what: str, found: list[str], example: str) -> None:
@@ -113,16 +113,19 @@ def find_state_dict(contents: object, entry: str = "") -> tuple[PickledDict, Lef
         raise NoStateDictError
     candidates = _candidates(contents)
     if entry:
-        chosen = _named(contents, entry)
-        if chosen is None:
-            found = list(map(str, candidates))
-            raise ChoiceError(f"there is no dict {entry!r} in it", found, _example(candidates))
+        named = {id(each): each for each in _named(contents, entry)}
+        if len(named) != 1:
+            what = f"{len(named)} dicts in it are called {entry!r}" if named else f"there is no dict {entry!r} in it"
+            raise ChoiceError(what, list(map(str, candidates)), "" if named else _example(candidates))
+        (chosen,) = named.values()
         return chosen, LeftTensors.of(path for path, _ in _walk(contents, None, _own(chosen)))
     candidate = _decide(candidates)
     own = _own(candidate.values)
     nested = [path for path, training in _walk(candidate.values, candidate.path, own) if not training]
     if nested:
-        what = f"{len(nested):,} tensors lie deeper than those of the state dict, or have no name, and would be lost"
+        lies = "1 tensor lies" if len(nested) == 1 else f"{len(nested):,} tensors lie"
+        has = "has" if len(nested) == 1 else "have"
+        what = f"{lies} deeper than those of the state dict, or {has} no name, and would be lost"
         raise ChoiceError(what, list(map(text_of, nested)), text_of(candidate.path))
     beside = [] if candidate.is_strong else [path for path, training in _walk(contents, None, own) if not training]
     if beside:
@@ -178,17 +181,19 @@ def _is_training(key: str | Inert, value: object) -> bool:
     )
 
 
-def _named(here: PickledDict, entry: str) -> PickledDict | None:
-    """The dict to which the keys lead that the entry joins with dots; keys may have dots themselves."""
+def _named(contents: PickledDict, entry: str) -> Iterator[PickledDict]:
+    """The dicts to which the keys lead that the entry joins with dots; keys may have dots themselves."""
+    reached: list[list[PickledDict]] = [[contents], *([] for _ in entry)]  # by how much of the entry leads there
     if entry == TOP:
-        return here
-    if isinstance(inner := here.get(entry), PickledDict):
-        return inner
-    for place in reversed([at for at, character in enumerate(entry) if character == "."]):
-        inner = here.get(entry[:place])
-        if isinstance(inner, PickledDict) and (found := _named(inner, entry[place + 1 :])) is not None:
-            return found
-    return None
+        yield contents
+    for start in range(len(entry)):
+        for here in reached[start]:
+            for stop in range(start + 1, len(entry) + 1):
+                inner = here.get(entry[start:stop])
+                if isinstance(inner, PickledDict) and stop == len(entry):
+                    yield inner
+                elif isinstance(inner, PickledDict) and entry[stop] == ".":
+                    reached[stop + 1].append(inner)
 
 
 def _own(chosen: PickledDict) -> set[int]:
@@ -232,9 +237,13 @@ def _parts(value: object, path: Path) -> Iterator[tuple[Path, str | Inert | None
             if isinstance(key, PickledObject):
                 yield (path, "(a key)"), None, key
         yield (path, "(attributes)"), None, getattr(value, "attributes", None)
-    elif isinstance(value, PickledObject | tuple):
-        for number, part in enumerate(value.parts if isinstance(value, PickledObject) else value):
-            yield (path if isinstance(part, PickledDict) else (path, str(number))), None, part
+    elif isinstance(value, tuple):
+        for number, part in enumerate(value):
+            yield (path, str(number)), None, part
+    elif isinstance(value, PickledObject):
+        has_attributes = value.name not in ("list", "set")
+        for number, part in enumerate(value.parts):
+            yield (path if has_attributes and isinstance(part, PickledDict) else (path, str(number))), None, part
     elif isinstance(value, PickledTensor):
         yield (path, "(state)"), None, value.state
 

@@ -123,11 +123,7 @@ class _Archive:
         self.starts: dict[str, int] = {}
         for member in self.directory.members.values():
             member.check_stored()
-        for name, check in (
-            ("byteorder", _check_order),
-            ("version", _check_version),
-            (".data/version", _check_version),
-        ):
+        for name, check in _RECORDS.items():
             if self.directory.find(self.prefix + name):
                 check(self.read(name, most=16), path)
 
@@ -256,14 +252,14 @@ def _tensors(state_dict: PickledDict, path: Path) -> dict[str, PickledTensor]:
 
 def _undecided(problem: ChoiceError, path: Path) -> CheckpointError:
     """The error that it can't be told which tensors are the model, or that some would be lost; and how to choose."""
-    return CheckpointError(
-        f"{path}: {problem.what}",
-        found=problem.found,
-        advice=(
-            f"Choose the dict of the model by its name, with --entry {problem.example} (in a recipe: `entry: "
-            f"{problem.example}` beside `model:`); the tensors outside of it, or deeper in it, are then left."
-        ),
-    )
+    key = problem.example
+    advice = "Save the state dict that you mean alone, with torch.save."
+    if key:
+        advice = (
+            f"Choose the dict that is the model, as with --entry {key} (for one of several models: --entry NAME={key}; "
+            f"in a recipe: `entry: {key}` beside `model:`). Tensors outside of it, or deeper in it, are then left."
+        )
+    return CheckpointError(f"{path}: {problem.what}", found=problem.found, advice=advice)
 
 
 def _no_tensors(contents: object, path: Path) -> CheckpointError:
