@@ -89,6 +89,7 @@ def planned(recipe: Recipe | Model, output: Path, options: Options, *, replacing
             metadata=metadata,
             description=description,
             described_bytes=opened.described_bytes,
+            left=opened.left,
         )
         if not replacing:
             # an interrupted run may have put its output in place; whoever resumes it looks again
@@ -105,6 +106,8 @@ def _carry_out(begun: Beginning, started: float, watch: Watch | None, tell: Tell
     plan = begun.plan
     if begun.is_complete:
         return _finish(begun, started, tell)
+    for note in plan.left_notes():
+        tell(f"note: {note}")
     older = find_older(plan.output)
     check_output(plan, older, may_exist=plan.options.force)
     if plan.options.hash:
@@ -211,7 +214,7 @@ def output_metadata(recipe: Recipe | Model, options: Options, opened: OpenInputs
     marks = {"format": "pt"}
     if not isinstance(recipe, Recipe):
         return marks
-    marks |= carried_metadata(recipe, lambda path: opened.open(path).metadata)
+    marks |= carried_metadata(recipe, lambda path: opened.opened(path).metadata)
     if not options.metadata:
         return {key: text for key, text in marks.items() if key not in (LICENCES, MERGED_FROM)}
     return marks | recipe_metadata(recipe, options, input_hashes(recipe, opened) if options.hash_inputs else None)
@@ -220,7 +223,7 @@ def output_metadata(recipe: Recipe | Model, options: Options, opened: OpenInputs
 def input_hashes(recipe: Recipe, opened: OpenInputs) -> Hashes:
     """The sha256 of every file of every model, by the name that the recipe in the metadata has for it."""
     return {
-        name: {file.path.name: file_sha256(file.path) for file in opened.open(path).files}
+        name: {file.path.name: file_sha256(file.path) for file in opened.opened(path).files}
         for path, name in stored_names(recipe.paths()).items()
     }
 

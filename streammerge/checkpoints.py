@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import os
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,10 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
-from streammerge.errors import CheckpointError, count, plural
+from streammerge.errors import CheckpointError
 from streammerge.formats.files import ByteFile, read_errors
 from streammerge.formats.safetensors import is_safetensors, read_header
-from streammerge.formats.shards import ShardIndex, find_weights, is_index, read_index
+from streammerge.formats.shards import find_weights, is_index, read_index
+from streammerge.formats.state_dicts import NONE_LEFT, LeftTensors
 from streammerge.formats.torchzip import StoredView, is_torch_zip, legacy_torch_reason, read_torch_zip
 from streammerge.nodes import Node, Stored, Viewed
 from streammerge.tables import Column, Names
@@ -86,7 +88,8 @@ def compact(nodes: Mapping[str, Node], files: Sequence[ByteFile]) -> Mapping[str
 class Checkpoint:
     """A model on disk: its tensors in file order, each known by its place in a file and nothing read yet.
 
-    Close it, or use it in a `with` statement, when nothing is going to be read any more.
+    `left` are tensors of a torch file that are not the model's. Close it, or use it in a `with` statement, when nothing
+    is going to be read any more.
     """
 
     path: Path
@@ -94,6 +97,7 @@ class Checkpoint:
     nodes: Mapping[str, Node]
     files: tuple[ByteFile, ...]
     metadata: Mapping[str, str]
+    left: LeftTensors = NONE_LEFT
 
     @functools.cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -136,27 +140,52 @@ class Checkpoint:
         self.close()
 
 
-def open_model(path: str | os.PathLike[str]) -> Checkpoint:
+def open_model(path: str | os.PathLike[str], entry: str = "") -> Checkpoint:
     """Open a checkpoint by its content: safetensors, a torch zip, or shards of either (a folder or an index file).
 
-    Only headers are read. Raises CheckpointError if it is none of these, is damaged, or would need code to be run.
+    Only headers are read. Where several dicts of a torch file could be the model, `entry` names the one that is: by its
+    keys, joined with dots, or `.` for the outermost. Raises CheckpointError if the file is none of these, is damaged,
+    would need code to be run, or has no such entry.
     """
-    path = Path(path)
+    if os.fspath(path) == "":
+        raise CheckpointError("the model's name is empty", advice="Name a checkpoint file, or a folder of one.")
+    path = weights_file(Path(path))
+    return _open_shards(path, entry) if is_index(path) else _open_file(path, entry)
+
+
+def weights_file(path: Path) -> Path:
+    """The file that is read first: the path's own, or that of the model in the folder; an index if it has shards."""
     with read_errors(path):
-        if path.is_dir():
-            path = find_weights(path)
-    if is_index(path):
-        return _open_shards(path)
-    return _open_file(path)
+        return find_weights(path) if path.is_dir() else path
 
 
-def _open_file(path: Path) -> Checkpoint:
+def model_files(path: Path) -> list[Path]:
+    """Every file that holds tensors of the model at this path."""
+    path = weights_file(path)
+    return read_index(path).shards if is_index(path) else [path]
+
+
+def has_entries(path: Path) -> bool:
+    """Whether there are torch files at this path, whose dicts may be chosen by name."""
+    heads = []
+    for file in model_files(path):
+        with read_errors(file), file.open("rb") as opened:
+            heads.append(opened.read(4))
+    return any(map(is_torch_zip, heads))
+
+
+def _open_file(path: Path, entry: str) -> Checkpoint:
     file = ByteFile(path)
     with read_errors(path), path.open("rb") as opened:
         head = opened.read(512)
     if is_torch_zip(head):
-        return _open_torch_zip(file)
+        return _open_torch_zip(file, entry)
     if is_safetensors(head):
+        if entry:
+            raise CheckpointError(
+                f"{path}: is safetensors, which has no dicts of which {entry!r} could be one",
+                advice="Leave the entry out.",
+            )
         return _open_safetensors(file)
     reason = GGUF if head.startswith(b"GGUF") else legacy_torch_reason(head)
     raise CheckpointError(
@@ -172,10 +201,10 @@ def _open_safetensors(file: ByteFile) -> Checkpoint:
     return Checkpoint(file.path, "safetensors", nodes, (file,), header.metadata)
 
 
-def _open_torch_zip(file: ByteFile) -> Checkpoint:
-    views = read_torch_zip(file.path).tensors
-    nodes = {name: _torch_node(file, view) for name, view in views.items()}
-    return Checkpoint(file.path, "torch zip", nodes, (file,), {})
+def _open_torch_zip(file: ByteFile, entry: str) -> Checkpoint:
+    found = read_torch_zip(file.path, entry)
+    nodes = {name: _torch_node(file, view) for name, view in found.tensors.items()}
+    return Checkpoint(file.path, "torch zip", nodes, (file,), {}, found.left)
 
 
 def _torch_node(file: ByteFile, view: StoredView) -> Node:
@@ -187,22 +216,30 @@ def _torch_node(file: ByteFile, view: StoredView) -> Node:
     return Viewed(view.info, storage, view.offset, view.stride, view.info.shape)
 
 
-def _open_shards(path: Path) -> Checkpoint:
+def _open_shards(path: Path, entry: str) -> Checkpoint:
     """All shards as one model, in the order of the shards and of the tensors in them.
 
-    Where two shards hold a tensor, the index decides; one that the index forgot is in the model all the same, unless it
-    is in two of them.
+    Where two shards hold a tensor, the index decides; one that the index forgot is in the model all the same, unless
+    two shards hold it.
     """
     index = read_index(path)
-    shards = {shard: _open_file(shard) for shard in index.shards}
-    _check_once(path, index, shards)
-    nodes = {
-        name: node
-        for shard, checkpoint in shards.items()
-        for name, node in checkpoint.nodes.items()
-        if index.weight_map.get(name, shard) == shard
-    }
-    missing = [f"{name}: not in {shard.name}" for name, shard in index.weight_map.items() if name not in nodes]
+    shards = {shard.name: _open_file(shard, entry) for shard in index.shards}
+    nodes: dict[str, Node] = {}
+    unsettled = []
+    for shard, checkpoint in shards.items():
+        for name, node in checkpoint.nodes.items():
+            meant = index.weight_map.get(name)
+            if meant is None and name in nodes:
+                unsettled.append(f"{name}: in {shard} and another")
+            elif meant in (None, shard):
+                nodes[name] = node
+    if unsettled:
+        raise CheckpointError(
+            f"{path}: {len(unsettled)} tensors are in two shards, and the index doesn't say which is meant",
+            found=unsettled,
+            advice="Fetch index and shards again.",
+        )
+    missing = [f"{name}: not in {shard}" for name, shard in index.weight_map.items() if name not in nodes]
     if missing:
         raise CheckpointError(
             f"{path}: {len(missing)} tensors are not in the shards that the index names",
@@ -211,21 +248,6 @@ def _open_shards(path: Path) -> Checkpoint:
         )
     first = next(iter(shards.values()))
     files = tuple(file for checkpoint in shards.values() for file in checkpoint.files)
+    left = functools.reduce(operator.add, (checkpoint.left for checkpoint in shards.values()))
     what = f"sharded {first.container} ({len(shards)} files)"
-    return Checkpoint(path, what, compact(nodes, files), files, first.metadata)
-
-
-def _check_once(path: Path, index: ShardIndex, shards: Mapping[Path, Checkpoint]) -> None:
-    """CheckpointError if a tensor is in several shards, and the index doesn't say in which of them it is meant."""
-    holders: dict[str, list[str]] = {}
-    for shard, checkpoint in shards.items():
-        for name in checkpoint.nodes:
-            if name not in index.weight_map:
-                holders.setdefault(name, []).append(shard.name)
-    twice = [f"{name}   {', '.join(files)}" for name, files in holders.items() if len(files) > 1]
-    if twice:
-        raise CheckpointError(
-            f"{path}: {count(twice, 'tensor')} {plural(twice, 'is', 'are')} in several shards, and not in the index",
-            found=twice,
-            advice="Say in the index's weight_map which file is meant, or fetch index and shards again.",
-        )
+    return Checkpoint(path, what, compact(nodes, files), files, first.metadata, left)

@@ -16,6 +16,7 @@ from streammerge.architecture import component_of
 from streammerge.decisions import Action, Decisions
 from streammerge.errors import OutputError, count, listed, plural
 from streammerge.formats.files import ByteFile
+from streammerge.formats.state_dicts import LeftTensors
 from streammerge.jobs import Jobs, together_of
 from streammerge.layout import OutputLayout, lay_out
 from streammerge.machine import DEFAULT_WORK_BYTES, MIB, PROMISED_BYTES, Allotment, share_out
@@ -50,6 +51,7 @@ class Plan:
     options: Options
     description: Mapping[str, Any] = field(default_factory=dict)
     described_bytes: int = 0
+    left: Mapping[Path, LeftTensors] = field(default_factory=dict)
 
     @property
     def decisions(self) -> Decisions:
@@ -140,6 +142,7 @@ class Plan:
             "inputs": [{"path": str(file.path), "bytes": file.nbytes} for file in self.inputs],
             "left_out": {model: list(names) for model, names in self.merged.left_out.items()},
             "lacking": {model: list(names) for model, names in self.merged.lacking.items()},
+            "beside_models": {str(path): left.to_json() for path, left in self.left.items()},
             "tensors": [
                 {
                     "name": name,
@@ -178,7 +181,11 @@ class Plan:
             f"{listed(names)}"
             for model, names in self.merged.lacking.items()
         ]
-        return [*left_out, *lacking]
+        return [*left_out, *lacking, *self.left_notes()]
+
+    def left_notes(self) -> list[str]:
+        """What torch files hold beside their models."""
+        return [f"{path.name} holds {left}" for path, left in self.left.items()]
 
 
 def make_plan(
@@ -191,15 +198,18 @@ def make_plan(
     metadata: Mapping[str, str] | None = None,
     description: Mapping[str, Any] | None = None,
     described_bytes: int = 0,
+    left: Mapping[Path, LeftTensors] | None = None,
 ) -> Plan:
     """Lay out the output of a merge and turn every tensor into a job, in the order of the output's bytes.
 
-    `description` is the recipe's, if there is one. `described_bytes` is what the models' tables take without names.
+    `description` is the recipe's, if there is one. `described_bytes` is what the models' tables take without names,
+    `left` what torch files hold beside their models.
     """
     layout = lay_out(output, merged.tensors, metadata or {}, options.shard_size)
     jobs = Jobs(merged, layout, options)
     described_bytes += known_bytes() + TENSOR_BYTES * len(merged.decisions)
-    return Plan(method, merged, jobs, layout, tuple(inputs), options, description or {}, described_bytes)
+    files = tuple(inputs)
+    return Plan(method, merged, jobs, layout, files, options, description or {}, described_bytes, left or {})
 
 
 def existing_folder(path: Path) -> Path:

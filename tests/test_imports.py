@@ -21,10 +21,10 @@ ORDER = [
     # what a process costs
     *("launcher", "measuring", "floor"),
     # what is on disk
-    *("formats", "formats.positional", "formats.files", "formats.library"),
+    *("formats", "formats.positional", "formats.files", "formats.library", "formats.bounds"),
     *("formats.header_entries", "formats.safetensors", "formats.shards"),
     *("formats.zip_directory", "formats.pickle_machine", "formats.pickle_steps", "formats.pickles"),
-    *("formats.torchzip", "mapping", "reading"),
+    *("formats.state_dicts", "formats.torchzip", "mapping", "reading"),
     # methods
     *("methods.contract", "methods.registry", "methods.place", "methods.statistics", "methods.slices", "methods.sums"),
     *("methods.cuts", "methods.radix", "methods.bracketing", "methods.ranking"),
@@ -63,7 +63,7 @@ ORDER = [
     *("demo", "demo.layers", "demo.midas", "demo.text", "demo.unet", "demo.vae", "demo.layouts", "demo.noise"),
     *("demo.files", "demo.reference", "demo.story"),
     # the program
-    *("manual", "arguments", "commands", "cli", "__main__"),
+    *("manual", "entries", "arguments", "commands", "cli", "__main__"),
 ]
 """Every module; each imports only what stands before it. "" is the package itself."""
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from streammerge.errors import CheckpointError
-from streammerge.formats.header_entries import MAX_TENSORS, MAX_TEXT, Entries, MalformedHeaderError
+from streammerge.formats.header_entries import Bounds, Entries, MalformedHeaderError
 from streammerge.tables import Column, Names
 from streammerge.tensors import DTYPE_RANK, TensorInfo
 
@@ -95,8 +95,9 @@ def read_header(path: Path, file_bytes: int) -> Header:
     try:
         with path.open("rb") as file:
             length = _header_length(file.read(8), file_bytes)
-            text = _decoded(file.read(length))
-        return _check(text, data_start=8 + length, file_bytes=file_bytes)
+            bounds = Bounds.of(file_bytes - 8 - length)
+            text = _decoded(file.read(min(length, bounds.text + 1)), length, bounds)
+        return _check(text, bounds, data_start=8 + length, file_bytes=file_bytes)
     except MalformedHeaderError as problem:
         raise CheckpointError(
             f"{path}: not a valid safetensors file: {problem}",
@@ -116,17 +117,20 @@ def _header_length(prefix: bytes, file_bytes: int) -> int:
         raise MalformedHeaderError(
             f"its header claims {length} bytes, but only {file_bytes - 8} follow: it is truncated"
         )
-    if length > MAX_TEXT:
-        raise MalformedHeaderError(f"its header has {length} bytes; {MAX_TEXT} are read at most")
     return int(length)
 
 
-def _decoded(encoded: bytes) -> str:
-    """The header as text, if it doesn't take too much memory."""
-    width = 1 if not _BEYOND_LATIN.search(encoded) else 2 if not _BEYOND_PLANE.search(encoded) else 4
-    if len(encoded) * width > MAX_TEXT:
+def _decoded(encoded: bytes, length: int, bounds: Bounds) -> str:
+    """The header as text, if it doesn't take too much memory; what is beyond the bound was not read."""
+    if length > bounds.text:
         raise MalformedHeaderError(
-            f"its header has {len(encoded)} bytes, {len(encoded) * width} as text; {MAX_TEXT} are read at most"
+            f"its header has {length} bytes; {bounds.text} are read at most beside tensors of so many bytes as follow"
+        )
+    width = 1 if not _BEYOND_LATIN.search(encoded) else 2 if not _BEYOND_PLANE.search(encoded) else 4
+    if length * width > bounds.text:
+        raise MalformedHeaderError(
+            f"its header has {length} bytes, {length * width} as text; {bounds.text} are read at most beside tensors "
+            "of so many bytes as follow"
         )
     try:
         return encoded.decode("utf-8")
@@ -134,18 +138,20 @@ def _decoded(encoded: bytes) -> str:
         raise MalformedHeaderError(f"its header is not UTF-8 at byte {8 + error.start}") from None
 
 
-def _check(text: str, *, data_start: int, file_bytes: int) -> Header:
+def _check(text: str, bounds: Bounds, *, data_start: int, file_bytes: int) -> Header:
     if text and not text.startswith("{"):
         raise MalformedHeaderError("its header is not a JSON object")
-    entries = Entries(text)
+    entries = Entries(text, bounds)
     places: dict[str, int] = {}
     infos: list[TensorInfo] = []
     starts, stops = array("Q"), array("Q")
     for name, info, start, stop in entries:
         if name in places:
             raise MalformedHeaderError(f"its header names {name!r} twice")
-        if len(places) == MAX_TENSORS:
-            raise MalformedHeaderError(f"its header describes more than {MAX_TENSORS} tensors")
+        if len(places) == bounds.tensors:
+            raise MalformedHeaderError(
+                f"its header describes more than {bounds.tensors} tensors, the most in a file of {file_bytes} bytes"
+            )
         places[name] = len(infos)
         infos.append(info)
         starts.append(start)
