@@ -153,14 +153,11 @@ def combine(info: TensorInfo, terms: tuple[Term, ...]) -> Combined:
     What has the coefficient 0 is never read: 0.5·depth + 0.5·waifu over one base does not read the base. A tensor that
     occurs twice is read once.
     """
-    shares: dict[object, list[float]] = {}
-    nodes: dict[object, Node] = {}
+    found: dict[object, tuple[Node, list[float]]] = {}
     for coefficient, node in _flatten(terms, 1.0):
-        key = _identity(node)
-        nodes.setdefault(key, node)
-        shares.setdefault(key, []).append(coefficient)
-    sums = {key: net(*contributions) for key, contributions in shares.items()}
-    return Combined(info, tuple(Term(sums[key], node) for key, node in nodes.items() if sums[key]))
+        found.setdefault(_identity(node), (node, []))[1].append(coefficient)
+    sums = ((net(*contributions), node) for node, contributions in found.values())
+    return Combined(info, tuple(Term(total, node) for total, node in sums if total))
 
 
 def _flatten(terms: tuple[Term, ...], factor: float) -> Iterator[tuple[float, Node]]:
