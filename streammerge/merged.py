@@ -144,7 +144,7 @@ class _Resolution:
         decisions = tuple(weights.get(name) or self._decide_beside(name, info) for name, info in layout.items())
         left_out = names_outside(self.models, layout.keys(), coded)
         self._look_outside(left_out)
-        self._report_problems(is_merge=any(decision.action == "merged" for decision in decisions))
+        self._report_problems(sum(decision.action == "merged" for decision in decisions))
         return Merged(
             decisions,
             with_inner(left_out, self.models, "left_out"),
@@ -326,7 +326,7 @@ class _Resolution:
         """The models' tensors in one shape, as the recipe allows; None, and the problem noted, where not."""
         layout, policy = self.layout.tensors[name], self.recipe.on_shape_mismatch
         fitting = fit(nodes, layout, policy)
-        if fitting is None:
+        if fitting is None or fitting.why:
             self.problems.note_shape(Misshapen.of(name, self.layout_name, layout, nodes, taken=taken), policy)
         return fitting
 
@@ -342,9 +342,9 @@ class _Resolution:
         block = f"{whole[0]} ({part})" if whole else part
         return f"{block}: {', '.join(f'{key} {_shown(value)}' for key, value in parameters.items())}"
 
-    def _report_problems(self, *, is_merge: bool) -> None:
+    def _report_problems(self, merged: int) -> None:
         unused = [str(rule) for number, rule in enumerate(self.recipe.rules) if number not in self.used_rules]
-        self.problems.report(self.recipe, self._compared, unused, is_merge=is_merge)
+        self.problems.report(self.recipe, self._compared, unused, merged=merged)
 
 
 def _shown(value: ParameterValue) -> str:
