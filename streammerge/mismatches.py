@@ -161,12 +161,11 @@ class Problems:
             and (keeps or policy != "keep")
             and all(each.allows(policy) for each in concerned)
         ]
-        ways = [f"{policy} ({WORDS[policy].format(layout)})" for policy in policies]
-        advice = f"Use --on-shape-mismatch {', '.join(ways)}" if ways else ""
         takes = any(rule.action == "take" for rule in recipe.rules)
         larger = [model for model in found[0].shapes if all(each.is_largest(model) for each in concerned)]
-        if larger and "overlap" in policies and not takes:
-            advice += f", with --layout {larger[0]} for its larger shapes"
+        rest = f"; --layout {larger[0]} keeps that model's rest" if larger and not takes else f", keep {layout}'s rest"
+        ways = [f"{policy} ({WORDS[policy].format(layout=layout, rest=rest)})" for policy in policies]
+        advice = f"Use --on-shape-mismatch {', '.join(ways)}" if ways else ""
         if any(each.taken for each in found):
             return f"{advice or 'Correct the rule'}, or take such tensors from another model."
         return f"{advice + ', or' if advice else 'Use'} --keep GLOB, --drop GLOB or a rule for such tensors."
@@ -183,8 +182,8 @@ def _report_codes(found: Sequence[str], advice: str) -> None:
 
 
 WORDS: Final = {
-    "overlap": "merge what all have, keep {}'s rest",
-    "keep": "copy {}'s",
+    "overlap": "merge what all have{rest}",
+    "keep": "copy {layout}'s",
     "pad": "fill smaller ones with zeros",
     "slice": "cut larger ones",
 }

@@ -31,7 +31,7 @@ def names_in(error: PlanError) -> list[str]:
 def ways_of(error: PlanError, models: dict[str, Header]) -> Iterator[tuple[str, Way]]:
     """Everything that the error advises, as changes to the recipe."""
     advice, names = error.advice, names_in(error)
-    if larger := re.search(r"with --layout (\S+) for its larger shapes", advice):
+    if larger := re.search(r"--layout (\S+) keeps that model's rest", advice):
         yield "larger", {"layout": larger[1], "on_shape_mismatch": "overlap"}
     for policy in POLICY.findall(advice):
         yield policy, {"on_shape_mismatch": policy}
