@@ -17,7 +17,7 @@ from streammerge.methods.registry import BlockMethod, GramMethod, LinearMethod, 
 from streammerge.mismatches import Misshapen, Problems, Unshared
 from streammerge.nodes import ByBlock, ByGram, ByWhole, External, Node, Term, Together, combine, rounded, walk
 from streammerge.parameters import NO_BLOCKS, Layers, ParameterSources, check_blocks, is_by_block
-from streammerge.presence import Names, names_lacking, names_outside, with_inner
+from streammerge.presence import Names, names_beside, names_lacking, names_outside, with_inner
 from streammerge.quantisation import DECODED, CodedModels, Quantised, decoded
 from streammerge.recipe import Recipe, Rule
 from streammerge.tensors import DType, Model, TensorInfo
@@ -142,8 +142,7 @@ class _Resolution:
         layout, coded = self.layout.tensors, self.coded
         weights = {name: self._decide(name, info) for name, info in layout.items() if name not in coded.beside}
         decisions = tuple(weights.get(name) or self._decide_beside(name, info) for name, info in layout.items())
-        left_out = names_outside(self.models, layout.keys(), coded)
-        self._look_outside(left_out)
+        left_out = self._look_outside(names_outside(self.models, layout.keys(), coded))
         self._report_problems(sum(decision.action == "merged" for decision in decisions))
         return Merged(
             decisions,
@@ -169,14 +168,19 @@ class _Resolution:
             return self._copy(name, self.layout_name, f"{info.dtype} is never averaged", dtype)
         return self._merge(name, info, rule, dtype)
 
-    def _look_outside(self, left_out: Names) -> None:
-        """Note what is missing in the layout, as what is missing in other models: which of them it is, is chance."""
+    def _look_outside(self, outside: Names) -> Names:
+        """Note what is missing in the layout, as what is missing in other models: which of them it is, is chance.
+
+        Returned are the names without those that rules drop.
+        """
         wanted: dict[str, bool] = {}
-        for model, names in left_out.items():
+        dropped: set[str] = set()
+        for model, names in outside.items():
             for name in names:
                 number, rule = self._match(name)
                 if rule and rule.action == "drop":
                     self.used_rules.add(number)
+                    dropped.add(name)
                 elif rule and rule.action == "take" and rule.model == model:
                     wanted[name] = True
                 elif model in self.input_names and (rule is None or rule.action == "merge"):
@@ -187,6 +191,8 @@ class _Resolution:
             self.problems.alone.extend(wanted)
         if self.recipe.on_missing == "error":
             self.problems.missing.extend(self._unshared(name, taken=taken) for name, taken in wanted.items())
+        left = {model: names_beside(names, dropped) for model, names in outside.items()}
+        return {model: names for model, names in left.items() if names}
 
     def _unshared(self, name: str, *, taken: bool) -> Unshared:
         models = list(self._compared)
