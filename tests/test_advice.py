@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+import streammerge
 from streammerge.errors import PlanError
 from streammerge.merged import Merged
 from tests.headers import Header, header, merged
+from tests.models import save_model
 
 Way = dict[str, Any]
 """What is added to the recipe."""
@@ -201,3 +204,16 @@ def test_what_not_all_models_have_is_treated_alike_in_every_order(made, missing)
     if any("shape" in str(what) for what, _ in outcomes):
         return
     assert all(outcome == outcomes[0] for outcome in outcomes), outcomes
+
+
+def test_a_nested_recipe_is_named_and_told_where_its_policy_stands(tmp_path):
+    paths = [save_model(tmp_path / f"{n}.safetensors", {"x": torch.ones(2 + n), "y": torch.ones(1)}) for n in range(2)]
+    inner: dict[str, Any] = {"merge_method": "linear", "models": list(map(str, paths))}
+    middle = {"merge_method": "linear", "models": [{"model": inner, "name": "inner"}]}
+    outer = {"merge_method": "linear", "models": [{"model": middle, "name": "middle"}], "on_shape_mismatch": "overlap"}
+    with pytest.raises(PlanError, match=r"^middle: inner: 1 tensor differs in shape") as error:
+        streammerge.make_plan(outer, output=tmp_path / "out.safetensors")
+    assert error.value.advice.count("write them in this one, as keys") == 1
+    assert "--on-shape-mismatch overlap" in error.value.advice
+    inner["on_shape_mismatch"] = "overlap"
+    assert streammerge.make_plan(outer, output=tmp_path / "out.safetensors").count("merged") == 2

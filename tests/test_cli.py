@@ -427,8 +427,7 @@ REPORT_KEYS = [
 
 def test_the_report(folder, run):
     words = ("a.safetensors", "depth.safetensors", "-o", "out.safetensors", "--drop", "steps", "-q")
-    words = (*words, "--on-missing", "keep")
-    assert run(*words, "--report", "report.json", "--threads", "1", "--io", "pread").code == 0
+    assert run(*words, "--on-missing", "keep", "--report", "report.json", "--threads", "1", "--io", "pread").code == 0
     report = json.loads(Path("report.json").read_text())
     assert list(report) == REPORT_KEYS
     assert report["output"] == "out.safetensors"
