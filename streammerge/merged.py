@@ -199,7 +199,7 @@ class _Resolution:
         having = [model for model in models if name in self.models[model].tensors]
         return Unshared(name, having, [model for model in models if model not in having], taken)
 
-    @property
+    @functools.cached_property
     def _compared(self) -> dict[str, Mapping[str, TensorInfo]]:
         """The models that the recipe brings together, the layout first."""
         taken = [rule.model for rule in self.recipe.rules if rule.action == "take"]
