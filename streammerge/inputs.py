@@ -6,9 +6,10 @@ import errno
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Final
 
 from streammerge.checkpoints import Checkpoint, open_model
-from streammerge.errors import CheckpointError, OutputError
+from streammerge.errors import CheckpointError, OutputError, PlanError
 from streammerge.formats.files import ByteFile, read_errors
 from streammerge.formats.library import RefusedError, library_digest
 from streammerge.formats.safetensors import is_safetensors
@@ -18,6 +19,9 @@ from streammerge.older import Older
 from streammerge.plan import Plan
 from streammerge.recipe import Recipe
 from streammerge.tensors import Model
+
+NESTED: Final = "Options are for the outer recipe: write them in this one, as keys (on_missing: keep) and rules."
+"""What to say of advice that is meant for a nested recipe."""
 
 
 @dataclass
@@ -44,12 +48,22 @@ class OpenInputs:
     def merge(self, recipe: Recipe) -> Merged:
         """The recipe as a model, its nested recipes opened first."""
         models: dict[str, Model] = {
-            entry.name: self.merge(seeded(entry.source, recipe.seed))
+            entry.name: self._nested(entry.name, seeded(entry.source, recipe.seed))
             if isinstance(entry.source, Recipe)
             else self.open(entry.source, entry.entry)
             for entry in recipe.named.values()
         }
         return merge_models(recipe, models)
+
+    def _nested(self, name: str, recipe: Recipe) -> Merged:
+        """A nested recipe as a model; a PlanError says that it is meant, which options don't reach."""
+        try:
+            return self.merge(recipe)
+        except PlanError as error:
+            error.what = f"{name}: {error.what}"
+            if not error.advice.endswith(NESTED):
+                error.advice = f"{error.advice} {NESTED}"
+            raise
 
     @property
     def files(self) -> list[ByteFile]:

@@ -19,7 +19,7 @@ from streammerge.methods.registry import Method
 from streammerge.mismatches import Misshapen, Problems, Unshared
 from streammerge.nodes import ByBlock, External, Node, Together, rounded, walk
 from streammerge.parameters import NO_BLOCKS, Layers, ParameterSources, check_blocks, is_by_block
-from streammerge.presence import Names, names_lacking, names_outside, with_inner
+from streammerge.presence import Names, names_beside, names_lacking, names_outside, with_inner
 from streammerge.quantisation import DECODED, CodedModels, Quantised, decoded
 from streammerge.recipe import Recipe, Rule
 from streammerge.tables import Column
@@ -129,10 +129,10 @@ class _Resolution:
         layout, coded = self.layout.tensors, self.coded
         weights = [name for name in layout if name not in coded.beside]
         decisions = Decisions(layout, self._decision, (name for name in layout if name in coded.beside))
-        left_out, lacking = names_outside(self.models, layout.keys(), coded), names_lacking(self.models, weights, coded)
-        self._look_outside(left_out)
-        self._report_problems(is_merge=any(fate.action == "merged" for fate in decisions.fates))
+        left_out = self._look_outside(names_outside(self.models, layout.keys(), coded))
+        self._report_problems(sum(fate.tensors for fate in decisions.fates if fate.action == "merged"))
         self.is_reported = True
+        lacking = names_lacking(self.models, weights, coded)
         return Merged(
             decisions, with_inner(left_out, self.models, "left_out"), with_inner(lacking, self.models, "lacking")
         )
@@ -163,14 +163,19 @@ class _Resolution:
             return self._copy(name, self.layout_name, f"{info.dtype} is never averaged", dtype)
         return self._merge(name, info, rule, dtype)
 
-    def _look_outside(self, left_out: Names) -> None:
-        """Note what is missing in the layout, as what is missing in other models: which of them it is, is chance."""
+    def _look_outside(self, outside: Names) -> Names:
+        """Note what is missing in the layout, as what is missing in other models: which of them it is, is chance.
+
+        Returned are the names without those that rules drop.
+        """
         wanted: dict[str, bool] = {}
-        for model, names in left_out.items():
+        dropped: set[str] = set()
+        for model, names in outside.items():
             for name in names:
                 number, rule = self._match(name)
                 if rule and rule.action == "drop":
                     self.used_rules.add(number)
+                    dropped.add(name)
                 elif rule and rule.action == "take" and rule.model == model:
                     wanted[name] = True
                 elif model in self.input_names and (rule is None or rule.action == "merge"):
@@ -181,13 +186,15 @@ class _Resolution:
             self.problems.alone.extend(wanted)
         if self.recipe.on_missing == "error":
             self.problems.missing.extend(self._unshared(name, taken=taken) for name, taken in wanted.items())
+        left = {model: names_beside(names, dropped) for model, names in outside.items()}
+        return {model: names for model, names in left.items() if names}
 
     def _unshared(self, name: str, *, taken: bool) -> Unshared:
         models = list(self._compared)
         having = [model for model in models if name in self.models[model].tensors]
         return Unshared(name, having, [model for model in models if model not in having], taken)
 
-    @property
+    @functools.cached_property
     def _compared(self) -> dict[str, Mapping[str, TensorInfo]]:
         """The models that the recipe brings together, the layout first."""
         taken = [rule.model for rule in self.recipe.rules if rule.action == "take"]
@@ -323,7 +330,7 @@ class _Resolution:
         """The models' tensors in one shape, as the recipe allows; None, and the problem noted, where not."""
         layout, policy = self.layout.tensors[name], self.recipe.on_shape_mismatch
         fitting = fit(nodes, layout, policy)
-        if fitting is None:
+        if fitting is None or fitting.why:
             self.problems.note_shape(Misshapen.of(name, self.layout_name, layout, nodes, taken=taken), policy)
         return fitting
 
@@ -352,9 +359,9 @@ class _Resolution:
         block = f"{whole[0]} ({part})" if whole else part
         return f"{block}: {', '.join(f'{key} {_shown(value)}' for key, value in parameters.items())}"
 
-    def _report_problems(self, *, is_merge: bool) -> None:
+    def _report_problems(self, merged: int) -> None:
         unused = [str(rule) for number, rule in enumerate(self.recipe.rules) if number not in self.used_rules]
-        self.problems.report(self.recipe, self._compared, unused, is_merge=is_merge)
+        self.problems.report(self.recipe, self._compared, unused, merged=merged)
 
 
 def _shown(value: ParameterValue) -> str:

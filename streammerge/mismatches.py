@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final
 
 from streammerge.architecture import architecture_mismatch
 from streammerge.errors import SHOWN, PlanError, count, listed, plural
 from streammerge.fitting import Shape, are_mixed, common_shape
 from streammerge.nodes import Node
+from streammerge.recipe import Recipe
 from streammerge.tensors import TensorInfo
 
 Tensors = Mapping[str, TensorInfo]
@@ -70,63 +71,72 @@ class Unshared:
         return f"{self.name}   in {', '.join(self.having)}, not in {', '.join(self.lacking)}"
 
 
-class Asked(Protocol):
-    """What the recipe says of tensors that don't fit, and of the layout."""
-
-    @property
-    def layout_name(self) -> str:
-        """The input whose tensors, order and shapes the output has."""
-        ...
-
-    @property
-    def on_shape_mismatch(self) -> str:
-        """The policy for shapes that differ."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class Problems:
     """Tensors that can't be merged as asked, by what is wrong with them.
 
-    `uncopied` are those that can't be copied either. `kept` and `alone` are no problem as long as others are merged:
-    what a policy keeps as it is for its shape, and what it keeps or drops because not every model has it.
+    `uncopied` are those that can't be copied either. The rest are no problem as long as other tensors are merged: what
+    a policy made `fitted`, what it `kept` as it is for its shape, and what is `alone` because not every model has it.
     """
 
     unreadable: list[str] = field(default_factory=list)
     uncopied: list[str] = field(default_factory=list)
     misshapen: list[Misshapen] = field(default_factory=list)
+    fitted: list[Misshapen] = field(default_factory=list)
     kept: list[Misshapen] = field(default_factory=list)
     missing: list[Unshared] = field(default_factory=list)
     alone: list[str] = field(default_factory=list)
     unmergeable: list[str] = field(default_factory=list)
 
     def note_shape(self, found: Misshapen, policy: str) -> None:
-        """Note a tensor that the policy keeps as the layout has it, or does not allow."""
-        if policy != "keep":
-            self.misshapen.append(found)
-        elif not found.taken:
+        """Note a tensor whose shapes differ by what the policy does with it."""
+        if policy == "keep":
             self.kept.append(found)
+        elif found.allows(policy):
+            self.fitted.append(found)
+        else:
+            self.misshapen.append(found)
 
-    def report(
-        self, recipe: Asked, models: Mapping[str, Tensors], unused_rules: Sequence[str], *, is_merge: bool
-    ) -> None:
+    def report(self, recipe: Recipe, models: Mapping[str, Tensors], unused: Sequence[str], *, merged: int) -> None:
         """PlanError with every problem of the first kind that there is, and what settles it.
 
-        `models` are the tensors of the models that were compared; `is_merge` says whether any tensor is merged.
+        `models` are the tensors of the models that were compared, `unused` the rules that match nothing; `merged` is
+        how many tensors are merged.
         """
         layout = recipe.layout_name
         _report_codes(self.unreadable, "Merge the models before they are quantised, or copy such tensors with --keep.")
         _report_codes(
             self.uncopied, f"They can be copied as they are only: {layout}'s, with no other dtype. Or use --drop."
         )
-        misshapen = self.misshapen or ([] if is_merge or self.alone else self.kept)
-        if misshapen:
+        self._report_shapes(recipe, models, merged)
+        self._report_names(layout, models, merged)
+        if self.unmergeable:
             raise PlanError(
-                f"{count(misshapen, 'tensor')} {plural(misshapen, 'differs', 'differ')} in shape between the models",
-                found=list(map(str, misshapen)),
-                advice=hint(misshapen, models) + shape_advice(misshapen, recipe, keeps=is_merge),
+                f"{count(self.unmergeable, 'tensor')} can't be averaged: not all are floating point",
+                found=self.unmergeable,
+                advice=f"Copy such tensors: {layout}'s with --keep GLOB, another model's with --take 'GLOB=MODEL'.",
             )
-        if self.alone and not is_merge:
+        if unused:
+            raise PlanError(
+                f"{count(unused, 'rule')} {plural(unused, 'matches', 'match')} no tensor of {layout} that an earlier "
+                "rule left",
+                found=unused,
+                advice="Correct the globs (`streammerge inspect` lists names), or choose another --layout.",
+            )
+
+    def _report_shapes(self, recipe: Recipe, models: Mapping[str, Tensors], merged: int) -> None:
+        """Shapes that the policy does not allow, or that it keeps all of."""
+        found = self.misshapen or ([] if merged else [kept for kept in self.kept if not kept.taken])
+        if found:
+            raise PlanError(
+                f"{count(found, 'tensor')} {plural(found, 'differs', 'differ')} in shape between the models",
+                found=list(map(str, found)),
+                advice=hint(found, models) + self._shape_advice(found, recipe, merged),
+            )
+
+    def _report_names(self, layout: str, models: Mapping[str, Tensors], merged: int) -> None:
+        """Names that no two models share, or not all."""
+        if self.alone and not merged:
             raise PlanError(
                 "nothing is merged: no tensor that could be has the same name in every model",
                 found=[f"{model}   {listed(list(tensors))}" for model, tensors in models.items()],
@@ -137,21 +147,28 @@ class Problems:
             raise PlanError(
                 f"{count(self.missing, 'tensor')} {plural(self.missing, 'is', 'are')} not in every model",
                 found=list(map(str, self.missing)),
-                advice=hint(self.missing, models) + missing_advice(self.missing, layout, models),
+                advice=hint(self.missing, models) + missing_advice(self.missing, layout, models if merged else ()),
             )
-        if self.unmergeable:
-            raise PlanError(
-                f"{count(self.unmergeable, 'tensor')} can't be averaged: not all are floating point",
-                found=self.unmergeable,
-                advice=f"Copy such tensors: {layout}'s with --keep GLOB, another model's with --take 'GLOB=MODEL'.",
-            )
-        if unused_rules:
-            raise PlanError(
-                f"{count(unused_rules, 'rule')} {plural(unused_rules, 'matches', 'match')} no tensor of {layout} that "
-                "an earlier rule left",
-                found=unused_rules,
-                advice="Correct the globs (`streammerge inspect` lists names), or choose another --layout.",
-            )
+
+    def _shape_advice(self, found: Sequence[Misshapen], recipe: Recipe, merged: int) -> str:
+        """What settles it and does not spoil what fits."""
+        layout, concerned = recipe.layout_name, (*found, *self.fitted, *self.kept)
+        keeps = merged > sum(not fitted.taken for fitted in self.fitted)
+        policies = [
+            policy
+            for policy in WORDS
+            if policy != recipe.on_shape_mismatch
+            and (keeps or policy != "keep")
+            and all(each.allows(policy) for each in concerned)
+        ]
+        takes = any(rule.action == "take" for rule in recipe.rules)
+        larger = [model for model in found[0].shapes if all(each.is_largest(model) for each in concerned)]
+        rest = f"; --layout {larger[0]} keeps that model's rest" if larger and not takes else f", keep {layout}'s rest"
+        ways = [f"{policy} ({WORDS[policy].format(layout=layout, rest=rest)})" for policy in policies]
+        advice = f"Use --on-shape-mismatch {', '.join(ways)}" if ways else ""
+        if any(each.taken for each in found):
+            return f"{advice or 'Correct the rule'}, or take such tensors from another model."
+        return f"{advice + ', or' if advice else 'Use'} --keep GLOB, --drop GLOB or a rule for such tensors."
 
 
 def _report_codes(found: Sequence[str], advice: str) -> None:
@@ -165,36 +182,16 @@ def _report_codes(found: Sequence[str], advice: str) -> None:
 
 
 WORDS: Final = {
-    "overlap": "merge what all have, keep {}'s rest",
-    "keep": "copy {}'s",
+    "overlap": "merge what all have{rest}",
+    "keep": "copy {layout}'s",
     "pad": "fill smaller ones with zeros",
     "slice": "cut larger ones",
 }
 """What the policies do to tensors of unequal shape, those first that lose the least."""
 
 
-def shape_advice(found: Sequence[Misshapen], recipe: Asked, *, keeps: bool) -> str:
-    """The policies that settle all of it; `keeps` says whether copying the layout's leaves anything to be merged."""
-    layout = recipe.layout_name
-    policies = [
-        policy
-        for policy in WORDS
-        if policy != recipe.on_shape_mismatch
-        and (keeps or policy != "keep")
-        and all(problem.allows(policy) for problem in found)
-    ]
-    ways = [f"{policy} ({WORDS[policy].format(layout)})" for policy in policies]
-    advice = f"Use --on-shape-mismatch {', '.join(ways)}, or" if ways else "Use"
-    larger = [model for model in found[0].shapes if all(problem.is_largest(model) for problem in found)]
-    if larger and "overlap" in policies:
-        advice = f"{advice.removesuffix(' or')} with --layout {larger[0]} for its larger shapes, or"
-    if any(problem.taken for problem in found):
-        return f"{advice.replace('Use', '') if not ways else advice} take such tensors from another model.".strip()
-    return f"{advice} --keep GLOB, --drop GLOB or a rule for such tensors."
-
-
-def missing_advice(found: Sequence[Unshared], layout: str, models: Mapping[str, Tensors]) -> str:
-    """What settles tensors that only some models have."""
+def missing_advice(found: Sequence[Unshared], layout: str, models: Iterable[str]) -> str:
+    """What settles tensors that only some models have; `models` are those that may give the layout instead."""
     inside = [layout in problem.having for problem in found]
     whole = [model for model in models if all(model in problem.having for problem in found)]
     free = not any(problem.taken for problem in found)

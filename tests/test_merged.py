@@ -462,3 +462,46 @@ def test_counts_have_their_plural():
     assert count(["x"], "tensor") == "1 tensor"
     assert count(["x"] * 1228, "tensor") == "1,228 tensors"
     assert plural([], "one", "many") == "many"
+
+
+# ── what only some models have ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("layout", ["a", "b"])
+def test_a_dropped_tensor_may_be_any_models(layout):
+    models = {"a": header(x=(1,)), "b": header(x=(1,), y=(1,))}
+    made = merged(models, layout=layout, rules=[{"match": "y", "drop": True}])
+    assert list(made.tensors) == ["x"]
+    assert made.left_out == {}
+
+
+def test_what_is_not_merged_is_not_missing_in_the_layout():
+    models = {"a": header(x=(1,)), "b": header(x=(1,), ids="I64 77"), "c": header(x=(1,), vae=(1,), y=(1,))}
+    made = merged(models, beside="c", rules=[{"match": "x", "take": "c"}])
+    assert made.left_out == {"b": ("ids",), "c": ("vae", "y")}
+    made = merged({"a": header(x=(1,)), "b": header(x=(1,), y=(1,))}, rules=[{"match": "*", "take": "a"}])
+    assert made.left_out == {"b": ("y",)}
+
+
+def test_what_a_rule_takes_must_have_a_place_in_the_layout():
+    models = {"a": header(x=(1,), vae__y=(1,)), "c": header(vae__y=(1,), vae__z=(1,))}
+    with pytest.raises(PlanError, match=r"1 tensor is not in every model\n  vae\.z   in c, not in a\n"):
+        merged(models, beside="c", rules=[{"match": "vae.*", "take": "c"}])
+    made = merged(models, beside="c", rules=[{"match": "vae.*", "take": "c"}], on_missing="keep")
+    assert list(made.tensors) == ["x", "vae.y"]
+
+
+def test_rules_may_copy_everything_but_policies_may_not():
+    models = {"a": header(x=(1,)), "b": header(y=(1,))}
+    for policy in ("error", "keep", "drop"):
+        with pytest.raises(PlanError, match="nothing is merged"):
+            merged(models, on_missing=policy)
+        made = merged(models, on_missing=policy, rules=[{"match": "*", "keep": True}])
+        assert fates(made) == {"x": "copied: from a: kept by rule *"}
+
+
+def test_what_merges_of_merges_leave_out_is_told():
+    inner = merged({"a": header(x=(1,), y=(1,)), "b": header(x=(1,), z=(1,))}, on_missing="keep")
+    made = merged({"in": inner, "c": header(x=(1,), y=(1,))})
+    assert made.left_out == {"in/b": ("z",)}
+    assert made.lacking == {"in/b": ("y",)}
