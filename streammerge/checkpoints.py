@@ -26,10 +26,16 @@ if TYPE_CHECKING:
     import torch
 
 
-GGUF = (
-    "is GGUF, whose tensors are quantised in blocks that streammerge does not decode; merge the safetensors that it "
-    "was made from"
-)
+OTHERS: Final = {
+    b"GGUF": (
+        "is GGUF, whose tensors are quantised in blocks that streammerge does not decode; merge the safetensors that "
+        "it was made from"
+    ),
+    b"version https://git-lfs": "is a pointer of Git LFS and not the file that it stands for; fetch that: git lfs pull",
+    b"<!doctype html": "is a web page and not a model; log in where it was fetched from, or copy its download link",
+    b"<html": "is a web page and not a model; log in where it was fetched from, or copy its download link",
+}
+"""What else is often called a model, by its first bytes in whatever case."""
 
 
 ROW_BYTES: Final = 24
@@ -187,7 +193,8 @@ def _open_file(path: Path, entry: str) -> Checkpoint:
                 advice="Leave the entry out.",
             )
         return _open_safetensors(file)
-    reason = GGUF if head.startswith(b"GGUF") else legacy_torch_reason(head)
+    known = (reason for start, reason in OTHERS.items() if head.lower().startswith(start.lower()))
+    reason = next(known, None) or legacy_torch_reason(head)
     raise CheckpointError(
         f"{path}: {reason or 'is neither safetensors nor a torch zip'}",
         found=[] if reason else [f"it starts with the bytes {head[:8].hex(' ') or '(none: it is empty)'}"],

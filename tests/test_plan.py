@@ -274,6 +274,7 @@ def test_the_plan_as_json_is_plain():
         "inputs": [],
         "left_out": {"b": ["z"]},
         "lacking": {"b": ["ids"]},
+        "beside_models": {},
         "tensors": [
             {"name": "x", "action": "merged", "why": "linear", "dtype": "F16", "shape": [3]},
             {"name": "y", "action": "copied", "why": "from b: taken by rule y", "dtype": "F16", "shape": [2, 2]},

@@ -261,4 +261,6 @@ def text_of(path: Path) -> str:
 
 
 def _example(candidates: list[_Candidate]) -> str:
-    return text_of(candidates[0].path) if candidates else TOP
+    """The entry that a user is shown: the first that looks like a model's."""
+    best = sorted(candidates, key=lambda candidate: not candidate.is_strong)
+    return text_of(best[0].path) if best else ""
