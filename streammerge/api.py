@@ -13,6 +13,7 @@ from streammerge.carrying import LICENCES, MERGED_FROM, carried_metadata
 from streammerge.checking import checkpoint_reader
 from streammerge.checkpoints import open_model
 from streammerge.copying import Copying
+from streammerge.decisions import Decision, Decisions
 from streammerge.errors import MergeError, refusal
 from streammerge.formats.files import ByteFile
 from streammerge.hashing import (
@@ -29,7 +30,7 @@ from streammerge.inputs import OpenInputs, check_output, check_with_library
 from streammerge.lanes import Extent, Machine, Watch
 from streammerge.ledger import Ledger
 from streammerge.machine import peak_resident_bytes
-from streammerge.merged import Decision, Merged, node_of
+from streammerge.merged import Merged, node_of
 from streammerge.nodes import Stored, leaves
 from streammerge.older import find_older
 from streammerge.options import Options
@@ -80,7 +81,15 @@ def planned(recipe: Recipe | Model, output: Path, options: Options, *, replacing
         description = recipe.describe() if isinstance(recipe, Recipe) else {}
         inputs = opened.files or files_of(merged)
         plan = make_plan(
-            merged, output, options, method=method, inputs=inputs, metadata=metadata, description=description
+            merged,
+            output,
+            options,
+            method=method,
+            inputs=inputs,
+            metadata=metadata,
+            description=description,
+            described_bytes=opened.described_bytes,
+            left=opened.left,
         )
         if not replacing:
             # an interrupted run may have put its output in place; whoever resumes it looks again
@@ -97,6 +106,8 @@ def _carry_out(begun: Beginning, started: float, watch: Watch | None, tell: Tell
     plan = begun.plan
     if begun.is_complete:
         return _finish(begun, started, tell)
+    for note in plan.left_notes():
+        tell(f"note: {note}")
     older = find_older(plan.output)
     check_output(plan, older, may_exist=plan.options.force)
     if plan.options.hash:
@@ -160,7 +171,7 @@ def report_of(
         merged=plan.count("merged"),
         copied=plan.count("copied"),
         dropped=plan.count("dropped"),
-        left_out={model: len(names) for model, names in plan.merged.left_out.items()},
+        left_out=plan.merged.left_out,
         findings=dict(sorted(copying.progress.findings.items())),
         on_nonfinite=plan.options.on_nonfinite,
         bytes_read=copying.progress.bytes_read,
@@ -170,7 +181,7 @@ def report_of(
         baseline_rss_bytes=machine.baseline if machine else peak_resident_bytes(),
         peak_vram_bytes=machine.peak_vram_bytes() if machine else 0,
         device=str(machine.device) if machine else plan.options.device,
-        dtype=sorted({job.info.dtype.name for job in plan.jobs}),
+        dtype=sorted({kind.info.dtype.name for kind in plan.jobs.kinds}),
         threads=machine.allotment.threads if machine else 0,
         io=machine.io if machine else plan.options.io,
         resumed_bytes=copying.ledger.found.spans.nbytes,
@@ -185,11 +196,9 @@ def as_merged(model: Model) -> Merged:
     """Any model as a merge: its tensors as they are."""
     if isinstance(model, Merged):
         return model
+    tensors = model.tensors
     return Merged(
-        tuple(
-            Decision(name, "copied", "from the model", info, node_of(model, name))
-            for name, info in model.tensors.items()
-        )
+        Decisions(tensors, lambda name: Decision(name, "copied", "from the model", tensors[name], node_of(model, name)))
     )
 
 
@@ -205,7 +214,7 @@ def output_metadata(recipe: Recipe | Model, options: Options, opened: OpenInputs
     marks = {"format": "pt"}
     if not isinstance(recipe, Recipe):
         return marks
-    marks |= carried_metadata(recipe, lambda path: opened.open(path).metadata)
+    marks |= carried_metadata(recipe, lambda path: opened.opened(path).metadata)
     if not options.metadata:
         return {key: text for key, text in marks.items() if key not in (LICENCES, MERGED_FROM)}
     return marks | recipe_metadata(recipe, options, input_hashes(recipe, opened) if options.hash_inputs else None)
@@ -214,7 +223,7 @@ def output_metadata(recipe: Recipe | Model, options: Options, opened: OpenInputs
 def input_hashes(recipe: Recipe, opened: OpenInputs) -> Hashes:
     """The sha256 of every file of every model, by the name that the recipe in the metadata has for it."""
     return {
-        name: {file.path.name: file_sha256(file.path) for file in opened.open(path).files}
+        name: {file.path.name: file_sha256(file.path) for file in opened.opened(path).files}
         for path, name in stored_names(recipe.paths()).items()
     }
 

@@ -24,9 +24,11 @@ RECIPE_SUFFIXES: Final = (".yaml", ".yml")
 
 def add_merge_arguments(parser: argparse.ArgumentParser, *, output: bool = True) -> None:
     """What merge, plan and verify have in common."""
-    parser.add_argument("models", nargs="*", metavar="RECIPE.yaml | MODEL[:WEIGHT] | NAME=MODEL[:WEIGHT]")
+    parser.add_argument(
+        "models", nargs="*", type=not_empty, metavar="RECIPE.yaml | MODEL[:WEIGHT] | NAME=MODEL[:WEIGHT]"
+    )
     if output:
-        parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="the file (or folder) to write")
+        parser.add_argument("-o", "--output", type=a_path, metavar="OUT", help="the file (or folder) to write")
     _add_recipe_arguments(parser.add_argument_group("what to merge"))
     _add_run_arguments(parser.add_argument_group("how to run"))
     _add_output_arguments(parser.add_argument_group("what to write and to show"))
@@ -38,9 +40,21 @@ def add_methods_argument(group: argparse._ActionsContainer) -> None:
         "--methods",
         action="append",
         default=[],
-        type=Path,
+        type=a_path,
         metavar="FILE.py",
         help="a Python file with merge methods of your own",
+    )
+
+
+def add_entry_argument(group: argparse._ActionsContainer) -> None:
+    """Which dict of a torch file is the model, where several could be."""
+    group.add_argument(
+        "--entry",
+        action="append",
+        default=[],
+        type=not_empty,
+        metavar="[NAME=]KEY",
+        help="which dict of torch files is the model, such as params_ema or model.state_dict; NAME= for one model only",
     )
 
 
@@ -57,7 +71,8 @@ def _add_recipe_arguments(group: argparse._ArgumentGroup) -> None:
         "-m", "--method", metavar="M", help="the merge method (default: linear; see: streammerge methods)"
     )
     add_methods_argument(group)
-    group.add_argument("--base", metavar="MODEL", help="the method's base model")
+    add_entry_argument(group)
+    group.add_argument("--base", type=not_empty, metavar="MODEL", help="the method's base model")
     group.add_argument(
         "-p",
         "--parameter",
@@ -68,7 +83,10 @@ def _add_recipe_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--dtype", metavar="keep|fp32|fp16|bf16|fp8_e4m3|fp8_e5m2", help="how tensors are stored")
     group.add_argument(
-        "--layout", metavar="MODEL", help="whose tensors, order and shapes the output has (default: first)"
+        "--layout",
+        type=not_empty,
+        metavar="MODEL",
+        help="whose tensors, order and shapes the output has (default: first)",
     )
     group.add_argument(
         "--take", action="append", default=[], metavar="GLOB=MODEL", help="copy matching tensors from it"
@@ -113,10 +131,22 @@ def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--hash", action="store_true", help="write the output's sha256 beside it, to OUT.sha256")
     group.add_argument("--hash-inputs", action="store_true", help="put the inputs' sha256 into the output's metadata")
     group.add_argument("--dry-run", action="store_true", help="show the plan and stop")
-    group.add_argument("--report", type=Path, metavar="FILE.json", help="write how it went as JSON")
+    group.add_argument("--report", type=a_path, metavar="FILE.json", help="write how it went as JSON")
     group.add_argument("--json", action="store_true", help="with plan: print it as JSON")
     group.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     group.add_argument("-v", "--verbose", action="store_true", help="show the plan before the merge")
+
+
+def not_empty(text: str) -> str:
+    """A name, which an empty text is not: it would be taken for the folder that we are in."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a name, found an empty text")
+    return text
+
+
+def a_path(text: str) -> Path:
+    """A path that is no empty text."""
+    return Path(not_empty(text))
 
 
 def size(text: str) -> int:
@@ -170,15 +200,22 @@ def options_from(arguments: argparse.Namespace) -> Options:
 
 def recipe_from(arguments: argparse.Namespace) -> Recipe:
     """What to merge: a recipe file, a packaged recipe, or models; options change the recipe's keys."""
+    from streammerge.entries import with_entries
+
     for path in arguments.methods:
         load_methods(path)
+    return with_entries(_recipe_as_named(arguments), arguments.entry)
+
+
+def _recipe_as_named(arguments: argparse.Namespace) -> Recipe:
+    """The recipe, whatever the entries of its models' files."""
     if arguments.recipe_from_metadata:
         return recorded_from(arguments).recipe
     words: list[str] = arguments.models
     first = Path(words[0]) if words else None
     if arguments.recipe is not None:
         raw, folder, bound = packaged_recipe(arguments.recipe), Path(), words
-    elif first is not None and first.suffix in RECIPE_SUFFIXES:
+    elif first is not None and first.suffix.lower() in RECIPE_SUFFIXES:
         raw, folder, bound = read_recipe_file(first), first.parent, words[1:]
     else:
         return parse_recipe(_changed(_recipe_of_models(words), arguments), Path())

@@ -9,8 +9,9 @@ from streammerge.checkpoints import Checkpoint
 from streammerge.copying import CopyRange
 from streammerge.errors import CheckpointError, OutputError, count, plural
 from streammerge.formats.positional import COPY_BYTES, read_at
+from streammerge.jobs import Job
 from streammerge.nodes import Stored
-from streammerge.plan import Job, Plan
+from streammerge.plan import Plan
 from streammerge.reading import page_aligned
 
 ReadBack = Callable[[Job, int, memoryview], None]
@@ -61,8 +62,8 @@ class Checker:
 
 def checkpoint_reader(plan: Plan, output: Checkpoint) -> ReadBack:
     """Read from an output that is in place; CheckpointError if it does not hold the plan's tensors."""
-    planned = {job.name: job.info for job in plan.jobs}
-    if dict(output.tensors) != planned:
+    planned = plan.merged.tensors
+    if output.tensors != planned:
         names = sorted(
             name for name in planned.keys() | output.tensors.keys() if planned.get(name) != output.tensors.get(name)
         )

@@ -3,36 +3,99 @@
 from __future__ import annotations
 
 import functools
+import operator
 import os
-from collections.abc import Mapping
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from streammerge.errors import CheckpointError
 from streammerge.formats.files import ByteFile, read_errors
 from streammerge.formats.safetensors import is_safetensors, read_header
 from streammerge.formats.shards import find_weights, is_index, read_index
+from streammerge.formats.state_dicts import NONE_LEFT, LeftTensors
 from streammerge.formats.torchzip import StoredView, is_torch_zip, legacy_torch_reason, read_torch_zip
 from streammerge.nodes import Node, Stored, Viewed
+from streammerge.tables import Column, Names
 from streammerge.tensors import TensorInfo
 
 if TYPE_CHECKING:
     import torch
 
 
-GGUF = (
-    "is GGUF, whose tensors are quantised in blocks that streammerge does not decode; merge the safetensors that it "
-    "was made from"
-)
+OTHERS: Final = {
+    b"GGUF": (
+        "is GGUF, whose tensors are quantised in blocks that streammerge does not decode; merge the safetensors that "
+        "it was made from"
+    ),
+    b"version https://git-lfs": "is a pointer of Git LFS and not the file that it stands for; fetch that: git lfs pull",
+    b"<!doctype html": "is a web page and not a model; log in where it was fetched from, or copy its download link",
+    b"<html": "is a web page and not a model; log in where it was fetched from, or copy its download link",
+}
+"""What else is often called a model, by its first bytes in whatever case."""
+
+
+ROW_BYTES: Final = 24
+"""What a tensor takes in a table: places of a description, of a file and in it."""
+
+NODE_BYTES: Final = 800
+"""What a tensor takes that is no row of a table: its name, its view of a storage, and where it is to be found."""
+
+
+class StoredTensors(Mapping[str, Node]):
+    """Tensors that lie in files, as expressions that are made when they are asked for."""
+
+    def __init__(
+        self,
+        names: Names,
+        infos: Sequence[TensorInfo],
+        starts: Sequence[int],
+        files: Sequence[ByteFile],
+        numbers: Sequence[int] | None = None,
+    ) -> None:
+        """`starts` are where the tensors begin in their files; `numbers` say which these are, if not all the first."""
+        self.infos = Column(names, infos)
+        self._starts = starts
+        self._files = files
+        self._numbers = numbers
+
+    def __getitem__(self, name: str) -> Node:
+        place = self.infos.names.places[name]
+        file = self._files[self._numbers[place] if self._numbers else 0]
+        return Stored(self.infos.values_in_order[place], file, self._starts[place])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.infos)
+
+    def __len__(self) -> int:
+        return len(self.infos)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.infos
+
+
+def compact(nodes: Mapping[str, Node], files: Sequence[ByteFile]) -> Mapping[str, Node]:
+    """The same in little memory, if all of them lie flat in these files."""
+    numbers = {id(file): number for number, file in enumerate(files)}
+    infos, starts, places = list[TensorInfo](), array("Q"), array("I")
+    for node in nodes.values():
+        if not isinstance(node, Stored):
+            return nodes
+        infos.append(node.info)
+        starts.append(node.start)
+        places.append(numbers[id(node.file)])
+    return StoredTensors(Names.of(nodes), infos, starts, files, places)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A model on disk: its tensors in file order, each known by its place in a file and nothing read yet.
 
-    Close it, or use it in a `with` statement, when nothing is going to be read any more.
+    `left` are tensors of a torch file that are not the model's. Close it, or use it in a `with` statement, when nothing
+    is going to be read any more.
     """
 
     path: Path
@@ -40,16 +103,24 @@ class Checkpoint:
     nodes: Mapping[str, Node]
     files: tuple[ByteFile, ...]
     metadata: Mapping[str, str]
+    left: LeftTensors = NONE_LEFT
 
     @functools.cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Names and descriptions, in file order."""
+        if isinstance(self.nodes, StoredTensors):
+            return self.nodes.infos
         return {name: node.info for name, node in self.nodes.items()}
 
     @property
     def nbytes(self) -> int:
         """The size of all the model's files."""
         return sum(file.nbytes for file in self.files)
+
+    @property
+    def described_bytes(self) -> int:
+        """What is kept in memory of the tensors' descriptions, their names left out."""
+        return len(self.nodes) * (ROW_BYTES if isinstance(self.nodes, StoredTensors) else NODE_BYTES)
 
     def node(self, name: str) -> Node:
         """Where the tensor's elements come from."""
@@ -75,29 +146,55 @@ class Checkpoint:
         self.close()
 
 
-def open_model(path: str | os.PathLike[str]) -> Checkpoint:
+def open_model(path: str | os.PathLike[str], entry: str = "") -> Checkpoint:
     """Open a checkpoint by its content: safetensors, a torch zip, or shards of either (a folder or an index file).
 
-    Only headers are read. Raises CheckpointError if it is none of these, is damaged, or would need code to be run.
+    Only headers are read. Where several dicts of a torch file could be the model, `entry` names the one that is: by its
+    keys, joined with dots, or `.` for the outermost. Raises CheckpointError if the file is none of these, is damaged,
+    would need code to be run, or has no such entry.
     """
-    path = Path(path)
+    if os.fspath(path) == "":
+        raise CheckpointError("the model's name is empty", advice="Name a checkpoint file, or a folder of one.")
+    path = weights_file(Path(path))
+    return _open_shards(path, entry) if is_index(path) else _open_file(path, entry)
+
+
+def weights_file(path: Path) -> Path:
+    """The file that is read first: the path's own, or that of the model in the folder; an index if it has shards."""
     with read_errors(path):
-        if path.is_dir():
-            path = find_weights(path)
-    if is_index(path):
-        return _open_shards(path)
-    return _open_file(path)
+        return find_weights(path) if path.is_dir() else path
 
 
-def _open_file(path: Path) -> Checkpoint:
+def model_files(path: Path) -> list[Path]:
+    """Every file that holds tensors of the model at this path."""
+    path = weights_file(path)
+    return read_index(path).shards if is_index(path) else [path]
+
+
+def has_entries(path: Path) -> bool:
+    """Whether there are torch files at this path, whose dicts may be chosen by name."""
+    heads = []
+    for file in model_files(path):
+        with read_errors(file), file.open("rb") as opened:
+            heads.append(opened.read(4))
+    return any(map(is_torch_zip, heads))
+
+
+def _open_file(path: Path, entry: str) -> Checkpoint:
     file = ByteFile(path)
     with read_errors(path), path.open("rb") as opened:
         head = opened.read(512)
     if is_torch_zip(head):
-        return _open_torch_zip(file)
+        return _open_torch_zip(file, entry)
     if is_safetensors(head):
+        if entry:
+            raise CheckpointError(
+                f"{path}: is safetensors, which has no dicts of which {entry!r} could be one",
+                advice="Leave the entry out.",
+            )
         return _open_safetensors(file)
-    reason = GGUF if head.startswith(b"GGUF") else legacy_torch_reason(head)
+    known = (reason for start, reason in OTHERS.items() if head.lower().startswith(start.lower()))
+    reason = next(known, None) or legacy_torch_reason(head)
     raise CheckpointError(
         f"{path}: {reason or 'is neither safetensors nor a torch zip'}",
         found=[] if reason else [f"it starts with the bytes {head[:8].hex(' ') or '(none: it is empty)'}"],
@@ -107,14 +204,14 @@ def _open_file(path: Path) -> Checkpoint:
 
 def _open_safetensors(file: ByteFile) -> Checkpoint:
     header = read_header(file.path, file.nbytes)
-    nodes = {name: Stored(info, file, header.offsets[name]) for name, info in header.tensors.items()}
+    nodes = StoredTensors(header.names, header.infos, header.starts, (file,))
     return Checkpoint(file.path, "safetensors", nodes, (file,), header.metadata)
 
 
-def _open_torch_zip(file: ByteFile) -> Checkpoint:
-    views = read_torch_zip(file.path).tensors
-    nodes = {name: _torch_node(file, view) for name, view in views.items()}
-    return Checkpoint(file.path, "torch zip", nodes, (file,), {})
+def _open_torch_zip(file: ByteFile, entry: str) -> Checkpoint:
+    found = read_torch_zip(file.path, entry)
+    nodes = {name: _torch_node(file, view) for name, view in found.tensors.items()}
+    return Checkpoint(file.path, "torch zip", nodes, (file,), {}, found.left)
 
 
 def _torch_node(file: ByteFile, view: StoredView) -> Node:
@@ -126,20 +223,30 @@ def _torch_node(file: ByteFile, view: StoredView) -> Node:
     return Viewed(view.info, storage, view.offset, view.stride, view.info.shape)
 
 
-def _open_shards(path: Path) -> Checkpoint:
+def _open_shards(path: Path, entry: str) -> Checkpoint:
     """All shards as one model, in the order of the shards and of the tensors in them.
 
-    Where two shards hold a tensor, the index decides; one that the index forgot is in the model all the same.
+    Where two shards hold a tensor, the index decides; one that the index forgot is in the model all the same, unless
+    two shards hold it.
     """
     index = read_index(path)
-    shards = {shard: _open_file(shard) for shard in index.shards}
-    nodes = {
-        name: node
-        for shard, checkpoint in shards.items()
-        for name, node in checkpoint.nodes.items()
-        if index.weight_map.get(name, shard) == shard
-    }
-    missing = [f"{name}: not in {shard.name}" for name, shard in index.weight_map.items() if name not in nodes]
+    shards = {shard.name: _open_file(shard, entry) for shard in index.shards}
+    nodes: dict[str, Node] = {}
+    unsettled = []
+    for shard, checkpoint in shards.items():
+        for name, node in checkpoint.nodes.items():
+            meant = index.weight_map.get(name)
+            if meant is None and name in nodes:
+                unsettled.append(f"{name}: in {shard} and another")
+            elif meant in (None, shard):
+                nodes[name] = node
+    if unsettled:
+        raise CheckpointError(
+            f"{path}: {len(unsettled)} tensors are in two shards, and the index doesn't say which is meant",
+            found=unsettled,
+            advice="Fetch index and shards again.",
+        )
+    missing = [f"{name}: not in {shard}" for name, shard in index.weight_map.items() if name not in nodes]
     if missing:
         raise CheckpointError(
             f"{path}: {len(missing)} tensors are not in the shards that the index names",
@@ -148,4 +255,6 @@ def _open_shards(path: Path) -> Checkpoint:
         )
     first = next(iter(shards.values()))
     files = tuple(file for checkpoint in shards.values() for file in checkpoint.files)
-    return Checkpoint(path, f"sharded {first.container} ({len(shards)} files)", nodes, files, first.metadata)
+    left = functools.reduce(operator.add, (checkpoint.left for checkpoint in shards.values()))
+    what = f"sharded {first.container} ({len(shards)} files)"
+    return Checkpoint(path, what, compact(nodes, files), files, first.metadata, left)

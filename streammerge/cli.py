@@ -132,7 +132,7 @@ def verify(words: Sequence[str]) -> int:
         "Read a merged model back: check its format, its index and its hashes, compute windows of it again from the "
         "recipe in its metadata and compare the bytes. With a recipe or models all of it is computed.",
     )
-    parser.add_argument("merged", metavar="OUT", help="the output to check")
+    parser.add_argument("merged", type=args.not_empty, metavar="OUT", help="the output to check")
     parser.add_argument("--all", action="store_true", help="compute every byte again, not only samples")
     args.add_merge_arguments(parser, output=False)
     from streammerge import commands
@@ -142,10 +142,13 @@ def verify(words: Sequence[str]) -> int:
 
 def inspect(words: Sequence[str]) -> int:
     """Show what a model's header tells."""
+    from streammerge import arguments as args
+
     parser = new_parser(
         "inspect", None, "Show a model's components, sizes, dtypes and metadata. Reads the header only."
     )
-    parser.add_argument("model", help="a checkpoint: file, folder of shards, or index")
+    parser.add_argument("model", type=args.not_empty, help="a checkpoint: file, folder of shards, or index")
+    args.add_entry_argument(parser)
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--match", metavar="GLOB", help="list tensors whose name matches")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
@@ -159,12 +162,15 @@ def compare(words: Sequence[str]) -> int:
     from streammerge import arguments as args
 
     parser = new_parser("compare", None, "The cosine similarity of every tensor that two models share, in one pass.")
-    parser.add_argument("a", help="a checkpoint")
-    parser.add_argument("b", help="another")
+    parser.add_argument("a", type=args.not_empty, help="a checkpoint")
+    parser.add_argument("b", type=args.not_empty, help="another")
+    args.add_entry_argument(parser)
     parser.add_argument("--match", metavar="GLOB", default="*", help="compare only tensors whose name matches")
     parser.add_argument("--least", type=int, default=10, metavar="N", help="list so many of the least similar")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the histogram (needs streammerge[plot])")
-    parser.add_argument("--csv", type=Path, metavar="FILE.csv", help="write a row for every tensor")
+    parser.add_argument(
+        "--plot", type=args.a_path, metavar="FILE.png", help="draw the histogram (needs streammerge[plot])"
+    )
+    parser.add_argument("--csv", type=args.a_path, metavar="FILE.csv", help="write a row for every tensor")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--device", default="cpu", metavar="auto|cpu|cuda|cuda:N|mps|xpu", help="(default: cpu)")
     parser.add_argument("--threads", type=args.positive, metavar="N", help="workers (default: the cores)")
@@ -209,11 +215,13 @@ def bench(words: Sequence[str]) -> int:
         "measured beside every run. Takes what a merge takes; outputs are removed. Without the final sync, as other "
         "tools work, unless --sync is given.",
     )
-    parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="time it in this file's folder (default: .)")
+    parser.add_argument(
+        "-o", "--output", type=args.a_path, metavar="OUT", help="time it in this file's folder (default: .)"
+    )
     parser.add_argument("--runs", type=args.positive, default=5, metavar="N", help="measured runs (default: 5)")
     parser.add_argument("--cold", action="store_true", help="as many runs with the inputs out of the page cache, too")
     parser.add_argument("--sync", action="store_true", help="wait for the disk at the end of every run")
-    parser.add_argument("--report", type=Path, metavar="FILE.json", help="write every figure of every run")
+    parser.add_argument("--report", type=args.a_path, metavar="FILE.json", help="write every figure of every run")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("-q", "--quiet", action="store_true", help="show no progress")
     arguments, merge_words = parser.parse_known_args(words)
@@ -230,13 +238,17 @@ def bench(words: Sequence[str]) -> int:
 
 def demo(words: Sequence[str]) -> int:
     """The founding job on models with random values."""
+    from streammerge import arguments as args
+
     parser = new_parser(
         "demo",
         None,
         "Adapt SD 2's depth model to another style by task arithmetic, with models of true names and random values: "
         "make them, compare, plan, merge, and check the result.",
     )
-    parser.add_argument("folder", nargs="?", default="demo", help="where to put the models (default: demo)")
+    parser.add_argument(
+        "folder", nargs="?", type=args.not_empty, default="demo", help="where to put the models (default: demo)"
+    )
     parser.add_argument(
         "--full", action="store_true", help="in full size (8 GB in fp16, 16 GB in fp32, and the output)"
     )
@@ -252,13 +264,17 @@ def demo(words: Sequence[str]) -> int:
 
 def clean(words: Sequence[str]) -> int:
     """Remove what merges that were stopped left behind."""
+    from streammerge import arguments as args
+
     parser = new_parser(
         "clean",
         None,
         "List and remove the unfinished files and journals that merges left in a folder when they were stopped. What a "
         "running merge uses is left alone, and an output that was complete is put in place.",
     )
-    parser.add_argument("folder", nargs="?", type=Path, default=Path(), help="where merges were written (default: .)")
+    parser.add_argument(
+        "folder", nargs="?", type=args.a_path, default=Path(), help="where merges were written (default: .)"
+    )
     parser.add_argument("-n", "--dry-run", action="store_true", help="list, and remove nothing")
     from streammerge import commands
 

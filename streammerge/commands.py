@@ -10,7 +10,7 @@ from pathlib import Path
 from streammerge.arguments import RECIPE_SUFFIXES, is_there, options_from, recipe_from, recorded_from
 from streammerge.blocks import abridged, unet_blocks
 from streammerge.errors import OutputError, one_line
-from streammerge.formats.shards import SUFFIXES
+from streammerge.formats.shards import is_model
 from streammerge.manual import describe_method, example, method_rows
 from streammerge.methods import METHODS, find_method
 from streammerge.methods.loading import load_methods
@@ -69,12 +69,12 @@ def plan(arguments: argparse.Namespace) -> int:
 def show_plan(plan: Plan, *, every_tensor: bool) -> None:
     """The plan for people: the fates of the tensors, grouped by reason or one by one, and the costs."""
     if every_tensor:
-        for decision in plan.decisions:
-            why = f"{decision.why}   {decision.detail}".rstrip()
-            say(one_line(f"{decision.action:<8} {decision.info!s:<28} {decision.name}   {why}"))
+        for name, fate in plan.decisions.told():
+            why = f"{fate.why}   {fate.detail}".rstrip()
+            say(one_line(f"{fate.action:<8} {fate.info!s:<28} {name}   {why}"))
     else:
-        for fate, number in plan.summary().items():
-            say(one_line(f"{number:>6,}  {fate}"))
+        for outcome, number in plan.summary().items():
+            say(one_line(f"{number:>6,}  {outcome}"))
     for note in plan.notes():
         say(one_line(f"note: {note}"))
     say()
@@ -184,11 +184,18 @@ def telling(*, quiet: bool) -> Callable[[str], None]:
 def inspect(arguments: argparse.Namespace) -> int:
     """Show what the header tells."""
     from streammerge.checkpoints import open_model
+    from streammerge.entries import entries_of
     from streammerge.inspection import inspect_model, render
 
-    with open_model(arguments.model) as model:
+    entry = entries_of(arguments.entry, {"model": arguments.model})["model"]
+    with open_model(arguments.model, entry) as model:
         inspection = inspect_model(
-            model.tensors, path=model.path, nbytes=model.nbytes, metadata=model.metadata, container=model.container
+            model.tensors,
+            path=model.path,
+            nbytes=model.nbytes,
+            metadata=model.metadata,
+            container=model.container,
+            left=model.left,
         )
     if arguments.json:
         say(dump_json(inspection.to_json(tensors=True, match=arguments.match)).rstrip())
@@ -201,12 +208,14 @@ def compare(arguments: argparse.Namespace) -> int:
     """Compare two models and show how far they are apart."""
     from streammerge import comparison, plotting
     from streammerge.checkpoints import open_model
+    from streammerge.entries import entries_of
 
     for path in (arguments.csv, arguments.plot):
         check_side_file(path)
+    entries = entries_of(arguments.entry, {"a": arguments.a, "b": arguments.b})
     with (
-        open_model(arguments.a) as a,
-        open_model(arguments.b) as b,
+        open_model(arguments.a, entries["a"]) as a,
+        open_model(arguments.b, entries["b"]) as b,
         watching("compare", quiet=arguments.quiet) as watch,
     ):
         from streammerge.similarity import compare_models
@@ -328,7 +337,7 @@ def check_side_file(path: Path | None) -> None:
         raise OutputError(f"{path}: its folder does not exist", advice="Create it.")
     if path.is_dir():
         raise OutputError(f"{path}: is a folder", advice="Name a file.")
-    if path.suffix in (*SUFFIXES, *RECIPE_SUFFIXES):
+    if is_model(path) or path.suffix.lower() in RECIPE_SUFFIXES:
         raise OutputError(
             f"{path}: is named like a model or a recipe, which a report must not replace",
             advice="Name a .json or .csv file.",

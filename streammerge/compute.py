@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from streammerge.devices import Lane
+from streammerge.devices import Lane, torch_dtype
 from streammerge.gathering import gather
 from streammerge.methods.place import Target
 from streammerge.methods.slices import Slicing
@@ -22,6 +22,7 @@ from streammerge.nodes import (
     Combined,
     External,
     Node,
+    Rounded,
     Stored,
     Term,
     Viewed,
@@ -54,6 +55,9 @@ class Evaluator:
                 return self.lane.bring(node.model.read(node.name, start, stop), self.dtype, slot)
             case Viewed():
                 return self._view(node, start, stop, slot)
+            case Rounded():
+                values = self.values(node.source, start, stop, slot).to(torch_dtype(node.info.dtype))
+                return self.lane.slot(slot, stop - start, self.dtype).copy_(values)
             case Combined():
                 return self._combination(node.terms, start, stop, slot)
             case ByGram():
@@ -150,13 +154,15 @@ class Evaluator:
     def _view(self, node: Viewed, start: int, stop: int, slot: int) -> torch.Tensor:
         """Gathered where the source is: in main memory if it is stored, else on the device."""
         source = node.source
-        if isinstance(source, Stored):
+        if isinstance(source, Stored) and node.around is None:
             first = self.lane.read(source, 0, 0, slot)
             gathered = gather(
                 node, start, stop, first.new_empty(stop - start), lambda i, j: self.lane.read(source, i, j, slot + 1)
             )
             return self.lane.bring(gathered, self.dtype, slot)
         out = self.lane.slot(slot, stop - start, self.dtype)
+        if node.around is not None:
+            out.copy_(self.values(node.around, start, stop, slot + 1))
         return gather(node, start, stop, out, lambda i, j: self.copy(source, i, j, slot + 1))
 
     def copy(self, node: Node, start: int, stop: int, slot: int = 0) -> torch.Tensor:

@@ -16,14 +16,17 @@ from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from streammerge.errors import error_context
+from streammerge.jobs import Job, copied_from
 from streammerge.ledger import Ledger
 from streammerge.nodes import Stored
-from streammerge.plan import Job, copied_from
 from streammerge.progress import Progress
 
 PIECE: Final = 32 << 20
 """Bytes that are copied at once: calls so long that waiting for the interpreter between them, while it imports torch,
 does not matter, and yet soon stopped."""
+
+PIECE_RANGES: Final = 1 << 12
+"""Ranges of small tensors that are copied at once at the most: they take memory too, and time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +72,8 @@ class Piece:
 
     def run(self, progress: Progress) -> None:
         """Copy them."""
-        for part in self.ranges:
-            part.source.file.will_need(part.start, part.start + part.nbytes)
+        for whole in adjoining(self.ranges):
+            whole.source.file.will_need(whole.start, whole.start + whole.nbytes)
         self.sink.copy(self.ranges)
         for part in self.ranges:
             self.ledger.finish(part.job, part.position, part.position + part.nbytes)
@@ -126,13 +129,15 @@ class Copying:
 def pieces(jobs: Iterable[Job], sink: CopySink, ledger: Ledger) -> Iterator[Piece]:
     """All that is to be copied, in the order of the jobs, in pieces of about the same size."""
     ranges: list[CopyRange] = []
+    nbytes = 0
     for part in (part for job in jobs if job.compute is None for part in ranges_of(job)):
         if ledger.has(part.job, part.position, part.position + part.nbytes):
             continue
-        if ranges and sum(other.nbytes for other in ranges) + part.nbytes > PIECE:
+        if ranges and (nbytes + part.nbytes > PIECE or len(ranges) == PIECE_RANGES):
             yield Piece(sink, ranges, ledger)
-            ranges = []
+            ranges, nbytes = [], 0
         ranges.append(part)
+        nbytes += part.nbytes
     if ranges:
         yield Piece(sink, ranges, ledger)
 

@@ -16,9 +16,9 @@ from typing import Final, Literal
 import torch
 
 from streammerge.errors import DeviceError, OutOfMemoryError, machine_is_full
+from streammerge.jobs import Job
 from streammerge.machine import Allotment
 from streammerge.nodes import BLOCK, PIECE, ByBlock, ByGram, Node, Stored, walk
-from streammerge.plan import Job
 from streammerge.reading import PositionalReader, Reader, open_reader, page_aligned
 from streammerge.tensors import DTYPES, DType
 

@@ -139,6 +139,12 @@ def count(items: Sized, noun: str) -> str:
     return f"{len(items):,} {plural(items, noun, noun + 's')}"
 
 
+def listed(names: Sequence[str]) -> str:
+    """`a, b, c`, the first of many names with a count of the rest."""
+    rest = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {rest:,} more" if rest > 0 else "")
+
+
 def plural(items: Sized, one: str, many: str) -> str:
     """The word for one, or for many."""
     return one if len(items) == 1 else many

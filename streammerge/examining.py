@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from streammerge.compute import Evaluator
 from streammerge.findings import Finding
-from streammerge.nodes import Applied, Combined, External, Node, Stored, leaves
+from streammerge.nodes import Applied, Combined, External, Node, Rounded, Stored, Viewed, leaves
+from streammerge.tensors import TensorInfo
 
 
 def examine(values: torch.Tensor, stored: torch.Tensor) -> Finding | None:
@@ -69,13 +71,23 @@ def nonfinite_inputs(evaluator: Evaluator, node: Node, start: int, stop: int) ->
 
 
 def operands(node: Node) -> Iterator[Node]:
-    """What the arithmetic is done with: stored tensors, views of them, and those of models that are not ours."""
+    """What the arithmetic is done with: stored tensors, views of them, and those of models that are not ours.
+
+    All are of the node's shape: what a view is made of is seen through the view.
+    """
     if isinstance(node, Combined):
         for term in node.terms:
             yield from operands(term.node)
     elif isinstance(node, Applied):
         for child in node.inputs:
             yield from operands(child)
+    elif isinstance(node, Rounded):
+        yield from operands(node.source)
+    elif isinstance(node, Viewed):
+        for part in operands(node.source):
+            yield replace(node, info=TensorInfo(part.info.dtype, node.info.shape), source=part, around=None)
+        if node.around is not None:
+            yield from operands(node.around)
     else:
         yield node
 

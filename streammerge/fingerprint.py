@@ -12,14 +12,26 @@ import importlib.metadata
 import inspect
 import json
 import marshal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from streammerge import __version__
 from streammerge.formats.files import ByteFile, read_errors
-from streammerge.nodes import Applied, ByBlock, Combined, External, Node, Stored, Together, Viewed, leaves, walk
-from streammerge.plan import Job, Plan
+from streammerge.jobs import Job
+from streammerge.nodes import (
+    Applied,
+    ByBlock,
+    Combined,
+    External,
+    Node,
+    Rounded,
+    Stored,
+    Together,
+    Viewed,
+    walk,
+)
+from streammerge.plan import Plan
 
 Fingerprint = Mapping[str, Mapping[str, Any]]
 """Topic → name → plain value. One that begins with MARK is a digest, which is not worth showing."""
@@ -61,7 +73,7 @@ def request_of(plan: Plan) -> Fingerprint:
 
 def can_be_told(plan: Plan) -> bool:
     """Whether everything that is merged has an identity; models that are objects of some program have none."""
-    return not any(isinstance(leaf, External) for job in plan.jobs for leaf in leaves(job.node))
+    return all(kind.is_told for kind in plan.jobs.kinds)
 
 
 def differences(before: Fingerprint, now: Fingerprint) -> list[str]:
@@ -83,9 +95,12 @@ def _shown(value: Any) -> str:  # noqa: ANN401
     return "there" if str(value).startswith(MARK) else str(value)
 
 
-def digest(data: bytes) -> str:
-    """A short digest."""
-    return MARK + hashlib.blake2b(data, digest_size=12).hexdigest()
+def digest(data: bytes | Iterable[bytes]) -> str:
+    """A short digest of bytes, or of pieces of them."""
+    made = hashlib.blake2b(digest_size=12)
+    for piece in (data,) if isinstance(data, bytes) else data:
+        made.update(piece)
+    return MARK + made.hexdigest()
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:  # noqa: ANN401
@@ -118,13 +133,12 @@ def _ends(file: ByteFile) -> str:
 
 def _files(plan: Plan) -> Iterator[tuple[Path, str]]:
     for file in plan.output.files:
-        yield file.path, digest(file.header.encoded)
+        yield file.path, digest(file.header.pieces())
     if plan.output.index is not None:
-        path, text = plan.output.index
-        yield path, digest(text.encode())
+        yield plan.output.index.path, digest(plan.output.index.pieces())
 
 
-def _methods(jobs: tuple[Job, ...]) -> list[Any]:
+def _methods(jobs: Iterable[Job]) -> list[Any]:
     """Every method that is applied, those that are folded into coefficients not among them."""
     found = {part.method.name: part.method for job in jobs for part in walk(job.node) if isinstance(part, Applied)}
     return [found[name] for name in sorted(found)]
@@ -156,7 +170,10 @@ class _Describer:
             case Stored():
                 return ["stored", info, self.numbers.get(id(node.file), str(node.file.path)), node.start]
             case Viewed():
-                return ["viewed", info, self.node(node.source), node.offset, node.strides, node.inner]
+                around = [self.node(node.around)] if node.around is not None else []
+                return ["viewed", info, self.node(node.source), node.offset, node.strides, node.inner, *around]
+            case Rounded():
+                return ["rounded", info, self.node(node.source)]
             case Combined():
                 return ["combined", info, [[term.coefficient.hex(), self.node(term.node)] for term in node.terms]]
             case External():

@@ -13,7 +13,8 @@ from streammerge.merged import Merged, merge_models
 from streammerge.methods import find_method
 from streammerge.methods.registry import Method
 from streammerge.parameters import parse_settings
-from streammerge.recipe import Input, MissingPolicy, Recipe, Rule, ShapePolicy, check_recipe, parse_dtype, parse_seed
+from streammerge.recipe import Input, MissingPolicy, Recipe, Rule, ShapePolicy, check_recipe, parse_dtype
+from streammerge.scalars import parse_seed
 from streammerge.tensors import Model
 
 ModelLike = Model | str | os.PathLike[str]

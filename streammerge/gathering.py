@@ -34,8 +34,12 @@ class Box:
 
 
 def gather(node: Viewed, start: int, stop: int, out: torch.Tensor, fetch: Fetch) -> torch.Tensor:
-    """Fill `out` with elements [start, stop) of the view; `fetch(i, j)` gives the source's flat elements [i, j)."""
-    out.zero_()
+    """Fill `out` with elements [start, stop) of the view; `fetch(i, j)` gives the source's flat elements [i, j).
+
+    Where the view has something around the source, `out` comes with that.
+    """
+    if node.around is None:
+        out.zero_()
     position = 0
     for box in boxes(node.info.shape, start, stop):
         target = out[position : position + box.volume].view(box.size)

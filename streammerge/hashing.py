@@ -21,9 +21,9 @@ from typing import Final
 from streammerge.copying import CopyRange
 from streammerge.errors import CheckpointError, OutputError, output_errors
 from streammerge.formats.files import read_errors
+from streammerge.jobs import Job
 from streammerge.layout import OutputFile, OutputLayout
 from streammerge.placing import temporary_name
-from streammerge.plan import Job
 from streammerge.writing import OutputWriter
 
 BLOCK: Final = 1 << 20
@@ -64,7 +64,7 @@ class _Followed:
 
     def update(self, data: memoryview) -> None:
         """Hash the next bytes."""
-        header = max(0, len(self.file.header.encoded) - self.hashed)
+        header = max(0, self.file.header.nbytes - self.hashed)
         self.whole.update(data)
         self.tensors.update(data[header:])
         self.hashed += len(data)
@@ -78,7 +78,7 @@ class HashingWriter:
 
     def __init__(self, writer: OutputWriter) -> None:
         self.writer = writer
-        self._files = [_Followed(file, len(file.header.encoded)) for file in writer.layout.files]
+        self._files = [_Followed(file, file.header.nbytes) for file in writer.layout.files]
         self._changed = threading.Condition()
         self._stopped = False
         self._error: BaseException | None = None
@@ -183,7 +183,7 @@ def file_sha256(path: Path) -> str:
 
 def sidecar_of(layout: OutputLayout) -> Path:
     """Where the hashes of an output go: beside its file, or its index."""
-    return sidecar_beside(layout.index[0].with_suffix("").with_suffix("") if layout.index else layout.files[0].path)
+    return sidecar_beside(layout.index.path.with_suffix("").with_suffix("") if layout.index else layout.files[0].path)
 
 
 def sidecar_beside(path: Path) -> Path:
@@ -210,7 +210,10 @@ def write_sidecar(layout: OutputLayout, hashes: Sequence[FileHashes], *, sync: b
     """Write the hashes as `sha256sum -c` reads them, whole or not at all; those of the tensors alone as comments."""
     lines = [_line(found.sha256, file.path.name) for file, found in zip(layout.files, hashes, strict=True)]
     if layout.index:
-        lines.append(_line(hashlib.sha256(layout.index[1].encode()).hexdigest(), layout.index[0].name))
+        whole = hashlib.sha256()
+        for piece in layout.index.pieces():
+            whole.update(piece)
+        lines.append(_line(whole.hexdigest(), layout.index.path.name))
     lines += [f"# tensors alone: {found.tensors}" for found in hashes]
     path = sidecar_of(layout)
     temporary = temporary_name(path)

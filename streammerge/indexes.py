@@ -11,7 +11,7 @@ from typing import Final
 from streammerge.checkpoints import Checkpoint
 from streammerge.errors import CheckpointError
 from streammerge.formats.safetensors import read_header
-from streammerge.formats.shards import is_index
+from streammerge.formats.shards import SAFETENSORS, is_index
 
 _SHARD: Final = re.compile(r"(?P<stem>.+)-\d{5}-of-\d{5}(?P<suffix>\.\w+)")
 
@@ -42,7 +42,7 @@ def _problems(model: Checkpoint) -> Iterator[str]:
     if stated is not None and stated != total:
         yield f"total_size is {stated}, the tensors have {total} bytes"
     for file in model.files:
-        if file.path.suffix == ".safetensors":
+        if file.path.suffix.lower() in SAFETENSORS:
             for name in read_header(file.path, file.nbytes).tensors:
                 if index["weight_map"].get(name) != file.path.name:
                     yield f"{name}: in {file.path.name}, but not so in the weight_map"

@@ -6,49 +6,79 @@ import errno
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Final
 
 from streammerge.checkpoints import Checkpoint, open_model
-from streammerge.errors import CheckpointError, OutputError
+from streammerge.errors import CheckpointError, OutputError, PlanError
 from streammerge.formats.files import ByteFile, read_errors
+from streammerge.formats.library import RefusedError, library_digest
 from streammerge.formats.safetensors import is_safetensors
+from streammerge.formats.state_dicts import LeftTensors
 from streammerge.merged import Merged, merge_models
 from streammerge.older import Older
 from streammerge.plan import Plan
 from streammerge.recipe import Recipe
 from streammerge.tensors import Model
 
+NESTED: Final = "Options are for the outer recipe: write them in this one, as keys (on_missing: keep) and rules."
+"""What to say of advice that is meant for a nested recipe."""
+
 
 @dataclass
 class OpenInputs:
-    """Checkpoints that are open, each path once, however often recipes name it."""
+    """Checkpoints that are open, each path and entry once, however often recipes name them."""
 
-    checkpoints: dict[Path, Checkpoint] = field(default_factory=dict)
+    checkpoints: dict[tuple[Path, str], Checkpoint] = field(default_factory=dict)
 
-    def open(self, path: Path) -> Checkpoint:
-        """The checkpoint at this path."""
+    def open(self, path: Path, entry: str = "") -> Checkpoint:
+        """The checkpoint at this path, its state dict being the entry of this name where one has to be chosen."""
         try:
             key = path.resolve()
         except RuntimeError as error:  # Python's word, before 3.13, for links that lead to each other
             loop = os.strerror(errno.ELOOP)
             raise CheckpointError(f"{path}: can't be read: {loop}", advice="Name a checkpoint file.") from error
-        if key not in self.checkpoints:
-            self.checkpoints[key] = open_model(path)
-        return self.checkpoints[key]
+        if (key, entry) not in self.checkpoints:
+            self.checkpoints[key, entry] = open_model(path, entry)
+        return self.checkpoints[key, entry]
+
+    def opened(self, path: Path) -> Checkpoint:
+        """A checkpoint at this path that is open already, whichever its entry: for what it has in its files."""
+        return next(opened for (key, _), opened in self.checkpoints.items() if key == path.resolve())
 
     def merge(self, recipe: Recipe) -> Merged:
         """The recipe as a model, its nested recipes opened first."""
         models: dict[str, Model] = {
-            entry.name: self.merge(seeded(entry.source, recipe.seed))
+            entry.name: self._nested(entry.name, seeded(entry.source, recipe.seed))
             if isinstance(entry.source, Recipe)
-            else self.open(entry.source)
+            else self.open(entry.source, entry.entry)
             for entry in recipe.named.values()
         }
         return merge_models(recipe, models)
+
+    def _nested(self, name: str, recipe: Recipe) -> Merged:
+        """A nested recipe as a model; a PlanError says that it is meant, which options don't reach."""
+        try:
+            return self.merge(recipe)
+        except PlanError as error:
+            error.what = f"{name}: {error.what}"
+            if not error.advice.endswith(NESTED):
+                error.advice = f"{error.advice} {NESTED}"
+            raise
 
     @property
     def files(self) -> list[ByteFile]:
         """Every file of every open checkpoint."""
         return [file for opened in self.checkpoints.values() for file in opened.files]
+
+    @property
+    def described_bytes(self) -> int:
+        """What is kept in memory of the checkpoints' tensors, names left out."""
+        return sum(opened.described_bytes for opened in self.checkpoints.values())
+
+    @property
+    def left(self) -> dict[Path, LeftTensors]:
+        """The tensors that torch files have beside their state dicts."""
+        return {opened.path: opened.left for opened in self.checkpoints.values() if opened.left.count}
 
     def close(self) -> None:
         """Close all files."""
@@ -118,14 +148,12 @@ def _exists(path: Path) -> bool:
 
 def check_with_library(plan: Plan) -> None:
     """Open every safetensors input with the format's own library too, whose parser is audited."""
-    from safetensors import SafetensorError, safe_open
-
     for file in plan.inputs:
         with read_errors(file.path), file.path.open("rb") as opened:
             if not is_safetensors(opened.read(9)):
                 continue
         try:
-            with read_errors(file.path), safe_open(file.path, framework="pt"):
-                pass
-        except SafetensorError as error:
+            with read_errors(file.path):
+                library_digest(file.path)
+        except RefusedError as error:
             raise CheckpointError(f"{file.path}: safetensors refuses it: {error}", advice="Fetch it again.") from error

@@ -14,6 +14,7 @@ from typing import Any, Final
 from streammerge.architecture import Component, components, count_dtypes, guess_architecture
 from streammerge.blocks import Blocks, abridged
 from streammerge.errors import one_line
+from streammerge.formats.state_dicts import NONE_LEFT, LeftTensors
 from streammerge.tensors import TensorInfo
 
 LARGEST: Final = 5
@@ -34,7 +35,8 @@ class Inspection:
     """Everything that a model's header tells.
 
     `container` is the kind of file, such as "safetensors" or "sharded safetensors (3 files)"; `nbytes` the size on
-    disk; `dtypes` the element types with the number of tensors of each, most frequent first.
+    disk; `dtypes` the element types with the number of tensors of each, most frequent first; `left` what a torch file
+    holds beside the model.
     """
 
     path: Path
@@ -45,6 +47,7 @@ class Inspection:
     dtypes: tuple[tuple[str, int], ...]
     metadata: Mapping[str, str]
     tensors: Mapping[str, TensorInfo]
+    left: LeftTensors = NONE_LEFT
 
     @property
     def elements(self) -> int:
@@ -78,6 +81,7 @@ class Inspection:
             "blocks": list(self.blocks),
             "components": [_plain_component(part) for part in self.components],
             "largest": _plain_tensors(self.largest()),
+            "beside_model": self.left.to_json(),
             "metadata": dict(self.metadata),
         }
         if tensors or match is not None:
@@ -92,6 +96,7 @@ def inspect_model(
     nbytes: int,
     metadata: Mapping[str, str] | None = None,
     container: str,
+    left: LeftTensors = NONE_LEFT,
 ) -> Inspection:
     """Look at a model's header: what it is, and what it is made of."""
     return Inspection(
@@ -103,6 +108,7 @@ def inspect_model(
         dtypes=count_dtypes(tensors),
         metadata=dict(metadata or {}),
         tensors=tensors,
+        left=left,
     )
 
 
@@ -111,7 +117,8 @@ def render(inspection: Inspection, *, tensors: bool = False, match: str | None =
 
     Names of tensors are never cut. What a stranger wrote is shown without its control characters.
     """
-    sections = [_heading(inspection), _component_table(inspection), _largest_table(inspection)]
+    left = one_line(f"beside the model: {inspection.left}") if inspection.left.count else ""
+    sections = [_heading(inspection), left, _component_table(inspection), _largest_table(inspection)]
     if inspection.metadata:
         sections.append(_metadata_table(inspection.metadata, width))
     if tensors or match is not None:

@@ -27,7 +27,7 @@ from streammerge.errors import OutputError
 from streammerge.findings import Finding
 from streammerge.fingerprint import Fingerprint
 from streammerge.formats.positional import read_at, write_at
-from streammerge.layout import SUFFIX, OutputLayout, output_stem
+from streammerge.layout import OutputLayout, OutputName
 from streammerge.ledger import Coverage, Entry, Span
 from streammerge.locking import try_lock
 from streammerge.placing import Placing, Step
@@ -46,11 +46,11 @@ _PLAIN_NAME: Final = re.compile(r"[^/\\\0]+")
 
 def journal_path(layout: OutputLayout) -> Path:
     """Where the journal of this output is: the same for every run that would write it, sharded or not."""
-    folder, stem = output_stem(layout.path)
-    name = f"{stem}{SUFFIX}"
+    single = OutputName.of(layout.path).single
+    name = single.name
     if len(os.fsencode(name)) > 200:
         name = f"{name[:50]}.{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}"
-    return folder / f".{name}{JOURNAL_SUFFIX}"
+    return single.with_name(f".{name}{JOURNAL_SUFFIX}")
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from streammerge.checking import Checker, ReadBack
 from streammerge.copying import Copying
 from streammerge.errors import PlanError
 from streammerge.findings import refuse_nonfinite
-from streammerge.machine import MAPPED_BYTES, MIB, Allotment, choose_io, resident_bytes
+from streammerge.machine import MAPPED_BYTES, MIB, OWN_BYTES, Allotment, choose_io, resident_bytes
 from streammerge.options import format_size
 from streammerge.plan import OVERHEAD_BYTES, Plan
 from streammerge.progress import Progress
@@ -39,14 +40,16 @@ class Machine:
     """The lanes in which a plan is carried out: as many as the memory allows, on the device that was asked for."""
 
     def __init__(self, plan: Plan) -> None:
-        import_torch()  # the bare import is the base line of what the merge takes
+        import_torch()
         self.plan = plan
-        self.baseline = resident_bytes()
+        resident = resident_bytes()
+        # a bare import of torch would take as much without this package, and without what is kept of the models
+        self.baseline = resident - OWN_BYTES - plan.described_bytes
         from streammerge.devices import check_float64, find_device, vram_limit
 
         self.device: torch.device = find_device(plan.options.device)
         check_float64(self.device, plan.jobs)
-        self.allotment = allot_memory(plan, self.baseline, vram_limit(self.device, plan.options.max_vram))
+        self.allotment = allot_memory(plan, resident, vram_limit(self.device, plan.options.max_vram))
         self.io = choose_io(plan.options.io, [file.path for file in plan.inputs])
         if self.device.type == "cuda" and plan.options.io == "auto":
             self.io = "pread"  # straight into pinned memory
@@ -58,7 +61,7 @@ class Machine:
         from streammerge.works import MergeWork, together_works
 
         progress, held, ledger = copying.progress, self.allotment.held_bytes, copying.ledger
-        computed = [job for job in self.plan.jobs if job.compute is not None and not ledger.has_all(job)]
+        computed = (job for job in self.plan.jobs if job.compute is not None and not ledger.has_all(job))
         lanes = open_lanes(self.device, self.io, self.allotment)
 
         def look() -> None:
@@ -67,10 +70,10 @@ class Machine:
             if watch:
                 watch(progress)
 
-        if computed and (together := together_works(self.plan.together)):
+        if (due := next(computed, None)) and (together := together_works(self.plan.together)):
             with progress.doing("measure the whole model", self.plan.bytes_before_writing):
                 run(together, lanes, sink, progress, look)
-        every = (MergeWork(job, ledger) for job in computed)
+        every = (MergeWork(job, ledger) for job in itertools.chain([due] if due else [], computed))
         run(every if works is None else works, lanes, sink, progress, look, copying, held_bytes=held)
         look()
 
@@ -109,7 +112,7 @@ def import_torch() -> None:
             gc.enable()
 
 
-def allot_memory(plan: Plan, baseline: int, vram: int | None) -> Allotment:
+def allot_memory(plan: Plan, resident: int, vram: int | None) -> Allotment:
     """Share out what --max-ram leaves beside what the process takes already; PlanError naming the least that works."""
     limit, wanted = plan.options.max_ram, plan.options.max_vram
     if vram is not None and vram < plan.lane_bytes:
@@ -121,7 +124,7 @@ def allot_memory(plan: Plan, baseline: int, vram: int | None) -> Allotment:
     if limit is None:
         return plan.allot(vram_limit=vram)
     needed = plan.lane_bytes + MAPPED_BYTES[1] + plan.held_bytes
-    fixed = baseline + OVERHEAD_BYTES
+    fixed = resident + OVERHEAD_BYTES
     if limit < fixed + needed:
         raise PlanError(
             f"--max-ram {format_size(limit)} is too small: Python and torch take {format_size(fixed)}, and this merge "

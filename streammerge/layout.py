@@ -4,19 +4,54 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from streammerge.errors import OutputError
-from streammerge.formats.header_entries import MAX_TENSORS
-from streammerge.formats.safetensors import NewHeader, build_header
+from streammerge.formats.header_entries import Bounds
+from streammerge.formats.safetensors import MAX_HEADER, NewHeader, build_header
+from streammerge.formats.shards import SAFETENSORS, TORCH
 from streammerge.tensors import TensorInfo
 
 SUFFIX = ".safetensors"
 
 METADATA = "__metadata__"
 """The one name in a header that is no tensor's."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputName:
+    """The names of an output's files: their folder, what they begin with, and how they end."""
+
+    folder: Path
+    stem: str
+    suffix: str
+
+    @classmethod
+    def of(cls, path: Path) -> OutputName:
+        """`OUT.safetensors` and `OUT.sft` are files; any other path is a folder that gets `model.safetensors`."""
+        if path.suffix.lower() in SAFETENSORS:
+            return cls(path.parent, path.stem, path.suffix)
+        return cls(path, "model", SUFFIX)
+
+    @property
+    def single(self) -> Path:
+        """The output, if it is one file."""
+        return self.folder / f"{self.stem}{self.suffix}"
+
+    @property
+    def index(self) -> Path:
+        """The index, if there are shards."""
+        return self.folder / f"{self.stem}{self.suffix}.index.json"
+
+    def shard(self, number: int, count: int) -> Path:
+        """One of so many shards."""
+        return self.folder / f"{self.stem}-{number:05}-of-{count:05}{self.suffix}"
+
+    def is_shard(self, name: str) -> bool:
+        """Whether a shard of an output of this name is called so, whatever the number of shards."""
+        return re.fullmatch(re.escape(self.stem) + r"-\d{5,}-of-\d{5,}" + re.escape(self.suffix), name) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,22 +68,40 @@ class OutputFile:
 
 
 @dataclass(frozen=True, slots=True)
-class OutputLayout:
-    """All files of the output; `index` is the sharded one's index file and its text."""
+class OutputIndex:
+    """The index of shards: which of them each tensor is in. Its text is made when it is needed, a piece at a time."""
 
     path: Path
     files: tuple[OutputFile, ...]
-    index: tuple[Path, str] | None = None
+    total_bytes: int
+    nbytes: int = 0
+
+    def pieces(self) -> Iterator[bytes]:
+        """Its bytes."""
+        names = {name: file.path.name for file in self.files for name in file.header.names}
+        whole = {"metadata": {"total_size": self.total_bytes}, "weight_map": names}
+        for piece in json.JSONEncoder(indent=2, sort_keys=True).iterencode(whole):
+            yield piece.encode()
+        yield b"\n"
+
+
+@dataclass(frozen=True, slots=True)
+class OutputLayout:
+    """All files of the output, with their index if they are shards."""
+
+    path: Path
+    files: tuple[OutputFile, ...]
+    index: OutputIndex | None = None
 
     @property
     def paths(self) -> list[Path]:
         """Every path at which something will be put."""
-        return [*(file.path for file in self.files), *([self.index[0]] if self.index else [])]
+        return [*(file.path for file in self.files), *([self.index.path] if self.index else [])]
 
     @property
     def nbytes(self) -> int:
         """The size of all files together."""
-        return sum(file.nbytes for file in self.files) + (len(self.index[1].encode()) if self.index else 0)
+        return sum(file.nbytes for file in self.files) + (self.index.nbytes if self.index else 0)
 
 
 def lay_out(
@@ -57,10 +110,14 @@ def lay_out(
     """The output's files: one, or shards of at most `shard_bytes` (or of one tensor that is larger) and their index.
 
     `OUT.safetensors` is written there, any other path is a folder that gets `model.safetensors`. OutputError if the
-    path's suffix asks for another format, a tensor has a name that the format does not allow, or a file would hold more
-    tensors than are read back.
+    path's suffix asks for another format or is all of its name, a tensor has a name that the format does not allow, or
+    a file would hold more tensors than are read back.
     """
-    if path.suffix in (".ckpt", ".pt", ".pth", ".bin", ".gguf"):
+    if path.name.lower() in SAFETENSORS:
+        raise OutputError(
+            f"{path}: the output has no name before its ending", advice=f"Name it OUT{path.name.lower()}."
+        )
+    if path.suffix.lower() in (*TORCH, ".gguf"):
         raise OutputError(
             f"{path}: streammerge writes safetensors only, not {path.suffix}",
             advice=f"Name the output {path.with_suffix(SUFFIX).name}.",
@@ -69,36 +126,30 @@ def lay_out(
         raise OutputError(
             f"{path}: safetensors can't hold a tensor called {METADATA}", advice="Leave it out with --drop or a rule."
         )
-    folder, stem = output_stem(path)
-    shards = split(tensors, shard_bytes) if shard_bytes else [dict(tensors)]
-    if (most := max(map(len, shards))) > MAX_TENSORS:
-        raise OutputError(
-            f"{path}: a file would hold {most:,} tensors; {MAX_TENSORS:,} are allowed",
-            advice="Use --shard-size, or a smaller one, to write several files.",
-        )
+    named = OutputName.of(path)
+    shards = split(tensors, shard_bytes) if shard_bytes else [tensors]
     if len(shards) == 1:
-        return OutputLayout(path, (OutputFile(folder / f"{stem}{SUFFIX}", build_header(tensors, metadata)),))
-    names = [f"{stem}-{number:05}-of-{len(shards):05}{SUFFIX}" for number in range(1, len(shards) + 1)]
-    files = tuple(
-        OutputFile(folder / name, build_header(shard, metadata)) for name, shard in zip(names, shards, strict=True)
-    )
-    weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-    total = sum(info.nbytes for info in tensors.values())
-    index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
-    return OutputLayout(path, files, (folder / f"{stem}{SUFFIX}.index.json", index))
+        return OutputLayout(path, (_output_file(named.single, tensors, metadata),))
+    paths = [named.shard(number, len(shards)) for number in range(1, len(shards) + 1)]
+    files = tuple(_output_file(shard_path, shard, metadata) for shard_path, shard in zip(paths, shards, strict=True))
+    index = OutputIndex(named.index, files, sum(info.nbytes for info in tensors.values()))
+    return OutputLayout(path, files, replace(index, nbytes=sum(map(len, index.pieces()))))
 
 
-def output_stem(path: Path) -> tuple[Path, str]:
-    """The folder that an output's files go to, and what their names begin with."""
-    return (path.parent, path.stem) if path.suffix == SUFFIX else (path, "model")
+def _output_file(path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> OutputFile:
+    """The file of these tensors; OutputError if we, or the format's library, would not read it back."""
+    most = Bounds.of(sum(info.nbytes for info in tensors.values())).tensors
+    if len(tensors) <= most:
+        header = build_header(tensors, metadata)
+        if header.nbytes - 8 <= MAX_HEADER:
+            return OutputFile(path, header)
+        found = f"a header would have {header.nbytes - 8:,} bytes; {MAX_HEADER:,} are allowed"
+    else:
+        found = f"a file would hold {len(tensors):,} tensors; {most:,} are allowed in one of its size"
+    raise OutputError(f"{path}: {found}", advice="Use --shard-size, or a smaller one, to write several files.")
 
 
-def is_shard_name(name: str, stem: str) -> bool:
-    """Whether a shard of an output of this stem is called so, whatever the number of shards."""
-    return re.fullmatch(re.escape(stem) + r"-\d{5,}-of-\d{5,}" + re.escape(SUFFIX), name) is not None
-
-
-def split(tensors: Mapping[str, TensorInfo], shard_bytes: int) -> list[dict[str, TensorInfo]]:
+def split(tensors: Mapping[str, TensorInfo], shard_bytes: int) -> Sequence[Mapping[str, TensorInfo]]:
     """The tensors in their order, cut where the next one would make a shard larger than allowed."""
     shards: list[dict[str, TensorInfo]] = [{}]
     size = 0

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from streammerge.findings import Finding
-from streammerge.plan import Job
+from streammerge.jobs import Job
 
 
 class Span(NamedTuple):
@@ -72,7 +72,7 @@ class Ledger:
 
     def __init__(self, found: Entry | None = None) -> None:
         self.found = found or Entry()
-        self._news: list[tuple[Span, str, Finding | None]] = []
+        self._spans, self._findings = Coverage(), dict[str, Finding]()
         self._lock = threading.Lock()
 
     def has(self, job: Job, start: int, stop: int) -> bool:
@@ -87,16 +87,14 @@ class Ledger:
 
     def finish(self, job: Job, start: int, stop: int, finding: Finding | None = None) -> None:
         """Bytes [start, stop) of the job's tensor have been written. May be called from any thread."""
-        news = Span(job.file, job.offset + start, job.offset + stop), job.name, finding
         with self._lock:
-            self._news.append(news)
+            self._spans.add(Span(job.file, job.offset + start, job.offset + stop))
+            if finding and finding.is_any:
+                self._findings.setdefault(job.name, Finding()).add(finding)
 
     def take(self) -> Entry:
         """What was finished since this was last asked."""
         with self._lock:
-            news, self._news = self._news, []
-        findings: dict[str, Finding] = {}
-        for _, name, finding in news:
-            if finding and finding.is_any:
-                findings.setdefault(name, Finding()).add(finding)
-        return Entry(Coverage(span for span, _, _ in news), findings)
+            news = Entry(self._spans, self._findings)
+            self._spans, self._findings = Coverage(), {}
+        return news

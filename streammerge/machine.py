@@ -21,8 +21,14 @@ LOCAL_FILE_SYSTEMS: Final = frozenset(
 
 MIB: Final = 1 << 20
 
+PROMISED_BYTES: Final = 64 * MIB
+"""What a merge takes above a bare `import torch`, unless it can't do with so little, or is allowed more."""
+
+OWN_BYTES: Final = 6 * MIB
+"""What the modules of this package take, and of those that they import what torch does not."""
+
 DEFAULT_WORK_BYTES: Final = 36 * MIB
-"""What all lanes together may take unless --max-ram says otherwise: within 64 MiB of a bare `import torch`."""
+"""What all lanes together may take unless --max-ram says otherwise."""
 
 MAPPED_BYTES: Final = (6 * MIB, 2 * MIB)
 """The most and the least that a lane keeps mapped of its inputs."""

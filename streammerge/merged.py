@@ -4,41 +4,29 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from streammerge.applying import apply_method, needs_statistics
 from streammerge.blocks import Blocks
-from streammerge.errors import MethodError, PlanError
+from streammerge.decisions import Decision, Decisions, Expressions
+from streammerge.errors import PlanError
+from streammerge.fitting import Fitting, fit, placed
 from streammerge.methods import find_method
 from streammerge.methods.contract import ParameterValue
-from streammerge.methods.registry import BlockMethod, GramMethod, LinearMethod, Method, WholeMethod
-from streammerge.mismatches import Problems
-from streammerge.nodes import ByBlock, ByGram, ByWhole, External, Node, Term, Together, Viewed, combine, walk
+from streammerge.methods.registry import Method
+from streammerge.mismatches import Misshapen, Problems, Unshared
+from streammerge.nodes import ByBlock, External, Node, Together, rounded, walk
 from streammerge.parameters import NO_BLOCKS, Layers, ParameterSources, check_blocks, is_by_block
+from streammerge.presence import Names, names_beside, names_lacking, names_outside, with_inner
 from streammerge.quantisation import DECODED, CodedModels, Quantised, decoded
 from streammerge.recipe import Recipe, Rule
-from streammerge.tensors import DType, Model, TensorInfo, contiguous_strides
+from streammerge.tables import Column
+from streammerge.tensors import DType, Model, TensorInfo
 
 if TYPE_CHECKING:
     import torch
-
-Action = Literal["merged", "copied", "dropped"]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Decision:
-    """What becomes of one tensor of the layout, and why. A dropped one has no node.
-
-    `detail` tells its block and the values of parameters that are given by block, if any are.
-    """
-
-    name: str
-    action: Action
-    why: str
-    info: TensorInfo
-    node: Node | None = None
-    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,25 +34,29 @@ class Merged:
     """A merge, computed when it is read.
 
     Per input, `left_out` are its tensors that the layout doesn't have, `lacking` the layout's that it doesn't have.
+    Inputs of an input that is a merge itself count too, as `inner/model`.
     """
 
-    decisions: tuple[Decision, ...]
-    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    lacking: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    decisions: Decisions
+    left_out: Names = field(default_factory=dict)
+    lacking: Names = field(default_factory=dict)
 
     @functools.cached_property
-    def tensors(self) -> Mapping[str, TensorInfo]:
+    def tensors(self) -> Column[TensorInfo]:
         """The output's tensors, in the layout's order."""
-        return {decision.name: decision.info for decision in self.decisions if decision.node is not None}
+        return self.decisions.tensors()
 
-    @functools.cached_property
+    @property
     def nodes(self) -> Mapping[str, Node]:
         """The output's tensors as expressions."""
-        return {decision.name: decision.node for decision in self.decisions if decision.node is not None}
+        return Expressions(self.decisions, self.tensors.names)
 
     def node(self, name: str) -> Node:
-        """The tensor's expression, not rounded to its stored dtype."""
-        return self.nodes[name]
+        """The tensor's expression for a merge of this merge: rounded to its stored dtype only if that was asked for."""
+        made = self.decisions.of(name)
+        if made.node is None:
+            raise KeyError(name)
+        return rounded(made.node, made.info) if made.rounds else made.node
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the merged tensor, in the dtype in which it would be stored."""
@@ -100,6 +92,10 @@ class _Resolution:
     codes_of: dict[str, str] = field(default_factory=dict)
     used_rules: set[int] = field(default_factory=set)
     together: dict[tuple[ParameterValue, ...], Together] = field(default_factory=dict)
+    members: dict[str, ByBlock] = field(default_factory=dict)
+    sources: dict[int, ParameterSources] = field(default_factory=dict)
+    constants: dict[int, dict[str, ParameterValue]] = field(default_factory=dict)
+    is_reported: bool = False
 
     def __post_init__(self) -> None:
         recipe = self.recipe
@@ -112,6 +108,7 @@ class _Resolution:
         self.base_name = recipe.base.name if recipe.base and has_base else ""
         self.model_names = [entry.name for entry in recipe.inputs if entry.name != self.base_name]
         self.coded = CodedModels.of(self.models, self.layout_name)
+        self.is_coded = any(self.coded.weights.values())
         self.input_names = [*([self.base_name] if self.base_name else []), *self.model_names]
 
     def _blocks(self) -> Blocks:
@@ -130,37 +127,82 @@ class _Resolution:
 
     def resolve(self) -> Merged:
         layout, coded = self.layout.tensors, self.coded
-        weights = {name: self._decide(name, info) for name, info in layout.items() if name not in coded.beside}
-        decisions = tuple(weights.get(name) or self._decide_beside(name, info) for name, info in layout.items())
-        self._report_problems()
-        known = {name: {*layout, *coded.accounted(name)} for name in self.models}
-        left_out = {name: names_beside(model.tensors, known[name]) for name, model in self.models.items()}
-        held = {name: {*model.tensors, *coded.weights[name]} for name, model in self.models.items()}
-        lacking = {name: names_beside(weights, held[name]) for name in self.models}
+        weights = [name for name in layout if name not in coded.beside]
+        decisions = Decisions(layout, self._decision, (name for name in layout if name in coded.beside))
+        left_out = self._look_outside(names_outside(self.models, layout.keys(), coded))
+        self._report_problems(sum(fate.tensors for fate in decisions.fates if fate.action == "merged"))
+        self.is_reported = True
+        lacking = names_lacking(self.models, weights, coded)
         return Merged(
-            decisions,
-            {name: tensors for name, tensors in left_out.items() if tensors},
-            {name: tensors for name, tensors in lacking.items() if tensors},
+            decisions, with_inner(left_out, self.models, "left_out"), with_inner(lacking, self.models, "lacking")
         )
+
+    def _decision(self, name: str) -> Decision:
+        """What becomes of a tensor. It is the same when this is asked again, when problems are no news any more."""
+        if self.is_reported:
+            self.problems = Problems()
+        info = self.layout.tensors[name]
+        return self._decide_beside(name, info) if name in self.coded.beside else self._decide(name, info)
 
     def _decide(self, name: str, info: TensorInfo) -> Decision:
         rule = self._rule_for(name)
         dtype = (rule and rule.dtype) or self.recipe.dtype
+        made = self._fate(name, info, rule, dtype)
+        return made if dtype is None else replace(made, rounds=True)
+
+    def _fate(self, name: str, info: TensorInfo, rule: Rule | None, dtype: DType | None) -> Decision:
         if rule and rule.action == "drop":
             return Decision(name, "dropped", f"rule {rule}", info)
         if rule and rule.action == "keep":
             return self._copy(name, self.layout_name, f"kept by rule {rule}", dtype)
         if rule and rule.action == "take":
             return self._take(name, rule, dtype)
-        if unreadable := self.coded.unreadable([*self.input_names, self.layout_name], name):
-            return self._refuse(name, unreadable)
+        if self.is_coded and (unreadable := self.coded.unreadable([*self.input_names, self.layout_name], name)):
+            return self._refuse(name, unreadable, self.problems.unreadable)
         if not info.dtype.mergeable and info.dtype.kind != "packed":
             return self._copy(name, self.layout_name, f"{info.dtype} is never averaged", dtype)
         return self._merge(name, info, rule, dtype)
 
-    def _refuse(self, name: str, quantised: Mapping[str, Quantised]) -> Decision:
+    def _look_outside(self, outside: Names) -> Names:
+        """Note what is missing in the layout, as what is missing in other models: which of them it is, is chance.
+
+        Returned are the names without those that rules drop.
+        """
+        wanted: dict[str, bool] = {}
+        dropped: set[str] = set()
+        for model, names in outside.items():
+            for name in names:
+                number, rule = self._match(name)
+                if rule and rule.action == "drop":
+                    self.used_rules.add(number)
+                    dropped.add(name)
+                elif rule and rule.action == "take" and rule.model == model:
+                    wanted[name] = True
+                elif model in self.input_names and (rule is None or rule.action == "merge"):
+                    dtype = self.models[model].tensors[name].dtype
+                    if dtype.mergeable or dtype.kind == "packed":
+                        wanted.setdefault(name, False)
+        if not self.recipe.rules:
+            self.problems.alone.extend(wanted)
+        if self.recipe.on_missing == "error":
+            self.problems.missing.extend(self._unshared(name, taken=taken) for name, taken in wanted.items())
+        left = {model: names_beside(names, dropped) for model, names in outside.items()}
+        return {model: names for model, names in left.items() if names}
+
+    def _unshared(self, name: str, *, taken: bool) -> Unshared:
+        models = list(self._compared)
+        having = [model for model in models if name in self.models[model].tensors]
+        return Unshared(name, having, [model for model in models if model not in having], taken)
+
+    @functools.cached_property
+    def _compared(self) -> dict[str, Mapping[str, TensorInfo]]:
+        """The models that the recipe brings together, the layout first."""
+        taken = [rule.model for rule in self.recipe.rules if rule.action == "take"]
+        return {name: self.models[name].tensors for name in (self.layout_name, *self.input_names, *taken)}
+
+    def _refuse(self, name: str, quantised: Mapping[str, Quantised], problems: list[str]) -> Decision:
         kinds = ", ".join(f"{model}: {weight.kind}" for model, weight in quantised.items())
-        self.problems.unreadable.append(f"{name}   {kinds}")
+        problems.append(f"{name}   {kinds}")
         return Decision(name, "dropped", "its codes can't be decoded", self.layout.tensors[name])
 
     def _decide_beside(self, name: str, info: TensorInfo) -> Decision:
@@ -181,11 +223,16 @@ class _Resolution:
         return decoded(weight, lambda part: node_of(self.models[model], part))
 
     def _rule_for(self, name: str) -> Rule | None:
+        number, rule = self._match(name)
+        self.used_rules.add(number)
+        return rule
+
+    def _match(self, name: str) -> tuple[int, Rule | None]:
+        """The first rule for the name, and its number; -1 where there is none."""
         for number, rule in enumerate(self.recipe.rules):
             if any(fnmatch.fnmatchcase(name, glob) for glob in rule.match):
-                self.used_rules.add(number)
-                return rule
-        return None
+                return number, rule
+        return -1, None
 
     def _copy(self, name: str, model: str, why: str, dtype: DType | None) -> Decision:
         node, quantised = node_of(self.models[model], name), self.coded.find(model, name)
@@ -193,7 +240,7 @@ class _Resolution:
             if self.coded.stay_whole(quantised) and stored_as(node.info, dtype) == node.info:
                 self.codes_of[name] = model
             elif not quantised.is_readable:
-                return self._refuse(name, {model: quantised})
+                return self._refuse(name, {model: quantised}, self.problems.uncopied)
             else:
                 node, why = self._weight(model, name), f"{why}, decoded"
         info = stored_as(node.info, dtype)
@@ -202,57 +249,71 @@ class _Resolution:
 
     def _take(self, name: str, rule: Rule, dtype: DType | None) -> Decision:
         if name not in self.models[rule.model].tensors:
-            return self._without(name, [rule.model], dtype)
-        shape, weight = self.layout.tensors[name].shape, self.coded.find(rule.model, name)
-        if self.models[rule.model].tensors[name].shape == shape:
+            return self._without(name, [rule.model], dtype, taken=True)
+        if self.models[rule.model].tensors[name].shape == self.layout.tensors[name].shape:
             return self._copy(name, rule.model, f"taken by rule {rule}", dtype)
-        if weight is not None and not weight.is_readable:
-            return self._refuse(name, {rule.model: weight})
-        node = self._weight(rule.model, name)
-        fitted = self._fit(name, [node], [rule.model], shape)
-        if fitted is None:
-            return self._copy(name, self.layout_name, f"kept for its shape {list(shape)}", dtype)
-        info = stored_as(fitted[0].info, dtype)
-        why = f"from {rule.model}: taken by rule {rule}, fitted to the shape {list(shape)}"
-        return Decision(name, "copied", why, info, fitted[0])
+        if unreadable := self.coded.unreadable([rule.model, self.layout_name], name):
+            return self._refuse(name, unreadable, self.problems.uncopied)
+        taken = self._weight(rule.model, name)
+        fitting = self._fit(name, {rule.model: taken}, taken=True)
+        if fitting is None:
+            return self._keep_shape(name, dtype)
+        node = self._placed(name, fitting.nodes[0], taken.info.dtype)
+        return Decision(
+            name, "copied", f"from {rule.model}: taken by rule {rule}{fitting.why}", stored_as(node.info, dtype), node
+        )
 
-    def _without(self, name: str, lacking: list[str], dtype: DType | None) -> Decision:
+    def _without(self, name: str, lacking: list[str], dtype: DType | None, *, taken: bool = False) -> Decision:
         """What becomes of a tensor that some of the models lack."""
         why = f"{' and '.join(lacking)} {'lack' if len(lacking) > 1 else 'lacks'} it"
+        if not taken:
+            self.problems.alone.append(name)
         if self.recipe.on_missing == "drop":
             return Decision(name, "dropped", why, self.layout.tensors[name])
         if self.recipe.on_missing == "error":
-            self.problems.missing.append(f"{name}   not in {', '.join(lacking)}")
+            self.problems.missing.append(self._unshared(name, taken=taken))
         return self._copy(name, self.layout_name, why, dtype)
 
     def _merge(self, name: str, info: TensorInfo, rule: Rule | None, dtype: DType | None) -> Decision:
         lacking = [model for model in self.input_names if name not in self.models[model].tensors]
         if lacking:
             return self._without(name, lacking, dtype)
-        inputs = [self._weight(model, name) for model in self.input_names]
-        if not all(node.info.dtype.mergeable for node in inputs):
-            kinds = [f"{model} {node.info.dtype}" for model, node in zip(self.input_names, inputs, strict=True)]
-            self.problems.unmergeable.append(f"{name}   {', '.join(kinds)}")
+        inputs = {model: self._weight(model, name) for model in self.input_names}
+        if not all(node.info.dtype.mergeable for node in inputs.values()):
+            kinds = ", ".join(f"{model} {node.info.dtype}" for model, node in inputs.items())
+            self.problems.unmergeable.append(f"{name}   {kinds}")
             return self._copy(name, self.layout_name, "its dtypes can't be averaged", dtype)
-        fitted = self._fit(name, inputs, self.input_names, info.shape)
-        if fitted is None:
-            return self._copy(name, self.layout_name, f"kept for its shape {list(info.shape)}", dtype)
-        if self.coded.find(self.layout_name, name):
-            info = TensorInfo(DECODED, info.shape)
-        output = stored_as(info, dtype)
+        fitting = self._fit(name, inputs)
+        if fitting is None:
+            return self._keep_shape(name, dtype)
+        own = DECODED if self.coded.find(self.layout_name, name) else info.dtype
+        output = stored_as(TensorInfo(own, fitting.shape), dtype)
         sources = self._sources(rule)
-        parameters = sources.resolve(self.method, name, self.model_names, self.layers, self.blocks)
-        node = apply_method(self.method, output, parameters, fitted, name, self.recipe.seed or 0)
+        parameters = self._parameters(name, rule, sources)
+        node = apply_method(self.method, output, parameters, fitting.nodes, name, self.recipe.seed or 0)
         if isinstance(node, ByBlock):
             node = self._with_others(node)
-        detail = self._detail(name, {key: parameters[key] for key in sources.by_block(self.method)})
-        return Decision(name, "merged", self.method.name, output, node, detail)
+        node = self._placed(name, node, output.dtype)
+        by_block = sources.by_block(self.method) if self.blocks is not NO_BLOCKS else ()
+        detail = self._detail(name, {key: parameters[key] for key in by_block})
+        return Decision(name, "merged", f"{self.method.name}{fitting.why}", node.info, node, detail)
+
+    def _placed(self, name: str, node: Node, dtype: DType) -> Node:
+        """The tensor in the layout's shape: what it doesn't reach is the layout's."""
+        if node.info.shape == self.layout.tensors[name].shape:
+            return node
+        return placed(node, self._weight(self.layout_name, name), dtype)
+
+    def _keep_shape(self, name: str, dtype: DType | None) -> Decision:
+        return self._copy(name, self.layout_name, f"kept for its shape {list(self.layout.tensors[name].shape)}", dtype)
 
     def _with_others(self, node: ByBlock) -> ByBlock:
         """The node, among those with which it shares its statistics if the method takes them of the whole model."""
         method = node.method
         if method.statistics is None or not method.is_of_model(node.parameters):
             return node
+        if node.name in self.members:
+            return self.members[node.name]
         if any(needs_statistics(part) for child in node.inputs for part in walk(child)):
             raise PlanError(
                 f"method {method.name!r} measures the whole model at once, and one of its inputs is a merge that has "
@@ -261,24 +322,34 @@ class _Resolution:
             )
         key = tuple(node.parameters[name] for name in method.statistics_of)
         together = self.together.setdefault(key, Together())
-        member = replace(node, together=together)
+        member = self.members[node.name] = replace(node, together=together)
         together.members.append(member)
         return member
 
-    def _fit(self, name: str, nodes: list[Node], models: list[str], shape: tuple[int, ...]) -> list[Node] | None:
-        """The models' tensors in the layout's shape, as the recipe allows; None, and the problem noted, where not."""
-        policy = self.recipe.on_shape_mismatch
-        fitted = [fit(node, shape, policy) for node in nodes]
-        possible = [node for node in fitted if node is not None]
-        if len(possible) == len(nodes):
-            return possible
-        if policy != "keep":
-            self.problems.misshapen.append(f"{name}   {self._shapes(name, shape, models)}")
-        return None
+    def _fit(self, name: str, nodes: Mapping[str, Node], *, taken: bool = False) -> Fitting | None:
+        """The models' tensors in one shape, as the recipe allows; None, and the problem noted, where not."""
+        layout, policy = self.layout.tensors[name], self.recipe.on_shape_mismatch
+        fitting = fit(nodes, layout, policy)
+        if fitting is None or fitting.why:
+            self.problems.note_shape(Misshapen.of(name, self.layout_name, layout, nodes, taken=taken), policy)
+        return fitting
 
     def _sources(self, rule: Rule | None) -> ParameterSources:
-        by_model = {entry.name: entry.parameters for entry in self.recipe.inputs}
-        return ParameterSources(rule.parameters if rule else {}, by_model, self.recipe.parameters)
+        """Where the parameters of the rule's tensors come from."""
+        if id(rule) not in self.sources:
+            by_model = {entry.name: entry.parameters for entry in self.recipe.inputs}
+            own = rule.parameters if rule else {}
+            self.sources[id(rule)] = ParameterSources(own, by_model, self.recipe.parameters)
+        return self.sources[id(rule)]
+
+    def _parameters(self, name: str, rule: Rule | None, sources: ParameterSources) -> dict[str, ParameterValue]:
+        """The parameters' values for the tensor; those that are the same for all of a rule are found once."""
+        if id(rule) in self.constants:
+            return self.constants[id(rule)]
+        found = sources.resolve(self.method, name, self.model_names, self.layers, self.blocks)
+        if sources.are_constant(self.method):
+            self.constants[id(rule)] = found
+        return found
 
     def _detail(self, name: str, parameters: Mapping[str, ParameterValue]) -> str:
         """`BASE (VAE): alpha 0.5`: the tensor's block, and these parameters."""
@@ -288,77 +359,15 @@ class _Resolution:
         block = f"{whole[0]} ({part})" if whole else part
         return f"{block}: {', '.join(f'{key} {_shown(value)}' for key, value in parameters.items())}"
 
-    def _shapes(self, name: str, expected: tuple[int, ...], models: list[str]) -> str:
-        """`depth [320, 5, 3, 3]   base, waifu [320, 4, 3, 3]`: the models by their shape, the layout's first."""
-        by_shape: dict[tuple[int, ...], list[str]] = {expected: [self.layout_name]}
-        for model in models:
-            names = by_shape.setdefault(self.models[model].tensors[name].shape, [])
-            if model not in names:
-                names.append(model)
-        return "   ".join(f"{', '.join(models)} {list(shape)}" for shape, models in by_shape.items())
-
-    def _report_problems(self) -> None:
+    def _report_problems(self, merged: int) -> None:
         unused = [str(rule) for number, rule in enumerate(self.recipe.rules) if number not in self.used_rules]
-        compared = {name: self.models[name].tensors for name in (*self.input_names, self.layout_name)}
-        self.problems.report(self.layout_name, unused, compared)
+        self.problems.report(self.recipe, self._compared, unused, merged=merged)
 
 
 def _shown(value: ParameterValue) -> str:
     """`0.5`, or `0.5/0.25` of several models."""
     values = value if isinstance(value, tuple) else (value,)
     return "/".join(f"{each:g}" if isinstance(each, float) else str(each) for each in values)
-
-
-def fit(node: Node, shape: tuple[int, ...], policy: str) -> Node | None:
-    """The tensor zero-padded or cut to the shape, as the policy allows; None where it does not."""
-    own = node.info.shape
-    if own == shape:
-        return node
-    allowed = {"pad": lambda has, wants: has <= wants, "slice": lambda has, wants: has >= wants}.get(policy)
-    if allowed is None or len(own) != len(shape) or not all(map(allowed, own, shape)):
-        return None
-    inner = tuple(map(min, own, shape))
-    return Viewed(TensorInfo(node.info.dtype, shape), node, 0, contiguous_strides(own), inner)
-
-
-def apply_method(
-    method: Method,
-    info: TensorInfo,
-    parameters: Mapping[str, ParameterValue],
-    inputs: Iterable[Node],
-    name: str = "",
-    seed: int = 0,
-) -> Node:
-    """The expression of a method over the inputs, the base first if there is one; random numbers follow from the name
-    and the seed."""
-    nodes = tuple(inputs)
-    if method.check:
-        method.check(parameters, len(nodes))
-    match method:
-        case LinearMethod():
-            coefficients = method.coefficients(parameters)
-            if len(coefficients) != len(nodes):
-                raise MethodError(
-                    f"method {method.name!r} gave {len(coefficients)} coefficients for {len(nodes)} inputs"
-                )
-            return combine(info, tuple(Term(c, node) for c, node in zip(coefficients, nodes, strict=True)))
-        case GramMethod():
-            return ByGram(info, method, parameters, nodes, name, seed)
-        case BlockMethod():
-            return ByBlock(info, method, parameters, nodes, name, seed)
-        case WholeMethod():
-            return ByWhole(info, method, parameters, nodes, name, seed)
-    raise TypeError(f"method {method.name!r} is of no known kind")
-
-
-def needs_statistics(node: Node) -> bool:
-    """Whether passes over the inputs are needed before the node can be computed."""
-    return isinstance(node, ByGram | ByWhole) or (isinstance(node, ByBlock) and node.method.statistics is not None)
-
-
-def names_beside(names: Iterable[str], others: Container[str]) -> tuple[str, ...]:
-    """The names that are not among the others."""
-    return tuple(name for name in names if name not in others)
 
 
 def stored_as(info: TensorInfo, dtype: DType | None) -> TensorInfo:

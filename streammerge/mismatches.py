@@ -2,66 +2,210 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
+from typing import Final
 
 from streammerge.architecture import architecture_mismatch
-from streammerge.errors import SHOWN, PlanError, count, plural
+from streammerge.errors import SHOWN, PlanError, count, listed, plural
+from streammerge.fitting import Shape, are_mixed, common_shape
+from streammerge.nodes import Node
+from streammerge.recipe import Recipe
 from streammerge.tensors import TensorInfo
 
 Tensors = Mapping[str, TensorInfo]
 
 
 @dataclass(frozen=True, slots=True)
+class Misshapen:
+    """A tensor whose shapes the policy doesn't make one, by model.
+
+    `taken` if a rule takes it from one of these, `mixed` if it then would be of two kinds of elements.
+    """
+
+    name: str
+    layout: str
+    shapes: Mapping[str, Shape]
+    taken: bool = False
+    mixed: bool = False
+
+    @classmethod
+    def of(cls, name: str, layout: str, info: TensorInfo, nodes: Mapping[str, Node], *, taken: bool) -> Misshapen:
+        """The tensor as these models have it, and the layout."""
+        shapes = {layout: info.shape, **{model: node.info.shape for model, node in nodes.items()}}
+        return cls(name, layout, shapes, taken, are_mixed(nodes, info))
+
+    def allows(self, policy: str) -> bool:
+        """Whether the policy would."""
+        if self.mixed and policy == "overlap":
+            return False
+        others = [shape for model, shape in self.shapes.items() if model != self.layout]
+        return policy == "keep" or common_shape(others, self.shapes[self.layout], policy) is not None
+
+    def is_largest(self, model: str) -> bool:
+        """Whether the model's is larger than the layout's, and nowhere smaller."""
+        own, layout = self.shapes.get(model, ()), self.shapes[self.layout]
+        return own != layout and len(own) == len(layout) and all(a >= b for a, b in zip(own, layout, strict=True))
+
+    def __str__(self) -> str:
+        """`x   depth [320, 5, 3, 3]   base, waifu [320, 4, 3, 3]`: the models by their shape, the layout's first."""
+        by_shape: dict[Shape, list[str]] = {self.shapes[self.layout]: [self.layout]}
+        for model, shape in self.shapes.items():
+            names = by_shape.setdefault(shape, [])
+            if model not in names:
+                names.append(model)
+        return f"{self.name}   " + "   ".join(f"{', '.join(names)} {list(shape)}" for shape, names in by_shape.items())
+
+
+@dataclass(frozen=True, slots=True)
+class Unshared:
+    """A tensor that some models have and others lack; `taken` if a rule takes it from one that lacks it, or has it
+    where the layout does not."""
+
+    name: str
+    having: Sequence[str]
+    lacking: Sequence[str]
+    taken: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name}   in {', '.join(self.having)}, not in {', '.join(self.lacking)}"
+
+
+@dataclass(frozen=True, slots=True)
 class Problems:
-    """Tensors that can't be merged as asked, one line each, by what is wrong with them."""
+    """Tensors that can't be merged as asked, by what is wrong with them.
+
+    `uncopied` are those that can't be copied either. The rest are no problem as long as other tensors are merged: what
+    a policy made `fitted`, what it `kept` as it is for its shape, and what is `alone` because not every model has it.
+    """
 
     unreadable: list[str] = field(default_factory=list)
-    misshapen: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
+    uncopied: list[str] = field(default_factory=list)
+    misshapen: list[Misshapen] = field(default_factory=list)
+    fitted: list[Misshapen] = field(default_factory=list)
+    kept: list[Misshapen] = field(default_factory=list)
+    missing: list[Unshared] = field(default_factory=list)
+    alone: list[str] = field(default_factory=list)
     unmergeable: list[str] = field(default_factory=list)
 
-    def report(self, layout: str, unused_rules: Sequence[str], models: Mapping[str, Tensors]) -> None:
+    def note_shape(self, found: Misshapen, policy: str) -> None:
+        """Note a tensor whose shapes differ by what the policy does with it."""
+        if policy == "keep":
+            self.kept.append(found)
+        elif found.allows(policy):
+            self.fitted.append(found)
+        else:
+            self.misshapen.append(found)
+
+    def report(self, recipe: Recipe, models: Mapping[str, Tensors], unused: Sequence[str], *, merged: int) -> None:
         """PlanError with every problem of the first kind that there is, and what settles it.
 
-        `layout` is the layout model's name; `models` are the tensors of the models that were compared.
+        `models` are the tensors of the models that were compared, `unused` the rules that match nothing; `merged` is
+        how many tensors are merged.
         """
-        keep = f"keep (copy {layout}'s)"
-        if self.unreadable:
-            raise PlanError(
-                f"{count(self.unreadable, 'tensor')} {plural(self.unreadable, 'is', 'are')} quantised in a way that "
-                "streammerge can't decode, and averaging codes gives nonsense",
-                found=self.unreadable,
-                advice="Merge the models before they are quantised, or copy such tensors with --keep or --take.",
-            )
-        if self.misshapen:
-            raise PlanError(
-                f"{count(self.misshapen, 'tensor')} {plural(self.misshapen, 'differs', 'differ')} in shape between "
-                "the models",
-                found=self.misshapen,
-                advice=f"{hint(self.misshapen, models)}Use --on-shape-mismatch {keep}, pad (fill smaller ones with "
-                "zeros), slice (cut larger ones), or a rule.",
-            )
-        if self.missing:
-            raise PlanError(
-                f"{count(self.missing, 'tensor')} of {layout} {plural(self.missing, 'is', 'are')} missing "
-                "from other models",
-                found=self.missing,
-                advice=f"{hint(self.missing, models)}Use --on-missing {keep} or drop, --take 'GLOB=MODEL', or a rule.",
-            )
+        layout = recipe.layout_name
+        _report_codes(self.unreadable, "Merge the models before they are quantised, or copy such tensors with --keep.")
+        _report_codes(
+            self.uncopied, f"They can be copied as they are only: {layout}'s, with no other dtype. Or use --drop."
+        )
+        self._report_shapes(recipe, models, merged)
+        self._report_names(layout, models, merged)
         if self.unmergeable:
             raise PlanError(
                 f"{count(self.unmergeable, 'tensor')} can't be averaged: not all are floating point",
                 found=self.unmergeable,
-                advice="Copy such tensors with --keep or a rule.",
+                advice=f"Copy such tensors: {layout}'s with --keep GLOB, another model's with --take 'GLOB=MODEL'.",
             )
-        if unused_rules:
+        if unused:
             raise PlanError(
-                f"{count(unused_rules, 'rule')} {plural(unused_rules, 'matches', 'match')} no tensor of {layout} that "
-                "an earlier rule left",
-                found=unused_rules,
+                f"{count(unused, 'rule')} {plural(unused, 'matches', 'match')} no tensor of {layout} that an earlier "
+                "rule left",
+                found=unused,
                 advice="Correct the globs (`streammerge inspect` lists names), or choose another --layout.",
             )
+
+    def _report_shapes(self, recipe: Recipe, models: Mapping[str, Tensors], merged: int) -> None:
+        """Shapes that the policy does not allow, or that it keeps all of."""
+        found = self.misshapen or ([] if merged else [kept for kept in self.kept if not kept.taken])
+        if found:
+            raise PlanError(
+                f"{count(found, 'tensor')} {plural(found, 'differs', 'differ')} in shape between the models",
+                found=list(map(str, found)),
+                advice=hint(found, models) + self._shape_advice(found, recipe, merged),
+            )
+
+    def _report_names(self, layout: str, models: Mapping[str, Tensors], merged: int) -> None:
+        """Names that no two models share, or not all."""
+        if self.alone and not merged:
+            raise PlanError(
+                "nothing is merged: no tensor that could be has the same name in every model",
+                found=[f"{model}   {listed(list(tensors))}" for model, tensors in models.items()],
+                advice=f"{hint(range(SHOWN + 1), models)}Merge models of one kind, saved by the same tool; "
+                "`streammerge inspect --tensors` lists their names.",
+            )
+        if self.missing:
+            raise PlanError(
+                f"{count(self.missing, 'tensor')} {plural(self.missing, 'is', 'are')} not in every model",
+                found=list(map(str, self.missing)),
+                advice=hint(self.missing, models) + missing_advice(self.missing, layout, models if merged else ()),
+            )
+
+    def _shape_advice(self, found: Sequence[Misshapen], recipe: Recipe, merged: int) -> str:
+        """What settles it and does not spoil what fits."""
+        layout, concerned = recipe.layout_name, (*found, *self.fitted, *self.kept)
+        keeps = merged > sum(not fitted.taken for fitted in self.fitted)
+        policies = [
+            policy
+            for policy in WORDS
+            if policy != recipe.on_shape_mismatch
+            and (keeps or policy != "keep")
+            and all(each.allows(policy) for each in concerned)
+        ]
+        takes = any(rule.action == "take" for rule in recipe.rules)
+        larger = [model for model in found[0].shapes if all(each.is_largest(model) for each in concerned)]
+        rest = f"; --layout {larger[0]} keeps that model's rest" if larger and not takes else f", keep {layout}'s rest"
+        ways = [f"{policy} ({WORDS[policy].format(layout=layout, rest=rest)})" for policy in policies]
+        advice = f"Use --on-shape-mismatch {', '.join(ways)}" if ways else ""
+        if any(each.taken for each in found):
+            return f"{advice or 'Correct the rule'}, or take such tensors from another model."
+        return f"{advice + ', or' if advice else 'Use'} --keep GLOB, --drop GLOB or a rule for such tensors."
+
+
+def _report_codes(found: Sequence[str], advice: str) -> None:
+    if found:
+        raise PlanError(
+            f"{count(found, 'tensor')} {plural(found, 'is', 'are')} quantised in a way that streammerge can't decode, "
+            "and averaging codes gives nonsense",
+            found=found,
+            advice=advice,
+        )
+
+
+WORDS: Final = {
+    "overlap": "merge what all have{rest}",
+    "keep": "copy {layout}'s",
+    "pad": "fill smaller ones with zeros",
+    "slice": "cut larger ones",
+}
+"""What the policies do to tensors of unequal shape, those first that lose the least."""
+
+
+def missing_advice(found: Sequence[Unshared], layout: str, models: Iterable[str]) -> str:
+    """What settles tensors that only some models have; `models` are those that may give the layout instead."""
+    inside = [layout in problem.having for problem in found]
+    whole = [model for model in models if all(model in problem.having for problem in found)]
+    free = not any(problem.taken for problem in found)
+    if not any(inside):
+        ways = ["--on-missing keep (leave them out)"]
+        ways += [f"--layout {model} --on-missing keep (copy {model}'s)" for model in whole[:1]]
+    else:
+        outside = "" if all(inside) else ", leave out the others"
+        ways = [f"--on-missing keep (copy {layout}'s{outside})", "--on-missing drop (leave them out)"]
+    if free:
+        ways.append("--drop GLOB")
+    if free and all(inside):
+        ways.append("--take 'GLOB=MODEL'")
+    return f"Use {', '.join(ways[:-1])}, or {ways[-1]}." if len(ways) > 1 else f"Use {ways[0]}."
 
 
 def hint(problems: Sized, models: Mapping[str, Tensors]) -> str:

@@ -38,10 +38,11 @@ class Stored:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Viewed:
-    """A tensor spread over another's flat elements, as strides say, and zero outside `inner`.
+    """A tensor spread over another's flat elements, as strides say; outside `inner` it is `around`, or else zero.
 
-    Element (i, j, …) is `source[offset + i·stride₀ + j·stride₁ + …]` where i, j, … lie inside `inner`, else zero. It
-    serves torch's strided storages (inner = shape), slices (inner = shape, the source's strides) and zero padding.
+    Element (i, j, …) is `source[offset + i·stride₀ + j·stride₁ + …]` where i, j, … lie inside `inner`, else that of
+    `around`, a tensor of the same shape. It serves torch's strided storages (inner = shape), slices (inner = shape, the
+    source's strides), zero padding, and what is put into the corner of a larger tensor.
     """
 
     info: TensorInfo
@@ -49,6 +50,15 @@ class Viewed:
     offset: int
     strides: tuple[int, ...]
     inner: tuple[int, ...]
+    around: Node | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rounded:
+    """A tensor as a file would hold it: its elements rounded to the dtype of `info`."""
+
+    info: TensorInfo
+    source: Node
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -132,7 +142,7 @@ class Together:
     found: Any = None
 
 
-Node = Stored | Viewed | External | Combined | ByGram | ByBlock | ByWhole
+Node = Stored | Viewed | Rounded | External | Combined | ByGram | ByBlock | ByWhole
 Applied = ByGram | ByBlock | ByWhole
 """A method applied to inputs, of which something must be known before a block can be computed."""
 
@@ -143,14 +153,11 @@ def combine(info: TensorInfo, terms: tuple[Term, ...]) -> Combined:
     What has the coefficient 0 is never read: 0.5·depth + 0.5·waifu over one base does not read the base. A tensor that
     occurs twice is read once.
     """
-    shares: dict[object, list[float]] = {}
-    nodes: dict[object, Node] = {}
+    found: dict[object, tuple[Node, list[float]]] = {}
     for coefficient, node in _flatten(terms, 1.0):
-        key = _identity(node)
-        nodes.setdefault(key, node)
-        shares.setdefault(key, []).append(coefficient)
-    sums = {key: net(*contributions) for key, contributions in shares.items()}
-    return Combined(info, tuple(Term(sums[key], node) for key, node in nodes.items() if sums[key]))
+        found.setdefault(_identity(node), (node, []))[1].append(coefficient)
+    sums = ((net(*contributions), node) for node, contributions in found.values())
+    return Combined(info, tuple(Term(total, node) for total, node in sums if total))
 
 
 def _flatten(terms: tuple[Term, ...], factor: float) -> Iterator[tuple[float, Node]]:
@@ -163,7 +170,9 @@ def _flatten(terms: tuple[Term, ...], factor: float) -> Iterator[tuple[float, No
 
 def _identity(node: Node) -> object:
     """Equal for two leaves that are the same bytes of the same open file, and otherwise for the same node only."""
-    return (id(node.file), node.start, node.info) if isinstance(node, Stored) else id(node)
+    if isinstance(node, Stored):
+        return id(node.file), node.start, node.info.dtype.name, node.info.shape
+    return id(node)
 
 
 def children(node: Node) -> tuple[Node, ...]:
@@ -172,7 +181,13 @@ def children(node: Node) -> tuple[Node, ...]:
         return tuple(term.node for term in node.terms)
     if isinstance(node, Applied):
         return node.inputs
-    return (node.source,) if isinstance(node, Viewed) else ()
+    match node:
+        case Viewed():
+            return (node.source,) if node.around is None else (node.source, node.around)
+        case Rounded():
+            return (node.source,)
+        case _:
+            return ()
 
 
 def walk(node: Node) -> Iterator[Node]:
@@ -187,6 +202,17 @@ def leaves(node: Node) -> Iterator[Stored | External]:
     return (part for part in walk(node) if isinstance(part, Stored | External))
 
 
+def is_computed(node: Node) -> bool:
+    """Whether its elements are more than stored ones: there is arithmetic or rounding on their way."""
+    return any(isinstance(part, Combined | Applied | Rounded) for part in walk(node))
+
+
+def rounded(node: Node, info: TensorInfo) -> Node:
+    """The tensor as a file would hold it that stores it so: itself if that is how its elements are stored already."""
+    is_exact = node.info.dtype == info.dtype and not is_computed(node)
+    return node if is_exact else Rounded(info, node)
+
+
 def compute_dtype(node: Node, stored: DType) -> DType:
     """The dtype in which a tensor is computed unless the user says otherwise.
 
@@ -194,9 +220,12 @@ def compute_dtype(node: Node, stored: DType) -> DType:
     rounding would show, for coefficients that nearly cancel in many places, and float64 costs no more per byte read.
     What is not computed at all keeps its own dtype, integers above all.
     """
-    if not isinstance(node, Combined | Applied) and node.info.dtype == stored:
+    if node.info.dtype == stored and not is_computed(node):
         return stored
-    widest = max([stored.bits, *(leaf.info.dtype.bits for leaf in leaves(node))])
+    given = (part.info.dtype.bits for part in walk(node) if isinstance(part, Stored | External | Rounded))
+    widest = max([stored.bits, *given])
+    while isinstance(node, Viewed | Rounded):
+        node = node.source
     is_combination = isinstance(node, Combined | ByGram)
     return DTYPES["F64" if widest >= 64 or (is_combination and stored.bits >= 32) else "F32"]
 
@@ -212,7 +241,9 @@ def slots(node: Node) -> int:
         case ByBlock() | ByWhole():
             return _side_by_side(node.inputs)
         case Viewed():
-            return 1 + slots(node.source)
+            return 1 + max(map(slots, children(node)))
+        case Rounded():
+            return slots(node.source)
         case _:
             return 1
 

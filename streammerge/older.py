@@ -9,7 +9,7 @@ from pathlib import Path
 
 from streammerge.errors import CheckpointError, OutputError
 from streammerge.formats.shards import read_index
-from streammerge.layout import SUFFIX, OutputLayout, is_shard_name, output_stem
+from streammerge.layout import OutputLayout, OutputName
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Older:
 
 def find_older(layout: OutputLayout) -> Older:
     """Look for a single file, an index, and shards of another number by the output's name."""
-    folder, stem = output_stem(layout.path)
-    new, there = set(layout.paths), files_in(folder)
-    index, single = folder / f"{stem}{SUFFIX}.index.json", folder / f"{stem}{SUFFIX}"
-    shards = sorted(path for path in there if is_shard_name(path.name, stem) and path not in new)
+    named_so = OutputName.of(layout.path)
+    new, there = set(layout.paths), files_in(named_so.folder)
+    index, single = named_so.index, named_so.single
+    shards = sorted(path for path in there if named_so.is_shard(path.name) and path not in new)
     named = _named_by(index) if index in there else frozenset()
     loadable = [path for path in (index, single) if path in there and path not in new]
     superseded = (*loadable, *(path for path in shards if path in named))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from streammerge.api import planned, run_merge, saying_what_is_on_disk
+from streammerge.errors import OutputError
 from streammerge.findings import NonfinitePolicy
 from streammerge.machine import IoMode
 from streammerge.options import COMPUTE_DTYPES, Options, parse_size
@@ -57,13 +58,20 @@ def merge(recipe: Mergeable, *, output: str | os.PathLike[str], **options: Any) 
     The output is complete when this returns. When it raises a MergeError, what lay at the output is as it was.
     """
     with saying_what_is_on_disk():
-        return run_merge(as_recipe(recipe, options), Path(output), as_options(options))
+        return run_merge(as_recipe(recipe, options), output_path(output), as_options(options))
 
 
 def make_plan(recipe: Mergeable, *, output: str | os.PathLike[str], **options: Any) -> Plan:  # noqa: ANN401
     """What `merge` would do with the same arguments, from headers alone."""
-    with planned(as_recipe(recipe, options), Path(output), as_options(options), replacing=True) as plan:
+    with planned(as_recipe(recipe, options), output_path(output), as_options(options), replacing=True) as plan:
         return plan
+
+
+def output_path(output: str | os.PathLike[str]) -> Path:
+    """The output's path; OutputError for an empty text, which would be taken for the folder that we are in."""
+    if os.fspath(output) == "":
+        raise OutputError("the output's name is empty", advice="Name a file, such as OUT.safetensors, or a folder.")
+    return Path(output)
 
 
 def as_recipe(recipe: Mergeable, options: Mapping[str, Any]) -> Recipe | Model:

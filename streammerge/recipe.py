@@ -16,13 +16,14 @@ from streammerge.errors import RecipeError
 from streammerge.methods import find_method
 from streammerge.methods.registry import suggestion
 from streammerge.parameters import Settings, check_settings, describe_settings, parse_settings
+from streammerge.scalars import parse_key, parse_seed
 from streammerge.tensors import DTYPES, DType
 
-ShapePolicy = Literal["error", "keep", "pad", "slice"]
+ShapePolicy = Literal["error", "overlap", "keep", "pad", "slice"]
 MissingPolicy = Literal["error", "keep", "drop"]
 RuleAction = Literal["merge", "take", "keep", "drop"]
 
-SHAPE_POLICIES: Final = ("error", "keep", "pad", "slice")
+SHAPE_POLICIES: Final = ("error", "overlap", "keep", "pad", "slice")
 MISSING_POLICIES: Final = ("error", "keep", "drop")
 
 STORED_DTYPES: Final[Mapping[str, DType | None]] = {
@@ -60,11 +61,15 @@ MERGEKIT_ONLY: Final = {
 
 @dataclass(frozen=True)
 class Input:
-    """A model of the recipe: what it is called, where it is (a path, or a recipe of its own), and its parameters."""
+    """A model of the recipe: what it is called, where it is (a path, or a recipe of its own), and its parameters.
+
+    `entry` names the dict of a torch file that is the model, where several could be.
+    """
 
     name: str
     source: Path | Recipe
     parameters: Settings = field(default_factory=dict)
+    entry: str = ""
 
 
 @dataclass(frozen=True)
@@ -148,8 +153,8 @@ class Recipe:
 def _describe_input(entry: Input, names: Mapping[Path, str]) -> dict[str, Any]:
     source = entry.source
     described = source.describe(names) if isinstance(source, Recipe) else names.get(source, source.name)
-    parameters = describe_settings(entry.parameters)
-    return {"model": described, "name": entry.name, **({"parameters": parameters} if parameters else {})}
+    more = {"entry": entry.entry, "parameters": describe_settings(entry.parameters)}
+    return {"model": described, "name": entry.name, **{key: value for key, value in more.items() if value}}
 
 
 def _describe_rule(rule: Rule, beside: Mapping[str, Any]) -> dict[str, Any]:
@@ -283,12 +288,17 @@ class _RecipeParser:
 
     def _input(self, raw: Any, where: str) -> Input:  # noqa: ANN401
         entry = raw if isinstance(raw, dict) and "merge_method" not in raw else {"model": raw}
-        self._check_keys(entry, ("model", "name", "parameters"), where)
+        self._check_keys(entry, ("model", "name", "parameters", "entry"), where)
         if "model" not in entry:
             raise RecipeError(f"{where}: the key 'model' is missing")
         source = self._source(entry["model"], where)
         name = str(entry.get("name") or self._default_name(entry["model"], source))
-        return Input(name, source, parse_settings(entry.get("parameters"), where))
+        key = parse_key(entry.get("entry"), f"{where}: entry")
+        if key and isinstance(source, Recipe):
+            raise RecipeError(
+                f"{where}: a nested recipe has no entry {key!r}", advice="Put it beside one of its models."
+            )
+        return Input(name, source, parse_settings(entry.get("parameters"), where), key)
 
     def _default_name(self, model: Any, source: Path | Recipe) -> str:  # noqa: ANN401
         if isinstance(source, Recipe):
@@ -372,20 +382,13 @@ def distinct_names(inputs: list[Input]) -> list[Input]:
 def same_source(one: Input, other: Input) -> bool:
     """Whether two inputs are the same path, or the same recipe."""
     if isinstance(one.source, Path) and isinstance(other.source, Path):
-        return one.source.absolute() == other.source.absolute()
+        return one.source.absolute() == other.source.absolute() and one.entry == other.entry
     return one.source == other.source
 
 
 def unused_name(name: str, recipe: Recipe) -> str:
     """The name, or one made of it that no input has yet."""
     return distinct_names([*recipe.named.values(), Input(name, Path())])[-1].name
-
-
-def parse_seed(raw: Any, where: str) -> int | None:  # noqa: ANN401
-    """The seed of what is random, None where it isn't set."""
-    if raw is None or (isinstance(raw, int) and not isinstance(raw, bool)):
-        return raw
-    raise RecipeError(f"{where}: seed must be a whole number, found {raw!r}")
 
 
 def parse_dtype(raw: Any, where: str) -> DType | None:  # noqa: ANN401

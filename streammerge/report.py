@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from streammerge.errors import count, listed, plural
 from streammerge.findings import Finding, NonfinitePolicy, warnings
 from streammerge.formats.files import ByteFile
 from streammerge.options import format_size
@@ -42,7 +43,7 @@ class Report:
     io: str
     inputs: Sequence[ByteFile]
     version: str
-    left_out: Mapping[str, int] = field(default_factory=dict)
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
     on_nonfinite: NonfinitePolicy = "warn"
     hashes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     stale_hashes: str = ""
@@ -64,7 +65,7 @@ class Report:
                 "dropped": self.dropped,
                 "total": self.merged + self.copied,
             },
-            "left_out": dict(self.left_out),
+            "left_out": {model: len(names) for model, names in self.left_out.items()},
             "nonfinite": sum(self.nonfinite.values()),
             "nonfinite_tensors": dict(self.nonfinite),
             "findings": {name: finding.to_json() for name, finding in self.findings.items()},
@@ -108,8 +109,9 @@ class Report:
     def warnings(self) -> list[str]:
         """What the user should look at."""
         found = [
-            f"{model}: {count:,} tensors that the layout does not have were left out"
-            for model, count in self.left_out.items()
+            f"{model}: {count(names, 'tensor')} that the layout does not have {plural(names, 'was', 'were')} left out: "
+            f"{listed(names)}"
+            for model, names in self.left_out.items()
         ]
         if self.stale_hashes:
             found.append(

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from streammerge.copying import CopyRange
+from streammerge.jobs import Job, copied_from
 from streammerge.nodes import BLOCK
-from streammerge.plan import Job, copied_from
 from streammerge.works import MergeWork, Window
 
 SAMPLES: Final = 200

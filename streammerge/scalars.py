@@ -40,3 +40,17 @@ def scalar_of_text(text: str, where: str) -> Scalar:
     """The number, flag or word that a piece of text is."""
     text = text.strip()
     return scalar(float(text) if is_number(text) else _FLAGS.get(text.lower(), text), where)
+
+
+def parse_seed(raw: Any, where: str) -> int | None:  # noqa: ANN401
+    """The seed of what is random, None where it isn't set."""
+    if raw is None or (isinstance(raw, int) and not isinstance(raw, bool)):
+        return raw
+    raise RecipeError(f"{where}: seed must be a whole number, found {raw!r}")
+
+
+def parse_key(raw: Any, where: str) -> str:  # noqa: ANN401
+    """A name that is not empty, a whole number being one too; "" where there is none."""
+    if raw is None or (isinstance(raw, str | int) and not isinstance(raw, bool) and raw != ""):
+        return "" if raw is None else str(raw)
+    raise RecipeError(f"{where}: expected a name, found {raw!r}")

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from streammerge.checkpoints import Checkpoint
 from streammerge.comparison import Comparison, ShapeMismatch, Similarity
 from streammerge.devices import find_device, open_lanes
 from streammerge.engine import run
+from streammerge.jobs import Job
 from streammerge.machine import MIB, IoMode, choose_io, share_out
 from streammerge.methods.registry import BlockMethod
 from streammerge.methods.statistics import Gram, GramPass
 from streammerge.nodes import ByBlock
-from streammerge.plan import Job
 from streammerge.progress import Progress
-from streammerge.tensors import DTYPES, TensorInfo
-from streammerge.works import Work
+from streammerge.tensors import DTYPES
+from streammerge.works import Window, Work
 
 INNER_PRODUCTS = BlockMethod(
     name="inner products", parameters=(), base="none", models=(2, 2), doc="", statistics=lambda _, __: GramPass(2)
@@ -52,32 +52,42 @@ def compare_models(
     mismatched = [name for name in shared if a.tensors[name].shape != b.tensors[name].shape]
     alike = [name for name in shared if a.tensors[name].shape == b.tensors[name].shape]
     comparable = [name for name in alike if a.tensors[name].dtype.mergeable and b.tensors[name].dtype.mergeable]
-    works = {name: _work(name, a, b) for name in comparable}
+    found: dict[str, Similarity] = {}
+    works = (_Comparing(name, a, b, found) for name in comparable)
     progress = Progress(sum(a.tensors[name].nbytes + b.tensors[name].nbytes for name in comparable))
     paths = [file.path for file in (*a.files, *b.files)]
     lanes = open_lanes(find_device(device), choose_io(io, paths), share_out(LANE_BYTES, threads))
-    run(works.values(), lanes, Nowhere(), progress, lambda: watch(progress) if watch else None)
+    run(works, lanes, Nowhere(), progress, lambda: watch(progress) if watch else None)
     return Comparison(
         path_a=str(a.path),
         path_b=str(b.path),
-        similarities=tuple(_similarity(work, a.tensors) for work in works.values()),
+        similarities=tuple(found[name] for name in comparable),
         shape_mismatches=tuple(ShapeMismatch(n, a.tensors[n].shape, b.tensors[n].shape) for n in mismatched),
         only_in_a=tuple(name for name in names_a if name not in b.tensors),
         only_in_b=tuple(name for name in names_b if name not in a.tensors),
-        not_compared=tuple(name for name in alike if name not in works),
+        not_compared=tuple(name for name in alike if name not in found),
     )
 
 
-def _work(name: str, a: Checkpoint, b: Checkpoint) -> Work:
-    nodes = a.node(name), b.node(name)
-    node = ByBlock(a.tensors[name], INNER_PRODUCTS, {}, nodes)
-    return Work(name, node, DTYPES["F64"])  # people read these figures to the last digit
+class _Comparing(Work):
+    """A tensor under comparison: what is left of it are the figures that it puts among those found."""
+
+    def __init__(self, name: str, a: Checkpoint, b: Checkpoint, found: dict[str, Similarity]) -> None:
+        node = ByBlock(a.tensors[name], INNER_PRODUCTS, {}, (a.node(name), b.node(name)))
+        super().__init__(name, node, DTYPES["F64"])  # people read these figures to the last digit
+        self._found = found
+
+    def begin_pass(self) -> list[Window]:
+        """The windows of the one pass; when it is done, the figures."""
+        if self.survey.complete:
+            self._found[self.name] = _similarity(self)
+        return super().begin_pass()
 
 
-def _similarity(work: Work, tensors: Mapping[str, TensorInfo]) -> Similarity:
+def _similarity(work: Work) -> Similarity:
     gram = work.survey.known[id(work.node)]
     assert isinstance(gram, Gram)
-    info = tensors[work.name]
+    info = work.node.info
     return Similarity(
         name=work.name,
         shape=info.shape,

@@ -316,7 +316,7 @@ def read_stored(node: Node, start: int, stop: int) -> torch.Tensor:
     match node:
         case Stored():
             return lane.read(node, start, stop, 0).clone()
-        case Viewed(source=Stored() as source):
+        case Viewed(source=Stored() as source, around=None):
             out = torch.empty(stop - start, dtype=dtype)
             return gather(node, start, stop, out, lambda i, j: lane.read(source, i, j, 0))
         case _:

@@ -5,6 +5,7 @@ A model is anything that has named tensors and can produce any flat range of any
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -89,6 +90,12 @@ class TensorInfo:
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
+
+
+@functools.lru_cache(maxsize=4096)
+def described(dtype: DType, shape: tuple[int, ...]) -> TensorInfo:
+    """A description that is one object for all tensors that it fits: models have thousands of a shape."""
+    return TensorInfo(dtype, shape)
 
 
 @runtime_checkable

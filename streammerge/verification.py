@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from streammerge.checkpoints import Checkpoint, open_model
+from streammerge.checkpoints import Checkpoint, model_files
 from streammerge.errors import CheckpointError
 from streammerge.formats.shards import is_index
 from streammerge.hashing import file_sha256, read_sidecar, sidecar_beside
@@ -50,8 +50,7 @@ def check_inputs(recorded: Recorded) -> str:
         if path is None:
             problems.append(f"{stored}: not a model of the recipe")
             continue
-        with open_model(path) as model:
-            found = sorted(file_sha256(file.path) for file in model.files)
+        found = sorted(map(file_sha256, model_files(path)))
         if found != sorted(files.values()):
             problems.append(f"{path}: not the {stored} that was merged")
     if problems:

@@ -19,13 +19,14 @@ from typing import Final
 from streammerge.copying import CopyRange, adjoining
 from streammerge.errors import MergeError, OutputError, cannot_write, output_errors
 from streammerge.fingerprint import Fingerprint
+from streammerge.formats.library import RefusedError, library_digest, names_digest
 from streammerge.formats.positional import copy_at, read_at, write_at
+from streammerge.jobs import Job
 from streammerge.journal import Journal
 from streammerge.layout import OutputFile, OutputLayout
 from streammerge.locking import sync_data, sync_folder
 from streammerge.options import format_size
 from streammerge.placing import plan_placing, put_in_place, temporary_name
-from streammerge.plan import Job
 
 CREATE_FLAGS: Final = os.O_CREAT | os.O_EXCL
 
@@ -55,7 +56,7 @@ class OutputWriter:
             going_on = self._take_names()
             for file, path in zip(self.layout.files, self._paths, strict=False):
                 self._open.append(_Temporary(file, path, create=not going_on))
-                self.bytes_written += len(file.header.encoded)
+                self.bytes_written += file.header.nbytes
         except BaseException:
             self._leave()
             raise
@@ -174,11 +175,11 @@ class OutputWriter:
     def _write_index(self, *, sync: bool) -> None:
         if self.layout.index is None:
             return
-        path, text = self.layout.index
-        with output_errors(path):
+        index = self.layout.index
+        with output_errors(index.path):
             self._paths[-1].unlink(missing_ok=True)  # of a run that was interrupted right here
-            with self._paths[-1].open("x", encoding="utf-8") as file:
-                file.write(text)
+            with self._paths[-1].open("xb") as file:
+                file.writelines(index.pieces())
                 file.flush()
                 if sync:
                     os.fsync(file.fileno())
@@ -219,7 +220,10 @@ class _Temporary:
             with output_errors(file.path):
                 if create:
                     preallocate(self.descriptor, file.nbytes)
-                    write_at(self.descriptor, memoryview(file.header.encoded), 0)
+                    position = 0
+                    for piece in file.header.pieces():
+                        write_at(self.descriptor, memoryview(piece), position)
+                        position += len(piece)
                 else:
                     self._check()
         except BaseException:
@@ -232,15 +236,22 @@ class _Temporary:
 
     def _check(self) -> None:
         """It must have the size, and begin with the header, that was given to it when it was made."""
-        found, encoded = os.fstat(self.descriptor), self.file.header.encoded
-        header = bytearray(len(encoded))
-        if stat.S_ISREG(found.st_mode) and found.st_size == self.file.nbytes:
-            read_at(self.descriptor, memoryview(header), 0)
-        if header != encoded:
+        found = os.fstat(self.descriptor)
+        if not (stat.S_ISREG(found.st_mode) and found.st_size == self.file.nbytes and self._has_header()):
             raise OutputError(
                 f"{self.path}: is not what the interrupted merge left",
                 advice="Merge from the beginning, without --resume.",
             )
+
+    def _has_header(self) -> bool:
+        position = 0
+        for piece in self.file.header.pieces():
+            there = bytearray(len(piece))
+            read_at(self.descriptor, memoryview(there), position)
+            if there != piece:
+                return False
+            position += len(piece)
+        return True
 
     def close(self) -> None:
         """Close the file if it is open."""
@@ -264,12 +275,10 @@ def preallocate(descriptor: int, nbytes: int) -> None:
 
 def check_with_library(path: Path, file: OutputFile) -> None:
     """Open the file with safetensors itself, whose parser is audited, and compare names; OutputError if it refuses."""
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with output_errors(file.path), safe_open(path, framework="pt") as opened:
-            names = set(opened.keys())
-    except SafetensorError as error:
+        with output_errors(file.path):
+            found = library_digest(path)
+    except RefusedError as error:
         raise OutputError(f"{file.path}: the finished file does not pass safetensors' own check: {error}") from error
-    if names != set(file.header.offsets):
+    if found != names_digest(file.header.names):
         raise OutputError(f"{file.path}: the finished file holds other tensors than were planned")

@@ -326,10 +326,9 @@ def test_a_tool_whose_environment_cannot_be_made_is_a_reason(made, tmp_path, mon
         environments.python_of(tool, tmp_path, install=False)
     with pytest.raises(CannotRun, match=r"could not be made \(ERROR: .*no-such-package-anywhere.*log: "):
         environments.python_of(tool, tmp_path)
-    started = time.monotonic()
+    monkeypatch.setattr("benchmarks.environments.subprocess.run", None)  # it is not tried again
     with pytest.raises(CannotRun, match="could not be made"):
-        environments.python_of(tool, tmp_path)  # not tried again
-    assert time.monotonic() - started < 0.5
+        environments.python_of(tool, tmp_path)
     environments.forget_failures(tmp_path)
     assert not list((tmp_path / "environments").glob("*.failed"))
 

@@ -197,8 +197,10 @@ def test_a_file_that_changed_since_it_was_opened_is_not_read(tmp_path):
     ("content", "problem"),
     [
         (b"", r"is neither safetensors nor a torch zip\n  it starts with the bytes \(none: it is empty\)"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "starts with the bytes 76 65 72 73 69 6f 6e 20"),
-        (b"<!DOCTYPE html><html>", "is neither safetensors nor a torch zip"),
+        (b"version 1 of something\n", "starts with the bytes 76 65 72 73 69 6f 6e 20"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS"),
+        (b"<!DOCTYPE html><html>", "is a web page"),
+        (b"<HTML><head>", "is a web page"),
         (b"GGUF\3\0\0\0\0\0\0\0", "is GGUF, whose tensors are quantised"),
         (bytes(1000), "is neither safetensors nor a torch zip"),
         (b"PK\3\4", "not a readable torch zip"),
@@ -285,10 +287,34 @@ def test_where_two_shards_hold_a_tensor_the_index_decides(tmp_path):
             assert model.read("x", 0, 2).tolist() == [value, value]
 
 
+@pytest.mark.parametrize("containers", [("1.safetensors", "2.safetensors"), ("1.bin", "2.bin")])
+def test_where_two_shards_hold_a_tensor_that_the_index_forgot_it_is_an_error(tmp_path, containers):
+    one, two = containers
+    shards = {one: {"x": torch.ones(2), "y": torch.ones(1)}, two: {"x": torch.zeros(2), "z": torch.ones(1)}}
+    with pytest.raises(CheckpointError, match="1 tensors are in two shards") as error:
+        open_model(save_shards(tmp_path, shards, {"y": one, "z": two}))
+    assert error.value.found == (f"x: in {two} and another",)
+
+
 def test_a_tensor_that_the_index_forgot_is_in_the_model_all_the_same(tmp_path):
     index = save_shards(tmp_path, {"1.safetensors": {"x": torch.ones(2), "y": torch.ones(3)}}, {"x": "1.safetensors"})
     with open_model(index) as model:
         assert set(model.tensors) == {"x", "y"}
+
+
+@pytest.mark.parametrize("container", ["safetensors", "bin"])
+@pytest.mark.parametrize("values", [(1.0, 2.0), (1.0, 1.0)], ids=["others", "the same"])
+def test_a_tensor_in_two_shards_that_the_index_does_not_settle_is_refused(tmp_path, container, values):
+    shards = {
+        f"{n}.{container}": {"x": torch.full((2,), value), f"y{n}": torch.ones(1)} for n, value in enumerate(values)
+    }
+    weight_map = {"y0": f"0.{container}", "y1": f"1.{container}"}
+    with pytest.raises(CheckpointError, match="1 tensor is in several shards, and not in the index") as error:
+        open_model(save_shards(tmp_path, shards, weight_map))
+    assert error.value.found == (f"x   0.{container}, 1.{container}",)
+    for n, value in enumerate(values):  # what the error advises
+        with open_model(save_shards(tmp_path, shards, {**weight_map, "x": f"{n}.{container}"})) as model:
+            assert model.read("x", 0, 2).tolist() == [value] * 2
 
 
 def test_a_missing_shard_is_an_error_that_names_it(tmp_path):

@@ -15,12 +15,15 @@ from hypothesis import strategies as st
 import streammerge
 import streammerge.merged
 from streammerge import compute, works
+from streammerge.applying import apply_method
 from streammerge.compute import Evaluator
-from streammerge.devices import Lane
-from streammerge.merged import Merged, apply_method, fit
+from streammerge.decisions import Decision, Decisions
+from streammerge.devices import Lane, torch_dtype
+from streammerge.fitting import placed, reshaped
+from streammerge.merged import Merged
 from streammerge.methods import find_method
 from streammerge.methods.registry import BlockMethod
-from streammerge.nodes import BLOCK, ByBlock, External, Node, Stored, Term, Viewed, combine
+from streammerge.nodes import BLOCK, ByBlock, External, Node, Stored, Term, Viewed, combine, rounded
 from streammerge.reading import PositionalReader
 from streammerge.surveys import Survey, read_range, read_stored
 from streammerge.tensors import DTYPES, Model, TensorInfo
@@ -74,8 +77,8 @@ def ties(density: float, base: Expression, *models: Expression) -> Expression:
     return apply("ties", [base, *models], {**each, **others}, **each, **others)
 
 
-def fitted(entry: Expression, shape: tuple[int, ...], policy: str) -> Expression:
-    node = fit(entry.node, shape, policy)
+def fitted(entry: Expression, shape: tuple[int, ...]) -> Expression:
+    node = reshaped(entry.node, shape)
     assert isinstance(node, Viewed)
     values = np.zeros(shape)
     corner = tuple(slice(0, min(pair)) for pair in zip(shape, entry.values.shape, strict=True))
@@ -84,11 +87,24 @@ def fitted(entry: Expression, shape: tuple[int, ...], policy: str) -> Expression
 
 
 def padded(entry: Expression) -> Expression:
-    return fitted(entry, (11, 17), "pad")
+    return fitted(entry, (11, 17))
 
 
 def sliced(entry: Expression) -> Expression:
-    return fitted(entry, (5, 4), "slice")
+    return fitted(entry, (5, 4))
+
+
+def overlapping(entry: Expression, around: Expression) -> Expression:
+    """The first in the corner of the second."""
+    values = around.values.copy()
+    values[tuple(map(slice, entry.values.shape))] = entry.values
+    return Expression(placed(entry.node, around.node, around.node.info.dtype), values)
+
+
+def stored(entry: Expression) -> Expression:
+    """As a file of float32 holds it."""
+    info = TensorInfo(DTYPES["F32"], entry.node.info.shape)
+    return Expression(rounded(entry.node, info), entry.values.astype(np.float32).astype(np.float64))
 
 
 EXPRESSIONS = {
@@ -119,7 +135,23 @@ EXPRESSIONS = {
     "slerps of several lengths": lambda a, b, c: linear(
         (0.5, padded(slerp(0.3, a, b))), (0.5, slerp(0.6, padded(b), padded(c))), (1.0, padded(ties(0.3, a, b)))
     ),
-    "sliced after padding": lambda a, b, c: fitted(padded(ties(0.3, a, b, c)), (9, 2), "slice"),
+    "sliced after padding": lambda a, b, c: fitted(padded(ties(0.3, a, b, c)), (9, 2)),
+    "overlap of a sum": lambda a, b, c: overlapping(linear((0.5, sliced(a)), (0.25, sliced(b))), a),
+    "overlap of slerp": lambda a, b, c: overlapping(slerp(0.3, sliced(a), sliced(b)), c),
+    "overlap of ties": lambda a, b, c: overlapping(ties(0.3, *map(sliced, (a, b, c))), padded(a)),
+    "overlap around slerp": lambda a, b, c: overlapping(sliced(c), slerp(0.3, a, b)),
+    "overlap of rows": lambda a, b, c: overlapping(ties(0.3, *(fitted(x, (5, 13)) for x in (a, b, c))), a),
+    "slerp of overlaps": lambda a, b, c: slerp(0.4, overlapping(slerp(0.2, sliced(a), sliced(b)), c), a),
+    "ties of overlaps": lambda a, b, c: ties(
+        0.5, a, overlapping(sliced(b), c), overlapping(ties(0.4, sliced(a), sliced(b)), c)
+    ),
+    "stored": lambda a, b, c: stored(a),
+    "stored sum": lambda a, b, c: stored(linear((0.5, a), (0.25, b))),
+    "sum of stored sums": lambda a, b, c: linear((0.5, stored(linear((0.1, a), (0.9, b)))), (2.0, c)),
+    "ties of stored slerps": lambda a, b, c: ties(0.4, stored(slerp(0.5, a, b)), stored(b), stored(slerp(0.2, b, c))),
+    "stored overlap of stored ties": lambda a, b, c: stored(
+        overlapping(stored(ties(0.3, *map(sliced, (a, b, c)))), slerp(0.3, a, b))
+    ),
 }
 
 
@@ -148,10 +180,10 @@ def test_nested_merges_come_to_what_whole_tensors_come_to(inputs, request, name,
 @pytest.mark.parametrize("name", EXPRESSIONS)
 def test_the_engine_comes_to_the_same(inputs, tmp_path, name):
     entry = EXPRESSIONS[name](*inputs)
-    merged = Merged((streammerge.merged.Decision("w", "merged", "", entry.node.info, entry.node),))
+    merged = Merged(Decisions(["w"], lambda name: Decision(name, "merged", "", entry.node.info, entry.node)))
     streammerge.merge(merged, output=tmp_path / "out.safetensors", threads=2, sync=False)
     written = streammerge.open_model(tmp_path / "out.safetensors").read("w", 0, entry.node.info.elements)
-    assert raw_bytes(written) == raw_bytes(whole(entry.node))
+    assert raw_bytes(written) == raw_bytes(whole(entry.node).to(torch_dtype(entry.node.info.dtype)))
 
 
 @pytest.mark.usefixtures("tiny_blocks")
@@ -367,8 +399,7 @@ def test_a_strided_tensor_is_read_in_its_stored_dtype(tmp_path):
 def test_a_padded_external_tensor_is_computed_with(tiny_blocks):
     values = normal((3, 4), 1, torch.float16)
     model = MemoryModel({"w": values})
-    node = fit(External(model.tensors["w"], model, "w"), (5, 9), "pad")
-    assert node is not None
+    node = reshaped(External(model.tensors["w"], model, "w"), (5, 9))
     expected = torch.zeros(5, 9)
     expected[:3, :4] = values
     assert torch.equal(whole(node, torch.float32).reshape(5, 9), expected)

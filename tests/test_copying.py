@@ -20,9 +20,9 @@ from streammerge.copying import Copying, CopyRange, Piece, adjoining, pieces, ra
 from streammerge.errors import CheckpointError, OutputError
 from streammerge.formats import positional
 from streammerge.formats.positional import copy_at
+from streammerge.jobs import Job
 from streammerge.ledger import Ledger
 from streammerge.nodes import Stored, Term, combine
-from streammerge.plan import Job
 from streammerge.progress import Progress
 from streammerge.tensors import DTYPES, TensorInfo
 from tests.models import load_model, store_tensors

@@ -7,7 +7,6 @@ import pickletools
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -367,13 +366,6 @@ def test_the_examples_models_are_related(tmp_path):
     assert 5e-4 < one.std() < 1.5e-2
     assert 5e-4 < other.std() < 1.5e-2
     assert torch.cosine_similarity(one, other, dim=0).abs() < 0.1
-
-
-def test_the_example_is_quick(tmp_path):
-    make_models(tmp_path)
-    started = time.perf_counter()
-    make_models(tmp_path, force=True)
-    assert time.perf_counter() - started < 10  # about half a second; generous for machines under load
 
 
 def test_files_that_may_be_the_real_ones_are_not_replaced(tmp_path):

@@ -23,10 +23,10 @@ from streammerge.engine import AHEAD_BYTES, AHEAD_WINDOWS, Schedule, run
 from streammerge.errors import CheckpointError, MethodError
 from streammerge.examining import examine
 from streammerge.formats.positional import read_at
+from streammerge.jobs import Job
 from streammerge.methods.registry import BlockMethod, GramMethod
 from streammerge.methods.statistics import Gram
 from streammerge.nodes import BLOCK, ByBlock, ByGram, External, Node, Stored, Term, combine
-from streammerge.plan import Job
 from streammerge.progress import Progress
 from streammerge.reading import MappedReader, PositionalReader
 from streammerge.tensors import DTYPES, TensorInfo

@@ -12,9 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from streammerge import gathering
+from streammerge.fitting import placed, reshaped
 from streammerge.formats.files import ByteFile
 from streammerge.gathering import boxes, gather
-from streammerge.merged import fit
 from streammerge.nodes import Stored, Viewed
 from streammerge.tensors import DTYPES, TensorInfo, contiguous_strides
 
@@ -123,10 +123,10 @@ def test_padding_and_slicing_are_what_torch_makes_of_whole_tensors(leaf_file, si
     assert gathered(node, source, start, stop) == whole.reshape(-1)[start:stop].tolist()
 
 
-@pytest.mark.parametrize(("policy", "shape"), [("pad", (3, 5, 2)), ("slice", (2, 1, 2)), ("slice", (1, 4, 1))])
-def test_fit_makes_such_a_view(leaf_file, policy, shape):
+@pytest.mark.parametrize("shape", [(3, 5, 2), (2, 1, 2), (1, 4, 1), (1, 5, 2)])
+def test_reshaping_makes_such_a_view(leaf_file, shape):
     values = torch.arange(1.0, 17.0).reshape(2, 4, 2)
-    node = fit(Stored(TensorInfo(DTYPES["F32"], (2, 4, 2)), leaf_file, 0), shape, policy)
+    node = reshaped(Stored(TensorInfo(DTYPES["F32"], (2, 4, 2)), leaf_file, 0), shape)
     assert isinstance(node, Viewed)
     expected = torch.zeros(shape)
     corner = tuple(slice(0, min(has, wants)) for has, wants in zip((2, 4, 2), shape, strict=True))
@@ -134,13 +134,13 @@ def test_fit_makes_such_a_view(leaf_file, policy, shape):
     assert gathered(node, Source(values.reshape(-1)), 0, math.prod(shape)) == expected.reshape(-1).tolist()
 
 
-def test_fit_leaves_alone_what_fits_and_refuses_what_the_policy_does_not_allow(leaf_file):
-    node = Stored(TensorInfo(DTYPES["F32"], (2, 4)), leaf_file, 0)
-    assert fit(node, (2, 4), "error") is node
-    for shape, policy in (((3, 4), "error"), ((3, 4), "slice"), ((1, 4), "pad"), ((3, 1), "pad"), ((3, 1), "slice")):
-        assert fit(node, shape, policy) is None
-    for policy in ("pad", "slice"):
-        assert fit(node, (8,), policy) is None
+def test_what_is_around_the_source_stays(leaf_file):
+    around = Stored(TensorInfo(DTYPES["F32"], (3, 5)), leaf_file, 0)
+    node = placed(Stored(TensorInfo(DTYPES["F32"], (2, 4)), leaf_file, 0), around, DTYPES["F32"])
+    assert isinstance(node, Viewed)
+    source, out = Source(torch.arange(1.0, 9.0)), torch.full((11,), -1.0)
+    gather(node, 3, 14, out, source.fetch)
+    assert out.tolist() == [4.0, -1.0, 5.0, 6.0, 7.0, 8.0, -1.0, -1.0, -1.0, -1.0, -1.0]
 
 
 # ── how much is fetched ──────────────────────────────────────────────────────────────────────────────────────────────

@@ -19,8 +19,8 @@ from streammerge import hashing
 from streammerge.cli import main
 from streammerge.errors import CheckpointError, OutputError
 from streammerge.hashing import HashingWriter, file_sha256, read_sidecar, sidecar_beside
+from streammerge.jobs import Job
 from streammerge.layout import lay_out
-from streammerge.plan import Job
 from streammerge.sampling import SAMPLES, sample
 from streammerge.tensors import DTYPES, TensorInfo
 from streammerge.writing import OutputWriter
@@ -113,7 +113,7 @@ def test_windows_may_be_written_in_any_order(tmp_path, monkeypatch, seed, shard_
     for number, file in enumerate(layout.files):
         for name, offset in file.header.offsets.items():
             info = TensorInfo(DTYPES["U8"], ([0, 1, 700, 5000, 0, 2048][int(name[1:])],))
-            job = Job(name, info, None, None, number, offset)  # type: ignore[arg-type]
+            job = Job(name, info, None, None, number, offset)
             parts += [(job, start, min(300, info.nbytes - start)) for start in range(0, info.nbytes, 300)]
     order.shuffle(parts)
     with OutputWriter(layout) as writer:
@@ -221,7 +221,7 @@ def test_a_shard_that_is_missing_is_an_error(sharded, capsys):
 
 
 def jobs_of(*elements: int) -> list[Job]:
-    return [Job(f"t{n}", TensorInfo(DTYPES["F16"], (size,)), None, None, 0, 0) for n, size in enumerate(elements)]  # type: ignore[arg-type]
+    return [Job(f"t{n}", TensorInfo(DTYPES["F16"], (size,)), None, None, 0, 0) for n, size in enumerate(elements)]
 
 
 @given(st.lists(st.integers(0, 5000), max_size=8), st.integers(1, 50))

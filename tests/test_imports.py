@@ -17,14 +17,14 @@ PACKAGE = Path(streammerge.__file__).parent
 
 ORDER = [
     # the vocabulary
-    *("errors", "tensors", "", "machine", "findings", "options", "progress"),
+    *("errors", "tensors", "tables", "", "machine", "findings", "options", "progress"),
     # what a process costs
     *("launcher", "measuring", "floor"),
     # what is on disk
-    *("formats", "formats.positional", "formats.files"),
+    *("formats", "formats.positional", "formats.files", "formats.library", "formats.bounds"),
     *("formats.header_entries", "formats.safetensors", "formats.shards"),
     *("formats.zip_directory", "formats.pickle_machine", "formats.pickle_steps", "formats.pickles"),
-    *("formats.torchzip", "mapping", "reading"),
+    *("formats.state_dicts", "formats.torchzip", "mapping", "reading"),
     # methods
     *("methods.contract", "methods.registry", "methods.place", "methods.statistics", "methods.slices", "methods.sums"),
     *("methods.cuts", "methods.radix", "methods.bracketing", "methods.ranking"),
@@ -38,9 +38,20 @@ ORDER = [
     *("architecture", "scalars", "blocks", "presets", "blockwise"),
     *("parameters", "recipe", "recipe_files", "recipes", "provenance", "carrying"),
     # models as expressions
-    *("nodes", "quantisation", "checkpoints", "mismatches", "merged", "functions"),
+    *(
+        "nodes",
+        "quantisation",
+        "checkpoints",
+        "presence",
+        "fitting",
+        "mismatches",
+        "applying",
+        "decisions",
+        "merged",
+        "functions",
+    ),
     # what will happen
-    *("layout", "plan", "ledger", "older", "indexes", "inputs", "report", "copying"),
+    *("layout", "costs", "jobs", "plan", "ledger", "older", "indexes", "inputs", "report", "copying"),
     # what is left of a merge that was stopped
     *("locking", "fingerprint", "placing", "journal", "resuming", "leftovers"),
     # what happens
@@ -52,7 +63,7 @@ ORDER = [
     *("demo", "demo.layers", "demo.midas", "demo.text", "demo.unet", "demo.vae", "demo.layouts", "demo.noise"),
     *("demo.files", "demo.reference", "demo.story"),
     # the program
-    *("manual", "arguments", "commands", "cli", "__main__"),
+    *("manual", "entries", "arguments", "commands", "cli", "__main__"),
 ]
 """Every module; each imports only what stands before it. "" is the package itself."""
 

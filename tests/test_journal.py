@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from streammerge.errors import OutputError
 from streammerge.findings import Finding
+from streammerge.jobs import Job
 from streammerge.journal import Contents, decode, encode, journal_path, lock_journal, read_journal_file
 from streammerge.layout import lay_out
 from streammerge.ledger import Coverage, Entry, Ledger, Span
 from streammerge.placing import Placing, Step
-from streammerge.plan import Job
 from streammerge.tensors import DTYPES, TensorInfo
 
 # ── the ledger ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -42,7 +42,7 @@ def test_spans_that_touch_become_one(spans):
 
 
 def job(name: str = "x", offset: int = 100, elements: int = 10) -> Job:
-    return Job(name, TensorInfo(DTYPES["F32"], (elements,)), None, None, 1, offset)  # type: ignore[arg-type]
+    return Job(name, TensorInfo(DTYPES["F32"], (elements,)), None, None, 1, offset)
 
 
 def test_a_ledger_has_what_was_found_and_tells_only_what_is_new():

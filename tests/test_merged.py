@@ -8,7 +8,7 @@ import pytest
 
 from streammerge.demo.layouts import checkpoint
 from streammerge.errors import PlanError, RecipeError, count, plural
-from streammerge.merged import Merged, fit
+from streammerge.merged import Merged
 from streammerge.nodes import ByBlock, ByGram, Combined, External, Stored, Viewed
 from streammerge.tensors import DTYPES, TensorInfo
 
@@ -54,7 +54,7 @@ def test_the_layout_gives_names_order_shapes_and_dtypes():
 
 def test_the_layout_may_be_the_base_or_a_model_that_is_not_merged():
     models = {"a": header(x=(1,), y=(1,)), "b": header(x=(1,)), "c": header(x=(1,))}
-    made = merged(models, "task_arithmetic", base="b", beside="c", layout="b")
+    made = merged(models, "task_arithmetic", base="b", beside="c", layout="b", on_missing="keep")
     assert list(made.tensors) == ["x"]
     assert made.left_out == {"a": ("y",)}
     made = merged({**models, "a": header(x=(1,))}, "task_arithmetic", base="b", beside="c", layout="c")
@@ -192,16 +192,16 @@ def test_tensors_that_are_missing_are_an_error():
     with pytest.raises(PlanError) as error:
         merged(some_lack())
     assert str(error.value) == (
-        "2 tensors of a are missing from other models\n"
-        "  y   not in b\n"
-        "  z   not in c\n"
-        "  Use --on-missing keep (copy a's) or drop, --take 'GLOB=MODEL', or a rule."
+        "2 tensors are not in every model\n"
+        "  y   in a, c, not in b\n"
+        "  z   in a, b, not in c\n"
+        "  Use --on-missing keep (copy a's), --on-missing drop (leave them out), --drop GLOB, or --take 'GLOB=MODEL'."
     )
 
 
 def test_the_base_counts_among_those_that_lack():
     models = {"a": header(x=(1,), y=(1,)), "b": header(x=(1,)), "c": header(x=(1,))}
-    with pytest.raises(PlanError, match="1 tensor of a is missing from other models\n  y   not in c, b\n"):
+    with pytest.raises(PlanError, match="1 tensor is not in every model\n  y   in a, not in c, b\n"):
         merged(models, "task_arithmetic", base="c")
 
 
@@ -218,16 +218,16 @@ def test_tensors_that_are_missing_may_be_dropped():
 
 
 def test_the_policy_for_several_that_lack():
-    models = {"a": header(x=(1,)), "b": header(y=(1,)), "c": header(z=(1,))}
+    models = {"a": header(w=(1,), x=(1,)), "b": header(w=(1,), y=(1,)), "c": header(w=(1,), z=(1,))}
     made = merged(models, on_missing="keep")
-    assert fates(made) == {"x": "copied: from a: b and c lack it"}
+    assert fates(made) == {"w": "merged: linear", "x": "copied: from a: b and c lack it"}
     assert made.left_out == {"b": ("y",), "c": ("z",)}
 
 
 def test_what_is_taken_and_missing_follows_the_policy_too():
     rules = [{"match": "y", "take": "b"}]
     models = {"a": header(x=(1,), y=(1,)), "b": header(x=(1,))}
-    with pytest.raises(PlanError, match="1 tensor of a is missing from other models\n  y   not in b\n"):
+    with pytest.raises(PlanError, match="1 tensor is not in every model\n  y   in a, not in b\n"):
         merged(models, rules=rules)
     assert fates(merged(models, rules=rules, on_missing="keep"))["y"] == "copied: from a: b lacks it"
     assert list(merged(models, rules=rules, on_missing="drop").tensors) == ["x"]
@@ -243,7 +243,8 @@ def test_a_rule_settles_what_is_missing():
 
 
 def test_tensors_that_the_layout_does_not_have_are_left_out_and_told():
-    made = merged({"a": header(x=(1,)), "b": header(w=(1,), x=(1,), y=(1,))})
+    models = {"a": header(x=(1,)), "b": header(w=(1,), x=(1,), y=(1,))}
+    made = merged(models, on_missing="keep")
     assert list(made.tensors) == ["x"]
     assert made.left_out == {"b": ("w", "y")}
 
@@ -262,8 +263,8 @@ def test_the_depth_models_convolution_gives_the_message_of_the_founding_job():
     assert str(error.value) == (
         "1 tensor differs in shape between the models\n"
         "  model.diffusion_model.input_blocks.0.0.weight   depth [320, 5, 3, 3]   base, waifu [320, 4, 3, 3]\n"
-        "  Use --on-shape-mismatch keep (copy depth's), pad (fill smaller ones with zeros), slice (cut larger ones), "
-        "or a rule."
+        "  Use --on-shape-mismatch overlap (merge what all have, keep depth's rest), keep (copy depth's), pad (fill "
+        "smaller ones with zeros), or --keep GLOB, --drop GLOB or a rule for such tensors."
     )
 
 
@@ -316,7 +317,7 @@ def test_padding_makes_larger_and_slicing_smaller(policy, layout, other, fits):
             merged(models, on_shape_mismatch=policy)
         return
     made = merged(models, on_shape_mismatch=policy)
-    assert fates(made) == {"x": "merged: linear"}
+    assert fates(made) == {"x": f"merged: linear, b {'cut' if policy == 'slice' else 'padded with zeros'}"}
     assert made.tensors["x"].shape == layout
     node = made.node("x")
     assert isinstance(node, Combined)
@@ -326,14 +327,6 @@ def test_padding_makes_larger_and_slicing_smaller(policy, layout, other, fits):
     assert fitted.info.shape == layout
     assert fitted.source is models["b"].node("x")
     assert fitted.inner == tuple(map(min, layout, other))
-
-
-def test_what_fits_stays_as_it_is():
-    node = header(x=(2, 3)).node("x")
-    assert fit(node, (2, 3), "pad") is node
-    assert fit(node, (2, 3), "error") is node
-    assert fit(node, (3, 3), "error") is None
-    assert fit(node, (3, 3), "keep") is None
 
 
 def test_what_padding_cannot_mend_is_listed_and_the_rest_is_not():
@@ -352,7 +345,8 @@ def test_the_first_kind_of_problem_is_told_first():
     models = {"a": header(x=(5,), y=(1,)), "b": header(x=(4,))}
     with pytest.raises(PlanError, match="differs in shape"):
         merged(models)
-    with pytest.raises(PlanError, match="is missing"):
+    models = {"a": header(x=(5,), y=(1,), z=(1,)), "b": header(x=(4,), z=(1,))}
+    with pytest.raises(PlanError, match="is not in every model"):
         merged(models, on_shape_mismatch="keep")
 
 
@@ -398,7 +392,7 @@ def test_floats_and_integers_are_not_averaged(dtype, kinds):
 @pytest.mark.parametrize("dtype", ["F4", "F8_E8M0", "F6_E2M3"])
 def test_packed_weights_are_not_averaged_but_copied_if_asked(dtype):
     models = pair(x=f"{dtype} 8")
-    with pytest.raises(PlanError, match=f"x   a {dtype}, b {dtype}\n  Copy such tensors with --keep or a rule"):
+    with pytest.raises(PlanError, match=f"x   a {dtype}, b {dtype}\n  Copy such tensors: a's with --keep GLOB"):
         merged(models)
     assert fates(merged(models, rules=[{"match": "x", "keep": True}]))["x"].startswith("copied: from a")
 
@@ -439,7 +433,7 @@ def test_different_architectures_are_told_by_name():
     assert error.value.advice.index("Stable Diffusion") < error.value.advice.index("Use --on-shape-mismatch")
     with pytest.raises(PlanError) as error:
         merged(models, on_shape_mismatch="keep")
-    assert "are missing from other models" in error.value.what
+    assert "are not in every model" in error.value.what
 
 
 def test_one_tensor_too_few_is_no_other_architecture():
@@ -468,3 +462,46 @@ def test_counts_have_their_plural():
     assert count(["x"], "tensor") == "1 tensor"
     assert count(["x"] * 1228, "tensor") == "1,228 tensors"
     assert plural([], "one", "many") == "many"
+
+
+# ── what only some models have ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("layout", ["a", "b"])
+def test_a_dropped_tensor_may_be_any_models(layout):
+    models = {"a": header(x=(1,)), "b": header(x=(1,), y=(1,))}
+    made = merged(models, layout=layout, rules=[{"match": "y", "drop": True}])
+    assert list(made.tensors) == ["x"]
+    assert made.left_out == {}
+
+
+def test_what_is_not_merged_is_not_missing_in_the_layout():
+    models = {"a": header(x=(1,)), "b": header(x=(1,), ids="I64 77"), "c": header(x=(1,), vae=(1,), y=(1,))}
+    made = merged(models, beside="c", rules=[{"match": "x", "take": "c"}])
+    assert made.left_out == {"b": ("ids",), "c": ("vae", "y")}
+    made = merged({"a": header(x=(1,)), "b": header(x=(1,), y=(1,))}, rules=[{"match": "*", "take": "a"}])
+    assert made.left_out == {"b": ("y",)}
+
+
+def test_what_a_rule_takes_must_have_a_place_in_the_layout():
+    models = {"a": header(x=(1,), vae__y=(1,)), "c": header(vae__y=(1,), vae__z=(1,))}
+    with pytest.raises(PlanError, match=r"1 tensor is not in every model\n  vae\.z   in c, not in a\n"):
+        merged(models, beside="c", rules=[{"match": "vae.*", "take": "c"}])
+    made = merged(models, beside="c", rules=[{"match": "vae.*", "take": "c"}], on_missing="keep")
+    assert list(made.tensors) == ["x", "vae.y"]
+
+
+def test_rules_may_copy_everything_but_policies_may_not():
+    models = {"a": header(x=(1,)), "b": header(y=(1,))}
+    for policy in ("error", "keep", "drop"):
+        with pytest.raises(PlanError, match="nothing is merged"):
+            merged(models, on_missing=policy)
+        made = merged(models, on_missing=policy, rules=[{"match": "*", "keep": True}])
+        assert fates(made) == {"x": "copied: from a: kept by rule *"}
+
+
+def test_what_merges_of_merges_leave_out_is_told():
+    inner = merged({"a": header(x=(1,), y=(1,)), "b": header(x=(1,), z=(1,))}, on_missing="keep")
+    made = merged({"in": inner, "c": header(x=(1,), y=(1,))})
+    assert made.left_out == {"in/b": ("z",)}
+    assert made.lacking == {"in/b": ("y",)}

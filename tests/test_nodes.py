@@ -8,10 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import streammerge
+from streammerge.applying import apply_method
 from streammerge.compute import Evaluator
 from streammerge.devices import Lane
+from streammerge.fitting import placed, reshaped
 from streammerge.formats.files import ByteFile
-from streammerge.merged import Merged, apply_method
+from streammerge.jobs import is_copy
+from streammerge.merged import Merged
 from streammerge.methods import find_method
 from streammerge.methods.registry import net
 from streammerge.nodes import (
@@ -20,6 +23,7 @@ from streammerge.nodes import (
     Combined,
     External,
     Node,
+    Rounded,
     Stored,
     Term,
     Viewed,
@@ -30,7 +34,6 @@ from streammerge.nodes import (
     slots,
     walk,
 )
-from streammerge.plan import is_copy
 from streammerge.reading import PositionalReader
 from streammerge.surveys import Survey
 from streammerge.tensors import DTYPES, TensorInfo
@@ -256,6 +259,11 @@ class CountingLane(Lane):
         return super().read(node, start, stop, slot)
 
 
+def linear_of_rows(*nodes: Node) -> Combined:
+    rows = [reshaped(node, (2, 5)) for node in nodes]
+    return combine(rows[0].info, tuple(Term(0.5, node) for node in rows))
+
+
 TREES = {
     "leaf": lambda a, b, c: a,
     "combination": lambda a, b, c: linear_of((0.5, a), (0.25, b), (0.25, c)),
@@ -269,6 +277,13 @@ TREES = {
     "slerp of slerps": lambda a, b, c: slerp_of(slerp_of(a, b), slerp_of(b, c)),
     "ties of slerps": lambda a, b, c: ties_of(slerp_of(a, b), slerp_of(b, c), slerp_of(a, c)),
     "slerp of ties": lambda a, b, c: slerp_of(ties_of(a, b, c), ties_of(c, b, a)),
+    "rounded": lambda a, b, c: Rounded(info("F32"), a),
+    "rounded sum": lambda a, b, c: Rounded(info(), linear_of((0.5, a), (0.5, b))),
+    "sum of rounded": lambda a, b, c: linear_of((0.5, Rounded(info(), linear_of((0.5, a), (0.5, b)))), (0.5, c)),
+    "placed": lambda a, b, c: placed(reshaped(a, (2, 5)), b, DTYPES["F16"]),
+    "placed sum": lambda a, b, c: placed(linear_of_rows(a, b), c, DTYPES["F16"]),
+    "placed in slerp": lambda a, b, c: placed(reshaped(c, (2, 5)), slerp_of(a, b), DTYPES["F16"]),
+    "ties of placed": lambda a, b, c: ties_of(placed(linear_of_rows(a, b), c, DTYPES["F16"]), b),
     "view of a sum": lambda a, b, c: Viewed(info(), linear_of((0.5, a), (0.5, b)), 0, (1, 3), SHAPE),
     "ties of views": lambda a, b, c: ties_of(
         *(Viewed(info(), slerp_of(one, other), 0, (1, 3), SHAPE) for one, other in ((a, b), (b, c)))

@@ -260,7 +260,7 @@ def test_too_little_disk_is_an_error_with_what_is_missing(monkeypatch, short):
 
 def test_the_plan_as_json_is_plain():
     models = {"a": header(x=(3,), y=(2, 2), ids="I64 3", gone=(1,)), "b": header(x=(3,), y=(2, 2), z=(1,), gone=(1,))}
-    made = plan(models, rules=[{"match": "y", "take": "b"}, {"match": "gone", "drop": True}])
+    made = plan(models, rules=[{"match": "y", "take": "b"}, {"match": "gone", "drop": True}], on_missing="keep")
     plain = made.to_json()
     assert json.loads(json.dumps(plain)) == plain
     assert plain["free_disk_bytes"] > 0
@@ -274,6 +274,7 @@ def test_the_plan_as_json_is_plain():
         "inputs": [],
         "left_out": {"b": ["z"]},
         "lacking": {"b": ["ids"]},
+        "beside_models": {},
         "tensors": [
             {"name": "x", "action": "merged", "why": "linear", "dtype": "F16", "shape": [3]},
             {"name": "y", "action": "copied", "why": "from b: taken by rule y", "dtype": "F16", "shape": [2, 2]},
@@ -301,13 +302,14 @@ def test_what_models_have_too_much_or_too_little_is_noted():
         "depth": header("F16", **depth),
         "waifu": header("F16", **shapes, **{"first_stage_model.x": (1,)}),
     }
+    lacking = ", ".join(list(depth)[2:])
     made = plan(models, on_missing="keep")
     assert made.notes() == [
-        "1 tensor (1 VAE) of waifu is not in the layout and left out",
-        "waifu lacks 3 tensors (3 depth model) of the layout's; all come from other models",
+        "1 tensor (1 VAE) of waifu is not in the layout and left out: first_stage_model.x",
+        f"waifu lacks 3 tensors (3 depth model) of the layout's; all come from other models: {lacking}",
     ]
     made = plan(models, on_missing="drop")
-    assert made.notes()[1].endswith("3 of them are dropped")
+    assert "; 3 of them are dropped: depth_model.model.x0, " in made.notes()[1]
     assert by_component(list(depth)) == "5 tensors (2 diffusion model, 3 depth model)"
     assert plan(pair(x=(1,))).notes() == []
 

@@ -526,7 +526,7 @@ REFUSED_KEYS: dict[str, tuple[dict[Any, Any], str]] = {
     "an unknown out_dtype": ({"dtype": "fp16", "out_dtype": 16}, "recipe: unknown dtype 16"),
     "a shape policy": (
         {"on_shape_mismatch": "crop"},
-        "on_shape_mismatch must be one of error, keep, pad, slice, found 'crop'",
+        "on_shape_mismatch must be one of error, overlap, keep, pad, slice, found 'crop'",
     ),
     "a missing policy": ({"on_missing": "pad"}, "recipe: on_missing must be one of error, keep, drop, found 'pad'"),
     "a policy that is a list": ({"on_missing": ["keep"]}, "on_missing must be one of"),

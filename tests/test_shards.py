@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from streammerge.checkpoints import open_model
 from streammerge.errors import CheckpointError
 from streammerge.formats import shards
 from streammerge.formats.shards import PREFERRED, find_weights, is_index, read_index
@@ -72,11 +75,7 @@ def test_an_index_is_told_by_its_name(tmp_path, name, meant):
 
 def test_an_index_names_the_shard_of_every_tensor(tmp_path):
     index = read_index(write_index(tmp_path, {"a": "2.safetensors", "b": "1.safetensors", "c": "2.safetensors"}))
-    assert index.weight_map == {
-        "a": tmp_path / "2.safetensors",
-        "b": tmp_path / "1.safetensors",
-        "c": tmp_path / "2.safetensors",
-    }
+    assert index.weight_map == {"a": "2.safetensors", "b": "1.safetensors", "c": "2.safetensors"}
     assert index.shards == [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
 
 
@@ -142,6 +141,34 @@ def test_a_missing_index_is_an_error(tmp_path):
 
 def test_a_huge_index_is_not_read(tmp_path, monkeypatch):
     path = write_index(tmp_path, {"a": "x.safetensors"})
-    monkeypatch.setattr(shards, "MAX_INDEX", path.stat().st_size - 1)
-    with pytest.raises(CheckpointError, match="the index is longer than"):
+    most = path.stat().st_size - 1
+    monkeypatch.setattr(shards, "MAX_INDEX", most)
+    with pytest.raises(CheckpointError, match=f"the index is longer than {most} bytes, the most beside these shards"):
+        read_index(path)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".sft", ".bin"])
+@pytest.mark.parametrize("names", [100, 3000])
+def test_an_index_may_be_as_long_as_its_shards_give_reason_for(tmp_path, monkeypatch, suffix, names):
+    """500,000 names take 54 MB, and as much in the headers of the shards."""
+    monkeypatch.setattr(shards, "MAX_INDEX", 1000)
+    monkeypatch.setattr(shards, "MAX_INDEXED", 10)
+    weight_map = {
+        f"model.layers.{n}.experts.{n}.w1.weight": f"model-{n % 2 + 1:05}-of-00002{suffix}" for n in range(names)
+    }
+    path = write_index(tmp_path, weight_map)
+    with pytest.raises(CheckpointError, match="beside these shards"):
+        read_index(path)
+    for shard in set(weight_map.values()):
+        tensors = {name: torch.zeros(256) for name, own in weight_map.items() if own == shard}
+        (torch.save if suffix == ".bin" else save_file)(tensors, tmp_path / shard)
+    assert read_index(path).weight_map == weight_map
+    assert len(open_model(path).tensors) == names
+
+
+def test_a_header_that_claims_more_than_there_is_gives_an_index_no_room(tmp_path, monkeypatch):
+    path = write_index(tmp_path, {"a": "x.safetensors"})
+    monkeypatch.setattr(shards, "MAX_INDEX", 10)
+    (tmp_path / "x.safetensors").write_bytes((2**60).to_bytes(8, "little") + b"{}")
+    with pytest.raises(CheckpointError, match="longer than 20 bytes"):
         read_index(path)

@@ -21,10 +21,10 @@ import streammerge
 from streammerge import writing
 from streammerge.api import run_merge
 from streammerge.errors import CheckpointError, MergeError, OutputError
+from streammerge.jobs import Job
 from streammerge.layout import lay_out
 from streammerge.options import Options
 from streammerge.placing import temporary_name
-from streammerge.plan import Job
 from streammerge.recipe import parse_recipe
 from streammerge.tensors import DTYPES, TensorInfo
 from streammerge.writing import OutputWriter, preallocate
@@ -519,7 +519,7 @@ def test_bytes_lie_where_the_header_says_whoever_writes_them_first(tmp_path):
     infos = {"x": TensorInfo(DTYPES["F32"], (4,)), "y": TensorInfo(DTYPES["U8"], (3,))}
     layout = lay_out(tmp_path / "out.safetensors", infos, {"format": "pt"})
     offsets = layout.files[0].header.offsets
-    jobs = {name: Job(name, info, None, None, 0, offsets[name]) for name, info in infos.items()}  # type: ignore[arg-type]
+    jobs = {name: Job(name, info, None, None, 0, offsets[name]) for name, info in infos.items()}
     values = torch.tensor([1.0, 2.0, 3.0, 4.0])
     data = memoryview(raw_bytes(values))
     with OutputWriter(layout) as writer:

@@ -13,21 +13,22 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from json.decoder import scanstring  # type: ignore[attr-defined]  # what it calls itself for every string
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-from streammerge.tensors import DTYPES, TensorInfo
+from streammerge.formats.bounds import bound
+from streammerge.tensors import DTYPES, TensorInfo, described
 
 MAX_TEXT: Final = 24 * 2**20
-"""The most memory that a header may take as text, in bytes; a character beyond ASCII makes all of them wider."""
+"""The most memory that a small file's header may take as text, in bytes; a character beyond ASCII makes all wider."""
 
 MAX_TENSORS: Final = 2**16
-"""The most tensors in one file. The largest models have twice as many, in dozens of shards."""
+"""The most tensors in a small file."""
 
 MAX_DIMENSIONS: Final = 64
 """The most dimensions that a tensor may have; torch allows as many."""
 
-MAX_COMMAS: Final = 10 * MAX_TENSORS
-"""The most commas in a header: a tensor of two dimensions takes five."""
+COMMAS: Final = 10
+"""The most commas in a header for each tensor that it may have: one of two dimensions takes five."""
 
 MAX_NAME: Final = 4096
 """The longest name of a tensor, in characters."""
@@ -36,7 +37,7 @@ MAX_ENTRY: Final = 4096
 """The longest description of a tensor, in characters. The format's library writes about 70."""
 
 MAX_METADATA: Final = 4 * 2**20
-"""The longest `__metadata__`, in characters."""
+"""The longest `__metadata__` of a small file, in characters."""
 
 MAX_METADATA_KEYS: Final = 10_000
 """The most keys in `__metadata__`."""
@@ -57,7 +58,22 @@ class MalformedHeaderError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class Bounds:
+    """What reading a header may take: the memory of its text, its tensors, the characters of its metadata."""
+
+    text: int = MAX_TEXT
+    tensors: int = MAX_TENSORS
+    metadata: int = MAX_METADATA
+
+    @classmethod
+    def of(cls, data_bytes: int) -> Bounds:
+        """The bounds in a file with so many bytes of tensors."""
+        return cls(
+            bound(MAX_TEXT, data_bytes, 1000), bound(MAX_TENSORS, data_bytes, 1), bound(MAX_METADATA, data_bytes, 100)
+        )
+
+
+class Entry(NamedTuple):
     """A tensor: its name, what it is, and which bytes of the data are its own."""
 
     name: str
@@ -71,13 +87,14 @@ class Entries:
     """A header's entries, to be iterated over once; `metadata` is filled when its place is passed."""
 
     text: str
+    bounds: Bounds = field(default_factory=Bounds)
     metadata: dict[str, str] | None = None
     _known: dict[str, TensorInfo] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Entry]:
         at = self._expect("{", 0, "the header is not a JSON object")
-        if self.text.count(",") > MAX_COMMAS:
-            raise MalformedHeaderError(f"its header lists more than the {MAX_COMMAS} values that are read at most")
+        if self.text.count(",") > (most := COMMAS * self.bounds.tensors):
+            raise MalformedHeaderError(f"its header lists more than the {most} values that are read at most")
         if self._at(at) == "}":
             return self._end(at)
         while True:
@@ -140,9 +157,10 @@ class Entries:
         if self.metadata is not None:
             raise MalformedHeaderError("its header names '__metadata__' twice")
         try:
-            self.metadata, length = read_text_map(self.text[at : at + MAX_METADATA], MAX_METADATA_KEYS)
+            self.metadata, length = read_text_map(self.text[at : at + self.bounds.metadata], MAX_METADATA_KEYS)
         except MalformedHeaderError as problem:
-            long = f", of {MAX_METADATA} characters at most" if len(self.text) - at > MAX_METADATA else ""
+            most = self.bounds.metadata
+            long = f", of {most} characters at most" if len(self.text) - at > most else ""
             raise MalformedHeaderError(f"{problem}{long}") from None
         return at + length
 
@@ -234,7 +252,7 @@ def _checked(name: str, raw: Any) -> Entry:  # noqa: ANN401  (it is whatever the
         raise MalformedHeaderError(f"tensor {name!r} has the data_offsets {data_offsets!r}, not [first, last + 1]")
     if max(itertools.accumulate(shape, operator.mul), default=1) >= _MAX_PRODUCT:
         raise MalformedHeaderError(f"tensor {name!r} has the shape {shape!r}, which overflows")
-    return _sized(Entry(name, TensorInfo(dtype, tuple(shape)), *data_offsets))
+    return _sized(Entry(name, described(dtype, tuple(shape)), *data_offsets))
 
 
 def _sized(entry: Entry) -> Entry:

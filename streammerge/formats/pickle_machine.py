@@ -12,14 +12,17 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import Final
 
+from streammerge.formats.bounds import PICKLE_BYTES, bound
+
 MAX_PICKLE: Final = 16 * 2**20
-"""The longest pickle that is read, in bytes. A tensor takes about 170."""
+"""The longest pickle that is read of a small file, in bytes. A tensor takes about 170."""
 
 MAX_STEPS: Final = 1_500_000
-"""The most steps that are taken. A tensor takes about 40."""
+"""The most steps that are taken for a small file. A tensor takes about 40."""
 
 MAX_HELD: Final = 30 * 2**20
-"""The most memory that a pickle and its values may take, in bytes as estimated below. A tensor takes about 1250."""
+"""The most memory that the pickle of a small file and its values may take, in bytes as estimated below. A tensor takes
+about 1250."""
 
 _MAX_TEXT: Final = 4096  # bytes of a string that is kept: a longer one is data, not a name
 _MAX_GAP: Final = 4096  # how many items of the memo may be left out at once: picklers leave out none
@@ -37,10 +40,42 @@ class Inert:
     name: str
 
 
-class PickledDict(dict["str | Inert", object]):
-    """A dict; each key that is no string, or no short one, is an Inert of its own that says what it was."""
+@dataclass(frozen=True, slots=True, eq=False)
+class PickledObject(Inert):
+    """What stands for an object, a list or a set: as inert, but it keeps what went into it, for tensors may be there.
 
-    __slots__ = ()
+    `parts` are a call's arguments, what was appended, and the states and items that it was given, these in dicts.
+    """
+
+    parts: list[object]
+
+
+class PickledDict(dict["str | Inert", object]):
+    """A dict; each key that is no string, or no short one, is an Inert of its own that says what it was.
+
+    `attributes` is the state that a dict of a class of its own was given, if it was.
+    """
+
+    __slots__ = ("attributes",)
+    attributes: object
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What reading a pickle may take: its bytes, its steps, and the bytes of memory of it and its values."""
+
+    nbytes: int = MAX_PICKLE
+    steps: int = MAX_STEPS
+    held: int = MAX_HELD
+
+    @classmethod
+    def of(cls, file_bytes: int) -> Bounds:
+        """The bounds in a file of so many bytes."""
+        return cls(
+            bound(MAX_PICKLE, file_bytes, PICKLE_BYTES),
+            bound(MAX_STEPS, file_bytes, 60),
+            bound(MAX_HELD, file_bytes, 1500),
+        )
 
 
 class MalformedPickleError(Exception):
@@ -64,11 +99,16 @@ class Machine:
     `call(function, arguments)` says what stands for a call's result, `persist(id)` what for a persistent object.
     """
 
-    __slots__ = ("below", "call", "file", "held", "memo", "persist", "read", "stack")
+    __slots__ = ("below", "bounds", "call", "file", "held", "memo", "persist", "read", "stack")
 
     def __init__(
-        self, data: bytes, call: Callable[[Inert, Arguments], object], persist: Callable[[object], object]
+        self,
+        data: bytes,
+        call: Callable[[Inert, Arguments], object],
+        persist: Callable[[object], object],
+        bounds: Bounds,
     ) -> None:
+        self.bounds = bounds
         self.file = BytesIO(data)
         self.read = self.file.read
         self.call = call
@@ -135,8 +175,14 @@ class Machine:
         """Push what stands for the result of a call; arguments that are no tuple are a placeholder's."""
         if not isinstance(function, Inert):
             raise MalformedPickleError(f"it calls {kind(function)}, which is no function")
-        self.held += 128
-        self.stack.append(self.call(function, arguments if isinstance(arguments, tuple) else ()))
+        given = arguments if isinstance(arguments, tuple) else (arguments,) if isinstance(arguments, Inert) else ()
+        self.held += 128 + 8 * len(given)
+        self.stack.append(self.call(function, given))
+
+    def push_object(self, name: str, parts: list[object]) -> None:
+        """Push what stands for an object made of these parts."""
+        self.held += 128 + 8 * len(parts)
+        self.stack.append(PickledObject(name, parts))
 
     def to_change(self) -> PickledDict | Inert:
         """What is on top of the stack, to be changed: a dict, or a placeholder that won't be."""
@@ -145,11 +191,30 @@ class Machine:
             raise MalformedPickleError(f"it changes {kind(target)}, which can't be changed")
         return target
 
+    def append(self, items: list[object]) -> None:
+        """Add these items to the list, set or object on top of the stack; other placeholders ignore them."""
+        target = self.to_change()
+        if isinstance(target, PickledObject):
+            self.held += 8 * len(items)
+            target.parts.extend(items)
+
+    def give_state(self, state: object) -> None:
+        """Give the object on top of the stack its state; placeholders that are no objects ignore it."""
+        target = self.to_change()
+        if isinstance(target, PickledDict):
+            self.held += 8
+            target.attributes = state
+        elif isinstance(target, PickledObject):
+            self.append([state])
+
     def store(self, items: list[object]) -> None:
-        """Put keys and values, by turns, into the dict on top of the stack; a placeholder ignores them."""
+        """Put keys and values, by turns, into the dict or object on top of the stack; a placeholder ignores them."""
         target = self.to_change()
         if len(items) % 2:
             raise MalformedPickleError("a key without a value")
+        if isinstance(target, PickledObject):
+            self.held += 128
+            target.parts.append(target := PickledDict())
         if isinstance(target, PickledDict):
             self.held += 80 * len(items)
             keys = (key if isinstance(key, str) else _other_key(key) for key in items[::2])
@@ -158,4 +223,6 @@ class Machine:
 
 def _other_key(key: object) -> Inert:
     """A key that is no string. As it is hashed by identity, no choice of keys makes a dict slow."""
-    return Inert(str(key) if isinstance(key, int | None) else kind(key))
+    if isinstance(key, int | None):
+        return Inert(str(key))
+    return PickledObject(kind(key), [key])

@@ -12,9 +12,6 @@ from itertools import islice
 from typing import Final
 
 from streammerge.formats.pickle_machine import (
-    MAX_HELD,
-    MAX_PICKLE,
-    MAX_STEPS,
     Inert,
     Machine,
     MalformedPickleError,
@@ -23,17 +20,18 @@ from streammerge.formats.pickle_machine import (
 
 _MAX_MARKS: Final = 2000  # how deep a pickle may nest: Python's own pickler gives up at about 1000
 _MAX_INT: Final = 8  # bytes of a number that is kept: no size or offset takes more
-_BYTES, _FLOAT, _INT, _LIST, _SET = Inert("bytes"), Inert("float"), Inert("int"), Inert("list"), Inert("set")
+_BYTES, _FLOAT, _INT = Inert("bytes"), Inert("float"), Inert("int")
 
 
 def run(machine: Machine) -> object:
     """Take steps until the pickle says stop; the answer is on the stack. Otherwise: MalformedPickleError.
 
     The answer is a str, int, bool, None, tuple, PickledDict, Inert, or what the machine's functions have answered.
-    Lists, sets, bytes, floats, long strings and huge numbers are Inert, as no tensor's description needs them.
+    Bytes, floats, long strings and huge numbers are Inert, as no tensor's description needs them; lists and sets are
+    so too, as PickledObjects.
     """
-    if machine.held > MAX_PICKLE:
-        raise MalformedPickleError(f"it has {machine.held} bytes; {MAX_PICKLE} are allowed")
+    if machine.held > machine.bounds.nbytes:
+        raise MalformedPickleError(f"it has {machine.held} bytes; {machine.bounds.nbytes} are allowed")
     try:
         _take_steps(machine)
         return machine.stack.pop()
@@ -48,12 +46,13 @@ def run(machine: Machine) -> object:
 def _take_steps(machine: Machine) -> None:
     """The steps until the pickle says stop, within the bounds of time and memory."""
     opcodes = iter(partial(machine.read, 1), _STOP)
-    for opcode in islice(opcodes, MAX_STEPS):
+    most_steps, most_held = machine.bounds.steps, machine.bounds.held
+    for opcode in islice(opcodes, most_steps):
         _STEPS[opcode](machine)
-        if machine.held > MAX_HELD:
-            raise MalformedPickleError(f"its values take more than the {MAX_HELD} bytes that are allowed")
+        if machine.held > most_held:
+            raise MalformedPickleError(f"its values take more than the {most_held} bytes that are allowed")
     if next(opcodes, None) is not None:
-        raise MalformedPickleError(f"it takes more than the {MAX_STEPS} steps that are allowed")
+        raise MalformedPickleError(f"it takes more than the {most_steps} steps that are allowed")
 
 
 Step = Callable[[Machine], None]
@@ -79,7 +78,7 @@ _uint16, _uint32, _int32, _uint64 = map(_reader, ("<H", "<I", "<i", "<Q"))
 
 def _exactly(machine: Machine, length: int) -> bytes:
     """The next bytes, which are all there."""
-    raw = machine.read(min(length, MAX_PICKLE + 1))
+    raw = machine.read(min(length, machine.bounds.nbytes + 1))
     if len(raw) < length:
         raise MalformedPickleError(f"it claims {length} bytes, but {len(raw)} are left")
     return raw
@@ -134,14 +133,14 @@ def _push_line(placeholder: Inert) -> Step:
     return step
 
 
-def _push_collection(placeholder: Inert) -> Step:
+def _push_empty(name: str) -> Step:
+    """A list or a set without items."""
+    return lambda machine: machine.push_object(name, [])
+
+
+def _push_collection(name: str) -> Step:
     """A list or a set of all above the mark."""
-
-    def step(machine: Machine) -> None:
-        machine.above_mark()
-        machine.stack.append(placeholder)
-
-    return step
+    return lambda machine: machine.push_object(name, machine.above_mark())
 
 
 def _push_tuple_of(count: int) -> Step:
@@ -237,15 +236,15 @@ def _set_item(machine: Machine) -> None:
     machine.store([machine.stack.pop(), value])
 
 
-def _change(machine: Machine) -> None:
-    """Append to a list, or give an object its state: nothing is kept of either."""
-    machine.stack.pop()
-    machine.to_change()
+def _append(machine: Machine) -> None:
+    item = machine.stack.pop()
+    machine.append([item])
 
 
-def _change_by_many(machine: Machine) -> None:
-    machine.above_mark()
-    machine.to_change()
+def _build(machine: Machine) -> None:
+    """Give an object its state, or a dict its attributes."""
+    state = machine.stack.pop()
+    machine.give_state(state)
 
 
 def _call(machine: Machine) -> None:
@@ -255,8 +254,11 @@ def _call(machine: Machine) -> None:
 
 
 def _call_with_keywords(machine: Machine) -> None:
-    machine.stack.pop()
-    _call(machine)
+    keywords = machine.stack.pop()
+    arguments = machine.stack.pop()
+    if keywords and isinstance(arguments, tuple):
+        arguments = (*arguments, keywords)
+    machine.push_answer(machine.stack.pop(), arguments)
 
 
 def _call_of_mark(machine: Machine) -> None:
@@ -304,13 +306,13 @@ _STEPS: Final[dict[bytes, Step]] = {
     b"\x85": _push_tuple_of(1),
     b"\x86": _push_tuple_of(2),
     b"\x87": _push_tuple_of(3),
-    b"]": _push(_LIST),
-    b"l": _push_collection(_LIST),
-    b"a": _change,
-    b"e": _change_by_many,
-    b"\x8f": _push(_SET),
-    b"\x91": _push_collection(_SET),
-    b"\x90": _change_by_many,
+    b"]": _push_empty("list"),
+    b"l": _push_collection("list"),
+    b"a": _append,
+    b"e": lambda machine: machine.append(machine.above_mark()),
+    b"\x8f": _push_empty("set"),
+    b"\x91": _push_collection("set"),
+    b"\x90": lambda machine: machine.append(machine.above_mark()),
     b"}": _empty_dict,
     b"d": _dict,
     b"s": _set_item,
@@ -329,7 +331,7 @@ _STEPS: Final[dict[bytes, Step]] = {
     b"R": _call,
     b"\x81": _call,
     b"\x92": _call_with_keywords,
-    b"b": _change,
+    b"b": _build,
     b"Q": _persistent,
     b"P": _refuse("a persistent id of plain text"),
     b"\x82": _refuse("an extension code"),

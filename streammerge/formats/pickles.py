@@ -10,16 +10,18 @@ torch 1.6 and later.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from streammerge.errors import CheckpointError
 from streammerge.formats.pickle_machine import (
     Arguments,
+    Bounds,
     Inert,
     Machine,
     MalformedPickleError,
     PickledDict,
+    PickledObject,
     kind,
 )
 from streammerge.formats.pickle_steps import run
@@ -44,6 +46,7 @@ class PickledTensor:
     """A tensor's description as it was pickled, checked against no file: strides over a storage.
 
     `storage_elements` counts elements of `storage_dtype`; `storage_offset` and `stride` count elements of `dtype`.
+    `state` is what a parameter or a subclass has beside its elements, in which there may be tensors, too.
     """
 
     dtype: DType
@@ -53,6 +56,7 @@ class PickledTensor:
     storage_offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    state: object = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,13 +64,13 @@ class Unreadable(Inert):
     """What stands for a tensor that isn't strides over plain elements; `name` says what it is instead."""
 
 
-def describe_pickle(data: bytes, where: str) -> object:
+def describe_pickle(data: bytes, where: str, bounds: Bounds | None = None) -> object:
     """Describe what a pickle holds, without running it; `where` names the pickle in errors.
 
     The answer is a PickledTensor, PickledStorage, PickledDict, Unreadable, Inert, tuple, str, int, bool or None, and so
     are the values in its dicts and tuples. A pickle of anything else, or out of bounds, is a CheckpointError.
     """
-    machine = Machine(data, call=_answer, persist=_storage)
+    machine = Machine(data, call=_answer, persist=_storage, bounds=bounds or Bounds())
     try:
         return run(machine)
     except MalformedPickleError as problem:
@@ -113,7 +117,9 @@ def _answer(function: Inert, arguments: Arguments) -> object:
     """What stands for the result of calling this."""
     if call := _CALLS.get(function.name):
         return call(arguments)
-    return Unreadable(function.name) if _makes_tensor(function.name) else function
+    if _makes_tensor(function.name):
+        return Unreadable(function.name)
+    return PickledObject(function.name, [function, *arguments] if isinstance(function, PickledObject) else [*arguments])
 
 
 def _makes_tensor(name: str) -> bool:
@@ -177,23 +183,26 @@ def _naturals(values: object) -> tuple[int, ...]:
 
 
 def _parameter(arguments: Arguments) -> object:
-    """`_rebuild_parameter(tensor, requires_grad, hooks)`: the tensor."""
+    """`_rebuild_parameter(tensor, requires_grad, hooks, state)`: the tensor, with the state if there is one."""
     (tensor,) = _at_least(1, arguments)[:1]
-    return tensor if isinstance(tensor, PickledTensor | Unreadable) else Unreadable(f"a parameter of {kind(tensor)}")
+    if isinstance(tensor, PickledTensor):
+        return replace(tensor, state=arguments[3:4]) if len(arguments) > 3 else tensor
+    return tensor if isinstance(tensor, Unreadable) else Unreadable(f"a parameter of {kind(tensor)}")
 
 
 def _subclass(arguments: Arguments) -> object:
     """`_rebuild_from_type_v2(function, class, arguments, state)`: what the function makes of its arguments."""
     function, class_, inner = _at_least(3, arguments)[:3]
     call = _TENSOR_CALLS.get(kind(function))
-    return call(inner) if call and isinstance(inner, tuple) else Unreadable(f"{kind(class_)}, by {kind(function)}")
+    made = call(inner) if call and isinstance(inner, tuple) else Unreadable(f"{kind(class_)}, by {kind(function)}")
+    return replace(made, state=(made.state, *arguments[3:4])) if isinstance(made, PickledTensor) else made
 
 
 def _dict(arguments: Arguments) -> object:
-    """`OrderedDict()` or `defaultdict(factory)`; of other arguments, nothing is kept."""
-    if all(isinstance(argument, Inert) and argument.name != "list" for argument in arguments):
+    """`OrderedDict()` or `defaultdict(factory)`; what other arguments come to is not found out."""
+    if not any(isinstance(argument, PickledObject | tuple | PickledDict) for argument in arguments):
         return PickledDict()
-    return Inert("a dict made of lists")
+    return PickledObject("a dict made of lists", [*arguments])
 
 
 def _size(arguments: Arguments) -> object:

@@ -13,13 +13,19 @@ from pathlib import Path, PureWindowsPath
 from typing import Final
 
 from streammerge.errors import CheckpointError
+from streammerge.formats.bounds import PICKLE_BYTES, bound
 from streammerge.formats.header_entries import MalformedHeaderError, no_duplicates
+from streammerge.formats.safetensors import MAX_HEADER, is_safetensors
 
 MAX_INDEX: Final = 24 * 2**20
-"""The longest index, in bytes, that is read. A tensor takes about 100; characters beyond ASCII count fourfold."""
+"""The longest index, in bytes, that is read beside small files. A tensor takes about 100; characters beyond ASCII count
+fourfold."""
 
 MAX_INDEXED: Final = 2**18
-"""The most values in an index: the largest models have half as many tensors."""
+"""The most values in an index beside small files."""
+
+HEADER_ENTRY: Final = 50
+"""The bytes that a tensor takes of a shard's own header, at least: so many names can't be in it that aren't there."""
 
 PREFERRED: Final = (
     "model.safetensors.index.json",
@@ -31,19 +37,29 @@ PREFERRED: Final = (
 )
 """What a folder's weights are called, the first that exists being meant; safetensors before pickles."""
 
-SUFFIXES: Final = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+SAFETENSORS: Final = (".safetensors", ".sft")
+"""The endings of safetensors files; in capitals, they mean the same."""
+
+TORCH: Final = (".ckpt", ".pt", ".pth", ".bin")
+"""The endings of torch files."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShardIndex:
-    """An index: for every tensor the shard that holds it, and the shards in the order of their names."""
+    """An index: for every tensor the name of the shard that holds it, and the shards in the order of their names."""
 
-    weight_map: dict[str, Path]
+    folder: Path
+    weight_map: dict[str, str]
 
     @property
     def shards(self) -> list[Path]:
         """The files that the index names."""
-        return sorted(set(self.weight_map.values()))
+        return [self.folder / name for name in sorted(set(self.weight_map.values()))]
+
+
+def is_model(path: Path) -> bool:
+    """Whether a file is named as a model is."""
+    return path.suffix.lower() in (*SAFETENSORS, *TORCH)
 
 
 def is_index(path: Path) -> bool:
@@ -57,9 +73,14 @@ def find_weights(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     found = sorted(entry for entry in folder.iterdir() if entry.is_file() and is_index(entry))
-    found = found or sorted(entry for entry in folder.iterdir() if entry.is_file() and entry.suffix in SUFFIXES)
+    found = found or sorted(entry for entry in folder.iterdir() if entry.is_file() and is_model(entry))
     if len(found) == 1:
         return found[0]
+    if any(entry.suffix == ".distcp" for entry in folder.iterdir()):
+        raise CheckpointError(
+            f"{folder}: is a distributed checkpoint of torch, whose tensors are spread over the files of its ranks",
+            advice=f"Convert it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} NEW.pt",
+        )
     what = "holds no model" if not found else f"holds {len(found)} files that could be the model"
     raise CheckpointError(
         f"{folder}: the folder {what}",
@@ -74,27 +95,52 @@ def read_index(path: Path) -> ShardIndex:
         weight_map = _weight_map(_index_bytes(path))
     except MalformedHeaderError as problem:
         raise CheckpointError(f"{path}: is no index of shards: {problem}", advice="Fetch the index again.") from None
+    except _TooLongError as problem:
+        raise CheckpointError(
+            f"{path}: {problem}", advice="Fetch index and shards again: the shards may be incomplete."
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: can't be read as an index of shards: {error}") from error
-    outside = sorted({str(name) for name in weight_map.values() if not is_plain_name(name)})
+    names = {name: name for name in weight_map.values() if isinstance(name, str)}
+    outside = sorted({str(name) for name in names if not is_plain_name(name)})
+    outside += [str(name) for name in weight_map.values() if not isinstance(name, str)]
     if outside:
         raise CheckpointError(
             f"{path}: the index points outside its folder",
             found=outside,
             advice="A shard must be a file beside its index. Do not trust this download.",
         )
-    return ShardIndex({name: path.parent / shard for name, shard in weight_map.items()})
+    return ShardIndex(path.parent, {name: names[shard] for name, shard in weight_map.items()})
+
+
+class _TooLongError(Exception):
+    """The index is longer than any index of what lies beside it."""
 
 
 def _index_bytes(path: Path) -> bytes:
-    """The index, if parsing it can't take much time or memory."""
+    """The index, if parsing it takes no more time and memory than the shards beside it give reason for."""
+    described = sum(map(_described_bytes, (entry for entry in path.parent.iterdir() if is_model(entry))))
+    most_bytes, most_values = max(MAX_INDEX, 2 * described), max(MAX_INDEXED, described // HEADER_ENTRY)
     with path.open("rb") as file:
-        encoded = file.read(MAX_INDEX + 1)
-    if len(encoded) * (1 if encoded.isascii() else 4) > MAX_INDEX:
-        raise MalformedHeaderError(f"the index is longer than {MAX_INDEX} bytes")
-    if (values := sum(map(encoded.count, (b",", b"[", b"{")))) > MAX_INDEXED:
-        raise MalformedHeaderError(f"the index has up to {values} values; {MAX_INDEXED} are read at most")
+        encoded = file.read(most_bytes + 1)
+    if len(encoded) * (1 if encoded.isascii() else 4) > most_bytes:
+        raise _TooLongError(f"the index is longer than {most_bytes} bytes, the most beside these shards")
+    if (values := sum(map(encoded.count, (b",", b"[", b"{")))) > most_values:
+        raise _TooLongError(f"the index has up to {values} values; {most_values} are read at most beside these shards")
     return encoded
+
+
+def _described_bytes(path: Path) -> int:
+    """How long a shard's description of its tensors is: a safetensors file says so, of another it is a guess."""
+    try:
+        nbytes = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(9)
+    except OSError:
+        return 0
+    if is_safetensors(head):
+        return min(nbytes, int.from_bytes(head[:8], "little"), MAX_HEADER)
+    return bound(0, nbytes, PICKLE_BYTES)
 
 
 def _weight_map(encoded: bytes) -> dict[str, str]:

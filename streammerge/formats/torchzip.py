@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from streammerge.errors import CheckpointError
-from streammerge.formats.pickle_machine import LONG_STRING, MAX_PICKLE, Inert, PickledDict, kind
-from streammerge.formats.pickles import PickledStorage, PickledTensor, Unreadable, describe_pickle
-from streammerge.formats.zip_directory import Directory, MalformedZipError, read_at, read_directory
+from streammerge.formats.pickle_machine import Bounds, Inert, PickledDict, kind
+from streammerge.formats.pickles import PickledStorage, PickledTensor, describe_pickle
+from streammerge.formats.state_dicts import TENSORS, ChoiceError, LeftTensors, NoStateDictError, find_state_dict
+from streammerge.formats.zip_directory import Directory, MalformedZipError, folded, read_at, read_directory
 from streammerge.tensors import TensorInfo, contiguous_strides
 
-_MAX_WRAPPINGS: Final = 4
 _MAX_NBYTES: Final = 2**63
-_TENSORS: Final = (PickledTensor, PickledStorage, Unreadable)
+_NEWEST: Final = 10  # of the versions of the format that torch reads
 
 _LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # the first thing that torch pickled until 1.5
 _DAMAGED: Final = "It is damaged, incomplete, or not written by torch.save. Nothing in it was executed. Fetch it again."
@@ -58,10 +58,10 @@ class StoredView:
 
 @dataclass(frozen=True)
 class TorchZip:
-    """What a checkpoint holds: its tensors, in its own order, and the names of what else was found beside them."""
+    """What a checkpoint holds: its tensors, in its own order, and those of the file that are not among them."""
 
     tensors: Mapping[str, StoredView]
-    leftovers: tuple[str, ...]
+    left: LeftTensors
 
 
 def is_torch_zip(head: bytes) -> bool:
@@ -86,22 +86,29 @@ def legacy_torch_reason(head: bytes) -> str | None:
     )
 
 
-def read_torch_zip(path: Path) -> TorchZip:
-    """Find the tensors of a checkpoint without executing any of it; whatever can't be trusted is a CheckpointError."""
+def read_torch_zip(path: Path, entry: str = "") -> TorchZip:
+    """Find the tensors of a checkpoint without executing any of it; whatever can't be trusted is a CheckpointError.
+
+    `entry` names the dict of tensors that is meant, where several could be.
+    """
     try:
         with path.open("rb") as file:
             archive = _Archive(path, file)
             contents = archive.contents()
-            state_dict, leftovers = _unwrap(contents, path)
-            tensors, others = _tensors(state_dict, path)
-            if not tensors:
-                raise _no_tensors(contents, path)
+            state_dict, left = find_state_dict(contents, entry)
+            tensors = _tensors(state_dict, path)
             views = {name: archive.view(name, tensor) for name, tensor in tensors.items()}
+    except NoStateDictError:
+        raise _no_tensors(contents, path) from None
+    except ChoiceError as problem:
+        raise _undecided(problem, path) from None
     except MalformedZipError as problem:
         raise CheckpointError(f"{path}: not a readable torch zip", found=[str(problem)], advice=_DAMAGED) from None
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read: {error.strerror or error}") from error
-    return TorchZip(views, (*leftovers, *others))
+    if not views:
+        raise _no_tensors(contents, path)
+    return TorchZip(views, left)
 
 
 class _Archive:
@@ -110,16 +117,20 @@ class _Archive:
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path = path
         self.file = file
-        self.directory: Directory = read_directory(file, file.seek(0, SEEK_END))
+        self.file_bytes = file.seek(0, SEEK_END)
+        self.directory: Directory = read_directory(file, self.file_bytes)
         self.prefix = _prefix(self.directory.members, path)
         self.starts: dict[str, int] = {}
-        if self.prefix + "byteorder" in self.directory.members:
-            _check_order(self.read("byteorder", most=16), path)
+        for member in self.directory.members.values():
+            member.check_stored()
+        for name, check in _RECORDS.items():
+            if self.directory.find(self.prefix + name):
+                check(self.read(name, most=16), path)
 
     def read(self, name: str, most: int) -> bytes:
         """A member that is small."""
         name = self.prefix + name
-        member = self.directory.members[name]
+        member = self.directory.members[folded(name)]
         if member.nbytes > most:
             raise MalformedZipError(f"{name}: it has {member.nbytes} bytes; {most} are read at most")
         data = read_at(self.file, self.directory.locate(self.file, name), member.nbytes)
@@ -129,7 +140,9 @@ class _Archive:
 
     def contents(self) -> object:
         """What was saved, described."""
-        return describe_pickle(self.read("data.pkl", most=MAX_PICKLE), f"{self.path}: {self.prefix}data.pkl")
+        bounds = Bounds.of(self.file_bytes)
+        data = self.read("data.pkl", most=bounds.nbytes)
+        return describe_pickle(data, f"{self.path}: {self.prefix}data.pkl", bounds)
 
     def view(self, name: str, tensor: PickledTensor) -> StoredView:
         """The tensor in place, lying within its storage."""
@@ -148,7 +161,7 @@ class _Archive:
     def storage(self, name: str, tensor: PickledTensor) -> tuple[int, int]:
         """The start and size of the tensor's storage, whose size in the zip and in the pickle must agree."""
         member_name = f"{self.prefix}data/{tensor.storage_key}"
-        member = self.directory.members.get(member_name)
+        member = self.directory.find(member_name)
         if member is None:
             raise self.refusal(name, tensor, f"its storage {member_name} is not in the file")
         size = tensor.storage_dtype.bits // 8
@@ -176,8 +189,21 @@ def _check_order(order: bytes, path: Path) -> None:
         )
 
 
+def _check_version(version: bytes, path: Path) -> None:
+    if not version.strip().isdigit() or not 1 <= int(version) <= _NEWEST:
+        raise CheckpointError(
+            f"{path}: it is of an unknown version of torch's format",
+            found=[f"version {version!r}, known are 1 to {_NEWEST}"],
+            advice="Load it with the program that wrote it, and save it again as safetensors.",
+        )
+
+
+_RECORDS: Final = {"byteorder": _check_order, "version": _check_version, ".data/version": _check_version}
+"""Small members that say how the others are to be read, each with what checks it."""
+
+
 def _prefix(members: Mapping[str, object], path: Path) -> str:
-    """The folder in the zip that holds the checkpoint, with its slash."""
+    """The folder in the zip that holds the checkpoint, with its slash: the first member's, where torch looks."""
     prefixes = [
         name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl") and name.count("/") == 1
     ]
@@ -193,60 +219,27 @@ def _prefix(members: Mapping[str, object], path: Path) -> str:
             f"{path}: a TorchScript program, not a checkpoint",
             advice="Load it with torch.jit.load where you trust it, and save its state_dict(). Nothing was executed.",
         )
+    if not next(iter(members)).startswith(prefix):
+        raise CheckpointError(
+            f"{path}: a zip whose first member is not in the folder {prefix} of its tensors, where torch looks for it",
+            found=list(members),
+            advice=_DAMAGED,
+        )
     return prefix
 
 
-def _unwrap(contents: object, path: Path) -> tuple[PickledDict, list[str]]:
-    """The dict of tensors that was saved, however it is wrapped, and the names of what was beside it."""
-    leftovers: list[str] = []
-    here = contents if isinstance(contents, PickledDict) else PickledDict()
-    for _ in range(_MAX_WRAPPINGS):
-        wrapping = _wrapping(here, path)
-        if wrapping is None:
-            break
-        name, inner = wrapping
-        leftovers += [_name(key) for key in here if key != name]
-        here = inner
-    return here, leftovers
-
-
-def _wrapping(here: PickledDict, path: Path) -> tuple[str, PickledDict] | None:
-    """The entry that holds the tensors, if they aren't here: `state_dict`, or the only one with a dict of them."""
-    if isinstance(inner := here.get("state_dict"), PickledDict):
-        return "state_dict", inner
-    if _holds_tensors(here):
-        return None
-    dicts = {id(value): value for value in here.values() if isinstance(value, PickledDict)}
-    holders = {place for place, value in dicts.items() if _holds_tensors(value)}
-    keys = [key for key, value in here.items() if id(value) in holders and isinstance(key, str)]
-    if len(keys) > 1:
-        raise CheckpointError(
-            f"{path}: it holds {len(keys)} dicts of tensors, and none is called state_dict",
-            found=keys,
-            advice=f"Save the one you mean: torch.save(torch.load({str(path)!r}, weights_only=True)[KEY], NEW).",
-        )
-    return (keys[0], dicts[id(here[keys[0]])]) if keys else None
-
-
-def _holds_tensors(here: PickledDict) -> bool:
-    return any(isinstance(value, PickledTensor) for value in here.values())
-
-
-def _tensors(state_dict: PickledDict, path: Path) -> tuple[dict[str, PickledTensor], list[str]]:
-    """The tensors, and the names of what isn't one; a tensor that can't be read is an error, never left over."""
+def _tensors(state_dict: PickledDict, path: Path) -> dict[str, PickledTensor]:
+    """The tensors that have names; one that can't be read is an error, never left over."""
     tensors: dict[str, PickledTensor] = {}
-    leftovers: list[str] = []
     unreadable: list[str] = []
     for key, value in state_dict.items():
-        if not isinstance(value, _TENSORS):
-            leftovers.append(_name(key))
-        elif not isinstance(value, PickledTensor):
+        if not isinstance(value, TENSORS):
+            continue
+        if not isinstance(value, PickledTensor):
             unreadable.append(f"{_name(key)}   {_kind(value)}")
-        elif isinstance(key, Inert):
-            (unreadable if key.name == LONG_STRING.name else leftovers).append(_name(key))
-        elif _encodable(key):
+        elif isinstance(key, str) and _encodable(key):
             tensors[key] = value
-        else:
+        elif isinstance(key, str):
             unreadable.append(f"{key!r}   its name is not text")
     if unreadable:
         raise CheckpointError(
@@ -254,7 +247,19 @@ def _tensors(state_dict: PickledDict, path: Path) -> tuple[dict[str, PickledTens
             found=unreadable,
             advice="Make them plain, dense tensors with proper names (or take them out), and save again.",
         )
-    return tensors, leftovers
+    return tensors
+
+
+def _undecided(problem: ChoiceError, path: Path) -> CheckpointError:
+    """The error that it can't be told which tensors are the model, or that some would be lost; and how to choose."""
+    key = problem.example
+    advice = "Save the state dict that you mean alone, with torch.save."
+    if key:
+        advice = (
+            f"Choose the dict that is the model, as with --entry {key} (for one of several models: --entry NAME={key}; "
+            f"in a recipe: `entry: {key}` beside `model:`). Tensors outside of it, or deeper in it, are then left."
+        )
+    return CheckpointError(f"{path}: {problem.what}", found=problem.found, advice=advice)
 
 
 def _no_tensors(contents: object, path: Path) -> CheckpointError:

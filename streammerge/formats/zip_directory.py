@@ -7,17 +7,20 @@ differently (duplicate names, overlapping members, headers that contradict each 
 
 from __future__ import annotations
 
+import string
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, BinaryIO, Final
 
+from streammerge.formats.bounds import bound
+
 MAX_DIRECTORY: Final = 4 * 2**20
-"""The longest directory that is read, in bytes. A member takes about 70."""
+"""The longest directory that is read of a small file, in bytes. A member takes about 70."""
 
 MAX_MEMBERS: Final = 2**15
-"""The most members that are read."""
+"""The most members that are read of a small file."""
 
 _LOCAL = struct.Struct("<4s5H3L2H")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
@@ -28,6 +31,7 @@ _END64 = struct.Struct("<4sQ2H2L4Q")
 _FULL16, _FULL32 = 2**16 - 1, 2**32 - 1  # what a field holds whose number is too big for it
 _NEWEST: Final = 63  # the format's version 6.3, beyond which other readers refuse; torch asks for less
 _SIZES_LATER, _UTF8 = 0x8, 0x800  # flags: the local header doesn't know the sizes; the name is UTF-8
+_SMALL_LETTERS: Final = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 
 
 class MalformedZipError(Exception):
@@ -43,18 +47,35 @@ class Member:
     crc: int
     nbytes: int
     header_start: int
+    packed: int
+    is_stored: bool
+
+    def check_stored(self) -> None:
+        """MalformedZipError if its bytes are not in the file as they are."""
+        if not self.is_stored:
+            raise MalformedZipError(
+                f"{self.raw_name!r}: it is compressed; torch.save stores, so another program has packed it"
+            )
 
 
 @dataclass(frozen=True, slots=True)
 class Directory:
-    """The members by name, and by a header's start where the member has to end: the next one's start, or the end."""
+    """The members by name, and by a header's start where the member has to end: the next one's start, or the end.
+
+    Names are in small letters, because torch finds members whatever the case of their names: see `folded`.
+    """
 
     members: Mapping[str, Member]
     limits: Mapping[int, int]
 
+    def find(self, name: str) -> Member | None:
+        """The member that torch finds under this name."""
+        return self.members.get(folded(name))
+
     def locate(self, file: BinaryIO, name: str) -> int:
         """The absolute position of the member's first byte, its own header having been checked."""
-        member = self.members[name]
+        member = self.members[folded(name)]
+        member.check_stored()
         header = read_at(file, member.header_start, _LOCAL.size + len(member.raw_name))
         signature, _, flags, method, _, _, _, packed, nbytes, name_length, extra_length = _LOCAL.unpack_from(header)
         start: int = member.header_start + _LOCAL.size + name_length + extra_length
@@ -81,9 +102,11 @@ def read_at(file: BinaryIO, start: int, length: int) -> bytes:
 def read_directory(file: BinaryIO, file_bytes: int) -> Directory:
     """Read a zip's directory; the members are in its order. A deviation from the format is a MalformedZipError."""
     start, length, count = _find_directory(file, file_bytes)
-    if length > MAX_DIRECTORY or count > MAX_MEMBERS:
+    most_bytes, most_members = bound(MAX_DIRECTORY, file_bytes, 200), bound(MAX_MEMBERS, file_bytes, 1)
+    if length > most_bytes or count > most_members:
         raise MalformedZipError(
-            f"its directory has {count} members in {length} bytes; {MAX_MEMBERS} in {MAX_DIRECTORY} are allowed"
+            f"its directory has {count} members in {length} bytes; {most_members} in {most_bytes} are allowed in a "
+            f"file of {file_bytes} bytes"
         )
     members = _parse_directory(read_at(file, start, length), count)
     return Directory(members, _limits(members.values(), start))
@@ -142,9 +165,9 @@ def _parse_directory(data: bytes, count: int) -> dict[str, Member]:
         at = comment_start + fields[12]
         member = _member(fields, data[name_start:extra_start], data[extra_start:comment_start])
         name = member.raw_name.decode("utf-8", "surrogateescape")
-        if name in members:
-            raise MalformedZipError(f"{name}: it is there twice")
-        members[name] = member
+        if folded(name) in members:
+            raise MalformedZipError(f"{name}: it is there twice, as torch tells no capital from small letters")
+        members[folded(name)] = member
     if len(members) != count or at != len(data):
         raise MalformedZipError(f"its directory does not hold the {count} members that it claims")
     return members
@@ -159,9 +182,12 @@ def _member(fields: tuple[Any, ...], raw_name: bytes, extra: bytes) -> Member:
     if flags & ~(_SIZES_LATER | _UTF8):
         raise MalformedZipError(f"{raw_name!r}: it is encrypted, or stored in another way that torch.save never does")
     nbytes, packed, start = _widened(extra, nbytes, packed, start)
-    if method != 0 or packed != nbytes:
-        raise MalformedZipError(f"{raw_name!r}: it is compressed; torch.save stores, so another program has packed it")
-    return Member(raw_name, flags, crc, nbytes, start)
+    return Member(raw_name, flags, crc, nbytes, start, packed, method == 0 and packed == nbytes)
+
+
+def folded(name: str) -> str:
+    """The name with the capital letters of ASCII made small, as torch compares names."""
+    return name.translate(_SMALL_LETTERS)
 
 
 def _widened(extra: bytes, *numbers: int) -> list[int]:
@@ -192,6 +218,6 @@ def _limits(members: Iterable[Member], end: int) -> dict[int, int]:
     by_place = sorted(members, key=lambda member: member.header_start)
     starts = [member.header_start for member in by_place] + [end]
     for member, limit in zip(by_place, starts[1:], strict=True):
-        if member.header_start + _LOCAL.size + len(member.raw_name) + member.nbytes > limit:
-            raise MalformedZipError(f"{member.raw_name!r}: its {member.nbytes} bytes reach into what follows it")
+        if member.header_start + _LOCAL.size + len(member.raw_name) + member.packed > limit:
+            raise MalformedZipError(f"{member.raw_name!r}: its {member.packed} bytes reach into what follows it")
     return dict(pairwise(starts))

@@ -290,10 +290,13 @@ def consensus_ta(
 
 def conflict(block: int, inputs: Sequence[Tensor]) -> list[Tensor]:
     """√(Σᵢ Σⱼ |τᵢ τⱼ|) over all pairs, in float64: in the order of the sums themselves, and in float32's range."""
-    pairs = sizes = inputs[0].new_zeros(()).double()
+    import torch
+
+    pairs, sizes = (torch.zeros_like(inputs[0], dtype=torch.float64) for _ in range(2))
     for delta in task_vectors(block, inputs):
         size = delta.double().abs_()
-        pairs, sizes = pairs + size * sizes, sizes + size
+        pairs.add_(size * sizes)
+        sizes.add_(size)
     return [pairs.sqrt_()]
 
 
@@ -311,7 +314,7 @@ def outside_trust_region(target: Target, parameters: Parameters) -> Any:  # noqa
     passes=2,
     scope="scope",
     statistics_of=("threshold_quantile",),
-    temporaries=12,
+    temporaries=20,
     float64=True,
 )
 def trust_region(

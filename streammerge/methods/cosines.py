@@ -94,8 +94,10 @@ def _sums_of(part: Rectangle, one: Tensor, other: Tensor, slicing: Slicing) -> t
     import torch
 
     along = 0 if slicing.by_column else 1
-    sums = [(one * other).sum(along), (one * one).sum(along), (other * other).sum(along)]
-    return part.column if slicing.by_column else part.row, torch.stack(sums).cpu()
+    sums = one.new_empty(3, one.shape[1 - along])
+    for out, (x, y) in zip(sums, ((one, other), (one, one), (other, other)), strict=True):
+        torch.sum(x * y, along, out=out)
+    return part.column if slicing.by_column else part.row, sums.cpu()
 
 
 def cosines_from(sums: Tensor) -> Tensor:
@@ -130,8 +132,13 @@ def cosines_of_columns(target: Target, parameters: Mapping[str, ParameterValue])
 
 
 def held_by_columns(target: Target, parameters: Mapping[str, ParameterValue]) -> int:
-    """Three sums for each column, in float64."""
-    return 3 * 8 * Slicing.of(target.shape, "columns").count
+    """Three sums for each column, in float64, and where they are zero."""
+    return (3 * 8 + 1) * Slicing.of(target.shape, "columns").count
+
+
+SUMS: Final = 18
+"""Temporary tensors of a piece where sums are taken of its columns: both inputs and a product in float64, and, of a
+piece of one row, three sums of it that wait for their turn beside those that are made."""
 
 
 COLUMNS: Final[Any] = {
@@ -139,7 +146,7 @@ COLUMNS: Final[Any] = {
     "statistics": cosines_of_columns,
     "passes": 1,
     "held": held_by_columns,
-    "temporaries": 6,
+    "temporaries": SUMS,
     "float64": True,
 }
 

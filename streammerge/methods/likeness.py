@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from streammerge.methods.contract import ParameterValue
-from streammerge.methods.cosines import cosines_from, sums_of_columns
+from streammerge.methods.cosines import SUMS, cosines_from, sums_of_columns
 from streammerge.methods.registry import BlockMethod, method
 from streammerge.methods.slices import Slicing
 
@@ -39,8 +39,9 @@ class Likeness:
         """From the sums of the columns' products, which are used up."""
         counting = sums[:, sums.isfinite().all(0)]
         product, one, other = counting.sum(1).tolist()
-        nonzero = [int(square.count_nonzero()) for square in counting[1:]]
-        columns = cosines_from(sums)
+        nonzero = counting[1:].count_nonzero(1).tolist()
+        del counting
+        columns = cosines_from(sums).clone()  # a view would keep the other sums
         total = float(columns.nansum())
         return cls(
             slicing,
@@ -153,9 +154,9 @@ class LikenessPass:
 
 
 def held_by_likeness(target: Target, parameters: Parameters) -> int:
-    """Three sums for each column of one tensor, and the cosines of all columns of all tensors, in float64."""
+    """The cosines of all columns of all tensors, in float64, and of one tensor's columns three sums and their copy."""
     counts = [Slicing.of(part.shape, "columns").count for part in target.parts or (target,)]
-    return 8 * (3 * max(counts) + sum(counts))
+    return 8 * (6 * max(counts) + sum(counts))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -199,7 +200,7 @@ LIKENESS: Final[Any] = {
     "models": (2, 2),
     "passes": 1,
     "held": held_by_likeness,
-    "temporaries": 28,  # in float64, and the sums of columns that wait for their turn
+    "temporaries": SUMS,
     "scope": "scope",
     "float64": True,
 }
@@ -279,7 +280,7 @@ def share_by_cosine(target: Target, parameters: Parameters) -> LikenessPass:
     statistics=share_by_cosine,
     passes=1,
     held=held_by_likeness,
-    temporaries=6,
+    temporaries=SUMS,
     float64=True,
 )
 def cosine_sum(

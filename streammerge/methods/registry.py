@@ -333,6 +333,8 @@ def net(*contributions: float) -> float:
     1 - 0.1 - 0.2 - 0.7 is 0 to whoever typed it, and a base that is multiplied by 0 need not be read. Contributions
     that are too large to be added come to no number.
     """
+    if len(contributions) == 1:
+        return contributions[0] if math.isfinite(contributions[0]) else math.nan
     try:
         total, size = math.fsum(contributions), math.fsum(abs(value) for value in contributions)
     except (OverflowError, ValueError):

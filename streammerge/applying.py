@@ -1,0 +1,46 @@
+"""A method applied to tensors: the expression that it comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from streammerge.errors import MethodError
+from streammerge.methods.contract import ParameterValue
+from streammerge.methods.registry import BlockMethod, GramMethod, LinearMethod, Method, WholeMethod
+from streammerge.nodes import ByBlock, ByGram, ByWhole, Node, Term, combine
+from streammerge.tensors import TensorInfo
+
+
+def apply_method(
+    method: Method,
+    info: TensorInfo,
+    parameters: Mapping[str, ParameterValue],
+    inputs: Iterable[Node],
+    name: str = "",
+    seed: int = 0,
+) -> Node:
+    """The expression of a method over the inputs, the base first if there is one; random numbers follow from the name
+    and the seed."""
+    nodes = tuple(inputs)
+    if method.check:
+        method.check(parameters, len(nodes))
+    match method:
+        case LinearMethod():
+            coefficients = method.coefficients(parameters)
+            if len(coefficients) != len(nodes):
+                raise MethodError(
+                    f"method {method.name!r} gave {len(coefficients)} coefficients for {len(nodes)} inputs"
+                )
+            return combine(info, tuple(Term(c, node) for c, node in zip(coefficients, nodes, strict=True)))
+        case GramMethod():
+            return ByGram(info, method, parameters, nodes, name, seed)
+        case BlockMethod():
+            return ByBlock(info, method, parameters, nodes, name, seed)
+        case WholeMethod():
+            return ByWhole(info, method, parameters, nodes, name, seed)
+    raise TypeError(f"method {method.name!r} is of no known kind")
+
+
+def needs_statistics(node: Node) -> bool:
+    """Whether passes over the inputs are needed before the node can be computed."""
+    return isinstance(node, ByGram | ByWhole) or (isinstance(node, ByBlock) and node.method.statistics is not None)

@@ -1,0 +1,185 @@
+"""The jobs of a merge: what each tensor of the output is made of, and what it costs, once for all of a kind."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from streammerge import costs
+from streammerge.decisions import Fate
+from streammerge.layout import OutputLayout
+from streammerge.merged import Merged
+from streammerge.nodes import Applied, ByBlock, Combined, External, Node, Stored, Together, compute_dtype, walk
+from streammerge.options import Options
+from streammerge.tensors import DType, TensorInfo
+
+
+class Job:
+    """One output tensor: its expression, the dtype it is computed in, and where its bytes go.
+
+    `compute` is None where the stored bytes are copied as they are. The expression may be left to be made when it is
+    asked for.
+    """
+
+    __slots__ = ("_make", "_node", "compute", "file", "info", "name", "offset")
+
+    def __init__(
+        self,
+        name: str,
+        info: TensorInfo,
+        node: Node | None,
+        compute: DType | None,
+        file: int,
+        offset: int,
+        make: Callable[[str], Node] | None = None,
+    ) -> None:
+        self.name: Final = name
+        self.info: Final = info
+        self.compute: Final = compute
+        self.file: Final = file
+        self.offset: Final = offset
+        self._node = node
+        self._make = make
+
+    @property
+    def node(self) -> Node:
+        """The tensor's expression."""
+        if self._node is None:
+            assert self._make is not None
+            self._node = self._make(self.name)
+        return self._node
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What the jobs of all tensors of one fate have in common: so many, and what each of them costs.
+
+    `is_looked_at` says of copies that their bytes go through our memory. `is_together` and `is_told` say of their
+    expressions that statistics are taken of the whole model, and that nothing is in them that can't be told apart.
+    """
+
+    info: TensorInfo
+    count: int
+    compute: DType | None
+    is_looked_at: bool
+    is_together: bool
+    is_told: bool
+    lane_bytes: int
+    held_bytes: int
+    bytes_read: int
+    passes: int
+
+    @classmethod
+    def of(cls, fate: Fate, node: Node, options: Options) -> Kind:
+        """By the expression of the first of them."""
+        info = fate.info
+        # nobody looks at what the system copies: its bytes go through our memory instead, as they are
+        is_looked_at = options.on_nonfinite == "error" and info.dtype.mergeable and is_copy(node, info)
+        compute = info.dtype if is_looked_at else _compute_dtype(node, info, options)
+        node = copied_from(node) if is_looked_at else node
+        parts = list(walk(node))
+        return cls(
+            info,
+            fate.tensors,
+            compute,
+            is_looked_at,
+            any(isinstance(part, ByBlock) and part.together is not None for part in parts),
+            not any(isinstance(part, External) for part in parts),
+            costs.lane_bytes(node, info, compute) if compute is not None else 0,
+            costs.held_bytes(node),
+            costs.bytes_read(node),
+            costs.passes(node),
+        )
+
+
+class Jobs(Sequence[Job]):
+    """A job for every tensor of the output, in the order of its bytes, made when its turn comes."""
+
+    def __init__(self, merged: Merged, layout: OutputLayout, options: Options) -> None:
+        self._decisions = merged.decisions
+        self._files = layout.files
+        self._ends = list(itertools.accumulate(len(file.header.names) for file in layout.files))
+        self._kinds = tuple(
+            None if fate.action == "dropped" else Kind.of(fate, merged.nodes[fate.first], options)
+            for fate in merged.decisions.fates
+        )
+        self._nodes = merged.nodes
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """The kinds of jobs that there are."""
+        return [kind for kind in self._kinds if kind is not None]
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, place: int) -> Job:  # type: ignore[override]  # nobody wants slices
+        place = range(len(self))[place]
+        file = bisect.bisect_right(self._ends, place)
+        header = self._files[file].header
+        place -= self._ends[file] - len(header.names)
+        return self._job(header.names[place], file, header.starts[place])
+
+    def __iter__(self) -> Iterator[Job]:
+        for number, file in enumerate(self._files):
+            for name, start in zip(file.header.names, file.header.starts, strict=True):
+                yield self._job(name, number, start)
+
+    def where(self, wanted: Callable[[Kind], bool]) -> Iterator[Job]:
+        """The jobs of these kinds."""
+        numbers = {number for number, kind in enumerate(self._kinds) if kind is not None and wanted(kind)}
+        return (job for job in self if self._decisions.number(job.name) in numbers) if numbers else iter(())
+
+    def _job(self, name: str, file: int, start: int) -> Job:
+        kind = self._kinds[self._decisions.number(name)]
+        assert kind is not None
+        return Job(
+            name, kind.info, None, kind.compute, file, start, self._looked_at if kind.is_looked_at else self._made
+        )
+
+    def _made(self, name: str) -> Node:
+        return self._nodes[name]
+
+    def _looked_at(self, name: str) -> Node:
+        return copied_from(self._nodes[name])
+
+
+def _compute_dtype(node: Node, info: TensorInfo, options: Options) -> DType | None:
+    """What a tensor is computed in: nothing if its bytes are copied; the user's choice holds for merged ones."""
+    if is_copy(node, info):
+        return None
+    is_merged = any(isinstance(part, Combined | Applied) for part in walk(node))
+    return (options.compute_dtype if is_merged else None) or compute_dtype(node, info.dtype)
+
+
+def is_copy(node: Node, info: TensorInfo) -> bool:
+    """Whether the output's bytes are the stored ones."""
+    if isinstance(node, Combined) and len(node.terms) == 1 and node.terms[0].coefficient == 1:
+        node = node.terms[0].node
+    return isinstance(node, Stored) and node.info.dtype == info.dtype
+
+
+def copied_from(node: Node) -> Stored:
+    """The stored tensor that a copy reads."""
+    while isinstance(node, Combined):
+        node = node.terms[0].node
+    assert isinstance(node, Stored)
+    return node
+
+
+def together_of(jobs: Iterable[Job]) -> Mapping[Together, Mapping[int, DType]]:
+    """What has to be measured of the whole model before anything is written, and what its tensors are computed in."""
+    dtypes: dict[int, DType] = {}
+    found: dict[int, Together] = {}
+    for job in jobs:
+        for part in walk(job.node):
+            if isinstance(part, ByBlock) and part.together is not None and job.compute is not None:
+                found[id(part.together)] = part.together
+                dtypes.setdefault(id(part), job.compute)
+    return {
+        together: {id(member): dtypes[id(member)] for member in together.members if id(member) in dtypes}
+        for together in found.values()
+    }
