@@ -8,7 +8,9 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
+from streammerge.adapters import refuse_adapters
 from streammerge.blocks import Blocks
+from streammerge.codes import Quantised
 from streammerge.errors import MethodError, PlanError
 from streammerge.methods import find_method
 from streammerge.methods.contract import ParameterValue
@@ -16,7 +18,7 @@ from streammerge.methods.registry import BlockMethod, GramMethod, LinearMethod, 
 from streammerge.mismatches import Problems
 from streammerge.nodes import ByBlock, ByGram, ByWhole, External, Node, Term, Together, Viewed, combine, walk
 from streammerge.parameters import NO_BLOCKS, Layers, ParameterSources, check_blocks, is_by_block
-from streammerge.quantisation import DECODED, CodedModels, Quantised, decoded
+from streammerge.quantisation import DECODED, CodedModels, decoded
 from streammerge.recipe import Recipe, Rule
 from streammerge.tensors import DType, Model, TensorInfo, contiguous_strides
 
@@ -106,6 +108,8 @@ class _Resolution:
         self.method: Method = find_method(recipe.method)
         self.layout_name = recipe.layout_name
         self.layout = self.models[self.layout_name]
+        adapters = refuse_adapters({name: model.tensors for name, model in self.models.items()})
+        self.factors = frozenset(adapters[self.layout_name].tensors if self.layout_name in adapters else ())
         self.layers = Layers.of(self.layout.tensors)
         self.blocks = self._blocks()
         has_base = recipe.base is not None and self.method.base != "none"
@@ -130,10 +134,11 @@ class _Resolution:
 
     def resolve(self) -> Merged:
         layout, coded = self.layout.tensors, self.coded
-        weights = {name: self._decide(name, info) for name, info in layout.items() if name not in coded.beside}
+        beside = {*coded.beside, *coded.marks}
+        weights = {name: self._decide(name, info) for name, info in layout.items() if name not in beside}
         decisions = tuple(weights.get(name) or self._decide_beside(name, info) for name, info in layout.items())
         self._report_problems()
-        known = {name: {*layout, *coded.accounted(name)} for name in self.models}
+        known = {name: {*layout, *coded.accounted(name, model.tensors)} for name, model in self.models.items()}
         left_out = {name: names_beside(model.tensors, known[name]) for name, model in self.models.items()}
         held = {name: {*model.tensors, *coded.weights[name]} for name, model in self.models.items()}
         lacking = {name: names_beside(weights, held[name]) for name in self.models}
@@ -154,6 +159,9 @@ class _Resolution:
             return self._take(name, rule, dtype)
         if unreadable := self.coded.unreadable([*self.input_names, self.layout_name], name):
             return self._refuse(name, unreadable)
+        if name in self.factors:
+            self.problems.factors.append(name)
+            return Decision(name, "dropped", "factors are never averaged", info)
         if not info.dtype.mergeable and info.dtype.kind != "packed":
             return self._copy(name, self.layout_name, f"{info.dtype} is never averaged", dtype)
         return self._merge(name, info, rule, dtype)
@@ -166,12 +174,17 @@ class _Resolution:
     def _decide_beside(self, name: str, info: TensorInfo) -> Decision:
         """What belongs to a weight's codes goes where they go: copied with them, or left out where they are decoded."""
         self._rule_for(name)
-        codes = self.coded.beside[name]
-        model = self.codes_of.get(codes) if codes else (self.layout_name if self.codes_of else None)
+        codes = self.coded.beside.get(name)
+        model = self.codes_of.get(codes) if codes is not None else self._marking(self.coded.marks[name])
         if model is None:
             return Decision(name, "dropped", "the weights that it belongs to are decoded", info)
         node = node_of(self.models[model], name)
-        return Decision(name, "copied", f"from {model}: it belongs to {codes or 'its weights'}", node.info, node)
+        belongs = "its weights" if codes is None else codes
+        return Decision(name, "copied", f"from {model}: it belongs to {belongs}", node.info, node)
+
+    def _marking(self, prefix: str) -> str | None:
+        """The layout, if it has to keep a mark of scaled weights: some whose names start so are copied as codes."""
+        return self.layout_name if any(codes.startswith(prefix) for codes in self.codes_of) else None
 
     def _weight(self, model: str, name: str) -> Node:
         """The model's tensor, decoded if it is stored as codes."""

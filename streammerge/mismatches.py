@@ -17,6 +17,7 @@ class Problems:
     """Tensors that can't be merged as asked, one line each, by what is wrong with them."""
 
     unreadable: list[str] = field(default_factory=list)
+    factors: list[str] = field(default_factory=list)
     misshapen: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unmergeable: list[str] = field(default_factory=list)
@@ -33,6 +34,14 @@ class Problems:
                 "streammerge can't decode, and averaging codes gives nonsense",
                 found=self.unreadable,
                 advice="Merge the models before they are quantised, or copy such tensors with --keep or --take.",
+            )
+        if self.factors:
+            raise PlanError(
+                f"{count(self.factors, 'tensor')} of {layout} {plural(self.factors, 'belongs', 'belong')} to an "
+                "adapter beside its weights, and averaging an adapter's factors gives nonsense",
+                found=self.factors,
+                advice="Put the adapter into its weights first (in PEFT: merge_and_unload), or copy such tensors with "
+                "--keep.",
             )
         if self.misshapen:
             raise PlanError(

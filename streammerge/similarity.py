@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Mapping
 
+from streammerge.adapters import adapter_text
 from streammerge.checkpoints import Checkpoint
 from streammerge.comparison import Comparison, ShapeMismatch, Similarity
 from streammerge.devices import find_device, open_lanes
@@ -65,6 +66,8 @@ def compare_models(
         only_in_a=tuple(name for name in names_a if name not in b.tensors),
         only_in_b=tuple(name for name in names_b if name not in a.tensors),
         not_compared=tuple(name for name in alike if name not in works),
+        adapter_a=adapter_text(a.tensors),
+        adapter_b=adapter_text(b.tensors),
     )
 
 

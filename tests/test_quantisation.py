@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import streammerge
+from streammerge.codes import find_quantised
 from streammerge.errors import CheckpointError, PlanError
-from streammerge.quantisation import find_quantised, spread
+from streammerge.scales import spread
 from tests.headers import header, merged
 from tests.models import normal, raw_bytes, save_model
 
@@ -42,8 +43,8 @@ KINDS = {
     "MXFP4": ({"p__w_blocks": "U8 4 8 16", "p__w_scales": "U8 4 8"}, "MXFP4"),
     "compressed-tensors": ({"p__weight_packed": "I32 4 8", "p__weight_scale": "F16 4 1"}, "packed"),
     "8-bit integers": ({"p__weight": "I8 4 8", "p__weight_scale": "F32 4 1"}, "I8 with a scale"),
-    "tiles that don't come out even": (
-        {"p__weight": "F8_E4M3 4 200", "p__weight_scale_inv": "F32 1 2"},
+    "tiles of no known size": (
+        {"p__weight": "F8_E4M3 4 300", "p__weight_scale_inv": "F32 1 2"},
         r"\[1, 2\] scales",
     ),
     "two scales": (
@@ -254,5 +255,6 @@ def test_a_scale_lies_over_its_tensor():
     assert spread((4, 3), (3,)) is None
     assert spread((4, 3), (4, 3)) == spread((4, 3), (4, 3))
     assert spread((192, 128), (2, 1)) is not None
-    assert spread((128, 192), (1, 2)) is None
+    assert spread((128, 192), (1, 2)) is not None
+    assert spread((128, 300), (1, 2)) is None
     assert spread((4, 4, 4), (2, 2, 2)) is None
