@@ -6,10 +6,11 @@ something that fits them as a scale, and integers where a layer has its weights.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from streammerge.scales import is_multiplied, is_scale_of, spread
@@ -59,7 +60,11 @@ SIGNS: Final = (
 )
 """In their order: what several signs tell, the first of them says. Each name is looked at with a dot before it."""
 
-_SIGN_MARKS: Final = re.compile(r"absmax|quant_map|quant_state|SCB|weight_|_scales|\._")
+_SIGN_MARKS: Final = re.compile(
+    r"absmax|quant_map|quant_state|SCB|_scales|\._|weight_(?:format|scale|scale_2|global_scale|shape|zero_point|g_idx)\Z"
+)
+
+_TORCHAO: Final = {"_weight_qdata": "_weight_scale", "weight:qdata": "weight:scale"}
 
 _CODES: Final[Mapping[str, tuple[tuple[str, str], ...]]] = {
     "W_q": (("scale", "HQQ"), ("zero", "HQQ"), ("meta", "HQQ")),
@@ -74,6 +79,8 @@ _CODES: Final[Mapping[str, tuple[tuple[str, str], ...]]] = {
     "q_weight": (("q_scale", "EXL2"), ("q_groups", "EXL2"), ("q_scale_max", "EXL2")),
     "dense_weights": (("row_offsets", "SpQR"), ("col_vals", "SpQR"), ("in_perm", "SpQR")),
     "indices": (("centroids.weight", "VPTQ"),),
+    **{name: ((scale, "torchao"),) for name, scale in _TORCHAO.items()},
+    "float8_data": (("scale", "flux-fp8-api"),),
     "weight": (("tables", "HIGGS"), ("biases", "MLX"), ("weight_scales", "EETQ"), ("svd_up", "SDNQ")),
 }
 """What codes are called in their module, and, by one of the tensors that then stand beside them, the kind."""
@@ -91,9 +98,9 @@ _OWN: Final = re.compile(r"(?!weight_bias)(?:.*[._])?bias(?:[._].*|\d*)|weight_g
 """What is merged on its own where it stands beside codes: biases, and the norms of a weight normalisation."""
 
 _HONEST: Final = re.compile(
-    r"(?:.*_)?(?:ids|id|index|indexes|indices|idx|idxs|mask|masks|position|positions|coords|perm|steps|tracked|tid2eid)"
+    r"(?:.*_)?(?:ids|id|index|indexes|indices|idx|idxs|mask|masks|position|positions|coords|perm|steps|tracked|tid2eid|model)"
 )
-"""What integers are called that are integers, and no codes."""
+"""What integers are called that are integers, and no codes; a `model` is a tokenizer's, in bytes."""
 
 _LONG: Final = 1024
 """From how many bytes on a vector of bytes may be packed codes."""
@@ -101,11 +108,10 @@ _LONG: Final = 1024
 
 def find_quantised(tensors: Tensors) -> dict[str, Quantised]:
     """The quantised weights of a model, by the name of their codes, and by the name that the weight would have."""
-    found = _by_signs(tensors)
-    claimed = {name for weight in found for name in (weight.codes, *weight.companions)}
+    signed = _by_signs(tensors)
+    claimed = {name for weight in signed for name in (weight.codes, *weight.companions)}
     suspects = [name for name, info in tensors.items() if _may_be_codes(name, info) and name not in claimed]
-    if suspects:
-        found += _Structure.of(tensors, suspects, claimed).judge()
+    found = _Structure.of(tensors, suspects, claimed).judge(signed) if suspects or signed else []
     by_name = {weight.codes: weight for weight in found}
     for weight in found:
         by_name.setdefault(weight_name(weight.codes), weight)
@@ -199,14 +205,30 @@ class _Structure:
         free = {module: [name for name in names if name not in claimed] for module, names in modules.items()}
         return cls(tensors, suspects, free, inner)
 
-    def judge(self) -> list[Quantised]:
-        """Those of the suspects that are codes: integers first, beside which 8-bit floats may be scales."""
-        floats = [name for name in self.suspects if self.tensors[name].dtype.kind == "float" and not _named(name)]
-        others = [name for name in self.suspects if name not in set(floats)]
-        others.sort(key=lambda name: (not _named(name), -self.tensors[name].nbytes))
-        return [*self._judged(others, self._judge_integers), *self._judged(floats, self._judge_floats)]
+    def judge(self, signed: list[Quantised]) -> list[Quantised]:
+        """What names tell, with all that stands beside it, and those of the suspects that are codes.
 
-    def _judged(self, names: list[str], judge: _Judge) -> Iterator[Quantised]:
+        Integers come first, beside which 8-bit floats may be scales.
+        """
+        floats, others = [], []
+        for name in self.suspects:
+            is_float = self.tensors[name].dtype.kind == "float" and not _named(name)
+            (floats if is_float else others).append(name)
+        others.sort(key=lambda name: (not _named(name), -self.tensors[name].nbytes))
+        known = {weight.codes: weight for weight in signed}
+        return [
+            *self._judged(known, lambda codes: self._completed(known[codes])),
+            *self._judged(others, self._judge_integers),
+            *self._judged(floats, self._judge_floats),
+        ]
+
+    def _completed(self, weight: Quantised) -> Quantised:
+        """The weight with all that stands beside it, where it is all that its module holds."""
+        is_all = split_name(weight.codes)[1].startswith("weight") and self._is_leaf(weight.codes)
+        beside = self._beside(weight.codes) if is_all else ()
+        return replace(weight, companions=(*weight.companions, *beside))
+
+    def _judged(self, names: Iterable[str], judge: _Judge) -> Iterator[Quantised]:
         for name in names:
             found = None if name in self.judged else judge(name)
             if found is not None:
@@ -217,12 +239,14 @@ class _Structure:
         """What stands beside codes in their module, or below their own name; what is merged on its own is left out."""
         module = split_name(codes)[0]
         around = [*self.modules[module], *self.modules.get(f"{codes}.", ())]
-        return [name for name in around if name != codes and not _OWN.fullmatch(name[len(module) :])]
+        free = (name for name in around if name != codes and name not in self.judged)
+        return [name for name in free if not _is_own(name[len(module) :])]
 
     def _below(self, module: str) -> list[str]:
         """What stands in the modules inside a module."""
         parts = sorted(self.inner.get(module, ()))
-        return [name for part in parts for name in (*self.modules.get(part, ()), *self._below(part))]
+        found = [name for part in parts for name in (*self.modules.get(part, ()), *self._below(part))]
+        return [name for name in found if name not in self.judged and not _is_own(split_name(name)[1])]
 
     def _is_leaf(self, codes: str) -> bool:
         """Whether the codes' module has no others inside, as layers don't."""
@@ -231,14 +255,15 @@ class _Structure:
 
     def _judge_integers(self, codes: str) -> Quantised | None:
         module, own = split_name(codes)
-        below = self._below(module) if own == "indices" else []
-        beside = [*self._beside(codes), *(name for name in below if not _OWN.fullmatch(split_name(name)[1]))]
+        beside = [*self._beside(codes), *(self._below(module) if own == "indices" else ())]
         names = {name[len(module) :] for name in beside}
         kind = next((kind for mark, kind in _CODES.get(own, ()) if mark in names), "")
         if kind:
             return Quantised(codes, kind, tuple(beside))
         info = self.tensors[codes]
         if info.dtype.kind == "float" or _HONEST.fullmatch(own) or (info.dtype.bits == 64 and own != "weight"):
+            return None
+        if any(is_scale_of(own, name[len(module) :]) for name in beside if _may_be_codes(name, self.tensors[name])):
             return None
         scales = [name for name in beside if is_scale_of(name[len(module) :], own)]
         has_floats = any(self._is_merged(name) for name in self.modules[module])
@@ -248,11 +273,11 @@ class _Structure:
         return Quantised(codes, kind, tuple(beside if self._is_leaf(codes) else scales))
 
     def _is_merged(self, name: str) -> bool:
-        return self.tensors[name].dtype.mergeable
+        return self.tensors[name].dtype.mergeable and bool(self.tensors[name].elements)
 
     def _judge_floats(self, codes: str) -> Quantised | None:
         module, own = split_name(codes)
-        called = {name: name[len(module) :] for name in self._beside(codes) if name not in self.judged}
+        called = {name: name[len(module) :] for name in self._beside(codes)}
         beside = [name for name, word in called.items() if word in _BESIDE]
         scales = [name for name, word in called.items() if word not in _BESIDE and is_scale_of(word, own)]
         others = [name for name in called if name not in (*beside, *scales) and self._may_scale(name, codes)]
@@ -279,6 +304,12 @@ class _Structure:
 
 _Judge = Callable[[str], Quantised | None]
 """What says of suspects whether they are codes."""
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_own(own: str) -> bool:
+    """Whether what stands beside codes is merged on its own, by what it is called in its module."""
+    return _OWN.fullmatch(own) is not None
 
 
 def _is_scale_dtype(info: TensorInfo) -> bool:

@@ -177,7 +177,8 @@ class _Resolution:
         codes = self.coded.beside.get(name)
         model = self.codes_of.get(codes) if codes is not None else self._marking(self.coded.marks[name])
         if model is None:
-            return Decision(name, "dropped", "the weights that it belongs to are decoded", info)
+            gone = "no weights with scales are left" if codes is None else "the weights that it belongs to are decoded"
+            return Decision(name, "dropped", gone, info)
         node = node_of(self.models[model], name)
         belongs = "its weights" if codes is None else codes
         return Decision(name, "copied", f"from {model}: it belongs to {belongs}", node.info, node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from typing import Final
@@ -25,6 +26,7 @@ _WORDS_BESIDE: Final = frozenset(
 _CERTAIN: Final = frozenset({"weight_scale", "weight_scale_inv", "scale_weight"})
 
 
+@functools.lru_cache(maxsize=1024)  # a model has few such names, however many tensors
 def is_scale_of(own: str, codes: str) -> bool:
     """Whether a tensor is called as a scale of codes is, by what both are called in their module.
 
