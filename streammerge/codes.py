@@ -210,7 +210,8 @@ class _Structure:
 
         Integers come first, beside which 8-bit floats may be scales.
         """
-        floats, others = [], []
+        floats: list[str] = []
+        others: list[str] = []
         for name in self.suspects:
             is_float = self.tensors[name].dtype.kind == "float" and not _named(name)
             (floats if is_float else others).append(name)

@@ -310,7 +310,8 @@ def test_marks_and_scales_stay_with_weights_that_are_kept(tmp_path, mark):
 
 
 def test_plain_fp8_says_what_share_of_scaled_weights_it_can_not_hold(tmp_path):
-    tensors, lost, elements = {}, 0, 0
+    tensors: dict[str, torch.Tensor] = {}
+    lost = elements = 0
     for number, (name, size) in enumerate((("small", 0.003), ("large", 900.0), ("fit", 1.0))):
         values = normal((300, 1000), number).abs().clamp(0.1) * size
         scale = values.max() / 448
