@@ -7,15 +7,17 @@ from collections.abc import Callable, Mapping
 
 from streammerge.adapters import adapter_text
 from streammerge.checkpoints import Checkpoint
+from streammerge.codes import find_quantised
 from streammerge.comparison import Comparison, ShapeMismatch, Similarity
 from streammerge.devices import find_device, open_lanes
 from streammerge.engine import run
 from streammerge.machine import MIB, IoMode, choose_io, share_out
 from streammerge.methods.registry import BlockMethod
 from streammerge.methods.statistics import Gram, GramPass
-from streammerge.nodes import ByBlock
+from streammerge.nodes import ByBlock, Node
 from streammerge.plan import Job
 from streammerge.progress import Progress
+from streammerge.quantisation import decoded
 from streammerge.tensors import DTYPES, TensorInfo
 from streammerge.works import Work
 
@@ -46,15 +48,19 @@ def compare_models(
     io: IoMode = "auto",
     watch: Callable[[Progress], None] | None = None,
 ) -> Comparison:
-    """The cosine similarity and distance of every floating-point tensor that both models have in the same shape."""
+    """The cosine similarity and distance of every floating-point tensor that both models have in the same shape.
+
+    Codes with a scale are compared by their values, those that can't be decoded not at all.
+    """
     names_a = [name for name in a.tensors if fnmatch.fnmatchcase(name, match)]
     names_b = [name for name in b.tensors if fnmatch.fnmatchcase(name, match)]
     shared = [name for name in names_a if name in b.tensors]
     mismatched = [name for name in shared if a.tensors[name].shape != b.tensors[name].shape]
     alike = [name for name in shared if a.tensors[name].shape == b.tensors[name].shape]
-    comparable = [name for name in alike if a.tensors[name].dtype.mergeable and b.tensors[name].dtype.mergeable]
-    works = {name: _work(name, a, b) for name in comparable}
-    progress = Progress(sum(a.tensors[name].nbytes + b.tensors[name].nbytes for name in comparable))
+    readers = _readers(a), _readers(b)
+    nodes = {name: (readers[0](name), readers[1](name)) for name in alike}
+    works = {name: _work(name, x, y) for name, (x, y) in nodes.items() if x is not None and y is not None}
+    progress = Progress(sum(a.tensors[name].nbytes + b.tensors[name].nbytes for name in works))
     paths = [file.path for file in (*a.files, *b.files)]
     lanes = open_lanes(find_device(device), choose_io(io, paths), share_out(LANE_BYTES, threads))
     run(works.values(), lanes, Nowhere(), progress, lambda: watch(progress) if watch else None)
@@ -71,9 +77,21 @@ def compare_models(
     )
 
 
-def _work(name: str, a: Checkpoint, b: Checkpoint) -> Work:
-    nodes = a.node(name), b.node(name)
-    node = ByBlock(a.tensors[name], INNER_PRODUCTS, {}, nodes)
+def _readers(model: Checkpoint) -> Callable[[str], Node | None]:
+    """Gives a tensor of the model by its name, its codes decoded; None for what has no values to compare."""
+    quantised = find_quantised(model.tensors)
+
+    def read(name: str) -> Node | None:
+        weight = quantised.get(name)
+        if weight is None:
+            return model.node(name) if model.tensors[name].dtype.mergeable else None
+        return decoded(weight, model.node) if weight.is_readable else None
+
+    return read
+
+
+def _work(name: str, a: Node, b: Node) -> Work:
+    node = ByBlock(a.info, INNER_PRODUCTS, {}, (a, b))
     return Work(name, node, DTYPES["F64"])  # people read these figures to the last digit
 
 
