@@ -158,7 +158,7 @@ class _Resolution:
         if rule and rule.action == "take":
             return self._take(name, rule, dtype)
         if unreadable := self.coded.unreadable([*self.input_names, self.layout_name], name):
-            return self._refuse(name, unreadable)
+            return self._refuse(name, unreadable, self.problems.unreadable)
         if name in self.factors:
             self.problems.factors.append(name)
             return Decision(name, "dropped", "factors are never averaged", info)
@@ -166,9 +166,9 @@ class _Resolution:
             return self._copy(name, self.layout_name, f"{info.dtype} is never averaged", dtype)
         return self._merge(name, info, rule, dtype)
 
-    def _refuse(self, name: str, quantised: Mapping[str, Quantised]) -> Decision:
+    def _refuse(self, name: str, quantised: Mapping[str, Quantised], problems: list[str]) -> Decision:
         kinds = ", ".join(f"{model}: {weight.kind}" for model, weight in quantised.items())
-        self.problems.unreadable.append(f"{name}   {kinds}")
+        problems.append(f"{name}   {kinds}")
         return Decision(name, "dropped", "its codes can't be decoded", self.layout.tensors[name])
 
     def _decide_beside(self, name: str, info: TensorInfo) -> Decision:
@@ -204,10 +204,11 @@ class _Resolution:
     def _copy(self, name: str, model: str, why: str, dtype: DType | None) -> Decision:
         node, quantised = node_of(self.models[model], name), self.coded.find(model, name)
         if quantised is not None:
-            if self.coded.stay_whole(quantised) and stored_as(node.info, dtype) == node.info:
-                self.codes_of[name] = model
+            is_kept = not quantised.is_readable or stored_as(node.info, dtype) == node.info
+            if is_kept and self.coded.stay_whole(quantised):
+                self.codes_of[name], dtype = model, None
             elif not quantised.is_readable:
-                return self._refuse(name, {model: quantised})
+                return self._refuse(name, {model: quantised}, self.problems.stranded)
             else:
                 node, why = self._weight(model, name), f"{why}, decoded"
         info = stored_as(node.info, dtype)
@@ -221,7 +222,7 @@ class _Resolution:
         if self.models[rule.model].tensors[name].shape == shape:
             return self._copy(name, rule.model, f"taken by rule {rule}", dtype)
         if weight is not None and not weight.is_readable:
-            return self._refuse(name, {rule.model: weight})
+            return self._refuse(name, {rule.model: weight}, self.problems.stranded)
         node = self._weight(rule.model, name)
         fitted = self._fit(name, [node], [rule.model], shape)
         if fitted is None:

@@ -17,6 +17,7 @@ class Problems:
     """Tensors that can't be merged as asked, one line each, by what is wrong with them."""
 
     unreadable: list[str] = field(default_factory=list)
+    stranded: list[str] = field(default_factory=list)
     factors: list[str] = field(default_factory=list)
     misshapen: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -33,7 +34,14 @@ class Problems:
                 f"{count(self.unreadable, 'tensor')} {plural(self.unreadable, 'is', 'are')} quantised in a way that "
                 "streammerge can't decode, and averaging codes gives nonsense",
                 found=self.unreadable,
-                advice="Merge the models before they are quantised, or copy such tensors with --keep or --take.",
+                advice="Merge the models before they are quantised, or copy such tensors with --keep.",
+            )
+        if self.stranded:
+            raise PlanError(
+                f"{count(self.stranded, 'tensor')} {plural(self.stranded, 'is', 'are')} quantised in a way that "
+                f"streammerge can't decode, and {layout}, the layout, has no room for what belongs to such codes",
+                found=self.stranded,
+                advice="Make the quantised model the --layout, or take such tensors from a model that isn't quantised.",
             )
         if self.factors:
             raise PlanError(

@@ -346,8 +346,21 @@ def test_what_is_taken_for_a_plain_layout_or_cast_is_decoded(tmp_path):
 
 def test_codes_are_not_taken_without_what_belongs_to_them():
     model, plain = header(p__weight="I8 4 8", p__SCB="F32 4"), header(p__weight="BF16 4 8")
-    with pytest.raises(PlanError, match=r"p\.weight   b: bitsandbytes, 8 bits"):
-        merged({"a": plain, "b": model}, rules=[{"match": "p.weight", "take": "b"}])
+    rules = [{"match": "p.weight", "take": "b"}]
+    with pytest.raises(PlanError, match=r"a, the layout, has no room(.|\n)*p\.weight   b: bitsandbytes, 8 bits"):
+        merged({"a": plain, "b": model}, rules=rules)
+    taken = merged({"a": plain, "b": model}, rules=rules, layout="b")
+    assert [d.action for d in taken.decisions] == ["copied", "copied"]
+
+
+def test_codes_that_can_not_be_decoded_are_kept_as_they_are_whatever_the_dtype():
+    model = header(p__weight="F8_E4M3 4 8", p__strange="F16 4", q="F16 3")
+    kept = merged({"a": model, "b": model}, rules=[{"match": "p.*", "keep": True}], dtype="fp32")
+    assert {d.name: str(d.info.dtype) for d in kept.decisions} == {
+        "p.weight": "F8_E4M3",
+        "p.strange": "F16",
+        "q": "F32",
+    }
 
 
 def test_a_scale_lies_over_its_tensor():

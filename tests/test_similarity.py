@@ -152,8 +152,8 @@ def test_codes_are_compared_by_their_values_or_not_at_all(opened):
     scale = normal((300, 1), 2).abs() + 0.1
     values = codes.double() * scale.double()
     plain = normal((300, 40), 3)
-    a = {"p.weight": codes, "p.weight_scale": scale, "q.weight": codes, "q.strange": torch.ones(())}
-    found = compare_models(*opened(a, {"p.weight": plain, "q.weight": plain}))
+    a = {"p.weight": codes, "p.weight_scale": scale, "q.weight": codes.clone(), "q.strange": torch.ones(())}
+    found = compare_models(*opened(a, {"p.weight": plain, "q.weight": plain.clone()}))
     assert [entry.name for entry in found.similarities] == ["p.weight"]
     assert found.not_compared == ("q.weight",)
     x, y = values.reshape(-1), plain.double().reshape(-1)
