@@ -102,6 +102,9 @@ _HONEST: Final = re.compile(
 )
 """What integers are called that are integers, and no codes; a `model` is a tokenizer's, in bytes."""
 
+_ROTATIONS: Final = re.compile(r"freq|rope|rotary|cis\b|pos")
+"""What complex numbers are called that turn positions."""
+
 _LONG: Final = 1024
 """From how many bytes on a vector of bytes may be packed codes."""
 
@@ -160,6 +163,22 @@ def _may_be_codes(name: str, info: TensorInfo) -> bool:
             return info.dtype.bits < 8
         case "integer":
             return (own in _CODES or _is_bulky(info)) and info.elements > 1 and not _is_mask(own, info.shape)
+    return False
+
+
+def may_be_weights(name: str, info: TensorInfo) -> bool:
+    """Whether elements that are neither averaged nor codes may be weights all the same, as complex matrices may be.
+
+    Complex numbers that are computed from positions, and masks, are no weights.
+    """
+    is_matrix = sum(size > 1 for size in info.shape) >= 2
+    match info.dtype.kind:
+        case "packed":
+            return True
+        case "complex":
+            return is_matrix and not _ROTATIONS.search(name)
+        case "bool":
+            return is_matrix and split_name(name)[1] == "weight"
     return False
 
 

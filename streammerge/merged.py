@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from streammerge.adapters import refuse_adapters
 from streammerge.blocks import Blocks
-from streammerge.codes import Quantised
+from streammerge.codes import Quantised, may_be_weights
 from streammerge.errors import MethodError, PlanError
 from streammerge.methods import find_method
 from streammerge.methods.contract import ParameterValue
@@ -162,7 +162,7 @@ class _Resolution:
         if name in self.factors:
             self.problems.factors.append(name)
             return Decision(name, "dropped", "factors are never averaged", info)
-        if not info.dtype.mergeable and info.dtype.kind != "packed":
+        if not info.dtype.mergeable and not may_be_weights(name, info):
             return self._copy(name, self.layout_name, f"{info.dtype} is never averaged", dtype)
         return self._merge(name, info, rule, dtype)
 

@@ -182,6 +182,29 @@ def test_an_integer_matrix_among_modules_is_never_kept_in_silence():
     assert [d.action for d in kept.decisions] == ["copied", "merged", "merged"]
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "is_copied"),
+    [
+        ("weights1", "C64 8 8", False),
+        ("filter.complex_weight", "C64 4 8 8", False),
+        ("l.weight", "BOOL 8 8", False),
+        ("freqs_cis", "C64 32 8", True),
+        ("rope.table", "C64 32 8", True),
+        ("l.phase", "C64 8", True),
+        ("attn.mask", "BOOL 8 8", True),
+    ],
+)
+def test_matrices_that_can_not_be_averaged_are_not_copied_in_silence(name, text, is_copied):
+    model = Header({name: info(text), "x": info("F16 3")})
+    if is_copied:
+        assert [d.action for d in merged({"a": model, "b": model}).decisions] == ["copied", "merged"]
+        return
+    with pytest.raises(PlanError, match=f"1 tensor can't be averaged: not all are floating point\n  {name}   a "):
+        merged({"a": model, "b": model})
+    kept = merged({"a": model, "b": model}, rules=[{"match": name, "keep": True}])
+    assert [d.action for d in kept.decisions] == ["copied", "merged"]
+
+
 WORDS = st.sampled_from(
     ["", "weight", "scale", "weight_scale", "W_q", "qweight", "weight_packed", "a", "bias", ".", "_data", "w_blocks"]
 )
