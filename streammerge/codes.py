@@ -94,7 +94,7 @@ _BESIDE: Final = frozenset(
 )
 """What may stand beside scaled codes without changing their meaning: scales of activations, and marks."""
 
-_OWN: Final = re.compile(r"(?!weight_bias)(?:.*[._])?bias(?:[._].*|\d*)|weight_g|original0|.*_bias_\w+")
+_OWN: Final = re.compile(r"(?!weight_bias)(?:.*[._])?bias(?:[._].*|\d*)|weight_g|original0|.*_bias_.*")
 """What is merged on its own where it stands beside codes: biases, and the norms of a weight normalisation."""
 
 _HONEST: Final = re.compile(
@@ -104,6 +104,15 @@ _HONEST: Final = re.compile(
 
 _ROTATIONS: Final = re.compile(r"freq|rope|rotary|cis\b|pos")
 """What complex numbers are called that turn positions."""
+
+_LAYER: Final = 64
+"""The most tensors that a layer has; in larger modules only names that begin with the codes' are looked at."""
+
+_ENDINGS: Final = ("_scale", "_scale_inv", "_scales", "_absmax")
+"""How names go on then."""
+
+_DEPTH: Final = 16
+"""How many modules above a tensor's own are told that they have modules inside."""
 
 _LONG: Final = 1024
 """From how many bytes on a vector of bytes may be packed codes."""
@@ -197,13 +206,15 @@ def _is_mask(own: str, shape: tuple[int, ...]) -> bool:
 class _Structure:
     """The modules of a model that have suspects: tensors that look like codes.
 
-    `modules` are the names of the tensors that stand in each module, `inner` those that have modules in them.
+    `modules` are the names of the tensors that stand in each module, `inner` the modules that are in each, `floats`
+    those that have tensors to be merged.
     """
 
     tensors: Tensors
     suspects: list[str]
     modules: Mapping[str, list[str]]
     inner: Mapping[str, set[str]]
+    floats: set[str]
     judged: set[str] = field(default_factory=set)
 
     @classmethod
@@ -215,14 +226,15 @@ class _Structure:
             modules[split_name(name)[0]].append(name)
         for module in list(modules):
             below = module
-            while below:
+            for _ in range(_DEPTH):
                 above = split_name(below[:-1])[0]
-                if below in inner[above]:
+                if not below or below in inner[above]:
                     break
                 inner[above].add(below)
                 below = above
         free = {module: [name for name in names if name not in claimed] for module, names in modules.items()}
-        return cls(tensors, suspects, free, inner)
+        floats = {module for module, names in free.items() if any(_is_merged(tensors[name]) for name in names)}
+        return cls(tensors, suspects, free, inner, floats)
 
     def judge(self, signed: list[Quantised]) -> list[Quantised]:
         """What names tell, with all that stands beside it, and those of the suspects that are codes.
@@ -258,24 +270,28 @@ class _Structure:
     def _beside(self, codes: str) -> list[str]:
         """What stands beside codes in their module, or below their own name; what is merged on its own is left out."""
         module = split_name(codes)[0]
-        around = [*self.modules[module], *self.modules.get(f"{codes}.", ())]
+        around = self.modules[module]
+        if len(around) > _LAYER:
+            around = [name for ending in _ENDINGS if (name := codes + ending) in self.tensors]
+        around = [*around, *self.modules.get(f"{codes}.", ())[:_LAYER]]
         free = (name for name in around if name != codes and name not in self.judged)
         return [name for name in free if not _is_own(name[len(module) :])]
 
-    def _below(self, module: str) -> list[str]:
-        """What stands in the modules inside a module."""
-        parts = sorted(self.inner.get(module, ()))
-        found = [name for part in parts for name in (*self.modules.get(part, ()), *self._below(part))]
-        return [name for name in found if name not in self.judged and not _is_own(split_name(name)[1])]
+    def _books(self, module: str) -> list[str]:
+        """What stands in the modules of VPTQ's codebooks inside a module."""
+        books = (f"{module}{part}centroids." for part in ("", "res_", "outlier_"))
+        return [name for book in books for name in self.modules.get(book, ())[:_LAYER] if name not in self.judged]
 
     def _is_leaf(self, codes: str) -> bool:
-        """Whether the codes' module has no others inside, as layers don't."""
+        """Whether the codes' module is as layers are: of few tensors, with no modules inside."""
         module = split_name(codes)[0]
-        return bool(module) and not self.inner.get(module, set()) - {f"{codes}."}
+        return (
+            bool(module) and len(self.modules[module]) <= _LAYER and not self.inner.get(module, set()) - {f"{codes}."}
+        )
 
     def _judge_integers(self, codes: str) -> Quantised | None:
         module, own = split_name(codes)
-        beside = [*self._beside(codes), *(self._below(module) if own == "indices" else ())]
+        beside = [*self._beside(codes), *(self._books(module) if own == "indices" else ())]
         names = {name[len(module) :] for name in beside}
         kind = next((kind for mark, kind in _CODES.get(own, ()) if mark in names), "")
         if kind:
@@ -286,14 +302,10 @@ class _Structure:
         if any(is_scale_of(own, name[len(module) :]) for name in beside if _may_be_codes(name, self.tensors[name])):
             return None
         scales = [name for name in beside if is_scale_of(name[len(module) :], own)]
-        has_floats = any(self._is_merged(name) for name in self.modules[module])
-        if not (scales or has_floats or own == "weight"):
+        if not (scales or module in self.floats or own == "weight"):
             return None
         kind = f"{info.dtype} {'with a scale' if scales else 'codes'}"
         return Quantised(codes, kind, tuple(beside if self._is_leaf(codes) else scales))
-
-    def _is_merged(self, name: str) -> bool:
-        return self.tensors[name].dtype.mergeable and bool(self.tensors[name].elements)
 
     def _judge_floats(self, codes: str) -> Quantised | None:
         module, own = split_name(codes)
@@ -330,6 +342,10 @@ _Judge = Callable[[str], Quantised | None]
 def _is_own(own: str) -> bool:
     """Whether what stands beside codes is merged on its own, by what it is called in its module."""
     return _OWN.fullmatch(own) is not None
+
+
+def _is_merged(info: TensorInfo) -> bool:
+    return info.dtype.mergeable and bool(info.elements)
 
 
 def _is_scale_dtype(info: TensorInfo) -> bool:
