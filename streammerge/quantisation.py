@@ -42,8 +42,8 @@ def decoded(quantised: Quantised, node_of: Callable[[str], Node]) -> Node:
     shape, way = codes.info.shape, spread(codes.info.shape, scale.info.shape)
     assert way is not None
     over: Node = Viewed(TensorInfo(scale.info.dtype, way.shape), scale, 0, way.strides, way.shape)
-    if way.row:
-        over = Viewed(TensorInfo(scale.info.dtype, shape), over, 0, (way.row, 1), shape)
+    if way.cut:
+        over = Viewed(TensorInfo(scale.info.dtype, shape), over, 0, way.cut, shape)
     return ByBlock(TensorInfo(DECODED, shape), DECODE, {}, (codes, over), quantised.codes)
 
 

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
+from streammerge.tensors import contiguous_strides
+
 TILE: Final = 128
 """The size of blocks that share a scale where the shapes don't tell it otherwise: DeepSeek's."""
 
@@ -52,30 +54,35 @@ def is_multiplied(own: str, codes: str, shape: tuple[int, ...], scale: tuple[int
 class Spread:
     """How a scale's elements are spread over a tensor: a view of this shape, whose flat elements begin with its.
 
-    Where the last tiles are narrower than the others, the view's rows are longer than the tensor's: `row` elements.
+    Where the last tiles are smaller than the others, the tensor lies in the view as the strides `cut` say.
     """
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    row: int = 0
+    cut: tuple[int, ...] = ()
 
 
 def spread(shape: tuple[int, ...], scale: tuple[int, ...]) -> Spread | None:
-    """One scale for the whole tensor, for each of its rows, or for each tile of a matrix; None for anything else."""
+    """One scale for the whole tensor, for each of its rows, or for each tile of a matrix or of each matrix in a stack.
+
+    None for anything else.
+    """
     ones = (0,) * len(shape)
     if all(size == 1 for size in scale):
         return Spread(shape, ones)
     if shape and scale[0] == shape[0] and all(size == 1 for size in scale[1:]):
         return Spread(shape, (1, *ones[1:]))
-    if len(shape) != 2 or len(scale) != 2:
+    if len(shape) < 2 or len(scale) != len(shape) or scale[:-2] != shape[:-2]:
         return None
-    (rows, columns), (down, across) = shape, scale
+    (rows, columns), (down, across) = shape[-2:], scale[-2:]
     height, width = _tile(rows, down), _tile(columns, across)
     if not height or not width:
         return None
-    return Spread(
-        (down, height, across, width), (across, 0, 1, 0), row=0 if width * across == columns else across * width
-    )
+    view = (*shape[:-2], down, height, across, width)
+    strides = (*contiguous_strides(scale)[:-2], across, 0, 1, 0)
+    lies_flat = width * across == columns and (height * down == rows or len(shape) == 2)
+    whole = (*shape[:-2], height * down, width * across)
+    return Spread(view, strides, () if lies_flat else contiguous_strides(whole))
 
 
 def _tile(size: int, tiles: int) -> int:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -117,6 +119,11 @@ SCALES = {
     "small tiles": ((64, 96), (2, 3)),
     "narrow tiles": ((50, 96), (50, 3)),
     "for each column": ((30, 50), (1, 50)),
+    "tiles of a stack": ((3, 256, 64), (3, 2, 1)),
+    "tiles of a stack, cut off": ((3, 300, 200), (3, 3, 2)),
+    "for each row of a stack": ((3, 20, 30), (3, 20, 1)),
+    "for each column of a stack": ((3, 20, 30), (3, 1, 30)),
+    "one for each of a stack": ((3, 20, 30), (3, 1, 1)),
     "for each element": ((3, 4), (3, 4)),
 }
 
@@ -125,14 +132,13 @@ def expand(scale: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """The scale of every element, in another way than the product's."""
     if scale.numel() == 1:
         return scale.reshape(-1)[0].expand(shape)
-    if scale.dim() == 1 or scale.shape[1] == 1:
+    if scale.dim() == 1:
         return scale.reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
     places = []
     for size, tiles in zip(shape, scale.shape, strict=True):
         even = size % tiles == 0 and (tiles == 1 or math.log2(size // tiles).is_integer())
-        width = size // tiles if even else 128
-        places.append(torch.arange(size) // width)
-    return scale[places[0]][:, places[1]]
+        places.append(torch.arange(size) // (size // tiles if even else 128))
+    return scale[torch.meshgrid(*places, indexing="ij")]
 
 
 def quantised(shape: tuple[int, ...], scale_shape: tuple[int, ...], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -361,6 +367,30 @@ def test_codes_that_can_not_be_decoded_are_kept_as_they_are_whatever_the_dtype()
         "p.strange": "F16",
         "q": "F32",
     }
+
+
+@st.composite
+def tiled(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A shape of two or three dimensions, and that of a scale for it in tiles of some size, cut off or not."""
+    sizes = draw(st.lists(st.integers(1, 300), min_size=2, max_size=2))
+    tiles = []
+    for size in sizes:
+        even = [size >> power for power in range(9) if size % (1 << power) == 0]
+        tiles.append(draw(st.sampled_from([1, -(-size // 128), *even])))
+    stack = draw(st.sampled_from([(), (1,), (3,)]))
+    return (*stack, *sizes), (*stack, *tiles)
+
+
+@settings(max_examples=60, deadline=None)
+@given(tiled())
+def test_every_element_has_the_scale_of_its_tile(case):
+    shape, scale_shape = case
+    scale = torch.arange(math.prod(scale_shape)).reshape(scale_shape)
+    way = spread(shape, scale_shape)
+    assert way is not None
+    flat = scale.reshape(-1).as_strided(way.shape, way.strides).reshape(-1)
+    found = flat.as_strided(shape, way.cut) if way.cut else flat[: math.prod(shape)].reshape(shape)
+    assert torch.equal(found, expand(scale, shape))
 
 
 def test_a_scale_lies_over_its_tensor():
