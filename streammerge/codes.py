@@ -297,12 +297,12 @@ class _Structure:
         if kind:
             return Quantised(codes, kind, tuple(beside))
         info = self.tensors[codes]
-        if info.dtype.kind == "float" or _HONEST.fullmatch(own) or (info.dtype.bits == 64 and own != "weight"):
+        if info.dtype.kind == "float" or _HONEST.fullmatch(own) or (info.dtype.bits == 64 and "weight" not in own):
             return None
         if any(is_scale_of(own, name[len(module) :]) for name in beside if _may_be_codes(name, self.tensors[name])):
             return None
         scales = [name for name in beside if is_scale_of(name[len(module) :], own)]
-        if not (scales or module in self.floats or own == "weight"):
+        if not (scales or module in self.floats or "weight" in own):
             return None
         kind = f"{info.dtype} {'with a scale' if scales else 'codes'}"
         return Quantised(codes, kind, tuple(beside if self._is_leaf(codes) else scales))

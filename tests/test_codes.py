@@ -88,6 +88,8 @@ CODED = {
     "flux-fp8-api": ("flux-fp8-api", "float8_data F8_E4M3 32 32, scale F32, scale_reciprocal F32, input_scale F32"),
     "integers of nobody": ("I32 codes", "packed I32 32 4, lut F16 32 16"),
     "bytes of nobody": ("U8 codes", "blob U8 4096, lut F16 16"),
+    "packed weights alone": ("U8 codes", "weight_packed U8 32 16"),
+    "GPTQ's weights alone": ("I32 codes", "qweight I32 4 32"),
     "4-bit floats": ("F4 with a scale", "weight F4 32 32, weight_scale F8_E8M0 32 1"),
     "two scales": ("F8_E4M3 with", "weight F8_E4M3 32 32, weight_scale F32, weight_scale_inv F32"),
     "a scale that may be its inverse": ("F8_E4M3 with", "weight F8_E4M3 32 32, scale F32 1"),
