@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from streammerge.adapters import adapter_text
 from streammerge.tensors import TensorInfo
 
 UNKNOWN: Final = "unknown"
@@ -111,19 +112,11 @@ _FIRST_CONVOLUTIONS: Final = (
 _INPUT_CHANNELS: Final = {5: "depth", 7: "upscaler", 8: "instruct-pix2pix", 9: "inpainting"}
 """What a UNet is for whose first convolution takes so many channels, beside the usual 4 of the latent image."""
 
-_ADAPTERS: Final = {
-    "LoRA": (".lora_up.weight", ".lora_A.weight", ".lora.up.weight", "_lora.up.weight"),
-    "LoHa": (".hada_w1_a",),
-    "LoKr": (".lokr_w1", ".lokr_w1_a"),
-}
-"""Files of changes to a model, known by how their tensors' names end."""
-
 
 def guess_architecture(tensors: Mapping[str, TensorInfo]) -> str:
     """The model's architecture by its header alone, such as "Stable Diffusion 2 (depth)", or "unknown"."""
-    for adapter, endings in _ADAPTERS.items():
-        if any(name.endswith(endings) for name in tensors):
-            return adapter
+    if adapter := adapter_text(tensors):
+        return adapter
     for sign, prefix in itertools.product(_SIGNS, _PREFIXES):
         if sign.fits(tensors, prefix):
             return sign.architecture + _variant(sign, tensors, prefix)

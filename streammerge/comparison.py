@@ -90,6 +90,8 @@ class Comparison:
     """What comparing models A and B has found, tensor by tensor.
 
     `not_compared` names what both have in the same shape, but for which a cosine means nothing, such as integers.
+    `adapter_a` and `adapter_b` tell the kind of an adapter where that is what is compared: factor by factor, which is
+    not how alike its changes are.
     """
 
     path_a: str
@@ -99,6 +101,8 @@ class Comparison:
     only_in_a: tuple[str, ...] = ()
     only_in_b: tuple[str, ...] = ()
     not_compared: tuple[str, ...] = ()
+    adapter_a: str = ""
+    adapter_b: str = ""
 
     @property
     def elements(self) -> int:
@@ -215,6 +219,8 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
     return {
         "path_a": comparison.path_a,
         "path_b": comparison.path_b,
+        "adapter_a": comparison.adapter_a or None,
+        "adapter_b": comparison.adapter_b or None,
         "compared": len(comparison.similarities),
         "elements": comparison.elements,
         "identical": comparison.identical,
@@ -233,12 +239,20 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def _summary(comparison: Comparison) -> str:
-    lines = [f"A  {one_line(comparison.path_a)}", f"B  {one_line(comparison.path_b)}", tally(comparison)]
+    lines = [
+        f"A  {one_line(comparison.path_a)}{_adapter_text(comparison.adapter_a)}",
+        f"B  {one_line(comparison.path_b)}{_adapter_text(comparison.adapter_b)}",
+        tally(comparison),
+    ]
     if comparison.differing:
         lines[-1] += (
             f", median {_cosine_text(comparison.quantile(0.5))}, least {_cosine_text(comparison.quantile(0.0))}"
         )
     return "\n".join(lines)
+
+
+def _adapter_text(kind: str) -> str:
+    return f"   {kind}: its factors are compared, not the changes that they make" if kind else ""
 
 
 def tally(comparison: Comparison) -> str:

@@ -17,14 +17,29 @@ from streammerge.nodes import Applied, Combined, External, Node, Rounded, Stored
 from streammerge.tensors import TensorInfo
 
 
-def examine(values: torch.Tensor, stored: torch.Tensor) -> Finding | None:
+def examine(values: torch.Tensor, stored: torch.Tensor, *, unscaled: bool = False) -> Finding | None:
     """What is wrong with a block that was computed as `values` and rounded to `stored`; None where nothing is.
 
     A number beyond the stored dtype's range became infinite when it was rounded, or (in float8, on some systems) the
-    greatest that there is. A NaN is both of the extremes.
+    greatest that there is. A NaN is both of the extremes. Of values that are `unscaled`, stored without the scale that
+    they had, those are counted too that became 0.
     """
     if not (stored.is_floating_point() and stored.numel()):
         return None
+    found = _beyond_range(values, stored)
+    if unscaled and (vanished := _vanished(values, stored)):
+        found = found or Finding(dtype=dtype_name(stored.dtype), limit=torch.finfo(stored.dtype).max)
+        found.vanished = vanished
+    return found
+
+
+def _vanished(values: torch.Tensor, stored: torch.Tensor) -> int:
+    """How many values became 0 by being rounded."""
+    return int((stored.float() == 0).sum()) - int((values.float() == 0).sum())
+
+
+def _beyond_range(values: torch.Tensor, stored: torch.Tensor) -> Finding | None:
+    """What is infinite or no number as it is stored, or was cut."""
     limit = torch.finfo(stored.dtype).max
     values = values.float() if values.dtype.itemsize == 1 else values
     low, high = torch.aminmax(values)

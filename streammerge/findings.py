@@ -22,11 +22,15 @@ class Finding:
     `nonfinite` elements are stored as infinite or not a number. `overflowed` ones of them were finite until they were
     rounded to `dtype`, whose greatest value is `limit`; `saturated` ones lay beyond it too, and became it. `largest` is
     the greatest finite magnitude before rounding. `inputs` counts, by file, what was infinite or no number already.
+    Of weights that had scales, and are stored without, `vanished` counts what became 0 though it was not; `elements` is
+    how many the tensor has.
     """
 
     nonfinite: int = 0
     overflowed: int = 0
     saturated: int = 0
+    vanished: int = 0
+    elements: int = 0
     largest: float = 0.0
     dtype: str = ""
     limit: float = 0.0
@@ -37,6 +41,8 @@ class Finding:
         self.nonfinite += other.nonfinite
         self.overflowed += other.overflowed
         self.saturated += other.saturated
+        self.vanished += other.vanished
+        self.elements = max(self.elements, other.elements)
         self.largest = max(self.largest, other.largest)
         self.dtype, self.limit = self.dtype or other.dtype, self.limit or other.limit
         for path, values in other.inputs.items():
@@ -50,7 +56,12 @@ class Finding:
     @property
     def is_any(self) -> bool:
         """Whether there is anything to tell."""
-        return bool(self.nonfinite or self.saturated or self.inputs)
+        return bool(self.nonfinite or self.saturated or self.vanished or self.inputs)
+
+    @property
+    def lost(self) -> int:
+        """How many values of weights that had scales are none that the dtype has near them."""
+        return self.vanished + self.saturated + self.overflowed if self.elements else 0
 
     @property
     def made(self) -> int:
@@ -73,6 +84,8 @@ class Finding:
             "nonfinite": self.nonfinite,
             "overflowed": self.overflowed,
             "saturated": self.saturated,
+            "vanished": self.vanished,
+            "elements": self.elements,
             "largest": self.largest,
             "dtype": self.dtype,
             "limit": self.limit,
@@ -117,7 +130,7 @@ def warnings(findings: Mapping[str, Finding]) -> list[str]:
 
 
 def _beyond(dtype: str, found: Mapping[str, Finding]) -> list[str]:
-    """What lay beyond the range of the dtype in which it is stored."""
+    """What lay beyond the range of the dtype in which it is stored, or was too small for it."""
     limit, largest = (max(getattr(finding, name) for finding in found.values()) for name in ("limit", "largest"))
     reason = f"it holds {limit:,.6g} at the most, the largest value is {largest:,.6g}"
     shown = []
@@ -126,6 +139,12 @@ def _beyond(dtype: str, found: Mapping[str, Finding]) -> list[str]:
         shown.append(f"{_values(overflowed)} overflow of {dtype} ({reason}); store them as {ways}: {named(overflowed)}")
     if saturated := _counts(found, "saturated"):
         shown.append(f"{_values(saturated)} cut to the range of {dtype} ({reason}): {named(saturated)}")
+    if lost := _counts(found, "lost"):
+        elements = sum(found[name].elements for name in lost)
+        shown.append(
+            f"{sum(lost.values()):,} of {elements:,} values ({sum(lost.values()) / elements:.1%}) of weights that had "
+            f"scales became 0 or were cut in {dtype}, which is stored without; store them as bf16: {named(lost)}"
+        )
     return shown
 
 

@@ -6,13 +6,16 @@ import fnmatch
 import heapq
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from streammerge.adapters import Adapter, find_adapter
 from streammerge.architecture import Component, components, count_dtypes, guess_architecture
 from streammerge.blocks import Blocks, abridged
+from streammerge.codes import find_quantised
 from streammerge.errors import one_line
 from streammerge.formats.state_dicts import NONE_LEFT, LeftTensors
 from streammerge.tensors import TensorInfo
@@ -25,6 +28,9 @@ KEY_WIDTH: Final = 32
 
 ENTRY_WIDTH: Final = 24
 """How many characters of a text inside a JSON value are shown, at most: a digest has 64."""
+
+KINDS: Final = 3
+"""How many kinds of quantisation are shown, the most frequent."""
 
 LONGEST_JSON: Final = 1_000_000
 """Metadata values of more characters are not parsed, only cut."""
@@ -59,6 +65,17 @@ class Inspection:
         """The names of the blocks by which parameters may be given; none where blocks have no names."""
         return Blocks.of(self.tensors).names
 
+    @property
+    def adapter(self) -> Adapter | None:
+        """What the model has of an adapter, or what it is of one."""
+        return find_adapter(self.tensors)
+
+    @property
+    def quantised(self) -> Mapping[tuple[str, bool], int]:
+        """How many weights are stored as codes, by their kind and whether they can be decoded, most frequent first."""
+        weights = {weight.codes: (weight.kind, weight.is_readable) for weight in find_quantised(self.tensors).values()}
+        return dict(Counter(weights.values()).most_common())
+
     def largest(self, count: int = LARGEST) -> Mapping[str, TensorInfo]:
         """The tensors that take the most bytes, largest first."""
         return dict(heapq.nlargest(count, self.tensors.items(), key=lambda item: item[1].nbytes))
@@ -78,6 +95,11 @@ class Inspection:
             "tensor_count": len(self.tensors),
             "elements": self.elements,
             "dtypes": dict(self.dtypes),
+            "adapter": _plain_adapter(self.adapter),
+            "quantised": [
+                {"kind": kind, "weights": weights, "decoded": is_readable}
+                for (kind, is_readable), weights in self.quantised.items()
+            ],
             "blocks": list(self.blocks),
             "components": [_plain_component(part) for part in self.components],
             "largest": _plain_tensors(self.largest()),
@@ -134,8 +156,29 @@ def _heading(inspection: Inspection) -> str:
     file = f"{one_line(str(inspection.path))}   {inspection.container}, {size_text(inspection.nbytes)}"
     if not inspection.tensors:
         return f"{file}\nno tensors"
-    blocks = inspection.blocks
-    return f"{file}\n{inspection.architecture}: {holdings}" + (f"\nblocks: {abridged(blocks)}" if blocks else "")
+    blocks = [f"blocks: {abridged(inspection.blocks)}"] if inspection.blocks else []
+    told = [*_adapter_lines(inspection.adapter), *_quantised_lines(inspection.quantised)]
+    return "\n".join([file, f"{inspection.architecture}: {holdings}", *blocks, *told])
+
+
+def _adapter_lines(adapter: Adapter | None) -> list[str]:
+    """What merges can do with an adapter, or with a model that has one inside."""
+    if adapter is None:
+        return []
+    if adapter.is_inside:
+        return [f"beside its weights: {adapter}, {_counted(len(adapter.tensors), 'tensor')} (copied, never averaged)"]
+    return ["factors of changes to a model, which can't be merged; put them into their model first"]
+
+
+def _quantised_lines(quantised: Mapping[tuple[str, bool], int]) -> list[str]:
+    """The weights that are stored as codes, and what merges can do with them."""
+    lines = [
+        f"quantised: {_counted(weights, 'weight')}, {one_line(kind)} "
+        f"({'decoded while they are read' if is_readable else 'copied, never merged'})"
+        for (kind, is_readable), weights in quantised.items()
+    ]
+    more = f"quantised: {_counted(len(lines) - KINDS, 'other kind')}"
+    return lines if len(lines) <= KINDS else [*lines[:KINDS], more]
 
 
 def _component_table(inspection: Inspection) -> str:
@@ -195,6 +238,12 @@ def _plain_component(component: Component) -> dict[str, Any]:
         "bytes": component.nbytes,
         "dtypes": dict(component.dtypes),
     }
+
+
+def _plain_adapter(adapter: Adapter | None) -> dict[str, Any] | None:
+    if adapter is None:
+        return None
+    return {"kind": adapter.kind, "tensors": len(adapter.tensors), "is_inside": adapter.is_inside}
 
 
 def _plain_tensors(tensors: Mapping[str, TensorInfo]) -> list[dict[str, Any]]:

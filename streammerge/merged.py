@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from streammerge.adapters import refuse_adapters
 from streammerge.applying import apply_method, needs_statistics
 from streammerge.blocks import Blocks
+from streammerge.codes import Quantised, may_be_weights
 from streammerge.decisions import Decision, Decisions, Expressions
 from streammerge.errors import PlanError
 from streammerge.fitting import Fitting, fit, placed
@@ -20,7 +22,7 @@ from streammerge.mismatches import Misshapen, Problems, Unshared
 from streammerge.nodes import ByBlock, External, Node, Together, rounded, walk
 from streammerge.parameters import NO_BLOCKS, Layers, ParameterSources, check_blocks, is_by_block
 from streammerge.presence import Names, names_beside, names_lacking, names_outside, with_inner
-from streammerge.quantisation import DECODED, CodedModels, Quantised, decoded
+from streammerge.quantisation import DECODED, CodedModels, decoded
 from streammerge.recipe import Recipe, Rule
 from streammerge.tables import Column
 from streammerge.tensors import DType, Model, TensorInfo
@@ -102,6 +104,8 @@ class _Resolution:
         self.method: Method = find_method(recipe.method)
         self.layout_name = recipe.layout_name
         self.layout = self.models[self.layout_name]
+        adapters = refuse_adapters({name: model.tensors for name, model in self.models.items()})
+        self.factors = frozenset(adapters[self.layout_name].tensors if self.layout_name in adapters else ())
         self.layers = Layers.of(self.layout.tensors)
         self.blocks = self._blocks()
         has_base = recipe.base is not None and self.method.base != "none"
@@ -127,8 +131,8 @@ class _Resolution:
 
     def resolve(self) -> Merged:
         layout, coded = self.layout.tensors, self.coded
-        weights = [name for name in layout if name not in coded.beside]
-        decisions = Decisions(layout, self._decision, (name for name in layout if name in coded.beside))
+        weights = [name for name in layout if not coded.is_beside(name)]
+        decisions = Decisions(layout, self._decision, (name for name in layout if coded.is_beside(name)))
         left_out = self._look_outside(names_outside(self.models, layout.keys(), coded))
         self._report_problems(sum(fate.tensors for fate in decisions.fates if fate.action == "merged"))
         self.is_reported = True
@@ -142,7 +146,7 @@ class _Resolution:
         if self.is_reported:
             self.problems = Problems()
         info = self.layout.tensors[name]
-        return self._decide_beside(name, info) if name in self.coded.beside else self._decide(name, info)
+        return self._decide_beside(name, info) if self.coded.is_beside(name) else self._decide(name, info)
 
     def _decide(self, name: str, info: TensorInfo) -> Decision:
         rule = self._rule_for(name)
@@ -159,7 +163,10 @@ class _Resolution:
             return self._take(name, rule, dtype)
         if self.is_coded and (unreadable := self.coded.unreadable([*self.input_names, self.layout_name], name)):
             return self._refuse(name, unreadable, self.problems.unreadable)
-        if not info.dtype.mergeable and info.dtype.kind != "packed":
+        if name in self.factors:
+            self.problems.factors.append(name)
+            return Decision(name, "dropped", "factors are never averaged", info)
+        if not info.dtype.mergeable and not may_be_weights(name, info):
             return self._copy(name, self.layout_name, f"{info.dtype} is never averaged", dtype)
         return self._merge(name, info, rule, dtype)
 
@@ -179,8 +186,8 @@ class _Resolution:
                 elif rule and rule.action == "take" and rule.model == model:
                     wanted[name] = True
                 elif model in self.input_names and (rule is None or rule.action == "merge"):
-                    dtype = self.models[model].tensors[name].dtype
-                    if dtype.mergeable or dtype.kind == "packed":
+                    info = self.models[model].tensors[name]
+                    if info.dtype.mergeable or may_be_weights(name, info):
                         wanted.setdefault(name, False)
         if not self.recipe.rules:
             self.problems.alone.extend(wanted)
@@ -208,12 +215,18 @@ class _Resolution:
     def _decide_beside(self, name: str, info: TensorInfo) -> Decision:
         """What belongs to a weight's codes goes where they go: copied with them, or left out where they are decoded."""
         self._rule_for(name)
-        codes = self.coded.beside[name]
-        model = self.codes_of.get(codes) if codes else (self.layout_name if self.codes_of else None)
+        codes = self.coded.beside.get(name)
+        model = self.codes_of.get(codes) if codes is not None else self._marking(self.coded.marks[name])
         if model is None:
-            return Decision(name, "dropped", "the weights that it belongs to are decoded", info)
+            gone = "no weights with scales are left" if codes is None else "the weights that it belongs to are decoded"
+            return Decision(name, "dropped", gone, info)
         node = node_of(self.models[model], name)
-        return Decision(name, "copied", f"from {model}: it belongs to {codes or 'its weights'}", node.info, node)
+        belongs = "its weights" if codes is None else codes
+        return Decision(name, "copied", f"from {model}: it belongs to {belongs}", node.info, node)
+
+    def _marking(self, prefix: str) -> str | None:
+        """The layout, if it has to keep a mark of scaled weights: some whose names start so are copied as codes."""
+        return self.layout_name if any(codes.startswith(prefix) for codes in self.codes_of) else None
 
     def _weight(self, model: str, name: str) -> Node:
         """The model's tensor, decoded if it is stored as codes."""
@@ -237,8 +250,9 @@ class _Resolution:
     def _copy(self, name: str, model: str, why: str, dtype: DType | None) -> Decision:
         node, quantised = node_of(self.models[model], name), self.coded.find(model, name)
         if quantised is not None:
-            if self.coded.stay_whole(quantised) and stored_as(node.info, dtype) == node.info:
-                self.codes_of[name] = model
+            is_kept = not quantised.is_readable or stored_as(node.info, dtype) == node.info
+            if is_kept and self.coded.stay_whole(quantised):
+                self.codes_of[name], dtype = model, None
             elif not quantised.is_readable:
                 return self._refuse(name, {model: quantised}, self.problems.uncopied)
             else:

@@ -81,6 +81,7 @@ class Problems:
 
     unreadable: list[str] = field(default_factory=list)
     uncopied: list[str] = field(default_factory=list)
+    factors: list[str] = field(default_factory=list)
     misshapen: list[Misshapen] = field(default_factory=list)
     fitted: list[Misshapen] = field(default_factory=list)
     kept: list[Misshapen] = field(default_factory=list)
@@ -104,10 +105,24 @@ class Problems:
         how many tensors are merged.
         """
         layout = recipe.layout_name
-        _report_codes(self.unreadable, "Merge the models before they are quantised, or copy such tensors with --keep.")
         _report_codes(
-            self.uncopied, f"They can be copied as they are only: {layout}'s, with no other dtype. Or use --drop."
+            self.unreadable,
+            "averaging codes gives nonsense",
+            "Merge the models before they are quantised, or copy such tensors with --keep.",
         )
+        _report_codes(
+            self.uncopied,
+            f"{layout}, the layout, has no room for what belongs to such codes",
+            "Make the quantised model the --layout, or take such tensors from a model that isn't quantised.",
+        )
+        if self.factors:
+            raise PlanError(
+                f"{count(self.factors, 'tensor')} of {layout} {plural(self.factors, 'belongs', 'belong')} to an "
+                "adapter beside its weights, and averaging an adapter's factors gives nonsense",
+                found=self.factors,
+                advice="Put the adapter into its weights first (in PEFT: merge_and_unload), or copy such tensors with "
+                "--keep.",
+            )
         self._report_shapes(recipe, models, merged)
         self._report_names(layout, models, merged)
         if self.unmergeable:
@@ -171,11 +186,11 @@ class Problems:
         return f"{advice + ', or' if advice else 'Use'} --keep GLOB, --drop GLOB or a rule for such tensors."
 
 
-def _report_codes(found: Sequence[str], advice: str) -> None:
+def _report_codes(found: Sequence[str], why: str, advice: str) -> None:
     if found:
         raise PlanError(
             f"{count(found, 'tensor')} {plural(found, 'is', 'are')} quantised in a way that streammerge can't decode, "
-            "and averaging codes gives nonsense",
+            f"and {why}",
             found=found,
             advice=advice,
         )

@@ -13,10 +13,10 @@ Names = Mapping[str, tuple[str, ...]]
 
 def names_outside(models: Mapping[str, Model], layout: Collection[str], coded: CodedModels) -> Names:
     """The tensors of every model that the layout does not have, but for those with which others are decoded."""
-    outside = {
-        name: names_beside(model.tensors, {*layout, *coded.accounted(name)} if coded.weights[name] else layout)
-        for name, model in models.items()
-    }
+    outside = {}
+    for name, model in models.items():
+        accounted = coded.accounted(name, model.tensors)
+        outside[name] = names_beside(model.tensors, {*layout, *accounted} if accounted else layout)
     return {name: tensors for name, tensors in outside.items() if tensors}
 
 

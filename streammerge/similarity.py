@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
+from streammerge.adapters import adapter_text
 from streammerge.checkpoints import Checkpoint
+from streammerge.codes import Quantised, find_quantised
 from streammerge.comparison import Comparison, ShapeMismatch, Similarity
 from streammerge.devices import find_device, open_lanes
 from streammerge.engine import run
@@ -13,8 +16,9 @@ from streammerge.jobs import Job
 from streammerge.machine import MIB, IoMode, choose_io, share_out
 from streammerge.methods.registry import BlockMethod
 from streammerge.methods.statistics import Gram, GramPass
-from streammerge.nodes import ByBlock
+from streammerge.nodes import ByBlock, Node
 from streammerge.progress import Progress
+from streammerge.quantisation import decoded
 from streammerge.tensors import DTYPES
 from streammerge.works import Window, Work
 
@@ -45,15 +49,19 @@ def compare_models(
     io: IoMode = "auto",
     watch: Callable[[Progress], None] | None = None,
 ) -> Comparison:
-    """The cosine similarity and distance of every floating-point tensor that both models have in the same shape."""
+    """The cosine similarity and distance of every floating-point tensor that both models have in the same shape.
+
+    Codes with a scale are compared by their values, those that can't be decoded not at all.
+    """
     names_a = [name for name in a.tensors if fnmatch.fnmatchcase(name, match)]
     names_b = [name for name in b.tensors if fnmatch.fnmatchcase(name, match)]
     shared = [name for name in names_a if name in b.tensors]
     mismatched = [name for name in shared if a.tensors[name].shape != b.tensors[name].shape]
     alike = [name for name in shared if a.tensors[name].shape == b.tensors[name].shape]
-    comparable = [name for name in alike if a.tensors[name].dtype.mergeable and b.tensors[name].dtype.mergeable]
+    readers = _Reader.of(a), _Reader.of(b)
+    comparable = [name for name in alike if all(reader.has_values(name) for reader in readers)]
     found: dict[str, Similarity] = {}
-    works = (_Comparing(name, a, b, found) for name in comparable)
+    works = (_Comparing(name, readers[0].node(name), readers[1].node(name), found) for name in comparable)
     progress = Progress(sum(a.tensors[name].nbytes + b.tensors[name].nbytes for name in comparable))
     paths = [file.path for file in (*a.files, *b.files)]
     lanes = open_lanes(find_device(device), choose_io(io, paths), share_out(LANE_BYTES, threads))
@@ -66,15 +74,39 @@ def compare_models(
         only_in_a=tuple(name for name in names_a if name not in b.tensors),
         only_in_b=tuple(name for name in names_b if name not in a.tensors),
         not_compared=tuple(name for name in alike if name not in found),
+        adapter_a=adapter_text(a.tensors),
+        adapter_b=adapter_text(b.tensors),
     )
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A model's tensors by their values: codes are decoded."""
+
+    model: Checkpoint
+    quantised: Mapping[str, Quantised]
+
+    @classmethod
+    def of(cls, model: Checkpoint) -> _Reader:
+        """Look at the model's names."""
+        return cls(model, find_quantised(model.tensors))
+
+    def has_values(self, name: str) -> bool:
+        """Whether the tensor has values that can be compared."""
+        weight = self.quantised.get(name)
+        return weight.is_readable if weight else self.model.tensors[name].dtype.mergeable
+
+    def node(self, name: str) -> Node:
+        """The tensor."""
+        weight = self.quantised.get(name)
+        return decoded(weight, self.model.node) if weight else self.model.node(name)
 
 
 class _Comparing(Work):
     """A tensor under comparison: what is left of it are the figures that it puts among those found."""
 
-    def __init__(self, name: str, a: Checkpoint, b: Checkpoint, found: dict[str, Similarity]) -> None:
-        node = ByBlock(a.tensors[name], INNER_PRODUCTS, {}, (a.node(name), b.node(name)))
-        super().__init__(name, node, DTYPES["F64"])  # people read these figures to the last digit
+    def __init__(self, name: str, a: Node, b: Node, found: dict[str, Similarity]) -> None:
+        super().__init__(name, ByBlock(a.info, INNER_PRODUCTS, {}, (a, b)), DTYPES["F64"])  # to the last digit
         self._found = found
 
     def begin_pass(self) -> list[Window]:

@@ -19,6 +19,7 @@ from streammerge.jobs import Job
 from streammerge.ledger import Ledger
 from streammerge.nodes import BLOCK, ByBlock, Node, Stored, Together, compute_dtype, leaves, walk
 from streammerge.progress import Progress
+from streammerge.quantisation import has_scales
 from streammerge.surveys import Survey, TogetherSurvey
 from streammerge.tensors import DType
 
@@ -184,6 +185,7 @@ class MergeWork(Work):
         self.held_bytes = held_bytes(job.node)
         self.least = least_step(job.node)
         self.stored = torch_dtype(job.info.dtype)
+        self.unscaled = self.stored.itemsize == 1 and has_scales(job.node)
 
     def begin_pass(self) -> list[Window]:
         """The windows of the next pass, those left out that need not be written."""
@@ -232,11 +234,13 @@ class MergeWork(Work):
 
     def _look(self, evaluator: Evaluator, values: torch.Tensor, stored: torch.Tensor, start: int) -> Finding | None:
         """What is wrong with a block, and with the inputs that it was made of; None where nothing is."""
-        found = examine(values, stored)
+        found = examine(values, stored, unscaled=self.unscaled)
         if evaluator.suspicious or (found and found.nonfinite):
             evaluator.suspicious = False
             found = found or Finding()
             found.inputs = nonfinite_inputs(evaluator, self.node, start, start + len(stored))
+        if found and self.unscaled:
+            found.elements = self.node.info.elements
         return found if found and found.is_any else None
 
     def _take_less(self, lane: Lane, failures: int) -> None:

@@ -35,21 +35,11 @@ ORDER = [
     *("methods.diffusion", "methods.placed", "methods.cosines", "methods.likeness", "methods.medians"),
     *("methods.smoothing", "methods.spectra", "methods.loading", "methods"),
     # what is asked for
-    *("architecture", "scalars", "blocks", "presets", "blockwise"),
+    *("adapters", "architecture", "scalars", "blocks", "presets", "blockwise"),
     *("parameters", "recipe", "recipe_files", "recipes", "provenance", "carrying"),
     # models as expressions
-    *(
-        "nodes",
-        "quantisation",
-        "checkpoints",
-        "presence",
-        "fitting",
-        "mismatches",
-        "applying",
-        "decisions",
-        "merged",
-        "functions",
-    ),
+    *("nodes", "scales", "codes", "quantisation", "checkpoints", "presence", "fitting", "mismatches"),
+    *("applying", "decisions", "merged", "functions"),
     # what will happen
     *("layout", "costs", "jobs", "plan", "ledger", "older", "indexes", "inputs", "report", "copying"),
     # what is left of a merge that was stopped

@@ -356,3 +356,39 @@ def test_one_line_is_one_printable_line(text):
     line = one_line(text)
     assert line.isprintable()
     assert text.isprintable() <= (line == text)
+
+
+# ── adapters and codes ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def of(dtype: str, *shape: int) -> TensorInfo:
+    return TensorInfo(DTYPES[dtype], shape)
+
+
+FACTORS = {"q.lora_A.weight": of("F16", 4, 8), "q.lora_B.weight": of("F16", 8, 4)}
+
+
+def test_an_adapter_and_an_adapter_inside_a_model_are_told():
+    alone = inspection(FACTORS)
+    assert "LoRA adapter: 2 tensors" in render(alone)
+    assert "which can't be merged" in render(alone)
+    assert alone.to_json()["adapter"] == {"kind": "LoRA", "tensors": 2, "is_inside": False}
+    inside = inspection({"q.weight": of("F16", 8, 8), **FACTORS})
+    assert "beside its weights: LoRA adapter, 2 tensors (copied, never averaged)" in render(inside)
+    assert inspection().to_json()["adapter"] is None
+
+
+def test_quantised_weights_are_told_with_what_merges_can_do_with_them():
+    scaled = {f"{name}.weight": of("F8_E4M3", 8, 8) for name in "abc"}
+    scales = {f"{name}.weight_scale": of("F32") for name in "abc"}
+    packed = {f"{name}.qweight": of("I32", 8, 8) for name in "de"}
+    found = inspection({**scaled, **scales, **packed, **{f"{name}.scales": of("F16", 1, 8) for name in "de"}})
+    assert "quantised: 3 weights, F8_E4M3 with a scale (decoded while they are read)" in render(found)
+    assert "quantised: 2 weights, GPTQ, AWQ or FP-Quant (copied, never merged)" in render(found)
+    assert [kind["weights"] for kind in found.to_json()["quantised"]] == [3, 2]
+
+
+def test_only_the_most_frequent_kinds_of_quantisation_are_shown():
+    weights = {f"{number}.weight": of("F8_E4M3", 8, 8) for number in range(9)}
+    shown = render(inspection({**weights, **{f"{number}.strange": of("F32") for number in range(9)}}))
+    assert "quantised: 6 other kinds" in shown

@@ -359,3 +359,28 @@ def test_a_tensor_of_more_than_4_gibibytes_is_written(tmp_path):
         assert torch.equal(large[rows - 1], ((made[0][0].double() + made[1][0].double()) / 2).half())
         assert not large[rows - 2].any()
     (tmp_path / "out.safetensors").unlink()
+
+
+# ── tensors of odd names ─────────────────────────────────────────────────────────────────────────────────────────────
+
+ODD = ["", ".", "..", ".weight", "_scale", "a\nb", "x ", "\t", "ж.weight", "weight."]
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("option", ["", "--keep", "--drop"])
+def test_a_tensor_of_an_odd_name_is_a_tensor_as_any_other(tmp_path, name, option):
+    models = {each: make_tensors(seed, shapes={name: (30,), "other": (5,)}) for seed, each in enumerate("ab")}
+    inputs = save_models(tmp_path, **models)
+    out = tmp_path / "out.safetensors"
+    words = [*map(str, inputs.values()), "-o", str(out), "-q", "--no-sync"]
+    assert main([*words, *([option, name] if option else [])]) == 0
+    a, b = models.values()
+    expected = {key: (a[key] + b[key]) / 2 for key in a}
+    if option == "--drop":
+        del expected[name]
+    elif option == "--keep":
+        expected[name] = a[name]
+    found = load_file(out)
+    assert found.keys() == expected.keys()
+    for key, values in expected.items():
+        torch.testing.assert_close(found[key], values)

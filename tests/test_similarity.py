@@ -145,3 +145,17 @@ def test_other_containers_are_compared_as_well(tmp_path, opened):
 def test_a_device_that_is_not_there_is_an_error(opened):
     with pytest.raises(DeviceError, match="no device 'cuda:99'"):
         compare_models(*opened(make_tensors(1), make_tensors(2)), device="cuda:99")
+
+
+def test_codes_are_compared_by_their_values_or_not_at_all(opened):
+    codes = (normal((300, 40), 1) * 50).to(torch.float8_e4m3fn)
+    scale = normal((300, 1), 2).abs() + 0.1
+    values = codes.double() * scale.double()
+    plain = normal((300, 40), 3)
+    a = {"p.weight": codes, "p.weight_scale": scale, "q.weight": codes.clone(), "q.strange": torch.ones(())}
+    found = compare_models(*opened(a, {"p.weight": plain, "q.weight": plain.clone()}))
+    assert [entry.name for entry in found.similarities] == ["p.weight"]
+    assert found.not_compared == ("q.weight",)
+    x, y = values.reshape(-1), plain.double().reshape(-1)
+    assert found.similarities[0].norm_a == pytest.approx(float(x.norm()), rel=1e-12)
+    assert found.similarities[0].cosine == pytest.approx(float(x.dot(y) / (x.norm() * y.norm())), abs=1e-12)
