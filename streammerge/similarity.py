@@ -19,7 +19,12 @@ from streammerge.tensors import DTYPES, TensorInfo
 from streammerge.works import Work
 
 INNER_PRODUCTS = BlockMethod(
-    name="inner products", parameters=(), base="none", models=(2, 2), doc="", statistics=lambda _, __: GramPass(2)
+    name="inner products",
+    parameters=(),
+    base="none",
+    models=(2, 2),
+    doc="",
+    statistics=lambda _, __: GramPass(2, lenient=True),
 )
 """Only surveyed, never computed."""
 

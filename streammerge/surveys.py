@@ -126,7 +126,7 @@ def _coefficients(node: ByGram, found: Gram | SliceGrams) -> Any:  # noqa: ANN40
                 f"method {node.method.name!r} gave {len(coefficients)} coefficients for {len(node.inputs)} inputs"
             )
         return coefficients
-    made = torch.empty(len(node.inputs), found.products.shape[2], dtype=torch.float64)
+    made = torch.empty(len(node.inputs), found.products.shape[1], dtype=torch.float64)
     for number, gram in enumerate(found):
         made[:, number] = torch.tensor(node.method.coefficients(gram, node.parameters), dtype=torch.float64)
     return made

@@ -24,9 +24,10 @@ LEAST_SINE: Final = 1e-6
 def slerp(gram: Gram, *, t: float, lerp_norm: bool = False) -> list[float]:
     """θ = (sin((1−t)Ω) θ₁ + sin(tΩ) θ₂) / sin Ω,   cos Ω = ⟨θ₁, θ₂⟩ / ‖θ₁‖‖θ₂‖
 
-    Spherical interpolation, Shoemake 1985. The base, if there is one, is θ₁. Nearly parallel or zero tensors are
-    interpolated linearly, as in mergekit. With `lerp_norm`, as in sd-mecha, only directions are interpolated so, at any
-    angle, and the length is (1−t) ‖θ₁‖ + t ‖θ₂‖.
+    Spherical interpolation, Shoemake 1985. The base, if there is one, is θ₁. Nearly parallel tensors are interpolated
+    linearly, as in mergekit; so is a zero tensor, which has no angle (mergekit takes 90° for it, and for those whose
+    length is 1e-8 and less its cosine as it is, undivided by the length). With `lerp_norm`, as in sd-mecha, only
+    directions are interpolated so, at any angle, and the length is (1−t) ‖θ₁‖ + t ‖θ₂‖.
     """
     vectors = gram.models()
     cosine = vectors.cosine(0, 1)
