@@ -75,6 +75,7 @@ class Evaluator:
         start, stop = piece * step, min((piece + 1) * step, node.info.elements)
         if isinstance(node, ByWhole):
             whole = [self.copy(child, start, stop, slot) for child in node.inputs]
+            self._suspect(whole)
             return [values.cpu().reshape(node.info.shape) for values in whole]
         if isinstance(node, ByBlock) and node.method.rows:
             return self._rows(node, start, stop, slot)
@@ -90,13 +91,16 @@ class Evaluator:
         """What the method makes of a piece of its inputs."""
         place, statistics = target_of(node).place(piece), self.statistics.get(id(node))
         inputs = self._with_halo(node, place.start, slot) if node.method.halo else self._inputs(node, piece, slot)
-        # a sum takes a twentieth of the time of a look at every element
-        self.suspicious |= not math.isfinite(sum(values.sum() for values in inputs))
+        self._suspect(inputs)
         made = node.method.compute(place, inputs, node.parameters, statistics)
         if not node.method.halo:
             return made
         above = min(place.start // row_width(node), node.method.halo)
         return made[above : above + min(piece_elements(node), node.info.elements - place.start) // row_width(node)]
+
+    def _suspect(self, inputs: Sequence[torch.Tensor]) -> None:
+        # a sum takes a twentieth of the time of a look at every element
+        self.suspicious |= not math.isfinite(sum(values.sum() for values in inputs))
 
     def _with_halo(self, node: ByBlock, start: int, slot: int) -> list[torch.Tensor]:
         """The rows of every input that begin at this element, and the method's halo of rows on both sides."""

@@ -21,6 +21,9 @@ def examine(values: torch.Tensor, stored: torch.Tensor) -> Finding | None:
     A number beyond the stored dtype's range became infinite when it was rounded, or (in float8, on some systems) the
     greatest that there is. A NaN is both of the extremes.
     """
+    if stored.is_complex():
+        bad = int((~torch.isfinite(stored)).sum())
+        return Finding(nonfinite=bad) if bad else None
     if not (stored.is_floating_point() and stored.numel()):
         return None
     limit = torch.finfo(stored.dtype).max

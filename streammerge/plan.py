@@ -218,7 +218,7 @@ def make_plan(
 
 def _job(merged: Merged, name: str, file: int, offset: int, options: Options) -> Job:
     node, info = merged.nodes[name], merged.tensors[name]
-    if options.on_nonfinite == "error" and info.dtype.mergeable and is_copy(node, info):
+    if options.on_nonfinite == "error" and info.dtype.has_nonfinite and is_copy(node, info):
         # nobody looks at what the system copies: its bytes go through our memory instead, as they are
         return Job(name, info, copied_from(node), info.dtype, file, offset)
     return Job(name, info, node, _compute_dtype(node, info, options), file, offset)

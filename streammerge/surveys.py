@@ -27,7 +27,8 @@ from streammerge.tensors import DType
 class Survey:
     """The passes that an expression needs over its tensors before it can be computed.
 
-    Nodes whose inputs are known are measured together; a node above them has its turn in a later pass.
+    Nodes whose inputs are known are measured together; a node above them has its turn in a later pass. It is
+    `suspicious` once what was measured may hold infinite values or NaNs, of which the output may not tell.
     """
 
     def __init__(self, root: Node) -> None:
@@ -39,6 +40,7 @@ class Survey:
         }
         self.waiting = [node for key, node in applied.items() if key not in self.known]
         self.passes: dict[int, tuple[Applied, Pass[Any]]] = {}
+        self.suspicious = False
         self._start_ready()
 
     @property
@@ -68,11 +70,14 @@ class Survey:
 
     def measure(self, evaluator: Evaluator, block: int) -> dict[int, Any]:
         """What the current passes want to know of one block, those whose tensor has it."""
-        return {
+        found = {
             key: step.measure(block, evaluator.inputs(node, block, getattr(step, "part", None)))
             for key, (node, step) in self.passes.items()
             if block < piece_count(node)
         }
+        if evaluator.suspicious:
+            self.suspicious = True
+        return found
 
     def add(self, block: int, measured: Mapping[int, Any]) -> None:
         """Take in the measures of one block."""
@@ -97,6 +102,7 @@ class Survey:
         if isinstance(outcome, Pass):
             self.passes[id(node)] = node, outcome
         elif isinstance(node, ByGram):
+            self.suspicious |= not outcome.is_finite
             self.known[id(node)] = _coefficients(node, outcome)
         else:
             self.known[id(node)] = outcome
@@ -184,7 +190,12 @@ class Found:
 
 
 class TogetherSurvey:
-    """The passes over several tensors as if they were one, their blocks counted through in the tensors' order."""
+    """The passes over several tensors as if they were one, their blocks counted through in the tensors' order.
+
+    It need not be suspicious: each of the tensors is given to its method once more, when it is written.
+    """
+
+    suspicious = False
 
     def __init__(self, together: Together, dtypes: Mapping[int, torch.dtype]) -> None:
         self.together = together

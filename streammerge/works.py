@@ -232,7 +232,7 @@ class MergeWork(Work):
     def _look(self, evaluator: Evaluator, values: torch.Tensor, stored: torch.Tensor, start: int) -> Finding | None:
         """What is wrong with a block, and with the inputs that it was made of; None where nothing is."""
         found = examine(values, stored)
-        if evaluator.suspicious or (found and found.nonfinite):
+        if evaluator.suspicious or self.survey.suspicious or (found and found.nonfinite):
             evaluator.suspicious = False
             found = found or Finding()
             found.inputs = nonfinite_inputs(evaluator, self.node, start, start + len(stored))
