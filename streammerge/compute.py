@@ -55,7 +55,7 @@ class Evaluator:
             case Viewed():
                 return self._view(node, start, stop, slot)
             case Combined():
-                return self._combination(node.terms, start, stop, slot)
+                return self._combination(node.terms, start, stop, slot, node.divisor)
             case ByGram():
                 return self._by_gram(node, start, stop, slot)
             case ByBlock():
@@ -138,8 +138,10 @@ class Evaluator:
                 part.of(total).addcmul_(part.of(values), slicing.share(shares[number], part))
         return total
 
-    def _combination(self, terms: Sequence[Term], start: int, stop: int, slot: int) -> torch.Tensor:
-        """Σ coefficient · values, summed in the order of the terms, in slots alone: nothing is allocated on the way."""
+    def _combination(
+        self, terms: Sequence[Term], start: int, stop: int, slot: int, divisor: float = 1.0
+    ) -> torch.Tensor:
+        """Σ coefficient · values / divisor, in the order of the terms, in slots alone: nothing large is allocated."""
         total = self.lane.slot(slot, stop - start, self.dtype)
         if not terms:
             return total.zero_()
@@ -149,7 +151,9 @@ class Evaluator:
                 total.add_(values, alpha=term.coefficient)
             else:
                 torch.mul(values, term.coefficient, out=total)
-        return total
+        if divisor == 1:
+            return total
+        return total.div_(torch.full((), divisor, dtype=total.dtype, device=total.device))  # by numbers CUDA multiplies
 
     def _view(self, node: Viewed, start: int, stop: int, slot: int) -> torch.Tensor:
         """Gathered where the source is: in main memory if it is stored, else on the device."""

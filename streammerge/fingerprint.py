@@ -158,7 +158,8 @@ class _Describer:
             case Viewed():
                 return ["viewed", info, self.node(node.source), node.offset, node.strides, node.inner]
             case Combined():
-                return ["combined", info, [[term.coefficient.hex(), self.node(term.node)] for term in node.terms]]
+                terms = [[term.coefficient.hex(), self.node(term.node)] for term in node.terms]
+                return ["combined", info, node.divisor.hex(), terms]
             case External():
                 return ["external", info, node.name]
             case _:

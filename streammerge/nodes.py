@@ -6,6 +6,7 @@ children become a block of theirs. Trees are built from headers alone, folded, c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -70,10 +71,14 @@ class Term:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Combined:
-    """Σ coefficient · node: what every linear method comes to. No term has the coefficient 0."""
+    """Σ coefficient · node / divisor: what every linear method comes to. No term has the coefficient 0.
+
+    The sum is divided where a mean's weights, such as 1/3, would have to be rounded before they are multiplied.
+    """
 
     info: TensorInfo
     terms: tuple[Term, ...]
+    divisor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -137,28 +142,43 @@ Applied = ByGram | ByBlock | ByWhole
 """A method applied to inputs, of which something must be known before a block can be computed."""
 
 
-def combine(info: TensorInfo, terms: tuple[Term, ...]) -> Combined:
+def combine(info: TensorInfo, terms: tuple[Term, ...], divisor: float = 1.0) -> Combined:
     """The linear combination of the terms, with nested combinations folded into it and zero terms left out.
 
     What has the coefficient 0 is never read: 0.5·depth + 0.5·waifu over one base does not read the base. A tensor that
     occurs twice is read once.
     """
+    parts = list(_flatten(terms, 1.0, 1.0))
+    common = {below for _, below, _ in parts}
     shares: dict[object, list[float]] = {}
     nodes: dict[object, Node] = {}
-    for coefficient, node in _flatten(terms, 1.0):
+    for coefficient, below, node in parts:
         key = _identity(node)
         nodes.setdefault(key, node)
-        shares.setdefault(key, []).append(coefficient)
+        shares.setdefault(key, []).append(coefficient * math.prod(common - {below}))
     sums = {key: net(*contributions) for key, contributions in shares.items()}
-    return Combined(info, tuple(Term(sums[key], node) for key, node in nodes.items() if sums[key]))
+    found = tuple(Term(sums[key], node) for key, node in nodes.items() if sums[key])
+    return _scaled(info, found, divisor * math.prod(common))
 
 
-def _flatten(terms: tuple[Term, ...], factor: float) -> Iterator[tuple[float, Node]]:
+def _scaled(info: TensorInfo, terms: tuple[Term, ...], divisor: float) -> Combined:
+    """The combination with a divisor from ½ to 1, lest the sum be too large a number; with none where it isn't needed.
+
+    Powers of two move from the divisor into the coefficients, where they round nothing.
+    """
+    share, exponent = math.frexp(divisor)
+    if len(terms) < 2 or share == 0.5:
+        return Combined(info, tuple(Term(term.coefficient / divisor, term.node) for term in terms))
+    return Combined(info, tuple(Term(math.ldexp(term.coefficient, -exponent), term.node) for term in terms), share)
+
+
+def _flatten(terms: tuple[Term, ...], factor: float, below: float) -> Iterator[tuple[float, float, Node]]:
+    """The coefficients of all that is no combination itself, and what each is divided by inside of one."""
     for term in terms:
         if isinstance(term.node, Combined):
-            yield from _flatten(term.node.terms, factor * term.coefficient)
+            yield from _flatten(term.node.terms, factor * term.coefficient, below * term.node.divisor)
         else:
-            yield factor * term.coefficient, term.node
+            yield factor * term.coefficient, below, term.node
 
 
 def _identity(node: Node) -> object:

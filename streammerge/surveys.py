@@ -21,6 +21,7 @@ from streammerge.methods.slices import SliceGramPass, SliceGrams, Slicing
 from streammerge.methods.statistics import Gram, GramPass
 from streammerge.nodes import Applied, ByBlock, ByGram, ByWhole, Node, Stored, Together, Viewed, compute_dtype, walk
 from streammerge.reading import PositionalReader
+from streammerge.rounding import rounded
 from streammerge.tensors import DType
 
 
@@ -337,4 +338,4 @@ def read_stored(node: Node, start: int, stop: int) -> torch.Tensor:
 def read_merged(node: Node, dtype: DType, start: int, stop: int) -> torch.Tensor:
     """Elements [start, stop) of a merged tensor, rounded to its stored dtype, as a copy."""
     compute = torch_dtype(compute_dtype(node, dtype))
-    return read_range(node, start, stop, Lane(PositionalReader()), compute).to(torch_dtype(dtype))
+    return rounded(read_range(node, start, stop, Lane(PositionalReader()), compute), torch_dtype(dtype))
