@@ -32,7 +32,8 @@ class Survey:
     `suspicious` once what was measured may hold infinite values or NaNs, of which the output may not tell.
     """
 
-    def __init__(self, root: Node) -> None:
+    def __init__(self, root: Node, dtype: torch.dtype = torch.float32) -> None:
+        self.wide = dtype == torch.float64
         applied = {id(node): node for node in walk(root) if isinstance(node, Applied)}
         self.known: dict[int, Any] = {
             key: node.together.found.statistics
@@ -96,7 +97,7 @@ class Survey:
         for node in list(self.waiting):
             if all(id(child) in self.known for child in _measured_below(node)):
                 self.waiting.remove(node)
-                self._take(node, _first_step(node))
+                self._take(node, _first_step(node, wide=self.wide))
 
     def _take(self, node: Applied, outcome: Any) -> None:  # noqa: ANN401
         """Note a pass's outcome: another pass, or a result."""
@@ -109,7 +110,7 @@ class Survey:
             self.known[id(node)] = outcome
 
 
-def _first_step(node: Applied) -> Any:  # noqa: ANN401  (a pass, or a result)
+def _first_step(node: Applied, *, wide: bool) -> Any:  # noqa: ANN401  (a pass, or a result)
     match node:
         case ByGram():
             slices, count = node.slices, len(node.inputs)
@@ -121,7 +122,8 @@ def _first_step(node: Applied) -> Any:  # noqa: ANN401  (a pass, or a result)
         case ByBlock(together=Together()):
             raise RuntimeError("statistics of a whole model have to be taken before those of its tensors")
         case ByBlock():
-            return node.method.statistics(target_of(node), node.parameters) if node.method.statistics else None
+            target = replace(target_of(node), wide=wide)
+            return node.method.statistics(target, node.parameters) if node.method.statistics else None
 
 
 def _coefficients(node: ByGram, found: Gram | SliceGrams) -> Any:  # noqa: ANN401
@@ -210,7 +212,9 @@ class TogetherSurvey:
             for member, begin in zip(together.members, self.first_blocks, strict=False)
         ]
         elements = sum(part.elements for part in parts)
-        target = Target("", (elements,), len(first.inputs), first.seed, piece_elements(first), parts=tuple(parts))
+        wide = any(self._dtype(member) == torch.float64 for member in together.members)
+        step = piece_elements(first)
+        target = Target("", (elements,), len(first.inputs), first.seed, step, parts=tuple(parts), wide=wide)
         assert first.method.statistics is not None
         self.step: Pass[Any] | None = None
         self._take(first.method.statistics(target, first.parameters))
@@ -245,10 +249,13 @@ class TogetherSurvey:
         assert self.step is not None
         number = bisect.bisect_right(self.first_blocks, block) - 1
         member = self.together.members[number]
-        dtype = self.dtypes.get(id(member)) or own_dtype(member)
         part = getattr(self.step, "part", None)
-        inputs = Evaluator(evaluator.lane, dtype, {}).inputs(member, block - self.first_blocks[number], part)
-        return self.step.measure(block, inputs)
+        own = Evaluator(evaluator.lane, self._dtype(member), {})
+        return self.step.measure(block, own.inputs(member, block - self.first_blocks[number], part))
+
+    def _dtype(self, member: ByBlock) -> torch.dtype:
+        """What the tensor is computed in."""
+        return self.dtypes.get(id(member)) or own_dtype(member)
 
     def add(self, block: int, measured: Any) -> None:  # noqa: ANN401
         """Take in the measure of one block."""
@@ -295,7 +302,7 @@ def read_range(node: Node, start: int, stop: int, lane: Lane, dtype: torch.dtype
         for together in together_in([node]):
             if together.found is None:
                 carry_out(TogetherSurvey(together, {}), lane, dtype)
-        survey = Survey(node)
+        survey = Survey(node, dtype)
         carry_out(survey, lane, dtype)
         return Evaluator(lane, dtype, survey.known).copy(node, start, stop)
 

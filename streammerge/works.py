@@ -60,7 +60,7 @@ class Work:
         self.name = name
         self.node = node
         self.dtype = torch_dtype(dtype) if dtype else None
-        self.survey = survey or Survey(node)
+        self.survey = survey or Survey(node, self.dtype or torch.float32)
         self.lock = threading.Lock()
         self._open_windows = 0
         self._next_block = 0

@@ -13,7 +13,7 @@ import torch
 import streammerge
 from streammerge.errors import OutputError
 from streammerge.methods import METHODS
-from tests.models import normal, save_model
+from tests.models import merge_to, normal, save_model
 from tests.references import ONE_CASE_EACH, Case
 
 NONFINITE = (math.nan, math.inf, -math.inf)
@@ -66,3 +66,71 @@ def test_one_value_that_is_no_number_is_refused_with_the_inputs_name(tmp_path, g
 
 def test_every_method_is_tried():
     assert set(CASES) == set(METHODS)
+
+
+# ── of any size ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def merged(tmp_path, method, *tensors, **parameters):
+    """The tensor that a method makes of these, the base first."""
+    paths = [save_model(tmp_path / f"{place}.safetensors", {"w": tensor}) for place, tensor in enumerate(tensors)]
+    base, *models = paths
+    merge = streammerge.functions.merge_function(method)(*models, base=base, **parameters)
+    return merge_to(tmp_path / "out.safetensors", merge)["w"]
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-21, 1e-8, 1.0, 1e15, 1e30])
+@pytest.mark.parametrize("method", ["sce", "trust_region", "ties", "breadcrumbs", "magmax"])
+def test_what_is_ranked_scales_with_the_models(tmp_path, method, size):
+    parameters = {
+        "sce": {"select_topk": 0.3},
+        "trust_region": {"threshold_quantile": 0.7},
+        "ties": {"density": 0.3},
+        "breadcrumbs": {"density": 0.3, "gamma": 0.1},
+    }.get(method, {})
+    base = torch.zeros(8, 16)
+    models = [normal((8, 16), seed) for seed in (1, 2, 3)]
+    scale = 2.0 ** round(math.log2(size))
+    expected = merged(tmp_path, method, base, *models, **parameters)
+    found = merged(tmp_path, method, base, *(model * scale for model in models), **parameters)
+    assert torch.equal(found / scale, expected)
+
+
+@pytest.mark.parametrize("size", [1e-140, 1e-60, 1.0, 1e60, 1e140])
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs", "sce", "trust_region"])
+def test_float64_is_ranked_in_float64(tmp_path, method, size):
+    name, share = {"sce": ("select_topk", 0.25), "trust_region": ("threshold_quantile", 0.75)}.get(
+        method, ("density", 0.25)
+    )
+    steps = torch.tensor([3, 1, 7, 2, 5, 0, 6, 4], dtype=torch.float64)
+    model = size * (1.0 + steps * 2.0**-50)  # all the same in float32
+    made = merged(
+        tmp_path, method, torch.zeros(8).double(), model, -model if method == "sce" else model, **{name: share}
+    )
+    changed = made.ne(0).nonzero().flatten().tolist()
+    assert changed == ([0, 1, 3, 4, 5, 7] if method == "trust_region" else [2, 6])
+
+
+@pytest.mark.parametrize("quantile", [0.9, 0.7, 0.99, 0.35, 0.5, 0.05, 0.0, 1.0])
+@pytest.mark.parametrize("elements", [10, 100, 1000])
+def test_trust_region_drops_the_share_that_is_asked_for(tmp_path, quantile, elements):
+    sizes = torch.arange(1, elements + 1, dtype=torch.float32)
+    made = merged(tmp_path, "trust_region", torch.zeros(elements), sizes, sizes, threshold_quantile=quantile)
+    dropped = round((1 - quantile) * 1000) * elements // 1000
+    assert int((made == 0).sum()) == dropped
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("factor", [1.0, 3.0, -0.7])
+def test_columns_that_are_equally_alike_get_the_same_share(tmp_path, dtype, factor):
+    first = normal((50, 40), 1, dtype)
+    second = (first.double() * factor).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    paths = [
+        save_model(tmp_path / "a.safetensors", {"w": first}),
+        save_model(tmp_path / "b.safetensors", {"w": second}),
+    ]
+    made = merge_to(tmp_path / "out.safetensors", streammerge.cosine_sum(*paths, alpha=0.5))["w"]
+    expected = (first.double() + second.double()) / 2
+    assert float((made.double() - expected).norm() / expected.norm().clamp(min=1e-30)) < (
+        4e-3 if dtype == torch.bfloat16 else 1e-6
+    )

@@ -36,7 +36,7 @@ def trim_to_density(target: Target, parameters: Mapping[str, ParameterValue]) ->
             return [(cut, 1.0) for cut in first]
         return l1_pass(target, kept, lambda factors: list(zip(first, factors, strict=True)))
 
-    return Ranking(target.elements, ranks, then=trims).begin(len(ranks))
+    return Ranking(target.elements, ranks, wide=target.wide, then=trims).begin(len(ranks))
 
 
 @method(
