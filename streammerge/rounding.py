@@ -28,8 +28,9 @@ def rounded_into(out: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """The values in the dtype and memory of `out`."""
     if is_exact(values.dtype, out.dtype):
         return out.copy_(values)
-    for part, made in zip(values.reshape(-1).split(PIECE), out.view(-1).split(PIECE), strict=True):
-        made.copy_(rounded_to_odd(part))
+    flat, made = values.reshape(-1), out.view(-1)
+    for start in range(0, flat.numel(), PIECE):
+        made[start : start + PIECE] = rounded_to_odd(flat[start : start + PIECE])
     return out
 
 

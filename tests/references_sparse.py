@@ -265,7 +265,7 @@ def pcb(inputs: Inputs, *, context: Context, ratio: float = 0.1, scope: str = "m
     values, weights = np.zeros(n), np.zeros(n)
     for delta in flat:
         size = np.abs(delta)
-        ordered = np.sort(size.astype(np.float32)).astype(np.float64)
+        ordered = np.sort(size)
         low, high = ordered[int(n * 1e-4)], ordered[max(int(n * (1 - 1e-4) - 1), 0)]
         high = max(low, high)
         score = np.exp(count * minmax(size, low, high) ** 2) * np.tanh(delta * joint)

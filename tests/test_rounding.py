@@ -118,7 +118,7 @@ def means(tmp_path, count, dtype):
     """So many models that are far from each other, and their exact mean to the last bit of float64."""
     tensors = [normal((40, 1000), seed, dtype) for seed in range(count)]
     paths = save_models(tmp_path, **{f"m{number}": {"w": tensor} for number, tensor in enumerate(tensors)})
-    return list(paths.values()), sum(tensor.double() for tensor in tensors) / count
+    return list(paths.values()), torch.stack(tensors).double().sum(0) / count
 
 
 @pytest.mark.parametrize("name", ["F16", "BF16"])
@@ -147,16 +147,15 @@ def test_the_mean_of_float32_models_is_the_nearest_number_to_it(tmp_path):
 @pytest.mark.parametrize("nesting", ["mean of means", "mean and a model", "different means"])
 def test_nested_means_are_folded_into_one_exact_one(tmp_path, nesting):
     paths, _ = means(tmp_path, 6, torch.bfloat16)
-    tensors = [load_model(path)["w"].double() for path in paths]
+    tensors = torch.stack([load_model(path)["w"].double() for path in paths])
     first, second = streammerge.linear(*paths[:3]), streammerge.linear(*paths[3:])
     if nesting == "mean of means":
-        merge, exact = streammerge.linear(first, second), sum(tensors) / 6
+        merge, exact = streammerge.linear(first, second), tensors.sum(0) / 6
     elif nesting == "mean and a model":
-        merge, exact = streammerge.linear(first, paths[3]), (sum(tensors[:3]) / 3 + tensors[3]) / 2
-        exact = (sum(tensors[:3]) + 3 * tensors[3]) / 6
+        merge, exact = streammerge.linear(first, paths[3]), (tensors[:3].sum(0) + 3 * tensors[3]) / 6
     else:
         merge = streammerge.linear(first, streammerge.linear(*paths[:5]))
-        exact = (5 * sum(tensors[:3]) + 3 * sum(tensors[:5])) / 30
+        exact = (5 * tensors[:3].sum(0) + 3 * tensors[:5].sum(0)) / 30
     made = merge_to(tmp_path / "out.safetensors", merge)["w"]
     assert int((made.double() != nearest(exact, torch.bfloat16)).sum()) == 0
 
