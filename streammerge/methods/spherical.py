@@ -99,7 +99,8 @@ def model_stock(
 
     Model Stock, Jang et al. 2024, arXiv:2403.19522, over all pairs as in mergekit; sd-mecha takes `consecutive` ones
     only, fusion_bench the cosine of the mean `angle`. With `filter_wise` each row (of convolutions each filter) has a T
-    of its own; it always has in sd-mecha. The cosine with a zero task vector is 0. Cosines are exact where
+    of its own; it always has in sd-mecha, where a row is what lies along the last dimension, of convolutions only the
+    kernel's width. The cosine with a zero task vector is 0. Cosines are exact where
     mergekit takes a product of norms below 1e-6 for 1e-6, which short tensors of near fine-tunes have.
     """
     tasks = gram.task_vectors()
