@@ -162,14 +162,16 @@ def combine(info: TensorInfo, terms: tuple[Term, ...], divisor: float = 1.0) -> 
 
 
 def _scaled(info: TensorInfo, terms: tuple[Term, ...], divisor: float) -> Combined:
-    """The combination with a divisor from ½ to 1, lest the sum be too large a number; with none where it isn't needed.
+    """The combination with a divisor of no more than 1, lest the sum be too large; with none where it isn't needed.
 
     Powers of two move from the divisor into the coefficients, where they round nothing.
     """
     share, exponent = math.frexp(divisor)
     if len(terms) < 2 or share == 0.5:
         return Combined(info, tuple(Term(term.coefficient / divisor, term.node) for term in terms))
-    return Combined(info, tuple(Term(math.ldexp(term.coefficient, -exponent), term.node) for term in terms), share)
+    power = max(exponent, 0)
+    scaled = tuple(Term(math.ldexp(term.coefficient, -power), term.node) for term in terms)
+    return Combined(info, scaled, math.ldexp(divisor, -power))
 
 
 def _flatten(terms: tuple[Term, ...], factor: float, below: float) -> Iterator[tuple[float, float, Node]]:

@@ -159,12 +159,14 @@ class WholePass:
         node = self.node
         try:
             made = node.method.compute(target_of(node).place(0), inputs, node.parameters)
-        except RuntimeError as error:  # torch.linalg.LinAlgError is one
-            if all(bool(torch.isfinite(values).all()) for values in inputs):
+        except RuntimeError as error:
+            finite = all(bool(torch.isfinite(values).all()) for values in inputs)
+            if finite and not isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
                 raise
+            reason = f"torch can't decompose it ({error})" if finite else "an input holds infinite values or NaNs"
             raise MethodError(
-                f"method {node.method.name!r} can't be applied: an input holds values that are infinite or not numbers",
-                advice="Copy the tensor with --keep or a rule, or mend the input.",
+                f"method {node.method.name!r} can't be applied to this tensor: {reason}",
+                advice="Copy the tensor with --keep or a rule" + ("." if finite else ", or mend the input."),
             ) from error
         if made.shape != node.info.shape:
             raise MethodError(

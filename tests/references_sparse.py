@@ -181,7 +181,7 @@ def della_linear(inputs: Inputs, *, context: Context, normalize: bool = False, *
 def sce(inputs: Inputs, *, select_topk: float = 1.0) -> Array:
     deltas = np.stack(deltas_of(inputs))
     if select_topk < 1 and deltas.size:
-        varies = deltas.var(axis=0).astype(np.float32).reshape(-1)
+        varies = (deltas - deltas[0]).std(axis=0).astype(np.float32).reshape(-1)
         nonzero = int((varies != 0).sum())
         count = max(int(select_topk * nonzero), 1) if select_topk and nonzero else 0
         mask = np.zeros(varies.size)

@@ -248,7 +248,8 @@ def test_what_a_method_takes_is_what_the_plan_counts(name, shape):
 
 def knots_of(base: torch.Tensor, *models: torch.Tensor) -> torch.Tensor:
     first, *others = (MemoryModel({"w": tensor}) for tensor in (base, *models))
-    return streammerge.knots(*others, base=first).read("w", 0, base.numel()).reshape(base.shape)
+    made: torch.Tensor = streammerge.knots(*others, base=first).read("w", 0, base.numel())
+    return made.reshape(base.shape)
 
 
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6), (8, 8), (40, 5)])

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import streammerge
-from streammerge.errors import OutputError
+from streammerge.errors import MethodError, OutputError
 from streammerge.methods import METHODS
-from tests.models import merge_to, normal, save_model
+from tests.models import MemoryModel, merge_to, normal, save_model
 from tests.references import ONE_CASE_EACH, Case
 
 NONFINITE = (math.nan, math.inf, -math.inf)
@@ -134,3 +136,98 @@ def test_columns_that_are_equally_alike_get_the_same_share(tmp_path, dtype, fact
     assert float((made.double() - expected).norm() / expected.norm().clamp(min=1e-30)) < (
         4e-3 if dtype == torch.bfloat16 else 1e-6
     )
+
+
+# ── against references ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def spread(*scales: float, shape: tuple[int, ...] = (6, 8)) -> list[torch.Tensor]:
+    """A base and three models, each of normal values on a scale."""
+    return [normal(shape, seed, torch.float64, scale) for seed, scale in enumerate(scales or (1.0,) * 4)]
+
+
+def inputs_of(kind: str, info: torch.finfo) -> list[torch.Tensor]:
+    """A base and three models of this kind, for a dtype with these limits."""
+    base, one, two, three = spread()
+    nothing, little = torch.zeros(6, 8, dtype=torch.float64), float(info.smallest_normal) / 20
+    shapes = {
+        "0-d": (),
+        "empty": (0,),
+        "empty rows": (0, 3),
+        "one element": (1,),
+        "one tap": (1, 1, 1, 1),
+        "one row": (1, 9),
+        "one column": (9, 1),
+    }
+    if kind in shapes:
+        return spread(shape=shapes[kind])
+    return {
+        "zeros": [nothing] * 4,
+        "base is zero": [nothing, one, two, three],
+        "a model is zero": [base, nothing, two, three],
+        "all equal": [base] * 4,
+        "models equal": [base, one, one, one],
+        "opposite": [nothing, one, -one, one],
+        "constant": [torch.full((6, 8), value, dtype=torch.float64) for value in (1.0, 2.0, 3.0, -1.0)],
+        "subnormal": spread(*[little] * 4),
+        "one subnormal": spread(1.0, little, 1.0, 1.0),
+        "greatest": [torch.full((6, 8), float(info.max), dtype=torch.float64)] * 4,
+        "greatest of either sign": [tensor.sign() * float(info.max) for tensor in (base, one, two, three)],
+        "large": spread(*[float(info.max) / 100] * 4),
+        "outlier": [tensor.index_put((torch.tensor(0),), torch.tensor(1e3).double()) for tensor in spread()],
+    }[kind]
+
+
+KINDS = (
+    *("zeros", "base is zero", "a model is zero", "all equal", "models equal", "opposite", "constant", "subnormal"),
+    *("one subnormal", "greatest", "greatest of either sign", "large", "outlier"),
+    *("0-d", "empty", "empty rows", "one element", "one tap", "one row", "one column"),
+)
+OVERFLOWING = ("greatest", "greatest of either sign", "large", "one subnormal")
+"""What methods add up or divide may be beyond the range on the way: then it is infinite, and told."""
+
+BEYOND_SQUARES = ("subnormal", "one subnormal", "greatest", "greatest of either sign", "large")
+"""What float64 can't square: refused, or made without squares, which the references take all the same."""
+
+UNDECIDED = {
+    **dict.fromkeys([("opposite", name) for name in ("cosine_a", "cosine_b", "cosine_sum", "knots", "rotate")]),
+    ("models equal", "cosine_sum"): None,
+    ("constant", "iso_cts"): None,
+}
+"""Where the references follow rounding: ranges without length, votes that cancel, directions that aren't there."""
+
+CLOSE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float64: 1e-8}
+
+
+def assert_as_expected(made: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, scale: float, what: str) -> None:
+    """Where both are finite they are the same but for rounding; where the reference is, so is what was made."""
+    info = torch.finfo(dtype)
+    there = expected.isfinite() & made.isfinite()
+    error = (made.double() - expected.double()).abs().where(there, torch.zeros(()).double())
+    assert bool((error <= CLOSE[dtype] * scale + 2 * info.smallest_normal * info.eps).all()), what
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value", "ignore:divide by zero")
+@pytest.mark.filterwarnings("ignore:underflow encountered")
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_odd_values_give_what_the_references_say(kind, dtype):
+    tensors = [tensor.to(dtype) for tensor in inputs_of(kind, torch.finfo(dtype))]
+    models = [MemoryModel({"w": tensor}) for tensor in tensors]
+    squares_fail = dtype == torch.float64 and kind in BEYOND_SQUARES
+    for method, case in CASES.items():
+        if squares_fail:
+            with contextlib.suppress(MethodError):
+                case.merge(models).read("w", 0, tensors[0].numel())
+            continue
+        made = case.merge(models).read("w", 0, tensors[0].numel()).reshape(tensors[0].shape)
+        if (kind, method) in UNDECIDED:
+            continue
+        expected = torch.from_numpy(np.array(case.expected([{"w": tensor} for tensor in tensors])["w"].real))
+        expected = expected.reshape(made.shape).to(dtype)
+        if kind not in OVERFLOWING:
+            assert not bool((expected.isfinite() & ~made.isfinite()).any()), method
+        sizes = [
+            float(tensor.double().abs().max()) for tensor in (*tensors, expected.nan_to_num(0, 0, 0)) if tensor.numel()
+        ]
+        assert_as_expected(made, expected, dtype, max(sizes, default=0.0), method)

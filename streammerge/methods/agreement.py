@@ -53,12 +53,14 @@ def deviation(block: int, inputs: Sequence[Tensor]) -> list[Tensor]:
 def _deviation(models: Sequence[Tensor]) -> Tensor:
     import torch
 
-    mean, spread = (torch.zeros_like(models[0], dtype=torch.float64) for _ in range(2))
-    for model in models:
-        mean += model
+    first, *others = (model.double() for model in models)
+    mean = torch.zeros_like(first)
+    for model in others:
+        mean += model - first  # of equal models exactly 0
     mean /= len(models)
-    for model in models:
-        spread += (mean - model).square_()
+    spread = mean.square()
+    for model in others:
+        spread += (model - first).sub_(mean).square_()
     return spread.div_(len(models)).sqrt_()
 
 

@@ -119,4 +119,5 @@ def least_kept(part: Tall, density: float, noise: float) -> float:
         return float("inf")
     magnitudes = part.matrix().abs_().reshape(-1)
     dropped = elements - min(max(int(density * elements), 1), elements)
-    return max(float(magnitudes.kthvalue(dropped + 1).values), noise * float(magnitudes.max()))
+    least = float(magnitudes.kthvalue(dropped + 1).values) * (1.0 - noise)  # equal ones are equal but for noise
+    return max(least, noise * float(magnitudes.max()))

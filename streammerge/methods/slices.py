@@ -145,7 +145,7 @@ class SliceGramPass:
             if bool(odd.any()):
                 greatest = vector.abs().amax(0 if self.slicing.by_column else 1)[odd]
                 if bool(greatest.any()):
-                    refuse_unless_infinite([greatest])
+                    refuse_unless_infinite([float(greatest.max())])
 
     def _products(self, vectors: Sequence[Tensor]) -> list[list[Tensor]]:
         """⟨vᵢ, vⱼ⟩ for j ≤ i of every slice, by rows."""

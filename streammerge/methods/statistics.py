@@ -182,7 +182,7 @@ class GramPass:
         wide = [values.double() for values in inputs]
         found, holds = measured(wide, WIDE)
         if not (holds or self.lenient):
-            refuse_unless_infinite(wide)
+            refuse_unless_infinite([float(values.abs().max()) for values in wide])
         return found
 
     def add(self, block: int, measured: list[float]) -> None:
@@ -260,9 +260,9 @@ def aligned(values: torch.Tensor) -> torch.Tensor:
     return values if values.data_ptr() % ALIGNMENT == 0 else values.clone()
 
 
-def refuse_unless_infinite(inputs: Sequence[torch.Tensor]) -> None:
-    """MethodError for finite numbers whose squares float64 does not hold; what is no finite number has no products."""
-    sizes = [float(values.abs().max()) for values in inputs]
+def refuse_unless_infinite(sizes: Sequence[float]) -> None:
+    """MethodError for finite numbers of these magnitudes, whose squares float64 does not hold; what is no finite number
+    has no products."""
     if all(map(math.isfinite, sizes)):
         raise MethodError(
             "values are too large or too small for their squares to be held in float64, so that lengths and angles "
