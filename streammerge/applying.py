@@ -26,12 +26,13 @@ def apply_method(
         method.check(parameters, len(nodes))
     match method:
         case LinearMethod():
-            coefficients = method.coefficients(parameters)
-            if len(coefficients) != len(nodes):
+            found = method.quotient(parameters)
+            if len(found.coefficients) != len(nodes):
                 raise MethodError(
-                    f"method {method.name!r} gave {len(coefficients)} coefficients for {len(nodes)} inputs"
+                    f"method {method.name!r} gave {len(found.coefficients)} coefficients for {len(nodes)} inputs"
                 )
-            return combine(info, tuple(Term(c, node) for c, node in zip(coefficients, nodes, strict=True)))
+            terms = (Term(c, node) for c, node in zip(found.coefficients, nodes, strict=True))
+            return combine(info, tuple(terms), found.divisor)
         case GramMethod():
             return ByGram(info, method, parameters, nodes, name, seed)
         case BlockMethod():

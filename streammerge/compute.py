@@ -59,7 +59,7 @@ class Evaluator:
                 values = self.values(node.source, start, stop, slot).to(torch_dtype(node.info.dtype))
                 return self.lane.slot(slot, stop - start, self.dtype).copy_(values)
             case Combined():
-                return self._combination(node.terms, start, stop, slot)
+                return self._combination(node.terms, start, stop, slot, node.divisor)
             case ByGram():
                 return self._by_gram(node, start, stop, slot)
             case ByBlock():
@@ -79,6 +79,7 @@ class Evaluator:
         start, stop = piece * step, min((piece + 1) * step, node.info.elements)
         if isinstance(node, ByWhole):
             whole = [self.copy(child, start, stop, slot) for child in node.inputs]
+            self._suspect(whole)
             return [values.cpu().reshape(node.info.shape) for values in whole]
         if isinstance(node, ByBlock) and node.method.rows:
             return self._rows(node, start, stop, slot)
@@ -94,13 +95,16 @@ class Evaluator:
         """What the method makes of a piece of its inputs."""
         place, statistics = target_of(node).place(piece), self.statistics.get(id(node))
         inputs = self._with_halo(node, place.start, slot) if node.method.halo else self._inputs(node, piece, slot)
-        # a sum takes a twentieth of the time of a look at every element
-        self.suspicious |= not math.isfinite(sum(values.sum() for values in inputs))
+        self._suspect(inputs)
         made = node.method.compute(place, inputs, node.parameters, statistics)
         if not node.method.halo:
             return made
         above = min(place.start // row_width(node), node.method.halo)
         return made[above : above + min(piece_elements(node), node.info.elements - place.start) // row_width(node)]
+
+    def _suspect(self, inputs: Sequence[torch.Tensor]) -> None:
+        # a sum takes a twentieth of the time of a look at every element
+        self.suspicious |= not math.isfinite(sum(values.sum() for values in inputs))
 
     def _with_halo(self, node: ByBlock, start: int, slot: int) -> list[torch.Tensor]:
         """The rows of every input that begin at this element, and the method's halo of rows on both sides."""
@@ -138,8 +142,10 @@ class Evaluator:
                 part.of(total).addcmul_(part.of(values), slicing.share(shares[number], part))
         return total
 
-    def _combination(self, terms: Sequence[Term], start: int, stop: int, slot: int) -> torch.Tensor:
-        """Σ coefficient · values, summed in the order of the terms, in slots alone: nothing is allocated on the way."""
+    def _combination(
+        self, terms: Sequence[Term], start: int, stop: int, slot: int, divisor: float = 1.0
+    ) -> torch.Tensor:
+        """Σ coefficient · values / divisor, in the order of the terms, in slots alone: nothing large is allocated."""
         total = self.lane.slot(slot, stop - start, self.dtype)
         if not terms:
             return total.zero_()
@@ -149,7 +155,9 @@ class Evaluator:
                 total.add_(values, alpha=term.coefficient)
             else:
                 torch.mul(values, term.coefficient, out=total)
-        return total
+        if divisor == 1:
+            return total
+        return total.div_(torch.full((), divisor, dtype=total.dtype, device=total.device))  # by numbers CUDA multiplies
 
     def _view(self, node: Viewed, start: int, stop: int, slot: int) -> torch.Tensor:
         """Gathered where the source is: in main memory if it is stored, else on the device."""

@@ -20,6 +20,7 @@ from streammerge.jobs import Job
 from streammerge.machine import Allotment
 from streammerge.nodes import BLOCK, PIECE, ByBlock, ByGram, Node, Stored, walk
 from streammerge.reading import PositionalReader, Reader, open_reader, page_aligned
+from streammerge.rounding import rounded, rounded_into
 from streammerge.tensors import DTYPES, DType
 
 with warnings.catch_warnings():
@@ -99,12 +100,12 @@ class Lane:
         """Values from main memory, in the compute dtype, on the device: themselves if they are there already."""
         if values.dtype == dtype:
             return values
-        return self.slot(slot, values.numel(), dtype).copy_(values)
+        return rounded_into(self.slot(slot, values.numel(), dtype), values)
 
     def store(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The block rounded to the stored dtype, in main memory; `stored_bytes` gives its bytes."""
         stored = self._out_tensor(values.numel(), dtype)
-        return stored.copy_(values)
+        return rounded_into(stored, values)
 
     def stored_bytes(self, stored: torch.Tensor) -> memoryview:
         """The bytes of the block that `store` returned last."""
@@ -136,12 +137,12 @@ class StagedLane(Lane):
     def bring(self, values: torch.Tensor, dtype: torch.dtype, slot: int) -> torch.Tensor:
         """A copy of the values on the device, in the compute dtype."""
         sent = self.slot(slot, values.numel(), values.dtype).copy_(values)
-        return sent if values.dtype == dtype else self.slot(slot, values.numel(), dtype).copy_(sent)
+        return sent if values.dtype == dtype else rounded_into(self.slot(slot, values.numel(), dtype), sent)
 
     def store(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The block rounded on the device and fetched into main memory."""
         stored = self._out_tensor(values.numel(), dtype)
-        return stored.copy_(values.to(dtype))
+        return stored.copy_(rounded(values, dtype))
 
 
 class CudaLane(StagedLane):
@@ -193,11 +194,11 @@ class CudaLane(StagedLane):
         sent = self.slot(slot, staged.numel(), staged.dtype).copy_(staged, non_blocking=True)
         self._on_its_way[buffer] = event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self.stream)
-        return sent if staged.dtype == dtype else self.slot(slot, staged.numel(), dtype).copy_(sent)
+        return sent if staged.dtype == dtype else rounded_into(self.slot(slot, staged.numel(), dtype), sent)
 
     def store(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The block rounded on the device and fetched into pinned memory."""
-        stored = self._out_tensor(values.numel(), dtype).copy_(values.to(dtype), non_blocking=True)
+        stored = self._out_tensor(values.numel(), dtype).copy_(rounded(values, dtype), non_blocking=True)
         self.stream.synchronize()
         return stored
 

@@ -24,6 +24,9 @@ def examine(values: torch.Tensor, stored: torch.Tensor, *, unscaled: bool = Fals
     greatest that there is. A NaN is both of the extremes. Of values that are `unscaled`, stored without the scale that
     they had, those are counted too that became 0.
     """
+    if stored.is_complex():
+        bad = int((~torch.isfinite(stored)).sum())
+        return Finding(nonfinite=bad) if bad else None
     if not (stored.is_floating_point() and stored.numel()):
         return None
     found = _beyond_range(values, stored)

@@ -175,7 +175,8 @@ class _Describer:
             case Rounded():
                 return ["rounded", info, self.node(node.source)]
             case Combined():
-                return ["combined", info, [[term.coefficient.hex(), self.node(term.node)] for term in node.terms]]
+                terms = [[term.coefficient.hex(), self.node(term.node)] for term in node.terms]
+                return ["combined", info, node.divisor.hex(), terms]
             case External():
                 return ["external", info, node.name]
             case _:

@@ -77,7 +77,7 @@ class Kind:
         """By the expression of the first of them."""
         info = fate.info
         # nobody looks at what the system copies: its bytes go through our memory instead, as they are
-        is_looked_at = options.on_nonfinite == "error" and info.dtype.mergeable and is_copy(node, info)
+        is_looked_at = options.on_nonfinite == "error" and info.dtype.has_nonfinite and is_copy(node, info)
         compute = info.dtype if is_looked_at else _compute_dtype(node, info, options)
         node = copied_from(node) if is_looked_at else node
         parts = list(walk(node))

@@ -6,6 +6,7 @@ children become a block of theirs. Trees are built from headers alone, folded, c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -80,10 +81,14 @@ class Term:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Combined:
-    """Σ coefficient · node: what every linear method comes to. No term has the coefficient 0."""
+    """Σ coefficient · node / divisor: what every linear method comes to. No term has the coefficient 0.
+
+    The sum is divided where a mean's weights, such as 1/3, would have to be rounded before they are multiplied.
+    """
 
     info: TensorInfo
     terms: tuple[Term, ...]
+    divisor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,25 +152,42 @@ Applied = ByGram | ByBlock | ByWhole
 """A method applied to inputs, of which something must be known before a block can be computed."""
 
 
-def combine(info: TensorInfo, terms: tuple[Term, ...]) -> Combined:
+def combine(info: TensorInfo, terms: tuple[Term, ...], divisor: float = 1.0) -> Combined:
     """The linear combination of the terms, with nested combinations folded into it and zero terms left out.
 
     What has the coefficient 0 is never read: 0.5·depth + 0.5·waifu over one base does not read the base. A tensor that
     occurs twice is read once.
     """
-    found: dict[object, tuple[Node, list[float]]] = {}
-    for coefficient, node in _flatten(terms, 1.0):
-        found.setdefault(_identity(node), (node, []))[1].append(coefficient)
-    sums = ((net(*contributions), node) for node, contributions in found.values())
-    return Combined(info, tuple(Term(total, node) for total, node in sums if total))
+    parts = list(_flatten(terms, 1.0, 1.0))
+    common = {below for _, below, _ in parts}
+    shares: dict[object, tuple[Node, list[float]]] = {}
+    for coefficient, below, node in parts:
+        shares.setdefault(_identity(node), (node, []))[1].append(coefficient * math.prod(common - {below}))
+    sums = ((net(*contributions), node) for node, contributions in shares.values())
+    found = tuple(Term(total, node) for total, node in sums if total)
+    return _scaled(info, found, divisor * math.prod(common))
 
 
-def _flatten(terms: tuple[Term, ...], factor: float) -> Iterator[tuple[float, Node]]:
+def _scaled(info: TensorInfo, terms: tuple[Term, ...], divisor: float) -> Combined:
+    """The combination with a divisor of no more than 1, lest the sum be too large; with none where it isn't needed.
+
+    Powers of two move from the divisor into the coefficients, where they round nothing.
+    """
+    share, exponent = math.frexp(divisor)
+    if len(terms) < 2 or share == 0.5:
+        return Combined(info, tuple(Term(term.coefficient / divisor, term.node) for term in terms))
+    power = max(exponent, 0)
+    scaled = tuple(Term(math.ldexp(term.coefficient, -power), term.node) for term in terms)
+    return Combined(info, scaled, math.ldexp(divisor, -power))
+
+
+def _flatten(terms: tuple[Term, ...], factor: float, below: float) -> Iterator[tuple[float, float, Node]]:
+    """The coefficients of all that is no combination itself, and what each is divided by inside of one."""
     for term in terms:
         if isinstance(term.node, Combined):
-            yield from _flatten(term.node.terms, factor * term.coefficient)
+            yield from _flatten(term.node.terms, factor * term.coefficient, below * term.node.divisor)
         else:
-            yield factor * term.coefficient, term.node
+            yield factor * term.coefficient, below, term.node
 
 
 def _identity(node: Node) -> object:

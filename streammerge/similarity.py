@@ -23,7 +23,12 @@ from streammerge.tensors import DTYPES
 from streammerge.works import Window, Work
 
 INNER_PRODUCTS = BlockMethod(
-    name="inner products", parameters=(), base="none", models=(2, 2), doc="", statistics=lambda _, __: GramPass(2)
+    name="inner products",
+    parameters=(),
+    base="none",
+    models=(2, 2),
+    doc="",
+    statistics=lambda _, __: GramPass(2, lenient=True),
 )
 """Only surveyed, never computed."""
 

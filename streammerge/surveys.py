@@ -21,16 +21,19 @@ from streammerge.methods.slices import SliceGramPass, SliceGrams, Slicing
 from streammerge.methods.statistics import Gram, GramPass
 from streammerge.nodes import Applied, ByBlock, ByGram, ByWhole, Node, Stored, Together, Viewed, compute_dtype, walk
 from streammerge.reading import PositionalReader
+from streammerge.rounding import rounded
 from streammerge.tensors import DType
 
 
 class Survey:
     """The passes that an expression needs over its tensors before it can be computed.
 
-    Nodes whose inputs are known are measured together; a node above them has its turn in a later pass.
+    Nodes whose inputs are known are measured together; a node above them has its turn in a later pass. It is
+    `suspicious` once what was measured may hold infinite values or NaNs, of which the output may not tell.
     """
 
-    def __init__(self, root: Node) -> None:
+    def __init__(self, root: Node, dtype: torch.dtype = torch.float32) -> None:
+        self.wide = dtype == torch.float64
         applied = {id(node): node for node in walk(root) if isinstance(node, Applied)}
         self.known: dict[int, Any] = {
             key: node.together.found.statistics
@@ -39,6 +42,7 @@ class Survey:
         }
         self.waiting = [node for key, node in applied.items() if key not in self.known]
         self.passes: dict[int, tuple[Applied, Pass[Any]]] = {}
+        self.suspicious = False
         self._start_ready()
 
     @property
@@ -68,11 +72,14 @@ class Survey:
 
     def measure(self, evaluator: Evaluator, block: int) -> dict[int, Any]:
         """What the current passes want to know of one block, those whose tensor has it."""
-        return {
+        found = {
             key: step.measure(block, evaluator.inputs(node, block, getattr(step, "part", None)))
             for key, (node, step) in self.passes.items()
             if block < piece_count(node)
         }
+        if evaluator.suspicious:
+            self.suspicious = True
+        return found
 
     def add(self, block: int, measured: Mapping[int, Any]) -> None:
         """Take in the measures of one block."""
@@ -90,19 +97,20 @@ class Survey:
         for node in list(self.waiting):
             if all(id(child) in self.known for child in _measured_below(node)):
                 self.waiting.remove(node)
-                self._take(node, _first_step(node))
+                self._take(node, _first_step(node, wide=self.wide))
 
     def _take(self, node: Applied, outcome: Any) -> None:  # noqa: ANN401
         """Note a pass's outcome: another pass, or a result."""
         if isinstance(outcome, Pass):
             self.passes[id(node)] = node, outcome
         elif isinstance(node, ByGram):
+            self.suspicious |= not outcome.is_finite
             self.known[id(node)] = _coefficients(node, outcome)
         else:
             self.known[id(node)] = outcome
 
 
-def _first_step(node: Applied) -> Any:  # noqa: ANN401  (a pass, or a result)
+def _first_step(node: Applied, *, wide: bool) -> Any:  # noqa: ANN401  (a pass, or a result)
     match node:
         case ByGram():
             slices, count = node.slices, len(node.inputs)
@@ -114,7 +122,8 @@ def _first_step(node: Applied) -> Any:  # noqa: ANN401  (a pass, or a result)
         case ByBlock(together=Together()):
             raise RuntimeError("statistics of a whole model have to be taken before those of its tensors")
         case ByBlock():
-            return node.method.statistics(target_of(node), node.parameters) if node.method.statistics else None
+            target = replace(target_of(node), wide=wide)
+            return node.method.statistics(target, node.parameters) if node.method.statistics else None
 
 
 def _coefficients(node: ByGram, found: Gram | SliceGrams) -> Any:  # noqa: ANN401
@@ -126,7 +135,7 @@ def _coefficients(node: ByGram, found: Gram | SliceGrams) -> Any:  # noqa: ANN40
                 f"method {node.method.name!r} gave {len(coefficients)} coefficients for {len(node.inputs)} inputs"
             )
         return coefficients
-    made = torch.empty(len(node.inputs), found.products.shape[2], dtype=torch.float64)
+    made = torch.empty(len(node.inputs), found.products.shape[1], dtype=torch.float64)
     for number, gram in enumerate(found):
         made[:, number] = torch.tensor(node.method.coefficients(gram, node.parameters), dtype=torch.float64)
     return made
@@ -150,12 +159,14 @@ class WholePass:
         node = self.node
         try:
             made = node.method.compute(target_of(node).place(0), inputs, node.parameters)
-        except RuntimeError as error:  # torch.linalg.LinAlgError is one
-            if all(bool(torch.isfinite(values).all()) for values in inputs):
+        except RuntimeError as error:
+            finite = all(bool(torch.isfinite(values).all()) for values in inputs)
+            if finite and not isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
                 raise
+            reason = f"torch can't decompose it ({error})" if finite else "an input holds infinite values or NaNs"
             raise MethodError(
-                f"method {node.method.name!r} can't be applied: an input holds values that are infinite or not numbers",
-                advice="Copy the tensor with --keep or a rule, or mend the input.",
+                f"method {node.method.name!r} can't be applied to this tensor: {reason}",
+                advice="Copy the tensor with --keep or a rule" + ("." if finite else ", or mend the input."),
             ) from error
         if made.shape != node.info.shape:
             raise MethodError(
@@ -184,7 +195,12 @@ class Found:
 
 
 class TogetherSurvey:
-    """The passes over several tensors as if they were one, their blocks counted through in the tensors' order."""
+    """The passes over several tensors as if they were one, their blocks counted through in the tensors' order.
+
+    It need not be suspicious: each of the tensors is given to its method once more, when it is written.
+    """
+
+    suspicious = False
 
     def __init__(self, together: Together, dtypes: Mapping[int, torch.dtype]) -> None:
         self.together = together
@@ -198,7 +214,9 @@ class TogetherSurvey:
             for member, begin in zip(together.members, self.first_blocks, strict=False)
         ]
         elements = sum(part.elements for part in parts)
-        target = Target("", (elements,), len(first.inputs), first.seed, piece_elements(first), parts=tuple(parts))
+        wide = any(self._dtype(member) == torch.float64 for member in together.members)
+        step = piece_elements(first)
+        target = Target("", (elements,), len(first.inputs), first.seed, step, parts=tuple(parts), wide=wide)
         assert first.method.statistics is not None
         self.step: Pass[Any] | None = None
         self._take(first.method.statistics(target, first.parameters))
@@ -233,10 +251,13 @@ class TogetherSurvey:
         assert self.step is not None
         number = bisect.bisect_right(self.first_blocks, block) - 1
         member = self.together.members[number]
-        dtype = self.dtypes.get(id(member)) or own_dtype(member)
         part = getattr(self.step, "part", None)
-        inputs = Evaluator(evaluator.lane, dtype, {}).inputs(member, block - self.first_blocks[number], part)
-        return self.step.measure(block, inputs)
+        own = Evaluator(evaluator.lane, self._dtype(member), {})
+        return self.step.measure(block, own.inputs(member, block - self.first_blocks[number], part))
+
+    def _dtype(self, member: ByBlock) -> torch.dtype:
+        """What the tensor is computed in."""
+        return self.dtypes.get(id(member)) or own_dtype(member)
 
     def add(self, block: int, measured: Any) -> None:  # noqa: ANN401
         """Take in the measure of one block."""
@@ -283,7 +304,7 @@ def read_range(node: Node, start: int, stop: int, lane: Lane, dtype: torch.dtype
         for together in together_in([node]):
             if together.found is None:
                 carry_out(TogetherSurvey(together, {}), lane, dtype)
-        survey = Survey(node)
+        survey = Survey(node, dtype)
         carry_out(survey, lane, dtype)
         return Evaluator(lane, dtype, survey.known).copy(node, start, stop)
 
@@ -326,4 +347,4 @@ def read_stored(node: Node, start: int, stop: int) -> torch.Tensor:
 def read_merged(node: Node, dtype: DType, start: int, stop: int) -> torch.Tensor:
     """Elements [start, stop) of a merged tensor, rounded to its stored dtype, as a copy."""
     compute = torch_dtype(compute_dtype(node, dtype))
-    return read_range(node, start, stop, Lane(PositionalReader()), compute).to(torch_dtype(dtype))
+    return rounded(read_range(node, start, stop, Lane(PositionalReader()), compute), torch_dtype(dtype))

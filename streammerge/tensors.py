@@ -35,6 +35,11 @@ class DType:
         """Whether arithmetic on such elements means anything: true for floating point, never for integers."""
         return self.kind == "float"
 
+    @property
+    def has_nonfinite(self) -> bool:
+        """Whether single elements may be infinite or no numbers."""
+        return self.kind in ("float", "complex")
+
     def __str__(self) -> str:
         return self.name
 

@@ -62,7 +62,7 @@ class Work:
         self.name = name
         self.node = node
         self.dtype = torch_dtype(dtype) if dtype else None
-        self.survey = survey or Survey(node)
+        self.survey = survey or Survey(node, self.dtype or torch.float32)
         self.lock = threading.Lock()
         self._open_windows = 0
         self._next_block = 0
@@ -235,7 +235,7 @@ class MergeWork(Work):
     def _look(self, evaluator: Evaluator, values: torch.Tensor, stored: torch.Tensor, start: int) -> Finding | None:
         """What is wrong with a block, and with the inputs that it was made of; None where nothing is."""
         found = examine(values, stored, unscaled=self.unscaled)
-        if evaluator.suspicious or (found and found.nonfinite):
+        if evaluator.suspicious or self.survey.suspicious or (found and found.nonfinite):
             evaluator.suspicious = False
             found = found or Finding()
             found.inputs = nonfinite_inputs(evaluator, self.node, start, start + len(stored))

@@ -61,10 +61,11 @@ class Case:
             if tensors[1][name].is_floating_point()
         }
         reference = REFERENCES[self.method]
+        wide = any(model[name].dtype == torch.float64 for model in used for name in everything)
         asks = "context" in inspect.signature(reference).parameters
         return {
             name: reference(
-                inputs, **self.parameters, **({"context": Context(name, everything, self.base)} if asks else {})
+                inputs, **self.parameters, **({"context": Context(name, everything, self.base, wide)} if asks else {})
             )
             for name, inputs in everything.items()
         }
@@ -72,11 +73,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Context:
-    """What a reference may ask to know: its tensor's name, every tensor's inputs, and whether the first is a base."""
+    """What a reference may ask to know: its tensor's name, every tensor's inputs, whether the first is a base, and
+    whether the models are in float64."""
 
     name: str
     everything: Mapping[str, Inputs]
     has_base: bool
+    wide: bool = False
 
     def joined(self, number: int) -> Array:
         """The task vector of one of the models (0: the first), of all tensors one after the other."""
@@ -190,10 +193,11 @@ def ties(
 ) -> Array:
     base, *models = inputs
     weights = per_model(weight, len(models))
+    wide = context is not None and context.wide
     trimmed = [
-        keep_largest(model - base, share, rescale=rescale)
+        keep_largest(model - base, share, rescale=rescale, wide=wide)
         if scope == "tensor" or context is None
-        else context.own_part(keep_largest(context.joined(number), share, rescale=rescale))
+        else context.own_part(keep_largest(context.joined(number), share, rescale=rescale, wide=wide))
         for number, (model, share) in enumerate(zip(models, per_model(density, len(models)), strict=True))
     ]
     votes = np.stack([share * delta for share, delta in zip(weights, trimmed, strict=True)])
@@ -208,11 +212,12 @@ def ties(
     return np.asarray(base + lambda_.get("lambda", 1.0) * merged)
 
 
-def keep_largest(delta: Array, density: float, *, rescale: bool = False) -> Array:
-    """The ⌊density · n⌋ largest magnitudes as float32 tells them, of equal ones the first; one at the least."""
+def keep_largest(delta: Array, density: float, *, rescale: bool = False, wide: bool = False) -> Array:
+    """The ⌊density · n⌋ largest magnitudes as float32 (if `wide` float64) tells them, of equal ones the first; one at
+    the least."""
     flat = delta.reshape(-1)
     count = max(int(density * flat.size), 1) if density > 0 else 0
-    magnitude = np.abs(flat).astype(np.float32)
+    magnitude = np.abs(flat) if wide else np.abs(flat).astype(np.float32).astype(np.float64)
     order = np.argsort(-magnitude, kind="stable")[:count]
     kept = np.zeros_like(flat)
     kept[order] = flat[order]

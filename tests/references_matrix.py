@@ -156,7 +156,7 @@ def largest(values: Array, density: float) -> Array:
         return np.zeros_like(values)
     count = max(int(density * values.size), 1)
     magnitudes = np.sort(np.abs(values).reshape(-1))
-    cut = max(magnitudes[values.size - count], 1e-7 * magnitudes[-1])
+    cut = max(magnitudes[values.size - count] * (1 - 1e-7), 1e-7 * magnitudes[-1])
     return np.where(np.abs(values) >= cut, values, 0.0)
 
 

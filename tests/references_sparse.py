@@ -181,7 +181,7 @@ def della_linear(inputs: Inputs, *, context: Context, normalize: bool = False, *
 def sce(inputs: Inputs, *, select_topk: float = 1.0) -> Array:
     deltas = np.stack(deltas_of(inputs))
     if select_topk < 1 and deltas.size:
-        varies = deltas.var(axis=0).astype(np.float32).reshape(-1)
+        varies = (deltas - deltas[0]).std(axis=0).astype(np.float32).reshape(-1)
         nonzero = int((varies != 0).sum())
         count = max(int(select_topk * nonzero), 1) if select_topk and nonzero else 0
         mask = np.zeros(varies.size)
@@ -265,7 +265,7 @@ def pcb(inputs: Inputs, *, context: Context, ratio: float = 0.1, scope: str = "m
     values, weights = np.zeros(n), np.zeros(n)
     for delta in flat:
         size = np.abs(delta)
-        ordered = np.sort(size.astype(np.float32)).astype(np.float64)
+        ordered = np.sort(size)
         low, high = ordered[int(n * 1e-4)], ordered[max(int(n * (1 - 1e-4) - 1), 0)]
         high = max(low, high)
         score = np.exp(count * minmax(size, low, high) ** 2) * np.tanh(delta * joint)

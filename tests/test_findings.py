@@ -129,6 +129,31 @@ def test_a_whole_tensor_that_is_no_number_is_told_and_no_crash(tmp_path):
     assert report.findings["w"].inputs == {str(tmp_path / "a.safetensors"): 64}
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("method", ["nuslerp", "multislerp", "model_stock", "distribution_crossover"])
+def test_what_makes_a_method_fall_back_is_told_though_the_output_is_finite(tmp_path, method, threads):
+    good = {"w": with_bad(BLOCK + 10).reshape(2, -1), "v": torch.linspace(1, 2, 6)}
+    save_models(tmp_path, a=good, b={name: tensor.flip(-1) for name, tensor in good.items()})
+    save_models(tmp_path, base={**good, "w": with_bad(BLOCK + 10, nan=[3, BLOCK + 2]).reshape(2, -1)})
+    report = merge(tmp_path, method, base="base", threads=threads)
+    assert list(report.findings) == ["w"]
+    assert report.findings["w"].inputs == {str(tmp_path / "base.safetensors"): 2}
+    assert report.findings["w"].nonfinite == 0
+    assert len(report.warnings()) == 1
+
+
+@pytest.mark.parametrize("method", ["max", "nuslerp"])
+def test_what_a_nested_method_hides_from_one_that_needs_whole_tensors_is_told(tmp_path, method):
+    save_models(tmp_path, a={"w": torch.ones(4, 4)}, b={"w": torch.ones(4, 4) * 2})
+    save_models(tmp_path, base={"w": torch.full((4, 4), -math.inf)})
+    names = {name: str(tmp_path / f"{name}.safetensors") for name in ("a", "b", "base")}
+    inner = {"merge_method": method, "models": [names["a"], names["b"]]}
+    inner |= {"base_model": names["base"]} if method == "nuslerp" else {"models": [names["a"], names["base"]]}
+    recipe = {"merge_method": "crossover", "models": [{"model": inner}, names["b"]]}
+    report = streammerge.merge(recipe, output=tmp_path / "out.safetensors", sync=False)
+    assert report.findings["w"].inputs == {names["base"]: 16}
+
+
 # ── what follows ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -146,6 +171,32 @@ def test_error_looks_at_copies_too_and_changes_no_byte_of_them(tmp_path):
     assert report.findings == {}
     with pytest.raises(OutputError, match=r"w   2 in the output \(2 in .*a.safetensors\)"):
         streammerge.merge(recipe, output=tmp_path / "out.safetensors", sync=False, force=True, on_nonfinite="error")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        torch.tensor([complex(math.nan, 0), 1 + 0j, complex(1, math.inf)]),
+        torch.tensor([math.nan, 1.0, -math.inf], dtype=torch.float64),
+        torch.tensor([1.0, math.nan, math.nan]).to(torch.float8_e4m3fn),
+    ],
+    ids=lambda values: str(values.dtype),
+)
+def test_error_looks_at_whatever_may_be_no_number(tmp_path, values):
+    path = save_model(tmp_path / "a.safetensors", {"w": values, "v": values[1:1], "i": torch.arange(3)})
+    recipe = {"merge_method": "passthrough", "models": [str(path)]}
+    with pytest.raises(OutputError, match=r"w   2 in the output \(2 in .*a.safetensors\)"):
+        streammerge.merge(recipe, output=tmp_path / "out.safetensors", sync=False, on_nonfinite="error")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("weights", [(0.5, 0.5), (0.3, 0.7), (0.1, 0.9)])
+def test_a_file_merged_with_itself_is_a_copy_that_error_looks_at(tmp_path, weights):
+    path = str(save_model(tmp_path / "a.safetensors", {"w": with_bad(9, nan=[1])}))
+    models = [{"model": path, "name": name, "parameters": {"weight": w}} for name, w in zip("ab", weights, strict=True)]
+    recipe = {"merge_method": "linear", "models": models}
+    with pytest.raises(OutputError, match=r"w   1 in the output \(1 in .*a.safetensors\)"):
+        streammerge.merge(recipe, output=tmp_path / "out.safetensors", sync=False, on_nonfinite="error")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, HALF, torch.bfloat16, torch.float8_e4m3fn])

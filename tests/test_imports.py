@@ -45,7 +45,7 @@ ORDER = [
     # what is left of a merge that was stopped
     *("locking", "fingerprint", "placing", "journal", "resuming", "leftovers"),
     # what happens
-    *("devices", "gathering", "compute", "examining", "surveys", "works", "sampling", "engine", "writing"),
+    *("rounding", "devices", "gathering", "compute", "examining", "surveys", "works", "sampling", "engine", "writing"),
     *("bookkeeping", "hashing", "checking", "lanes", "verification", "api", "public", "benchmark"),
     # what is shown
     *("inspection", "comparison", "plotting", "similarity", "screen"),

@@ -244,3 +244,25 @@ def test_what_a_method_takes_is_what_the_plan_counts(name, shape):
     counted = 4 * target.elements * (1 + method.temporaries) + method.held(target, parameters)
     assert int(done.stdout) <= counted
     assert counted <= 4 * int(done.stdout) + (64 << 20)  # and not out of proportion
+
+
+def knots_of(base: torch.Tensor, *models: torch.Tensor) -> torch.Tensor:
+    first, *others = (MemoryModel({"w": tensor}) for tensor in (base, *models))
+    made: torch.Tensor = streammerge.knots(*others, base=first).read("w", 0, base.numel())
+    return made.reshape(base.shape)
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (8, 8), (40, 5)])
+def test_votes_that_cancel_elect_nobody(shape):
+    delta, third = normal(shape, 2), normal(shape, 3, scale=1e-3)
+    base = torch.zeros(shape)
+    assert float(knots_of(base, delta, -delta).norm()) <= 1e-6 * float(delta.norm())
+    turned = knots_of(base, delta, -delta, third)
+    assert float((turned + knots_of(base, -delta, delta, -third)).norm()) <= 1e-6 * float(turned.norm())
+
+
+def test_knots_of_vectors_is_ties_however_small_an_element_is():
+    one, other = torch.tensor([1.0, 1e-9, -1e-12, 0.5]), torch.tensor([1.0, 3e-9, 1e-12, -0.5])
+    models = [MemoryModel({"w": tensor}) for tensor in (one, other)]
+    ties = streammerge.ties(*models, base=MemoryModel({"w": torch.zeros(4)}))
+    assert torch.equal(knots_of(torch.zeros(4), one, other), ties.read("w", 0, 4))

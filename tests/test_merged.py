@@ -82,7 +82,7 @@ def test_parameters_reach_the_expression_tensor_by_tensor():
     shares = {}
     for name, node in made.nodes.items():
         assert isinstance(node, Combined)
-        shares[name] = [term.coefficient for term in node.terms]
+        shares[name] = [term.coefficient / node.divisor for term in node.terms]
     assert shares == {"layers.0.x": [1.0], "layers.1.x": [1 / 3, 2 / 3], "layers.2.x": [0.5, 0.5], "y": [0.5, 0.5]}
 
 

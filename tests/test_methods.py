@@ -404,7 +404,7 @@ REFUSED = {
         "'task_arithmetic' comes to coefficients that are no finite numbers",
     ),
     "overflowing sum": (
-        lambda x, a, b: streammerge.linear(a, b, weight=[1e308, 1e308]),
+        lambda x, a, b: streammerge.linear(a, b, weight=[1e308, 1.1e308]),
         MethodError,
         "no finite numbers",
     ),

@@ -132,3 +132,38 @@ def test_half_precision_and_float64_are_ranked_in_float32():
         vector = torch.randn(300, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
         ((cut,),) = rank([vector], [[100]])
         assert mask_of(cut, vector).tolist() == largest(vector, 100, signed=False).tolist()
+
+
+WIDE_VALUES = st.lists(
+    st.one_of(
+        st.floats(allow_nan=False),
+        st.integers(-5, 5).map(lambda steps: 1.0 + steps * 2.0**-52),
+        st.sampled_from([0.0, -0.0, 1e300, -1e300, 1e-300, 1e-60, 5e-324, -(2.0**-1073)]),
+    ),
+    min_size=1,
+    max_size=70,
+)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@settings(deadline=None)
+@given(data=st.data(), values=WIDE_VALUES)
+def test_float64_is_ranked_to_the_last_bit_if_it_is_to_be(data, values, signed):
+    vector = torch.tensor(values, dtype=torch.float64)
+    sizes = vector.numpy() if signed else vector.abs().numpy()
+    order = np.argsort(-sizes, kind="stable")
+    k = data.draw(st.integers(1, len(values)))
+    ((cut,),) = rank([vector], [[k]], signed=signed, wide=True)
+    assert sorted(mask_of(cut, vector).nonzero().flatten().tolist()) == sorted(order[:k].tolist())
+    kept = torch.cat([cut.keep(vector[i : i + STEP], i // STEP) for i in range(0, len(values), STEP)])
+    assert kept.ne(0).sum() <= k
+    ((cut,),) = rank([vector], [[k]], signed=signed, exact=False, wide=True)
+    assert cut.value == sizes[order[k - 1]]
+
+
+def test_narrow_vectors_are_ranked_among_wide_ones():
+    values = torch.randn(64, generator=torch.Generator().manual_seed(1))
+    ((cut,),) = rank([values], [[20]], wide=True)
+    assert mask_of(cut, values).tolist() == largest(values, 20, signed=False).tolist()
+    kept = torch.cat([cut.keep(part, number) for number, part in enumerate(values.split(STEP))])
+    assert torch.equal(kept, values.where(mask_of(cut, values), torch.zeros(())))

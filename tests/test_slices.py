@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import streammerge
 from streammerge import compute, works
-from streammerge.errors import PlanError
+from streammerge.errors import MethodError, PlanError
 from streammerge.machine import MIB
 from streammerge.methods.registry import METHODS, GramMethod, method
 from streammerge.methods.slices import SliceGramPass, Slices, Slicing
@@ -79,12 +79,32 @@ def test_gram_matrices_are_those_of_each_slice_alone(shape, slices, step, inputs
     rows = [matrix(tensor.numpy(), slices) for tensor in tensors]
     for number, gram in enumerate(grams):
         for i in range(inputs):
-            assert float(grams.norm(i)[number]) == pytest.approx(np.linalg.norm(rows[i][number]), rel=1e-9, abs=1e-12)
+            assert gram.norm(i) == pytest.approx(np.linalg.norm(rows[i][number]), rel=1e-9, abs=1e-12)
             for j in range(inputs):
                 expected = rows[i][number] @ rows[j][number]
                 assert gram.dot(i, j) == pytest.approx(expected, rel=1e-9, abs=1e-12)
-                assert float(grams.dot(i, j)[number]) == pytest.approx(expected, rel=1e-9, abs=1e-12)
-                assert float(grams.cosine(i, j)[number]) == pytest.approx(gram.cosine(i, j) or 0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("slices", KINDS)
+def test_a_slice_that_is_short_beside_the_first_is_not_lost(slices):
+    first, second = normal((6, 8), 1).double(), normal((6, 8), 2).double() * 1e-9
+    second[2] *= 1e9
+    survey = SliceGramPass(Slicing.of((6, 8), slices), 2, 48)
+    survey.add(0, survey.measure(0, [first.reshape(-1), second.reshape(-1)]))
+    for number, gram in enumerate(survey.finish()):
+        one, other = (matrix(tensor.numpy(), slices)[number] for tensor in (first, second))
+        expected = one @ other / np.linalg.norm(one) / np.linalg.norm(other)
+        assert gram.cosine(0, 1) == pytest.approx(expected, rel=0, abs=1e-12)
+
+
+def test_slices_that_float64_cannot_square_are_refused():
+    values = normal((4, 5), 1).double()
+    values[2] *= 1e-200
+    survey = SliceGramPass(Slicing.of((4, 5), "rows"), 2, 20)
+    with pytest.raises(MethodError, match="too large or too small for their squares"):
+        survey.measure(0, [values.reshape(-1), values.flip(1).reshape(-1)])
+    values[2] = 0.0
+    survey.measure(0, [values.reshape(-1), values.flip(1).reshape(-1)])
 
 
 # ── a method of slices ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -100,7 +120,7 @@ def by_length() -> Iterator[None]:
     @method(GramMethod, slices=slices_of)
     def by_length(gram: Gram, *, along: Literal["tensor", "rows", "filters", "columns"] = "tensor") -> Sequence[float]:
         """Σᵢ ‖θᵢ‖ θᵢ / Σᵢ ‖θᵢ‖"""
-        norms = [gram.norm(i) for i in range(len(gram.products))]
+        norms = [gram.norm(i) for i in range(gram.count)]
         return [norm / (sum(norms) or 1.0) for norm in norms]
 
     yield

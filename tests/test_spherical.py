@@ -290,12 +290,12 @@ def test_products_of_combinations():
 
 
 def test_a_gram_matrix_knows_models_and_task_vectors():
-    gram = Gram(((5.0, 2.0, 6.0), (2.0, 4.0, 0.0), (6.0, 0.0, 9.0)))
+    gram = Gram.of(3, (5.0, 7.0, 13.0, 11.0, 13.0, 26.0, 4.0, 0.0, 9.0))
     assert gram.task_vectors() == Products(((4.0, 0.0), (0.0, 9.0)))
     assert gram.from_first() == Products(((0.0, 0.0, 0.0), (0.0, 4.0, 0.0), (0.0, 0.0, 9.0)))
     assert gram.models() == Products(((5.0, 7.0, 11.0), (7.0, 13.0, 13.0), (11.0, 13.0, 26.0)))
     assert gram.defined() == gram
-    assert Gram(((math.inf, 0.0), (0.0, 1.0))).defined() == Gram(((0.0, 0.0), (0.0, 0.0)))
+    assert Gram.of(2, (math.inf, 0.0, 0.0, 1.0)).defined() == Gram.of(2, (0.0,) * 4)
     assert GramPass(2).finish().count == 2
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from streammerge.errors import MethodError
 from streammerge.methods.statistics import Gram, GramPass
 from tests.models import DTYPE_NAMES, normal
 
@@ -64,13 +65,15 @@ def test_nearly_equal_tensors_are_told_apart_where_float32_sums_fail():
     assert gram_of(a.double(), b.double()).distance(1) == pytest.approx(distance, rel=1e-12)
     gram = gram_of(a, b)
     assert gram.distance(1) == pytest.approx(distance, rel=1e-6)
-    assert gram.products[0][1] == gram.products[1][0]
+    assert gram.dot(0, 1) == gram.dot(1, 0)
     assert gram.cosine(0, 1) == pytest.approx(1.0, abs=1e-12)
 
 
-def test_what_is_kept_are_products_with_the_first_and_of_differences():
+def test_what_is_kept_are_products_of_tensors_and_of_differences():
     a, b, c = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 2.0]), torch.tensor([1.0, 5.0])
-    assert gram_of(a, b, c).products == ((5.0, 2.0, 6.0), (2.0, 4.0, 0.0), (6.0, 0.0, 9.0))
+    gram = gram_of(a, b, c)
+    assert gram.tensors.values == ((5.0, 7.0, 11.0), (7.0, 13.0, 13.0), (11.0, 13.0, 26.0))
+    assert gram.differences.values == ((4.0, 0.0), (0.0, 9.0))
 
 
 @settings(deadline=None, max_examples=60)
@@ -81,7 +84,7 @@ def test_any_division_into_blocks_gives_the_products(elements, count, block, see
     for i in range(count):
         for j in range(count):
             assert gram.dot(i, j) == pytest.approx(exact_dot(tensors[i], tensors[j]), rel=1e-9, abs=1e-12)
-            assert gram.products[i][j] == gram.products[j][i]
+            assert gram.dot(i, j) == gram.dot(j, i)
 
 
 @settings(deadline=None, max_examples=100)
@@ -157,6 +160,55 @@ def test_a_short_tensor_is_not_lost_beside_a_long_first():
     gram = gram_of(a, b)
     assert gram.norm(1) == pytest.approx(math.sqrt(exact_dot(b, b)), rel=1e-6)
     assert gram.cosine(0, 1) == pytest.approx(float(gram_of(b, a).cosine(0, 1) or 0), rel=1e-5)
+
+
+def exact_cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return exact_dot(a, b) / math.sqrt(exact_dot(a, a)) / math.sqrt(exact_dot(b, b))
+
+
+@pytest.mark.parametrize("dtype", DTYPE_NAMES.values(), ids=DTYPE_NAMES)
+@pytest.mark.parametrize("ratio", [1e2, 1e5, 9e6, 9e7, 1e12, 1e30])
+def test_lengths_that_are_far_apart_spoil_no_angle(dtype, ratio):
+    a, noise = normal((COUNT,), 1, torch.float64), normal((COUNT,), 2, torch.float64)
+    short = ((0.5 * a + noise) / ratio).to(dtype)
+    if not short.any():
+        pytest.skip(f"{dtype} has no such numbers")
+    rounding = 1e-13 if dtype == torch.float64 else 3e-7
+    for tensors in ((a.to(dtype), short), (short, a.to(dtype)), (a.to(dtype), short, noise.to(dtype))):
+        gram = gram_of(*tensors)
+        for i, one in enumerate(tensors):
+            assert gram.norm(i) == pytest.approx(math.sqrt(exact_dot(one, one)), rel=rounding)
+            for j, other in enumerate(tensors):
+                assert gram.cosine(i, j) == pytest.approx(exact_cosine(one, other), rel=0, abs=rounding)
+
+
+def test_subnormal_halves_beside_normal_ones_have_an_angle():
+    a = torch.tensor([6.0, *([6e-8] * 11)], dtype=torch.float16)
+    b = torch.full((12,), 6e-8, dtype=torch.float16)
+    for pair in ((a, b), (b, a)):
+        assert gram_of(*pair, block=5).cosine(0, 1) == pytest.approx(12**-0.5, abs=1e-6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(-30, 30), min_size=2, max_size=4), st.integers(0, 99))
+def test_any_mixture_of_lengths_gives_the_products(exponents, seed):
+    tensors = [normal((50,), seed + n) * 2.0**exponent for n, exponent in enumerate(exponents)]
+    gram = gram_of(*tensors, block=20)
+    for i, one in enumerate(tensors):
+        for j, other in enumerate(tensors):
+            scale = math.sqrt(exact_dot(one, one) * exact_dot(other, other))
+            assert gram.dot(i, j) == pytest.approx(exact_dot(one, other), rel=0, abs=1e-6 * scale)
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e170, 1e300])
+def test_what_float64_cannot_square_is_refused_not_taken_for_nothing(size):
+    a = normal((50,), 1, torch.float64)
+    for pair in ((a * size, a.flip(0) * size), (a, a * size), (a * size, a)):
+        with pytest.raises(MethodError, match="too large or too small for their squares"):
+            gram_of(*pair)
+    lenient = GramPass(2, lenient=True)
+    lenient.add(0, lenient.measure(0, [a * size, a * size]))
+    assert lenient.finish().cosine(0, 1) is None
 
 
 def test_measuring_in_inference_mode_and_outside_takes_turns():

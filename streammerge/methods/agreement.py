@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from streammerge.errors import MethodError
@@ -35,27 +36,32 @@ def check_task(parameters: Parameters, inputs: int) -> None:
 # SCE
 
 
-def variance(block: int, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The population variance of each element over the models, in float64 so that nearly equal models don't cancel."""
+def deviation(block: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The standard deviation of each element over the models, which is in float32's range where its square is not.
+
+    Computed in float64, so that nearly equal models don't cancel.
+    """
     import torch
 
     _, *models = inputs
     spread = torch.empty_like(models[0])
     for part in pieces([spread, *models]):  # some at a time, for float64 is wide
-        part[0].copy_(_variance(part[1:]))
+        part[0].copy_(_deviation(part[1:]))
     return [spread]
 
 
-def _variance(models: Sequence[Tensor]) -> Tensor:
+def _deviation(models: Sequence[Tensor]) -> Tensor:
     import torch
 
-    mean, spread = (torch.zeros_like(models[0], dtype=torch.float64) for _ in range(2))
-    for model in models:
-        mean += model
+    first, *others = (model.double() for model in models)
+    mean = torch.zeros_like(first)
+    for model in others:
+        mean += model - first  # of equal models exactly 0
     mean /= len(models)
-    for model in models:
-        spread += (mean - model).square_()
-    return spread.div_(len(models))
+    spread = mean.square()
+    for model in others:
+        spread += (model - first).sub_(mean).square_()
+    return spread.div_(len(models)).sqrt_()
 
 
 def sce_statistics(target: Target, parameters: Parameters) -> Any:  # noqa: ANN401
@@ -79,12 +85,13 @@ def sce_statistics(target: Target, parameters: Parameters) -> Any:  # noqa: ANN4
 
     if topk >= 1:
         return weigh(Ranking(target.elements, [[target.elements]]).begin(1)[0][0])
-    return Ranking(target.elements, ranks, variance, then=lambda cuts: weigh(cuts[0][0])).begin(1)
+    ranking = Ranking(target.elements, ranks, deviation, wide=target.wide, then=lambda cuts: weigh(cuts[0][0]))
+    return ranking.begin(1)
 
 
 def selected(cut: Cut, block: int, inputs: Sequence[Tensor]) -> Tensor:
     """Which elements are among those that vary most."""
-    return cut.mask(variance(block, inputs)[0], block)
+    return cut.mask(deviation(block, inputs)[0], block)
 
 
 @method(
@@ -302,8 +309,13 @@ def conflict(block: int, inputs: Sequence[Tensor]) -> list[Tensor]:
 
 def outside_trust_region(target: Target, parameters: Parameters) -> Any:  # noqa: ANN401
     """Find the elements of the greatest conflict."""
-    dropped = int((1.0 - float(parameters["threshold_quantile"])) * target.elements)  # type: ignore[arg-type]
-    search = Ranking(target.elements, [[dropped]], conflict, exact=False, gather=False, then=lambda cuts: cuts[0][0])
+    outside = 1 - Decimal(str(parameters["threshold_quantile"]))  # of decimals: 1 − 0.9 is 0.1 to whoever typed it
+    ranks = [[int(outside * target.elements)]]
+
+    def cut(cuts: Sequence[Sequence[Cut]]) -> Cut:
+        return cuts[0][0]
+
+    search = Ranking(target.elements, ranks, conflict, exact=False, gather=False, wide=target.wide, then=cut)
     return search.begin(1)
 
 

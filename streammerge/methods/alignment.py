@@ -45,8 +45,9 @@ def knots(
     largest of its elements, and of these the ones that agree with the elected sign are averaged by `weight`
     (`normalize` false: summed), as in `ties`. All of equally large elements are kept. Singular values of at most
     `epsilon` times the greatest are left out, where the paper's program takes `epsilon` as it stands, whatever the
-    models' scale. Tensors of fewer than two dimensions are merged by TIES as they are, and those with infinite values
-    or NaNs take the mean task vector.
+    models' scale. Where votes cancel but for rounding, nobody is elected: + would depend on the signs of the singular
+    vectors, which are anybody's choice (as the vectors of equal singular values are). Tensors of fewer than two
+    dimensions are merged by TIES as they are, and those with infinite values or NaNs take the mean task vector.
     """
     import torch
 
@@ -55,7 +56,7 @@ def knots(
         return flat.mean(lambda_)
     weights, densities = (tuple(each) * (1 if len(each) > 1 else len(models)) for each in (weight, density))
     if not flat.are_matrices:
-        return flat.merged(elect(flat.deltas, weights, densities, normalize=normalize), lambda_)
+        return flat.merged(elect(flat.deltas, weights, densities, normalize=normalize, noise=0.0), lambda_)
     height, width = base.shape[0], flat.width
     turned = height <= len(models) * width
     tasks = Tasks(base, models, turned=turned)
@@ -76,16 +77,26 @@ def telling(found: Decomposition, epsilon: float) -> Decomposition:
     return found.largest(int((found.values > max(epsilon, NOTHING) * found.values[:1]).sum()))
 
 
-def elect(parts: Sequence[Tall], weights: PerModel, densities: Sequence[float], *, normalize: bool) -> Tall:
-    """TIES of the parts: the largest elements of each, of these the ones with their sum's sign, averaged or summed."""
+def elect(
+    parts: Sequence[Tall], weights: PerModel, densities: Sequence[float], *, normalize: bool, noise: float = NOISE
+) -> Tall:
+    """TIES of the parts: the largest elements of each, of these the ones with their sum's sign, averaged or summed.
+
+    What is less than the share `noise` of the greatest is nothing. The sign of a sum that is no more than this share of
+    its parts is neither + nor −; without noise that of zero is +.
+    """
     import torch
 
-    least = [least_kept(part, density) for part, density in zip(parts, densities, strict=True)]
+    least = [least_kept(part, density, noise) for part, density in zip(parts, densities, strict=True)]
 
     def piece(rows: slice) -> Tensor:
         made = [part.piece(rows) for part in parts]
         votes = [w * torch.where(v.abs() >= cut, v, 0.0) for v, w, cut in zip(made, weights, least, strict=True)]
-        sign = torch.where(torch.stack(votes).sum(0) >= 0, 1.0, -1.0)
+        together = torch.stack(votes)
+        total, size = together.sum(0), together.abs_().sum(0)
+        sign = torch.where(total >= 0, 1.0, -1.0)
+        if noise:
+            sign.masked_fill_(total.abs() <= noise * size, 0.0)
         agree = [vote * sign > 0 for vote in votes]
         merged, share = torch.zeros_like(made[0]), torch.zeros_like(made[0])
         for vote, weight, agrees in zip(votes, weights, agree, strict=True):
@@ -96,7 +107,7 @@ def elect(parts: Sequence[Tall], weights: PerModel, densities: Sequence[float], 
     return replace(parts[0], step=min(part.step for part in parts), piece=piece)
 
 
-def least_kept(part: Tall, density: float) -> float:
+def least_kept(part: Tall, density: float, noise: float) -> float:
     """The least magnitude among the share of the largest ones, one at the least; infinite for a share of nothing.
 
     What is as small as the decomposition's rounding is nothing: its sign would be anybody's guess.
@@ -108,4 +119,5 @@ def least_kept(part: Tall, density: float) -> float:
         return float("inf")
     magnitudes = part.matrix().abs_().reshape(-1)
     dropped = elements - min(max(int(density * elements), 1), elements)
-    return max(float(magnitudes.kthvalue(dropped + 1).values), NOISE * float(magnitudes.max()))
+    least = float(magnitudes.kthvalue(dropped + 1).values) * (1.0 - noise)  # equal ones are equal but for noise
+    return max(least, noise * float(magnitudes.max()))

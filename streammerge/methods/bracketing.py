@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from streammerge.methods.cuts import ALL
 from streammerge.methods.radix import UpperBits
 from streammerge.reading import page_aligned
 
@@ -43,8 +42,9 @@ ROOM: Final = 2**19
 COARSE: Final = 12
 """Upper bits of what was gathered by which it is divided into bins."""
 
+BOTTOM: Final = -(2**31)
 TOP: Final = 2**31 - 1
-"""The greatest key."""
+"""The least and the greatest key."""
 
 
 def begin_bracketing(ranking: Ranking) -> Any:  # noqa: ANN401
@@ -56,14 +56,14 @@ def begin_bracketing(ranking: Ranking) -> Any:  # noqa: ANN401
 class Bracket:
     """Keys between which a rank should lie: greater than `low`, and less than `low` + 2 ** `bits`; by default all."""
 
-    low: int = ALL
+    low: int = BOTTOM
     bits: int = 32
 
     @classmethod
     def around(cls, low: int, high: int) -> Bracket:
         """The bracket that holds these keys and all between them."""
         bits = (high - low + 2).bit_length()
-        middle = max(ALL, (low + high) // 2 - 2 ** (bits - 1))
+        middle = max(BOTTOM, (low + high) // 2 - 2 ** (bits - 1))
         return cls(middle, bits) if middle + 2**bits <= TOP else cls()
 
     def part(self, found: Tensor) -> tuple[int, Tensor]:
@@ -116,7 +116,7 @@ class Sample:
         doubt = DEVIATIONS * math.sqrt(spread / count) + UNEVEN * spread / math.sqrt(len(self.found))
         low, high = math.floor((share - doubt) * count) - 1, math.ceil((share + doubt) * count) + 1
         return Bracket.around(
-            int(sample.kthvalue(low).values) if low >= 1 else ALL + 1,
+            int(sample.kthvalue(low).values) if low >= 1 else BOTTOM + 1,
             int(sample.kthvalue(high).values) if high <= count else TOP,
         )
 

@@ -86,7 +86,8 @@ def pcb_contest(target: Target, parameters: Mapping[str, ParameterValue]) -> Any
         )
         return ranking.begin(models)
 
-    return Ranking(elements, [tails] * models, exact=False, gather=False, then=rank_scores).begin(models)
+    ranking = Ranking(elements, [tails] * models, exact=False, gather=False, wide=target.wide, then=rank_scores)
+    return ranking.begin(models)
 
 
 def interval(low: Cut, high: Cut) -> Interval:

@@ -171,7 +171,7 @@ def breadcrumbs_cuts(target: Target, parameters: Parameters) -> Any:  # noqa: AN
             return list(zip(bands, [1.0] * len(bands), strict=True))
         return l1_pass(target, kept, lambda factors: list(zip(bands, factors, strict=True)))
 
-    return Ranking(elements, ranks, then=with_factors).begin(len(ranks))
+    return Ranking(elements, ranks, wide=target.wide, then=with_factors).begin(len(ranks))
 
 
 def band_ranks(elements: int, density: float, gamma: float) -> tuple[int, int]:

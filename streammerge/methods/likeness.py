@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 Parameters = Mapping[str, ParameterValue]
 
+EQUAL: Final = 1e-12
+"""Cosines that differ by no more are the same: so much may be off by rounding, in float64."""
+
 TRIMMED: Final = 0.01
 """The share of the smallest cosines, and of the largest of the others, that don't count."""
 
@@ -79,10 +82,10 @@ class Range:
         return cls(lowest[dropped], max(-value for value in highest if -value <= bound))
 
     def place(self, values: Tensor) -> Tensor:
-        """Where in the range the values lie, from 0 to 1 for those inside. In a range without length, all that are
-        no less are at its end."""
+        """Where in the range the values lie, from 0 to 1 for those inside. In a range without length, but for what
+        rounding makes of one, all that are no less are at its end."""
         width = self.most - self.least
-        return values.sub(self.least).div_(width) if width > 0 else (values >= self.least).to(values.dtype)
+        return values.sub(self.least).div_(width) if width > EQUAL else (values >= self.least - EQUAL).to(values.dtype)
 
 
 def around(index: float) -> tuple[int, int]:

@@ -6,19 +6,19 @@ import math
 
 from streammerge.errors import MethodError
 from streammerge.methods.contract import PerModel
-from streammerge.methods.registry import LinearMethod, method, net
+from streammerge.methods.registry import LinearMethod, Quotient, method, net
 
 GTA_UNUSED = ("density", "int8_mask", "rescale")
 """Parameters that mergekit's schema lets task arithmetic take, without effect."""
 
 
 @method(LinearMethod)
-def linear(*, weight: PerModel = (1.0,), normalize: bool = True) -> list[float]:
+def linear(*, weight: PerModel = (1.0,), normalize: bool = True) -> Quotient:
     """θ = Σᵢ wᵢ θᵢ, divided by Σᵢ wᵢ unless `normalize` is false.
 
     Model soups, Wortsman et al. 2022, arXiv:2203.05482.
     """
-    return normalized(weight) if normalize else list(weight)
+    return mean(weight) if normalize else Quotient(weight)
 
 
 @method(LinearMethod, models=(2, 2))
@@ -40,13 +40,14 @@ def add_difference(*, alpha: float = 1.0) -> list[float]:
 
 
 @method(LinearMethod, base="required", accepted=GTA_UNUSED)
-def task_arithmetic(*, weight: PerModel = (1.0,), lambda_: float = 1.0, normalize: bool = False) -> list[float]:
+def task_arithmetic(*, weight: PerModel = (1.0,), lambda_: float = 1.0, normalize: bool = False) -> Quotient:
     """θ = θ₀ + λ Σᵢ wᵢ (θᵢ − θ₀), the weights divided by Σᵢ wᵢ if `normalize` is true.
 
     Task arithmetic, Ilharco et al. 2023, arXiv:2212.04089.
     """
-    scaled = [lambda_ * share for share in (normalized(weight) if normalize else weight)]
-    return [net(1.0, *(-share for share in scaled)), *scaled]
+    found = mean(weight) if normalize else Quotient(weight)
+    scaled = [lambda_ * share for share in found.coefficients]
+    return Quotient([net(found.divisor, *(-share for share in scaled)), *scaled], found.divisor)
 
 
 @method(LinearMethod, models=(1, 1))
@@ -68,12 +69,12 @@ def scale(*, alpha: float) -> list[float]:
 
 
 @method(LinearMethod)
-def n_average(*, weight: PerModel = (1.0,)) -> list[float]:
+def n_average(*, weight: PerModel = (1.0,)) -> Quotient:
     """θ = Σᵢ wᵢ θᵢ / Σᵢ wᵢ, the mean of all models where no weights are given.
 
     sd-mecha's n_average: `linear` that is always normalised.
     """
-    return normalized(weight)
+    return mean(weight)
 
 
 @method(LinearMethod, models=(3, 3))
@@ -95,16 +96,18 @@ def triple_sum(*, alpha: float = 0.5, beta: float = 0.25) -> list[float]:
 
 
 @method(LinearMethod, base="required")
-def expo(*, alpha: float = 0.1, weight: PerModel = (1.0,)) -> list[float]:
+def expo(*, alpha: float = 0.1, weight: PerModel = (1.0,)) -> Quotient:
     """θ = θ̄ + α (θ̄ − θ₀),   θ̄ = Σᵢ wᵢ θᵢ / Σᵢ wᵢ
 
     Model extrapolation (ExPO), Zheng et al. 2024, arXiv:2404.16792: the base is the model before alignment.
     """
-    return [-alpha, *((1.0 + alpha) * share for share in normalized(weight))]
+    found = mean(weight)
+    models = ((1.0 + alpha) * share for share in found.coefficients)
+    return Quotient([-alpha * found.divisor, *models], found.divisor)
 
 
 @method(LinearMethod, models=(2, 2))
-def weighted_subtraction(*, alpha: float = 0.5, beta: float = 0.25) -> list[float]:
+def weighted_subtraction(*, alpha: float = 0.5, beta: float = 0.25) -> Quotient:
     """θ = (θ₁ − αβ θ₂) / (1 − αβ)
 
     sd-meh's weighted subtraction, what takes θ₂ out of a weighted sum. Where αβ is 1 there is no such model, and it is
@@ -116,7 +119,7 @@ def weighted_subtraction(*, alpha: float = 0.5, beta: float = 0.25) -> list[floa
             f"weighted_subtraction divides by 1 - alpha * beta, which is zero for alpha {alpha:g} and beta {beta:g}",
             advice="Choose an alpha or a beta that is not 1.",
         )
-    return [1.0 / rest, -alpha * beta / rest]
+    return Quotient([1.0, -alpha * beta], rest)
 
 
 @method(LinearMethod, models=(2, 2))
@@ -155,10 +158,18 @@ def logistic(x: float) -> float:
 
 def normalized(weight: PerModel) -> list[float]:
     """The weights divided by their sum; MethodError where that is zero."""
+    found = mean(weight)
+    return [share / found.divisor for share in found.coefficients]
+
+
+def mean(weight: PerModel) -> Quotient:
+    """The weights and their sum, or ones and their number where all are equal; MethodError where the sum is zero."""
     total = net(*weight)
     if total == 0:
         raise MethodError(
             f"the weights {list(weight)} sum to zero and can't be normalised",
             advice="Choose other weights, or set normalize to false.",
         )
-    return [share / total for share in weight]
+    if len(set(weight)) == 1:
+        return Quotient([1.0] * len(weight), float(len(weight)))
+    return Quotient(weight, total)

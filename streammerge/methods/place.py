@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 class Target:
     """The tensor that a method makes: its name and shape, how many inputs it is made of, and the seed of the merge.
 
-    It is made in blocks of `step` elements. Where statistics are taken over all tensors of a model together, its blocks
+    It is made in blocks of `step` elements; `wide` says whether in float64, or if it is of a whole model, whether any
+    tensor of it is. Where statistics are taken over all tensors of a model together, its blocks
     are counted from `first_block` in them; what is measured then has them as its `parts`.
     """
 
@@ -27,6 +28,7 @@ class Target:
     step: int = 2**18
     first_block: int = 0
     parts: tuple[Target, ...] = ()
+    wide: bool = False
 
     @property
     def elements(self) -> int:

@@ -1,7 +1,7 @@
 """Ranks found by radix histograms: the passes that always get there, in the same memory for any tensor.
 
-One counts the upper 16 bits of the values' keys, one the lower 16 bits inside the bins in which the ranks lie, and one,
-where the k largest are to be told from others that equal the k-th, counts these block by block.
+One counts the upper 16 bits of the values' keys, one (of wide keys three) the next 16 bits inside the bins in which the
+ranks lie, and one, where the k largest are to be told from others that equal the k-th, counts these block by block.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ class UpperBits:
 
     def measure(self, block: int, inputs: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
         """The block's counts of each vector."""
+        shift = 48 if self.ranking.wide else 16
         return [
-            (((found >> 16) + BINS // 2).bincount(minlength=BINS), int(found.count_nonzero()))
+            (((found >> shift) + BINS // 2).bincount(minlength=BINS), int(found.count_nonzero()))
             for found in self.ranking.keys(block, inputs)
         ]
 
@@ -58,18 +59,22 @@ class UpperBits:
         for vector, counts in enumerate(self.counts):
             for search in ranking.open_searches(vector):
                 search.upper = settle(search, counts) - BINS // 2
-        return LowerBits(ranking) if ranking.unsettled else ranking.result()
+        return LowerBits(ranking, 32 if ranking.wide else 0) if ranking.unsettled else ranking.result()
 
 
 class LowerBits:
-    """Second pass: in every bin where a rank lies, how many patterns have each value of the lower 16 bits."""
+    """Second pass: in every bin where a rank lies, how many patterns have each value of the next 16 bits.
+
+    Behind these there are `shift` more.
+    """
 
     ordered = False
 
-    def __init__(self, ranking: Ranking) -> None:
+    def __init__(self, ranking: Ranking, shift: int = 0) -> None:
         import torch
 
         self.ranking = ranking
+        self.shift = shift
         self.counts = {
             (vector, search.upper): torch.zeros(BINS, dtype=torch.int64)
             for vector in range(len(ranking.searches))
@@ -78,7 +83,7 @@ class LowerBits:
 
     def measure(self, block: int, inputs: Sequence[Tensor]) -> dict[tuple[int, int], Tensor]:
         """The block's counts in each bin."""
-        found = list(self.ranking.keys(block, inputs))
+        found = [keys >> self.shift if self.shift else keys for keys in self.ranking.keys(block, inputs)]
         return {
             (vector, upper): (found[vector][(found[vector] >> 16) == upper] & (BINS - 1)).bincount(minlength=BINS)
             for vector, upper in self.counts
@@ -90,14 +95,16 @@ class LowerBits:
             self.counts[key] += counts.to("cpu")
 
     def finish(self) -> Any:  # noqa: ANN401
-        """The pass that counts equals, or the result."""
+        """The pass over the bits behind, or the one that counts equals, or the result."""
         ranking = self.ranking
         for vector in range(len(ranking.searches)):
             for search in ranking.open_searches(vector):
                 counts = self.counts[vector, search.upper]
                 lower = settle(search, counts)
-                search.key = search.upper << 16 | lower
+                search.key = search.upper = search.upper << 16 | lower
                 search.equal = int(counts[lower])
+        if self.shift:
+            return LowerBits(ranking, self.shift - 16)
         return Equals(ranking) if ranking.exact and any(map(is_split, ranking.all())) else ranking.result()
 
 

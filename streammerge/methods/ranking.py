@@ -25,7 +25,7 @@ Ranks = Sequence[Sequence[int]]
 
 @dataclass(slots=True)
 class Search:
-    """The search for one rank: how many values are known to be above, and the key as far as it is known.
+    """The search for one rank: how many values are known to be above, and the key's upper bits as far as they are.
 
     `equals` is how many values of each block have the key, where not all of them are wanted.
     """
@@ -44,7 +44,8 @@ class Ranking:
 
     `ranks` are the k of each vector, or follow from how many of each vector's elements are not zero. The result is, for
     each vector, a Cut for each of its k; `then` makes it into the method's statistics or into the next pass.
-    Without `gather`, histograms alone are used: for many ranks at once, what is gathered would be much.
+    Without `gather`, histograms alone are used: for many ranks at once, what is gathered would be much. Values are
+    ranked as they are in float32, or if `wide` in float64, by histograms too.
     With `exact`, exactly k elements are in a cut; without, those that equal the k-th all are.
     """
 
@@ -54,6 +55,7 @@ class Ranking:
     signed: bool = False
     exact: bool = True
     gather: bool = True
+    wide: bool = False
     then: Callable[[tuple[tuple[Cut, ...], ...]], Any] = tuple
     searches: list[list[Search]] = field(default_factory=list)
 
@@ -64,7 +66,7 @@ class Ranking:
         self.look_for(self.ranks)
         if not self.unsettled:
             return self.result()
-        return begin_bracketing(self) if self.gather else UpperBits(self, count)
+        return begin_bracketing(self) if self.gather and not self.wide else UpperBits(self, count)
 
     def look_for(self, ranks: Ranks) -> None:
         """Begin to search for these."""
@@ -95,7 +97,8 @@ class Ranking:
 
     def keys(self, block: int, inputs: Sequence[Tensor]) -> Iterator[Tensor]:
         """The sortable patterns of each vector's block, one vector at a time."""
-        return (keys(vector.reshape(-1), signed=self.signed) for vector in self.vectors(block, inputs))
+        vectors = self.vectors(block, inputs)
+        return (keys(vector.reshape(-1), signed=self.signed, wide=self.wide) for vector in vectors)
 
     def result(self) -> Any:  # noqa: ANN401
         """What follows from the finished searches."""
@@ -103,5 +106,6 @@ class Ranking:
 
     def _cut(self, search: Search) -> Cut:
         if self._open(search):
-            return quotas(search.key, search.k - search.above, search.equals, signed=self.signed)
-        return Cut(None if search.k <= 0 and self.elements else ALL, None, self.signed)
+            left = search.k - search.above
+            return quotas(search.key, left, search.equals, signed=self.signed, wide=self.wide)
+        return Cut(None if search.k <= 0 and self.elements else ALL, None, 0, self.signed, self.wide)

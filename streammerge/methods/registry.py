@@ -121,20 +121,34 @@ class Method:
 Coefficients = Callable[..., Sequence[float]]
 
 
+@dataclass(frozen=True, slots=True)
+class Quotient:
+    """Σᵢ cᵢ θᵢ / divisor: a mean is its sum divided once, more exactly than with every weight divided beforehand."""
+
+    coefficients: Sequence[float]
+    divisor: float = 1.0
+
+
 @dataclass(frozen=True)
 class LinearMethod(Method):
-    """The output is a linear combination with coefficients that the parameters alone decide."""
+    """The output is a linear combination with coefficients that the parameters alone decide.
 
-    function: Coefficients = lambda: ()
+    The function returns them, one per input, or a Quotient of them.
+    """
+
+    function: Callable[..., Sequence[float] | Quotient] = lambda: ()
 
     @property
     def kind(self) -> str:
         """Streams in one pass."""
         return "linear"
 
-    def coefficients(self, parameters: Mapping[str, ParameterValue]) -> Sequence[float]:
-        """One finite coefficient per input; MethodError where the parameters allow none."""
-        return finite(self, self.function(**keywords(parameters)))
+    def quotient(self, parameters: Mapping[str, ParameterValue]) -> Quotient:
+        """One finite coefficient per input, and what their sum is divided by; MethodError where there is none."""
+        made = self.function(**keywords(parameters))
+        found = made if isinstance(made, Quotient) else Quotient(made)
+        finite(self, [*found.coefficients, found.divisor])
+        return found
 
 
 @dataclass(frozen=True)

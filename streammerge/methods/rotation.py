@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from streammerge.methods.decomposition import decompose
 from streammerge.methods.registry import WholeMethod, method
 from streammerge.methods.tall import Tall, beside
-from streammerge.methods.tasks import is_finite, workspace
+from streammerge.methods.tasks import check_squares, is_finite, workspace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,6 +48,8 @@ def rotate(a: Tensor, b: Tensor, *, alignment: float = 1.0, alpha: float = 0.0, 
     if a.ndim < 2 or not (is_finite(a) and is_finite(b)):
         return torch.lerp(a, b, alpha)
     one, other = (Neurons.of(model, centralization) for model in (a, b))
+    if a.dtype == torch.float64:
+        check_squares([one.rows, other.rows])
     out = torch.empty(one.matrix.shape, dtype=a.dtype)
     mean = torch.lerp(one.mean, other.mean, alignment)
     if 2 * out.shape[0] < out.shape[1]:

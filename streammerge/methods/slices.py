@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from streammerge.methods.statistics import Gram
+from streammerge.methods.statistics import WIDE, Gram, refuse_unless_infinite, tensors_from
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,36 +88,20 @@ class Slicing:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SliceGrams:
-    """The Gram matrix of every slice: `products[i, j, k]` is what `Gram.products[i][j]` is of the k-th slice alone."""
+    """The Gram matrices of every slice: `products[:, k]` is what `Gram.of` takes of the k-th."""
 
     products: Tensor
 
     def __iter__(self) -> Iterator[Gram]:
-        count = self.products.shape[2]
-        for first in range(0, count, 1024):  # as Python's numbers they take four times as much
-            for matrix in self.products[:, :, first : first + 1024].permute(2, 0, 1).tolist():
-                yield Gram(tuple(map(tuple, matrix)))
+        count = math.isqrt(self.products.shape[0])
+        for first in range(0, self.products.shape[1], 1024):  # as Python's numbers they take four times as much
+            for found in self.products[:, first : first + 1024].T.tolist():
+                yield Gram.of(count, found)
 
-    def dot(self, i: int, j: int) -> Tensor:
-        """⟨xᵢ, xⱼ⟩ of every slice."""
-        products = self.products
-        total = products[0, 0].clone()
-        if i:
-            total += products[i, 0]
-        if j:
-            total += products[0, j]
-        if i and j:
-            total += products[i, j]
-        return total
-
-    def norm(self, i: int) -> Tensor:
-        """‖xᵢ‖ of every slice."""
-        return self.dot(i, i).clamp_(min=0).sqrt_()
-
-    def cosine(self, i: int, j: int) -> Tensor:
-        """⟨xᵢ, xⱼ⟩ / ‖xᵢ‖‖xⱼ‖ of every slice, clamped to [−1, 1]; 0 where a norm is 0."""
-        norms = self.norm(i) * self.norm(j)
-        return (self.dot(i, j) / norms.masked_fill(norms == 0, 1.0)).clamp_(-1.0, 1.0)
+    @property
+    def is_finite(self) -> bool:
+        """Whether every product is a finite number, as those of finite numbers are."""
+        return all(math.isfinite(total) for total in self.products.sum(1).tolist())
 
 
 class SliceGramPass:
@@ -131,7 +115,7 @@ class SliceGramPass:
 
         self.slicing = slicing
         self.step = step
-        self.totals = torch.zeros(inputs, inputs, slicing.count, dtype=torch.float64)
+        self.totals = torch.zeros(inputs**2, slicing.count, dtype=torch.float64)
 
     def measure(self, block: int, inputs: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
         """The block's share of the products of the slices that it touches: the first slice, and products from it on."""
@@ -140,20 +124,38 @@ class SliceGramPass:
         return [self._measure(part, [part.of(values.reshape(-1)) for values in inputs]) for part in parts]
 
     def _measure(self, part: Rectangle, inputs: Sequence[Tensor]) -> tuple[int, Tensor]:
-        first = inputs[0].double()
-        vectors = [first, *(other - first for other in inputs[1:])]
+        import torch
+
+        tensors = [values.double() for values in inputs]
+        vectors = [tensors[0], *(other - tensors[0] for other in tensors[1:])]
+        share = self._products(vectors)
+        told = tensors_from(share)
+        if any(bool((row[-1] < WIDE.short * told[0][0]).any()) for row in told):
+            told = self._products(tensors)
+        if inputs[0].dtype == torch.float64:
+            self._check(vectors, share)
+            self._check(tensors, told)
+        found = [*(values for row in told for values in row), *(values for row in share[1:] for values in row[1:])]
+        return part.column if self.slicing.by_column else part.row, torch.stack(found).cpu()
+
+    def _check(self, vectors: Sequence[Tensor], share: list[list[Tensor]]) -> None:
+        """MethodError where a slice's square is not what it seems to be."""
+        for vector, row in zip(vectors, share, strict=True):
+            odd = (row[-1] < WIDE.least) | (row[-1] > WIDE.most)
+            if bool(odd.any()):
+                greatest = vector.abs().amax(0 if self.slicing.by_column else 1)[odd]
+                if bool(greatest.any()):
+                    refuse_unless_infinite([float(greatest.max())])
+
+    def _products(self, vectors: Sequence[Tensor]) -> list[list[Tensor]]:
+        """⟨vᵢ, vⱼ⟩ for j ≤ i of every slice, by rows."""
         along = 0 if self.slicing.by_column else 1
-        count = part.columns if self.slicing.by_column else part.rows
-        share = first.new_zeros(len(vectors), len(vectors), count)
-        for i, one in enumerate(vectors):
-            for j in range(i + 1):
-                share[i, j] = share[j, i] = (one * vectors[j]).sum(along)
-        return part.column if self.slicing.by_column else part.row, share.cpu()
+        return [[(one * other).sum(along) for other in vectors[: i + 1]] for i, one in enumerate(vectors)]
 
     def add(self, block: int, measured: list[tuple[int, Tensor]]) -> None:
         """Add a block's shares to the totals."""
         for first, share in measured:
-            self.totals[:, :, first : first + share.shape[2]] += share
+            self.totals[:, first : first + share.shape[1]] += share
 
     def finish(self) -> SliceGrams:
         """The matrices of the whole slices."""

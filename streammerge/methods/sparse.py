@@ -36,7 +36,7 @@ def trim_to_density(target: Target, parameters: Mapping[str, ParameterValue]) ->
             return [(cut, 1.0) for cut in first]
         return l1_pass(target, kept, lambda factors: list(zip(first, factors, strict=True)))
 
-    return Ranking(target.elements, ranks, then=trims).begin(len(ranks))
+    return Ranking(target.elements, ranks, wide=target.wide, then=trims).begin(len(ranks))
 
 
 @method(
@@ -66,7 +66,8 @@ def ties(
     TIES-Merging, Yadav et al. 2023, arXiv:2306.01708. trim keeps the `density` largest elements (of equal ones the
     first) of each tensor as in mergekit, or with `scope: model` of the whole model as in the paper; the sign of the
     weighted sum is elected, + where it is zero; or with `vote: count`, as in sd-meh and sd-mecha, that of most models,
-    none where there is no majority. `rescale` scales what was kept to the L1 norm of the whole task vector.
+    none where there is no majority. These two keep one element more: what is no less than the max(⌊(1 − density) n⌋,
+    1)-th smallest. `rescale` scales what was kept to the L1 norm of the whole task vector.
     """
     deltas = [
         scaled(cut.keep(model - base, place.counted), share * factor)

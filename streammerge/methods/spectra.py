@@ -24,11 +24,12 @@ def crossover(first: Tensor, second: Tensor, *, alpha: Share = 0.5, tilt: float 
     """θ = F⁻¹((1 − g) F θ₁ + g F θ₂),   F: the Fourier transform over all dimensions, g = [frequency > 1 − α]
 
     sd-mecha's crossover: the high frequencies of θ₂ and the low ones of θ₁. A frequency is the root of the mean square
-    of its shares of each dimension's highest. `tilt` turns the crossing, with a period of 4: 0 is steep, at 1 and 3
-    g = α (a weighted sum), at 2 the low frequencies are θ₂'s, g = [frequency < α]; between, g is linear. Nearly equal
-    tensors are crossed like all others, and g at tilt 2 is what it tends to from either side; sd-mecha averages the
-    former and has [frequency < 1 − α] for the latter. Single numbers are averaged. A vector of millions of elements
-    whose number has a large prime factor takes three times the stated memory.
+    of its shares of each dimension's highest; one within 1e-6 of the edge counts as on it, where it is θ₁'s. `tilt`
+    turns the crossing, with a period of 4: 0 is steep, at 1 and 3 g = α (a weighted sum), at 2 the low frequencies are
+    θ₂'s, g = [frequency < α]; between, g is linear. Nearly equal tensors are crossed like all others, and g at tilt 2
+    is what it tends to from either side; sd-mecha averages the former and has [frequency < 1 − α] for the latter.
+    Single numbers are averaged. A vector of millions of elements whose number has a large prime factor takes three
+    times the stated memory.
     """
     import torch
 

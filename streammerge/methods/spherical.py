@@ -24,9 +24,10 @@ LEAST_SINE: Final = 1e-6
 def slerp(gram: Gram, *, t: float, lerp_norm: bool = False) -> list[float]:
     """θ = (sin((1−t)Ω) θ₁ + sin(tΩ) θ₂) / sin Ω,   cos Ω = ⟨θ₁, θ₂⟩ / ‖θ₁‖‖θ₂‖
 
-    Spherical interpolation, Shoemake 1985. The base, if there is one, is θ₁. Nearly parallel or zero tensors are
-    interpolated linearly, as in mergekit. With `lerp_norm`, as in sd-mecha, only directions are interpolated so, at any
-    angle, and the length is (1−t) ‖θ₁‖ + t ‖θ₂‖.
+    Spherical interpolation, Shoemake 1985. The base, if there is one, is θ₁. Nearly parallel tensors are interpolated
+    linearly, as in mergekit; so is a zero tensor, which has no angle (mergekit takes 90° for it, and for those whose
+    length is 1e-8 and less its cosine as it is, undivided by the length). With `lerp_norm`, as in sd-mecha, only
+    directions are interpolated so, at any angle, and the length is (1−t) ‖θ₁‖ + t ‖θ₂‖.
     """
     vectors = gram.models()
     cosine = vectors.cosine(0, 1)
@@ -98,7 +99,8 @@ def model_stock(
 
     Model Stock, Jang et al. 2024, arXiv:2403.19522, over all pairs as in mergekit; sd-mecha takes `consecutive` ones
     only, fusion_bench the cosine of the mean `angle`. With `filter_wise` each row (of convolutions each filter) has a T
-    of its own; it always has in sd-mecha. The cosine with a zero task vector is 0. Cosines are exact where
+    of its own; it always has in sd-mecha, where a row is what lies along the last dimension, of convolutions only the
+    kernel's width. The cosine with a zero task vector is 0. Cosines are exact where
     mergekit takes a product of norms below 1e-6 for 1e-6, which short tensors of near fine-tunes have.
     """
     tasks = gram.task_vectors()

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from streammerge.errors import MethodError
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T", float, "torch.Tensor")
 
 FEW: Final = 4
 """So many tensors are measured in whole blocks, in fewer calls; the differences of more would take much room."""
@@ -25,11 +29,25 @@ PIECE: Final = 2**16
 ALIGNMENT: Final = 64
 """Bytes on whose multiples torch puts what it allocates."""
 
-SQUARES: Final = (1e-20, 1e30)
-"""Between these, sums of float32 squares have neither overflowed nor lost what was too small to be squared."""
 
-SHORT: Final = 0.05
-"""A tensor of less than this share of x₀'s square is lost in what its difference from x₀ rounds away in float32."""
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """What a dtype tells: sums of squares between `least` and `most` have neither overflowed nor lost what was too
+    small to be squared. A tensor of less than the share `short` of x₀'s square is lost in what its difference from x₀
+    rounds away: its products are measured, where those of others follow from products of differences."""
+
+    least: float
+    most: float
+    short: float
+
+    def holds(self, products: Sequence[Sequence[float]], is_there: Callable[[int], bool]) -> bool:
+        """Whether all squares, at the ends of the rows, are what they seem to be, those of zero vectors included."""
+        return all(self.least < row[-1] < self.most or not is_there(i) for i, row in enumerate(products))
+
+
+NARROW: Final = Reach(1e-20, 1e30, 0.5)
+WIDE: Final = Reach(1e-290, 1e300, 1e-2)
+"""What float32 and float64 tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,62 +86,74 @@ class Products:
 
 @dataclass(frozen=True, slots=True)
 class Gram:
-    """Inner products of tensors x₀ … xₙ, kept so that nearly equal tensors don't cancel.
+    """Inner products of tensors x₀ … xₙ, and of what they differ by from the first: neither follows from the other
+    without loss, the differences' where tensors are nearly equal, the tensors' where their lengths are far apart.
 
-    `products[i][j]` is ⟨dᵢ, dⱼ⟩ with d₀ = x₀ and dᵢ = xᵢ − x₀ for i > 0.
+    `tensors` are those of x₀ … xₙ, `differences` those of x₁ − x₀ … xₙ − x₀.
     """
 
-    products: tuple[tuple[float, ...], ...]
+    tensors: Products
+    differences: Products
+
+    @classmethod
+    def of(cls, count: int, found: Sequence[float]) -> Gram:
+        """From the lower triangle of the tensors' products, row by row, and behind it that of the differences'."""
+        return cls(triangular(count, found), triangular(count - 1, found[sums_of(count) :]))
 
     @property
     def count(self) -> int:
         """The number of tensors."""
-        return len(self.products)
+        return self.tensors.count
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every product is a finite number, as those of finite numbers are."""
+        return all(
+            math.isfinite(value) for part in (self.tensors, self.differences) for row in part.values for value in row
+        )
 
     def defined(self) -> Gram:
         """The same; that of zero tensors where a value that is no finite number has spoilt a product."""
-        if all(math.isfinite(value) for row in self.products for value in row):
-            return self
-        return Gram(tuple((0.0,) * self.count for _ in range(self.count)))
+        return self if self.is_finite else Gram.of(self.count, (0.0,) * self.count**2)
 
     def models(self) -> Products:
         """The inner products of the tensors themselves."""
-        tensors = range(self.count)
-        return Products(tuple(tuple(self.dot(i, j) for j in tensors) for i in tensors))
+        return self.tensors
 
     def task_vectors(self) -> Products:
         """Those of xᵢ − x₀ for i > 0: of the task vectors, where the first tensor is the base."""
-        return Products(tuple(row[1:] for row in self.products[1:]))
+        return self.differences
 
     def from_first(self) -> Products:
         """Those of xᵢ − x₀ for every i, of which the first is nothing."""
-        nothing = (0.0,) * self.count
-        return Products((nothing, *((0.0, *row[1:]) for row in self.products[1:])))
+        return Products(((0.0,) * self.count, *((0.0, *row) for row in self.differences.values)))
 
     def dot(self, i: int, j: int) -> float:
         """⟨xᵢ, xⱼ⟩"""
-        products = self.products
-        total = products[0][0]
-        if i:
-            total += products[i][0]
-        if j:
-            total += products[0][j]
-        if i and j:
-            total += products[i][j]
-        return total
+        return self.tensors.values[i][j]
 
     def norm(self, i: int) -> float:
         """‖xᵢ‖"""
-        return math.sqrt(max(self.dot(i, i), 0.0))
+        return self.tensors.norm(i)
 
     def distance(self, i: int) -> float:
         """‖xᵢ − x₀‖, exact to rounding however near the two are."""
-        return math.sqrt(self.products[i][i]) if i else 0.0
+        return self.differences.norm(i - 1) if i else 0.0
 
     def cosine(self, i: int, j: int) -> float | None:
         """⟨xᵢ, xⱼ⟩ / ‖xᵢ‖‖xⱼ‖, clamped to [−1, 1]; None where a norm is 0, infinite, or no number."""
-        norms = self.norm(i) * self.norm(j)
-        return max(-1.0, min(1.0, self.dot(i, j) / norms)) if 0 < norms < math.inf else None
+        return self.tensors.cosine(i, j)
+
+
+def sums_of(count: int) -> int:
+    """How many products so many vectors have, each pair's counted once."""
+    return count * (count + 1) // 2
+
+
+def triangular(count: int, found: Sequence[float]) -> Products:
+    """The symmetric matrix whose lower triangle is this, row by row."""
+    places = [[sums_of(max(i, j)) + min(i, j) for j in range(count)] for i in range(count)]
+    return Products(tuple(tuple(found[place] for place in row) for row in places))
 
 
 class GramPass:
@@ -131,38 +161,63 @@ class GramPass:
 
     Differences are taken first, so that what is rounded away is a part of a distance, however near the tensors are.
     Blocks in less than float64 are measured in float32, good to a few 1e-7; those that this can't do, in float64.
+    What float64 can't do either is refused, unless the pass is `lenient`: then its norms are 0 or infinite.
     """
 
     ordered = True
 
-    def __init__(self, count: int) -> None:
-        self.totals = [[0.0] * count for _ in range(count)]
+    def __init__(self, count: int, *, lenient: bool = False) -> None:
+        self.count = count
+        self.lenient = lenient
+        self.totals = [0.0] * count**2
 
-    def measure(self, block: int, inputs: Sequence[torch.Tensor]) -> list[list[float]]:
-        """The block's share of every product, by rows of the lower triangle."""
+    def measure(self, block: int, inputs: Sequence[torch.Tensor]) -> list[float]:
+        """The block's share of every product, as `Gram.of` takes them; MethodError where float64 doesn't hold them."""
         import torch
 
-        if inputs[0].dtype == torch.float64:
-            return products_of(inputs)
-        share = products_of([values.float() for values in inputs])
-        if all(is_told_by_float32(i, share, inputs) for i in range(len(inputs))):
-            return share
-        return products_of([values.double() for values in inputs])
+        if inputs[0].dtype != torch.float64:
+            found, holds = measured([values.float() for values in inputs], NARROW)
+            if holds:
+                return found
+        wide = [values.double() for values in inputs]
+        found, holds = measured(wide, WIDE)
+        if not (holds or self.lenient):
+            refuse_unless_infinite([float(values.abs().max()) for values in wide])
+        return found
 
-    def add(self, block: int, measured: list[list[float]]) -> None:
+    def add(self, block: int, measured: list[float]) -> None:
         """Add a block's share to the totals."""
-        for total, share in zip(self.totals, measured, strict=True):
-            for j, value in enumerate(share):
-                total[j] += value
+        self.totals = [total + share for total, share in zip(self.totals, measured, strict=True)]
 
     def finish(self) -> Gram:
-        """The symmetric matrix of the whole tensors."""
-        count = range(len(self.totals))
-        return Gram(tuple(tuple(self.totals[max(i, j)][min(i, j)] for j in count) for i in count))
+        """The symmetric matrices of the whole tensors."""
+        return Gram.of(self.count, self.totals)
 
 
-def products_of(inputs: Sequence[torch.Tensor]) -> list[list[float]]:
-    """⟨dᵢ, dⱼ⟩ for j ≤ i, with d₀ = x₀ and dᵢ = xᵢ − x₀ for i > 0; added up in float64."""
+def measured(inputs: Sequence[torch.Tensor], reach: Reach) -> tuple[list[float], bool]:
+    """The products as `Gram.of` takes them, and whether they are what they seem to be."""
+    share = products_of(inputs)
+    holds = reach.holds(share, lambda i: not inputs[i].equal(inputs[0]) if i else bool(inputs[0].any()))
+    told = tensors_from(share)
+    if any(row[-1] < reach.short * told[0][0] for row in told):
+        told = products_of(inputs, apart=False)
+        holds = holds and reach.holds(told, lambda i: bool(inputs[i].any()))
+    return [*(value for row in told for value in row), *(value for row in share[1:] for value in row[1:])], holds
+
+
+def tensors_from(share: Sequence[Sequence[T]]) -> list[list[T]]:
+    """⟨xᵢ, xⱼ⟩ for j ≤ i, by rows, from the same of d₀ = x₀ and dᵢ = xᵢ − x₀."""
+    first = share[0][0]
+    told = [[first]]
+    for row in share[1:]:
+        own = [first + row[0]]
+        own += [own[0] + (share[j][0] + row[j]) for j in range(1, len(row))]
+        told.append(own)
+    return told
+
+
+def products_of(inputs: Sequence[torch.Tensor], *, apart: bool = True) -> list[list[float]]:
+    """⟨dᵢ, dⱼ⟩ for j ≤ i, with d₀ = x₀ and dᵢ = xᵢ − x₀ for i > 0, or else xᵢ itself; added up in float64."""
     import torch
 
     count, elements = len(inputs), inputs[0].numel()
@@ -173,12 +228,13 @@ def products_of(inputs: Sequence[torch.Tensor]) -> list[list[float]]:
     for start in range(0, elements, step):
         first, *others = (values[start : start + step] for values in inputs)
         *differences, spare = SCRATCH.rooms(count, first)
-        vectors = [first]
-        for other, room in zip(others, differences, strict=True):
-            vectors.append(torch.sub(other, first, out=room))
+        vectors = [first, *others]
+        if apart:
+            pairs = zip(others, differences, strict=True)
+            vectors[1:] = [torch.sub(other, first, out=room) for other, room in pairs]
         shares += [inner(one, other, spare) for i, one in enumerate(vectors) for other in vectors[: i + 1]]
-    sums = torch.stack(shares).view(-1, count * (count + 1) // 2).sum(0, dtype=torch.float64).tolist()
-    return [sums[i * (i + 1) // 2 : (i + 1) * (i + 2) // 2] for i in range(count)]
+    sums = torch.stack(shares).view(-1, sums_of(count)).sum(0, dtype=torch.float64).tolist()
+    return [sums[sums_of(i) : sums_of(i + 1)] for i in range(count)]
 
 
 def piece_of(count: int) -> int:
@@ -204,14 +260,16 @@ def aligned(values: torch.Tensor) -> torch.Tensor:
     return values if values.data_ptr() % ALIGNMENT == 0 else values.clone()
 
 
-def is_told_by_float32(i: int, share: list[list[float]], inputs: Sequence[torch.Tensor]) -> bool:
-    """Whether float32 says everything of xᵢ: not if squares overflow or vanish, nor if it is much shorter than x₀."""
-    import torch
-
-    first, square = share[0][0], share[i][i]
-    if not SQUARES[0] < square < SQUARES[1]:
-        return torch.equal(inputs[i], inputs[0]) if i else not inputs[0].any()  # then there is nothing to be told
-    return not i or first + 2.0 * share[i][0] + square >= SHORT * first
+def refuse_unless_infinite(sizes: Sequence[float]) -> None:
+    """MethodError for finite numbers of these magnitudes, whose squares float64 does not hold; what is no finite number
+    has no products."""
+    if all(map(math.isfinite, sizes)):
+        raise MethodError(
+            "values are too large or too small for their squares to be held in float64, so that lengths and angles "
+            "can't be measured",
+            found=[f"input {number} has magnitudes up to {size:.3g}" for number, size in enumerate(sizes, 1)],
+            advice="Copy the tensor with --keep or a rule, or merge it linearly.",
+        )
 
 
 class Scratch(threading.local):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+from streammerge.methods.statistics import refuse_unless_infinite
 from streammerge.methods.tall import PIECE, Tall, total
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ class Tasks:
     def __init__(
         self, base: Tensor, models: Sequence[Tensor], weight: Sequence[float] = (1.0,), *, turned: bool | None = None
     ) -> None:
+        import torch
+
         self.base = base
         height = base.shape[0] if base.ndim > 1 else base.numel()
         self.turned = height * height < base.numel() if turned is None else turned
@@ -31,6 +34,8 @@ class Tasks:
         self.deltas = [self._delta(model, w) for model, w in zip(models, weights, strict=True)]
         self.are_finite = all(is_finite(tensor) for tensor in (base, *models))
         self.are_matrices = base.ndim > 1 and self.are_finite
+        if self.are_matrices and base.dtype == torch.float64:
+            check_squares(self.deltas)
 
     def _flat(self, tensor: Tensor) -> Tensor:
         matrix = tensor.reshape(tensor.shape[0] if tensor.ndim > 1 else -1, self.width)
@@ -80,6 +85,22 @@ class Tasks:
 def is_finite(tensor: Tensor) -> bool:
     """Whether all of it are finite numbers, without a mask of its size."""
     return not tensor.numel() or all(math.isfinite(float(bound)) for bound in tensor.aminmax())
+
+
+SQUARED: Final = (1e-140, 1e140)
+"""Between these the squares of float64, and sums of many, are numbers to compute with."""
+
+
+def check_squares(matrices: Sequence[Tall]) -> None:
+    """MethodError unless float64 holds the squares of the matrices' elements, as their Gram matrices want it to."""
+    sizes = [greatest(matrix) for matrix in matrices]
+    if any(size and not SQUARED[0] < size < SQUARED[1] for size in sizes):
+        refuse_unless_infinite(sizes)
+
+
+def greatest(matrix: Tall) -> float:
+    """The greatest magnitude, 0 of nothing."""
+    return max((float(matrix.piece(rows).abs().max()) for rows in matrix.cuts() if matrix.columns), default=0.0)
 
 
 def workspace(
