@@ -12,6 +12,7 @@ from streammerge import __version__
 from streammerge.carrying import LICENCES, MERGED_FROM, carried_metadata
 from streammerge.checking import checkpoint_reader
 from streammerge.checkpoints import open_model
+from streammerge.claims import NOTHING, Claim, Claims, file_key
 from streammerge.copying import Copying
 from streammerge.errors import MergeError, refusal
 from streammerge.formats.files import ByteFile
@@ -22,10 +23,12 @@ from streammerge.hashing import (
     file_sha256,
     hash_output,
     hashing,
+    sidecar_of,
     stale_sidecar,
     write_sidecar,
 )
-from streammerge.inputs import OpenInputs, check_output, check_with_library
+from streammerge.inputs import OUTPUT, OpenInputs, check_output, check_with_library, input_claims
+from streammerge.journal import journal_path
 from streammerge.lanes import Extent, Machine, Watch
 from streammerge.ledger import Ledger
 from streammerge.machine import peak_resident_bytes
@@ -47,14 +50,20 @@ def run_merge(
     options: Options,
     watch: Watch | None = None,
     tell: Tell = lambda _: None,
+    beside: Claims = NOTHING,
 ) -> Report:
     """Merge to the output. It is complete when this returns; when it raises, what lay there is as it was.
 
-    `tell` is given lines for the user while it begins: what there is to be resumed.
+    `tell` is given lines for the user while it begins: what there is to be resumed. `beside` is what is read and
+    written around the merge, which must be none of its files.
     """
     started = time.perf_counter()
-    with saying_what_is_on_disk(), planned(recipe, output, options) as plan, beginning(plan, tell) as begun:
-        return _carry_out(begun, started, watch, tell)
+    with (
+        saying_what_is_on_disk(),
+        planned(recipe, output, options, beside=beside) as plan,
+        beginning(plan, tell) as begun,
+    ):
+        return _carry_out(begun, started, watch, tell, beside)
 
 
 def run_verification(
@@ -70,8 +79,13 @@ def run_verification(
 
 
 @contextlib.contextmanager
-def planned(recipe: Recipe | Model, output: Path, options: Options, *, replacing: bool = False) -> Iterator[Plan]:
-    """The plan of a merge, its inputs open for as long as the `with` statement lasts."""
+def planned(
+    recipe: Recipe | Model, output: Path, options: Options, *, replacing: bool = False, beside: Claims = NOTHING
+) -> Iterator[Plan]:
+    """The plan of a merge, its inputs open for as long as the `with` statement lasts.
+
+    Unless it is `replacing` whatever lies at the output, or writing none, the output is checked.
+    """
     opened = OpenInputs()
     try:
         merged = opened.merge(recipe) if isinstance(recipe, Recipe) else as_merged(recipe)
@@ -82,15 +96,25 @@ def planned(recipe: Recipe | Model, output: Path, options: Options, *, replacing
         plan = make_plan(
             merged, output, options, method=method, inputs=inputs, metadata=metadata, description=description
         )
-        if not replacing:
+        if replacing:
+            (input_claims(plan.inputs) + beside).check()
+        else:
             # an interrupted run may have put its output in place; whoever resumes it looks again
-            check_output(plan, find_older(plan.output), may_exist=options.force or options.resume)
+            beside += claims_beside(plan)
+            check_output(plan, find_older(plan.output), beside, may_exist=options.force or options.resume)
         yield plan
     finally:
         opened.close()
 
 
-def _carry_out(begun: Beginning, started: float, watch: Watch | None, tell: Tell) -> Report:
+def claims_beside(plan: Plan) -> Claims:
+    """What a merge writes beside its output."""
+    journal = Claim(journal_path(plan.output), "the merge's journal", OUTPUT)
+    hashes = (Claim(sidecar_of(plan.output), "the file of hashes", OUTPUT),) if plan.options.hash else ()
+    return Claims(written=(journal, *hashes))
+
+
+def _carry_out(begun: Beginning, started: float, watch: Watch | None, tell: Tell, beside: Claims) -> Report:
     from streammerge.bookkeeping import Bookkeeper
     from streammerge.writing import OutputWriter
 
@@ -98,11 +122,12 @@ def _carry_out(begun: Beginning, started: float, watch: Watch | None, tell: Tell
     if begun.is_complete:
         return _finish(begun, started, tell)
     older = find_older(plan.output)
-    check_output(plan, older, may_exist=plan.options.force)
+    check_output(plan, older, beside, may_exist=plan.options.force)
     if plan.options.hash:
         check_sidecar(plan.output, force=plan.options.force)
-    if older.strays:
-        tell(f"note: {len(older.strays)} shards of an older output are left: {older.strays[0].name} …")
+    inputs = {file_key(file.path) for file in plan.inputs}
+    if strays := [path for path in older.strays if file_key(path) not in inputs]:
+        tell(f"note: {len(strays)} shards of an older output are left: {strays[0].name} …")
     plan.check_disk(begun.present_bytes)
     machine = Machine(plan) if plan.options.torch_must_check else None
     writer, ledger = OutputWriter(plan.output, begun.journal), Ledger(begun.journal.contents.entry)
@@ -126,7 +151,7 @@ def _carry_out(begun: Beginning, started: float, watch: Watch | None, tell: Tell
                 machine.check(writer.read, plan.output.path, watch)
             for file in plan.inputs:
                 file.check_unchanged()
-            check_output(plan, older, may_exist=plan.options.force)
+            check_output(plan, older, beside, may_exist=plan.options.force)
             writer.check()
         writer.commit(sync=plan.options.sync, superseded=older.superseded, identity=begun.request)
     if hashes:

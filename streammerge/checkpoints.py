@@ -148,4 +148,6 @@ def _open_shards(path: Path) -> Checkpoint:
         )
     first = next(iter(shards.values()))
     files = tuple(file for checkpoint in shards.values() for file in checkpoint.files)
+    for file in files:
+        file.index = path
     return Checkpoint(path, f"sharded {first.container} ({len(shards)} files)", nodes, files, first.metadata)

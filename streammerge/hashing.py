@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import heapq
-import os
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,11 +18,11 @@ from types import TracebackType
 from typing import Final
 
 from streammerge.copying import CopyRange
-from streammerge.errors import CheckpointError, OutputError, output_errors
+from streammerge.errors import CheckpointError, OutputError
 from streammerge.formats.files import read_errors
 from streammerge.layout import OutputFile, OutputLayout
-from streammerge.placing import temporary_name
 from streammerge.plan import Job
+from streammerge.side_files import write_text
 from streammerge.writing import OutputWriter
 
 BLOCK: Final = 1 << 20
@@ -213,19 +212,7 @@ def write_sidecar(layout: OutputLayout, hashes: Sequence[FileHashes], *, sync: b
         lines.append(_line(hashlib.sha256(layout.index[1].encode()).hexdigest(), layout.index[0].name))
     lines += [f"# tensors alone: {found.tensors}" for found in hashes]
     path = sidecar_of(layout)
-    temporary = temporary_name(path)
-    try:
-        with output_errors(path):
-            with temporary.open("x", encoding="utf-8", newline="\n") as file:
-                file.write("\n".join(lines) + "\n")
-                file.flush()
-                if sync:
-                    os.fsync(file.fileno())
-            temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    write_text(path, "\n".join(lines) + "\n", sync=sync)
     return path
 
 

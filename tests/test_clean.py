@@ -226,7 +226,7 @@ def test_an_older_output_in_any_form_is_replaced_whole(tmp_path, paths, old, new
 def test_an_input_is_no_older_output(tmp_path, paths):
     merge(paths, tmp_path / "m", shard_size="1MB")
     before = digests(tmp_path / "m")
-    with pytest.raises(OutputError, match="the output is the same file as the input"):
+    with pytest.raises(OutputError, match="what the output replaces is the same file as the index of the input"):
         streammerge.merge(streammerge.passthrough(tmp_path / "m"), output=tmp_path / "m", force=True)
     assert digests(tmp_path / "m") == before
 

@@ -40,9 +40,9 @@ ORDER = [
     # models as expressions
     *("nodes", "quantisation", "checkpoints", "mismatches", "merged", "functions"),
     # what will happen
-    *("layout", "plan", "ledger", "older", "indexes", "inputs", "report", "copying"),
+    *("layout", "plan", "ledger", "older", "indexes", "claims", "inputs", "report", "copying"),
     # what is left of a merge that was stopped
-    *("locking", "fingerprint", "placing", "journal", "resuming", "leftovers"),
+    *("locking", "fingerprint", "placing", "side_files", "journal", "resuming", "leftovers"),
     # what happens
     *("devices", "gathering", "compute", "examining", "surveys", "works", "sampling", "engine", "writing"),
     *("bookkeeping", "hashing", "checking", "lanes", "verification", "api", "public", "benchmark"),
