@@ -34,7 +34,8 @@ BLOCKS: Final = " ▏▎▍▌▋▊▉"
 class Similarity:
     """How alike a tensor is in models A and B: by direction (cosine), length (norms) and distance (norm of B − A).
 
-    The cosine is None where it means nothing: for an empty tensor, and where either norm is 0 or not finite.
+    The cosine is None where it means nothing: for an empty tensor, and where either norm is 0 or not finite. Identical
+    are tensors that have the same value, or NaN, everywhere.
     """
 
     name: str

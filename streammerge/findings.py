@@ -73,9 +73,9 @@ class Finding:
             "nonfinite": self.nonfinite,
             "overflowed": self.overflowed,
             "saturated": self.saturated,
-            "largest": self.largest,
+            "largest": float(self.largest),
             "dtype": self.dtype,
-            "limit": self.limit,
+            "limit": float(self.limit),
             "inputs": dict(sorted(self.inputs.items())),
         }
 

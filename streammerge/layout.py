@@ -95,7 +95,12 @@ def output_stem(path: Path) -> tuple[Path, str]:
 
 def is_shard_name(name: str, stem: str) -> bool:
     """Whether a shard of an output of this stem is called so, whatever the number of shards."""
-    return re.fullmatch(re.escape(stem) + r"-\d{5,}-of-\d{5,}" + re.escape(SUFFIX), name) is not None
+    return re.fullmatch(re.escape(stem) + r"-[0-9]{5,}-of-[0-9]{5,}" + re.escape(SUFFIX), name) is not None
+
+
+def is_output_name(name: str, stem: str) -> bool:
+    """Whether a file of an output of this stem is called so: the only one, a shard, or the index of shards."""
+    return name in (f"{stem}{SUFFIX}", f"{stem}{SUFFIX}.index.json") or is_shard_name(name, stem)
 
 
 def split(tensors: Mapping[str, TensorInfo], shard_bytes: int) -> list[dict[str, TensorInfo]]:

@@ -21,7 +21,7 @@ from streammerge.errors import MergeError, OutputError, cannot_write, output_err
 from streammerge.fingerprint import Fingerprint
 from streammerge.formats.positional import copy_at, read_at, write_at
 from streammerge.journal import Journal
-from streammerge.layout import OutputFile, OutputLayout
+from streammerge.layout import OutputFile, OutputLayout, output_stem
 from streammerge.locking import sync_data, sync_folder
 from streammerge.options import format_size
 from streammerge.placing import plan_placing, put_in_place, temporary_name
@@ -78,7 +78,8 @@ class OutputWriter:
         self._paths = [temporary_name(path) for path in self.layout.paths]
         if self.journal is not None:
             with output_errors(self.layout.path):
-                self.journal.begin(self._paths)
+                names = zip(self._paths, self.layout.paths, strict=True)
+                self.journal.begin(output_stem(self.layout.path)[1], {path.name: end.name for path, end in names})
         return False
 
     def write(self, job: Job, position: int, data: memoryview) -> None:
@@ -147,9 +148,9 @@ class OutputWriter:
         `identity` tells what they are, for the journal, so that this can be finished if it is interrupted.
         """
         self._write_index(sync=sync)
-        placing = plan_placing(self.layout, self._paths, superseded)
-        if self.journal is not None:
-            with output_errors(self.layout.path):
+        with output_errors(self.layout.path):
+            placing = plan_placing(self.layout, self._paths, superseded)
+            if self.journal is not None:
                 self.journal.identify(identity())
                 self.journal.place(placing, sync=sync)
                 if sync and self.layout.index is not None:
@@ -237,10 +238,12 @@ class _Temporary:
         if stat.S_ISREG(found.st_mode) and found.st_size == self.file.nbytes:
             read_at(self.descriptor, memoryview(header), 0)
         if header != encoded:
-            raise OutputError(
+            refused = OutputError(
                 f"{self.path}: is not what the interrupted merge left",
                 advice="Merge from the beginning, without --resume.",
             )
+            refused.state = "What is there of it is left as it is."
+            raise refused
 
     def close(self) -> None:
         """Close the file if it is open."""

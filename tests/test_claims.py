@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import streammerge
@@ -189,6 +189,7 @@ NAMES = st.lists(
 
 
 @given(NAMES, NAMES)
+@settings(deadline=None)
 def test_claims_clash_where_files_do(tmp_path_factory, read, written):
     """`l` leads to `a`, `d/l` to `new`, which isn't there; capitals count for files that are."""
     folder = tmp_path_factory.mktemp("claims")

@@ -42,7 +42,7 @@ ORDER = [
     # what will happen
     *("layout", "plan", "ledger", "older", "indexes", "claims", "inputs", "report", "copying"),
     # what is left of a merge that was stopped
-    *("locking", "fingerprint", "placing", "side_files", "journal", "resuming", "leftovers"),
+    *("locking", "fingerprint", "placing", "side_files", "records", "journal", "resuming", "leftovers"),
     # what happens
     *("devices", "gathering", "compute", "examining", "surveys", "works", "sampling", "engine", "writing"),
     *("bookkeeping", "hashing", "checking", "lanes", "verification", "api", "public", "benchmark"),

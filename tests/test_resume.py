@@ -20,10 +20,11 @@ from streammerge import bookkeeping, lanes
 from streammerge.api import run_merge
 from streammerge.cli import main
 from streammerge.errors import OutputError
-from streammerge.journal import JOURNAL_SUFFIX, Journal, lock_journal
+from streammerge.journal import Journal, lock_journal
 from streammerge.methods import METHODS
 from streammerge.options import Options
 from streammerge.recipe import parse_recipe
+from streammerge.records import JOURNAL_SUFFIX
 from streammerge.works import MergeWork, Window
 from streammerge.writing import OutputWriter
 
@@ -459,7 +460,7 @@ def test_unfinished_files_that_can_not_be_resumed_are_removed(tmp_path, paths):
     journal = lock_journal(folder / f".out.safetensors{JOURNAL_SUFFIX}", create=True)
     assert journal is not None
     left = folder / f".out.safetensors.{'0' * 16}.partial"
-    journal.begin([left])
+    journal.begin("out", {left.name: "out.safetensors"})
     left.write_text("unfinished")
     journal.close()
     run(recipe_of(paths), folder / "out.safetensors")
