@@ -33,6 +33,7 @@ from streammerge.lanes import Extent, Machine, Watch
 from streammerge.ledger import Ledger
 from streammerge.machine import peak_resident_bytes
 from streammerge.merged import Decision, Merged, node_of
+from streammerge.methods.loading import method_failure
 from streammerge.nodes import Stored, leaves
 from streammerge.older import find_older
 from streammerge.options import Options
@@ -103,6 +104,10 @@ def planned(
             beside += claims_beside(plan)
             check_output(plan, find_older(plan.output), beside, may_exist=options.force or options.resume)
         yield plan
+    except (Exception, SystemExit) as error:
+        if (failure := method_failure(error)) is not None:
+            raise failure from error
+        raise
     finally:
         opened.close()
 
@@ -265,8 +270,6 @@ def saying_what_is_on_disk(state: Callable[[], str] = lambda: "Nothing was writt
         raise
     except KeyboardInterrupt as interrupt:
         interrupt.args = interrupt.args or (state(),)
-        raise
-    except BrokenPipeError:  # whoever read what we print has stopped reading
         raise
     except (OSError, MemoryError) as error:
         refused = refusal(error)

@@ -13,6 +13,7 @@ from streammerge.copying import Copying
 from streammerge.errors import PlanError
 from streammerge.findings import refuse_nonfinite
 from streammerge.machine import MAPPED_BYTES, MIB, Allotment, choose_io, resident_bytes
+from streammerge.nodes import Applied, walk
 from streammerge.options import format_size
 from streammerge.plan import OVERHEAD_BYTES, Plan
 from streammerge.progress import Progress
@@ -50,6 +51,8 @@ class Machine:
         self.io = choose_io(plan.options.io, [file.path for file in plan.inputs])
         if self.device.type == "cuda" and plan.options.io == "auto":
             self.io = "pread"  # straight into pinned memory
+        if any(part.method.is_own for job in plan.jobs for part in walk(job.node) if isinstance(part, Applied)):
+            self.io = "pread"  # who writes to what is mapped, is killed
 
     def run(self, sink: Sink, copying: Copying, watch: Watch | None, works: Sequence[MergeWork] | None = None) -> None:
         """Give every byte of the output that is computed, or those of these works, to the sink; finish the copying."""

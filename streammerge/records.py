@@ -157,7 +157,7 @@ def _begin(contents: Contents, stem: str, pairs: list[Any], journal: str) -> boo
 
 def _progress(contents: Contents, spans: list[Any], findings: Mapping[str, Any]) -> bool:
     found = {name: _finding(values) for name, values in findings.items()}
-    if not all(map(_is_span(len(contents.files)), spans)) or None in found.values():
+    if None in found.values() or not all(_is_span(span, len(contents.files)) for span in spans):
         return False
     for span in spans:
         contents.spans.add(Span(*span))
@@ -167,15 +167,11 @@ def _progress(contents: Contents, spans: list[Any], findings: Mapping[str, Any])
     return True
 
 
-class _is_span:  # noqa: N801  (reads as the question that it asks)
-    def __init__(self, files: int) -> None:
-        self.files = files
-
-    def __call__(self, span: Any) -> bool:  # noqa: ANN401
-        match span:
-            case [file, start, stop] if all(type(number) is int for number in span):
-                return 0 <= file < self.files and 0 <= start <= stop < MAX_POSITION
+def _is_span(span: Any, files: int) -> bool:  # noqa: ANN401
+    """Whether it is bytes of one of so many files."""
+    if not isinstance(span, list) or len(span) != 3 or not all(map(_is_count, span)):
         return False
+    return bool(span[0] < files and span[1] <= span[2])
 
 
 def _finding(values: Any) -> Finding | None:  # noqa: ANN401

@@ -45,20 +45,23 @@ def unchanged(folder: Path, *words: str) -> None:
     assert digests(folder) == before
 
 
+def linked(path: Path, link: Path) -> Path:
+    link.symlink_to(path.absolute())
+    return link
+
+
+def hard_linked(path: Path, link: Path) -> Path:
+    link.hardlink_to(path)
+    return link
+
+
 WAYS: dict[str, Callable[[Path, Path], Path]] = {
     "its name": lambda path, link: path,
-    "a link": lambda path, link: (link.symlink_to(path.resolve()), link)[1],
-    "a hard link": lambda path, link: (os.link(path, link), link)[1],
+    "a link": linked,
+    "a hard link": hard_linked,
     "a roundabout way": lambda path, link: Path("deep/..") / path,
-    "a link to a link": lambda path, link: (
-        Path("deep/first").symlink_to(path.resolve()),
-        link.symlink_to("deep/first"),
-        link,
-    )[2],
-    "its folder's link": lambda path, link: (
-        Path("side").symlink_to(path.resolve().parent),
-        Path("side") / path.name,
-    )[1],
+    "a link to a link": lambda path, link: linked(linked(path, Path("deep/first")), link),
+    "its folder's link": lambda path, link: linked(path.parent, Path("side")) / path.name,
 }
 """Ways to write of a file, beside making a link that ends as a report does."""
 
