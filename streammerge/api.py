@@ -10,9 +10,9 @@ from pathlib import Path
 
 from streammerge import __version__
 from streammerge.carrying import LICENCES, MERGED_FROM, carried_metadata
-from streammerge.checking import checkpoint_reader
 from streammerge.checkpoints import open_model
 from streammerge.claims import NOTHING, Claim, Claims, file_key
+from streammerge.confirming import Confirmed, confirm, confirm_finished
 from streammerge.copying import Copying
 from streammerge.errors import MergeError, refusal
 from streammerge.formats.files import ByteFile
@@ -23,14 +23,15 @@ from streammerge.hashing import (
     file_sha256,
     hash_output,
     hashing,
+    is_in_sidecar,
     sidecar_of,
     stale_sidecar,
     write_sidecar,
 )
 from streammerge.inputs import OUTPUT, OpenInputs, check_output, check_with_library, input_claims
 from streammerge.journal import journal_path
-from streammerge.lanes import Extent, Machine, Watch
-from streammerge.ledger import Ledger
+from streammerge.lanes import Machine, Watch
+from streammerge.ledger import Coverage, Entry, Ledger, Span
 from streammerge.machine import peak_resident_bytes
 from streammerge.merged import Decision, Merged, node_of
 from streammerge.methods.loading import method_failure
@@ -69,14 +70,10 @@ def run_merge(
 
 def run_verification(
     recipe: Recipe | Model, output: Path, options: Options, watch: Watch | None = None, *, sampled: bool = False
-) -> Extent:
+) -> Confirmed:
     """Compute an output again, every byte or samples of it, and compare; OutputError if the recipe gives another."""
     with planned(recipe, output, options, replacing=True) as plan, open_model(output) as found:
-        read, machine = checkpoint_reader(plan, found), Machine(plan)
-        if sampled:
-            return machine.check_samples(read, output, watch)
-        machine.check(read, output, watch)
-        return Extent(len(plan.jobs), len(plan.jobs))
+        return confirm(plan, found, watch, sampled=sampled)
 
 
 @contextlib.contextmanager
@@ -126,6 +123,8 @@ def _carry_out(begun: Beginning, started: float, watch: Watch | None, tell: Tell
     plan = begun.plan
     if begun.is_complete:
         return _finish(begun, started, tell)
+    if begun.is_there:
+        return _confirm(begun, started, watch, tell)
     older = find_older(plan.output)
     check_output(plan, older, beside, may_exist=plan.options.force)
     if plan.options.hash:
@@ -167,15 +166,33 @@ def _carry_out(begun: Beginning, started: float, watch: Watch | None, tell: Tell
 
 def _finish(begun: Beginning, started: float, tell: Tell) -> Report:
     """Put in place what an earlier run has written, all of it."""
-    from streammerge.writing import OutputWriter
-
     plan = begun.plan
     begun.finish()
     tell("resumed: everything was written already, and has been put in place")
     hashes = hash_output(plan.output) if plan.options.hash else []
     if hashes:
         write_sidecar(plan.output, hashes, sync=plan.options.sync)
-    nothing = Copying((), OutputWriter(plan.output), plan.new_progress(), Ledger(begun.journal.contents.entry))
+    return _report_of_nothing(plan, started, begun.journal.contents.entry, hashes)
+
+
+def _confirm(begun: Beginning, started: float, watch: Watch | None, tell: Tell) -> Report:
+    """Make sure that the output, which is in place, is what the merge would write; give it hashes if it has none."""
+    plan = begun.plan
+    confirmed = confirm_finished(plan, watch)
+    tell(f"nothing to do: the output is there already; {confirmed}")
+    hashes = hash_output(plan.output) if plan.options.hash else []
+    if hashes and not is_in_sidecar(plan.output, hashes):
+        check_sidecar(plan.output, force=plan.options.force)
+        write_sidecar(plan.output, hashes, sync=plan.options.sync)
+    whole = Entry(Coverage(Span(number, 0, file.nbytes) for number, file in enumerate(plan.output.files)))
+    return _report_of_nothing(plan, started, whole, hashes)
+
+
+def _report_of_nothing(plan: Plan, started: float, there: Entry, hashes: list[FileHashes]) -> Report:
+    """The report of a merge of which all was there."""
+    from streammerge.writing import OutputWriter
+
+    nothing = Copying((), OutputWriter(plan.output), plan.new_progress(), Ledger(there))
     return report_of(plan, [started] * 3 + [time.perf_counter()], nothing, None, hashes)
 
 

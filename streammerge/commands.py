@@ -60,11 +60,11 @@ def plan(arguments: argparse.Namespace) -> int:
     with saying_what_is_on_disk():
         recipe, options = recipe_from(arguments), replace(options_from(arguments), hash_inputs=False)
         with planned(recipe, output, options, replacing=arguments.output is None) as made:
-            made.check_disk()
             if arguments.json:
                 say(dump_json(made.to_json()).rstrip())
             elif not arguments.quiet:
                 show_plan(made, every_tensor=arguments.verbose)
+            made.check_disk()
     return 0
 
 
@@ -146,14 +146,12 @@ def verify_values(arguments: argparse.Namespace, *, sampled: bool) -> int:
 
     recipe, options = recipe_from(arguments), options_from(arguments)
     with watching("verify", quiet=arguments.quiet) as watch:
-        extent = run_verification(recipe, Path(arguments.merged), options, watch, sampled=sampled)
-    if extent.windows is None:
+        confirmed = run_verification(recipe, Path(arguments.merged), options, watch, sampled=sampled)
+    say(f"values: {confirmed}{' (--all computes every byte)' * sampled}")
+    for remark in confirmed.remarks:
+        say(one_line(remark))
+    if not (sampled or confirmed.remarks):
         say("Every byte is what the recipe gives.")
-    else:
-        say(
-            f"values: {extent.windows:,} windows of {extent.tensors:,} of {extent.of:,} tensors are what the recipe "
-            "gives (--all computes every byte)"
-        )
     return 0
 
 

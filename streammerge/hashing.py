@@ -207,13 +207,23 @@ def check_sidecar(layout: OutputLayout, *, force: bool) -> None:
 
 def write_sidecar(layout: OutputLayout, hashes: Sequence[FileHashes], *, sync: bool) -> Path:
     """Write the hashes as `sha256sum -c` reads them, whole or not at all; those of the tensors alone as comments."""
+    path = sidecar_of(layout)
+    write_text(path, _sidecar(layout, hashes), sync=sync)
+    return path
+
+
+def is_in_sidecar(layout: OutputLayout, hashes: Sequence[FileHashes]) -> bool:
+    """Whether the file of hashes is there, and says just this."""
+    path, text = sidecar_of(layout), _sidecar(layout, hashes).encode()
+    return path.is_file() and path.stat().st_size == len(text) and path.read_bytes() == text
+
+
+def _sidecar(layout: OutputLayout, hashes: Sequence[FileHashes]) -> str:
     lines = [_line(found.sha256, file.path.name) for file, found in zip(layout.files, hashes, strict=True)]
     if layout.index:
         lines.append(_line(hashlib.sha256(layout.index[1].encode()).hexdigest(), layout.index[0].name))
     lines += [f"# tensors alone: {found.tensors}" for found in hashes]
-    path = sidecar_of(layout)
-    write_text(path, "\n".join(lines) + "\n", sync=sync)
-    return path
+    return "\n".join(lines) + "\n"
 
 
 def _line(found: str, name: str) -> str:

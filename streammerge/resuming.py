@@ -11,8 +11,9 @@ from pathlib import Path
 
 from streammerge.errors import OutputError, output_errors
 from streammerge.fingerprint import Fingerprint, can_be_told, differences, fingerprint_of, request_of
+from streammerge.finished import is_finished
 from streammerge.journal import Journal, journal_path, lock_journal
-from streammerge.older import files_in
+from streammerge.older import files_in, find_older
 from streammerge.options import format_size
 from streammerge.placing import put_in_place, tidy_up
 from streammerge.plan import Plan
@@ -31,6 +32,8 @@ class Beginning:
 
     plan: Plan
     journal: Journal
+    is_there: bool = False
+    """Whether the output is in place already, as far as its headers tell."""
     _identity: Fingerprint | None = None
 
     def identity(self) -> Fingerprint:
@@ -141,11 +144,14 @@ def _resume(begun: Beginning, tell: Tell) -> None:
             changes = changes or found
         if number:
             journal.close()
+    begun.is_there = _is_there(begun.plan)
+    if begun.is_there:
+        return
     if changes:
         refusal = OutputError(
             f"{begun.plan.output.path}: can't be resumed: what is merged has changed",
             found=changes,
-            advice="Undo the change, or leave out --resume to merge from the beginning.",
+            advice=f"Undo the change, or {_anew(begun.plan)} to merge from the beginning.",
         )
         refusal.state = "What is there of it is left as it is."
         raise refusal
@@ -153,6 +159,17 @@ def _resume(begun: Beginning, tell: Tell) -> None:
         finish_or_refuse(begun)
     tell("nothing to resume: merging from the beginning")
     discard(begun.journal)
+
+
+def _is_there(plan: Plan) -> bool:
+    """Whether the whole output is in place, with nothing of an older one, and is not to be replaced."""
+    return not plan.options.force and is_finished(plan.output) and not find_older(plan.output).superseded
+
+
+def _anew(plan: Plan) -> str:
+    """How to have the merge made from its beginning, whether or not there is an older output in its place."""
+    is_in_the_way = any(path.exists() for path in plan.output.paths) or find_older(plan.output).superseded
+    return "use --force instead of --resume" if is_in_the_way and not plan.options.force else "leave out --resume"
 
 
 def _go_on_with(begun: Beginning, journal: Journal) -> None:

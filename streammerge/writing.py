@@ -240,7 +240,7 @@ class _Temporary:
         if header != encoded:
             refused = OutputError(
                 f"{self.path}: is not what the interrupted merge left",
-                advice="Merge from the beginning, without --resume.",
+                advice="Merge from the beginning: without --resume, and with --force if there is an older output.",
             )
             refused.state = "What is there of it is left as it is."
             raise refused

@@ -43,10 +43,10 @@ ORDER = [
     # what will happen
     *("layout", "plan", "ledger", "older", "indexes", "claims", "inputs", "report", "copying"),
     # what is left of a merge that was stopped
-    *("locking", "fingerprint", "placing", "side_files", "records", "journal", "resuming", "leftovers"),
+    *("locking", "fingerprint", "placing", "side_files", "records", "journal", "finished", "resuming", "leftovers"),
     # what happens
     *("devices", "gathering", "compute", "examining", "surveys", "works", "sampling", "engine", "writing"),
-    *("bookkeeping", "hashing", "checking", "lanes", "verification", "api", "public", "benchmark"),
+    *("bookkeeping", "hashing", "checking", "lanes", "verification", "confirming", "api", "public", "benchmark"),
     # what is shown
     *("inspection", "comparison", "plotting", "similarity", "streams", "screen"),
     # the example

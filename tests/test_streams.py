@@ -121,7 +121,7 @@ def test_a_guarded_stream_keeps_its_first_error(error):
     guarded = Guarded(failing)  # type: ignore[arg-type]
     assert guarded.encoding == "ascii"
     for number in range(4):
-        print(number, file=guarded)  # type: ignore[call-overload]
+        print(number, file=guarded)
     guarded.flush()
     assert failing.written == "0"
     assert guarded.error is (None if isinstance(error, BrokenPipeError) else error)
