@@ -12,6 +12,7 @@ ends what is read. It is also the lock that keeps two runs from one output.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -117,7 +118,12 @@ def lock_journal(path: Path, *, create: bool) -> Journal | None:
     It may be removed by the run that had it just before it is locked: then there is a new one to be made.
     """
     while True:
-        descriptor = os.open(path, OPEN_FLAGS | (os.O_CREAT if create else 0), 0o666)
+        try:
+            descriptor = os.open(path, OPEN_FLAGS | (os.O_CREAT if create else 0), 0o666)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EISDIR):
+                raise no_journal(path) from error
+            raise
         try:
             if not try_lock(descriptor):
                 os.close(descriptor)
@@ -130,11 +136,16 @@ def lock_journal(path: Path, *, create: bool) -> Journal | None:
         os.close(descriptor)
 
 
+def no_journal(path: Path) -> OutputError:
+    """The error where something that is no file of ours has a journal's name."""
+    return OutputError(f"{path}: is no journal of streammerge's", advice="Remove it.")
+
+
 def _is_at(descriptor: int, path: Path) -> bool:
     """Whether the open file still has this name; OutputError if it is nobody's journal, but something else."""
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-        raise OutputError(f"{path}: is no journal of streammerge's", advice="Remove it.")
+        raise no_journal(path)
     try:
         return os.path.samestat(found, path.stat())
     except FileNotFoundError:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from streammerge.errors import OutputError, output_errors
-from streammerge.formats.shards import SUFFIXES
+from streammerge.formats.shards import SUFFIXES, is_index
 from streammerge.locking import sync_folder
 from streammerge.placing import temporary_name
 
@@ -32,7 +32,7 @@ def check_side_file(path: Path | None, what: str) -> None:
             raise OutputError(f"{path}: its folder does not exist", advice="Create it.")
         if path.is_dir():
             raise OutputError(f"{path}: is a folder", advice="Name a file.")
-    if path.suffix in MODEL_SUFFIXES:
+    if path.suffix in MODEL_SUFFIXES or is_index(path):
         raise OutputError(
             f"{path}: is named like a model or a recipe, which {what} must not replace",
             advice="Name a .json, .csv or .png file.",

@@ -329,7 +329,7 @@ def test_a_link_is_no_journal(tmp_path, path):
     victim = tmp_path / "victim"
     victim.write_text("precious")
     path.symlink_to(victim)
-    with pytest.raises(OSError, match="symbolic link"):
+    with pytest.raises(OutputError, match="is no journal"):
         lock_journal(path, create=True)
     path.unlink()
     os.link(victim, path)
