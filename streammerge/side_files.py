@@ -29,7 +29,9 @@ def check_side_file(path: Path | None, what: str) -> None:
     folder = _target(path).parent
     with output_errors(path):
         if not folder.is_dir():
-            raise OutputError(f"{path}: its folder does not exist", advice="Create it.")
+            is_below_a_file = any(part.is_file() for part in (folder, *folder.parents))
+            advice = "Name a file in a folder." if is_below_a_file else "Create it."
+            raise OutputError(f"{path}: its folder does not exist", advice=advice)
         if path.is_dir():
             raise OutputError(f"{path}: is a folder", advice="Name a file.")
     if path.suffix in MODEL_SUFFIXES or is_index(path):

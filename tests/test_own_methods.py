@@ -236,6 +236,7 @@ def test_coefficients_are_numbers_or_it_is_told(own, models, tmp_path, capsys, k
 
 PROBLEMS = {
     "no methods": ("x = 1", "own.py: it registers no merge method\n  Decorate a function"),
+    "no text": ("\0", "own.py: source code string cannot contain null bytes"),
     "syntax": ("\n\ndef f(:\n", "own.py, line 3: "),
     "an import": ("import no_such_module", "own.py, line 1: ModuleNotFoundError: No module named 'no_such_module'"),
     "an exception": ("def f():\n    return 1 / 0\n\nf()", "own.py, line 2, in f: ZeroDivisionError: division by zero"),

@@ -411,6 +411,22 @@ def test_files_that_are_not_what_was_left_are_not_gone_on_with(tmp_path, paths, 
     assert digests(tmp_path / "new").items() >= right.items()
 
 
+@pytest.mark.parametrize("topics", [(), ("recipe",), ("program", "recipe", "output"), ("output", "tensor")])
+def test_what_does_not_tell_of_the_inputs_is_not_gone_on_with(tmp_path, paths, monkeypatch, topics):
+    """Or a journal from elsewhere could have anything put into the output."""
+    raw, output = recipe_of(paths), tmp_path / "new" / "out.safetensors"
+    stop(monkeypatch, raw, output)
+    journal = lock_journal(output.with_name(f".out.safetensors{JOURNAL_SUFFIX}"), create=False)
+    assert journal is not None
+    contents = journal.contents
+    journal.begin(contents.stem, contents.files)
+    journal.identify({topic: contents.fingerprint[topic] for topic in topics if contents.fingerprint})
+    journal.add(contents.entry)
+    journal.close()
+    with pytest.raises(OutputError, match="can't be resumed: what is merged has changed"):
+        run(raw, output, resume=True)
+
+
 # ── beside others ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

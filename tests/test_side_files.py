@@ -85,6 +85,7 @@ MERGE = ["a.safetensors", "b.safetensors", "-o", "out.safetensors", "-q"]
 
 REFUSED = {
     "no folder": ("no/where.json", "its folder does not exist\n  Create it.", lambda: Path("no").mkdir()),
+    "a file's": ("a.safetensors/where.json", "its folder does not exist\n  Name a file in a folder.", None),
     "a folder": ("where.json", "is a folder\n  Name a file.", lambda: Path("where.json").rmdir()),
     "a model's": ("x.safetensors", "is named like a model or a recipe", None),
     "a dash": ("-", "the report is written to a file\n  Name a file; /dev/stdout prints it.", None),

@@ -65,7 +65,8 @@ def _run(file: Path) -> None:
     except MethodError:
         raise
     except SyntaxError as error:
-        raise MethodError(f"{file}, line {error.lineno}: {error.msg}") from error
+        where = f", line {error.lineno}" if error.lineno else ""
+        raise MethodError(f"{file}{where}: {error.msg}") from error
     except (Exception, SystemExit) as error:
         raise _failure(file, error) from error
 
