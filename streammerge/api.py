@@ -10,8 +10,9 @@ from pathlib import Path
 
 from streammerge import __version__
 from streammerge.carrying import LICENCES, MERGED_FROM, carried_metadata
-from streammerge.checking import checkpoint_reader
 from streammerge.checkpoints import open_model
+from streammerge.claims import NOTHING, Claim, Claims, file_key
+from streammerge.confirming import Confirmed, confirm, confirm_finished
 from streammerge.copying import Copying
 from streammerge.decisions import Decision, Decisions
 from streammerge.errors import MergeError, refusal
@@ -23,14 +24,18 @@ from streammerge.hashing import (
     file_sha256,
     hash_output,
     hashing,
+    is_in_sidecar,
+    sidecar_of,
     stale_sidecar,
     write_sidecar,
 )
-from streammerge.inputs import OpenInputs, check_output, check_with_library
-from streammerge.lanes import Extent, Machine, Watch
-from streammerge.ledger import Ledger
+from streammerge.inputs import OUTPUT, OpenInputs, check_output, check_with_library, input_claims
+from streammerge.journal import journal_path
+from streammerge.lanes import Machine, Watch
+from streammerge.ledger import Coverage, Entry, Ledger, Span
 from streammerge.machine import peak_resident_bytes
 from streammerge.merged import Merged, node_of
+from streammerge.methods.loading import method_failure
 from streammerge.nodes import Stored, leaves
 from streammerge.older import find_older
 from streammerge.options import Options
@@ -48,31 +53,38 @@ def run_merge(
     options: Options,
     watch: Watch | None = None,
     tell: Tell = lambda _: None,
+    beside: Claims = NOTHING,
 ) -> Report:
     """Merge to the output. It is complete when this returns; when it raises, what lay there is as it was.
 
-    `tell` is given lines for the user while it begins: what there is to be resumed.
+    `tell` is given lines for the user while it begins: what there is to be resumed. `beside` is what is read and
+    written around the merge, which must be none of its files.
     """
     started = time.perf_counter()
-    with saying_what_is_on_disk(), planned(recipe, output, options) as plan, beginning(plan, tell) as begun:
-        return _carry_out(begun, started, watch, tell)
+    with (
+        saying_what_is_on_disk(),
+        planned(recipe, output, options, beside=beside) as plan,
+        beginning(plan, tell) as begun,
+    ):
+        return _carry_out(begun, started, watch, tell, beside)
 
 
 def run_verification(
     recipe: Recipe | Model, output: Path, options: Options, watch: Watch | None = None, *, sampled: bool = False
-) -> Extent:
+) -> Confirmed:
     """Compute an output again, every byte or samples of it, and compare; OutputError if the recipe gives another."""
     with planned(recipe, output, options, replacing=True) as plan, open_model(output) as found:
-        read, machine = checkpoint_reader(plan, found), Machine(plan)
-        if sampled:
-            return machine.check_samples(read, output, watch)
-        machine.check(read, output, watch)
-        return Extent(len(plan.jobs), len(plan.jobs))
+        return confirm(plan, found, watch, sampled=sampled)
 
 
 @contextlib.contextmanager
-def planned(recipe: Recipe | Model, output: Path, options: Options, *, replacing: bool = False) -> Iterator[Plan]:
-    """The plan of a merge, its inputs open for as long as the `with` statement lasts."""
+def planned(
+    recipe: Recipe | Model, output: Path, options: Options, *, replacing: bool = False, beside: Claims = NOTHING
+) -> Iterator[Plan]:
+    """The plan of a merge, its inputs open for as long as the `with` statement lasts.
+
+    Unless it is `replacing` whatever lies at the output, or writing none, the output is checked.
+    """
     opened = OpenInputs()
     try:
         merged = opened.merge(recipe) if isinstance(recipe, Recipe) else as_merged(recipe)
@@ -91,29 +103,46 @@ def planned(recipe: Recipe | Model, output: Path, options: Options, *, replacing
             described_bytes=opened.described_bytes,
             left=opened.left,
         )
-        if not replacing:
+        if replacing:
+            (input_claims(plan.inputs) + beside).check()
+        else:
             # an interrupted run may have put its output in place; whoever resumes it looks again
-            check_output(plan, find_older(plan.output), may_exist=options.force or options.resume)
+            beside += claims_beside(plan)
+            check_output(plan, find_older(plan.output), beside, may_exist=options.force or options.resume)
         yield plan
+    except (Exception, SystemExit) as error:
+        if (failure := method_failure(error)) is not None:
+            raise failure from error
+        raise
     finally:
         opened.close()
 
 
-def _carry_out(begun: Beginning, started: float, watch: Watch | None, tell: Tell) -> Report:
+def claims_beside(plan: Plan) -> Claims:
+    """What a merge writes beside its output."""
+    journal = Claim(journal_path(plan.output), "the merge's journal", OUTPUT)
+    hashes = (Claim(sidecar_of(plan.output), "the file of hashes", OUTPUT),) if plan.options.hash else ()
+    return Claims(written=(journal, *hashes))
+
+
+def _carry_out(begun: Beginning, started: float, watch: Watch | None, tell: Tell, beside: Claims) -> Report:
     from streammerge.bookkeeping import Bookkeeper
     from streammerge.writing import OutputWriter
 
     plan = begun.plan
     if begun.is_complete:
         return _finish(begun, started, tell)
+    if begun.is_there:
+        return _confirm(begun, started, watch, tell)
     for note in plan.left_notes():
         tell(f"note: {note}")
     older = find_older(plan.output)
-    check_output(plan, older, may_exist=plan.options.force)
+    check_output(plan, older, beside, may_exist=plan.options.force)
     if plan.options.hash:
         check_sidecar(plan.output, force=plan.options.force)
-    if older.strays:
-        tell(f"note: {len(older.strays)} shards of an older output are left: {older.strays[0].name} …")
+    inputs = {file_key(file.path) for file in plan.inputs}
+    if strays := [path for path in older.strays if file_key(path) not in inputs]:
+        tell(f"note: {len(strays)} shards of an older output are left: {strays[0].name} …")
     plan.check_disk(begun.present_bytes)
     machine = Machine(plan) if plan.options.torch_must_check else None
     writer, ledger = OutputWriter(plan.output, begun.journal), Ledger(begun.journal.contents.entry)
@@ -137,7 +166,7 @@ def _carry_out(begun: Beginning, started: float, watch: Watch | None, tell: Tell
                 machine.check(writer.read, plan.output.path, watch)
             for file in plan.inputs:
                 file.check_unchanged()
-            check_output(plan, older, may_exist=plan.options.force)
+            check_output(plan, older, beside, may_exist=plan.options.force)
             writer.check()
         writer.commit(sync=plan.options.sync, superseded=older.superseded, identity=begun.request)
     if hashes:
@@ -148,15 +177,33 @@ def _carry_out(begun: Beginning, started: float, watch: Watch | None, tell: Tell
 
 def _finish(begun: Beginning, started: float, tell: Tell) -> Report:
     """Put in place what an earlier run has written, all of it."""
-    from streammerge.writing import OutputWriter
-
     plan = begun.plan
     begun.finish()
     tell("resumed: everything was written already, and has been put in place")
     hashes = hash_output(plan.output) if plan.options.hash else []
     if hashes:
         write_sidecar(plan.output, hashes, sync=plan.options.sync)
-    nothing = Copying((), OutputWriter(plan.output), plan.new_progress(), Ledger(begun.journal.contents.entry))
+    return _report_of_nothing(plan, started, begun.journal.contents.entry, hashes)
+
+
+def _confirm(begun: Beginning, started: float, watch: Watch | None, tell: Tell) -> Report:
+    """Make sure that the output, which is in place, is what the merge would write; give it hashes if it has none."""
+    plan = begun.plan
+    confirmed = confirm_finished(plan, watch)
+    tell(f"nothing to do: the output is there already; {confirmed}")
+    hashes = hash_output(plan.output) if plan.options.hash else []
+    if hashes and not is_in_sidecar(plan.output, hashes):
+        check_sidecar(plan.output, force=plan.options.force)
+        write_sidecar(plan.output, hashes, sync=plan.options.sync)
+    whole = Entry(Coverage(Span(number, 0, file.nbytes) for number, file in enumerate(plan.output.files)))
+    return _report_of_nothing(plan, started, whole, hashes)
+
+
+def _report_of_nothing(plan: Plan, started: float, there: Entry, hashes: list[FileHashes]) -> Report:
+    """The report of a merge of which all was there."""
+    from streammerge.writing import OutputWriter
+
+    nothing = Copying((), OutputWriter(plan.output), plan.new_progress(), Ledger(there))
     return report_of(plan, [started] * 3 + [time.perf_counter()], nothing, None, hashes)
 
 
@@ -249,8 +296,6 @@ def saying_what_is_on_disk(state: Callable[[], str] = lambda: "Nothing was writt
         raise
     except KeyboardInterrupt as interrupt:
         interrupt.args = interrupt.args or (state(),)
-        raise
-    except BrokenPipeError:  # whoever read what we print has stopped reading
         raise
     except (OSError, MemoryError) as error:
         refused = refusal(error)

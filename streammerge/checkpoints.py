@@ -255,6 +255,8 @@ def _open_shards(path: Path, entry: str) -> Checkpoint:
         )
     first = next(iter(shards.values()))
     files = tuple(file for checkpoint in shards.values() for file in checkpoint.files)
+    for file in files:
+        file.index = path
     left = functools.reduce(operator.add, (checkpoint.left for checkpoint in shards.values()))
     what = f"sharded {first.container} ({len(shards)} files)"
     return Checkpoint(path, what, compact(nodes, files), files, first.metadata, left)

@@ -15,6 +15,7 @@ from typing import Any, Final, NoReturn
 from streammerge import __version__
 from streammerge.errors import MergeError
 from streammerge.screen import say_on_stderr
+from streammerge.streams import guard_streams
 
 DONE: Final = 0
 FAILED: Final = 1
@@ -52,21 +53,28 @@ def main(words: Sequence[str] | None = None) -> int:
         state = str(interrupt).rstrip(".")
         say_on_stderr(f"interrupted: {state[:1].lower()}{state[1:]}" if state else "interrupted")
         return interrupt.exit_code if isinstance(interrupt, Terminated) else INTERRUPTED
-    except BrokenPipeError:
-        sys.stderr.close()  # whoever read our output has stopped reading
-        return DONE
 
 
 def run() -> NoReturn:
-    """The program as a process: run it and leave at once, without the third of a second that torch takes to tidy up."""
+    """The program as a process: run it and leave at once, without the third of a second that torch takes to tidy up.
+
+    A merge is not judged by whether its last words could be printed; what was only to be shown, fails if it can't be.
+    """
+    streams, has_merged = guard_streams(), False
     try:
         code = main()
+        has_merged = code == DONE and is_merge(sys.argv[1:])
     except SystemExit as leaving:  # argparse's way to say that it is done
         code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
+    if problem := streams.finish():
+        say_on_stderr(f"warning: {problem}; the output is complete" if has_merged else f"error: {problem}")
+        code = code or (DONE if has_merged else FAILED)
     os._exit(code)
+
+
+def is_merge(words: Sequence[str]) -> bool:
+    """Whether these words ask for an output."""
+    return not (words and words[0] in COMMANDS) and "--dry-run" not in words
 
 
 @contextlib.contextmanager

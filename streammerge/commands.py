@@ -9,8 +9,8 @@ from pathlib import Path
 
 from streammerge.arguments import RECIPE_SUFFIXES, is_there, options_from, recipe_from, recorded_from
 from streammerge.blocks import abridged, unet_blocks
-from streammerge.errors import OutputError, one_line
-from streammerge.formats.shards import is_model
+from streammerge.claims import Claim, Claims, file_key
+from streammerge.errors import one_line
 from streammerge.manual import describe_method, example, method_rows
 from streammerge.methods import METHODS, find_method
 from streammerge.methods.loading import load_methods
@@ -19,6 +19,7 @@ from streammerge.options import format_size
 from streammerge.plan import Plan, dump_json
 from streammerge.presets import PRESETS
 from streammerge.screen import say, say_on_stderr, show_report, show_table, watching
+from streammerge.side_files import check_side_file, write_text
 
 
 def merge(arguments: argparse.Namespace) -> int:
@@ -27,16 +28,17 @@ def merge(arguments: argparse.Namespace) -> int:
 
     with saying_what_is_on_disk():
         recipe, options = recipe_from(arguments), options_from(arguments)
-        check_side_file(arguments.report)
+        beside = claims_of(arguments) + reported(arguments)
         if arguments.recipe_from_metadata:
             check_recorded_inputs(arguments)
         if arguments.verbose and not arguments.quiet:
-            with planned(recipe, arguments.output, replace(options, hash_inputs=False)) as shown:
+            with planned(recipe, arguments.output, replace(options, hash_inputs=False), beside=beside) as shown:
                 show_plan(shown, every_tensor=True)
     with watching("merge", quiet=arguments.quiet) as watch:
-        report = run_merge(recipe, arguments.output, options, watch, telling(quiet=arguments.quiet))
+        report = run_merge(recipe, arguments.output, options, watch, telling(quiet=arguments.quiet), beside)
     if arguments.report is not None:
-        write_text(arguments.report, dump_json(report.to_json()))
+        with saying_what_is_on_disk(lambda: "The output is complete."):
+            write_text(arguments.report, dump_json(report.to_json()))
     show_report(report, quiet=arguments.quiet)
     return 0
 
@@ -58,11 +60,11 @@ def plan(arguments: argparse.Namespace) -> int:
     with saying_what_is_on_disk():
         recipe, options = recipe_from(arguments), replace(options_from(arguments), hash_inputs=False)
         with planned(recipe, output, options, replacing=arguments.output is None) as made:
-            made.check_disk()
             if arguments.json:
                 say(dump_json(made.to_json()).rstrip())
             elif not arguments.quiet:
                 show_plan(made, every_tensor=arguments.verbose)
+            made.check_disk()
     return 0
 
 
@@ -144,14 +146,12 @@ def verify_values(arguments: argparse.Namespace, *, sampled: bool) -> int:
 
     recipe, options = recipe_from(arguments), options_from(arguments)
     with watching("verify", quiet=arguments.quiet) as watch:
-        extent = run_verification(recipe, Path(arguments.merged), options, watch, sampled=sampled)
-    if extent.windows is None:
+        confirmed = run_verification(recipe, Path(arguments.merged), options, watch, sampled=sampled)
+    say(f"values: {confirmed}{' (--all computes every byte)' * sampled}")
+    for remark in confirmed.remarks:
+        say(one_line(remark))
+    if not (sampled or confirmed.remarks):
         say("Every byte is what the recipe gives.")
-    else:
-        say(
-            f"values: {extent.windows:,} windows of {extent.tensors:,} of {extent.of:,} tensors are what the recipe "
-            "gives (--all computes every byte)"
-        )
     return 0
 
 
@@ -162,10 +162,10 @@ def bench(arguments: argparse.Namespace) -> int:
 
     folder = (arguments.output or Path(OUTPUT)).absolute().parent
     timing = Timing(arguments.runs, arguments.cold, arguments.sync)
-    check_side_file(arguments.report)
+    beside = claims_of(arguments.merge) + reported(arguments)
     with saying_what_is_on_disk(lambda: "What was measured so far, and every output, is removed."):
         recipe, options = recipe_from(arguments.merge), options_from(arguments.merge)
-        with planned(recipe, folder / OUTPUT, options, replacing=True) as made:
+        with planned(recipe, folder / OUTPUT, options, replacing=True, beside=beside) as made:
             measured = time_merge(arguments.merge_words, made, folder, timing, telling(quiet=arguments.quiet))
     if arguments.report is not None:
         write_text(arguments.report, dump_json(measured.to_json()))
@@ -209,15 +209,18 @@ def compare(arguments: argparse.Namespace) -> int:
     from streammerge import comparison, plotting
     from streammerge.checkpoints import open_model
     from streammerge.entries import entries_of
+    from streammerge.inputs import input_claims
 
-    for path in (arguments.csv, arguments.plot):
-        check_side_file(path)
+    written = Claims(written=(*side_file(arguments.csv, "the table"), *side_file(arguments.plot, "the plot")))
+    if arguments.plot:
+        plotting.kind_of_plot(arguments.plot)
     entries = entries_of(arguments.entry, {"a": arguments.a, "b": arguments.b})
     with (
         open_model(arguments.a, entries["a"]) as a,
         open_model(arguments.b, entries["b"]) as b,
         watching("compare", quiet=arguments.quiet) as watch,
     ):
+        (input_claims((*a.files, *b.files)) + written).check()
         from streammerge.similarity import compare_models
 
         compared = compare_models(
@@ -329,24 +332,27 @@ def demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def check_side_file(path: Path | None) -> None:
-    """OutputError before the work if what tells of it could not be written after it, or would replace a model."""
-    if path is None:
-        return
-    if not path.absolute().parent.is_dir():
-        raise OutputError(f"{path}: its folder does not exist", advice="Create it.")
-    if path.is_dir():
-        raise OutputError(f"{path}: is a folder", advice="Name a file.")
-    if is_model(path) or path.suffix.lower() in RECIPE_SUFFIXES:
-        raise OutputError(
-            f"{path}: is named like a model or a recipe, which a report must not replace",
-            advice="Name a .json or .csv file.",
-        )
+def claims_of(arguments: argparse.Namespace) -> Claims:
+    """What a merge's command line names beside models: the recipe, and files of methods.
+
+    An output whose metadata are the recipe may be made again in its place.
+    """
+    claims = [Claim(path, "the file of methods") for path in arguments.methods]
+    first = Path(arguments.models[0]) if arguments.models and not arguments.recipe else None
+    if first is not None and arguments.recipe_from_metadata:
+        is_output = arguments.output is not None and file_key(first) == file_key(arguments.output)
+        claims += [] if is_output else [Claim(first, "the model with the recipe,")]
+    elif first is not None and first.suffix.lower() in RECIPE_SUFFIXES:
+        claims.append(Claim(first, "the recipe"))
+    return Claims(tuple(claims))
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small text file; OutputError if the system refuses."""
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{path}: can't be written: {error.strerror or error}") from error
+def reported(arguments: argparse.Namespace) -> Claims:
+    """The report, if one is wanted; OutputError if it could not be written."""
+    return Claims(written=side_file(arguments.report, "the report"))
+
+
+def side_file(path: Path | None, what: str) -> tuple[Claim, ...]:
+    """What tells of the work, to be written after it; OutputError if that is sure to fail."""
+    check_side_file(path, what)
+    return () if path is None else (Claim(path, what),)

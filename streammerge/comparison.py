@@ -13,8 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from streammerge.errors import SHOWN, OutputError, one_line
+from streammerge.errors import SHOWN, one_line
 from streammerge.inspection import aligned, count_text
+from streammerge.side_files import written_whole
 
 FINEST_STEP: Final = 1e-9
 """The narrowest bin of a histogram: below it, cosines are noise of the last digits."""
@@ -33,7 +34,8 @@ BLOCKS: Final = " ▏▎▍▌▋▊▉"
 class Similarity:
     """How alike a tensor is in models A and B: by direction (cosine), length (norms) and distance (norm of B − A).
 
-    The cosine is None where it means nothing: for an empty tensor, and where either norm is 0 or not finite.
+    The cosine is None where it means nothing: for an empty tensor, and where either norm is 0 or not finite. Identical
+    are tensors that have the same value, or NaN, everywhere.
     """
 
     name: str
@@ -203,15 +205,15 @@ def render(comparison: Comparison, *, width: int = 100, least: int = 10) -> str:
 def write_csv(comparison: Comparison, path: str | Path) -> None:
     """Write one row per compared tensor; a cell without a value is empty."""
     columns = ("name", "shape", "elements", "cosine", "relative_difference", "norm_a", "norm_b", "norm_difference")
-    try:
-        with Path(path).open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            rows = csv.writer(file)
-            rows.writerow([*columns, "identical"])
-            for one in comparison.similarities:
-                plain = _plain_similarity(one) | {"shape": "x".join(map(str, one.shape))}
-                rows.writerow([*(plain[column] for column in columns), str(one.identical).lower()])
-    except OSError as error:
-        raise OutputError(f"{path} can't be written: {error.strerror or error}") from error
+    with (
+        written_whole(Path(path)) as target,
+        target.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
+        rows = csv.writer(file)
+        rows.writerow([*columns, "identical"])
+        for one in comparison.similarities:
+            plain = _plain_similarity(one) | {"shape": "x".join(map(str, one.shape))}
+            rows.writerow([*(plain[column] for column in columns), str(one.identical).lower()])
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:

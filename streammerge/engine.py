@@ -19,6 +19,7 @@ from streammerge.copying import Copying, Piece
 from streammerge.devices import Lane
 from streammerge.errors import error_context
 from streammerge.mapping import bus_errors_are_caught
+from streammerge.methods.loading import method_failure
 from streammerge.progress import Progress
 from streammerge.works import FileRange, Sink, Window, Work
 
@@ -78,7 +79,7 @@ def _work(schedule: Schedule, lane: Lane, sink: Sink, progress: Progress) -> Non
                         lane.release()
                     schedule.done(task)
     except BaseException as error:
-        schedule.stop(error)
+        schedule.stop(method_failure(error) or error)
 
 
 class Schedule:

@@ -14,12 +14,22 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Final
 
 SHOWN: Final = 5
 """How many findings of one kind a message lists before it only counts the rest."""
+
+
+WAY_OUT: Final = "Check the folder, its permissions, and the free disk."
+
+WAYS_OUT: Final[Mapping[tuple[int, ...], str]] = {
+    (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG): "Choose another name or folder.",
+    (errno.EACCES, errno.EPERM, errno.EROFS): "Choose another folder, or have its permissions changed.",
+    (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)): "Free some disk, or write to another one.",
+}
+"""What to do where the system refuses to write, by its error numbers."""
 
 
 class MergeError(Exception):
@@ -102,10 +112,8 @@ def output_errors(path: Path) -> Iterator[None]:
 
 def cannot_write(path: Path, error: OSError) -> OutputError:
     """The error to raise when the system refuses."""
-    return OutputError(
-        f"{path}: can't be written: {error.strerror or error}",
-        advice="Check the folder, its permissions, and the free disk.",
-    )
+    advice = next((advice for numbers, advice in WAYS_OUT.items() if error.errno in numbers), WAY_OUT)
+    return OutputError(f"{path}: can't be written: {error.strerror or error}", advice=advice)
 
 
 def printable(text: str) -> str:

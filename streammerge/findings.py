@@ -86,9 +86,9 @@ class Finding:
             "saturated": self.saturated,
             "vanished": self.vanished,
             "elements": self.elements,
-            "largest": self.largest,
+            "largest": float(self.largest),
             "dtype": self.dtype,
-            "limit": self.limit,
+            "limit": float(self.limit),
             "inputs": dict(sorted(self.inputs.items())),
         }
 

@@ -42,6 +42,9 @@ ENDS: Final = 1 << 20
 MARK: Final = "#"
 """What digests begin with."""
 
+ASKED: Final = ("program", "recipe", "input", "output")
+"""Topics that tell what was asked for, and of which files: nothing is the same that does not tell them."""
+
 FOLLOWING: Final = ("tensor", "output")
 """Topics that change when another does, and tell nothing more then."""
 
@@ -77,8 +80,10 @@ def can_be_told(plan: Plan) -> bool:
 
 
 def differences(before: Fingerprint, now: Fingerprint) -> list[str]:
-    """What changed, one line each, in the topics of `before`; what only follows from a change is left out."""
-    found = {topic: list(_compare(topic, names, now.get(topic, {}))) for topic, names in before.items()}
+    """What changed, one line each, in what was asked for and all else that `before` tells; what only follows from a
+    change is left out."""
+    topics = dict.fromkeys((*ASKED, *before))
+    found = {topic: list(_compare(topic, before.get(topic, {}), now.get(topic, {}))) for topic in topics}
     causes = [line for topic, lines in found.items() if topic not in FOLLOWING for line in lines]
     return causes or [line for lines in found.values() for line in lines]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import heapq
-import os
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,11 +18,11 @@ from types import TracebackType
 from typing import Final
 
 from streammerge.copying import CopyRange
-from streammerge.errors import CheckpointError, OutputError, output_errors
+from streammerge.errors import CheckpointError, OutputError
 from streammerge.formats.files import read_errors
 from streammerge.jobs import Job
 from streammerge.layout import OutputFile, OutputLayout
-from streammerge.placing import temporary_name
+from streammerge.side_files import write_text
 from streammerge.writing import OutputWriter
 
 BLOCK: Final = 1 << 20
@@ -208,6 +207,18 @@ def check_sidecar(layout: OutputLayout, *, force: bool) -> None:
 
 def write_sidecar(layout: OutputLayout, hashes: Sequence[FileHashes], *, sync: bool) -> Path:
     """Write the hashes as `sha256sum -c` reads them, whole or not at all; those of the tensors alone as comments."""
+    path = sidecar_of(layout)
+    write_text(path, _sidecar(layout, hashes), sync=sync)
+    return path
+
+
+def is_in_sidecar(layout: OutputLayout, hashes: Sequence[FileHashes]) -> bool:
+    """Whether the file of hashes is there, and says just this."""
+    path, text = sidecar_of(layout), _sidecar(layout, hashes).encode()
+    return path.is_file() and path.stat().st_size == len(text) and path.read_bytes() == text
+
+
+def _sidecar(layout: OutputLayout, hashes: Sequence[FileHashes]) -> str:
     lines = [_line(found.sha256, file.path.name) for file, found in zip(layout.files, hashes, strict=True)]
     if layout.index:
         whole = hashlib.sha256()
@@ -215,21 +226,7 @@ def write_sidecar(layout: OutputLayout, hashes: Sequence[FileHashes], *, sync: b
             whole.update(piece)
         lines.append(_line(whole.hexdigest(), layout.index.path.name))
     lines += [f"# tensors alone: {found.tensors}" for found in hashes]
-    path = sidecar_of(layout)
-    temporary = temporary_name(path)
-    try:
-        with output_errors(path):
-            with temporary.open("x", encoding="utf-8", newline="\n") as file:
-                file.write("\n".join(lines) + "\n")
-                file.flush()
-                if sync:
-                    os.fsync(file.fileno())
-            temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    return path
+    return "\n".join(lines) + "\n"
 
 
 def _line(found: str, name: str) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
 from streammerge.checkpoints import Checkpoint, open_model
+from streammerge.claims import Claim, Claims, file_key
 from streammerge.errors import CheckpointError, OutputError, PlanError
 from streammerge.formats.files import ByteFile, read_errors
 from streammerge.formats.library import RefusedError, library_digest
@@ -91,11 +93,48 @@ def seeded(recipe: Recipe, seed: int | None) -> Recipe:
     return recipe if recipe.seed is not None else replace(recipe, seed=seed)
 
 
-def check_output(plan: Plan, older: Older, *, may_exist: bool) -> None:
+OUTPUT: Final = "the output"
+
+COMPANIONS: Final = (
+    *("config.json", "generation_config.json", "model_index.json", "scheduler_config.json", "preprocessor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("adapter_config.json", "quantization_config.json"),
+)
+"""What lies beside a model's weights and belongs to it."""
+
+
+def input_claims(files: Iterable[ByteFile]) -> Claims:
+    """Everything that models are made of: their files, their indexes, and what describes them beside these."""
+    files = list(files)
+    folders = dict.fromkeys(file.path.parent for file in files)
+    beside = [folder / name for folder in folders for name in COMPANIONS]
+    indexes = dict.fromkeys(file.index for file in files if file.index is not None)
+    return Claims(
+        (
+            *(Claim(file.path, "the input") for file in files),
+            *(Claim(index, "the index of the input") for index in indexes),
+            *(Claim(path, "a part of the input:") for path in beside if path.is_file()),
+        )
+    )
+
+
+def output_claims(plan: Plan, older: Older) -> Claims:
+    """Everything that a merge reads, and writes or removes of an older output. What names an input, is part of it."""
+    inputs = {file_key(file.path) for file in plan.inputs}
+    is_input_s = older.index is not None and any(file_key(path) in inputs for path in older.named)
+    read = (Claim(older.index, "the index of the input"),) if older.index is not None and is_input_s else ()
+    written = [Claim(file.path, OUTPUT) for file in plan.output.files]
+    written += [Claim(plan.output.index.path, "the output's index", OUTPUT)] if plan.output.index else []
+    written += [Claim(path, "what the output replaces", OUTPUT) for path in older.superseded]
+    return input_claims(plan.inputs) + Claims(read, tuple(written))
+
+
+def check_output(plan: Plan, older: Older, beside: Claims, *, may_exist: bool) -> None:
     """OutputError if the output would replace an input, or a file that the user didn't offer.
 
-    What an older output by this name has more than the new one counts, too.
+    What an older output by this name has more than the new one counts, too, and what is read and written `beside`.
     """
+    (output_claims(plan, older) + beside).check()
     for path in (*plan.output.paths, *older.superseded):
         check_name(path)
         if not _exists(path):
@@ -105,12 +144,6 @@ def check_output(plan: Plan, older: Older, *, may_exist: bool) -> None:
                     advice="Remove it, or choose another name for the output.",
                 )
             continue
-        for file in plan.inputs:
-            if path.samefile(file.path):
-                raise OutputError(
-                    f"{path}: the output is the same file as the input {file.path}",
-                    advice="Choose another name for the output.",
-                )
         if not path.is_file():
             raise OutputError(f"{path}: there is something here that is no file", advice="Choose another name.")
         if not may_exist:

@@ -14,6 +14,8 @@ from streammerge.copying import Copying
 from streammerge.errors import PlanError
 from streammerge.findings import refuse_nonfinite
 from streammerge.machine import MAPPED_BYTES, MIB, OWN_BYTES, Allotment, choose_io, resident_bytes
+from streammerge.methods import METHODS
+from streammerge.nodes import Applied, walk
 from streammerge.options import format_size
 from streammerge.plan import OVERHEAD_BYTES, Plan
 from streammerge.progress import Progress
@@ -53,6 +55,8 @@ class Machine:
         self.io = choose_io(plan.options.io, [file.path for file in plan.inputs])
         if self.device.type == "cuda" and plan.options.io == "auto":
             self.io = "pread"  # straight into pinned memory
+        if uses_own_methods(plan):
+            self.io = "pread"  # who writes to what is mapped, is killed
 
     def run(self, sink: Sink, copying: Copying, watch: Watch | None, works: Sequence[MergeWork] | None = None) -> None:
         """Give every byte of the output that is computed, or those of these works, to the sink; finish the copying."""
@@ -99,6 +103,13 @@ class Machine:
         import torch
 
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+
+def uses_own_methods(plan: Plan) -> bool:
+    """Whether something is computed by a method that does not come with the program."""
+    if not any(method.is_own for method in METHODS.values()):
+        return False  # as nearly always: then large models needn't be gone through
+    return any(part.method.is_own for job in plan.jobs for part in walk(job.node) if isinstance(part, Applied))
 
 
 def import_torch() -> None:

@@ -51,7 +51,12 @@ class OutputName:
 
     def is_shard(self, name: str) -> bool:
         """Whether a shard of an output of this name is called so, whatever the number of shards."""
-        return re.fullmatch(re.escape(self.stem) + r"-\d{5,}-of-\d{5,}" + re.escape(self.suffix), name) is not None
+        pattern = re.escape(self.stem) + r"-[0-9]{5,}-of-[0-9]{5,}" + re.escape(self.suffix)
+        return re.fullmatch(pattern, name) is not None
+
+    def has(self, name: str) -> bool:
+        """Whether a file of an output of this name is called so: the only one, a shard, or the index of shards."""
+        return name in (self.single.name, self.index.name) or self.is_shard(name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from streammerge.errors import OutputError, output_errors
-from streammerge.journal import JOURNAL_SUFFIX, Contents, lock_journal, read_journal_file
+from streammerge.journal import lock_journal, read_journal_file
 from streammerge.older import files_in
 from streammerge.options import format_size
 from streammerge.placing import put_in_place
+from streammerge.records import JOURNAL_SUFFIX, Contents
+from streammerge.resuming import check_expected
 
 _TEMPORARY: Final = re.compile(r"\..*\.[0-9a-f]{16}\.(partial|retired)", re.DOTALL)
 
@@ -63,13 +65,14 @@ def finish_placing(folder: Path) -> list[Path]:
     for path in sorted(path for path in files_in(folder) if path.name.endswith(JOURNAL_SUFFIX)):
         with output_errors(path):
             journal = lock_journal(path, create=False)
-            if journal is None:
-                continue
+        if journal is None:
+            continue
+        with closing(journal), output_errors(path):
             if journal.contents.placing is not None:
+                check_expected(journal)
                 put_in_place(journal.contents.placing, folder, sync=True)
                 journal.remove()
                 finished.append(path)
-            journal.close()
     return finished
 
 
@@ -124,6 +127,8 @@ def _look_at(path: Path) -> tuple[Contents, bool]:
 
 
 def _describe(contents: Contents) -> str:
+    if contents.problem:
+        return f"journal that is not streammerge's: {contents.problem}"
     if contents.placing is not None:
         return "journal of a complete output that is not in place"
     if contents.spans:

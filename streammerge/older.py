@@ -17,11 +17,14 @@ class Older:
     """An older output beside a new one's files.
 
     `superseded` can be loaded, or is named by an index that the new output replaces: its index first, the files after.
-    `strays` are shards that no index names.
+    `strays` are shards that no index names. `named` is what an index in the new output's place names, whatever it is
+    called.
     """
 
     superseded: tuple[Path, ...] = ()
     strays: tuple[Path, ...] = ()
+    index: Path | None = None
+    named: frozenset[Path] = frozenset()
 
 
 def find_older(layout: OutputLayout) -> Older:
@@ -33,7 +36,8 @@ def find_older(layout: OutputLayout) -> Older:
     named = _named_by(index) if index in there else frozenset()
     loadable = [path for path in (index, single) if path in there and path not in new]
     superseded = (*loadable, *(path for path in shards if path in named))
-    return Older(superseded, tuple(path for path in shards if path not in named))
+    strays = tuple(path for path in shards if path not in named)
+    return Older(superseded, strays, index if named else None, named)
 
 
 def files_in(folder: Path) -> frozenset[Path]:

@@ -9,9 +9,12 @@ the first (see `streammerge.journal`), and they are finished, in the same order,
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import re
 import secrets
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -21,10 +24,38 @@ from streammerge.locking import sync_folder
 TEMPORARY_SUFFIX: Final = ".partial"
 RETIRED_SUFFIX: Final = ".retired"
 
+ENDS: Final = 1 << 16
+"""How many bytes of a file's beginning and end tell it from others."""
+
 
 def temporary_name(path: Path, suffix: str = TEMPORARY_SUFFIX) -> Path:
     """A hidden name in the same folder that nobody guesses, and that is no longer than file systems allow."""
     return path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}{suffix}")
+
+
+def is_hidden_name(name: str, final: str, suffix: str) -> bool:
+    """Whether a file that is to be called `final`, or was, may have this hidden name."""
+    return re.fullmatch(rf"\.{re.escape(final[:50])}\.[0-9a-f]{{16}}{re.escape(suffix)}", name) is not None
+
+
+def state_of(path: Path) -> str:
+    """What tells a file from others that may have its name: its size, and a digest of its beginning and end.
+
+    "" if nothing is there. A link is told by where it leads; of what may not be read there is only the size.
+    """
+    try:
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode):
+            return f"link to {path.readlink()}" if stat.S_ISLNK(status.st_mode) else "no file"
+        with path.open("rb") as file:
+            ends = file.read(ENDS)
+            file.seek(max(status.st_size - ENDS, 0))
+            ends += file.read(ENDS)
+    except FileNotFoundError:
+        return ""
+    except PermissionError:
+        return f"{status.st_size}"
+    return f"{status.st_size} {hashlib.blake2b(ends, digest_size=16).hexdigest()}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +78,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Placing:
-    """All that has to happen to names when everything is written: the steps, and older files that go afterwards."""
+    """All that has to happen to names when everything is written: the steps, and older files that go afterwards.
+
+    `states` tells of each unfinished and each older file what it was when this was decided: nothing else is meant.
+    """
 
     steps: tuple[Step, ...]
     superseded: tuple[str, ...] = ()
+    states: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def retired(self) -> Iterator[str]:
@@ -63,6 +98,25 @@ class Placing:
             return not all(self.is_due(step, folder) for step in self.steps)
         except OSError:  # nobody can tell now
             return True
+
+    def unexpected(self, folder: Path) -> list[str]:
+        """Which files are others than they were when this was decided, if there are still steps to be made."""
+        if not self.is_due(self.steps[-1], folder):
+            return []
+        return sorted({name for step in self.steps for name in self._unexpected(step, folder)})
+
+    def _unexpected(self, step: Step, folder: Path) -> Iterator[str]:
+        due, expected = self.is_due(step, folder), self.states.get(step.source)
+        if due and state_of(folder / step.source) != expected:
+            yield step.source
+        if step.retire:
+            return
+        found = state_of(folder / step.target)
+        makes_room = any(other.source == step.target and self.is_due(other, folder) for other in self.steps)
+        if not due and found != expected:
+            yield step.target
+        if due and found and not makes_room and found != self.states.get(step.target):
+            yield step.target
 
     def is_due(self, step: Step, folder: Path) -> bool:
         """Whether the step has still to be made: names of temporary and retired files occur once in the world.
@@ -79,8 +133,9 @@ def plan_placing(layout: OutputLayout, temporaries: Sequence[Path], superseded: 
     """How the temporary files, in the order of `layout.paths`, come to their names."""
     new = [Step(source.name, final.name) for source, final in zip(temporaries, layout.paths, strict=True)]
     gone = tuple(path.name for path in superseded)
+    states = {path.name: state for path in (*temporaries, *layout.paths, *superseded) if (state := state_of(path))}
     if layout.index is None:
-        return Placing(tuple(new), gone)
+        return Placing(tuple(new), gone, states)
     old = {
         path.name: Step(path.name, temporary_name(path, RETIRED_SUFFIX).name, retire=True)
         for path in layout.paths
@@ -90,7 +145,7 @@ def plan_placing(layout: OutputLayout, temporaries: Sequence[Path], superseded: 
     steps = [old[index.target]] if index.target in old else []
     for shard in shards:
         steps += [old[shard.target], shard] if shard.target in old else [shard]
-    return Placing((*steps, index), gone)
+    return Placing((*steps, index), gone, states)
 
 
 def put_in_place(
@@ -133,8 +188,12 @@ def _make_steps(placing: Placing, folder: Path, *, sync: bool, before: Callable[
 
 
 def tidy_up(placing: Placing, folder: Path, *, sync: bool) -> None:
-    """Remove what made room, and what an older output had more than the new one: first its index, if it was sharded."""
-    for number, name in enumerate((*placing.superseded, *placing.retired)):
+    """Remove what made room, and what an older output had more than the new one: first its index, if it was sharded.
+
+    What has got the name of such a file since, stays.
+    """
+    older = (name for name in placing.superseded if state_of(folder / name) == placing.states.get(name))
+    for number, name in enumerate((*older, *placing.retired)):
         with contextlib.suppress(FileNotFoundError):
             (folder / name).unlink()
         if sync and not number and placing.superseded:

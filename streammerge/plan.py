@@ -84,7 +84,7 @@ class Plan:
             raise OutputError(
                 f"{self.output.path}: not enough disk: the output takes {format_size(self.output.nbytes)}, "
                 f"{format_size(free)} are free",
-                advice=f"Free {format_size(self.output.nbytes - free)}, or write to another disk.",
+                advice=f"Free {format_size(self.output.nbytes - free - present)}, or write to another disk.",
             )
 
     def new_progress(self, done_bytes: int = 0) -> Progress:

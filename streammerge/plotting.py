@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from streammerge.comparison import Comparison, Histogram, tally
 from streammerge.errors import MergeError, OutputError
 from streammerge.inspection import shortened
+from streammerge.side_files import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,22 +17,32 @@ if TYPE_CHECKING:
 
 def plot(comparison: Comparison, path: str | Path, *, bins: int = 60) -> None:
     """Draw the histogram of the cosines into a file, of the kind that its ending says: .png, .svg or .pdf."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MergeError("a plot needs matplotlib", advice="Run pip install 'streammerge[plot]'.") from error
+    kind = kind_of_plot(Path(path))
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_title(_plot_title(comparison), fontsize=10, parse_math=False)
     _draw(comparison.histogram(bins), axes)
+    with written_whole(Path(path)) as target, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a name may have letters that the font lacks
+        figure.savefig(target, format=kind)
+
+
+def kind_of_plot(path: Path) -> str:
+    """The kind of picture that a name's ending says, `png` without one; OutputError if there is no such kind."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # a name may have letters that the font lacks
-            figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{path} can't be written: {error}") from error
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    except ImportError as error:
+        raise MergeError("a plot needs matplotlib", advice="Run pip install 'streammerge[plot]'.") from error
+    kind = path.suffix[1:].lower() or "png"
+    if kind not in FigureCanvasAgg.filetypes:
+        raise OutputError(
+            f"{path}: there is no kind of picture {kind!r}", advice=f"Known are {', '.join(FigureCanvasAgg.filetypes)}."
+        )
+    return kind
 
 
 def _draw(histogram: Histogram, axes: Axes) -> None:

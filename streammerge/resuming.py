@@ -11,11 +11,13 @@ from pathlib import Path
 
 from streammerge.errors import OutputError, output_errors
 from streammerge.fingerprint import Fingerprint, can_be_told, differences, fingerprint_of, request_of
-from streammerge.journal import JOURNAL_SUFFIX, Journal, journal_path, lock_journal
-from streammerge.older import files_in
+from streammerge.finished import is_finished
+from streammerge.journal import Journal, journal_path, lock_journal
+from streammerge.older import files_in, find_older
 from streammerge.options import format_size
 from streammerge.placing import put_in_place, tidy_up
 from streammerge.plan import Plan
+from streammerge.records import JOURNAL_SUFFIX
 
 Tell = Callable[[str], None]
 """Takes a line for the user."""
@@ -30,6 +32,8 @@ class Beginning:
 
     plan: Plan
     journal: Journal
+    is_there: bool = False
+    """Whether the output is in place already, as far as its headers tell."""
     _identity: Fingerprint | None = None
 
     def identity(self) -> Fingerprint:
@@ -64,6 +68,7 @@ class Beginning:
         """Give the files their names."""
         placing = self.journal.contents.placing
         assert placing is not None
+        check_expected(self.journal)
         with output_errors(self.plan.output.path):
             put_in_place(placing, self.journal.folder, sync=self.plan.options.sync)
 
@@ -82,6 +87,8 @@ def beginning(plan: Plan, tell: Tell) -> Iterator[Beginning]:
         undoing.callback(remove_folders, made)
         begun = Beginning(plan, take(path, plan))
         undoing.callback(lambda: leave(begun.journal))
+        if begun.journal.contents.problem:
+            tell(f"note: {path.name}: {begun.journal.contents.problem}, and what follows is ignored")
         if plan.options.resume:
             _resume(begun, tell)
         else:
@@ -137,11 +144,14 @@ def _resume(begun: Beginning, tell: Tell) -> None:
             changes = changes or found
         if number:
             journal.close()
+    begun.is_there = _is_there(begun.plan)
+    if begun.is_there:
+        return
     if changes:
         refusal = OutputError(
             f"{begun.plan.output.path}: can't be resumed: what is merged has changed",
             found=changes,
-            advice="Undo the change, or leave out --resume to merge from the beginning.",
+            advice=f"Undo the change, or {_anew(begun.plan)} to merge from the beginning.",
         )
         refusal.state = "What is there of it is left as it is."
         raise refusal
@@ -149,6 +159,17 @@ def _resume(begun: Beginning, tell: Tell) -> None:
         finish_or_refuse(begun)
     tell("nothing to resume: merging from the beginning")
     discard(begun.journal)
+
+
+def _is_there(plan: Plan) -> bool:
+    """Whether the whole output is in place, with nothing of an older one, and is not to be replaced."""
+    return not plan.options.force and is_finished(plan.output) and not find_older(plan.output).superseded
+
+
+def _anew(plan: Plan) -> str:
+    """How to have the merge made from its beginning, whether or not there is an older output in its place."""
+    is_in_the_way = any(path.exists() for path in plan.output.paths) or find_older(plan.output).superseded
+    return "use --force instead of --resume" if is_in_the_way and not plan.options.force else "leave out --resume"
 
 
 def _go_on_with(begun: Beginning, journal: Journal) -> None:
@@ -185,6 +206,7 @@ def finish_or_refuse(begun: Beginning) -> None:
     """An earlier merge is complete but for names: only tidying up may be left of it, else it has to be finished."""
     placing = begun.journal.contents.placing
     assert placing is not None
+    check_expected(begun.journal)
     if any(placing.is_due(step, begun.journal.folder) for step in placing.steps):
         raise OutputError(
             f"{begun.plan.output.path}: an earlier merge to this output is complete and was stopped while it was put "
@@ -195,12 +217,39 @@ def finish_or_refuse(begun: Beginning) -> None:
         tidy_up(placing, begun.journal.folder, sync=begun.plan.options.sync)
 
 
+def check_expected(journal: Journal) -> None:
+    """OutputError if files that the journal would rename or replace are others than when it was written."""
+    placing = journal.contents.placing
+    with output_errors(journal.path):
+        others = placing.unexpected(journal.folder) if placing is not None else []
+    if others:
+        raise OutputError(
+            f"{journal.path}: can't be acted on: it tells of a merge that was stopped while its output was put in "
+            "place, and files that it names are others now",
+            found=others,
+            advice=_way_out(journal, others),
+        )
+
+
+def _way_out(journal: Journal, others: list[str]) -> str:
+    """How to go on where a journal can't be acted on: with the merge, or without it."""
+    placing = journal.contents.placing
+    assert placing is not None
+    in_the_way = [
+        name for name in others if name in journal.contents.files.values() and (journal.folder / name).exists()
+    ]
+    move = f"Move {', '.join(in_the_way)} elsewhere and run this again. Or, to" if in_the_way == others else "To"
+    rooms = [step for step in placing.steps if step.retire and (journal.folder / step.target).exists()]
+    back = "".join(f"rename {step.target} to {step.source}, " for step in rooms)
+    return f"{move} give that merge up: {back}remove {journal.path}."
+
+
 def discard(journal: Journal) -> None:
     """Remove the files that the journal names, and what it says."""
     with output_errors(journal.path):
         for name in journal.contents.temporaries:
             (journal.folder / name).unlink(missing_ok=True)
-        journal.begin(())
+        journal.empty()
 
 
 def aside(path: Path) -> Path:

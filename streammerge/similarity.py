@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from streammerge.adapters import adapter_text
 from streammerge.checkpoints import Checkpoint
@@ -22,13 +23,43 @@ from streammerge.quantisation import decoded
 from streammerge.tensors import DTYPES
 from streammerge.works import Window, Work
 
+if TYPE_CHECKING:
+    import torch
+
+
+class ComparingPass:
+    """One pass for two tensors' inner products, and for whether every element is the same in both, a NaN as a NaN."""
+
+    ordered = True
+
+    def __init__(self) -> None:
+        self.gram = GramPass(2, lenient=True)
+        self.identical = True
+
+    def measure(self, block: int, inputs: Sequence[torch.Tensor]) -> tuple[bool, Any]:
+        """Whether a block is the same, and its products."""
+        return are_same(*inputs), self.gram.measure(block, inputs)
+
+    def add(self, block: int, measured: tuple[bool, Any]) -> None:
+        """Take a block into account."""
+        identical, products = measured
+        self.identical &= identical
+        self.gram.add(block, products)
+
+    def finish(self) -> tuple[Gram, bool]:
+        """What is known of the whole tensors."""
+        return self.gram.finish(), self.identical
+
+
+def are_same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether all values are equal, or NaN in both."""
+    import torch
+
+    return torch.equal(a, b) or bool((a.eq(b) | (a.isnan() & b.isnan())).all())
+
+
 INNER_PRODUCTS = BlockMethod(
-    name="inner products",
-    parameters=(),
-    base="none",
-    models=(2, 2),
-    doc="",
-    statistics=lambda _, __: GramPass(2, lenient=True),
+    name="inner products", parameters=(), base="none", models=(2, 2), doc="", statistics=lambda _, __: ComparingPass()
 )
 """Only surveyed, never computed."""
 
@@ -122,8 +153,7 @@ class _Comparing(Work):
 
 
 def _similarity(work: Work) -> Similarity:
-    gram = work.survey.known[id(work.node)]
-    assert isinstance(gram, Gram)
+    gram, identical = work.survey.known[id(work.node)]
     info = work.node.info
     return Similarity(
         name=work.name,
@@ -132,6 +162,6 @@ def _similarity(work: Work) -> Similarity:
         cosine=gram.cosine(0, 1),
         norm_a=gram.norm(0),
         norm_b=gram.norm(1),
-        norm_difference=gram.distance(1),
-        identical=gram.distance(1) == 0,
+        norm_difference=0.0 if identical else gram.distance(1),
+        identical=identical,
     )

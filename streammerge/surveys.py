@@ -168,12 +168,7 @@ class WholePass:
                 f"method {node.method.name!r} can't be applied to this tensor: {reason}",
                 advice="Copy the tensor with --keep or a rule" + ("." if finite else ", or mend the input."),
             ) from error
-        if made.shape != node.info.shape:
-            raise MethodError(
-                f"method {node.method.name!r} gave a tensor of shape {list(made.shape)} instead of "
-                f"{list(node.info.shape)}"
-            )
-        return made.to(inputs[0].dtype).reshape(-1)
+        return made.reshape(-1)
 
     def add(self, block: int, measured: torch.Tensor) -> None:
         """Keep it."""

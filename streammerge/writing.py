@@ -23,7 +23,7 @@ from streammerge.formats.library import RefusedError, library_digest, names_dige
 from streammerge.formats.positional import copy_at, read_at, write_at
 from streammerge.jobs import Job
 from streammerge.journal import Journal
-from streammerge.layout import OutputFile, OutputLayout
+from streammerge.layout import OutputFile, OutputLayout, OutputName
 from streammerge.locking import sync_data, sync_folder
 from streammerge.options import format_size
 from streammerge.placing import plan_placing, put_in_place, temporary_name
@@ -79,7 +79,10 @@ class OutputWriter:
         self._paths = [temporary_name(path) for path in self.layout.paths]
         if self.journal is not None:
             with output_errors(self.layout.path):
-                self.journal.begin(self._paths)
+                names = zip(self._paths, self.layout.paths, strict=True)
+                self.journal.begin(
+                    OutputName.of(self.layout.path).single.name, {path.name: end.name for path, end in names}
+                )
         return False
 
     def write(self, job: Job, position: int, data: memoryview) -> None:
@@ -148,9 +151,9 @@ class OutputWriter:
         `identity` tells what they are, for the journal, so that this can be finished if it is interrupted.
         """
         self._write_index(sync=sync)
-        placing = plan_placing(self.layout, self._paths, superseded)
-        if self.journal is not None:
-            with output_errors(self.layout.path):
+        with output_errors(self.layout.path):
+            placing = plan_placing(self.layout, self._paths, superseded)
+            if self.journal is not None:
                 self.journal.identify(identity())
                 self.journal.place(placing, sync=sync)
                 if sync and self.layout.index is not None:
@@ -238,10 +241,12 @@ class _Temporary:
         """It must have the size, and begin with the header, that was given to it when it was made."""
         found = os.fstat(self.descriptor)
         if not (stat.S_ISREG(found.st_mode) and found.st_size == self.file.nbytes and self._has_header()):
-            raise OutputError(
+            refused = OutputError(
                 f"{self.path}: is not what the interrupted merge left",
-                advice="Merge from the beginning, without --resume.",
+                advice="Merge from the beginning: without --resume, and with --force if there is an older output.",
             )
+            refused.state = "What is there of it is left as it is."
+            raise refused
 
     def _has_header(self) -> bool:
         position = 0

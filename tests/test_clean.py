@@ -11,11 +11,12 @@ import pytest
 import streammerge
 from streammerge.cli import main
 from streammerge.errors import OutputError
-from streammerge.journal import JOURNAL_SUFFIX, lock_journal
+from streammerge.journal import lock_journal
 from streammerge.layout import lay_out
 from streammerge.leftovers import age, find_leftovers, remove
 from streammerge.older import find_older
-from streammerge.placing import Placing, Step, put_in_place, temporary_name
+from streammerge.placing import Placing, Step, put_in_place, state_of, temporary_name
+from streammerge.records import JOURNAL_SUFFIX
 from streammerge.tensors import DTYPES, TensorInfo
 
 from .models import make_tensors, save_models
@@ -41,7 +42,7 @@ def stale(folder: Path) -> set[str]:
         (folder / name).write_text("0123456789")
     journal = lock_journal(folder / f".out.safetensors{JOURNAL_SUFFIX}", create=True)
     assert journal is not None
-    journal.begin([folder / f".out.safetensors.{HEX}.partial"])
+    journal.begin("out.safetensors", {f".out.safetensors.{HEX}.partial": "out.safetensors"})
     journal.close()
     return {*left, f".out.safetensors{JOURNAL_SUFFIX}"}
 
@@ -119,9 +120,11 @@ BEFORE = {"index": "old", "1": "old", "new 1": "new", "new 2": "new", "new index
 AFTER = {"index": "new", "1": "new", "2": "new"}
 
 
-def fill(folder: Path) -> None:
+def fill(folder: Path) -> Placing:
+    """Files that are to be renamed, and how."""
     for name, text in BEFORE.items():
         (folder / name).write_text(text)
+    return Placing(STEPS, ("3",), {name: state_of(folder / name) for name in BEFORE})
 
 
 def texts(folder: Path) -> dict[str, str]:
@@ -134,15 +137,14 @@ class Stop(BaseException):
 
 @pytest.mark.parametrize("sync", [False, True])
 def test_files_get_their_names(tmp_path, sync):
-    fill(tmp_path)
-    put_in_place(Placing(STEPS, ("3",)), tmp_path, sync=sync)
+    put_in_place(fill(tmp_path), tmp_path, sync=sync)
     assert texts(tmp_path) == AFTER
 
 
 @pytest.mark.parametrize("number", range(len(STEPS)))
 @pytest.mark.parametrize("error", [OSError("no"), KeyboardInterrupt(), Stop()])
 def test_a_step_that_fails_has_all_undone(tmp_path, monkeypatch, number, error):
-    fill(tmp_path)
+    placing = fill(tmp_path)
     whole = Step.make
 
     def make(step, folder):
@@ -152,16 +154,16 @@ def test_a_step_that_fails_has_all_undone(tmp_path, monkeypatch, number, error):
 
     monkeypatch.setattr(Step, "make", make)
     with pytest.raises(type(error)):
-        put_in_place(Placing(STEPS, ("3",)), tmp_path, sync=False)
+        put_in_place(placing, tmp_path, sync=False)
     assert texts(tmp_path) == BEFORE
 
 
 @pytest.mark.parametrize("number", range(len(STEPS) + 1))
 def test_what_was_stopped_between_two_steps_is_finished(tmp_path, number):
-    fill(tmp_path)
+    placing = fill(tmp_path)
     for step in STEPS[:number]:
         step.make(tmp_path)
-    placing = Placing(STEPS, ("3",))
+    assert placing.unexpected(tmp_path) == []
     assert placing.has_begun(tmp_path) == bool(number)
     names = texts(tmp_path)
     assert names.get("index") != "new" or {"1", "2"} <= {name for name, text in names.items() if text == "new"}
@@ -226,7 +228,7 @@ def test_an_older_output_in_any_form_is_replaced_whole(tmp_path, paths, old, new
 def test_an_input_is_no_older_output(tmp_path, paths):
     merge(paths, tmp_path / "m", shard_size="1MB")
     before = digests(tmp_path / "m")
-    with pytest.raises(OutputError, match="the output is the same file as the input"):
+    with pytest.raises(OutputError, match="what the output replaces is the same file as the index of the input"):
         streammerge.merge(streammerge.passthrough(tmp_path / "m"), output=tmp_path / "m", force=True)
     assert digests(tmp_path / "m") == before
 

@@ -26,7 +26,8 @@ ORDER = [
     *("formats.zip_directory", "formats.pickle_machine", "formats.pickle_steps", "formats.pickles"),
     *("formats.state_dicts", "formats.torchzip", "mapping", "reading"),
     # methods
-    *("methods.contract", "methods.registry", "methods.place", "methods.statistics", "methods.slices", "methods.sums"),
+    *("methods.contract", "methods.results", "methods.registry", "methods.place", "methods.statistics"),
+    *("methods.slices", "methods.sums"),
     *("methods.cuts", "methods.radix", "methods.bracketing", "methods.ranking"),
     *("methods.linear", "methods.spherical", "methods.means", "methods.sparse", "methods.dropping"),
     *("methods.agreement", "methods.competition", "methods.selection"),
@@ -41,14 +42,14 @@ ORDER = [
     *("nodes", "scales", "codes", "quantisation", "checkpoints", "presence", "fitting", "mismatches"),
     *("applying", "decisions", "merged", "functions"),
     # what will happen
-    *("layout", "costs", "jobs", "plan", "ledger", "older", "indexes", "inputs", "report", "copying"),
+    *("layout", "costs", "jobs", "plan", "ledger", "older", "indexes", "claims", "inputs", "report", "copying"),
     # what is left of a merge that was stopped
-    *("locking", "fingerprint", "placing", "journal", "resuming", "leftovers"),
+    *("locking", "fingerprint", "placing", "side_files", "records", "journal", "finished", "resuming", "leftovers"),
     # what happens
     *("rounding", "devices", "gathering", "compute", "examining", "surveys", "works", "sampling", "engine", "writing"),
-    *("bookkeeping", "hashing", "checking", "lanes", "verification", "api", "public", "benchmark"),
+    *("bookkeeping", "hashing", "checking", "lanes", "verification", "confirming", "api", "public", "benchmark"),
     # what is shown
-    *("inspection", "comparison", "plotting", "similarity", "screen"),
+    *("inspection", "comparison", "plotting", "similarity", "streams", "screen"),
     # the example
     *("demo", "demo.layers", "demo.midas", "demo.text", "demo.unet", "demo.vae", "demo.layouts", "demo.noise"),
     *("demo.files", "demo.reference", "demo.story"),
@@ -97,7 +98,7 @@ def test_a_module_imports_only_what_stands_before_it(name):
 
 def test_imports_are_found():
     """The test above would pass with nothing found."""
-    assert imported(modules()["cli"]) == {"", "errors", "screen"}
+    assert imported(modules()["cli"]) == {"", "errors", "screen", "streams"}
     assert {"copying", "devices", "works"} <= imported(modules()["engine"])
     assert "methods" in imported(modules()["recipe"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 
@@ -9,13 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from streammerge import resuming
 from streammerge.errors import OutputError
 from streammerge.findings import Finding
 from streammerge.jobs import Job
-from streammerge.journal import Contents, decode, encode, journal_path, lock_journal, read_journal_file
+from streammerge.journal import journal_path, lock_journal, read_journal_file
 from streammerge.layout import lay_out
 from streammerge.ledger import Coverage, Entry, Ledger, Span
-from streammerge.placing import Placing, Step
+from streammerge.placing import Placing, Step, temporary_name
+from streammerge.records import VERSION, Contents, decode, encode
 from streammerge.tensors import DTYPES, TensorInfo
 
 # ── the ledger ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -88,6 +91,9 @@ def test_a_record_that_is_damaged_is_none(data):
     assert decode(bytes(line[:at])) is None
 
 
+PARTIAL = ".out.safetensors.0123456789abcdef.partial"
+
+
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / ".out.safetensors.streammerge-journal"
@@ -97,7 +103,7 @@ def written(path, records: int = 5):
     """A journal with so many records of progress, after the two that begin it."""
     journal = lock_journal(path, create=True)
     assert journal is not None
-    journal.begin([path.with_name(".out.partial")])
+    journal.begin("out.safetensors", {PARTIAL: "out.safetensors"})
     journal.identify({"recipe": {"a": 1}})
     for number in range(records):
         journal.add(Entry(Coverage([Span(0, 10 * number, 10 * number + 10)]), {"x": Finding(1, inputs={"a": 1})}))
@@ -107,7 +113,7 @@ def written(path, records: int = 5):
 
 def test_a_journal_says_what_was_written(path):
     contents = read_journal_file(written(path))
-    assert contents.temporaries == (".out.partial",)
+    assert contents.temporaries == (PARTIAL,)
     assert contents.fingerprint == {"recipe": {"a": 1}}
     assert list(contents.spans) == [Span(0, 0, 50)]
     assert contents.findings == {"x": Finding(5, inputs={"a": 5})}
@@ -148,24 +154,137 @@ def test_what_is_no_journal_says_nothing(path, data):
     assert says_nothing(read_journal_file(path.with_name("not there")))
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a\\b", "", ".", "..", 7, None])
-def test_a_journal_names_files_of_its_own_folder_only(path, name):
-    path.write_bytes(encode({"begin": 1, "temporaries": [name]}))
-    assert says_nothing(read_journal_file(path))
-    path.write_bytes(encode({"placing": [["x", name, False]], "superseded": []}))
-    assert read_journal_file(path).placing is None
-    path.write_bytes(encode({"placing": [["x", "y", False]], "superseded": [name]}))
-    assert read_journal_file(path).placing is None
+SHARDS = ["out-00001-of-00002.safetensors", "out-00002-of-00002.safetensors", "out.safetensors.index.json"]
+HEXES = ["0123456789abcde" + digit for digit in "0123456789abcdef"]
+FILES = {f".{name}.{HEXES[number]}.partial": name for number, name in enumerate(SHARDS)}
+ROOM = f".{SHARDS[0]}.{HEXES[9]}.retired"
+PLACING = Placing(
+    (Step(SHARDS[0], ROOM, True), *(Step(temporary, final) for temporary, final in FILES.items())),
+    ("out.safetensors",),
+    {SHARDS[0]: "10 abc"},
+)
+
+
+def begin(files=FILES, output="out.safetensors", version=VERSION):
+    return {"begin": version, "output": output, "files": [list(pair) for pair in dict(files).items()]}
+
+
+def place(steps=PLACING.steps, superseded=PLACING.superseded, states=PLACING.states):
+    plain = [[step.source, step.target, step.retire] for step in steps]
+    return {"placing": plain, "superseded": list(superseded), "states": dict(states)}
 
 
 def test_what_is_about_to_happen_to_names_is_remembered(path):
     journal = lock_journal(path, create=True)
     assert journal is not None
-    placing = Placing((Step("a", "b", True), Step("c", "a")), ("old",))
-    journal.place(placing, sync=True)
+    journal.begin("out.safetensors", FILES)
+    journal.place(PLACING, sync=True)
     journal.close()
-    assert read_journal_file(path).placing == placing
-    assert read_journal_file(path).names == {"a", "b", "c", "old"}
+    found = read_journal_file(path)
+    assert found.placing == PLACING
+    assert found.names == {*FILES, *SHARDS, ROOM, "out.safetensors"}
+    assert not found.problem
+
+
+STRANGE = ["../x", "/etc/passwd", "a\\b", "", ".", "..", 7, None, "x\0", "\ud800", [], {}, True, "precious", "a" * 300]
+NOT_TEMPORARY = [*STRANGE, "out.safetensors", f".x.{HEXES[0]}.partial", f".out.safetensors.{HEXES[0]}.retired"]
+NOT_OF_THE_OUTPUT = [*STRANGE, "x.safetensors", "out.json", "out-1-of-2.safetensors", "outx.safetensors", PARTIAL]
+
+
+def refuses(path, *records) -> bool:
+    """Whether the last of these records, and no other, is told to be none of ours."""
+    path.write_bytes(b"".join(map(encode, records)))
+    contents = read_journal_file(path)
+    return contents.problem == f"line {len(records)} is not as streammerge writes it"
+
+
+@pytest.mark.parametrize("name", NOT_TEMPORARY)
+def test_an_unfinished_file_is_one_of_the_output_by_its_name(path, name):
+    pair = [name, "out.safetensors"]
+    assert refuses(path, {"begin": VERSION, "output": "out.safetensors", "files": [pair]})
+    assert says_nothing(read_journal_file(path))
+
+
+@pytest.mark.parametrize("name", NOT_OF_THE_OUTPUT)
+def test_a_file_is_put_in_place_as_one_of_the_output(path, name):
+    temporary = f".{name}.{HEXES[0]}.partial"
+    assert refuses(path, {"begin": VERSION, "output": "out.safetensors", "files": [[temporary, name]]})
+    assert refuses(path, begin(), place(superseded=[name]))
+    assert refuses(path, begin(), place((*PLACING.steps[:-1], Step(PLACING.steps[-1].source, name))))
+
+
+@pytest.mark.parametrize("output", [*STRANGE, "other.safetensors", "out", "out.sft", "x/../out.safetensors"])
+def test_an_output_is_that_of_the_journal_s_name(path, output):
+    assert refuses(path, {"begin": VERSION, "output": output, "files": []})
+
+
+@pytest.mark.parametrize("name", NOT_TEMPORARY)
+def test_what_makes_room_is_an_older_output_and_gets_a_hidden_name(path, name):
+    assert refuses(path, begin(), place((Step(SHARDS[0], name, True), *PLACING.steps[1:])))
+    assert refuses(path, begin(), place((Step(name, ROOM, True), *PLACING.steps[1:])))
+    assert refuses(path, begin(), place((Step(ROOM, name), *PLACING.steps[1:])))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        place(()),
+        place(PLACING.steps[:-1]),
+        place((*PLACING.steps, PLACING.steps[-1])),
+        place(PLACING.steps[1:] + PLACING.steps[:1]),
+        place((*PLACING.steps[:1], Step(SHARDS[1], ROOM, True), *PLACING.steps[1:])),
+        place(superseded=SHARDS[:1]),
+        place(states={SHARDS[0]: 7}),
+        {"placing": [[1]], "superseded": [], "states": {}},
+        {"placing": [], "superseded": [], "states": {}},
+        {"placing": [], "superseded": []},
+        {"identity": 7},
+        {"identity": {"recipe": 7}},
+        {"progress": [[1]], "findings": {}},
+        {"progress": [[0, 2, 1]], "findings": {}},
+        {"progress": [[3, 0, 1]], "findings": {}},
+        {"progress": [[-1, 0, 1]], "findings": {}},
+        {"progress": [[0, 0, 2**63]], "findings": {}},
+        {"progress": [[0, 0.0, 1]], "findings": {}},
+        {"progress": [[False, 0, 1]], "findings": {}},
+        {"progress": [], "findings": {"x": {}}},
+        {"progress": [], "findings": {"x": {**Finding().to_json(), "nonfinite": -1}}},
+        {"progress": [], "findings": {"x": {**Finding().to_json(), "largest": "1"}}},
+        {"progress": [], "findings": {"x": {**Finding().to_json(), "inputs": {"a": None}}}},
+        {"progress": [], "findings": {"x": {**Finding().to_json(), "more": 1}}},
+        {"progress": [[0, 0, 1]] * 300_000, "findings": {}},
+        {"unknown": 1},
+        {},
+    ],
+    ids=lambda record: str(record)[:60],
+)
+def test_a_record_that_this_program_would_not_write_is_told(path, record):
+    assert refuses(path, begin(), record)
+    found = read_journal_file(path)
+    assert (found.placing, found.fingerprint, found.findings, found.spans.nbytes) == (None, None, {}, 0)
+
+
+@pytest.mark.parametrize("text", [b"[" * 100_000, b'{"a":' + b"9" * 5000 + b"}", b"xx", b"[]", b'"\xff"', b"NaN", b""])
+def test_what_is_no_record_at_all_is_told(path, text):
+    line = hashlib.blake2b(text, digest_size=8).hexdigest().encode() + b" " + text + b"\n"
+    path.write_bytes(encode(begin()) + line)
+    found = read_journal_file(path)
+    assert found.problem == "line 2 is not as streammerge writes it"
+    assert found.temporaries == tuple(FILES)
+
+
+@pytest.mark.parametrize("stem", ["out", "模" * 78, "a.b", "x" * 200, ".hidden", "new\nline", "out.0123456789abcdef"])
+def test_any_output_s_journal_is_read_back(tmp_path, stem):
+    layout = lay_out(tmp_path / f"{stem}.safetensors", {"x": TensorInfo(DTYPES["F32"], (4,))}, {})
+    for path in (journal_path(layout), resuming.aside(journal_path(layout))):
+        journal = lock_journal(path, create=True)
+        assert journal is not None
+        temporary = temporary_name(layout.paths[0]).name
+        journal.begin(layout.paths[0].name, {temporary: layout.paths[0].name})
+        journal.place(Placing((Step(temporary, layout.paths[0].name),)), sync=False)
+        journal.close()
+        found = read_journal_file(path)
+        assert (found.temporaries, found.placing is not None, found.problem) == ((temporary,), True, "")
 
 
 # ── the lock ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -210,7 +329,7 @@ def test_a_link_is_no_journal(tmp_path, path):
     victim = tmp_path / "victim"
     victim.write_text("precious")
     path.symlink_to(victim)
-    with pytest.raises(OSError, match="symbolic link"):
+    with pytest.raises(OutputError, match="is no journal"):
         lock_journal(path, create=True)
     path.unlink()
     os.link(victim, path)

@@ -119,11 +119,127 @@ def test_a_file_that_is_loaded_again_replaces_its_methods(own, models):
     assert METHODS["partway"].parameters[0].default == 0.25
 
 
+UNFIT = '''
+import sys
+import torch
+from streammerge.methods import BlockMethod, WholeMethod, method
+def interrupt():
+    raise KeyboardInterrupt
+def inner(base, model):
+    return {inner}
+def first(target, parameters):
+    return {first}
+@method({kind}, base="required", models=(1, 1))
+def unfit(base, model):
+    """θ"""
+    return {then}
+'''
+
+GIVEN = {
+    "nothing": ("None", "gave nothing (None) instead of a tensor"),
+    "a list": ("[base, model]", "gave a list instead of a tensor"),
+    "a number": ("1.0", "gave a float instead of a tensor"),
+    "another shape": ("base.new_zeros(3)", "made a block of shape [3] of blocks of"),
+    "no dimension": ("base.sum()", "made a block of shape [] of blocks of"),
+    "integers": ("base.int()", "gave a tensor of torch.int32 instead of torch.float32"),
+    "truths": ("base > 0", "gave a tensor of torch.bool instead of torch.float32"),
+    "complex numbers": ("base + 0j", "gave a tensor of torch.complex64 instead of torch.float32"),
+    "no device": ("base.to('meta')", "gave a tensor on meta instead of cpu"),
+    "a sparse tensor": ("base.to_sparse()", "gave a sparse tensor instead of a plain one"),
+    "an array": ("base.numpy()", "gave a ndarray instead of a tensor"),
+}
+RAISED = {
+    "a way out": ("sys.exit(0)", "line 8, in inner: SystemExit: 0"),
+    "a bug": ("1 / 0", "line 8, in inner: ZeroDivisionError: division by zero"),
+    "a bug of torch": ("torch.ones(2) @ torch.ones(3)", "line 8, in inner: RuntimeError: "),
+    "an interrupt": ("interrupt()", "line 6, in interrupt: KeyboardInterrupt"),
+    "an end": ("next(iter(()))", "line 8, in inner: StopIteration"),
+}
+MOST_KINDS = ("BlockMethod", "BlockMethod, rows='rows'", "WholeMethod")
+STATISTICS = "BlockMethod, statistics=first"
+
+
+def unfit(own, models, tmp_path, kind: str, body: str) -> list[str]:
+    """The words of a merge by a method that does this when it is called, or when its statistics are taken."""
+    first, then = ("inner(None, None)", "base") if kind == STATISTICS else ("None", "inner(base, model)")
+    path = own(UNFIT.format(kind=kind, inner=body, first=first, then=then))
+    words = [str(models["a"]), "--base", str(models["base"]), "-m", "unfit", "--methods", str(path), "-q"]
+    return [*words, "-o", str(tmp_path / "out.safetensors")]
+
+
+@pytest.mark.parametrize("kind", MOST_KINDS)
+@pytest.mark.parametrize(("body", "problem"), GIVEN.values(), ids=GIVEN)
+def test_what_is_no_tensor_as_its_inputs_are_is_told(own, models, tmp_path, capsys, kind, body, problem):
+    assert main(unfit(own, models, tmp_path, kind, body)) == 1
+    assert f"method 'unfit' {problem}" in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("kind", [*MOST_KINDS, STATISTICS])
+@pytest.mark.parametrize(("body", "problem"), RAISED.values(), ids=RAISED)
+def test_whatever_a_method_raises_is_told_with_its_line(own, models, tmp_path, capsys, kind, body, problem):
+    assert main(unfit(own, models, tmp_path, kind, body)) == 1
+    assert f"own.py, {problem}" in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("body", ["base.double()", "base.half().float()", "base.clone().requires_grad_()", "base * 1"])
+@pytest.mark.parametrize("kind", MOST_KINDS)
+def test_any_floating_point_tensor_will_do(own, models, tmp_path, kind, body):
+    assert main(unfit(own, models, tmp_path, kind, body)) == 0
+    base = load_model(models["base"])
+    expected = {name: tensor.half().float() for name, tensor in base.items()} if "half" in body else base
+    assert_same_bytes(load_model(tmp_path / "out.safetensors"), expected)
+
+
+@pytest.mark.parametrize("io", ["mmap", "pread"])
+@pytest.mark.parametrize("kind", MOST_KINDS)
+def test_a_method_may_write_to_what_it_is_given(own, models, tmp_path, kind, io):
+    """Inputs that are mapped can't be written to: the process would be killed."""
+    words = unfit(own, models, tmp_path, kind, "base.add_(model)")
+    before = models["base"].read_bytes()
+    assert main([*words, "--io", io, "--verify"]) == 0
+    assert models["base"].read_bytes() == before
+    base, a = load_model(models["base"]), load_model(models["a"])
+    assert_same_bytes(load_model(tmp_path / "out.safetensors"), {name: base[name] + a[name] for name in base})
+
+
+COEFFICIENTS = {
+    "nothing": ("None", "gave nothing (None) instead of one number for each input"),
+    "a number": ("0.5", "gave a float instead of one number for each input"),
+    "a word": ("'12'", "gave a str instead of one number for each input"),
+    "words": ("['a', 'b']", "gave a list instead of one number for each input"),
+    "tensors": ("[torch.ones(2), 1.0]", "gave a list instead of one number for each input"),
+    "too much": ("[10**400, 1]", "gave a list instead of one number for each input"),
+    "complex numbers": ("[1j, 1.0]", "gave a list instead of one number for each input"),
+    "no number": ("[float('nan'), 1.0]", "comes to coefficients that are no finite numbers: [nan, 1.0]"),
+    "too few": ("[1.0]", "gave 1 coefficients for 2 inputs"),
+}
+
+
+@pytest.mark.parametrize("kind", ["LinearMethod", "GramMethod"])
+@pytest.mark.parametrize("case", [*COEFFICIENTS, *RAISED])
+def test_coefficients_are_numbers_or_it_is_told(own, models, tmp_path, capsys, kind, case):
+    body, problem = (COEFFICIENTS | RAISED)[case]
+    if (kind, case) == ("LinearMethod", "an interrupt"):
+        pytest.skip("in the main thread it may be the user's")
+    text = UNFIT.format(kind=kind, inner=body, first="None", then="inner(0, 0)").replace("BlockMethod", "GramMethod")
+    text = text.replace("WholeMethod", "LinearMethod").replace(
+        "unfit(base, model)", "unfit(gram)" if kind == "GramMethod" else "unfit()"
+    )
+    words = [str(models["a"]), "--base", str(models["base"]), "-m", "unfit", "--methods", str(own(text)), "-q"]
+    assert main([*words, "-o", str(tmp_path / "out.safetensors")]) == 1
+    err = capsys.readouterr().err
+    assert (f"method 'unfit' {problem}" if case in COEFFICIENTS else f"own.py, {problem}") in err
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 PROBLEMS = {
     "no methods": ("x = 1", "own.py: it registers no merge method\n  Decorate a function"),
+    "no text": ("\0", "own.py: source code string cannot contain null bytes"),
     "syntax": ("\n\ndef f(:\n", "own.py, line 3: "),
     "an import": ("import no_such_module", "own.py, line 1: ModuleNotFoundError: No module named 'no_such_module'"),
-    "an exception": ("def f():\n    return 1 / 0\n\nf()", "own.py, line 2: ZeroDivisionError: division by zero"),
+    "an exception": ("def f():\n    return 1 / 0\n\nf()", "own.py, line 2, in f: ZeroDivisionError: division by zero"),
     "a parameter": (LINEAR.replace("share: float", "share: dict"), "own.py, line 4: TypeError: merge method 'halfway'"),
     "a name": (
         LINEAR.replace("halfway", "linear"),

@@ -20,10 +20,11 @@ from streammerge import bookkeeping, lanes
 from streammerge.api import run_merge
 from streammerge.cli import main
 from streammerge.errors import OutputError
-from streammerge.journal import JOURNAL_SUFFIX, Journal, lock_journal
+from streammerge.journal import Journal, lock_journal
 from streammerge.methods import METHODS
 from streammerge.options import Options
 from streammerge.recipe import parse_recipe
+from streammerge.records import JOURNAL_SUFFIX
 from streammerge.works import MergeWork, Window
 from streammerge.writing import OutputWriter
 
@@ -386,7 +387,7 @@ def test_with_nothing_to_resume_it_begins_and_says_so(tmp_path, paths):
     run(recipe_of(paths), tmp_path / "out.safetensors", told.append, resume=True)
     assert told == ["nothing to resume: merging from the beginning"]
     with pytest.raises(OutputError, match="the output exists"):
-        run(recipe_of(paths), tmp_path / "out.safetensors", resume=True)
+        run(recipe_of(paths, dtype="fp16"), tmp_path / "out.safetensors", resume=True)
 
 
 @pytest.mark.parametrize("damage", ["removed", "cut", "another header"])
@@ -408,6 +409,22 @@ def test_files_that_are_not_what_was_left_are_not_gone_on_with(tmp_path, paths, 
             run(raw, output, resume=True)
         run(raw, output)
     assert digests(tmp_path / "new").items() >= right.items()
+
+
+@pytest.mark.parametrize("topics", [(), ("recipe",), ("program", "recipe", "output"), ("output", "tensor")])
+def test_what_does_not_tell_of_the_inputs_is_not_gone_on_with(tmp_path, paths, monkeypatch, topics):
+    """Or a journal from elsewhere could have anything put into the output."""
+    raw, output = recipe_of(paths), tmp_path / "new" / "out.safetensors"
+    stop(monkeypatch, raw, output)
+    journal = lock_journal(output.with_name(f".out.safetensors{JOURNAL_SUFFIX}"), create=False)
+    assert journal is not None
+    contents = journal.contents
+    journal.begin(contents.output, contents.files)
+    journal.identify({topic: contents.fingerprint[topic] for topic in topics if contents.fingerprint})
+    journal.add(contents.entry)
+    journal.close()
+    with pytest.raises(OutputError, match="can't be resumed: what is merged has changed"):
+        run(raw, output, resume=True)
 
 
 # ── beside others ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -459,7 +476,7 @@ def test_unfinished_files_that_can_not_be_resumed_are_removed(tmp_path, paths):
     journal = lock_journal(folder / f".out.safetensors{JOURNAL_SUFFIX}", create=True)
     assert journal is not None
     left = folder / f".out.safetensors.{'0' * 16}.partial"
-    journal.begin([left])
+    journal.begin("out.safetensors", {left.name: "out.safetensors"})
     left.write_text("unfinished")
     journal.close()
     run(recipe_of(paths), folder / "out.safetensors")

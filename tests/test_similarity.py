@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import streammerge
 from streammerge import compute, works
@@ -159,3 +161,21 @@ def test_codes_are_compared_by_their_values_or_not_at_all(opened):
     x, y = values.reshape(-1), plain.double().reshape(-1)
     assert found.similarities[0].norm_a == pytest.approx(float(x.norm()), rel=1e-12)
     assert found.similarities[0].cosine == pytest.approx(float(x.dot(y) / (x.norm() * y.norm())), abs=1e-12)
+
+
+SPECIAL = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, 6e-8)
+
+
+@given(st.lists(st.tuples(st.sampled_from(SPECIAL), st.sampled_from(SPECIAL)), min_size=1, max_size=4), st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_tensors_of_any_values_are_identical_where_every_value_is(tmp_path_factory, pairs, same):
+    folder = tmp_path_factory.mktemp("special")
+    a = torch.tensor([pair[0] for pair in pairs], dtype=torch.float16)
+    b = a.float() if same else torch.tensor([pair[1] for pair in pairs])
+    paths = save_models(folder, a={"x": a}, b={"x": b})
+    with streammerge.open_model(paths["a"]) as one, streammerge.open_model(paths["b"]) as other:
+        (found,) = compare_models(one, other, threads=1).similarities
+    equal = all(x == y or (math.isnan(x) and math.isnan(y)) for x, y in zip(a.tolist(), b.tolist(), strict=True))
+    assert found.identical == equal
+    assert not equal or found.norm_difference == 0
+    assert equal or not same

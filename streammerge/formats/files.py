@@ -44,6 +44,8 @@ class ByteFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.index: Path | None = None
+        """The index that names the file as a shard, and is part of the model as the file is."""
         self.identity = identify(path)
         self._descriptor: int | None = None
         self._opening = threading.Lock()

@@ -8,11 +8,14 @@ import traceback
 from pathlib import Path
 from typing import Final
 
-from streammerge.errors import MethodError
+from streammerge.errors import MergeError, MethodError
 from streammerge.methods.registry import METHODS
 
 _LOADED: Final[dict[Path, tuple[str, ...]]] = {}
 """The names of the methods that each file has brought."""
+
+_SEEN: Final[set[Path]] = set()
+"""The files as they were named: as tracebacks name them."""
 
 
 def load_methods(path: str | os.PathLike[str]) -> tuple[str, ...]:
@@ -28,6 +31,7 @@ def load_methods(path: str | os.PathLike[str]) -> tuple[str, ...]:
     for name in _LOADED.pop(file.resolve(), ()):
         METHODS.pop(name, None)
     known = set(METHODS)
+    _SEEN.add(file)
     try:
         _run(file)
     except BaseException:
@@ -61,8 +65,29 @@ def _run(file: Path) -> None:
     except MethodError:
         raise
     except SyntaxError as error:
-        raise MethodError(f"{file}, line {error.lineno}: {error.msg}") from error
-    except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
-        where = f", line {lines[-1]}" if lines else ""
-        raise MethodError(f"{file}{where}: {type(error).__name__}: {error}") from error
+        where = f", line {error.lineno}" if error.lineno else ""
+        raise MethodError(f"{file}{where}: {error.msg}") from error
+    except (Exception, SystemExit) as error:
+        raise _failure(file, error) from error
+
+
+def method_failure(error: BaseException) -> MethodError | None:
+    """The error to tell where a user's own method fails, which names the file and the line; None if none has.
+
+    An error of ours, and memory that has run out, are what they are.
+    """
+    if isinstance(error, MergeError | MemoryError):
+        return None
+    files = {str(file): file for file in _SEEN}
+    frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
+    if not frames and error.__cause__ is not None:  # a StopIteration becomes a RuntimeError on its way
+        return method_failure(error.__cause__)
+    return _failure(files[frames[-1]], error) if frames else None
+
+
+def _failure(file: Path, error: BaseException) -> MethodError:
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    where = f", line {frames[-1].lineno}" if frames else ""
+    where += f", in {frames[-1].name}" if frames and frames[-1].name != "<module>" else ""
+    said = f": {error}" if str(error) else ""
+    return MethodError(f"{file}{where}: {type(error).__name__}{said}", advice="Mend the method.")

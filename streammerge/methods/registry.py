@@ -22,8 +22,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
-from streammerge.errors import MethodError, RecipeError
+from streammerge.errors import RecipeError
 from streammerge.methods.contract import GIVEN, Parameter, ParameterValue, parameters_of
+from streammerge.methods.results import checked_coefficients, checked_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,6 +84,11 @@ class Method:
     def kind(self) -> str:
         """How the method streams: linear, gram, block or whole."""
         raise NotImplementedError
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is a user's own method, not one that comes with the program."""
+        return not str(getattr(self, "function", self).__module__).startswith("streammerge.")
 
     @property
     def formula(self) -> str:
@@ -146,8 +152,8 @@ class LinearMethod(Method):
     def quotient(self, parameters: Mapping[str, ParameterValue]) -> Quotient:
         """One finite coefficient per input, and what their sum is divided by; MethodError where there is none."""
         made = self.function(**keywords(parameters))
-        found = made if isinstance(made, Quotient) else Quotient(made)
-        finite(self, [*found.coefficients, found.divisor])
+        found = made if isinstance(made, Quotient) else Quotient(checked_coefficients(self.name, made))
+        checked_coefficients(self.name, [*found.coefficients, found.divisor])
         return found
 
 
@@ -173,7 +179,7 @@ class GramMethod(Method):
         Inputs with infinite values or NaNs count as tensors without direction: methods combine such linearly, with no
         coefficient 0 that would hide them.
         """
-        return finite(self, self.function(gram.defined(), **keywords(parameters)))
+        return checked_coefficients(self.name, self.function(gram.defined(), **keywords(parameters)))
 
 
 @dataclass(frozen=True)
@@ -231,11 +237,7 @@ class BlockMethod(Method):
         """The output's block at this place."""
         given = {"place": place, "statistics": statistics}
         made = self.function(*inputs, **keywords(parameters), **{name: given[name] for name in self.wanted})
-        if made.shape != inputs[0].shape:
-            raise MethodError(
-                f"method {self.name!r} made a block of shape {list(made.shape)} of blocks of {list(inputs[0].shape)}"
-            )
-        return made
+        return checked_tensor(self.name, made, inputs[0])
 
 
 @dataclass(frozen=True)
@@ -263,7 +265,7 @@ class WholeMethod(Method):
     def compute(self, place: Place, inputs: Sequence[Tensor], parameters: Mapping[str, ParameterValue]) -> Tensor:
         """The output."""
         given = {"place": place} if "place" in self.wanted else {}
-        return self.function(*inputs, **keywords(parameters), **given)
+        return checked_tensor(self.name, self.function(*inputs, **keywords(parameters), **given), inputs[0])
 
 
 METHODS: Final[dict[str, Method]] = {}
@@ -329,16 +331,6 @@ def suggestion(word: str, known: Mapping[str, Any] | Sequence[str]) -> str:
     """'Did you mean …? ' where a known word comes near, else nothing."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"Did you mean {near[0]!r}? " if near else ""
-
-
-def finite(method: Method, coefficients: Sequence[float]) -> Sequence[float]:
-    """The coefficients, if all of them are numbers to compute with; else a MethodError."""
-    if all(math.isfinite(value) for value in coefficients):
-        return coefficients
-    raise MethodError(
-        f"method {method.name!r} comes to coefficients that are no finite numbers: {list(coefficients)}",
-        advice="Look at its parameters: a sum of weights that is zero can't be normalised.",
-    )
 
 
 def net(*contributions: float) -> float:

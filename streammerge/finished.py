@@ -1,0 +1,31 @@
+"""Whether an output that is in place is the one that a plan would write, as far as its headers tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import BinaryIO
+
+from streammerge.formats.files import read_errors
+from streammerge.layout import OutputFile, OutputLayout
+
+
+def is_finished(layout: OutputLayout) -> bool:
+    """Whether every file is there with its size and header, metadata included, and the index as it would be written."""
+    if not all(path.is_file() for path in layout.paths) or not all(map(has_header, layout.files)):
+        return False
+    if layout.index is None:
+        return True
+    path = layout.index.path
+    with read_errors(path), path.open("rb") as file:
+        return begins_with(file, layout.index.pieces()) and not file.read(1)
+
+
+def has_header(file: OutputFile) -> bool:
+    """Whether a file of this name has the size and begins with the header that were planned."""
+    with read_errors(file.path), file.path.open("rb") as opened:
+        return begins_with(opened, file.header.pieces()) and file.path.stat().st_size == file.nbytes
+
+
+def begins_with(file: BinaryIO, pieces: Iterable[bytes]) -> bool:
+    """Whether these are the file's next bytes."""
+    return all(file.read(len(piece)) == piece for piece in pieces)
