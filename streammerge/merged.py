@@ -178,7 +178,7 @@ class _Resolution:
         wanted: dict[str, bool] = {}
         dropped: set[str] = set()
         for model, names in outside.items():
-            for name in names:
+            for name in names_beside(names, self.coded.weights[self.layout_name]):
                 number, rule = self._match(name)
                 if rule and rule.action == "drop":
                     self.used_rules.add(number)

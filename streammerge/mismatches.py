@@ -123,8 +123,15 @@ class Problems:
                 advice="Put the adapter into its weights first (in PEFT: merge_and_unload), or copy such tensors with "
                 "--keep.",
             )
+        if not merged:
+            self._report_nothing(models)
         self._report_shapes(recipe, models, merged)
-        self._report_names(layout, models, merged)
+        if self.missing:
+            raise PlanError(
+                f"{count(self.missing, 'tensor')} {plural(self.missing, 'is', 'are')} not in every model",
+                found=list(map(str, self.missing)),
+                advice=hint(self.missing, models) + missing_advice(self.missing, layout, models if merged else ()),
+            )
         if self.unmergeable:
             raise PlanError(
                 f"{count(self.unmergeable, 'tensor')} can't be averaged: not all are floating point",
@@ -139,6 +146,16 @@ class Problems:
                 advice="Correct the globs (`streammerge inspect` lists names), or choose another --layout.",
             )
 
+    def _report_nothing(self, models: Mapping[str, Tensors]) -> None:
+        """Names that no two models share: where only shapes were in the way, they are what to tell."""
+        if self.alone and all(found.taken for found in (*self.misshapen, *self.kept)):
+            raise PlanError(
+                "nothing is merged: no tensor that could be has the same name in every model",
+                found=[f"{model}   {listed(list(tensors))}" for model, tensors in models.items()],
+                advice=f"{hint(range(SHOWN + 1), models)}Merge models of one kind, saved by the same tool; "
+                "`streammerge inspect --tensors` lists their names.",
+            )
+
     def _report_shapes(self, recipe: Recipe, models: Mapping[str, Tensors], merged: int) -> None:
         """Shapes that the policy does not allow, or that it keeps all of."""
         found = self.misshapen or ([] if merged else [kept for kept in self.kept if not kept.taken])
@@ -147,22 +164,6 @@ class Problems:
                 f"{count(found, 'tensor')} {plural(found, 'differs', 'differ')} in shape between the models",
                 found=list(map(str, found)),
                 advice=hint(found, models) + self._shape_advice(found, recipe, merged),
-            )
-
-    def _report_names(self, layout: str, models: Mapping[str, Tensors], merged: int) -> None:
-        """Names that no two models share, or not all."""
-        if self.alone and not merged:
-            raise PlanError(
-                "nothing is merged: no tensor that could be has the same name in every model",
-                found=[f"{model}   {listed(list(tensors))}" for model, tensors in models.items()],
-                advice=f"{hint(range(SHOWN + 1), models)}Merge models of one kind, saved by the same tool; "
-                "`streammerge inspect --tensors` lists their names.",
-            )
-        if self.missing:
-            raise PlanError(
-                f"{count(self.missing, 'tensor')} {plural(self.missing, 'is', 'are')} not in every model",
-                found=list(map(str, self.missing)),
-                advice=hint(self.missing, models) + missing_advice(self.missing, layout, models if merged else ()),
             )
 
     def _shape_advice(self, found: Sequence[Misshapen], recipe: Recipe, merged: int) -> str:

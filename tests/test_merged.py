@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from streammerge.demo.layouts import checkpoint
-from streammerge.errors import PlanError, RecipeError, count, plural
+from streammerge.errors import PlanError, RecipeError, count, listed, plural
 from streammerge.merged import Merged
 from streammerge.nodes import ByBlock, ByGram, Combined, External, Stored, Viewed
 from streammerge.tensors import DTYPES, TensorInfo
@@ -462,6 +462,11 @@ def test_counts_have_their_plural():
     assert count(["x"], "tensor") == "1 tensor"
     assert count(["x"] * 1228, "tensor") == "1,228 tensors"
     assert plural([], "one", "many") == "many"
+
+
+def test_long_lists_of_names_end_in_a_count():
+    assert listed(list("abcde")) == "a, b, c, d, e"
+    assert listed([*"abcde", *["x"] * 1234]) == "a, b, c, d, e and 1,234 more"
 
 
 # ── what only some models have ───────────────────────────────────────────────────────────────────────────────────────

@@ -118,7 +118,7 @@ class Folder:
         except RecipeError:
             return "recipe"
         except PlanError as error:
-            return error.what
+            return error.what.split(": ")[-1]  # after the names of nested recipes
         return load_model(output)
 
 

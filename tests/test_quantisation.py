@@ -81,6 +81,15 @@ def test_a_quantised_model_beside_a_plain_one_is_refused_for_its_own_reason(kind
         merged({"a": plain, "b": header(**KINDS[kind][0])}, on_missing="keep", on_shape_mismatch="keep")
 
 
+@pytest.mark.parametrize("kind", ["GPTQ", "compressed-tensors"])
+def test_a_weight_that_the_layout_has_as_codes_is_not_missing_there(kind):
+    coded, plain = header(**KINDS[kind][0], q__weight="F16 3"), header(p__weight="BF16 4 8", q__weight="F16 3")
+    made = merged({"a": coded, "b": plain}, rules=[{"match": "p*", "keep": True}])
+    assert list(made.tensors) == list(coded.tensors)
+    with pytest.raises(PlanError, match="1 tensor is quantised in a way that"):
+        merged({"a": coded, "b": plain})
+
+
 @pytest.mark.parametrize(
     "tensors",
     [
