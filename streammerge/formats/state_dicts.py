@@ -77,22 +77,26 @@ NONE_LEFT: Final = LeftTensors()
 
 @dataclass(slots=True)
 class _Candidate:
-    """A dict: how many tensors it has under names, whether it looks like a module's, and the most that such a dict
-    below it has."""
+    """A dict: how many tensors it has under names, what makes it look like a state dict (its tensors' names, its key),
+    and the most tensors that a dict below it has which looks like one."""
 
     path: Path
     values: PickledDict
     count: int
     dotted: bool
-    is_strong: bool
+    named: bool
     below: int = 0
 
     @classmethod
     def of(cls, path: Path, values: PickledDict) -> _Candidate:
         names = [key for key, value in values.items() if isinstance(key, str) and isinstance(value, TENSORS)]
         dotted = any("." in name for name in names)
-        fits = path is not None and _MODEL.search(path[1].lower()) is not None
-        return cls(path, values, len(names), dotted, bool(names) and (dotted or fits))
+        return cls(path, values, len(names), dotted, bool(names) and path is not None and _is_model(path[1]))
+
+    @property
+    def looks_right(self) -> bool:
+        """Whether it looks like a state dict, and not only like some tensors."""
+        return self.dotted or self.named
 
     @property
     def is_wrapper(self) -> bool:
@@ -121,26 +125,48 @@ def find_state_dict(contents: object, entry: str = "") -> tuple[PickledDict, Lef
         return chosen, LeftTensors.of(path for path, _ in _walk(contents, None, _own(chosen)))
     candidate = _decide(candidates)
     own = _own(candidate.values)
-    nested = [path for path, training in _walk(candidate.values, candidate.path, own) if not training]
+    inside = _walk(candidate.values, candidate.path, own)
+    nested = [path for path, training in inside if not training]
     if nested:
         lies = "1 tensor lies" if len(nested) == 1 else f"{len(nested):,} tensors lie"
         has = "has" if len(nested) == 1 else "have"
         what = f"{lies} deeper than those of the state dict, or {has} no name, and would be lost"
         raise ChoiceError(what, list(map(text_of, nested)), text_of(candidate.path))
-    beside = [] if candidate.is_strong else [path for path, training in _walk(contents, None, own) if not training]
-    if beside:
-        found = [str(candidate), *(f"{text_of(path)}   a tensor" for path in beside)]
+    if parts := _near(candidate, contents, own):
+        found = [str(candidate), *(f"{text_of(path)}   a tensor" for path in parts)]
         raise ChoiceError("it can't be told which of its tensors are the model", found, text_of(candidate.path))
     return candidate.values, LeftTensors.of(path for path, _ in _walk(contents, None, own))
 
 
+def _near(candidate: _Candidate, contents: PickledDict, own: set[int]) -> list[Path]:
+    """The tensors that may be parts of the model as those of the candidate are: all that lie where the model does.
+
+    That is in the outermost dict that is called a model, or anywhere if none is. Loose ones in the dicts around the
+    candidate are no parts, nor is what training needs.
+    """
+    steps: list[tuple[Path, str]] = []
+    path = candidate.path
+    while path is not None:
+        steps.append(path)
+        path = path[0]
+    steps.reverse()
+    around = [contents]
+    for _, key in steps:
+        inner = around[-1][key]
+        assert isinstance(inner, PickledDict)
+        around.append(inner)
+    outermost = next((number for number, (_, key) in enumerate(steps, 1) if _is_model(key)), 0)
+    walked = _walk(around[outermost], steps[outermost - 1] if outermost else None, own.union(*map(_own, around)))
+    return [path for path, training in walked if not training]
+
+
 def _decide(candidates: list[_Candidate]) -> _Candidate:
-    """The one that looks like a module's state dict, or else the only one."""
-    only_weak = not any(candidate.is_strong for candidate in candidates)
+    """The one that looks like a state dict where a key says that it is one, or else the only one."""
+    unnamed = not any(candidate.named for candidate in candidates)
     fitting = [
         candidate
         for candidate in candidates
-        if (candidate.is_strong or candidate.below or only_weak) and not candidate.is_wrapper
+        if (candidate.looks_right or candidate.below or unnamed) and not candidate.is_wrapper
     ]
     if not fitting:
         raise NoStateDictError
@@ -167,10 +193,15 @@ def _candidates(contents: PickledDict) -> list[_Candidate]:
     for candidate in reversed(found):  # those below come after those above
         candidate.below = below.get(id(candidate.path), 0)
         if candidate.path is not None:
-            most = max(candidate.below, candidate.count if candidate.is_strong else 0)
+            most = max(candidate.below, candidate.count if candidate.looks_right else 0)
             parent = id(candidate.path[0])
             below[parent] = max(below.get(parent, 0), most)
     return [candidate for candidate in found if candidate.count]
+
+
+def _is_model(key: str) -> bool:
+    """Whether a key is one of those that wrap models."""
+    return _MODEL.search(key.lower()) is not None
 
 
 def _is_training(key: str | Inert, value: object) -> bool:
@@ -262,5 +293,5 @@ def text_of(path: Path) -> str:
 
 def _example(candidates: list[_Candidate]) -> str:
     """The entry that a user is shown: the first that looks like a model's."""
-    best = sorted(candidates, key=lambda candidate: not candidate.is_strong)
+    best = sorted(candidates, key=lambda candidate: not candidate.looks_right)
     return text_of(best[0].path) if best else ""
