@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -48,8 +49,8 @@ def test_the_command_line_chooses(folder, words, value):
     assert merged(*words) == value
 
 
-def recipe(*models: dict[str, object], **keys: object) -> str:
-    Path("r.yaml").write_text(yaml.safe_dump({"merge_method": "linear", "models": list(models), **keys}))
+def recipe(*models: Mapping[str, object], **keys: object) -> str:
+    Path("r.yaml").write_text(yaml.safe_dump({"merge_method": "linear", "models": [*map(dict, models)], **keys}))
     return "r.yaml"
 
 

@@ -610,7 +610,7 @@ DEEP = 200_000
         b"]q\0h\0a",
         b"]q\0h\0\x85",
         named("a.B") + b")\x81q\0}" + text("self") + b"h\0sb",
-        named("a.B") + b"q\0" + b"h\0" * 100_000 + b"\x85R" * 100_000,
+        named("a.B") + b"q\0" + b"h\0" * 50_000 + b"\x85R" * 50_000,
         b"(" + b"N" * DEEP + b"t",
         b"]" + b"(e" * DEEP,
     ],

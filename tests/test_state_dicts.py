@@ -189,6 +189,11 @@ def test_tensors_within_the_state_dict_are_never_lost(tmp_path, contents, names)
     assert check(path, {name: value for name, value in own.items() if len(name) < 4096}, entry) == (1, names)
 
 
+def test_a_small_file_of_too_many_lists_is_refused(tmp_path):
+    refused(save(tmp_path, {"model": STATE, "seen": [(number,) for number in range(90_000)]}), "far more than tensors")
+    check(save(tmp_path, {"model": STATE, "seen": [(number,) for number in range(20_000)]}), STATE)
+
+
 def test_tensors_that_a_parameter_carries_are_not_lost(tmp_path):
     """As bitsandbytes' parameters carry the statistics of their codes."""
     parameter = torch.nn.Parameter(torch.ones(4, dtype=torch.uint8), requires_grad=False)
