@@ -737,7 +737,7 @@ def test_the_bounds_grow_with_the_file(megabytes: int) -> None:
     assert bounds.held <= max(2 * megabytes * 2**20, 30 * 2**20)
 
 
-@pytest.mark.parametrize("program", [b"N0" * (MAX_STEPS // 2 + 1) + b"N.", b"}" * 240_000 + b"."])
+@pytest.mark.parametrize("program", [b"N0" * (MAX_STEPS // 2 + 1) + b"N.", b"}" * 250_000 + b"."])
 def test_what_is_too_much_for_a_small_file_is_read_of_a_large_one(program: bytes) -> None:
     refused(program, "that are allowed")
     describe_pickle(program, "x", Bounds.of(2**30))
