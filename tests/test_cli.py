@@ -599,7 +599,7 @@ def test_models_of_different_architectures(folder, run):
     [
         (None, "bad.safetensors: not a valid safetensors file: its header describes .* bytes are missing"),
         (b"", "bad.safetensors: is neither safetensors nor a torch zip"),
-        (b"<html>not found</html>", "bad.safetensors: is neither safetensors nor a torch zip"),
+        (b"<html>not found</html>", "bad.safetensors: is a web page and not a model"),
         (b"PK\x03\x04garbage", "bad.safetensors: not a readable torch zip"),
     ],
 )

@@ -50,7 +50,7 @@ def test_the_command_line_chooses(folder, words, value):
 
 
 def recipe(*models: Mapping[str, object], **keys: object) -> str:
-    Path("r.yaml").write_text(yaml.safe_dump({"merge_method": "linear", "models": list(models), **keys}))
+    Path("r.yaml").write_text(yaml.safe_dump({"merge_method": "linear", "models": [*map(dict, models)], **keys}))
     return "r.yaml"
 
 

@@ -83,7 +83,7 @@ def write_header(path: Path, header: str | bytes, nbytes: int = 0) -> Path:
 HEADERS = {
     "as many tensors as may be": (lambda: entries(MAX_TENSORS), "read"),
     "in another spelling": (lambda: entries(MAX_TENSORS, space="  "), "read"),
-    "with names as long as may be": (lambda: entries(MAX_TENSORS, name="x" * 250), "read"),
+    "with names as long as may be": (lambda: entries(MAX_TENSORS, name="x" * 200), "read"),
     "a million tensors": (lambda: entries(1_000_000), "refused"),
     "100 MB": (lambda: "{" + " " * 99_999_990 + "}", "refused"),
     "a megabyte of spaces": (lambda: "{" + " " * (MAX_TEXT - 2) + "}", "read"),
@@ -237,7 +237,7 @@ def test_what_a_large_file_needs_is_read_and_not_of_a_small_one(tmp_path, count,
     assert len(read_header(path, path.stat().st_size).tensors) == count
     empty = (f'"w{number}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for number in range(count))
     path = write_header(tmp_path / "small.safetensors", "{" + metadata + ",".join(empty) + "}")
-    with pytest.raises(CheckpointError, match=r"more than 65536 tensors, the most|4194304 characters at most"):
+    with pytest.raises(CheckpointError, match=r"more than 75000 tensors, the most|4194304 characters at most"):
         read_header(path, path.stat().st_size)
 
 
@@ -248,7 +248,7 @@ def test_a_name_may_be_as_long_as_stated(tmp_path):
 
 def test_no_file_is_written_that_is_not_read_back():
     tensors = {f"t{number}": TensorInfo(DTYPES["F16"], (1,)) for number in range(MAX_TENSORS + 1)}
-    with pytest.raises(OutputError, match=r"would hold 65,537 tensors; 65,536 are allowed in one of its size\n  Use"):
+    with pytest.raises(OutputError, match=r"would hold 75,001 tensors; 75,000 are allowed in one of its size\n  Use"):
         lay_out(Path("x.safetensors"), tensors, {})
     assert len(lay_out(Path("x.safetensors"), tensors, {}, shard_bytes=2**17).files) == 2
 

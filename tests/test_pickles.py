@@ -610,7 +610,7 @@ DEEP = 200_000
         b"]q\0h\0a",
         b"]q\0h\0\x85",
         named("a.B") + b")\x81q\0}" + text("self") + b"h\0sb",
-        named("a.B") + b"q\0" + b"h\0" * 100_000 + b"\x85R" * 100_000,
+        named("a.B") + b"q\0" + b"h\0" * 50_000 + b"\x85R" * 50_000,
         b"(" + b"N" * DEEP + b"t",
         b"]" + b"(e" * DEEP,
     ],
@@ -737,7 +737,7 @@ def test_the_bounds_grow_with_the_file(megabytes: int) -> None:
     assert bounds.held <= max(2 * megabytes * 2**20, 30 * 2**20)
 
 
-@pytest.mark.parametrize("program", [b"N0" * (MAX_STEPS // 2 + 1) + b"N.", b"}" * 240_000 + b"."])
+@pytest.mark.parametrize("program", [b"N0" * (MAX_STEPS // 2 + 1) + b"N.", b"}" * 250_000 + b"."])
 def test_what_is_too_much_for_a_small_file_is_read_of_a_large_one(program: bytes) -> None:
     refused(program, "that are allowed")
     describe_pickle(program, "x", Bounds.of(2**30))

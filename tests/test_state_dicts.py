@@ -133,6 +133,12 @@ SEVERAL = {
         {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": {"*": torch.ones(2, 3)}, "name": "x"},
         ["string_to_token", "string_to_param"],
     ),
+    "two parts of a model": ({"encoder": weights("a.b", "c.d"), "head": weights("weight")}, ["encoder", "head"]),
+    "a flat one and a part": ({"a.b": torch.ones(2), "c": {"d": torch.ones(1)}}, [".", "c"]),
+    "Megatron's": (
+        {"model": {"language_model": {"embedding": {"words": weights("weight")}, "encoder": weights("0.w", "1.w")}}},
+        ["model.language_model.embedding.words", "model.language_model.encoder"],
+    ),
     "many loose ones": ({**weights("a", "b", "c"), "model": weights("a", "b")}, [".", "model"]),
 }
 
@@ -159,7 +165,7 @@ LOST = {
         {"b": torch.ones(2), "l": torch.nn.ParameterList([torch.ones(3)])},
         ("l._parameters.0",),
     ),
-    "in a dict": ({"a.b": torch.ones(2), "c": {"d": torch.ones(1)}}, ("c.d",)),
+    "in a dict": ({"model": {"a.b": torch.ones(2), "c": {"d": torch.ones(1)}}}, ("model.c.d",)),
     "in a list": ({"a.b": torch.ones(2), "c": [1, (2, torch.ones(1))]}, ("c.1.1",)),
     "in a whole module": ({"a.b": torch.ones(2), "m": torch.nn.Linear(1, 1, bias=False)}, ("m._parameters.weight",)),
     "in a module beside a loose tensor": (
@@ -177,10 +183,15 @@ def test_tensors_within_the_state_dict_are_never_lost(tmp_path, contents, names)
     assert (
         refused(path, "1 tensor lies deeper than those of the state dict, or has no name, and would be lost") == names
     )
-    entry = "state_dict" if "state_dict" in contents else "."
-    chosen = contents.get("state_dict", contents)
+    entry = next((key for key in ("state_dict", "model") if isinstance(contents.get(key), dict)), ".")
+    chosen = contents.get(entry, contents)
     own = {name: value for name, value in chosen.items() if isinstance(value, torch.Tensor) and isinstance(name, str)}
     assert check(path, {name: value for name, value in own.items() if len(name) < 4096}, entry) == (1, names)
+
+
+def test_a_small_file_of_too_many_lists_is_refused(tmp_path):
+    refused(save(tmp_path, {"model": STATE, "seen": [(number,) for number in range(90_000)]}), "far more than tensors")
+    check(save(tmp_path, {"model": STATE, "seen": [(number,) for number in range(20_000)]}), STATE)
 
 
 def test_tensors_that_a_parameter_carries_are_not_lost(tmp_path):
@@ -192,10 +203,30 @@ def test_tensors_that_a_parameter_carries_are_not_lost(tmp_path):
     )
 
 
-def test_a_weak_candidate_must_be_alone(tmp_path):
-    contents = {"token": {"*": torch.tensor(265)}, "param": torch.nn.ParameterDict({"*": torch.ones(2)})}
+LAYER = torch.nn.Linear(1, 1, bias=False)
+
+
+@pytest.mark.parametrize(
+    ("contents", "chosen", "part"),
+    [
+        (
+            {"token": {"*": torch.ones(1)}, "param": torch.nn.ParameterDict({"*": torch.ones(2)})},
+            "token",
+            "param._parameters.*",
+        ),
+        ({"encoder": STATE, "head": LAYER, "step": torch.ones(1)}, "encoder", "head._parameters.weight"),
+        ({"encoder": STATE, "heads": [weights("w")]}, "encoder", "heads.0.w"),
+        ({"model": {"state_dict": STATE, "head": LAYER}}, "model.state_dict", "model.head._parameters.weight"),
+        (
+            {"net": {"encoder": STATE, "layers": [{"w": torch.ones(1)}], "step": torch.ones(1)}},
+            "net.encoder",
+            "net.layers.0.w",
+        ),
+    ],
+)
+def test_what_may_be_another_part_of_the_model_is_not_left_without_a_choice(tmp_path, contents, chosen, part):
     found = refused(save(tmp_path, contents), "it can't be told which of its tensors are the model")
-    assert found == ("token   1 tensor", "param._parameters.*   a tensor")
+    assert [line.split("   ")[0] for line in found] == [chosen, part]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from streammerge.tensors import DTYPES, TensorInfo, described
 MAX_TEXT: Final = 24 * 2**20
 """The most memory that a small file's header may take as text, in bytes; a character beyond ASCII makes all wider."""
 
-MAX_TENSORS: Final = 2**16
+MAX_TENSORS: Final = 75_000
 """The most tensors in a small file."""
 
 MAX_DIMENSIONS: Final = 64

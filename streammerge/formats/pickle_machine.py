@@ -25,6 +25,7 @@ MAX_HELD: Final = 30 * 2**20
 about 1250."""
 
 _MAX_TEXT: Final = 4096  # bytes of a string that is kept: a longer one is data, not a name
+_TO_LOOK_INTO: Final = 160  # bytes that it takes to look for tensors in an object
 _MAX_GAP: Final = 4096  # how many items of the memo may be left out at once: picklers leave out none
 
 Arguments = tuple[object, ...]
@@ -177,11 +178,14 @@ class Machine:
             raise MalformedPickleError(f"it calls {kind(function)}, which is no function")
         given = arguments if isinstance(arguments, tuple) else (arguments,) if isinstance(arguments, Inert) else ()
         self.held += 128 + 8 * len(given)
-        self.stack.append(self.call(function, given))
+        answer = self.call(function, given)
+        if isinstance(answer, PickledObject):
+            self.held += _TO_LOOK_INTO
+        self.stack.append(answer)
 
     def push_object(self, name: str, parts: list[object]) -> None:
         """Push what stands for an object made of these parts."""
-        self.held += 128 + 8 * len(parts)
+        self.held += 128 + 8 * len(parts) + _TO_LOOK_INTO
         self.stack.append(PickledObject(name, parts))
 
     def to_change(self) -> PickledDict | Inert:

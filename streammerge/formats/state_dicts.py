@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Any, Final
 
 from streammerge.errors import SHOWN
-from streammerge.formats.pickle_machine import Inert, PickledDict, PickledObject
+from streammerge.formats.pickle_machine import Bounds, Inert, MalformedPickleError, PickledDict, PickledObject
 from streammerge.formats.pickles import PickledStorage, PickledTensor, Unreadable
 
 TENSORS: Final = (PickledTensor, PickledStorage, Unreadable)
@@ -25,6 +25,7 @@ TOP: Final = "."
 
 _MODEL: Final = re.compile(r"(?<![a-z])(state_?dict|model|module|net|network|generator|ema|params|weights?)(?![a-z])")
 _TRAINING: Final = re.compile(r"(?<![a-z])(optim[a-z]*|(lr)?schedulers?|scaler|rng|callbacks?|loops)(?![a-z])")
+_LOOKED_AT: Final = 400  # bytes of what a pickle may take for each list, dict or object that is looked into
 _SHOWN_PATH: Final = 200  # characters of a path that are shown
 
 Path = tuple["Path", str] | None
@@ -77,22 +78,26 @@ NONE_LEFT: Final = LeftTensors()
 
 @dataclass(slots=True)
 class _Candidate:
-    """A dict: how many tensors it has under names, whether it looks like a module's, and the most that such a dict
-    below it has."""
+    """A dict: how many tensors it has under names, what makes it look like a state dict (its tensors' names, its key),
+    and the most tensors that a dict below it has which looks like one."""
 
     path: Path
     values: PickledDict
     count: int
     dotted: bool
-    is_strong: bool
+    named: bool
     below: int = 0
 
     @classmethod
     def of(cls, path: Path, values: PickledDict) -> _Candidate:
         names = [key for key, value in values.items() if isinstance(key, str) and isinstance(value, TENSORS)]
         dotted = any("." in name for name in names)
-        fits = path is not None and _MODEL.search(path[1].lower()) is not None
-        return cls(path, values, len(names), dotted, bool(names) and (dotted or fits))
+        return cls(path, values, len(names), dotted, bool(names) and path is not None and _is_model(path[1]))
+
+    @property
+    def looks_right(self) -> bool:
+        """Whether it looks like a state dict, and not only like some tensors."""
+        return self.dotted or self.named
 
     @property
     def is_wrapper(self) -> bool:
@@ -103,12 +108,14 @@ class _Candidate:
         return f"{text_of(self.path)}   {self.count:,} tensor{'s' * (self.count != 1)}"
 
 
-def find_state_dict(contents: object, entry: str = "") -> tuple[PickledDict, LeftTensors]:
+def find_state_dict(contents: object, bounds: Bounds, entry: str = "") -> tuple[PickledDict, LeftTensors]:
     """The state dict of a checkpoint, and which tensors are left; `entry` names it where several fit.
 
     What lies beside it is left. Tensors that lie deeper in it, or have no name, would be lost: unless the entry was
-    named, that is a ChoiceError, as is a second dict that fits. No dict of tensors at all is a NoStateDictError.
+    named, that is a ChoiceError, as is a second dict that fits. No dict of tensors at all is a NoStateDictError, and
+    more than can be looked through within the bounds a MalformedPickleError.
     """
+    most = bounds.held // _LOOKED_AT
     if not isinstance(contents, PickledDict):
         raise NoStateDictError
     candidates = _candidates(contents)
@@ -118,29 +125,52 @@ def find_state_dict(contents: object, entry: str = "") -> tuple[PickledDict, Lef
             what = f"{len(named)} dicts in it are called {entry!r}" if named else f"there is no dict {entry!r} in it"
             raise ChoiceError(what, list(map(str, candidates)), "" if named else _example(candidates))
         (chosen,) = named.values()
-        return chosen, LeftTensors.of(path for path, _ in _walk(contents, None, _own(chosen)))
+        return chosen, LeftTensors.of(path for path, _ in _walk(contents, None, _own(chosen), most))
     candidate = _decide(candidates)
     own = _own(candidate.values)
-    nested = [path for path, training in _walk(candidate.values, candidate.path, own) if not training]
+    inside = _walk(candidate.values, candidate.path, own, most)
+    nested = [path for path, training in inside if not training]
     if nested:
         lies = "1 tensor lies" if len(nested) == 1 else f"{len(nested):,} tensors lie"
         has = "has" if len(nested) == 1 else "have"
         what = f"{lies} deeper than those of the state dict, or {has} no name, and would be lost"
         raise ChoiceError(what, list(map(text_of, nested)), text_of(candidate.path))
-    beside = [] if candidate.is_strong else [path for path, training in _walk(contents, None, own) if not training]
-    if beside:
-        found = [str(candidate), *(f"{text_of(path)}   a tensor" for path in beside)]
+    if parts := _near(candidate, contents, own, most):
+        found = [str(candidate), *(f"{text_of(path)}   a tensor" for path in parts)]
         raise ChoiceError("it can't be told which of its tensors are the model", found, text_of(candidate.path))
-    return candidate.values, LeftTensors.of(path for path, _ in _walk(contents, None, own))
+    return candidate.values, LeftTensors.of(path for path, _ in _walk(contents, None, own, most))
+
+
+def _near(candidate: _Candidate, contents: PickledDict, own: set[int], most: int) -> list[Path]:
+    """The tensors that may be parts of the model as those of the candidate are: all that lie where the model does.
+
+    That is in the outermost dict that is called a model, or anywhere if none is. Loose ones in the dicts around the
+    candidate are no parts, nor is what training needs.
+    """
+    steps: list[tuple[Path, str]] = []
+    path = candidate.path
+    while path is not None:
+        steps.append(path)
+        path = path[0]
+    steps.reverse()
+    around = [contents]
+    for _, key in steps:
+        inner = around[-1][key]
+        assert isinstance(inner, PickledDict)
+        around.append(inner)
+    outermost = next((number for number, (_, key) in enumerate(steps, 1) if _is_model(key)), 0)
+    loose = own.union(*map(_own, around))
+    walked = _walk(around[outermost], steps[outermost - 1] if outermost else None, loose, most)
+    return [path for path, training in walked if not training]
 
 
 def _decide(candidates: list[_Candidate]) -> _Candidate:
-    """The one that looks like a module's state dict, or else the only one."""
-    only_weak = not any(candidate.is_strong for candidate in candidates)
+    """The one that looks like a state dict where a key says that it is one, or else the only one."""
+    unnamed = not any(candidate.named for candidate in candidates)
     fitting = [
         candidate
         for candidate in candidates
-        if (candidate.is_strong or candidate.below or only_weak) and not candidate.is_wrapper
+        if (candidate.looks_right or candidate.below or unnamed) and not candidate.is_wrapper
     ]
     if not fitting:
         raise NoStateDictError
@@ -167,10 +197,15 @@ def _candidates(contents: PickledDict) -> list[_Candidate]:
     for candidate in reversed(found):  # those below come after those above
         candidate.below = below.get(id(candidate.path), 0)
         if candidate.path is not None:
-            most = max(candidate.below, candidate.count if candidate.is_strong else 0)
+            most = max(candidate.below, candidate.count if candidate.looks_right else 0)
             parent = id(candidate.path[0])
             below[parent] = max(below.get(parent, 0), most)
     return [candidate for candidate in found if candidate.count]
+
+
+def _is_model(key: str) -> bool:
+    """Whether a key is one of those that wrap models."""
+    return _MODEL.search(key.lower()) is not None
 
 
 def _is_training(key: str | Inert, value: object) -> bool:
@@ -201,7 +236,7 @@ def _own(chosen: PickledDict) -> set[int]:
     return {id(value) for key, value in chosen.items() if isinstance(key, str) and isinstance(value, TENSORS)}
 
 
-def _walk(root: object, start: Path, own: set[int]) -> Iterator[tuple[Path, bool]]:
+def _walk(root: object, start: Path, own: set[int], most: int) -> Iterator[tuple[Path, bool]]:
     """The paths of all tensors that are not the model's own, each once; and whether only training needs them."""
     seen: set[int] = set()
     pending: list[tuple[Path, object, bool]] = [(start, root, False)]
@@ -212,11 +247,12 @@ def _walk(root: object, start: Path, own: set[int]) -> Iterator[tuple[Path, bool
         seen.add(id(value))
         if isinstance(value, TENSORS) and id(value) not in own:
             yield path, training
-        inner = [
-            (place, part, training or (key is not None and _is_training(key, part)))
-            for place, key, part in _parts(value, path)
-            if _may_hold(part, own)
-        ]
+        inner = []
+        for place, key, part in _parts(value, path):
+            if _may_hold(part, own):
+                inner.append((place, part, training or (key is not None and _is_training(key, part))))
+                if len(seen) + len(pending) + len(inner) > most:
+                    raise MalformedPickleError(f"it has more than the {most} lists, dicts and objects that are read")
         pending.extend(reversed(inner))
 
 
@@ -226,7 +262,9 @@ def _may_hold(part: object, own: set[int]) -> bool:
         return part.state is not None or id(part) not in own
     if isinstance(part, tuple):
         return len(part) > 0
-    return isinstance(part, PickledDict | PickledObject | Unreadable | PickledStorage)
+    if isinstance(part, PickledObject):
+        return len(part.parts) > 0
+    return isinstance(part, PickledDict | Unreadable | PickledStorage)
 
 
 def _parts(value: object, path: Path) -> Iterator[tuple[Path, str | Inert | None, object]]:
@@ -262,5 +300,5 @@ def text_of(path: Path) -> str:
 
 def _example(candidates: list[_Candidate]) -> str:
     """The entry that a user is shown: the first that looks like a model's."""
-    best = sorted(candidates, key=lambda candidate: not candidate.is_strong)
+    best = sorted(candidates, key=lambda candidate: not candidate.looks_right)
     return text_of(best[0].path) if best else ""

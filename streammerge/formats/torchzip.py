@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from streammerge.errors import CheckpointError
-from streammerge.formats.pickle_machine import Bounds, Inert, PickledDict, kind
+from streammerge.formats.pickle_machine import Bounds, Inert, MalformedPickleError, PickledDict, kind
 from streammerge.formats.pickles import PickledStorage, PickledTensor, describe_pickle
 from streammerge.formats.state_dicts import TENSORS, ChoiceError, LeftTensors, NoStateDictError, find_state_dict
 from streammerge.formats.zip_directory import Directory, MalformedZipError, folded, read_at, read_directory
@@ -95,13 +95,17 @@ def read_torch_zip(path: Path, entry: str = "") -> TorchZip:
         with path.open("rb") as file:
             archive = _Archive(path, file)
             contents = archive.contents()
-            state_dict, left = find_state_dict(contents, entry)
+            state_dict, left = find_state_dict(contents, archive.bounds, entry)
             tensors = _tensors(state_dict, path)
             views = {name: archive.view(name, tensor) for name, tensor in tensors.items()}
     except NoStateDictError:
         raise _no_tensors(contents, path) from None
     except ChoiceError as problem:
         raise _undecided(problem, path) from None
+    except MalformedPickleError as problem:
+        raise CheckpointError(
+            f"{path}: it holds far more than tensors", found=[str(problem)], advice="Save the state dict alone."
+        ) from None
     except MalformedZipError as problem:
         raise CheckpointError(f"{path}: not a readable torch zip", found=[str(problem)], advice=_DAMAGED) from None
     except OSError as error:
@@ -117,8 +121,9 @@ class _Archive:
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path = path
         self.file = file
-        self.file_bytes = file.seek(0, SEEK_END)
-        self.directory: Directory = read_directory(file, self.file_bytes)
+        file_bytes = file.seek(0, SEEK_END)
+        self.bounds = Bounds.of(file_bytes)
+        self.directory: Directory = read_directory(file, file_bytes)
         self.prefix = _prefix(self.directory.members, path)
         self.starts: dict[str, int] = {}
         for member in self.directory.members.values():
@@ -140,9 +145,8 @@ class _Archive:
 
     def contents(self) -> object:
         """What was saved, described."""
-        bounds = Bounds.of(self.file_bytes)
-        data = self.read("data.pkl", most=bounds.nbytes)
-        return describe_pickle(data, f"{self.path}: {self.prefix}data.pkl", bounds)
+        data = self.read("data.pkl", most=self.bounds.nbytes)
+        return describe_pickle(data, f"{self.path}: {self.prefix}data.pkl", self.bounds)
 
     def view(self, name: str, tensor: PickledTensor) -> StoredView:
         """The tensor in place, lying within its storage."""
