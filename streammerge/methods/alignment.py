@@ -92,11 +92,7 @@ def elect(
     def piece(rows: slice) -> Tensor:
         made = [part.piece(rows) for part in parts]
         votes = [w * torch.where(v.abs() >= cut, v, 0.0) for v, w, cut in zip(made, weights, least, strict=True)]
-        together = torch.stack(votes)
-        total, size = together.sum(0), together.abs_().sum(0)
-        sign = torch.where(total >= 0, 1.0, -1.0)
-        if noise:
-            sign.masked_fill_(total.abs() <= noise * size, 0.0)
+        sign = elected(votes, noise)
         agree = [vote * sign > 0 for vote in votes]
         merged, share = torch.zeros_like(made[0]), torch.zeros_like(made[0])
         for vote, weight, agrees in zip(votes, weights, agree, strict=True):
@@ -105,6 +101,20 @@ def elect(
         return merged / torch.where(share == 0, 1.0, share) if normalize else merged
 
     return replace(parts[0], step=min(part.step for part in parts), piece=piece)
+
+
+def elected(votes: Sequence[Tensor], noise: float) -> Tensor:
+    """The sign of the votes' sum; 0 where it is no more than this share of them, + where it is zero without noise."""
+    import torch
+
+    total = torch.stack(list(votes)).sum(0)
+    sign = torch.where(total >= 0, 1.0, -1.0)
+    if noise:
+        size = torch.zeros_like(total)
+        for vote in votes:
+            size += vote.abs()
+        sign.masked_fill_(total.abs_() <= size.mul_(noise), 0.0)
+    return sign
 
 
 def least_kept(part: Tall, density: float, noise: float) -> float:
