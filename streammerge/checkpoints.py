@@ -118,9 +118,14 @@ class Checkpoint:
         return sum(file.nbytes for file in self.files)
 
     @property
+    def names(self) -> Names | None:
+        """The table of the tensors' names, if they are in one."""
+        return self.nodes.infos.names if isinstance(self.nodes, StoredTensors) else None
+
+    @property
     def described_bytes(self) -> int:
-        """What is kept in memory of the tensors' descriptions, their names left out."""
-        return len(self.nodes) * (ROW_BYTES if isinstance(self.nodes, StoredTensors) else NODE_BYTES)
+        """What is kept in memory of the tensors' descriptions, a table of names left out."""
+        return len(self.nodes) * (NODE_BYTES if self.names is None else ROW_BYTES)
 
     def node(self, name: str) -> Node:
         """Where the tensor's elements come from."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
-from streammerge.nodes import ByBlock, Combined, External, Node, Rounded, Stored, Viewed
+from streammerge.nodes import ByBlock, Combined, External, Node, Rounded, Stored, Viewed, rounded
 from streammerge.tables import Column, Names
 from streammerge.tensors import TensorInfo
 
@@ -54,7 +54,7 @@ class _Recent(threading.local):
     """The last decisions that were made in a thread."""
 
     def __init__(self) -> None:
-        self.made: dict[str, Decision] = {}
+        self.made: dict[str, tuple[Decision, Node | None]] = {}
 
 
 class Decisions(Sequence[Decision]):
@@ -91,13 +91,25 @@ class Decisions(Sequence[Decision]):
 
     def of(self, name: str) -> Decision:
         """The decision on this tensor; KeyError if the layout has none of this name."""
+        return self._of(name)[0]
+
+    def given(self, name: str) -> Node:
+        """The tensor's expression for a merge of this merge, rounded to its stored dtype only if that was asked for."""
+        node = self._of(name)[1]
+        if node is None:
+            raise KeyError(name)
+        return node
+
+    def _of(self, name: str) -> tuple[Decision, Node | None]:
         made = self._recent.made
         if name not in made:
             if name not in self.names.places:
                 raise KeyError(name)
             if len(made) == RECENT:
                 del made[next(iter(made))]
-            made[name] = self._decide(name)
+            decision = self._decide(name)
+            node = decision.node
+            made[name] = decision, rounded(node, decision.info) if node is not None and decision.rounds else node
         return made[name]
 
     def number(self, name: str) -> int:

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib.metadata
 import inspect
+import itertools
 import json
 import marshal
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -39,6 +40,9 @@ Fingerprint = Mapping[str, Mapping[str, Any]]
 ENDS: Final = 1 << 20
 """How much of an input's beginning and end is looked at: a header or directory, and some of the data."""
 
+MOST_DIGESTS: Final = 1 << 12
+"""So many digests of tensors are kept at the most."""
+
 MARK: Final = "#"
 """What digests begin with."""
 
@@ -51,13 +55,21 @@ FOLLOWING: Final = ("tensor", "output")
 
 def fingerprint_of(plan: Plan) -> Fingerprint:
     """What decides the bytes of the plan's output: what was asked for, and what every tensor will be made of."""
-    describe = _Describer(plan)
     return {
         **request_of(plan),
         "content": {str(file.path.resolve()): _ends(file) for file in plan.inputs},
-        "method": {method.name: _source_of(method.function) for method in _methods(plan.jobs)},
-        "tensor": {job.name: describe.job(job) for job in plan.jobs},
+        "method": {method.name: _source_of(method.function) for method in _methods(plan.jobs.firsts())},
+        "tensor": dict(_tensors(plan)),
     }
+
+
+def _tensors(plan: Plan) -> Iterator[tuple[str, str]]:
+    """A digest for each tensor, or, where there are very many, for some that follow each other."""
+    describe, jobs = _Describer(plan), iter(plan.jobs)
+    together = -(-len(plan.jobs) // MOST_DIGESTS)
+    while some := list(itertools.islice(jobs, together)):
+        more = f" and {len(some) - 1} after it" if len(some) > 1 else ""
+        yield some[0].name + more, digest(map(describe.job, some))
 
 
 def request_of(plan: Plan) -> Fingerprint:
@@ -143,9 +155,9 @@ def _files(plan: Plan) -> Iterator[tuple[Path, str]]:
         yield plan.output.index.path, digest(plan.output.index.pieces())
 
 
-def _methods(jobs: Iterable[Job]) -> list[Any]:
+def _methods(nodes: Iterable[Node]) -> list[Any]:
     """Every method that is applied, those that are folded into coefficients not among them."""
-    found = {part.method.name: part.method for job in jobs for part in walk(job.node) if isinstance(part, Applied)}
+    found = {part.method.name: part.method for node in nodes for part in walk(node) if isinstance(part, Applied)}
     return [found[name] for name in sorted(found)]
 
 
@@ -165,9 +177,9 @@ class _Describer:
         self.numbers = {id(file): number for number, file in enumerate(plan.inputs)}
         self._together = functools.cache(self._describe_together)
 
-    def job(self, job: Job) -> str:
+    def job(self, job: Job) -> bytes:
         computed = job.compute.name if job.compute else None
-        return digest(json.dumps([str(job.info), computed, job.file, job.offset, self.node(job.node)]).encode())
+        return json.dumps([str(job.info), computed, job.file, job.offset, self.node(job.node)]).encode()
 
     def node(self, node: Node) -> list[Any]:
         info = str(node.info)

@@ -20,6 +20,7 @@ from streammerge.merged import Merged, merge_models
 from streammerge.older import Older
 from streammerge.plan import Plan
 from streammerge.recipe import Recipe
+from streammerge.tables import names_bytes
 from streammerge.tensors import Model
 
 NESTED: Final = "Options are for the outer recipe: write them in this one, as keys (on_missing: keep) and rules."
@@ -74,8 +75,10 @@ class OpenInputs:
 
     @property
     def described_bytes(self) -> int:
-        """What is kept in memory of the checkpoints' tensors, names left out."""
-        return sum(opened.described_bytes for opened in self.checkpoints.values())
+        """What is kept in memory of the checkpoints' tensors."""
+        opened = self.checkpoints.values()
+        names = names_bytes(one.names for one in opened if one.names is not None)
+        return names + sum(one.described_bytes for one in opened)
 
     @property
     def left(self) -> dict[Path, LeftTensors]:

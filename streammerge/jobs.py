@@ -113,6 +113,10 @@ class Jobs(Sequence[Job]):
         """The kinds of jobs that there are."""
         return [kind for kind in self._kinds if kind is not None]
 
+    def firsts(self) -> Iterator[Node]:
+        """The expression of the first tensor of each kind: in every other the same methods are applied."""
+        return (self._nodes[fate.first] for fate in self._decisions.fates if fate.action != "dropped")
+
     def __len__(self) -> int:
         return self._ends[-1]
 

@@ -19,7 +19,7 @@ from streammerge.methods import find_method
 from streammerge.methods.contract import ParameterValue
 from streammerge.methods.registry import Method
 from streammerge.mismatches import Misshapen, Problems, Unshared
-from streammerge.nodes import ByBlock, External, Node, Together, rounded, walk
+from streammerge.nodes import ByBlock, External, Node, Together, walk
 from streammerge.parameters import NO_BLOCKS, Layers, ParameterSources, check_blocks, is_by_block
 from streammerge.presence import Names, names_beside, names_lacking, names_outside, with_inner
 from streammerge.quantisation import DECODED, CodedModels, decoded
@@ -55,10 +55,7 @@ class Merged:
 
     def node(self, name: str) -> Node:
         """The tensor's expression for a merge of this merge: rounded to its stored dtype only if that was asked for."""
-        made = self.decisions.of(name)
-        if made.node is None:
-            raise KeyError(name)
-        return rounded(made.node, made.info) if made.rounds else made.node
+        return self.decisions.given(name)
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the merged tensor, in the dtype in which it would be stored."""

@@ -26,7 +26,7 @@ from streammerge.nodes import (
 )
 from streammerge.options import Options, format_size
 from streammerge.progress import Progress
-from streammerge.tables import known_bytes
+from streammerge.tables import names_bytes
 from streammerge.tensors import DType
 
 OVERHEAD_BYTES: Final = 16 * MIB
@@ -202,12 +202,13 @@ def make_plan(
 ) -> Plan:
     """Lay out the output of a merge and turn every tensor into a job, in the order of the output's bytes.
 
-    `description` is the recipe's, if there is one. `described_bytes` is what the models' tables take without names,
+    `description` is the recipe's, if there is one. `described_bytes` is what the models' tables take,
     `left` what torch files hold beside their models.
     """
     layout = lay_out(output, merged.tensors, metadata or {}, options.shard_size)
     jobs = Jobs(merged, layout, options)
-    described_bytes += known_bytes() + TENSOR_BYTES * len(merged.decisions)
+    own = {merged.tensors.names} - ({merged.decisions.names} if described_bytes else set())
+    described_bytes += names_bytes(own) + TENSOR_BYTES * len(merged.decisions)
     files = tuple(inputs)
     return Plan(method, merged, jobs, layout, files, options, description or {}, described_bytes, left or {})
 

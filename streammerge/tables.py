@@ -47,9 +47,9 @@ class Names:
 _KNOWN: Final[weakref.WeakSet[Names]] = weakref.WeakSet()
 
 
-def known_bytes() -> int:
-    """What all names take that somebody has."""
-    return sum(names.nbytes for names in list(_KNOWN))
+def names_bytes(tables: Iterable[Names]) -> int:
+    """What the names take in memory, each table once."""
+    return sum(names.nbytes for names in {id(names): names for names in tables}.values())
 
 
 class Column(Mapping[str, Value], Generic[Value]):

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from streammerge.formats.safetensors import build_header
 from streammerge.machine import MIB
+from streammerge.methods import METHODS as METHODS_BY_NAME
 from streammerge.tensors import DTYPES, TensorInfo
 from tests.models import normal, raw_bytes
 
@@ -138,6 +140,49 @@ def test_memory_is_little_however_it_is_run(make_models, bare, tmp_path, options
 @pytest.mark.parametrize("io", ["mmap", "pread"])
 def test_memory_is_flat_for_gigabytes(make_models, bare, tmp_path, method, io):
     check_promise(make_models, bare, tmp_path, method, 2000, ["--io", io])
+
+
+ON_COLUMNS = ("cosine_sum", "trust_region")
+"""Methods that hold more than others beside what they are given, as some of them do only for rows of great length."""
+
+NEEDED = {
+    "scale": ["alpha=0.5"],
+    "sigmoid": ["alpha=0.5"],
+    "plus_random": ["alpha=0.1"],
+    "nearswap": ["t=0.001"],
+    "slerp": ["t=0.3"],
+}
+"""Parameters of methods that have to be given."""
+
+
+@pytest.fixture(scope="module")
+def odd_models(tmp_path_factory) -> list[Path]:
+    """Models of matrices that are wide, long, and of a single row, with filters and a vector."""
+    folder = tmp_path_factory.mktemp("odd")
+    shapes = {"w": (700, 1000), "filters": (64, 64, 3, 3), "row": (1, 300_000), "column": (300_000, 1), "b": (1000,)}
+    for seed in range(4):
+        save_file({name: normal(shape, seed) for name, shape in shapes.items()}, folder / f"{seed}.safetensors")
+    return [folder / f"{seed}.safetensors" for seed in range(4)]
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in ON_COLUMNS else pytest.param(name, marks=pytest.mark.slow) for name in METHODS_BY_NAME]
+)
+def test_every_method_keeps_to_the_least_that_an_error_names(odd_models, tmp_path, name):
+    method = METHODS_BY_NAME[name]
+    least, most = method.models
+    models = odd_models[: max(least, 2 if most is None or most > 1 else 1)]
+    words = [*map(str, models), "-m", name, *(f"-p{setting}" for setting in NEEDED.get(name, []))]
+    words += ["--base", str(odd_models[3])] if method.base == "required" else []
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-m", "streammerge", *words, "-o", str(tmp_path / "out.safetensors"), "--no-sync", "-q"]
+    refused = subprocess.run([*command, "--max-ram", "10MB"], capture_output=True, text=True, check=False)
+    found = re.search(r"The least that works is (\d+)MiB", refused.stderr)
+    assert found, refused.stderr
+    command += ["--max-ram", f"{found[1]}MiB", "--report", str(report)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr  # the base line is not the same to the page, but within a MiB
+    assert json.loads(report.read_text(encoding="utf-8"))["peak_rss_bytes"] <= int(found[1]) * MIB
 
 
 @pytest.mark.parametrize("method", ["linear", "ties"])
