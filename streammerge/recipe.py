@@ -295,9 +295,7 @@ class _RecipeParser:
         name = str(entry.get("name") or self._default_name(entry["model"], source))
         key = parse_key(entry.get("entry"), f"{where}: entry")
         if key and isinstance(source, Recipe):
-            raise RecipeError(
-                f"{where}: a nested recipe has no entry {key!r}", advice="Put it beside one of its models."
-            )
+            raise RecipeError(f"{where}: a nested recipe has no entry", advice="Put it beside one of its models.")
         return Input(name, source, parse_settings(entry.get("parameters"), where), key)
 
     def _default_name(self, model: Any, source: Path | Recipe) -> str:  # noqa: ANN401
