@@ -208,7 +208,7 @@ def make_plan(
     layout = lay_out(output, merged.tensors, metadata or {}, options.shard_size)
     jobs = Jobs(merged, layout, options)
     own = {merged.tensors.names} - ({merged.decisions.names} if described_bytes else set())
-    described_bytes += names_bytes(own) + TENSOR_BYTES * len(merged.decisions)
+    described_bytes += names_bytes(own) + TENSOR_BYTES * len(merged.decisions) + merged.kept_bytes
     files = tuple(inputs)
     return Plan(method, merged, jobs, layout, files, options, description or {}, described_bytes, left or {})
 
