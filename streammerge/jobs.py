@@ -113,6 +113,11 @@ class Jobs(Sequence[Job]):
         """The kinds of jobs that there are."""
         return [kind for kind in self._kinds if kind is not None]
 
+    @property
+    def together(self) -> int:
+        """How many tensors are measured with others before anything is written."""
+        return sum(kind.count for kind in self.kinds if kind.is_together)
+
     def firsts(self) -> Iterator[Node]:
         """The expression of the first tensor of each kind: in every other the same methods are applied."""
         return (self._nodes[fate.first] for fate in self._decisions.fates if fate.action != "dropped")

@@ -22,7 +22,7 @@ from streammerge.mismatches import Misshapen, Problems, Unshared
 from streammerge.nodes import ByBlock, External, Node, Together, walk
 from streammerge.parameters import NO_BLOCKS, Layers, ParameterSources, check_blocks, is_by_block
 from streammerge.presence import Names, names_beside, names_lacking, names_outside, with_inner
-from streammerge.quantisation import DECODED, CodedModels, decoded
+from streammerge.quantisation import DECODED, CodedModels, decoded, kept_bytes
 from streammerge.recipe import Recipe, Rule
 from streammerge.tables import Column
 from streammerge.tensors import DType, Model, TensorInfo
@@ -36,12 +36,14 @@ class Merged:
     """A merge, computed when it is read.
 
     Per input, `left_out` are its tensors that the layout doesn't have, `lacking` the layout's that it doesn't have.
-    Inputs of an input that is a merge itself count too, as `inner/model`.
+    Inputs of an input that is a merge itself count too, as `inner/model`. `kept_bytes` is what is kept in memory of
+    quantised weights.
     """
 
     decisions: Decisions
     left_out: Names = field(default_factory=dict)
     lacking: Names = field(default_factory=dict)
+    kept_bytes: int = 0
 
     @functools.cached_property
     def tensors(self) -> Column[TensorInfo]:
@@ -134,8 +136,12 @@ class _Resolution:
         self._report_problems(sum(fate.tensors for fate in decisions.fates if fate.action == "merged"))
         self.is_reported = True
         lacking = names_lacking(self.models, weights, coded)
+        inner = sum(model.kept_bytes for model in self.models.values() if isinstance(model, Merged))
         return Merged(
-            decisions, with_inner(left_out, self.models, "left_out"), with_inner(lacking, self.models, "lacking")
+            decisions,
+            with_inner(left_out, self.models, "left_out"),
+            with_inner(lacking, self.models, "lacking"),
+            inner + kept_bytes(coded.weights),
         )
 
     def _decision(self, name: str) -> Decision:

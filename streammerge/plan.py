@@ -36,6 +36,13 @@ TENSOR_BYTES: Final = 40
 """What a plan keeps of a tensor beside the tables of the models: its fate, its place in the output."""
 
 
+MEMBER_BYTES: Final = 500
+"""What is kept of a tensor that is measured with others: its expression, which is not made again."""
+
+SURVEY_BYTES: Final = 1600
+"""What measuring such tensors takes for each of them, a result of its own included."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """A merge ready to be run: what becomes of the tensors, where they go, and what it costs.
@@ -100,7 +107,7 @@ class Plan:
     @property
     def held_bytes(self) -> int:
         """What has to be held beside the lanes' buffers, for the tensor that takes the most of it."""
-        return max((kind.held_bytes for kind in self.jobs.kinds), default=0)
+        return max((kind.held_bytes for kind in self.jobs.kinds), default=0) + SURVEY_BYTES * self.jobs.together
 
     def allot(self, work_limit: int | None = None, vram_limit: int | None = None) -> Allotment:
         """Share `work_limit` bytes out to lanes, as many as fit, and the card's memory, and the machine has cores for.
@@ -208,7 +215,8 @@ def make_plan(
     layout = lay_out(output, merged.tensors, metadata or {}, options.shard_size)
     jobs = Jobs(merged, layout, options)
     own = {merged.tensors.names} - ({merged.decisions.names} if described_bytes else set())
-    described_bytes += names_bytes(own) + TENSOR_BYTES * len(merged.decisions)
+    described_bytes += names_bytes(own) + TENSOR_BYTES * len(merged.decisions) + merged.kept_bytes
+    described_bytes += MEMBER_BYTES * jobs.together
     files = tuple(inputs)
     return Plan(method, merged, jobs, layout, files, options, description or {}, described_bytes, left or {})
 

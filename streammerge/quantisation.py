@@ -64,7 +64,7 @@ class CodedModels:
     @classmethod
     def of(cls, models: Mapping[str, Model], layout: str) -> CodedModels:
         """Look at every model's names."""
-        weights = {name: find_quantised(model.tensors) for name, model in models.items()}
+        weights = found_in_all({name: model.tensors for name, model in models.items()})
         return cls(weights, companions_of(weights[layout]), _marks(models[layout].tensors))
 
     def is_beside(self, name: str) -> bool:
@@ -87,6 +87,24 @@ class CodedModels:
     def accounted(self, model: str, tensors: Mapping[str, TensorInfo]) -> set[str]:
         """The model's tensors that are not left out where the layout does not have them: they were decoded with."""
         return {*companions_of(self.weights[model]), *_marks(tensors)}
+
+
+def found_in_all(models: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, Mapping[str, Quantised]]:
+    """The quantised weights of every model, found once for those that have the same tensors: they take memory."""
+    found: dict[str, Mapping[str, Quantised]] = {}
+    for name, tensors in models.items():
+        same = next((other for other in found if models[other] == tensors), None)
+        found[name] = find_quantised(tensors) if same is None else found[same]
+    return found
+
+
+CODED_BYTES: Final = 400
+"""What is kept in memory of a quantised weight, and of what stands beside it."""
+
+
+def kept_bytes(weights: Mapping[str, Mapping[str, Quantised]]) -> int:
+    """What is kept in memory of the quantised weights of models."""
+    return CODED_BYTES * sum(len(found) for found in {id(found): found for found in weights.values()}.values())
 
 
 def companions_of(quantised: Mapping[str, Quantised]) -> dict[str, str]:

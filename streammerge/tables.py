@@ -6,6 +6,7 @@ columns. A dict for each model, of objects for each tensor, would take ten times
 
 from __future__ import annotations
 
+import operator
 import sys
 import weakref
 from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence
@@ -72,6 +73,13 @@ class Column(Mapping[str, Value], Generic[Value]):
 
     def __contains__(self, name: object) -> bool:
         return name in self.names.places
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Column) and self.names is other.names:
+            return all(map(operator.eq, self.values_in_order, other.values_in_order))
+        return super().__eq__(other)
+
+    __hash__ = None  # type: ignore[assignment]
 
     def items(self) -> ItemsView[str, Value]:
         """Names and values."""

@@ -47,7 +47,7 @@ def test_a_long_header_is_not_read_in_this_process(file, monkeypatch):
 @pytest.mark.parametrize("executable", ["", "/nowhere/python", sys.executable])
 def test_where_no_process_can_be_had_it_is_asked_here(file, monkeypatch, executable):
     monkeypatch.setattr(library, "LONG_HEADER", 1)
-    monkeypatch.setattr(library.sys, "executable", executable)
+    monkeypatch.setattr(sys, "executable", executable)
     assert library_digest(file) == names_digest(NAMES)
 
 

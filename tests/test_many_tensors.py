@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -73,7 +74,7 @@ def steps(action: Callable[[], Any]) -> int:
         action()
     finally:
         sys.setprofile(None)
-        threading.setprofile(None)  # type: ignore[arg-type]
+        threading.setprofile(None)
     return calls
 
 
@@ -123,7 +124,7 @@ def test_twice_as_many_tensors_take_twice_the_steps(tmp_path, action):
     taken = []
     for count in (100, 100, 300, 700):  # the first time something is made for all
         paths = [write_model(tmp_path / f"{name}.safetensors", names(count), 60) for name in "ab"]
-        taken.append(steps(lambda paths=paths: ACTIONS[action](paths)))
+        taken.append(steps(functools.partial(ACTIONS[action], paths)))
     _, few, more, most = taken
     assert more > few
     assert most - more <= 1.3 * 2 * (more - few)
@@ -160,6 +161,13 @@ def test_names_are_kept_once_for_all_models_that_have_the_same(tmp_path):
     assert a.tensors.names is b.tensors.names
     assert a.tensors.names is not other.tensors.names
     assert next(iter(a.tensors.values())) is next(iter(b.tensors.values()))
+
+
+def test_columns_are_equal_where_names_and_values_are():
+    names, others = Names.of(["b", "a"]), Names.of(["a", "b"])
+    assert Column(names, [1, 2]) == Column(names, (1, 2)) == Column(others, [2, 1])
+    assert Column(names, [1, 2]) != Column(names, [1, 3])
+    assert Column(names, [1, 2]) != {"b": 1}
 
 
 def test_a_column_is_a_mapping():
