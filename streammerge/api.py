@@ -99,6 +99,8 @@ def _carry_out(begun: Beginning, started: float, watch: Watch | None, tell: Tell
         return _finish(begun, started, tell)
     older = find_older(plan.output)
     check_output(plan, older, may_exist=plan.options.force)
+    for remark in plan.merged.remarks:
+        tell(f"note: {remark}")
     if plan.options.hash:
         check_sidecar(plan.output, force=plan.options.force)
     if older.strays:

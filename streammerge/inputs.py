@@ -7,15 +7,16 @@ import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from streammerge.asked import Recipe
 from streammerge.checkpoints import Checkpoint, open_model
 from streammerge.errors import CheckpointError, OutputError
+from streammerge.extent import check_steps, may_draw
 from streammerge.formats.files import ByteFile, read_errors
 from streammerge.formats.safetensors import is_safetensors
 from streammerge.merged import Merged, merge_models
+from streammerge.methods.place import Within
 from streammerge.older import Older
 from streammerge.plan import Plan
-from streammerge.recipe import Recipe
-from streammerge.tensors import Model
 
 
 @dataclass
@@ -23,6 +24,8 @@ class OpenInputs:
     """Checkpoints that are open, each path once, however often recipes name it."""
 
     checkpoints: dict[Path, Checkpoint] = field(default_factory=dict)
+    merges: dict[str, Merged] = field(default_factory=dict)
+    steps: int = 0
 
     def open(self, path: Path) -> Checkpoint:
         """The checkpoint at this path."""
@@ -35,15 +38,29 @@ class OpenInputs:
             self.checkpoints[key] = open_model(path)
         return self.checkpoints[key]
 
-    def merge(self, recipe: Recipe) -> Merged:
-        """The recipe as a model, its nested recipes opened first."""
-        models: dict[str, Model] = {
-            entry.name: self.merge(seeded(entry.source, recipe.seed))
+    def merge(self, recipe: Recipe, within: Within = ()) -> Merged:
+        """The recipe as a model, its nested recipes opened first; `within` is where it stands in another, if it does.
+
+        Nested recipes that are equal are gone through once, unless random numbers have to differ.
+        """
+        models = {
+            entry.name: self._nested(seeded(entry.source, recipe.seed), (*within, place))
             if isinstance(entry.source, Recipe)
             else self.open(entry.source)
-            for entry in recipe.named.values()
+            for place, entry in recipe.by_place.items()
         }
-        return merge_models(recipe, models)
+        merged = merge_models(recipe, models, within)
+        self.steps += merged.extent.own
+        check_steps(self.steps)
+        return merged
+
+    def _nested(self, recipe: Recipe, within: Within) -> Merged:
+        if may_draw(recipe):
+            return self.merge(recipe, within)
+        key = repr(recipe)
+        if key not in self.merges:
+            self.merges[key] = self.merge(recipe, within)
+        return self.merges[key]
 
     @property
     def files(self) -> list[ByteFile]:

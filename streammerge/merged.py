@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import fnmatch
 import functools
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from streammerge.blocks import Blocks
+from streammerge.asked import Recipe, Rule
 from streammerge.errors import MethodError, PlanError
+from streammerge.extent import Extent
+from streammerge.globs import RuleIndex
+from streammerge.layers import Layers, layers_of
 from streammerge.methods import find_method
 from streammerge.methods.contract import ParameterValue
+from streammerge.methods.place import Within
 from streammerge.methods.registry import BlockMethod, GramMethod, LinearMethod, Method, WholeMethod
 from streammerge.mismatches import Problems
 from streammerge.nodes import ByBlock, ByGram, ByWhole, External, Node, Term, Together, Viewed, combine, walk
-from streammerge.parameters import NO_BLOCKS, Layers, ParameterSources, check_blocks, is_by_block
 from streammerge.quantisation import DECODED, CodedModels, Quantised, decoded
-from streammerge.recipe import Recipe, Rule
 from streammerge.tensors import DType, Model, TensorInfo, contiguous_strides
+from streammerge.tuning import Tuning
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +32,7 @@ Action = Literal["merged", "copied", "dropped"]
 class Decision:
     """What becomes of one tensor of the layout, and why. A dropped one has no node.
 
-    `detail` tells its block and the values of parameters that are given by block, if any are.
+    `parameters` are the method's, for a merged one, and `block` is where it is, if any of them are given by block.
     """
 
     name: str
@@ -38,7 +40,14 @@ class Decision:
     why: str
     info: TensorInfo
     node: Node | None = None
-    detail: str = ""
+    parameters: Mapping[str, ParameterValue] = field(default_factory=dict)
+    block: str = ""
+
+    @property
+    def detail(self) -> str:
+        """`BASE (VAE): weight 0.5/0.25, normalize true`: its block, if it matters, and the parameters' values."""
+        values = ", ".join(f"{key} {_shown(value)}" for key, value in self.parameters.items())
+        return f"{self.block}: {values}" if self.block else values
 
 
 @dataclass(frozen=True)
@@ -46,11 +55,21 @@ class Merged:
     """A merge, computed when it is read.
 
     Per input, `left_out` are its tensors that the layout doesn't have, `lacking` the layout's that it doesn't have.
+    `remarks` are what the user should know of the recipe, `layout` is the model whose tensors the merge has, and
+    `extent` how much has been planned for it.
     """
 
     decisions: tuple[Decision, ...]
     left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     lacking: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
+    layout: Model | None = None
+    extent: Extent = field(default_factory=Extent)
+
+    @functools.cached_property
+    def layers(self) -> Layers:
+        """The layers that a gradient goes over: the layout's."""
+        return layers_of(self.layout) if self.layout is not None else Layers.of(self.tensors)
 
     @functools.cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -82,12 +101,13 @@ def node_of(model: Model, name: str) -> Node:
     return found
 
 
-def merge_models(recipe: Recipe, models: Mapping[str, Model]) -> Merged:
+def merge_models(recipe: Recipe, models: Mapping[str, Model], within: Within = ()) -> Merged:
     """Decide what becomes of every tensor of the layout; `models` are the recipe's inputs by name.
 
+    `within` is where the recipe stands in the one that it is part of: what is random differs from place to place.
     Raises PlanError with every mismatch of a kind at once, and what settles it.
     """
-    return _Resolution(recipe, models).resolve()
+    return _Resolution(recipe, models, within).resolve()
 
 
 @dataclass
@@ -96,9 +116,9 @@ class _Resolution:
 
     recipe: Recipe
     models: Mapping[str, Model]
+    within: Within = ()
     problems: Problems = field(default_factory=Problems)
     codes_of: dict[str, str] = field(default_factory=dict)
-    used_rules: set[int] = field(default_factory=set)
     together: dict[tuple[ParameterValue, ...], Together] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -106,27 +126,14 @@ class _Resolution:
         self.method: Method = find_method(recipe.method)
         self.layout_name = recipe.layout_name
         self.layout = self.models[self.layout_name]
-        self.layers = Layers.of(self.layout.tensors)
-        self.blocks = self._blocks()
         has_base = recipe.base is not None and self.method.base != "none"
         self.base_name = recipe.base.name if recipe.base and has_base else ""
-        self.model_names = [entry.name for entry in recipe.inputs if entry.name != self.base_name]
-        self.coded = CodedModels.of(self.models, self.layout_name)
+        self.model_names = [entry.name for entry in recipe.models]
         self.input_names = [*([self.base_name] if self.base_name else []), *self.model_names]
-
-    def _blocks(self) -> Blocks:
-        """The layout's blocks if parameters are given by block; RecipeError where their values don't fit these."""
-        settings = {
-            "recipe": self.recipe.parameters,
-            **{f"model {entry.name}": entry.parameters for entry in self.recipe.inputs},
-            **{f"rule {number}": rule.parameters for number, rule in enumerate(self.recipe.rules, 1)},
-        }
-        if not any(is_by_block(setting) for own in settings.values() for setting in own.values()):
-            return NO_BLOCKS
-        blocks = Blocks.of(self.layout.tensors)
-        for where, own in settings.items():
-            check_blocks(own, blocks, where)
-        return blocks
+        inputs = [self.models[name] for name in self.input_names]
+        self.extent = Extent.of_merge(self.method, len(self.layout.tensors), inputs)
+        self.coded = CodedModels.of(self.models, self.layout_name)
+        self.rules, self.tuning = RuleIndex(recipe.rules), Tuning(recipe, self.layout)
 
     def resolve(self) -> Merged:
         layout, coded = self.layout.tensors, self.coded
@@ -141,10 +148,18 @@ class _Resolution:
             decisions,
             {name: tensors for name, tensors in left_out.items() if tensors},
             {name: tensors for name, tensors in lacking.items() if tensors},
+            tuple(dict.fromkeys([*self.tuning.remarks(), *self._nested_remarks()])),
+            self.layout,
+            self.extent,
         )
 
+    def _nested_remarks(self) -> Iterator[str]:
+        for name, model in self.models.items():
+            if isinstance(model, Merged):
+                yield from (f"{name}: {remark}" for remark in model.remarks)
+
     def _decide(self, name: str, info: TensorInfo) -> Decision:
-        rule = self._rule_for(name)
+        rule = self.rules.find(name)
         dtype = (rule and rule.dtype) or self.recipe.dtype
         if rule and rule.action == "drop":
             return Decision(name, "dropped", f"rule {rule}", info)
@@ -165,7 +180,7 @@ class _Resolution:
 
     def _decide_beside(self, name: str, info: TensorInfo) -> Decision:
         """What belongs to a weight's codes goes where they go: copied with them, or left out where they are decoded."""
-        self._rule_for(name)
+        self.rules.find(name)
         codes = self.coded.beside[name]
         model = self.codes_of.get(codes) if codes else (self.layout_name if self.codes_of else None)
         if model is None:
@@ -179,13 +194,6 @@ class _Resolution:
         if weight is None:
             return node_of(self.models[model], name)
         return decoded(weight, lambda part: node_of(self.models[model], part))
-
-    def _rule_for(self, name: str) -> Rule | None:
-        for number, rule in enumerate(self.recipe.rules):
-            if any(fnmatch.fnmatchcase(name, glob) for glob in rule.match):
-                self.used_rules.add(number)
-                return rule
-        return None
 
     def _copy(self, name: str, model: str, why: str, dtype: DType | None) -> Decision:
         node, quantised = node_of(self.models[model], name), self.coded.find(model, name)
@@ -240,13 +248,11 @@ class _Resolution:
         if self.coded.find(self.layout_name, name):
             info = TensorInfo(DECODED, info.shape)
         output = stored_as(info, dtype)
-        sources = self._sources(rule)
-        parameters = sources.resolve(self.method, name, self.model_names, self.layers, self.blocks)
-        node = apply_method(self.method, output, parameters, fitted, name, self.recipe.seed or 0)
+        parameters = self.tuning.values(name, rule)
+        node = apply_method(self.method, output, parameters, fitted, name, self.recipe.seed or 0, self.within)
         if isinstance(node, ByBlock):
             node = self._with_others(node)
-        detail = self._detail(name, {key: parameters[key] for key in sources.by_block(self.method)})
-        return Decision(name, "merged", self.method.name, output, node, detail)
+        return Decision(name, "merged", self.method.name, output, node, parameters, self.tuning.block(name, rule))
 
     def _with_others(self, node: ByBlock) -> ByBlock:
         """The node, among those with which it shares its statistics if the method takes them of the whole model."""
@@ -276,18 +282,6 @@ class _Resolution:
             self.problems.misshapen.append(f"{name}   {self._shapes(name, shape, models)}")
         return None
 
-    def _sources(self, rule: Rule | None) -> ParameterSources:
-        by_model = {entry.name: entry.parameters for entry in self.recipe.inputs}
-        return ParameterSources(rule.parameters if rule else {}, by_model, self.recipe.parameters)
-
-    def _detail(self, name: str, parameters: Mapping[str, ParameterValue]) -> str:
-        """`BASE (VAE): alpha 0.5`: the tensor's block, and these parameters."""
-        if not parameters:
-            return ""
-        part, *whole = self.blocks.places[name]
-        block = f"{whole[0]} ({part})" if whole else part
-        return f"{block}: {', '.join(f'{key} {_shown(value)}' for key, value in parameters.items())}"
-
     def _shapes(self, name: str, expected: tuple[int, ...], models: list[str]) -> str:
         """`depth [320, 5, 3, 3]   base, waifu [320, 4, 3, 3]`: the models by their shape, the layout's first."""
         by_shape: dict[tuple[int, ...], list[str]] = {expected: [self.layout_name]}
@@ -298,15 +292,17 @@ class _Resolution:
         return "   ".join(f"{', '.join(models)} {list(shape)}" for shape, models in by_shape.items())
 
     def _report_problems(self) -> None:
-        unused = [str(rule) for number, rule in enumerate(self.recipe.rules) if number not in self.used_rules]
         compared = {name: self.models[name].tensors for name in (*self.input_names, self.layout_name)}
-        self.problems.report(self.layout_name, unused, compared)
+        self.problems.report(self.layout_name, self.rules.unused, compared)
 
 
 def _shown(value: ParameterValue) -> str:
     """`0.5`, or `0.5/0.25` of several models."""
     values = value if isinstance(value, tuple) else (value,)
-    return "/".join(f"{each:g}" if isinstance(each, float) else str(each) for each in values)
+    return "/".join(
+        f"{each:g}" if isinstance(each, float) else str(each).lower() if isinstance(each, bool) else str(each)
+        for each in values
+    )
 
 
 def fit(node: Node, shape: tuple[int, ...], policy: str) -> Node | None:
@@ -328,9 +324,10 @@ def apply_method(
     inputs: Iterable[Node],
     name: str = "",
     seed: int = 0,
+    within: Within = (),
 ) -> Node:
-    """The expression of a method over the inputs, the base first if there is one; random numbers follow from the name
-    and the seed."""
+    """The expression of a method over the inputs, the base first if there is one; random numbers follow from the name,
+    the seed, and where in a recipe it is."""
     nodes = tuple(inputs)
     if method.check:
         method.check(parameters, len(nodes))
@@ -343,11 +340,11 @@ def apply_method(
                 )
             return combine(info, tuple(Term(c, node) for c, node in zip(coefficients, nodes, strict=True)))
         case GramMethod():
-            return ByGram(info, method, parameters, nodes, name, seed)
+            return ByGram(info, method, parameters, nodes, name, seed, within)
         case BlockMethod():
-            return ByBlock(info, method, parameters, nodes, name, seed)
+            return ByBlock(info, method, parameters, nodes, name, seed, within)
         case WholeMethod():
-            return ByWhole(info, method, parameters, nodes, name, seed)
+            return ByWhole(info, method, parameters, nodes, name, seed, within)
     raise TypeError(f"method {method.name!r} is of no known kind")
 
 

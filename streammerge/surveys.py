@@ -198,7 +198,8 @@ class TogetherSurvey:
             for member, begin in zip(together.members, self.first_blocks, strict=False)
         ]
         elements = sum(part.elements for part in parts)
-        target = Target("", (elements,), len(first.inputs), first.seed, piece_elements(first), parts=tuple(parts))
+        step, within = piece_elements(first), first.within
+        target = Target("", (elements,), len(first.inputs), first.seed, step, parts=tuple(parts), within=within)
         assert first.method.statistics is not None
         self.step: Pass[Any] | None = None
         self._take(first.method.statistics(target, first.parameters))
