@@ -15,7 +15,9 @@ from streammerge.errors import OutputError, count, plural
 from streammerge.formats.files import ByteFile
 from streammerge.layout import OutputLayout, lay_out
 from streammerge.machine import MIB, Allotment, share_out
+from streammerge.magnitudes import check_magnitudes
 from streammerge.merged import Action, Decision, Merged
+from streammerge.methods.contract import ParameterValue
 from streammerge.methods.place import Target
 from streammerge.methods.slices import Slicing
 from streammerge.nodes import (
@@ -162,7 +164,8 @@ class Plan:
                     "name": decision.name,
                     "action": decision.action,
                     "why": decision.why,
-                    **({"by_block": decision.detail} if decision.detail else {}),
+                    **({"block": decision.block} if decision.block else {}),
+                    **({"parameters": plain(decision.parameters)} if decision.parameters else {}),
                     "dtype": decision.info.dtype.name,
                     "shape": list(decision.info.shape),
                 }
@@ -190,7 +193,7 @@ class Plan:
             f"{model} lacks {by_component(names)} of the layout's; {_fate(len(dropped.intersection(names)))}"
             for model, names in self.merged.lacking.items()
         ]
-        return [*left_out, *lacking]
+        return [*self.merged.remarks, *left_out, *lacking]
 
 
 def make_plan(
@@ -221,7 +224,10 @@ def _job(merged: Merged, name: str, file: int, offset: int, options: Options) ->
     if options.on_nonfinite == "error" and info.dtype.mergeable and is_copy(node, info):
         # nobody looks at what the system copies: its bytes go through our memory instead, as they are
         return Job(name, info, copied_from(node), info.dtype, file, offset)
-    return Job(name, info, node, _compute_dtype(node, info, options), file, offset)
+    compute = _compute_dtype(node, info, options)
+    if compute is not None:
+        check_magnitudes(name, node, compute)
+    return Job(name, info, node, compute, file, offset)
 
 
 def _compute_dtype(node: Node, info: TensorInfo, options: Options) -> DType | None:
@@ -365,6 +371,11 @@ def by_component(names: Sequence[str]) -> str:
     """`382 tensors (368 depth model, 14 text encoder)`"""
     counts = Counter(component_of(name) for name in names)
     return f"{count(names, 'tensor')} ({', '.join(f'{number:,} {name}' for name, number in counts.items())})"
+
+
+def plain(parameters: Mapping[str, ParameterValue]) -> dict[str, Any]:
+    """Parameters' values for JSON: of one that every model has, a list in the order of the models."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in parameters.items()}
 
 
 def dump_json(value: Any) -> str:  # noqa: ANN401

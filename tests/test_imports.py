@@ -36,9 +36,10 @@ ORDER = [
     *("methods.smoothing", "methods.spectra", "methods.loading", "methods"),
     # what is asked for
     *("architecture", "scalars", "blocks", "presets", "blockwise"),
-    *("parameters", "recipe", "recipe_files", "recipes", "provenance", "carrying"),
+    *("layers", "parameters", "effects", "spellings", "asked", "globs", "extent", "tuning"),
+    *("recipe", "recipe_files", "recipes", "provenance", "carrying"),
     # models as expressions
-    *("nodes", "quantisation", "checkpoints", "mismatches", "merged", "functions"),
+    *("nodes", "magnitudes", "quantisation", "checkpoints", "mismatches", "merged", "functions"),
     # what will happen
     *("layout", "plan", "ledger", "older", "indexes", "inputs", "report", "copying"),
     # what is left of a merge that was stopped
@@ -98,7 +99,7 @@ def test_imports_are_found():
     """The test above would pass with nothing found."""
     assert imported(modules()["cli"]) == {"", "errors", "screen"}
     assert {"copying", "devices", "works"} <= imported(modules()["engine"])
-    assert "methods" in imported(modules()["recipe"])
+    assert "methods" in imported(modules()["asked"])
 
 
 # ── what is imported when ────────────────────────────────────────────────────────────────────────────────────────────
