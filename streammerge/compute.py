@@ -27,6 +27,7 @@ from streammerge.nodes import (
     Term,
     Viewed,
 )
+from streammerge.rounding import rounded
 
 Statistics = Mapping[int, Any]
 """What is known of whole tensors: by the `id` of a ByGram node its coefficients, of a ByBlock node its statistics, of a
@@ -56,7 +57,7 @@ class Evaluator:
             case Viewed():
                 return self._view(node, start, stop, slot)
             case Rounded():
-                values = self.values(node.source, start, stop, slot).to(torch_dtype(node.info.dtype))
+                values = rounded(self.values(node.source, start, stop, slot), torch_dtype(node.info.dtype))
                 return self.lane.slot(slot, stop - start, self.dtype).copy_(values)
             case Combined():
                 return self._combination(node.terms, start, stop, slot, node.divisor)

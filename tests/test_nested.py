@@ -192,3 +192,17 @@ def test_linear_merges_fold_unless_the_inner_one_asks_for_a_dtype(tmp_path):
         node = streammerge.linear(inner, *models).node("x")
         assert isinstance(node, Combined)
         assert len(node.terms) == terms
+
+
+@pytest.mark.parametrize(("value", "nearest"), [(1 + 2**-8 + 2**-40, 1 + 2**-7), (1 + 2**-8 - 2**-40, 1.0)])
+def test_what_an_inner_recipe_rounds_is_rounded_once(tmp_path, value, nearest):
+    """float32, on the way from float64 to bfloat16, would make a tie of what lies beside one."""
+    path = save_model(tmp_path / "a.safetensors", {"x": torch.tensor([value / 2], dtype=torch.float64)})
+    inner = {
+        "merge_method": "passthrough",
+        "models": [{"model": str(path), "parameters": {"scale": 2}}],
+        "dtype": "bfloat16",
+    }
+    outer = {"merge_method": "passthrough", "models": [{"model": inner}], "dtype": "float64"}
+    streammerge.merge(outer, output=tmp_path / "out.safetensors")
+    assert load_model(tmp_path / "out.safetensors")["x"].item() == nearest
