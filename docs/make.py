@@ -19,7 +19,7 @@ from typing import Any, Final
 from unittest import mock
 from xml.sax.saxutils import escape
 
-from streammerge import cli
+from streammerge import asked, cli, extent, globs, tuning
 from streammerge.formats import header_entries, pickle_machine, shards, zip_directory
 from streammerge.options import Options
 from streammerge.public import RECIPE_KEYS
@@ -226,7 +226,7 @@ def option_of(keyword: str) -> str:
 
 
 def limits() -> str:
-    """What files may hold at most."""
+    """What files may hold, and how much may be merged, at most."""
     entries, machine, members = header_entries, pickle_machine, zip_directory.MAX_MEMBERS
     header = (
         f"{entries.MAX_TENSORS:,} tensors of up to {entries.MAX_DIMENSIONS} dimensions, names of "
@@ -239,8 +239,18 @@ def limits() -> str:
         ("a torch zip", f"{pickle}, which is about 24,000 tensors; {members:,} members"),
         ("an index of shards", index),
         ("a recipe", f"{MAX_RECIPE >> 10:,} KiB, {MAX_NODES:,} values"),
+        ("a merge", merge_limits()),
     ]
-    return table(("file", "at most"), rows)
+    return table(("what", "at most"), rows)
+
+
+def merge_limits() -> str:
+    """How much may be planned."""
+    return (
+        f"{asked.MAX_INPUTS:,} inputs; merges nested {asked.MAX_DEPTH} deep; {extent.MAX_STEPS:,} steps of planning "
+        f"(one for each input of a tensor, {extent.STEPS_OF_TENSOR} for itself), {globs.MAX_TRIED:,} tries of globs, "
+        f"{tuning.MAX_CONDITIONS:,} of conditions"
+    )
 
 
 def mib(nbytes: int) -> str:

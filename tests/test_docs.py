@@ -51,7 +51,7 @@ def test_what_is_not_current_is_made_so(tmp_path, monkeypatch, capsys):
     ]
     assert "old" in make.read(page)
     assert make.main([]) == 0
-    assert "65,536 tensors" in make.read(page)
+    assert "75,000 tensors" in make.read(page)
     assert make.main(["--check"]) == 0
 
 

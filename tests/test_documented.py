@@ -63,6 +63,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.save(near(base, seed), folder / f"{name}.ckpt")
         save_shards(make_tensors(seed, torch.bfloat16, LLAMA), folder / f"llama-{name}")
         save_file(make_tensors(seed, shapes=LORA), folder / f"lora-{name}.safetensors")
+    ours, theirs = (make_tensors(seed, shapes={"conv_first.weight": (8, 3, 3, 3)}) for seed in range(2))
+    torch.save({"params": ours, "params_ema": theirs}, folder / "esrgan.pth")
     return folder
 
 

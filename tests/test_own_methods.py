@@ -268,8 +268,20 @@ def test_a_file_that_fails_leaves_what_it_brought_before(own):
     assert "halfway" in METHODS
 
 
+QUOTIENT = LINEAR.replace("import LinearMethod", "import LinearMethod, Quotient")
+
 WRONG = {
     "coefficients": (LINEAR.replace("[1.0 - share, share]", "[share]"), "halfway", "gave 1 coefficients for 2 inputs"),
+    **{
+        f"quotient {made}": (QUOTIENT.replace("[1.0 - share, share]", f"Quotient({made})"), "halfway", problem)
+        for made, problem in (
+            ("[1.0, -1.0], 0", "divides by zero"),
+            ("[1.0, 1.0], float('nan')", "comes to coefficients that are no finite numbers"),
+            ("[1.0, 1.0], None", "gave a tuple instead of one number"),
+            ("None", r"gave nothing \(None\) instead of one number"),
+            ("[1.0]", "gave 1 coefficients for 2 inputs"),
+        )
+    },
     "shape": (
         BLOCKS.replace("return model", "return model.sum() + 0 * model[:1]"),
         "sprinkle",
@@ -300,6 +312,7 @@ def test_there_are_documented_examples():
 def test_a_documented_example_runs(own, models, tmp_path, text):
     (name,) = load_methods(own(text))
     given = [models["a"], models["b"]][: METHODS[name].models[1]]
-    merge = getattr(streammerge, name)(*given, base=models["base"])
+    base = {} if METHODS[name].base == "none" else {"base": models["base"]}
+    merge = getattr(streammerge, name)(*given, **base)
     plain = merge_to(tmp_path / "plain.safetensors", merge, threads=1)
     assert_same_bytes(merge_to(tmp_path / "out.safetensors", merge, threads=3), plain)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
-from streammerge.errors import RecipeError
+from streammerge.errors import MethodError, RecipeError
 from streammerge.methods.contract import GIVEN, Parameter, ParameterValue, parameters_of
 from streammerge.methods.results import checked_coefficients, checked_tensor
 
@@ -183,9 +183,15 @@ class LinearMethod(Method):
     def quotient(self, parameters: Mapping[str, ParameterValue]) -> Quotient:
         """One finite coefficient per input, and what their sum is divided by; MethodError where there is none."""
         made = self.function(**keywords(parameters))
-        found = made if isinstance(made, Quotient) else Quotient(checked_coefficients(self.name, made))
-        checked_coefficients(self.name, [*found.coefficients, found.divisor])
-        return found
+        found = made if isinstance(made, Quotient) else Quotient(made)
+        coefficients = checked_coefficients(self.name, found.coefficients)
+        (divisor,) = checked_coefficients(self.name, (found.divisor,))
+        if not divisor:
+            raise MethodError(
+                f"method {self.name!r} divides by zero",
+                advice="Look at its parameters: a sum of weights that is zero can't be normalised.",
+            )
+        return Quotient(coefficients, divisor)
 
 
 @dataclass(frozen=True)
