@@ -222,7 +222,7 @@ def test_what_is_allotted_stays_within_its_limit(threads, limit):
     assert 1 <= allotted.threads <= threads
     assert allotted.work_bytes <= (limit or DEFAULT_WORK_BYTES)
     assert allotted.work_bytes == allotted.threads * (made.lane_bytes + allotted.mapped_bytes)
-    assert made.work_bytes == OVERHEAD_BYTES + made.allot().work_bytes
+    assert made.work_bytes == OVERHEAD_BYTES + made.described_bytes + made.allot().work_bytes
 
 
 # ── disk ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
