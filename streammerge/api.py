@@ -138,6 +138,8 @@ def _carry_out(begun: Beginning, started: float, watch: Watch | None, tell: Tell
         tell(f"note: {note}")
     older = find_older(plan.output)
     check_output(plan, older, beside, may_exist=plan.options.force)
+    for remark in plan.merged.remarks:
+        tell(f"note: {remark}")
     if plan.options.hash:
         check_sidecar(plan.output, force=plan.options.force)
     inputs = {file_key(file.path) for file in plan.inputs}

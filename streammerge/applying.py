@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from streammerge.errors import MethodError
 from streammerge.methods.contract import ParameterValue
+from streammerge.methods.place import Within
 from streammerge.methods.registry import BlockMethod, GramMethod, LinearMethod, Method, WholeMethod
 from streammerge.nodes import ByBlock, ByGram, ByWhole, Node, Term, combine
 from streammerge.tensors import TensorInfo
@@ -18,9 +19,10 @@ def apply_method(
     inputs: Iterable[Node],
     name: str = "",
     seed: int = 0,
+    within: Within = (),
 ) -> Node:
-    """The expression of a method over the inputs, the base first if there is one; random numbers follow from the name
-    and the seed."""
+    """The expression of a method over the inputs, the base first if there is one; random numbers follow from the name,
+    the seed, and where in a recipe it is."""
     nodes = tuple(inputs)
     if method.check:
         method.check(parameters, len(nodes))
@@ -34,11 +36,11 @@ def apply_method(
             terms = (Term(c, node) for c, node in zip(found.coefficients, nodes, strict=True))
             return combine(info, tuple(terms), found.divisor)
         case GramMethod():
-            return ByGram(info, method, parameters, nodes, name, seed)
+            return ByGram(info, method, parameters, nodes, name, seed, within)
         case BlockMethod():
-            return ByBlock(info, method, parameters, nodes, name, seed)
+            return ByBlock(info, method, parameters, nodes, name, seed, within)
         case WholeMethod():
-            return ByWhole(info, method, parameters, nodes, name, seed)
+            return ByWhole(info, method, parameters, nodes, name, seed, within)
     raise TypeError(f"method {method.name!r} is of no known kind")
 
 

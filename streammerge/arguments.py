@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
 from streammerge import blockwise
+from streammerge.asked import overridden
 from streammerge.errors import RecipeError
 from streammerge.findings import NONFINITE_POLICIES
+from streammerge.methods import find_method
 from streammerge.methods.loading import load_methods
 from streammerge.options import COMPUTE_DTYPES, Options, parse_size
+from streammerge.parameters import WEIGHT
 from streammerge.provenance import Recorded, read_recorded
 from streammerge.recipe import MISSING_POLICIES, SHAPE_POLICIES, Recipe, parse_recipe
 from streammerge.recipe_files import packaged_recipe, parse_yaml, read_recipe_file
+from streammerge.scalars import number_of_text
 
 _WEIGHTED: Final = re.compile(r"(?P<path>.+):(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)")
 _NAMED: Final = re.compile(r"(?P<name>[A-Za-z_]\w*)=(?P<path>.+)")
@@ -92,7 +97,9 @@ def _add_recipe_arguments(group: argparse._ArgumentGroup) -> None:
         "--take", action="append", default=[], metavar="GLOB=MODEL", help="copy matching tensors from it"
     )
     group.add_argument("--drop", action="append", default=[], metavar="GLOB", help="leave matching tensors out")
-    group.add_argument("--keep", action="append", default=[], metavar="GLOB", help="copy them from the layout model")
+    group.add_argument(
+        "--keep", action="append", default=[], metavar="GLOB", help="copy them from the layout model; wins over --drop"
+    )
     group.add_argument("--on-shape-mismatch", choices=SHAPE_POLICIES, help="(default: error)")
     group.add_argument("--on-missing", choices=MISSING_POLICIES, help="(default: error)")
 
@@ -218,12 +225,33 @@ def _recipe_as_named(arguments: argparse.Namespace) -> Recipe:
     elif first is not None and first.suffix.lower() in RECIPE_SUFFIXES:
         raw, folder, bound = read_recipe_file(first), first.parent, words[1:]
     else:
-        return parse_recipe(_changed(_recipe_of_models(words), arguments), Path())
+        recipe = parse_recipe(_changed(_recipe_of_models(words), arguments), Path(), strict=True)
+        return _with_effect(recipe, arguments)
     if not isinstance(raw, dict):
         raise RecipeError(f"{words[0] if words else arguments.recipe}: expected a map with merge_method and models")
     bindings, weights = _bindings(bound)
+    typed = tuple(weights)
     where = words[0] if arguments.recipe is None else f"recipe {arguments.recipe}"
-    return parse_recipe(_changed(_weighted(raw, weights), arguments), folder, bindings, where)
+    recipe = parse_recipe(_changed(_weighted(raw, weights), arguments), folder, bindings, where)
+    return _with_effect(recipe, arguments, typed)
+
+
+def _with_effect(recipe: Recipe, arguments: argparse.Namespace, weights: Iterable[str] = ()) -> Recipe:
+    """The recipe, if what was typed to change it does so; else RecipeError, for nobody types what is to be ignored."""
+    method = find_method(recipe.method)
+    without = overridden(recipe)
+    for name in _parameters(arguments.parameter):
+        method.parameter(name)
+        if name in without:
+            raise RecipeError(
+                f"-p {name} would have no effect: every model has a {name} of its own",
+                advice="Change the models' own values, or remove them.",
+            )
+    for model in weights:
+        method.parameter(WEIGHT)
+        if model not in {entry.name for entry in recipe.models}:
+            raise RecipeError(f"{model!r} is the base, whose weight would have no effect", advice="Leave it out.")
+    return recipe
 
 
 def recorded_from(arguments: argparse.Namespace) -> Recorded:
@@ -242,7 +270,9 @@ def recorded_from(arguments: argparse.Namespace) -> Recorded:
             raise RecipeError(f"{word!r}: beside a recipe, models are given as NAME=PATH")
         bindings[name] = Path(path)
     with open_model(words[0]) as model:
-        return read_recorded(Path(words[0]), model.metadata, bindings, lambda raw: _changed(raw, arguments))
+        found = read_recorded(Path(words[0]), model.metadata, bindings, lambda raw: _changed(raw, arguments))
+    _with_effect(found.recipe, arguments)
+    return found
 
 
 def _recipe_of_models(words: list[str]) -> dict[str, Any]:
@@ -264,15 +294,18 @@ def _model_entry(word: str) -> dict[str, Any]:
 
 
 def _split_name(word: str) -> tuple[str, str]:
-    """`NAME=PATH`; a path that exists with the `=` in it is one."""
+    """`NAME=PATH`; a path that exists with the `=` in it is one, with a weight behind it or without."""
     match = _NAMED.fullmatch(word)
-    return ("", word) if match is None or is_there(word) else (match["name"], match["path"])
+    is_path = is_there(word) or is_there(_split_weight(word)[0])
+    return ("", word) if match is None or is_path else (match["name"], match["path"])
 
 
 def _split_weight(word: str) -> tuple[str, float | None]:
     """`PATH:WEIGHT`; a path that exists with the `:` in it is one."""
     match = _WEIGHTED.fullmatch(word)
-    return (word, None) if match is None or is_there(word) else (match["path"], float(match["weight"]))
+    if match is None or is_there(word):
+        return word, None
+    return match["path"], float(number_of_text(match["weight"], word))
 
 
 def _bindings(words: list[str]) -> tuple[dict[str, Path], dict[str, float]]:
@@ -298,7 +331,7 @@ def _weighted(raw: dict[str, Any], weights: dict[str, float]) -> dict[str, Any]:
         name = entry.get("model") if isinstance(entry, dict) else entry
         if isinstance(name, str) and name in weights:
             own = entry if isinstance(entry, dict) else {"model": entry}
-            changed.append({**own, "parameters": {**(own.get("parameters") or {}), "weight": weights.pop(name)}})
+            changed.append({**own, "parameters": {**_map(own.get("parameters")), "weight": weights.pop(name)}})
         else:
             changed.append(entry)
     if weights:
@@ -322,13 +355,27 @@ def _changed(raw: dict[str, Any], arguments: argparse.Namespace) -> dict[str, An
         raw.pop("out_dtype", None)
         raw["dtype"] = arguments.dtype
     if arguments.parameter:
-        raw["parameters"] = {**(raw.get("parameters") or {}), **_parameters(arguments.parameter)}
+        raw["parameters"] = {**_map(raw.get("parameters")), **_parameters(arguments.parameter)}
     rules = [*map(_take_rule, arguments.take)]
+    rules += [{"match": glob, "keep": True} for glob in arguments.keep]  # before what is dropped: '*' may be
     rules += [{"match": glob, "drop": True} for glob in arguments.drop]
-    rules += [{"match": glob, "keep": True} for glob in arguments.keep]
     if rules:
-        raw["rules"] = [*rules, *(raw.get("rules") or [])]
+        raw["rules"] = [*rules, *_list(raw.get("rules"))]
     return raw
+
+
+def _map(raw: Any) -> dict[str, Any]:  # noqa: ANN401
+    """A recipe's parameters, to be added to."""
+    if isinstance(raw, dict | None):
+        return raw or {}
+    raise RecipeError(f"parameters must be a map from name to value, found {raw!r}")
+
+
+def _list(raw: Any) -> list[Any]:  # noqa: ANN401
+    """A recipe's rules, to be added to."""
+    if isinstance(raw, list | None):
+        return raw or []
+    raise RecipeError(f"rules must be a list, found {raw!r}")
 
 
 def _reference(model: str | None) -> str | None:

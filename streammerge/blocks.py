@@ -41,10 +41,11 @@ _SYNONYMS: Final = {"DOUBLE": "D", "SINGLE": "S"}
 
 @dataclass(frozen=True, slots=True)
 class ListForm:
-    """A list of values, one for each of these blocks, and what people say of such a list."""
+    """A list of values, one for each of these blocks, what people say of such a list, and what they should know."""
 
     blocks: tuple[str, ...]
     note: str = ""
+    remark: str = ""
 
     def __str__(self) -> str:
         return f"{len(self.blocks)} {self.note}".rstrip()
@@ -188,7 +189,8 @@ def _unet_forms(counts: Mapping[str, int]) -> tuple[ListForm, ...]:
         return forms
     # SDXL; SuperMerger takes Stable Diffusion's lists too, and leaves out what SDXL doesn't have
     usual, short = _with_and_without_base(unet_blocks(12))
-    with_vae = ListForm((*names, "VAE"), "with VAE at the end")
+    vae = "the last of 21 values is the VAE's; SuperMerger counts the VAE as part of BASE, and makes nothing of it"
+    with_vae = ListForm((*names, "VAE"), "with VAE at the end", vae)
     return (*forms, with_vae, ListForm(usual.blocks, "as Stable Diffusion's"), ListForm(short.blocks, "of these"))
 
 

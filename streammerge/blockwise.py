@@ -258,6 +258,11 @@ def _preset_of(name: str, blocks: Blocks) -> tuple[float, ...]:
     )
 
 
+def list_remark(setting: BlockSetting, blocks: Blocks) -> str:
+    """What the user should know of a list of so many values; empty if nothing."""
+    return _form_of(len(setting.values), blocks).remark if setting.values else ""
+
+
 def _form_of(count: int, blocks: Blocks) -> ListForm:
     for form in blocks.forms:
         if len(form.blocks) == count:

@@ -80,7 +80,9 @@ class Evaluator:
         if isinstance(node, ByWhole):
             whole = [self.copy(child, start, stop, slot) for child in node.inputs]
             self._suspect(whole)
-            return [values.cpu().reshape(node.info.shape) for values in whole]
+            # there are no decompositions and transforms of 16 bits
+            least = torch.promote_types(self.dtype, torch.float32)
+            return [values.to("cpu", least).reshape(node.info.shape) for values in whole]
         if isinstance(node, ByBlock) and node.method.rows:
             return self._rows(node, start, stop, slot)
         stop = min(start + part, stop) if part else stop
@@ -208,4 +210,5 @@ def target_of(node: Applied) -> Target:
     first = 0
     if isinstance(node, ByBlock) and node.together and node.together.found:
         first = node.together.found.first_blocks[id(node)]
-    return Target(node.name, node.info.shape, len(node.inputs), node.seed, piece_elements(node), first)
+    step = piece_elements(node)
+    return Target(node.name, node.info.shape, len(node.inputs), node.seed, step, first, within=node.within)

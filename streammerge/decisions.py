@@ -9,14 +9,18 @@ from __future__ import annotations
 import threading
 from array import array
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
+from streammerge.methods.contract import ParameterValue
 from streammerge.nodes import ByBlock, Combined, External, Node, Rounded, Stored, Viewed, rounded
 from streammerge.tables import Column, Names
 from streammerge.tensors import TensorInfo
 
 Action = Literal["merged", "copied", "dropped"]
+
+USUAL: Final = 65504.0
+"""Coefficients beyond it, which not every dtype can hold, make a kind of their own."""
 
 RECENT: Final = 32
 """So many decisions of a merge are at hand in each thread: what is asked for twice in a row is one expression."""
@@ -26,8 +30,8 @@ RECENT: Final = 32
 class Decision:
     """What becomes of one tensor of the layout, and why. A dropped one has no node.
 
-    `detail` tells its block and the values of parameters that are given by block, if any are. With `rounds` its dtype
-    was asked for: a merge of this merge is given what a file of that dtype would hold.
+    `parameters` are the method's, for a merged one, and `block` is where it is, if any of them are given by block. With
+    `rounds` its dtype was asked for: a merge of this merge is given what a file of that dtype would hold.
     """
 
     name: str
@@ -35,8 +39,14 @@ class Decision:
     why: str
     info: TensorInfo
     node: Node | None = None
-    detail: str = ""
+    parameters: Mapping[str, ParameterValue] = field(default_factory=dict)
+    block: str = ""
     rounds: bool = False
+
+    @property
+    def detail(self) -> str:
+        """`BASE (VAE): weight 0.5/0.25, normalize true`: its block, if it matters, and the parameters' values."""
+        return detail_of(self.parameters, self.block)
 
 
 class Fate(NamedTuple):
@@ -45,9 +55,30 @@ class Fate(NamedTuple):
     action: Action
     why: str
     info: TensorInfo
-    detail: str
+    parameters: Mapping[str, ParameterValue]
+    block: str
     first: str
     tensors: int
+
+    @property
+    def detail(self) -> str:
+        """Its block, if it matters, and the parameters' values."""
+        return detail_of(self.parameters, self.block)
+
+
+def detail_of(parameters: Mapping[str, ParameterValue], block: str) -> str:
+    """`BASE (VAE): weight 0.5/0.25, normalize true`"""
+    values = ", ".join(f"{key} {_shown(value)}" for key, value in parameters.items())
+    return f"{block}: {values}" if block else values
+
+
+def _shown(value: ParameterValue) -> str:
+    """`0.5`, or `0.5/0.25` of several models."""
+    values = value if isinstance(value, tuple) else (value,)
+    return "/".join(
+        f"{each:g}" if isinstance(each, float) else str(each).lower() if isinstance(each, bool) else str(each)
+        for each in values
+    )
 
 
 class _Recent(threading.local):
@@ -79,7 +110,7 @@ class Decisions(Sequence[Decision]):
             counts[number] += 1
             self._numbers[self.names.places[name]] = number
         self.fates: Final = tuple(
-            Fate(made.action, made.why, made.info, made.detail, made.name, count)
+            Fate(made.action, made.why, made.info, made.parameters, made.block, made.name, count)
             for made, count in zip(firsts, counts, strict=True)
         )
 
@@ -151,11 +182,13 @@ class Expressions(Mapping[str, Node]):
 
 def _key(made: Decision) -> Hashable:
     kind = None if made.node is None else kind_of(made.node)
-    return made.action, made.why, made.info.dtype.name, made.info.shape, made.detail, made.rounds, kind
+    parameters = tuple(made.parameters.items())
+    own = made.info.dtype.name, made.info.shape
+    return made.action, made.why, own, parameters, made.block, made.rounds, kind
 
 
 def kind_of(node: Node) -> Hashable:
-    """Equal for expressions that differ in no more than names, places in files, and coefficients.
+    """Equal for expressions that differ in no more than names, places in files, and coefficients of a usual size.
 
     What they cost is the same, and so is what they are computed in.
     """
@@ -165,7 +198,9 @@ def kind_of(node: Node) -> Hashable:
             return own
         case Combined(terms=terms):
             is_same = len(terms) == 1 and terms[0].coefficient == 1
-            return "combined", own, is_same, *(kind_of(term.node) for term in terms)
+            largest = max((abs(term.coefficient) for term in terms), default=0.0)
+            beyond = largest if largest > USUAL else 0.0
+            return "combined", own, is_same, beyond, *(kind_of(term.node) for term in terms)
         case External():
             return "external", own
         case Viewed(around=around):

@@ -128,8 +128,19 @@ def one_line(text: str) -> str:
     return printable(text).replace("\n", "\\n")
 
 
+def too_large(error: BaseException | None) -> str:
+    """What to say of an error of Python's, or torch's, that comes of numbers that are too large; empty for others."""
+    text = str(error).lower() if isinstance(error, RuntimeError | ValueError) else ""
+    if isinstance(error, OverflowError) or "overflow" in text:
+        return "the method comes to a number beyond the dtype that it computes in"
+    return "its decomposition does not converge, for its values are too large" if "failed to converge" in text else ""
+
+
 class error_context:  # noqa: N801  (reads as a statement)
-    """Adds the tensor's name to an error that happens while it is merged."""
+    """Adds the tensor's name to an error that happens while it is merged.
+
+    Numbers that are too large to compute with are an error of the method: they come of its parameters.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -138,6 +149,8 @@ class error_context:  # noqa: N801  (reads as a statement)
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if reason := too_large(error):
+            raise MethodError(f"tensor {one_line(self.name)}: {reason}", advice="Choose smaller numbers.") from error
         if isinstance(error, MergeError) and self.name not in error.what:
             error.what = f"tensor {one_line(self.name)}: {error.what}"
 

@@ -13,8 +13,8 @@ from streammerge.merged import Merged, merge_models
 from streammerge.methods import find_method
 from streammerge.methods.registry import Method
 from streammerge.parameters import parse_settings
-from streammerge.recipe import Input, MissingPolicy, Recipe, Rule, ShapePolicy, check_recipe, parse_dtype
-from streammerge.scalars import parse_seed
+from streammerge.recipe import Input, MissingPolicy, Recipe, Rule, ShapePolicy, check_recipe
+from streammerge.spellings import parse_dtype, parse_seed
 from streammerge.tensors import Model
 
 ModelLike = Model | str | os.PathLike[str]
@@ -61,7 +61,9 @@ def merge_function(name: str) -> Callable[..., Merged]:
             dtype=parse_dtype(dtype, name),
             seed=parse_seed(seed, name),
         )
-        return merge_models(check_recipe(recipe, name), opened if base is None else {**opened, "base": _opened(base)})
+        return merge_models(
+            check_recipe(recipe, name, strict=True), opened if base is None else {**opened, "base": _opened(base)}
+        )
 
     merge.__name__ = merge.__qualname__ = name
     merge.__doc__ = method.doc
@@ -74,8 +76,7 @@ def _opened(model: ModelLike) -> Model:
 
 def has_one_per_model(method: Method, name: str) -> bool:
     """Whether every model has this parameter of the method; RecipeError if the method has no such parameter."""
-    parameter = method.parameter(name)
-    return parameter is not None and parameter.per_model
+    return method.parameter(name).per_model
 
 
 def _one_of(per_model: Mapping[str, Sequence[Any]], number: int, count: int) -> dict[str, Any]:

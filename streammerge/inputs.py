@@ -9,19 +9,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
+from streammerge.asked import Recipe
 from streammerge.checkpoints import Checkpoint, open_model
 from streammerge.claims import Claim, Claims, file_key
 from streammerge.errors import CheckpointError, OutputError, PlanError
+from streammerge.extent import check_steps, may_draw
 from streammerge.formats.files import ByteFile, read_errors
 from streammerge.formats.library import RefusedError, library_digest
 from streammerge.formats.safetensors import is_safetensors
 from streammerge.formats.state_dicts import LeftTensors
 from streammerge.merged import Merged, merge_models
+from streammerge.methods.place import Within
 from streammerge.older import Older
 from streammerge.plan import Plan
-from streammerge.recipe import Recipe
 from streammerge.tables import names_bytes
-from streammerge.tensors import Model
 
 NESTED: Final = "Options are for the outer recipe: write them in this one, as keys (on_missing: keep) and rules."
 """What to say of advice that is meant for a nested recipe."""
@@ -32,6 +33,8 @@ class OpenInputs:
     """Checkpoints that are open, each path and entry once, however often recipes name them."""
 
     checkpoints: dict[tuple[Path, str], Checkpoint] = field(default_factory=dict)
+    merges: dict[str, Merged] = field(default_factory=dict)
+    steps: int = 0
 
     def open(self, path: Path, entry: str = "") -> Checkpoint:
         """The checkpoint at this path, its state dict being the entry of this name where one has to be chosen."""
@@ -48,25 +51,37 @@ class OpenInputs:
         """A checkpoint at this path that is open already, whichever its entry: for what it has in its files."""
         return next(opened for (key, _), opened in self.checkpoints.items() if key == path.resolve())
 
-    def merge(self, recipe: Recipe) -> Merged:
-        """The recipe as a model, its nested recipes opened first."""
-        models: dict[str, Model] = {
-            entry.name: self._nested(entry.name, seeded(entry.source, recipe.seed))
+    def merge(self, recipe: Recipe, within: Within = ()) -> Merged:
+        """The recipe as a model, its nested recipes opened first; `within` is where it stands in another, if it does.
+
+        Nested recipes that are equal are gone through once, unless random numbers have to differ.
+        """
+        models = {
+            entry.name: self._nested(entry.name, seeded(entry.source, recipe.seed), (*within, place))
             if isinstance(entry.source, Recipe)
             else self.open(entry.source, entry.entry)
-            for entry in recipe.named.values()
+            for place, entry in recipe.by_place.items()
         }
-        return merge_models(recipe, models)
+        merged = merge_models(recipe, models, within)
+        self.steps += merged.extent.own
+        check_steps(self.steps)
+        return merged
 
-    def _nested(self, name: str, recipe: Recipe) -> Merged:
+    def _nested(self, name: str, recipe: Recipe, within: Within) -> Merged:
         """A nested recipe as a model; a PlanError says that it is meant, which options don't reach."""
+        key = "" if may_draw(recipe) else repr(recipe)
+        if key in self.merges:
+            return self.merges[key]
         try:
-            return self.merge(recipe)
+            merged = self.merge(recipe, within)
         except PlanError as error:
             error.what = f"{name}: {error.what}"
             if not error.advice.endswith(NESTED):
                 error.advice = f"{error.advice} {NESTED}"
             raise
+        if key:
+            self.merges[key] = merged
+        return merged
 
     @property
     def files(self) -> list[ByteFile]:

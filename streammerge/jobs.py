@@ -11,6 +11,7 @@ from typing import Final
 from streammerge import costs
 from streammerge.decisions import Fate
 from streammerge.layout import OutputLayout
+from streammerge.magnitudes import check_magnitudes
 from streammerge.merged import Merged
 from streammerge.nodes import Applied, ByBlock, Combined, External, Node, Stored, Together, compute_dtype, walk
 from streammerge.options import Options
@@ -79,6 +80,8 @@ class Kind:
         # nobody looks at what the system copies: its bytes go through our memory instead, as they are
         is_looked_at = options.on_nonfinite == "error" and info.dtype.has_nonfinite and is_copy(node, info)
         compute = info.dtype if is_looked_at else _compute_dtype(node, info, options)
+        if compute is not None:
+            check_magnitudes(fate.first, node, compute)
         node = copied_from(node) if is_looked_at else node
         parts = list(walk(node))
         return cls(

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import fnmatch
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from streammerge.adapters import refuse_adapters
 from streammerge.applying import apply_method, needs_statistics
-from streammerge.blocks import Blocks
+from streammerge.asked import Recipe, Rule
 from streammerge.codes import Quantised, may_be_weights
 from streammerge.decisions import Decision, Decisions, Expressions
 from streammerge.errors import PlanError
+from streammerge.extent import Extent
 from streammerge.fitting import Fitting, fit, placed
+from streammerge.globs import RuleIndex
+from streammerge.layers import Layers, layers_of
 from streammerge.methods import find_method
 from streammerge.methods.contract import ParameterValue
+from streammerge.methods.place import Within
 from streammerge.methods.registry import Method
 from streammerge.mismatches import Misshapen, Problems, Unshared
 from streammerge.nodes import ByBlock, External, Node, Together, walk
-from streammerge.parameters import NO_BLOCKS, Layers, ParameterSources, check_blocks, is_by_block
 from streammerge.presence import Names, names_beside, names_lacking, names_outside, with_inner
 from streammerge.quantisation import DECODED, CodedModels, decoded, kept_bytes
-from streammerge.recipe import Recipe, Rule
 from streammerge.tables import Column
 from streammerge.tensors import DType, Model, TensorInfo
+from streammerge.tuning import Tuning
 
 if TYPE_CHECKING:
     import torch
@@ -37,13 +39,22 @@ class Merged:
 
     Per input, `left_out` are its tensors that the layout doesn't have, `lacking` the layout's that it doesn't have.
     Inputs of an input that is a merge itself count too, as `inner/model`. `kept_bytes` is what is kept in memory of
-    quantised weights.
+    quantised weights. `remarks` are what the user should know of the recipe, `layout` is the model whose tensors the
+    merge has, and `extent` how much has been planned for it.
     """
 
     decisions: Decisions
     left_out: Names = field(default_factory=dict)
     lacking: Names = field(default_factory=dict)
     kept_bytes: int = 0
+    remarks: tuple[str, ...] = ()
+    layout: Model | None = None
+    extent: Extent = field(default_factory=Extent)
+
+    @functools.cached_property
+    def layers(self) -> Layers:
+        """The layers that a gradient goes over: the layout's."""
+        return layers_of(self.layout) if self.layout is not None else Layers.of(self.tensors)
 
     @functools.cached_property
     def tensors(self) -> Column[TensorInfo]:
@@ -75,12 +86,13 @@ def node_of(model: Model, name: str) -> Node:
     return found
 
 
-def merge_models(recipe: Recipe, models: Mapping[str, Model]) -> Merged:
+def merge_models(recipe: Recipe, models: Mapping[str, Model], within: Within = ()) -> Merged:
     """Decide what becomes of every tensor of the layout; `models` are the recipe's inputs by name.
 
+    `within` is where the recipe stands in the one that it is part of: what is random differs from place to place.
     Raises PlanError with every mismatch of a kind at once, and what settles it.
     """
-    return _Resolution(recipe, models).resolve()
+    return _Resolution(recipe, models, within).resolve()
 
 
 @dataclass
@@ -89,13 +101,11 @@ class _Resolution:
 
     recipe: Recipe
     models: Mapping[str, Model]
+    within: Within = ()
     problems: Problems = field(default_factory=Problems)
     codes_of: dict[str, str] = field(default_factory=dict)
-    used_rules: set[int] = field(default_factory=set)
     together: dict[tuple[ParameterValue, ...], Together] = field(default_factory=dict)
     members: dict[str, ByBlock] = field(default_factory=dict)
-    sources: dict[int, ParameterSources] = field(default_factory=dict)
-    constants: dict[int, dict[str, ParameterValue]] = field(default_factory=dict)
     is_reported: bool = False
 
     def __post_init__(self) -> None:
@@ -105,28 +115,15 @@ class _Resolution:
         self.layout = self.models[self.layout_name]
         adapters = refuse_adapters({name: model.tensors for name, model in self.models.items()})
         self.factors = frozenset(adapters[self.layout_name].tensors if self.layout_name in adapters else ())
-        self.layers = Layers.of(self.layout.tensors)
-        self.blocks = self._blocks()
         has_base = recipe.base is not None and self.method.base != "none"
         self.base_name = recipe.base.name if recipe.base and has_base else ""
-        self.model_names = [entry.name for entry in recipe.inputs if entry.name != self.base_name]
+        self.model_names = [entry.name for entry in recipe.models]
+        self.input_names = [*([self.base_name] if self.base_name else []), *self.model_names]
+        inputs = [self.models[name] for name in self.input_names]
+        self.extent = Extent.of_merge(self.method, len(self.layout.tensors), inputs)
         self.coded = CodedModels.of(self.models, self.layout_name)
         self.is_coded = any(self.coded.weights.values())
-        self.input_names = [*([self.base_name] if self.base_name else []), *self.model_names]
-
-    def _blocks(self) -> Blocks:
-        """The layout's blocks if parameters are given by block; RecipeError where their values don't fit these."""
-        settings = {
-            "recipe": self.recipe.parameters,
-            **{f"model {entry.name}": entry.parameters for entry in self.recipe.inputs},
-            **{f"rule {number}": rule.parameters for number, rule in enumerate(self.recipe.rules, 1)},
-        }
-        if not any(is_by_block(setting) for own in settings.values() for setting in own.values()):
-            return NO_BLOCKS
-        blocks = Blocks.of(self.layout.tensors)
-        for where, own in settings.items():
-            check_blocks(own, blocks, where)
-        return blocks
+        self.rules, self.tuning = RuleIndex(recipe.rules), Tuning(recipe, self.layout)
 
     def resolve(self) -> Merged:
         layout, coded = self.layout.tensors, self.coded
@@ -142,17 +139,26 @@ class _Resolution:
             with_inner(left_out, self.models, "left_out"),
             with_inner(lacking, self.models, "lacking"),
             inner + kept_bytes(coded.weights),
+            tuple(dict.fromkeys([*self.tuning.remarks(), *self._nested_remarks()])),
+            self.layout,
+            self.extent,
         )
+
+    def _nested_remarks(self) -> Iterator[str]:
+        for name, model in self.models.items():
+            if isinstance(model, Merged):
+                yield from (f"{name}: {remark}" for remark in model.remarks)
 
     def _decision(self, name: str) -> Decision:
         """What becomes of a tensor. It is the same when this is asked again, when problems are no news any more."""
         if self.is_reported:
             self.problems = Problems()
+            self.rules.tried = self.tuning.gone_through = 0
         info = self.layout.tensors[name]
         return self._decide_beside(name, info) if self.coded.is_beside(name) else self._decide(name, info)
 
     def _decide(self, name: str, info: TensorInfo) -> Decision:
-        rule = self._rule_for(name)
+        rule = self.rules.find(name)
         dtype = (rule and rule.dtype) or self.recipe.dtype
         made = self._fate(name, info, rule, dtype)
         return made if dtype is None else replace(made, rounds=True)
@@ -182,9 +188,9 @@ class _Resolution:
         dropped: set[str] = set()
         for model, names in outside.items():
             for name in names_beside(names, self.coded.weights[self.layout_name]):
-                number, rule = self._match(name)
+                rule = self.rules.peek(name)
                 if rule and rule.action == "drop":
-                    self.used_rules.add(number)
+                    self.rules.find(name)
                     dropped.add(name)
                 elif rule and rule.action == "take" and rule.model == model:
                     wanted[name] = True
@@ -217,7 +223,7 @@ class _Resolution:
 
     def _decide_beside(self, name: str, info: TensorInfo) -> Decision:
         """What belongs to a weight's codes goes where they go: copied with them, or left out where they are decoded."""
-        self._rule_for(name)
+        self.rules.find(name)
         codes = self.coded.beside.get(name)
         model = self.codes_of.get(codes) if codes is not None else self._marking(self.coded.marks[name])
         if model is None:
@@ -237,18 +243,6 @@ class _Resolution:
         if weight is None:
             return node_of(self.models[model], name)
         return decoded(weight, lambda part: node_of(self.models[model], part))
-
-    def _rule_for(self, name: str) -> Rule | None:
-        number, rule = self._match(name)
-        self.used_rules.add(number)
-        return rule
-
-    def _match(self, name: str) -> tuple[int, Rule | None]:
-        """The first rule for the name, and its number; -1 where there is none."""
-        for number, rule in enumerate(self.recipe.rules):
-            if any(fnmatch.fnmatchcase(name, glob) for glob in rule.match):
-                return number, rule
-        return -1, None
 
     def _copy(self, name: str, model: str, why: str, dtype: DType | None) -> Decision:
         node, quantised = node_of(self.models[model], name), self.coded.find(model, name)
@@ -305,15 +299,14 @@ class _Resolution:
             return self._keep_shape(name, dtype)
         own = DECODED if self.coded.find(self.layout_name, name) else info.dtype
         output = stored_as(TensorInfo(own, fitting.shape), dtype)
-        sources = self._sources(rule)
-        parameters = self._parameters(name, rule, sources)
-        node = apply_method(self.method, output, parameters, fitting.nodes, name, self.recipe.seed or 0)
+        parameters, seed = self.tuning.values(name, rule), self.recipe.seed or 0
+        fitted = dict(zip(inputs, fitting.nodes, strict=True))  # a model may be given twice: as the base, too
+        nodes = [fitted[model] for model in self.input_names]
+        node = apply_method(self.method, output, parameters, nodes, name, seed, self.within)
         if isinstance(node, ByBlock):
             node = self._with_others(node)
-        node = self._placed(name, node, output.dtype)
-        by_block = sources.by_block(self.method) if self.blocks is not NO_BLOCKS else ()
-        detail = self._detail(name, {key: parameters[key] for key in by_block})
-        return Decision(name, "merged", f"{self.method.name}{fitting.why}", node.info, node, detail)
+        node, why = self._placed(name, node, output.dtype), f"{self.method.name}{fitting.why}"
+        return Decision(name, "merged", why, node.info, node, parameters, self.tuning.block(name, rule))
 
     def _placed(self, name: str, node: Node, dtype: DType) -> Node:
         """The tensor in the layout's shape: what it doesn't reach is the layout's."""
@@ -351,40 +344,8 @@ class _Resolution:
             self.problems.note_shape(Misshapen.of(name, self.layout_name, layout, nodes, taken=taken), policy)
         return fitting
 
-    def _sources(self, rule: Rule | None) -> ParameterSources:
-        """Where the parameters of the rule's tensors come from."""
-        if id(rule) not in self.sources:
-            by_model = {entry.name: entry.parameters for entry in self.recipe.inputs}
-            own = rule.parameters if rule else {}
-            self.sources[id(rule)] = ParameterSources(own, by_model, self.recipe.parameters)
-        return self.sources[id(rule)]
-
-    def _parameters(self, name: str, rule: Rule | None, sources: ParameterSources) -> dict[str, ParameterValue]:
-        """The parameters' values for the tensor; those that are the same for all of a rule are found once."""
-        if id(rule) in self.constants:
-            return self.constants[id(rule)]
-        found = sources.resolve(self.method, name, self.model_names, self.layers, self.blocks)
-        if sources.are_constant(self.method):
-            self.constants[id(rule)] = found
-        return found
-
-    def _detail(self, name: str, parameters: Mapping[str, ParameterValue]) -> str:
-        """`BASE (VAE): alpha 0.5`: the tensor's block, and these parameters."""
-        if not parameters:
-            return ""
-        part, *whole = self.blocks.places[name]
-        block = f"{whole[0]} ({part})" if whole else part
-        return f"{block}: {', '.join(f'{key} {_shown(value)}' for key, value in parameters.items())}"
-
     def _report_problems(self, merged: int) -> None:
-        unused = [str(rule) for number, rule in enumerate(self.recipe.rules) if number not in self.used_rules]
-        self.problems.report(self.recipe, self._compared, unused, merged=merged)
-
-
-def _shown(value: ParameterValue) -> str:
-    """`0.5`, or `0.5/0.25` of several models."""
-    values = value if isinstance(value, tuple) else (value,)
-    return "/".join(f"{each:g}" if isinstance(each, float) else str(each) for each in values)
+        self.problems.report(self.recipe, self._compared, self.rules.unused, merged=merged)
 
 
 def stored_as(info: TensorInfo, dtype: DType | None) -> TensorInfo:

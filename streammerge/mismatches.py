@@ -108,7 +108,7 @@ class Problems:
         _report_codes(
             self.unreadable,
             "averaging codes gives nonsense",
-            "Merge the models before they are quantised, or copy such tensors with --keep.",
+            "Merge the models before they are quantised, or copy such tensors with --keep GLOB.",
         )
         _report_codes(
             self.uncopied,

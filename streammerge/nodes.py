@@ -7,7 +7,7 @@ children become a block of theirs. Trees are built from headers alone, folded, c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,6 +17,7 @@ from streammerge.tensors import DTYPES, DType, Model, TensorInfo
 
 if TYPE_CHECKING:
     from streammerge.methods.contract import ParameterValue
+    from streammerge.methods.place import Within
     from streammerge.methods.registry import BlockMethod, GramMethod, WholeMethod
     from streammerge.methods.slices import Slices
 
@@ -101,6 +102,7 @@ class ByGram:
     inputs: tuple[Node, ...]
     name: str = ""
     seed: int = 0
+    within: Within = ()
 
     @property
     def slices(self) -> Slices | None:
@@ -121,6 +123,7 @@ class ByBlock:
     inputs: tuple[Node, ...] = field(default=())
     name: str = ""
     seed: int = 0
+    within: Within = ()
     together: Together | None = None
 
 
@@ -134,6 +137,7 @@ class ByWhole:
     inputs: tuple[Node, ...]
     name: str = ""
     seed: int = 0
+    within: Within = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -259,9 +263,10 @@ def slots(node: Node) -> int:
             return 1 + max((slots(term.node) for term in node.terms), default=0)
         case ByGram():
             # measured with all inputs at hand, then combined one after the other
-            return max(_side_by_side(node.inputs), 1 + max(map(slots, node.inputs)))
+            own = list(map(slots, node.inputs))
+            return max(_side_by_side(own), 1 + max(own))
         case ByBlock() | ByWhole():
-            return _side_by_side(node.inputs)
+            return _side_by_side(map(slots, node.inputs))
         case Viewed():
             return 1 + max(map(slots, children(node)))
         case Rounded():
@@ -270,5 +275,5 @@ def slots(node: Node) -> int:
             return 1
 
 
-def _side_by_side(nodes: tuple[Node, ...]) -> int:
-    return max(place + slots(node) for place, node in enumerate(nodes))
+def _side_by_side(needed: Iterable[int]) -> int:
+    return max(place + own for place, own in enumerate(needed))

@@ -9,21 +9,19 @@ next place: a tensor's rule comes before the model, the model before the recipe,
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from streammerge.blocks import Blocks
 from streammerge.blockwise import BlockSetting, bind, is_block_setting, parse_block_setting
 from streammerge.errors import RecipeError
+from streammerge.layers import Layers
 from streammerge.methods.contract import Parameter, ParameterValue
 from streammerge.methods.registry import Method
 from streammerge.scalars import Scalar, number, scalar
 
 Value = Scalar | tuple[float, ...] | BlockSetting
-
-_LAYER = re.compile(r"^(.*?)\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,30 +41,6 @@ class PerModelSetting:
 
 Setting = Value | tuple[Condition, ...] | PerModelSetting
 Settings = Mapping[str, Setting]
-
-
-@dataclass(frozen=True, slots=True)
-class Layers:
-    """How many layers each stack of a model has: what a gradient is stretched over."""
-
-    counts: Mapping[str, int]
-
-    @classmethod
-    def of(cls, names: Iterable[str]) -> Layers:
-        """Count the layers in tensor names such as `model.layers.31.mlp.up_proj.weight`."""
-        counts: dict[str, int] = {}
-        for match in filter(None, map(_LAYER.match, names)):
-            stack, index = match[1], int(match[2])
-            counts[stack] = max(counts.get(stack, 0), index + 1)
-        return cls(counts)
-
-    def position(self, name: str) -> float:
-        """Where in its stack a tensor lies, from 0 to 1; 0 for what is in no layer, 1 in a stack of one."""
-        match = _LAYER.match(name)
-        if not match:
-            return 0.0
-        count = self.counts.get(match[1], 1)
-        return int(match[2]) / (count - 1) if count > 1 else 1.0
 
 
 def parse_settings(raw: Any, where: str, models: Iterable[str] | None = None) -> Settings:  # noqa: ANN401
@@ -96,7 +70,7 @@ def _parse_setting(raw: Any, where: str, models: Iterable[str] | None) -> Settin
 def _parse_condition(raw: dict[str, Any], where: str) -> Condition:
     if "value" not in raw or not raw.keys() <= {"value", "filter"}:
         raise RecipeError(f"{where}: a condition needs a value and may have a filter, found {raw!r}")
-    name_part = raw.get("filter") or ""
+    name_part = "" if raw.get("filter") is None else raw["filter"]
     if not isinstance(name_part, str):
         raise RecipeError(f"{where}: a filter is a part of tensor names, found {name_part!r}")
     return Condition("" if name_part == "*" else name_part, _parse_value(raw["value"], where))
@@ -112,22 +86,7 @@ def _scalar_or_blocks(raw: Any, where: str) -> Scalar | BlockSetting:  # noqa: A
     return parse_block_setting(raw, where) if is_block_setting(raw) else scalar(raw, where)
 
 
-def check_settings(settings: Settings, method: Method, where: str) -> None:
-    """RecipeError, which says where, unless the method has such parameters and they take such values."""
-    for name, setting in settings.items():
-        parameter = method.parameter(name)
-        if parameter is None:
-            continue
-        if isinstance(setting, PerModelSetting) and not parameter.per_model:
-            raise RecipeError(f"parameter {name!r} of method {method.name!r} is one for all models, not one for each")
-        for value in _values(setting):
-            if isinstance(value, tuple) and parameter.type != "number":
-                raise RecipeError(f"{where}: parameter {name!r}: only numbers can change over the layers")
-            for point in _points(value):
-                parameter.check(point, f"{where}: parameter {name!r}")
-
-
-def _values(setting: Setting) -> Iterator[Value]:
+def values_of(setting: Setting) -> Iterator[Value]:
     """Every value that the setting may come to; a gradient lies between its points."""
     if isinstance(setting, PerModelSetting):
         yield from setting.by_model.values()
@@ -137,7 +96,8 @@ def _values(setting: Setting) -> Iterator[Value]:
         yield setting  # type: ignore[misc]
 
 
-def _points(value: Value) -> Iterable[Scalar]:
+def points_of(value: Value) -> Iterable[Scalar]:
+    """The numbers that a value is, or is made of."""
     if isinstance(value, BlockSetting):
         return value.every_value()
     return value if isinstance(value, tuple) else (value,)
@@ -146,7 +106,7 @@ def _points(value: Value) -> Iterable[Scalar]:
 def check_blocks(settings: Settings, blocks: Blocks, where: str) -> None:
     """RecipeError, which says where, if values by block don't fit the model's blocks."""
     for name, setting in settings.items():
-        for value in _values(setting):
+        for value in values_of(setting):
             if isinstance(value, BlockSetting):
                 try:
                     bind(value, blocks)
@@ -157,7 +117,35 @@ def check_blocks(settings: Settings, blocks: Blocks, where: str) -> None:
 
 def is_by_block(setting: Setting | None) -> bool:
     """Whether any value of the setting is one by block."""
-    return setting is not None and any(isinstance(value, BlockSetting) for value in _values(setting))
+    return setting is not None and any(isinstance(value, BlockSetting) for value in values_of(setting))
+
+
+def is_conditional(setting: Setting | None) -> bool:
+    """Whether the setting is a list of conditions on the tensor's name."""
+    return isinstance(setting, tuple) and bool(setting) and isinstance(setting[0], Condition)
+
+
+def is_gradient(setting: Setting) -> bool:
+    """Whether any value of the setting changes over the layers."""
+    return any(isinstance(value, tuple) and len(value) > 1 for value in values_of(setting))
+
+
+def filters_of(setting: Setting) -> Iterator[str]:
+    """The parts of names that the setting's conditions look for."""
+    if is_conditional(setting):
+        yield from (part.filter for part in setting if isinstance(part, Condition))  # type: ignore[union-attr]
+
+
+def leaves_out(setting: Setting | None, name: str) -> bool:
+    """Whether the setting is a list of conditions of which none fits the tensor's name."""
+    return setting is not None and is_conditional(setting) and not any(part in name for part in filters_of(setting))
+
+
+def holds_everywhere(setting: Setting | None) -> bool:
+    """Whether the setting has a value for every tensor of every model, so that no other place is asked."""
+    if isinstance(setting, PerModelSetting | BlockSetting) or setting is None:
+        return False
+    return not is_conditional(setting) or "" in filters_of(setting)
 
 
 def _is_constant(setting: Setting | None) -> bool:
@@ -168,6 +156,8 @@ def _is_constant(setting: Setting | None) -> bool:
 
 
 NO_BLOCKS: Final = Blocks()
+WEIGHT: Final = "weight"
+"""What no model does without: conditions on it that leave out a tensor say nothing of how much its share is."""
 
 
 def evaluate(
@@ -178,7 +168,7 @@ def evaluate(
         return evaluate(setting.by_model.get(model), name, model, layers, blocks)
     if isinstance(setting, BlockSetting):
         return bind(setting, blocks).value(name, blocks.places.get(name, ()))
-    if isinstance(setting, tuple) and setting and isinstance(setting[0], Condition):
+    if isinstance(setting, tuple) and is_conditional(setting):
         for condition in setting:
             if isinstance(condition, Condition) and condition.filter in name:
                 return evaluate(condition.value, name, model, layers, blocks)
@@ -218,11 +208,15 @@ def _describe(setting: Any) -> Any:  # noqa: ANN401
 
 @dataclass(frozen=True, slots=True)
 class ParameterSources:
-    """Where a tensor's parameters come from, what is most specific first: its rule, the model, the recipe."""
+    """Where a tensor's parameters come from, what is most specific first: its rule, the model, the recipe.
+
+    `heard` are the settings that gave a value so far: by the `id` of their place's settings, and their name.
+    """
 
     rule: Settings
     by_model: Mapping[str, Settings]
     recipe: Settings
+    heard: set[tuple[int, str]] = field(default_factory=set)
 
     def resolve(
         self, method: Method, name: str, models: Iterable[str], layers: Layers, blocks: Blocks = NO_BLOCKS
@@ -231,10 +225,17 @@ class ParameterSources:
         models = list(models)
 
         def find(parameter: Parameter, model: str) -> Scalar:
-            for settings in self._places(model):
+            places = self._places(model)
+            for settings in places:
                 value = evaluate(settings.get(parameter.name), name, model, layers, blocks)
                 if value is not None:
+                    self.heard.add((id(settings), parameter.name))
                     return parameter.check(value, f"parameter {parameter.name!r} for the tensor {name}")
+            if parameter.name == WEIGHT and any(leaves_out(settings.get(WEIGHT), name) for settings in places):
+                raise RecipeError(
+                    f"no condition of {model}'s {WEIGHT} fits the tensor {name}, and it has no value for all others",
+                    advice="Add a last value without a filter, such as {value: 1}.",
+                )
             return self._default(method, parameter, name)
 
         return {
@@ -243,6 +244,12 @@ class ParameterSources:
             else find(parameter, "")
             for parameter in method.parameters
         }
+
+    @property
+    def cost(self) -> int:
+        """How many conditions are gone through for a tensor at most, 0 where no value depends on its name."""
+        every = [self.rule, self.recipe, *self.by_model.values()]
+        return sum(_cost(setting) for settings in every for setting in settings.values())
 
     def by_block(self, method: Method) -> tuple[str, ...]:
         """The method's parameters that any place gives by block."""
@@ -274,3 +281,10 @@ class ParameterSources:
                 advice=f"Give it with -p {parameter.name}=VALUE, or in the recipe's parameters.",
             )
         return parameter.default
+
+
+def _cost(setting: Setting) -> int:
+    if is_conditional(setting):
+        return len(setting)  # type: ignore[arg-type]
+    parts = [1 + len(value.elements) for value in values_of(setting) if isinstance(value, BlockSetting)]
+    return sum(parts) + isinstance(setting, tuple)

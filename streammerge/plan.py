@@ -21,6 +21,7 @@ from streammerge.jobs import Jobs, together_of
 from streammerge.layout import OutputLayout, lay_out
 from streammerge.machine import DEFAULT_WORK_BYTES, MIB, PROMISED_BYTES, Allotment, share_out
 from streammerge.merged import Merged
+from streammerge.methods.contract import ParameterValue
 from streammerge.nodes import (
     Together,
 )
@@ -155,7 +156,8 @@ class Plan:
                     "name": name,
                     "action": fate.action,
                     "why": fate.why,
-                    **({"by_block": fate.detail} if fate.detail else {}),
+                    **({"block": fate.block} if fate.block else {}),
+                    **({"parameters": plain(fate.parameters)} if fate.parameters else {}),
                     "dtype": fate.info.dtype.name,
                     "shape": list(fate.info.shape),
                 }
@@ -188,7 +190,7 @@ class Plan:
             f"{listed(names)}"
             for model, names in self.merged.lacking.items()
         ]
-        return [*left_out, *lacking, *self.left_notes()]
+        return [*self.merged.remarks, *left_out, *lacking, *self.left_notes()]
 
     def left_notes(self) -> list[str]:
         """What torch files hold beside their models."""
@@ -237,6 +239,11 @@ def by_component(names: Sequence[str]) -> str:
     """`382 tensors (368 depth model, 14 text encoder)`"""
     counts = Counter(component_of(name) for name in names)
     return f"{count(names, 'tensor')} ({', '.join(f'{number:,} {name}' for name, number in counts.items())})"
+
+
+def plain(parameters: Mapping[str, ParameterValue]) -> dict[str, Any]:
+    """Parameters' values for JSON: of one that every model has, a list in the order of the models."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in parameters.items()}
 
 
 def dump_json(value: Any) -> str:  # noqa: ANN401

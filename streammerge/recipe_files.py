@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from streammerge.errors import RecipeError
 from streammerge.methods.registry import suggestion
+from streammerge.scalars import is_ambiguous
 
 MAX_RECIPE: Final = 2**18
 """The longest recipe, in bytes, that is read."""
@@ -20,6 +21,7 @@ MAX_NODES: Final = 20_000
 MAX_VALUES: Final = 100_000
 """The most values that a recipe may have, those that aliases repeat counted each time."""
 
+_NUMBERS: Final = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _MAX_NUMBER: Final = 256  # characters of a scalar that is no text: PyYAML's numbers in base 60 take quadratic time
 _MAX_KEY: Final = 18  # characters of a key that is a number: larger ones may all have one hash
 
@@ -84,6 +86,12 @@ def _check_node(node: Any, sizes: dict[int, int], where: str) -> int:  # noqa: A
         parts or _is_text(node) or len(node.value) <= _MAX_NUMBER
     ):
         raise RecipeError(f"{where}: is not valid YAML: a number of too many digits in line {node.start_mark.line + 1}")
+    if node.tag in _NUMBERS and is_ambiguous(node.value):
+        raise RecipeError(
+            f"{place}: {node.value} may be read as another number than is meant",
+            advice="Write numbers as decimals, without leading zeros, colons or underscores; put text in quotation "
+            "marks.",
+        )
     nodes = [child for part in parts for child in (part if isinstance(part, tuple) else (part,))]
     sizes[id(node)] = 1 + sum(_check_node(child, sizes, where) for child in nodes)
     if sizes[id(node)] > MAX_VALUES:

@@ -11,8 +11,9 @@ from streammerge.errors import RecipeError
 
 Scalar = float | bool | str
 
-_SCIENTIFIC: Final = re.compile(r"[-+]?\d+\.?\d*[eE][-+]?\d+")
+_SCIENTIFIC: Final = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 _NUMBER: Final = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+_AMBIGUOUS: Final = re.compile(r"[-+]?(?:0[0-9]+|0[box].*|.*[_:].*)")
 _FLAGS: Final = {"true": True, "false": False}
 
 
@@ -36,21 +37,20 @@ def is_number(text: str) -> bool:
     return _NUMBER.fullmatch(text.strip()) is not None
 
 
+def number_of_text(text: str, where: str) -> float | bool:
+    """The number that a piece of text is, if it can be read in one way only; else RecipeError, which says where."""
+    text = text.strip()
+    if is_number(text) and not is_ambiguous(text):
+        return number(float(text), where)
+    raise RecipeError(f"{where}: expected a decimal number, found {text}", advice="Write it without leading zeros.")
+
+
+def is_ambiguous(text: str) -> bool:
+    """Whether it is what YAML 1.1 doesn't read as people do: 010 is 8 to it, 1:30 is 90, 1_000 is 1000, 0x10 is 16."""
+    return _AMBIGUOUS.fullmatch(text) is not None
+
+
 def scalar_of_text(text: str, where: str) -> Scalar:
     """The number, flag or word that a piece of text is."""
     text = text.strip()
-    return scalar(float(text) if is_number(text) else _FLAGS.get(text.lower(), text), where)
-
-
-def parse_seed(raw: Any, where: str) -> int | None:  # noqa: ANN401
-    """The seed of what is random, None where it isn't set."""
-    if raw is None or (isinstance(raw, int) and not isinstance(raw, bool)):
-        return raw
-    raise RecipeError(f"{where}: seed must be a whole number, found {raw!r}")
-
-
-def parse_key(raw: Any, where: str) -> str:  # noqa: ANN401
-    """A name that is not empty, a whole number being one too; "" where there is none."""
-    if raw is None or (isinstance(raw, str | int) and not isinstance(raw, bool) and raw != ""):
-        return "" if raw is None else str(raw)
-    raise RecipeError(f"{where}: expected a name, found {raw!r}")
+    return scalar(number_of_text(text, where) if is_number(text) else _FLAGS.get(text.lower(), text), where)

@@ -210,8 +210,9 @@ class TogetherSurvey:
         ]
         elements = sum(part.elements for part in parts)
         wide = any(self._dtype(member) == torch.float64 for member in together.members)
-        step = piece_elements(first)
-        target = Target("", (elements,), len(first.inputs), first.seed, step, parts=tuple(parts), wide=wide)
+        step, within = piece_elements(first), first.within
+        count, seed = len(first.inputs), first.seed
+        target = Target("", (elements,), count, seed, step, parts=tuple(parts), wide=wide, within=within)
         assert first.method.statistics is not None
         self.step: Pass[Any] | None = None
         self._take(first.method.statistics(target, first.parameters))

@@ -139,7 +139,7 @@ CASES: dict[str, tuple[dict[str, Header], dict[str, Any], int]] = {
         2,
     ),
     "of several kinds": ({"a": header(x=(4,), y=(1,)), "b": header(x="I8 4", y=(1,))}, {}, 2),
-    "packed": ({"a": header(x="F4 8", y=(1,)), "b": header(x="F4 8", y=(1,))}, {}, 2),
+    "packed": ({"a": header(x="F4 8", y=(1,)), "b": header(x="F4 8", y=(1,))}, {}, 1),
 }
 
 

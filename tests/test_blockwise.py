@@ -485,6 +485,7 @@ def test_what_a_block_says_nothing_of_is_left_to_the_next_place():
                 "weight": [
                     {"filter": "attn2", "value": {"blocks": {"M00 OUT11": 0.3}}},
                     {"filter": "out.", "value": 0.4},
+                    {"value": 1},
                 ],
                 "normalize": False,
             },
@@ -592,7 +593,7 @@ def test_bytes_do_not_depend_on_threads(tmp_path):
         ),
         (
             {"rules": [{"match": "*", "parameters": {"alpha": {"blocks": {"IN7": 1}}}}]},
-            "^rule 1: parameter 'alpha': a UNet has no block 'IN7'",
+            "^recipe: rule 1: parameter 'alpha': a UNet has no block 'IN7'",
         ),
         (
             {"parameters": {"alpha": [{"filter": "x", "value": {"blocks": [1]}}, {"value": 0}]}},
@@ -670,11 +671,17 @@ def test_a_verbose_plan_shows_every_tensors_block_and_value(folder, capsys):
 def test_the_parts_of_a_block_are_shown_with_it(folder, capsys):
     assert main(["plan", *WEIGHTED_SUM, "-p", "alpha=blocks:VAE=1,TIME=0.25,default=0.5", "--json"]) == 0
     tensors = {each["name"]: each for each in json.loads(capsys.readouterr().out)["tensors"]}
-    assert tensors["first_stage_model.decoder.conv_in.weight"]["by_block"] == "BASE (VAE): alpha 1"
-    assert tensors[UNET + "time_embed.0.weight"]["by_block"] == "IN00 (TIME): alpha 0.25"
-    assert tensors[UNET + "out.2.weight"]["by_block"] == "OUT11: alpha 0.5"
+    expected = {
+        "first_stage_model.decoder.conv_in.weight": ("BASE (VAE)", 1.0),
+        UNET + "time_embed.0.weight": ("IN00 (TIME)", 0.25),
+        UNET + "out.2.weight": ("OUT11", 0.5),
+    }
+    for name, (block, alpha) in expected.items():
+        assert (tensors[name]["block"], tensors[name]["parameters"]) == (block, {"alpha": alpha})
     assert main(["plan", *WEIGHTED_SUM, "--json"]) == 0
-    assert not any("by_block" in each for each in json.loads(capsys.readouterr().out)["tensors"])
+    plain = json.loads(capsys.readouterr().out)["tensors"]
+    assert not any("block" in each for each in plain)
+    assert all(each["parameters"] == {"alpha": 0.5} for each in plain)
 
 
 @pytest.mark.parametrize(

@@ -214,8 +214,8 @@ def test_models_on_the_command_line_become_a_recipe(folder):
     assert [(rule.match, rule.action, rule.model) for rule in recipe.rules] == [
         (("t.*",), "take", "base"),
         (("u",), "take", "x"),
-        (("d.*",), "drop", ""),
         (("k.*",), "keep", ""),
+        (("d.*",), "drop", ""),
     ]
 
 
@@ -499,9 +499,10 @@ def test_quiet_is_silent(folder, run):
 def test_verbose_shows_every_tensor_first(folder, run):
     result = run("a.safetensors", "b.safetensors", "-o", "out.safetensors", "-v")
     lines = [" ".join(line.split()) for line in result.out.splitlines()]
-    assert f"merged F32 [4] {UNET} linear" in lines
+    merged = f"merged F32 [4] {UNET} linear weight 1/1, normalize true"
+    assert merged in lines
     assert "copied I64 [] steps from a: I64 is never averaged" in lines
-    assert lines.index(f"merged F32 [4] {UNET} linear") < next(n for n, line in enumerate(lines) if "merging" in line)
+    assert lines.index(merged) < next(n for n, line in enumerate(lines) if "merging" in line)
 
 
 def test_progress_is_printed_now_and_then_where_there_is_no_terminal(folder, run, monkeypatch):

@@ -37,9 +37,10 @@ ORDER = [
     *("methods.smoothing", "methods.spectra", "methods.loading", "methods"),
     # what is asked for
     *("adapters", "architecture", "scalars", "blocks", "presets", "blockwise"),
-    *("parameters", "recipe", "recipe_files", "recipes", "provenance", "carrying"),
+    *("layers", "parameters", "effects", "spellings", "asked", "globs", "extent", "tuning"),
+    *("recipe", "recipe_files", "recipes", "provenance", "carrying"),
     # models as expressions
-    *("nodes", "scales", "codes", "quantisation", "checkpoints", "presence", "fitting", "mismatches"),
+    *("nodes", "magnitudes", "scales", "codes", "quantisation", "checkpoints", "presence", "fitting", "mismatches"),
     *("applying", "decisions", "merged", "functions"),
     # what will happen
     *("layout", "costs", "jobs", "plan", "ledger", "older", "indexes", "claims", "inputs", "report", "copying"),
@@ -100,7 +101,7 @@ def test_imports_are_found():
     """The test above would pass with nothing found."""
     assert imported(modules()["cli"]) == {"", "errors", "screen", "streams"}
     assert {"copying", "devices", "works"} <= imported(modules()["engine"])
-    assert "methods" in imported(modules()["recipe"])
+    assert "methods" in imported(modules()["asked"])
 
 
 # ── what is imported when ────────────────────────────────────────────────────────────────────────────────────────────

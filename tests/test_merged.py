@@ -76,7 +76,7 @@ def test_every_kind_of_method_gives_its_own_expression(method, keys, kind):
 
 
 def test_parameters_reach_the_expression_tensor_by_tensor():
-    parameters = {"weight": {"filter": "layers", "value": [0, 1]}}
+    parameters = {"weight": [{"filter": "layers", "value": [0, 1]}, {"value": 1}]}
     models = pair(layers__0__x=(1,), layers__1__x=(1,), layers__2__x=(1,), y=(1,))
     made = merged(models, models=[{"model": "a", "parameters": parameters}, {"model": "b"}])
     shares = {}

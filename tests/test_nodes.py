@@ -321,5 +321,5 @@ def test_kinds_follow_methods(leaf):
     a, b = leaf(), leaf()
     assert isinstance(slerp_of(a, b), ByGram)
     assert isinstance(ties_of(a, b), ByBlock)
-    scaled = apply_method(find_method("scale"), info(), {"alpha": 2.0}, [a])
+    scaled = apply_method(find_method("scale"), info(), {"alpha": (2.0,)}, [a])
     assert coefficients(scaled) == {id(a): 2.0}

@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from streammerge.effects import Place
 from streammerge.errors import RecipeError
+from streammerge.layers import Layers
 from streammerge.methods import find_method
 from streammerge.parameters import (
     Condition,
-    Layers,
     ParameterSources,
     PerModelSetting,
-    check_settings,
     describe_settings,
     evaluate,
     parse_settings,
@@ -106,7 +106,7 @@ def test_what_is_no_setting_is_refused_and_says_where(raw, problem):
 )
 def test_what_a_parameter_can_not_take_is_refused(settings, problem):
     with pytest.raises(RecipeError, match=f"^recipe: {problem}$"):
-        check_settings(parse_settings(settings, "recipe"), find_method("ties"), "recipe")
+        Place("recipe", "recipe", parse_settings(settings, "recipe")).check(find_method("ties"), ["a"], strict=False)
 
 
 def test_parameters_that_are_no_map_are_refused():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import streammerge
+from streammerge.merged import merge_models
 from streammerge.methods.place import Target
 from streammerge.nodes import BLOCK
 from streammerge.recipe import parse_recipe
@@ -41,6 +43,10 @@ def test_every_part_of_the_key_matters():
         numbers(Target("v", (3, BLOCK), 3, seed=1)),
         numbers(Target("w", (3, BLOCK), 3, seed=2)),
         numbers(Target("w", (3, BLOCK), 3, seed=-1)),
+        numbers(Target("w", (3, BLOCK), 3, seed=1, within=(0,))),
+        numbers(Target("w", (3, BLOCK), 3, seed=1, within=(1,))),
+        numbers(Target("w", (3, BLOCK), 3, seed=1, within=(0, 0))),
+        numbers(Target("w", (3, BLOCK), 3, seed=1, within=("base",))),
     ]
     assert not any(torch.equal(one, other) for one, other in itertools.combinations(drawn, 2))
 
@@ -72,6 +78,13 @@ def recipe(paths, **keys):
         "parameters": {"density": 0.5},
         **keys,
     }
+
+
+def nested_at(raw, *within):
+    """The recipe's merge as it is at a place in another recipe, alone."""
+    parsed = parse_recipe(raw, Path())
+    models = {name: streammerge.open_model(str(entry.source)) for name, entry in parsed.named.items()}
+    return merge_models(parsed, models, within)
 
 
 def test_a_recipes_seed_is_that_of_the_option_and_of_the_function(paths, tmp_path):
@@ -107,7 +120,7 @@ def test_a_nested_recipe_has_the_seed_of_the_whole_unless_it_has_its_own(paths, 
     def nested(**keys):
         return {"merge_method": "linear", "models": [recipe(paths, **keys)]}
 
-    alone = merge_to(tmp_path / "alone.safetensors", recipe(paths, seed=7))
+    alone = merge_to(tmp_path / "alone.safetensors", nested_at(recipe(paths, seed=7), 0))
     ways: list[tuple[Any, dict[str, int]]] = [
         ({**nested(), "seed": 7}, {}),
         ({**nested(seed=7), "seed": 3}, {}),
@@ -130,7 +143,7 @@ def test_nested_random_merges_are_those_that_are_written_first(paths, tmp_path, 
     }
     if outer in ("linear", "slerp"):
         del whole["base_model"]
-    merge_to(tmp_path / "inner.safetensors", inner)
+    merge_to(tmp_path / "inner.safetensors", nested_at(inner, 0))
     stepwise = {**whole, "models": [{"model": str(tmp_path / "inner.safetensors"), "name": "inner"}, str(paths["b"])]}
     expected = merge_to(tmp_path / "stepwise.safetensors", stepwise)
     for name, tensor in merge_to(tmp_path / "nested.safetensors", whole, threads=3).items():
@@ -146,3 +159,29 @@ def test_della_drops_what_its_ranks_say(paths):
     shares = kept[order].float().view(16, -1).mean(1)
     expected = torch.linspace(0.1, 0.9, 2 * 16 + 1)[1::2]
     assert float((shares - expected).abs().max()) < 0.02
+
+
+def inner_masks(paths, tmp_path, outer: dict[str, Any], count: int) -> list[torch.Tensor]:
+    """Which elements each of the nested merges of `outer`, alone, leaves as they are in the base."""
+    base = load_model(paths["base"])["layers.1.block"]
+    masks = []
+    for number in range(count):
+        models = outer["models"]
+        weights = [1.0 if each == number else 0.0 for each in range(len(models))]
+        entries = [{**entry, "parameters": {"weight": w}} for entry, w in zip(models, weights, strict=True)]
+        made = merge_to(tmp_path / "one.safetensors", {**outer, "models": entries})
+        masks.append(made["layers.1.block"] != base)
+    return masks
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "della_linear"])
+def test_the_same_random_merge_at_two_places_draws_twice(paths, tmp_path, method):
+    inner = {**recipe(paths), "merge_method": method, "models": [str(paths["a"])]}
+    deeper = {"merge_method": "linear", "models": [inner]}
+    models = [{"model": inner}, {"model": dict(inner)}, {"model": deeper}]
+    outer = {"merge_method": "task_arithmetic", "base_model": str(paths["base"]), "models": models}
+    masks = inner_masks(paths, tmp_path, outer, 3)
+    again = inner_masks(paths, tmp_path, outer, 3)
+    assert all(torch.equal(one, other) for one, other in zip(masks, again, strict=True))
+    for one, other in itertools.combinations(masks, 2):
+        assert abs(float((one == other).float().mean()) - 0.5) < 0.05  # as of coins; della's lean by rank

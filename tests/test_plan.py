@@ -103,7 +103,7 @@ def test_a_base_that_cancels_is_not_read():
 
 
 def test_a_model_of_weight_zero_is_not_read():
-    weights = {"weight": {"filter": "x", "value": 0}}
+    weights = {"weight": [{"filter": "x", "value": 0}, {"value": 1}]}
     models = [{"model": "a", "parameters": weights}, {"model": "b"}]
     made = plan(pair(x=(1000,), y=(10,)), models=models)
     assert made.bytes_to_read == 2000 + 2 * 20
@@ -276,7 +276,14 @@ def test_the_plan_as_json_is_plain():
         "lacking": {"b": ["ids"]},
         "beside_models": {},
         "tensors": [
-            {"name": "x", "action": "merged", "why": "linear", "dtype": "F16", "shape": [3]},
+            {
+                "name": "x",
+                "action": "merged",
+                "why": "linear",
+                "parameters": {"weight": [1.0, 1.0], "normalize": True},
+                "dtype": "F16",
+                "shape": [3],
+            },
             {"name": "y", "action": "copied", "why": "from b: taken by rule y", "dtype": "F16", "shape": [2, 2]},
             {
                 "name": "ids",

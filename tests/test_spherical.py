@@ -145,12 +145,6 @@ def test_nuslerp_turns_task_vectors_around_the_base():
     assert found == pytest.approx([5 + math.cos(math.pi / 6), 5 + math.sin(math.pi / 6)])
 
 
-def test_nuslerp_is_halfway_where_the_weights_cancel():
-    half = read(streammerge.nuslerp(model(1.0, 0.0), model(0.0, 1.0)))
-    assert half == pytest.approx([math.sqrt(0.5)] * 2)
-    assert read(streammerge.nuslerp(model(1.0, 0.0), model(0.0, 1.0), weight=[0.3, -0.3])) == half
-
-
 def test_multislerp_has_the_mean_direction_and_the_mean_length():
     found = read(streammerge.multislerp(model(1.0, 0.0), model(0.0, 3.0), eps=0.0))
     assert found == pytest.approx([2 * math.sqrt(0.5)] * 2)

@@ -97,7 +97,6 @@ def selected(cut: Cut, block: int, inputs: Sequence[Tensor]) -> Tensor:
 @method(
     BlockMethod,
     base="required",
-    accepted=("int8_mask",),
     statistics=sce_statistics,
     passes=4,
     temporaries=8,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from streammerge.methods.contract import Between, PerModel, Share
 from streammerge.methods.decomposition import NOTHING, Decomposition, decompose
+from streammerge.methods.linear import check_weights
 from streammerge.methods.registry import WholeMethod, method
 from streammerge.methods.tall import Tall, above, beside
 from streammerge.methods.tasks import Tasks, workspace
@@ -28,7 +29,13 @@ def aligned_side(target: Target) -> int:
     return min(height, (target.inputs - 1) * (target.elements // max(height, 1)))
 
 
-@method(WholeMethod, base="required", temporaries=0, held=workspace(squares=8, each=1, tensors=3, side=aligned_side))
+@method(
+    WholeMethod,
+    base="required",
+    temporaries=0,
+    held=workspace(squares=8, each=1, tensors=3, side=aligned_side),
+    check=check_weights,
+)
 def knots(
     base: Tensor,
     *models: Tensor,

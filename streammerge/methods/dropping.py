@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from streammerge.errors import MethodError
 from streammerge.methods.contract import ParameterValue, PerModel, Share
 from streammerge.methods.cuts import Cut
+from streammerge.methods.linear import check_weights
 from streammerge.methods.place import Place, Target
 from streammerge.methods.ranking import Ranking
 from streammerge.methods.registry import BlockMethod, method, net
@@ -20,7 +21,7 @@ Parameters = Mapping[str, ParameterValue]
 Factors = Sequence[float]
 """What each model's task vector is scaled by to make up for what was dropped."""
 
-GTA: Any = {"base": "required", "accepted": ("int8_mask",)}
+GTA: Any = {"base": "required", "check": check_weights}
 """What methods that sum task vectors have in common (generalised task arithmetic, in mergekit's words)."""
 
 
@@ -36,7 +37,7 @@ def add_deltas(
     else:
         total = sum(weighted[1:], start=weighted[0])
         if normalize:
-            total = total / (net(*weight) or 1.0)
+            total = total / net(*weight)
     return total.mul_(scale).add_(base)
 
 
@@ -263,7 +264,8 @@ def drop_smaller(delta: Tensor, model: int, place: Place, density: float, epsilo
 
 
 def check_epsilon(parameters: Parameters, inputs: int) -> None:
-    """MethodError where density ± epsilon is no probability."""
+    """MethodError where density ± epsilon is no probability, or the weights sum to zero."""
+    check_weights(parameters, inputs)
     density: Any = parameters["density"]
     epsilon: Any = parameters["epsilon"]
     for share, spread in zip(density, epsilon, strict=True):

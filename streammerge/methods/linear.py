@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from streammerge.errors import MethodError
-from streammerge.methods.contract import PerModel
+from streammerge.methods.contract import ParameterValue, PerModel
 from streammerge.methods.registry import LinearMethod, Quotient, method, net
-
-GTA_UNUSED = ("density", "int8_mask", "rescale")
-"""Parameters that mergekit's schema lets task arithmetic take, without effect."""
 
 
 @method(LinearMethod)
@@ -39,7 +38,7 @@ def add_difference(*, alpha: float = 1.0) -> list[float]:
     return [-alpha, 1.0, alpha]
 
 
-@method(LinearMethod, base="required", accepted=GTA_UNUSED)
+@method(LinearMethod, base="required")
 def task_arithmetic(*, weight: PerModel = (1.0,), lambda_: float = 1.0, normalize: bool = False) -> Quotient:
     """θ = θ₀ + λ Σᵢ wᵢ (θᵢ − θ₀), the weights divided by Σᵢ wᵢ if `normalize` is true.
 
@@ -51,21 +50,21 @@ def task_arithmetic(*, weight: PerModel = (1.0,), lambda_: float = 1.0, normaliz
 
 
 @method(LinearMethod, models=(1, 1))
-def passthrough(*, scale: float = 1.0) -> list[float]:
+def passthrough(*, scale: PerModel = (1.0,)) -> list[float]:
     """θ = s θ₁, the model itself where s is 1.
 
-    mergekit's passthrough; `scale` may be conditional on the tensor's name.
+    mergekit's passthrough; `scale` is the model's own, and may be conditional on the tensor's name.
     """
-    return [scale]
+    return list(scale)
 
 
 @method(LinearMethod, models=(1, 1))
-def scale(*, alpha: float) -> list[float]:
+def scale(*, alpha: PerModel) -> list[float]:
     """θ = α θ₁
 
     One model scaled by a number that has to be given.
     """
-    return [alpha]
+    return list(alpha)
 
 
 @method(LinearMethod)
@@ -168,8 +167,15 @@ def mean(weight: PerModel) -> Quotient:
     if total == 0:
         raise MethodError(
             f"the weights {list(weight)} sum to zero and can't be normalised",
-            advice="Choose other weights, or set normalize to false.",
+            advice="Choose weights whose sum is not zero.",
         )
     if len(set(weight)) == 1:
         return Quotient([1.0] * len(weight), float(len(weight)))
     return Quotient(weight, total)
+
+
+def check_weights(parameters: Mapping[str, ParameterValue], inputs: int) -> None:
+    """MethodError where weights sum to zero by whose sum, or by parts of it, something is divided."""
+    weight: Any = parameters["weight"]
+    if parameters.get("normalize", parameters.get("normalize_weights", True)):
+        mean(weight)

@@ -12,7 +12,9 @@ from streammerge.methods.statistics import Gram, Products
 
 
 @method(GramMethod, base="first", models=(1, None))
-def karcher(gram: Gram, *, max_iter: Annotated[int, Between(0)] = 10, tol: float = 1e-5) -> list[float]:
+def karcher(
+    gram: Gram, *, max_iter: Annotated[int, Between(0)] = 10, tol: Annotated[float, Between(0)] = 1e-5
+) -> list[float]:
     """θ = (1/N) Σᵢ ‖θᵢ‖ · u,   u: the directions' Riemannian centre of mass on the sphere, Σᵢ log_u(θᵢ/‖θᵢ‖) = 0
 
     Karcher mean, Karcher 1977, as in mergekit: at most `max_iter` steps from the mean direction, until one is shorter
@@ -37,13 +39,13 @@ def centre_of_directions(units: Products, steps: int, tolerance: float) -> list[
     """The coefficients of the unit vectors in their centre of mass on the sphere, of length 1."""
     count = units.count
     centre = [1.0 / count] * count
-    if units.length(centre) < tolerance:
+    if units.length(centre) <= tolerance:
         centre = [1.0, *([0.0] * (count - 1))]
     centre = of_length_one(centre, units)
     for _ in range(steps):
         step = tangent(centre, units, tolerance)
         length = units.length(step)
-        if length < tolerance:
+        if length <= tolerance:
             break
         centre = [math.cos(length) * c + math.sin(length) / length * s for c, s in zip(centre, step, strict=True)]
         centre = of_length_one(centre, units)
@@ -57,7 +59,7 @@ def tangent(centre: Sequence[float], units: Products, tolerance: float) -> list[
     for i in range(units.count):
         cosine = max(-1.0, min(1.0, units.dot(centre, i)))
         angle = math.acos(cosine)
-        if angle < tolerance or math.sin(angle) < tolerance:  # there, or on the far side, where every way is as short
+        if angle <= tolerance or math.sin(angle) <= tolerance:  # there, or on the far side, where every way is as short
             continue
         step[i] = angle / math.sin(angle) / units.count
         along += step[i] * cosine
@@ -72,7 +74,11 @@ def of_length_one(shares: Sequence[float], units: Products) -> list[float]:
 
 @method(GramMethod, models=(1, None))
 def geometric_median(
-    gram: Gram, *, max_iter: Annotated[int, Between(0)] = 100, eps: float = 1e-6, ftol: float = 1e-20
+    gram: Gram,
+    *,
+    max_iter: Annotated[int, Between(0)] = 100,
+    eps: Annotated[float, Between(0, exclusive=True)] = 1e-6,
+    ftol: Annotated[float, Between(0)] = 1e-20,
 ) -> list[float]:
     """θ = arg min Σᵢ ‖θᵢ − θ‖
 

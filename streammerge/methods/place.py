@@ -12,12 +12,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+Within = tuple[int | str, ...]
+"""Where a merge stands in the recipe: which input of the outermost it is, which input of that, …; () the outermost."""
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """The tensor that a method makes: its name and shape, how many inputs it is made of, and the seed of the merge.
 
-    It is made in blocks of `step` elements; `wide` says whether in float64, or if it is of a whole model, whether any
-    tensor of it is. Where statistics are taken over all tensors of a model together, its blocks
+    `within` is where in the whole recipe the merge stands. The tensor is made in blocks of `step` elements; `wide` says
+    whether in float64, or if it is of a whole model, whether any tensor of it is. Where statistics are taken over all
+    tensors of a model together, its blocks
     are counted from `first_block` in them; what is measured then has them as its `parts`.
     """
 
@@ -29,6 +34,7 @@ class Target:
     first_block: int = 0
     parts: tuple[Target, ...] = ()
     wide: bool = False
+    within: Within = ()
 
     @property
     def elements(self) -> int:
@@ -60,11 +66,13 @@ class Place:
     def generator(self, model: int) -> torch.Generator:
         """Random numbers for one of the models (0: the first beside the base), the same on every machine.
 
-        They are made on the CPU and depend on the seed, the tensor's name, the model and the block, on nothing else.
+        They are made on the CPU and depend on the seed, the tensor's name, the merge's place in the recipe, the model
+        and the block, on nothing else.
         """
         import torch
 
-        key = repr((self.tensor.seed, self.tensor.name, model, self.block)).encode()
+        target = self.tensor
+        key = repr((target.seed, target.name, model, self.block, *target.within)).encode()
         number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
         return torch.Generator().manual_seed(number >> 1)
 

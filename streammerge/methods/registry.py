@@ -36,6 +36,20 @@ if TYPE_CHECKING:
 BaseUse = Literal["required", "optional", "first", "none"]
 """Whether a method has a base beside its models; `first`: a base may be given, and is the first of the models."""
 
+MERGEKIT_METHODS: Final = frozenset(
+    {
+        *("linear", "passthrough", "slerp", "nuslerp", "multislerp", "karcher", "model_stock", "nearswap"),
+        *("task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties"),
+        *("della", "della_linear", "sce", "ram", "ramplus_tl", "arcee_fusion"),
+    }
+)
+"""The methods that mergekit has, by the same names."""
+
+MERGEKIT_PARAMETERS: Final = frozenset(
+    {"weight", "density", "gamma", "epsilon", "normalize", "rescale", "lambda", "int8_mask", "embed_slerp"}
+)
+"""Parameters that public recipes give to methods that don't have them: mergekit takes no notice of what is unknown."""
+
 Result = TypeVar("Result", covariant=True)
 
 
@@ -67,9 +81,7 @@ class Pass(Protocol[Result]):
 class Method:
     """A merge method: its name, its parameters, and how many inputs it takes.
 
-    `accepted` are parameters that mergekit knows for a method and that change nothing in the result; recipes that set
-    them run unchanged. `check(parameters, inputs)` raises a MethodError for parameters that don't go together, or not
-    with so many inputs.
+    `check(parameters, inputs)` raises a MethodError for parameters that don't go together, or not with so many inputs.
     """
 
     name: str
@@ -77,7 +89,6 @@ class Method:
     base: BaseUse
     models: tuple[int, int | None]
     doc: str
-    accepted: tuple[str, ...] = ()
     check: Callable[[Mapping[str, ParameterValue], int], None] | None = None
 
     @property
@@ -100,28 +111,48 @@ class Method:
         """The names of its parameters."""
         return frozenset(parameter.name for parameter in self.parameters)
 
-    def parameter(self, name: str) -> Parameter | None:
-        """The parameter of this name; None for one that is accepted without effect; RecipeError if there is none."""
+    @property
+    def is_mergekits(self) -> bool:
+        """Whether mergekit has the method under this name, so that recipes for it are about."""
+        return self.name in MERGEKIT_METHODS
+
+    def ignores(self, name: str) -> bool:
+        """Whether the method has no such parameter, and mergekit takes it all the same, without effect."""
+        return self.is_mergekits and name in MERGEKIT_PARAMETERS and name not in self.parameter_names
+
+    def parameter(self, name: str) -> Parameter:
+        """The parameter of this name; RecipeError if there is none."""
         for parameter in self.parameters:
             if parameter.name == name:
                 return parameter
-        if name in self.accepted:
-            return None
         known = [parameter.name for parameter in self.parameters]
         raise RecipeError(
             f"method {self.name!r} has no parameter {name!r}",
             advice=f"{suggestion(name, known)}Its parameters: {', '.join(known) or 'none'}.",
         )
 
-    def check_count(self, models: int, *, has_base: bool) -> None:
-        """RecipeError unless the method can take this many models; the base counts where it is the first of them."""
+    def may_take(self, models: int) -> bool:
+        """Whether the method can take so many models."""
+        least, most = self.models
+        return models >= least and (most is None or models <= most)
+
+    def check_count(self, models: int, *, has_base: bool, is_listed: bool = False) -> None:
+        """RecipeError unless the method can take this many models; the base counts where it is the first of them.
+
+        `is_listed` says that the base stands among the models, of which it is none.
+        """
         count = models + (has_base and self.base == "first")
         least, most = self.models
-        if count < least or (most is not None and count > most):
+        if not self.may_take(count):
             wanted = str(least) if least == most else f"at least {least}" if most is None else f"{least} to {most}"
             noun = "model" if (most or least) == 1 else "models"
             beside = " beside the base" if self.base == "required" else ""
-            raise RecipeError(f"method {self.name!r} takes {wanted} {noun}{beside}, found {count}")
+            raise RecipeError(
+                f"method {self.name!r} takes {wanted} {noun}{beside}, found {count}",
+                advice="One of the models is the same as the base, and so does not count."
+                if is_listed and self.base != "none"
+                else "",
+            )
 
 
 Coefficients = Callable[..., Sequence[float]]
@@ -286,11 +317,10 @@ class method(Generic[M]):  # noqa: N801  (it is used as a decorator)
         *,
         base: BaseUse = "none",
         models: tuple[int, int | None] = (1, None),
-        accepted: tuple[str, ...] = (),
         **details: Any,  # noqa: ANN401  (fields of the kind)
     ) -> None:
         self.kind = kind
-        self.fields = {"base": base, "models": models, "accepted": accepted, **details}
+        self.fields = {"base": base, "models": models, **details}
 
     def __call__(self, function: Callable[..., Any]) -> M:
         """Register the function and return the method made of it."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from streammerge.methods.contract import ParameterValue, PerModel, Share
 from streammerge.methods.cuts import Cut
+from streammerge.methods.linear import check_weights
 from streammerge.methods.ranking import Ranking
 from streammerge.methods.registry import BlockMethod, method
 from streammerge.methods.sums import SumPass, l1_norm
@@ -42,11 +43,11 @@ def trim_to_density(target: Target, parameters: Mapping[str, ParameterValue]) ->
 @method(
     BlockMethod,
     base="required",
-    accepted=("int8_mask",),
     statistics=trim_to_density,
     passes=2,
     scope="scope",
     statistics_of=("density", "rescale"),
+    check=check_weights,
 )
 def ties(
     base: Tensor,

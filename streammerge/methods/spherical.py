@@ -8,7 +8,7 @@ from itertools import combinations, pairwise
 from typing import Final, Literal
 
 from streammerge.methods.contract import ParameterValue, PerModel
-from streammerge.methods.linear import normalized
+from streammerge.methods.linear import check_weights, normalized
 from streammerge.methods.registry import GramMethod, method, net
 from streammerge.methods.slices import Slices
 from streammerge.methods.statistics import Gram, Products
@@ -46,23 +46,23 @@ def nuslerp_slices(parameters: Mapping[str, ParameterValue]) -> Slices | None:
     return "columns" if parameters["nuslerp_row_wise"] else "rows"
 
 
-@method(GramMethod, base="optional", models=(2, 2), slices=nuslerp_slices)
+@method(GramMethod, base="optional", models=(2, 2), slices=nuslerp_slices, check=check_weights)
 def nuslerp(
     gram: Gram, *, weight: PerModel = (1.0,), nuslerp_flatten: bool = True, nuslerp_row_wise: bool = False
 ) -> list[float]:
     """θ = θ₀ + (sin((1−t)Ω) δ₁ + sin(tΩ) δ₂) / sin Ω,   δᵢ = θᵢ − θ₀,   t = w₂ / (w₁ + w₂)
 
-    mergekit's NuSLERP. Without a base θ₀ is zero. t is ½ where the weights' sum is zero; zero tensors, and those whose
-    angle is 0 or 180°, are interpolated linearly. Not flattened, each row (along the last dimension; of convolutions
-    each filter) is interpolated on its own, or with `nuslerp_row_wise`, as in mergekit, each column.
+    mergekit's NuSLERP. Without a base θ₀ is zero. Weights that sum to zero are refused (mergekit takes t = ½). Zero
+    tensors, and those whose angle is 0 or 180°, are interpolated linearly. Not flattened, each row (along the last
+    dimension; of convolutions each filter) is interpolated on its own, or with `nuslerp_row_wise`, as in mergekit, each
+    column.
     """
-    total = net(*weight)
-    t = 0.5 if abs(total) < 1e-6 else weight[1] / total
+    t = normalized(weight)[1]
     vectors, has_base = directions(gram, weight)
     return around_base(arc(vectors.cosine(0, 1), t), has_base=has_base)
 
 
-@method(GramMethod, base="optional", models=(2, None))
+@method(GramMethod, base="optional", models=(2, None), check=check_weights)
 def multislerp(
     gram: Gram, *, weight: PerModel = (1.0,), normalize_weights: bool = True, eps: float = 1e-8
 ) -> list[float]:

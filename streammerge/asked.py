@@ -1,0 +1,209 @@
+"""What the user asked for, checked as far as no model is needed to tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from streammerge.effects import Kind, Place
+from streammerge.errors import SHOWN, RecipeError
+from streammerge.methods import find_method
+from streammerge.parameters import Settings, describe_settings, holds_everywhere
+from streammerge.tensors import DType
+
+ShapePolicy = Literal["error", "overlap", "keep", "pad", "slice"]
+MissingPolicy = Literal["error", "keep", "drop"]
+RuleAction = Literal["merge", "take", "keep", "drop"]
+
+SHAPE_POLICIES: Final = ("error", "overlap", "keep", "pad", "slice")
+MISSING_POLICIES: Final = ("error", "keep", "drop")
+
+MAX_INPUTS: Final = 1024
+"""The most inputs of one merge; each may be a merge of as many."""
+
+MAX_DEPTH: Final = 50
+"""How deep merges may be nested."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """A model of the recipe: what it is called, where it is (a path, or a recipe of its own), and its parameters.
+
+    `entry` names the dict of a torch file that is the model, where several could be.
+    """
+
+    name: str
+    source: Path | Recipe
+    parameters: Settings = field(default_factory=dict)
+    entry: str = ""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What happens to tensors whose name matches one of the globs. `model` is the name of the one to take from."""
+
+    match: tuple[str, ...]
+    action: RuleAction = "merge"
+    model: str = ""
+    parameters: Settings = field(default_factory=dict)
+    dtype: DType | None = None
+
+    def __str__(self) -> str:
+        more = len(self.match) - SHOWN
+        return ", ".join(self.match[:SHOWN]) + (f" and {more:,} more" if more > 0 else "")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A merge as asked for. `base`, `layout` and rules name inputs; `others` are inputs that are only taken from.
+
+    A nested recipe without a seed has that of the recipe it is part of; the outermost one has 0.
+    """
+
+    method: str
+    inputs: tuple[Input, ...]
+    base: Input | None = None
+    others: tuple[Input, ...] = ()
+    parameters: Settings = field(default_factory=dict)
+    layout: str = ""
+    on_shape_mismatch: ShapePolicy = "error"
+    on_missing: MissingPolicy = "error"
+    rules: tuple[Rule, ...] = ()
+    dtype: DType | None = None
+    seed: int | None = None
+
+    @property
+    def named(self) -> dict[str, Input]:
+        """Every input by name: the models, the base, and those that are only taken from."""
+        return {entry.name: entry for entry in (*self.inputs, *([self.base] if self.base else []), *self.others)}
+
+    @property
+    def by_place(self) -> dict[int | str, Input]:
+        """Every input by where it stands: the models by their number from 0, the base, the others from `other 0`."""
+        base = self.base is not None and self.base.name not in {entry.name for entry in self.inputs}
+        return {
+            **dict(enumerate(self.inputs)),
+            **({"base": self.base} if base and self.base else {}),
+            **{f"other {number}": entry for number, entry in enumerate(self.others)},
+        }
+
+    @property
+    def layout_name(self) -> str:
+        """The input whose tensors, order and shapes the output has: the first model unless said otherwise."""
+        return self.layout or self.inputs[0].name
+
+    @property
+    def models(self) -> tuple[Input, ...]:
+        """The inputs that are merged. A base that is listed among them, as mergekit has it, is not one of them.
+
+        A method of a fixed number of models that mergekit doesn't have may well take the base for one of these:
+        A + α (B − C) where C is A.
+        """
+        method = find_method(self.method)
+        if method.base == "none" or self.base is None:
+            return self.inputs
+        others = tuple(entry for entry in self.inputs if entry.name != self.base.name)
+        fixed = method.models[0] == method.models[1] and not method.is_mergekits
+        return self.inputs if fixed and method.base != "first" and method.may_take(len(self.inputs)) else others
+
+    def places(self, where: str) -> Iterator[Place]:
+        """Every place with parameters, `where` being what errors call the recipe."""
+        merged = {entry.name for entry in self.models}
+        yield Place(where, "recipe", self.parameters)
+        for entry in self.inputs:
+            yield Place(f"{where}: model {entry.name}", "model" if entry.name in merged else "base", entry.parameters)
+        if self.base is not None and self.base not in self.inputs:
+            yield Place(f"{where}: base_model", "base", self.base.parameters)
+        for entry in self.others:
+            yield Place(f"{where}: model {entry.name}", "copied", entry.parameters)
+        for number, rule in enumerate(self.rules, 1):
+            kind: Kind = "rule" if rule.action == "merge" else "copied"
+            yield Place(f"{where}: rule {number}", kind, rule.parameters)
+
+    def describe(self, names: Mapping[Path, str] | None = None) -> dict[str, Any]:
+        """The recipe in its own vocabulary, with file names instead of paths: what goes into the output's metadata.
+
+        It can be parsed again. `names` are the texts to write for paths, if not their last parts.
+        """
+        names = names or {}
+        beside = {entry.name: _describe_input(entry, names) for entry in self.others}
+        described: dict[str, Any] = {
+            "merge_method": self.method,
+            "models": [_describe_input(entry, names) for entry in self.inputs],
+            "base_model": self._describe_base(names),
+            "parameters": describe_settings(self.parameters),
+            "layout": beside.get(self.layout_name, self.layout_name),
+            "on_shape_mismatch": self.on_shape_mismatch,
+            "on_missing": self.on_missing,
+            "rules": [_describe_rule(rule, beside) for rule in self.rules],
+            "dtype": self.dtype.torch_name if self.dtype else None,
+            "seed": self.seed,
+        }
+        return {key: value for key, value in described.items() if value not in (None, [], {}, "error")}
+
+    def _describe_base(self, names: Mapping[Path, str]) -> Any:  # noqa: ANN401  (a name, or an input of its own)
+        if self.base is None or self.base.name in {entry.name for entry in self.inputs}:
+            return self.base.name if self.base else None
+        return _describe_input(self.base, names)
+
+    def paths(self) -> Iterator[Path]:
+        """Every file or folder that is read, those of nested recipes included."""
+        for entry in self.named.values():
+            if isinstance(entry.source, Recipe):
+                yield from entry.source.paths()
+            else:
+                yield entry.source
+
+
+def _describe_input(entry: Input, names: Mapping[Path, str]) -> dict[str, Any]:
+    source = entry.source
+    described = source.describe(names) if isinstance(source, Recipe) else names.get(source, source.name)
+    more = {"entry": entry.entry, "parameters": describe_settings(entry.parameters)}
+    return {"model": described, "name": entry.name, **{key: value for key, value in more.items() if value}}
+
+
+def _describe_rule(rule: Rule, beside: Mapping[str, Any]) -> dict[str, Any]:
+    action: dict[str, Any] = {} if rule.action == "merge" else {rule.action: beside.get(rule.model, rule.model) or True}
+    parameters = {"parameters": describe_settings(rule.parameters)} if rule.parameters else {}
+    dtype = {"dtype": rule.dtype.torch_name} if rule.dtype else {}
+    return {"match": list(rule.match), **action, **parameters, **dtype}
+
+
+def check_recipe(recipe: Recipe, where: str = "recipe", *, strict: bool = False) -> Recipe:
+    """The recipe, if its method can do with its inputs and parameters; else RecipeError, which calls it `where`.
+
+    Parameters that mergekit takes without effect are refused too if it is `strict`.
+    """
+    method = find_method(recipe.method)
+    listed = recipe.base is not None and recipe.base.name in {entry.name for entry in recipe.inputs}
+    if method.base == "required" and recipe.base is None:
+        raise RecipeError(f"method {method.name!r} needs a base model", advice="Name it with --base or base_model.")
+    if method.base == "none" and recipe.base is not None and not listed:
+        raise RecipeError(
+            f"method {method.name!r} has no base model, and {recipe.base.name!r} is not among its models",
+            advice="Leave the base out, list it among the models, or choose a method that has one.",
+        )
+    if len(recipe.named) > MAX_INPUTS:
+        raise RecipeError(
+            f"{where}: it has {len(recipe.named):,} inputs, and {MAX_INPUTS:,} are merged at once at most",
+            advice="Merge some of them to a file, and go on with that.",
+        )
+    method.check_count(len(recipe.models), has_base=recipe.base is not None, is_listed=listed)
+    names = [entry.name for entry in recipe.models]
+    for place in recipe.places(where):
+        place.check(method, names, strict=strict)
+    return recipe
+
+
+def overridden(recipe: Recipe) -> list[str]:
+    """Parameters of the recipe that never come into effect, because every model has a value of its own everywhere."""
+    method = find_method(recipe.method)
+    return [
+        name
+        for name in recipe.parameters
+        if name in method.parameter_names
+        and method.parameter(name).per_model
+        and all(holds_everywhere(entry.parameters.get(name)) for entry in recipe.models)
+    ]
