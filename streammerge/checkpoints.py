@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
-from streammerge.errors import CheckpointError
+from streammerge.errors import CheckpointError, count, plural
 from streammerge.formats.files import ByteFile, read_errors
 from streammerge.formats.safetensors import is_safetensors, read_header
 from streammerge.formats.shards import find_weights, is_index, read_index
@@ -237,19 +237,20 @@ def _open_shards(path: Path, entry: str) -> Checkpoint:
     index = read_index(path)
     shards = {shard.name: _open_file(shard, entry) for shard in index.shards}
     nodes: dict[str, Node] = {}
-    unsettled = []
+    holders: dict[str, list[str]] = {}
     for shard, checkpoint in shards.items():
         for name, node in checkpoint.nodes.items():
             meant = index.weight_map.get(name)
-            if meant is None and name in nodes:
-                unsettled.append(f"{name}: in {shard} and another")
-            elif meant in (None, shard):
+            if meant is None:
+                holders.setdefault(name, []).append(shard)
+            if meant in (None, shard):
                 nodes[name] = node
-    if unsettled:
+    twice = [f"{name}   {', '.join(names)}" for name, names in holders.items() if len(names) > 1]
+    if twice:
         raise CheckpointError(
-            f"{path}: {len(unsettled)} tensors are in two shards, and the index doesn't say which is meant",
-            found=unsettled,
-            advice="Fetch index and shards again.",
+            f"{path}: {count(twice, 'tensor')} {plural(twice, 'is', 'are')} in several shards, and not in the index",
+            found=twice,
+            advice="Say in the index's weight_map which file is meant, or fetch index and shards again.",
         )
     missing = [f"{name}: not in {shard}" for name, shard in index.weight_map.items() if name not in nodes]
     if missing:

@@ -291,9 +291,9 @@ def test_where_two_shards_hold_a_tensor_the_index_decides(tmp_path):
 def test_where_two_shards_hold_a_tensor_that_the_index_forgot_it_is_an_error(tmp_path, containers):
     one, two = containers
     shards = {one: {"x": torch.ones(2), "y": torch.ones(1)}, two: {"x": torch.zeros(2), "z": torch.ones(1)}}
-    with pytest.raises(CheckpointError, match="1 tensors are in two shards") as error:
+    with pytest.raises(CheckpointError, match="1 tensor is in several shards") as error:
         open_model(save_shards(tmp_path, shards, {"y": one, "z": two}))
-    assert error.value.found == (f"x: in {two} and another",)
+    assert error.value.found == (f"x   {one}, {two}",)
 
 
 def test_a_tensor_that_the_index_forgot_is_in_the_model_all_the_same(tmp_path):

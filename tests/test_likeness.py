@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import streammerge
 from streammerge.methods.likeness import LikenessPass, Range, held_by_likeness
 from streammerge.methods.place import Target
+from streammerge.plan import SURVEY_BYTES
 from tests.models import MemoryModel, load_model, make_tensors, merge_to, near, normal, save_models
 from tests.references_diffusion import column_cosines, trimmed_range
 
@@ -75,8 +76,8 @@ def test_tensors_are_told_apart_by_their_blocks():
 
 def test_the_memory_is_that_of_all_columns_and_of_the_widest_tensors_sums():
     parts = (Target("", (10, 6), 2), Target("", (3, 4, 5), 2), Target("", (), 2), Target("", (0, 3), 2))
-    assert held_by_likeness(Target("", (0,), 2, parts=parts), {}) == 8 * (3 * 20 + 6 + 20 + 1)
-    assert held_by_likeness(Target("", (10, 6), 2), {}) == 8 * 4 * 6
+    assert held_by_likeness(Target("", (0,), 2, parts=parts), {}) == 8 * (6 * 20 + 6 + 20 + 1)
+    assert held_by_likeness(Target("", (10, 6), 2), {}) == 8 * 7 * 6
 
 
 def test_the_plan_counts_it_once(tmp_path):
@@ -88,8 +89,8 @@ def test_the_plan_counts_it_once(tmp_path):
         )
         for scope in ("model", "tensor")
     )
-    assert of_model.held_bytes == 8 * 3000 * (3 + 5)
-    assert of_tensor.held_bytes == 8 * 3000 * 4
+    assert of_model.held_bytes == 8 * 3000 * (6 + 5) + 5 * SURVEY_BYTES
+    assert of_tensor.held_bytes == 8 * 3000 * 7
     assert of_model.bytes_before_writing == 2 * 5 * 2 * 3000 * 4
     assert of_tensor.bytes_before_writing == 0
 

@@ -195,7 +195,11 @@ def test_a_merge_of_merges_reads_only_what_is_left(tmp_path):
         tuned = streammerge.add_difference(a, b, base=base, alpha=0.5)
         back: Merged = streammerge.add_difference(tuned, base, base=b, alpha=0.5)
         (only,) = back.nodes["w"].terms  # type: ignore[union-attr]
-        assert (only.coefficient, only.node) == (1.0, a.node("w"))
+        assert only.coefficient == 1.0
+        expected = a.node("w")
+        assert isinstance(only.node, Stored)
+        assert isinstance(expected, Stored)
+        assert (only.node.file, only.node.start) == (expected.file, expected.start)
         assert is_copy(back.nodes["w"], back.tensors["w"])
 
 
