@@ -12,7 +12,6 @@ from streammerge import __version__
 from streammerge.carrying import LICENCES, MERGED_FROM, carried_metadata
 from streammerge.checkpoints import open_model
 from streammerge.claims import NOTHING, Claim, Claims, file_key
-from streammerge.confirming import Confirmed, confirm, confirm_finished
 from streammerge.copying import Copying
 from streammerge.decisions import Decision, Decisions
 from streammerge.errors import MergeError, refusal
@@ -31,7 +30,6 @@ from streammerge.hashing import (
 )
 from streammerge.inputs import OUTPUT, OpenInputs, check_output, check_with_library, input_claims
 from streammerge.journal import journal_path
-from streammerge.lanes import Machine, Watch
 from streammerge.ledger import Coverage, Entry, Ledger, Span
 from streammerge.machine import peak_resident_bytes
 from streammerge.merged import Merged, node_of
@@ -45,6 +43,8 @@ from streammerge.recipe import Recipe
 from streammerge.report import Report
 from streammerge.resuming import Beginning, Tell, beginning
 from streammerge.tensors import Model
+from streammerge.workers.confirmation import Confirmed, confirm, confirm_finished
+from streammerge.workers.machine import Machine, Watch
 
 
 def run_merge(

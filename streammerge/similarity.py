@@ -12,7 +12,6 @@ from streammerge.checkpoints import Checkpoint
 from streammerge.codes import Quantised, find_quantised
 from streammerge.comparison import Comparison, ShapeMismatch, Similarity
 from streammerge.devices import find_device, open_lanes
-from streammerge.engine import run
 from streammerge.jobs import Job
 from streammerge.machine import MIB, IoMode, choose_io, share_out
 from streammerge.methods.registry import BlockMethod
@@ -21,7 +20,8 @@ from streammerge.nodes import ByBlock, Node
 from streammerge.progress import Progress
 from streammerge.quantisation import decoded
 from streammerge.tensors import DTYPES
-from streammerge.works import Window, Work
+from streammerge.workers.schedule import run
+from streammerge.workers.windows import Window, Work
 
 if TYPE_CHECKING:
     import torch

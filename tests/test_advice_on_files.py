@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from streammerge.cli import main
-
-from .models import load_model, make_tensors, save_model
-from .test_resume import stop
+from tests.models import load_model, make_tensors, save_model
+from tests.test_resume import stop
 
 SHAPES = {f"layers.{number}.w": (512, 300) for number in range(6)}
 MERGE = ["a.safetensors", "b.safetensors", "-o", "out.safetensors", "--threads", "1", "-q"]

@@ -25,10 +25,9 @@ from streammerge.nodes import ByBlock, Combined, leaves
 from streammerge.parameters import describe_settings, parse_settings
 from streammerge.presets import PRESETS
 from streammerge.recipe import parse_recipe
-
-from .headers import Header, header, merged
-from .models import MemoryModel, Tensors, assert_same_bytes, make_tensors, merge_to, near, save_models
-from .test_blocks import supermerger
+from tests.headers import Header, header, merged
+from tests.models import MemoryModel, Tensors, assert_same_bytes, make_tensors, merge_to, near, save_models
+from tests.test_blocks import supermerger
 
 UNET = "model.diffusion_model."
 SD_VALUES = [round(0.01 + 0.03 * n, 2) for n in range(26)]

@@ -18,8 +18,7 @@ from streammerge.checkpoints import Checkpoint
 from streammerge.errors import CheckpointError
 from streammerge.nodes import Stored, Viewed
 from streammerge.tensors import DTYPES, Model
-
-from .models import assert_same_bytes, make_tensors, raw_bytes, save_model, with_integers
+from tests.models import assert_same_bytes, make_tensors, raw_bytes, save_model, with_integers
 
 SHAPES = {"b.weight": (7, 13), "a.bias": (63,), "scalar": (), "empty": (0,), "one": (1,)}
 

@@ -16,9 +16,8 @@ import streammerge
 from streammerge.claims import Claim, Claims, file_key
 from streammerge.cli import main
 from streammerge.errors import OutputError
-
-from .models import make_tensors, save_model
-from .test_writing import digests
+from tests.models import make_tensors, save_model
+from tests.test_writing import digests
 
 SHAPES = {"x": (40, 30), "y": (700,)}
 

@@ -18,9 +18,8 @@ from streammerge.older import find_older
 from streammerge.placing import Placing, Step, put_in_place, state_of, temporary_name
 from streammerge.records import JOURNAL_SUFFIX
 from streammerge.tensors import DTYPES, TensorInfo
-
-from .models import make_tensors, save_models
-from .test_writing import digests
+from tests.models import make_tensors, save_models
+from tests.test_writing import digests
 
 HEX = "0123456789abcdef"
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import streammerge
 import streammerge.merged
-from streammerge import compute, works
+from streammerge import compute
 from streammerge.applying import apply_method
 from streammerge.compute import Evaluator
 from streammerge.decisions import Decision, Decisions
@@ -27,6 +27,7 @@ from streammerge.nodes import BLOCK, ByBlock, External, Node, Stored, Term, View
 from streammerge.reading import PositionalReader
 from streammerge.surveys import Survey, read_range, read_stored
 from streammerge.tensors import DTYPES, Model, TensorInfo
+from streammerge.workers import windows as works
 from tests import references
 from tests.models import MemoryModel, make_tensors, near, normal, raw_bytes, save_models, store_tensors
 from tests.references import Array, relative_error

@@ -12,9 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from streammerge.cli import main
-
-from .models import make_tensors, save_model
-from .test_writing import digests
+from tests.models import make_tensors, save_model
+from tests.test_writing import digests
 
 SHAPES = {"x": (40, 30), "y": (700,), "z": (3,)}
 FORMS = {"one file": [], "shards": ["--shard-size", "3KB"]}

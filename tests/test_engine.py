@@ -16,10 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import streammerge
-from streammerge import compute, works
+from streammerge import compute
 from streammerge.copying import PIECE, Copying, CopyRange
 from streammerge.devices import Lane
-from streammerge.engine import AHEAD_BYTES, AHEAD_WINDOWS, Schedule, run
 from streammerge.errors import CheckpointError, MethodError
 from streammerge.examining import examine
 from streammerge.formats.positional import read_at
@@ -30,15 +29,9 @@ from streammerge.nodes import BLOCK, ByBlock, ByGram, External, Node, Stored, Te
 from streammerge.progress import Progress
 from streammerge.reading import MappedReader, PositionalReader
 from streammerge.tensors import DTYPES, TensorInfo
-from streammerge.works import (
-    WINDOW_BYTES,
-    FileRange,
-    MergeWork,
-    Window,
-    Work,
-    ranges_of,
-    window_blocks,
-)
+from streammerge.workers import windows as works
+from streammerge.workers.schedule import AHEAD_BYTES, AHEAD_WINDOWS, Schedule, run
+from streammerge.workers.windows import WINDOW_BYTES, FileRange, MergeWork, Window, Work, ranges_of, window_blocks
 from tests.models import (
     SMALL,
     MemoryModel,

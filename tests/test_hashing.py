@@ -21,8 +21,8 @@ from streammerge.errors import CheckpointError, OutputError
 from streammerge.hashing import HashingWriter, file_sha256, read_sidecar, sidecar_beside
 from streammerge.jobs import Job
 from streammerge.layout import lay_out
-from streammerge.sampling import SAMPLES, sample
 from streammerge.tensors import DTYPES, TensorInfo
+from streammerge.workers.sampling import SAMPLES, sample
 from streammerge.writing import OutputWriter
 from tests.models import make_tensors, near, save_models, with_integers
 

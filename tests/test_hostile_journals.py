@@ -16,9 +16,8 @@ from streammerge.cli import main
 from streammerge.findings import Finding
 from streammerge.placing import state_of
 from streammerge.records import VERSION, encode
-
-from .models import make_tensors, save_model
-from .test_writing import digests
+from tests.models import make_tensors, save_model
+from tests.test_writing import digests
 
 JOURNAL = ".o.safetensors.streammerge-journal"
 HEX = "0123456789abcde"

@@ -47,8 +47,29 @@ ORDER = [
     # what is left of a merge that was stopped
     *("locking", "fingerprint", "placing", "side_files", "records", "journal", "finished", "resuming", "leftovers"),
     # what happens
-    *("rounding", "devices", "gathering", "compute", "examining", "surveys", "works", "sampling", "engine", "writing"),
-    *("bookkeeping", "hashing", "checking", "lanes", "verification", "confirming", "api", "public", "benchmark"),
+    *(
+        "rounding",
+        "devices",
+        "gathering",
+        "compute",
+        "examining",
+        "surveys",
+        "workers.windows",
+        "workers.sampling",
+        "workers.schedule",
+        "writing",
+    ),
+    *(
+        "bookkeeping",
+        "hashing",
+        "workers.checking",
+        "workers.machine",
+        "verification",
+        "workers.confirmation",
+        "api",
+        "public",
+        "benchmark",
+    ),
     # what is shown
     *("inspection", "comparison", "plotting", "similarity", "streams", "screen"),
     # the example
@@ -100,7 +121,7 @@ def test_a_module_imports_only_what_stands_before_it(name):
 def test_imports_are_found():
     """The test above would pass with nothing found."""
     assert imported(modules()["cli"]) == {"", "errors", "screen", "streams"}
-    assert {"copying", "devices", "works"} <= imported(modules()["engine"])
+    assert {"copying", "devices", "workers.windows"} <= imported(modules()["workers.schedule"])
     assert "methods" in imported(modules()["asked"])
 
 

@@ -22,9 +22,9 @@ from streammerge.inspection import inspect_model, render
 from streammerge.ledger import Coverage, Ledger, Span
 from streammerge.machine import MIB, PROMISED_BYTES
 from streammerge.plan import OVERHEAD_BYTES
-from streammerge.sampling import sample
 from streammerge.tables import Column, Names
 from streammerge.tensors import DTYPES, TensorInfo
+from streammerge.workers.sampling import sample
 
 SHAPES = ((4,), (2, 3), (1, 8), (5,))
 

@@ -11,8 +11,7 @@ from streammerge.errors import PlanError, RecipeError, count, listed, plural
 from streammerge.merged import Merged
 from streammerge.nodes import ByBlock, ByGram, Combined, External, Stored, Viewed
 from streammerge.tensors import DTYPES, TensorInfo
-
-from .headers import Header, header, merged
+from tests.headers import Header, header, merged
 
 CONVOLUTION = "model.diffusion_model.input_blocks.0.0.weight"
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import streammerge
-from streammerge import works
 from streammerge.cli import main
 from streammerge.errors import MethodError
 from streammerge.methods import METHODS
 from streammerge.methods.loading import load_methods
+from streammerge.workers import windows as works
 from tests.models import assert_same_bytes, load_model, make_tensors, merge_to, near, save_models
 from tests.pages import PAGES, blocks
 

@@ -19,9 +19,8 @@ from streammerge.options import Options
 from streammerge.plan import OVERHEAD_BYTES, Plan, by_component, existing_folder, make_plan
 from streammerge.recipe import parse_recipe
 from streammerge.tensors import DTYPES
-
-from .headers import header, merged
-from .models import make_tensors, save_models, with_integers
+from tests.headers import header, merged
+from tests.models import make_tensors, save_models, with_integers
 
 OUT = Path("out.safetensors")
 

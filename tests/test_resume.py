@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import streammerge
-from streammerge import bookkeeping, lanes
+from streammerge import bookkeeping
 from streammerge.api import run_merge
 from streammerge.cli import main
 from streammerge.errors import OutputError
@@ -25,11 +25,11 @@ from streammerge.methods import METHODS
 from streammerge.options import Options
 from streammerge.recipe import parse_recipe
 from streammerge.records import JOURNAL_SUFFIX
-from streammerge.works import MergeWork, Window
+from streammerge.workers import machine as lanes
+from streammerge.workers.windows import MergeWork, Window
 from streammerge.writing import OutputWriter
-
-from .models import MemoryModel, load_model, make_tensors, near, save_models, with_integers
-from .test_writing import digests
+from tests.models import MemoryModel, load_model, make_tensors, near, save_models, with_integers
+from tests.test_writing import digests
 
 SHAPES = {**{f"layers.{number}.w": (512, 300) for number in range(12)}, "bias": (63,), "scalar": (), "empty": (0, 2)}
 

@@ -13,8 +13,7 @@ from streammerge import plotting
 from streammerge.cli import main
 from streammerge.errors import OutputError
 from streammerge.side_files import check_side_file, write_text, written_whole
-
-from .models import make_tensors, save_model
+from tests.models import make_tensors, save_model
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("no"), KeyboardInterrupt()])

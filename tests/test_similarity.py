@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import streammerge
-from streammerge import compute, works
+from streammerge import compute
 from streammerge.errors import DeviceError
 from streammerge.similarity import compare_models
+from streammerge.workers import windows as works
 from tests.models import DTYPE_NAMES, make_tensors, near, normal, save_models, with_integers
 
 

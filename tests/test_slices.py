@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import streammerge
-from streammerge import compute, works
+from streammerge import compute
 from streammerge.errors import MethodError, PlanError
 from streammerge.machine import MIB
 from streammerge.methods.registry import METHODS, GramMethod, method
@@ -21,6 +21,7 @@ from streammerge.methods.slices import SliceGramPass, Slices, Slicing
 from streammerge.methods.statistics import Gram
 from streammerge.nodes import BLOCK
 from streammerge.plan import Plan
+from streammerge.workers import windows as works
 from tests.models import assert_same_bytes, load_model, make_tensors, merge_to, near, normal, save_models
 
 KINDS: tuple[Slices, ...] = ("rows", "filters", "columns")

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from streammerge import open_model
 from streammerge.errors import CheckpointError
-
-from .models import assert_same_bytes
+from tests.models import assert_same_bytes
 
 
 def save(folder: Path, contents: object) -> Path:

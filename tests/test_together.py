@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import streammerge
-import streammerge.lanes
-from streammerge import works
+import streammerge.workers.machine
 from streammerge.cli import main
 from streammerge.copying import Copying
 from streammerge.errors import PlanError
 from streammerge.plan import Plan
+from streammerge.workers import windows as works
 from tests.models import assert_same_bytes, load_model, make_tensors, merge_to, near, save_models
 
 NAME = "layers.1.block"
@@ -179,7 +179,7 @@ def test_a_stage_of_its_own_is_shown(paths, tmp_path):
     stages: list[str] = []
     made = merge(paths)
     with streammerge.api.planned(made, tmp_path / "out.safetensors", streammerge.options.Options()) as plan:
-        machine = streammerge.lanes.Machine(plan)
+        machine = streammerge.workers.machine.Machine(plan)
 
         class Sink:
             def write(self, job: Any, position: int, data: memoryview) -> None:

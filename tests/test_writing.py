@@ -28,8 +28,7 @@ from streammerge.placing import temporary_name
 from streammerge.recipe import parse_recipe
 from streammerge.tensors import DTYPES, TensorInfo
 from streammerge.writing import OutputWriter, preallocate
-
-from .models import assert_same_bytes, load_model, make_tensors, raw_bytes, save_models, with_integers
+from tests.models import assert_same_bytes, load_model, make_tensors, raw_bytes, save_models, with_integers
 
 TENSORS = with_integers(make_tensors(3, torch.float16, {"weight": (7, 13), "bias": (63,), "scalar": (), "empty": (0,)}))
 

@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 
 from streammerge import open_model
 from streammerge.errors import CheckpointError
-
-from .models import assert_same_bytes
-from .test_zip_directory import Unseekable
+from tests.models import assert_same_bytes
+from tests.test_zip_directory import Unseekable
 
 Members = list[tuple[str, bytes]]
 TENSORS = {"l.a": torch.arange(6.0).reshape(2, 3), "l.b": torch.ones(4, dtype=torch.float16)}

@@ -72,7 +72,7 @@ def serve() -> None:
     import streammerge.bookkeeping
     import streammerge.cli
     import streammerge.commands
-    import streammerge.engine  # noqa: F401
+    import streammerge.workers.schedule  # noqa: F401
 
     for line in sys.stdin:
         sys.stdout.write(json.dumps(run_child(json.loads(line))) + "\n")

@@ -8,7 +8,7 @@ from typing import Final
 from streammerge.copying import CopyRange
 from streammerge.jobs import Job, copied_from
 from streammerge.nodes import BLOCK
-from streammerge.works import MergeWork, Window
+from streammerge.workers.windows import MergeWork, Window
 
 SAMPLES: Final = 200
 """How many windows are looked at, if there are as many."""

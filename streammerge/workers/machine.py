@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from streammerge.checking import Checker, ReadBack
 from streammerge.copying import Copying
 from streammerge.errors import PlanError
 from streammerge.findings import refuse_nonfinite
@@ -19,11 +18,12 @@ from streammerge.nodes import Applied, walk
 from streammerge.options import format_size
 from streammerge.plan import OVERHEAD_BYTES, Plan
 from streammerge.progress import Progress
+from streammerge.workers.checking import Checker, ReadBack
 
 if TYPE_CHECKING:
     import torch
 
-    from streammerge.works import MergeWork, Sink
+    from streammerge.workers.windows import MergeWork, Sink
 
 Watch = Callable[[Progress], None]
 """Called from time to time while a merge runs, with what has been done so far."""
@@ -61,8 +61,8 @@ class Machine:
     def run(self, sink: Sink, copying: Copying, watch: Watch | None, works: Sequence[MergeWork] | None = None) -> None:
         """Give every byte of the output that is computed, or those of these works, to the sink; finish the copying."""
         from streammerge.devices import open_lanes
-        from streammerge.engine import run
-        from streammerge.works import MergeWork, together_works
+        from streammerge.workers.schedule import run
+        from streammerge.workers.windows import MergeWork, together_works
 
         progress, held, ledger = copying.progress, self.allotment.held_bytes, copying.ledger
         computed = (job for job in self.plan.jobs if job.compute is not None and not ledger.has_all(job))
@@ -89,7 +89,7 @@ class Machine:
 
     def check_samples(self, read: ReadBack, path: Path, watch: Watch | None) -> Extent:
         """Compute windows that are spread over the output again and compare them with what is read back."""
-        from streammerge.sampling import copied_samples, sample, sampled_works
+        from streammerge.workers.sampling import copied_samples, sample, sampled_works
 
         chosen, checker = sample(self.plan.jobs), Checker(read)
         works, copied = sampled_works(chosen), copied_samples(chosen)

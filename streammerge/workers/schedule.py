@@ -21,7 +21,7 @@ from streammerge.errors import error_context
 from streammerge.mapping import bus_errors_are_caught
 from streammerge.methods.loading import method_failure
 from streammerge.progress import Progress
-from streammerge.works import FileRange, Sink, Window, Work
+from streammerge.workers.windows import FileRange, Sink, Window, Work
 
 AHEAD_BYTES: Final = 64 << 20
 """What is asked of the disk ahead of its use: as much as it delivers while a few windows are computed."""

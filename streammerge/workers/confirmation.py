@@ -10,14 +10,14 @@ from typing import Final
 
 from streammerge import __version__
 from streammerge.carrying import LICENCES, MERGED_FROM
-from streammerge.checking import checkpoint_reader
 from streammerge.checkpoints import Checkpoint, open_model
 from streammerge.errors import OutputError, count
 from streammerge.formats.files import read_errors
-from streammerge.lanes import Extent, Machine, Watch
 from streammerge.layout import METADATA, lay_out
 from streammerge.plan import Plan
 from streammerge.provenance import INPUTS, RECIPE, SETTINGS, VERSION
+from streammerge.workers.checking import checkpoint_reader
+from streammerge.workers.machine import Extent, Machine, Watch
 
 FROM_THE_RECIPE: Final = frozenset({RECIPE, SETTINGS, INPUTS, VERSION})
 """Metadata that say what is to be computed: whether that is right, is told by the values."""

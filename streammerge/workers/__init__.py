@@ -1,0 +1,1 @@
+"""Workers: who computes what, when, and where its bytes go."""
