@@ -8,7 +8,7 @@ from typing import Final
 from benchmarks import own
 from benchmarks.results import CaseResult, Run, ToolResult
 from streammerge.benchmark import Spread
-from streammerge.machine import MIB
+from streammerge.compute.machine import MIB
 
 Figure = Callable[[Run], float]
 

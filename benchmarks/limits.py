@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from streammerge.machine import MIB
+from streammerge.compute.machine import MIB
 
 STEP: Final = 1.3
 """The factor by which the limit is moved until one that works and one that doesn't are known."""

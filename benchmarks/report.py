@@ -12,7 +12,7 @@ from benchmarks.own import CUDA, NAME, SYNCED
 from benchmarks.results import FOLDER, CaseResult, ToolResult, load_all
 from benchmarks.targets import TARGETS
 from streammerge.benchmark import Spread
-from streammerge.machine import MIB
+from streammerge.compute.machine import MIB
 from streammerge.options import format_size
 
 REPORT: Final = "report.md"

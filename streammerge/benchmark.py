@@ -18,9 +18,9 @@ from typing import Any, Final
 import psutil
 
 from streammerge import __version__
+from streammerge.compute.machine import MIB, usable_cores
 from streammerge.errors import MergeError, OutputError
 from streammerge.floor import DiskRate, Floor, chill, measure_floor, probe_disk, read_rate_uncached, warm
-from streammerge.machine import MIB, usable_cores
 from streammerge.measuring import Measured, Surroundings, import_torch_rss, measure
 from streammerge.options import format_size
 from streammerge.plan import Plan

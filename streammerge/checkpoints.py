@@ -12,13 +12,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
+from streammerge.compute.expressions import Node, Stored, Viewed
 from streammerge.errors import CheckpointError, count, plural
 from streammerge.formats.files import ByteFile, read_errors
 from streammerge.formats.safetensors import is_safetensors, read_header
 from streammerge.formats.shards import find_weights, is_index, read_index
 from streammerge.formats.state_dicts import NONE_LEFT, LeftTensors
 from streammerge.formats.torchzip import StoredView, is_torch_zip, legacy_torch_reason, read_torch_zip
-from streammerge.nodes import Node, Stored, Viewed
 from streammerge.tables import Column, Names
 from streammerge.tensors import TensorInfo
 
@@ -133,7 +133,7 @@ class Checkpoint:
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the flattened tensor, in its stored dtype, as a copy."""
-        from streammerge.surveys import read_stored
+        from streammerge.compute.survey import read_stored
 
         return read_stored(self.nodes[name], start, stop)
 

@@ -15,10 +15,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
+from streammerge.compute.expressions import Stored
 from streammerge.errors import error_context
 from streammerge.jobs import Job, copied_from
 from streammerge.ledger import Ledger
-from streammerge.nodes import Stored
 from streammerge.progress import Progress
 
 PIECE: Final = 32 << 20

@@ -12,8 +12,8 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
+from streammerge.compute.expressions import ByBlock, Combined, External, Node, Rounded, Stored, Viewed, rounded
 from streammerge.methods.contract import ParameterValue
-from streammerge.nodes import ByBlock, Combined, External, Node, Rounded, Stored, Viewed, rounded
 from streammerge.tables import Column, Names
 from streammerge.tensors import TensorInfo
 

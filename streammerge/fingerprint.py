@@ -18,9 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from streammerge import __version__
-from streammerge.formats.files import ByteFile, read_errors
-from streammerge.jobs import Job
-from streammerge.nodes import (
+from streammerge.compute.expressions import (
     Applied,
     ByBlock,
     Combined,
@@ -32,6 +30,8 @@ from streammerge.nodes import (
     Viewed,
     walk,
 )
+from streammerge.formats.files import ByteFile, read_errors
+from streammerge.jobs import Job
 from streammerge.plan import Plan
 
 Fingerprint = Mapping[str, Mapping[str, Any]]

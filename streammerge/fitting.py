@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from streammerge.nodes import Node, Viewed
+from streammerge.compute.expressions import Node, Viewed
 from streammerge.tensors import DType, TensorInfo, contiguous_strides
 
 Shape = tuple[int, ...]

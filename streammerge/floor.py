@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from streammerge.machine import MIB
+from streammerge.compute.machine import MIB
 
 PIECE: Final = 8 * MIB
 PROBE_BYTES: Final = 512 * MIB

@@ -8,12 +8,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from streammerge import costs
+from streammerge.compute import costs
+from streammerge.compute.expressions import (
+    Applied,
+    ByBlock,
+    Combined,
+    External,
+    Node,
+    Stored,
+    Together,
+    compute_dtype,
+    walk,
+)
+from streammerge.compute.magnitudes import check_magnitudes
 from streammerge.decisions import Fate
 from streammerge.layout import OutputLayout
-from streammerge.magnitudes import check_magnitudes
 from streammerge.merged import Merged
-from streammerge.nodes import Applied, ByBlock, Combined, External, Node, Stored, Together, compute_dtype, walk
 from streammerge.options import Options
 from streammerge.tensors import DType, TensorInfo
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from streammerge.adapters import refuse_adapters
-from streammerge.applying import apply_method, needs_statistics
 from streammerge.asked import Recipe, Rule
 from streammerge.codes import Quantised, may_be_weights
+from streammerge.compute.application import apply_method, needs_statistics
+from streammerge.compute.expressions import ByBlock, External, Node, Together, walk
 from streammerge.decisions import Decision, Decisions, Expressions
 from streammerge.errors import PlanError
 from streammerge.extent import Extent
@@ -22,7 +23,6 @@ from streammerge.methods.contract import ParameterValue
 from streammerge.methods.place import Within
 from streammerge.methods.registry import Method
 from streammerge.mismatches import Misshapen, Problems, Unshared
-from streammerge.nodes import ByBlock, External, Node, Together, walk
 from streammerge.presence import Names, names_beside, names_lacking, names_outside, with_inner
 from streammerge.quantisation import DECODED, CodedModels, decoded, kept_bytes
 from streammerge.tables import Column
@@ -72,7 +72,7 @@ class Merged:
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the merged tensor, in the dtype in which it would be stored."""
-        from streammerge.surveys import read_merged
+        from streammerge.compute.survey import read_merged
 
         return read_merged(self.nodes[name], self.tensors[name].dtype, start, stop)
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from streammerge.compute.machine import IoMode
 from streammerge.errors import RecipeError
 from streammerge.findings import NonfinitePolicy
-from streammerge.machine import IoMode
 from streammerge.tensors import DTYPES, DType
 
 COMPUTE_DTYPES: Final[Mapping[str, DType]] = {

@@ -11,20 +11,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from streammerge import costs
 from streammerge.architecture import component_of
+from streammerge.compute import costs
+from streammerge.compute.expressions import Together
+from streammerge.compute.machine import DEFAULT_WORK_BYTES, MIB, PROMISED_BYTES, Allotment, share_out
 from streammerge.decisions import Action, Decisions
 from streammerge.errors import OutputError, count, listed, plural
 from streammerge.formats.files import ByteFile
 from streammerge.formats.state_dicts import LeftTensors
 from streammerge.jobs import Jobs, together_of
 from streammerge.layout import OutputLayout, lay_out
-from streammerge.machine import DEFAULT_WORK_BYTES, MIB, PROMISED_BYTES, Allotment, share_out
 from streammerge.merged import Merged
 from streammerge.methods.contract import ParameterValue
-from streammerge.nodes import (
-    Together,
-)
 from streammerge.options import Options, format_size
 from streammerge.progress import Progress
 from streammerge.tables import names_bytes

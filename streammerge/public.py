@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from streammerge.api import planned, run_merge, saying_what_is_on_disk
+from streammerge.compute.machine import IoMode
 from streammerge.errors import OutputError
 from streammerge.findings import NonfinitePolicy
-from streammerge.machine import IoMode
 from streammerge.options import COMPUTE_DTYPES, Options, parse_size
 from streammerge.plan import Plan
 from streammerge.recipe import MissingPolicy, Recipe, ShapePolicy, parse_recipe

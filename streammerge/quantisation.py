@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from streammerge.codes import Quantised, find_quantised, split_name
+from streammerge.compute.expressions import ByBlock, Node, Viewed, walk
 from streammerge.methods.registry import BlockMethod
-from streammerge.nodes import ByBlock, Node, Viewed, walk
 from streammerge.scales import spread
 from streammerge.tensors import DTYPES, Model, TensorInfo
 

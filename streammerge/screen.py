@@ -82,7 +82,7 @@ def _lines(what: str) -> Watch:
 
 def memory_now() -> str:
     """The memory that the process takes at the moment, on the CUDA device too if it uses one."""
-    from streammerge.machine import resident_bytes
+    from streammerge.compute.machine import resident_bytes
 
     shown = f"RAM {format_size(resident_bytes())}"
     torch = sys.modules.get("torch")

@@ -11,12 +11,12 @@ from streammerge.adapters import adapter_text
 from streammerge.checkpoints import Checkpoint
 from streammerge.codes import Quantised, find_quantised
 from streammerge.comparison import Comparison, ShapeMismatch, Similarity
-from streammerge.devices import find_device, open_lanes
+from streammerge.compute.devices import find_device, open_lanes
+from streammerge.compute.expressions import ByBlock, Node
+from streammerge.compute.machine import MIB, IoMode, choose_io, share_out
 from streammerge.jobs import Job
-from streammerge.machine import MIB, IoMode, choose_io, share_out
 from streammerge.methods.registry import BlockMethod
 from streammerge.methods.statistics import Gram, GramPass
-from streammerge.nodes import ByBlock, Node
 from streammerge.progress import Progress
 from streammerge.quantisation import decoded
 from streammerge.tensors import DTYPES

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import streammerge
+from streammerge.compute.expressions import BLOCK, Stored
 from streammerge.formats.files import ByteFile
-from streammerge.nodes import BLOCK, Stored
 from streammerge.tensors import DTYPES, TensorInfo
 
 torch.set_num_threads(1)  # tests' tensors are small: threads would only wait for each other

@@ -40,10 +40,10 @@ from benchmarks.running import Settings
 from benchmarks.tools import CannotRun, Command, Job, Tool
 from streammerge import open_model
 from streammerge.benchmark import Spread
+from streammerge.compute.machine import MIB
 from streammerge.demo.files import write_torch_zip
 from streammerge.demo.noise import Noise
 from streammerge.floor import Floor
-from streammerge.machine import MIB
 from streammerge.measuring import Measured, Sample
 from streammerge.methods import METHODS
 from streammerge.tensors import DTYPES, TensorInfo

@@ -18,10 +18,10 @@ from streammerge.arguments import _parameters
 from streammerge.blocks import Blocks, unet_blocks
 from streammerge.blockwise import BlockSetting, Element, NamedValue, Selection, bind
 from streammerge.cli import main
+from streammerge.compute.expressions import ByBlock, Combined, leaves
 from streammerge.demo.layouts import checkpoint
 from streammerge.errors import RecipeError
 from streammerge.merged import Merged
-from streammerge.nodes import ByBlock, Combined, leaves
 from streammerge.parameters import describe_settings, parse_settings
 from streammerge.presets import PRESETS
 from streammerge.recipe import parse_recipe

@@ -15,8 +15,8 @@ import torch
 
 from streammerge import open_model
 from streammerge.checkpoints import Checkpoint
+from streammerge.compute.expressions import Stored, Viewed
 from streammerge.errors import CheckpointError
-from streammerge.nodes import Stored, Viewed
 from streammerge.tensors import DTYPES, Model
 from tests.models import assert_same_bytes, make_tensors, raw_bytes, save_model, with_integers
 

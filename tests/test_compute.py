@@ -14,18 +14,18 @@ from hypothesis import strategies as st
 
 import streammerge
 import streammerge.merged
-from streammerge import compute
-from streammerge.applying import apply_method
-from streammerge.compute import Evaluator
+from streammerge.compute import evaluate as compute
+from streammerge.compute.application import apply_method
+from streammerge.compute.devices import Lane, torch_dtype
+from streammerge.compute.evaluate import Evaluator
+from streammerge.compute.expressions import BLOCK, ByBlock, External, Node, Stored, Term, Viewed, combine, rounded
+from streammerge.compute.survey import Survey, read_range, read_stored
 from streammerge.decisions import Decision, Decisions
-from streammerge.devices import Lane, torch_dtype
 from streammerge.fitting import placed, reshaped
 from streammerge.merged import Merged
 from streammerge.methods import find_method
 from streammerge.methods.registry import BlockMethod
-from streammerge.nodes import BLOCK, ByBlock, External, Node, Stored, Term, Viewed, combine, rounded
 from streammerge.reading import PositionalReader
-from streammerge.surveys import Survey, read_range, read_stored
 from streammerge.tensors import DTYPES, Model, TensorInfo
 from streammerge.workers import windows as works
 from tests import references

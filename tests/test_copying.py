@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 
 import streammerge
 from streammerge import copying
+from streammerge.compute.expressions import Stored, Term, combine
 from streammerge.copying import Copying, CopyRange, Piece, adjoining, pieces, ranges_of
 from streammerge.errors import CheckpointError, OutputError
 from streammerge.formats import positional
 from streammerge.formats.positional import copy_at
 from streammerge.jobs import Job
 from streammerge.ledger import Ledger
-from streammerge.nodes import Stored, Term, combine
 from streammerge.progress import Progress
 from streammerge.tensors import DTYPES, TensorInfo
 from tests.models import load_model, store_tensors

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import streammerge
+from streammerge.compute.expressions import ByBlock, Combined
 from streammerge.decisions import RECENT, Decision, Decisions, kind_of
 from streammerge.fingerprint import differences, fingerprint_of
-from streammerge.nodes import ByBlock, Combined
 from streammerge.recipe import Rule
 from streammerge.tables import Column
 from streammerge.tensors import DTYPES, TensorInfo

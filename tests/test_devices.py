@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import streammerge
-from streammerge import devices
-from streammerge.devices import (
+from streammerge.compute import devices
+from streammerge.compute.devices import (
     CudaLane,
     Lane,
     StagedLane,
@@ -29,10 +29,10 @@ from streammerge.devices import (
     torch_dtype,
     vram_limit,
 )
+from streammerge.compute.expressions import BLOCK
+from streammerge.compute.machine import Allotment
 from streammerge.errors import DeviceError, OutOfMemoryError, PlanError
-from streammerge.machine import Allotment
 from streammerge.methods import METHODS
-from streammerge.nodes import BLOCK
 from streammerge.reading import MappedReader, PositionalReader
 from streammerge.tensors import DTYPES
 from tests.models import (

@@ -16,16 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import streammerge
-from streammerge import compute
+from streammerge.compute import evaluate as compute
+from streammerge.compute.devices import Lane
+from streammerge.compute.examine import examine
+from streammerge.compute.expressions import BLOCK, ByBlock, ByGram, External, Node, Stored, Term, combine
 from streammerge.copying import PIECE, Copying, CopyRange
-from streammerge.devices import Lane
 from streammerge.errors import CheckpointError, MethodError
-from streammerge.examining import examine
 from streammerge.formats.positional import read_at
 from streammerge.jobs import Job
 from streammerge.methods.registry import BlockMethod, GramMethod
 from streammerge.methods.statistics import Gram
-from streammerge.nodes import BLOCK, ByBlock, ByGram, External, Node, Stored, Term, combine
 from streammerge.progress import Progress
 from streammerge.reading import MappedReader, PositionalReader
 from streammerge.tensors import DTYPES, TensorInfo

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import streammerge
+from streammerge.compute.examine import beyond, examine
+from streammerge.compute.expressions import BLOCK
 from streammerge.errors import OutputError
-from streammerge.examining import beyond, examine
 from streammerge.findings import Finding, refuse_nonfinite, warnings
-from streammerge.nodes import BLOCK
 from tests.models import load_model, raw_bytes, save_model, save_models
 
 HALF = torch.float16

@@ -40,7 +40,7 @@ from pathlib import Path
 from streammerge.errors import MergeError
 from streammerge.formats.safetensors import read_header
 from streammerge.formats.shards import read_index
-from streammerge.machine import peak_resident_bytes, resident_bytes
+from streammerge.compute.machine import peak_resident_bytes, resident_bytes
 from streammerge.recipe_files import parse_yaml, read_recipe_file
 
 path = Path(sys.argv[1])

@@ -17,7 +17,7 @@ PACKAGE = Path(streammerge.__file__).parent
 
 ORDER = [
     # the vocabulary
-    *("errors", "tensors", "tables", "", "machine", "findings", "options", "progress"),
+    *("errors", "tensors", "tables", "", "compute.machine", "findings", "options", "progress"),
     # what a process costs
     *("launcher", "measuring", "floor"),
     # what is on disk
@@ -40,20 +40,30 @@ ORDER = [
     *("layers", "parameters", "effects", "spellings", "asked", "globs", "extent", "tuning"),
     *("recipe", "recipe_files", "recipes", "provenance", "carrying"),
     # models as expressions
-    *("nodes", "magnitudes", "scales", "codes", "quantisation", "checkpoints", "presence", "fitting", "mismatches"),
-    *("applying", "decisions", "merged", "functions"),
+    *(
+        "compute.expressions",
+        "compute.magnitudes",
+        "scales",
+        "codes",
+        "quantisation",
+        "checkpoints",
+        "presence",
+        "fitting",
+        "mismatches",
+    ),
+    *("compute.application", "decisions", "merged", "functions"),
     # what will happen
-    *("layout", "costs", "jobs", "plan", "ledger", "older", "indexes", "claims", "inputs", "report", "copying"),
+    *("layout", "compute.costs", "jobs", "plan", "ledger", "older", "indexes", "claims", "inputs", "report", "copying"),
     # what is left of a merge that was stopped
     *("locking", "fingerprint", "placing", "side_files", "records", "journal", "finished", "resuming", "leftovers"),
     # what happens
     *(
-        "rounding",
-        "devices",
-        "gathering",
-        "compute",
-        "examining",
-        "surveys",
+        "compute.rounding",
+        "compute.devices",
+        "compute.gather",
+        "compute.evaluate",
+        "compute.examine",
+        "compute.survey",
         "workers.windows",
         "workers.sampling",
         "workers.schedule",
@@ -121,7 +131,7 @@ def test_a_module_imports_only_what_stands_before_it(name):
 def test_imports_are_found():
     """The test above would pass with nothing found."""
     assert imported(modules()["cli"]) == {"", "errors", "screen", "streams"}
-    assert {"copying", "devices", "workers.windows"} <= imported(modules()["workers.schedule"])
+    assert {"copying", "compute.devices", "workers.windows"} <= imported(modules()["workers.schedule"])
     assert "methods" in imported(modules()["asked"])
 
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import streammerge
+from streammerge.compute.expressions import BLOCK
+from streammerge.compute.machine import MIB
 from streammerge.errors import PlanError
-from streammerge.machine import MIB
 from streammerge.methods import METHODS, Target
 from streammerge.methods.registry import WholeMethod
-from streammerge.nodes import BLOCK
 from streammerge.workers import machine as lanes
 from streammerge.workers import windows as works
 from tests.models import (

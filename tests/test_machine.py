@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from streammerge import machine
-from streammerge.machine import DEFAULT_WORK_BYTES, MAPPED_BYTES, MIB, choose_io, is_virtual_machine, share_out
+from streammerge.compute import machine
+from streammerge.compute.machine import DEFAULT_WORK_BYTES, MAPPED_BYTES, MIB, choose_io, is_virtual_machine, share_out
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def test_a_number_beyond_the_dtype_is_an_error_or_harmless(paths, tmp_path, monk
             out.unlink(missing_ok=True)
             streammerge.merge(call(name, paths, **{parameter: number}), output=out, sync=False, threads=1)
             assert out.exists()
-        monkeypatch.setattr("streammerge.magnitudes.LARGEST", {})
+        monkeypatch.setattr("streammerge.compute.magnitudes.LARGEST", {})
 
 
 @pytest.mark.parametrize(("number", "dtype"), [(1e5, "fp16"), (1e39, "fp32"), (1e39, "bf16")])

@@ -16,11 +16,11 @@ import pytest
 
 import streammerge
 from streammerge.checkpoints import Checkpoint
+from streammerge.compute.machine import MIB, PROMISED_BYTES
 from streammerge.copying import PIECE_RANGES, pieces
 from streammerge.formats.safetensors import build_header
 from streammerge.inspection import inspect_model, render
 from streammerge.ledger import Coverage, Ledger, Span
-from streammerge.machine import MIB, PROMISED_BYTES
 from streammerge.plan import OVERHEAD_BYTES
 from streammerge.tables import Column, Names
 from streammerge.tensors import DTYPES, TensorInfo

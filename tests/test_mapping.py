@@ -15,7 +15,7 @@ import torch
 
 from streammerge import mapping
 from streammerge.cli import main
-from streammerge.devices import Lane
+from streammerge.compute.devices import Lane
 from streammerge.errors import CheckpointError
 from streammerge.formats.files import ByteFile
 from streammerge.mapping import address_of, bus_errors_are_caught, check_windows, map_window

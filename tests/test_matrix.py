@@ -213,7 +213,7 @@ def test_alignment_and_alpha_lead_from_one_model_to_the_other():
 MEASURE = """
 import json, sys
 import torch
-from streammerge.machine import peak_resident_bytes, resident_bytes
+from streammerge.compute.machine import peak_resident_bytes, resident_bytes
 from streammerge.methods import METHODS, Target
 torch.set_num_threads(1)
 name, shape, count, parameters = json.loads(sys.argv[1])

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from streammerge.compute.machine import MIB
 from streammerge.formats.safetensors import build_header
-from streammerge.machine import MIB
 from streammerge.methods import METHODS as METHODS_BY_NAME
 from streammerge.tensors import DTYPES, TensorInfo
 from tests.models import normal, raw_bytes

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from streammerge.compute.expressions import ByBlock, ByGram, Combined, External, Stored, Viewed
 from streammerge.demo.layouts import checkpoint
 from streammerge.errors import PlanError, RecipeError, count, listed, plural
 from streammerge.merged import Merged
-from streammerge.nodes import ByBlock, ByGram, Combined, External, Stored, Viewed
 from streammerge.tensors import DTYPES, TensorInfo
 from tests.headers import Header, header, merged
 

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import streammerge
+from streammerge.compute.expressions import Combined
 from streammerge.errors import PlanError, RecipeError
-from streammerge.nodes import Combined
 from tests.models import Tensors, load_model, normal, save_model
 
 DTYPES = [None, "fp32", "fp16", "bf16", "fp8_e4m3", "fp8_e5m2", "fp64"]

@@ -8,16 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import streammerge
-from streammerge.applying import apply_method
-from streammerge.compute import Evaluator
-from streammerge.devices import Lane
-from streammerge.fitting import placed, reshaped
-from streammerge.formats.files import ByteFile
-from streammerge.jobs import is_copy
-from streammerge.merged import Merged
-from streammerge.methods import find_method
-from streammerge.methods.registry import net
-from streammerge.nodes import (
+from streammerge.compute.application import apply_method
+from streammerge.compute.devices import Lane
+from streammerge.compute.evaluate import Evaluator
+from streammerge.compute.expressions import (
     ByBlock,
     ByGram,
     Combined,
@@ -34,8 +28,14 @@ from streammerge.nodes import (
     slots,
     walk,
 )
+from streammerge.compute.survey import Survey
+from streammerge.fitting import placed, reshaped
+from streammerge.formats.files import ByteFile
+from streammerge.jobs import is_copy
+from streammerge.merged import Merged
+from streammerge.methods import find_method
+from streammerge.methods.registry import net
 from streammerge.reading import PositionalReader
-from streammerge.surveys import Survey
 from streammerge.tensors import DTYPES, TensorInfo
 from tests.models import MemoryModel, normal, save_models, store_tensors
 

@@ -12,9 +12,9 @@ import torch
 
 import streammerge
 from streammerge.api import planned, run_merge
+from streammerge.compute.expressions import BLOCK
+from streammerge.compute.machine import DEFAULT_WORK_BYTES, MAPPED_BYTES, MIB, share_out
 from streammerge.errors import OutputError
-from streammerge.machine import DEFAULT_WORK_BYTES, MAPPED_BYTES, MIB, share_out
-from streammerge.nodes import BLOCK
 from streammerge.options import Options
 from streammerge.plan import OVERHEAD_BYTES, Plan, by_component, existing_folder, make_plan
 from streammerge.recipe import parse_recipe

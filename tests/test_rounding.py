@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import streammerge
-from streammerge.devices import Lane
+from streammerge.compute.devices import Lane
+from streammerge.compute.rounding import rounded, rounded_into
 from streammerge.reading import PositionalReader
-from streammerge.rounding import rounded, rounded_into
 from tests.models import DTYPE_NAMES, load_model, merge_to, normal, save_models
 
 FEW_BITS = {

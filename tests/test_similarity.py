@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import streammerge
-from streammerge import compute
+from streammerge.compute import evaluate as compute
 from streammerge.errors import DeviceError
 from streammerge.similarity import compare_models
 from streammerge.workers import windows as works

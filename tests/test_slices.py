@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import streammerge
-from streammerge import compute
+from streammerge.compute import evaluate as compute
+from streammerge.compute.expressions import BLOCK
+from streammerge.compute.machine import MIB
 from streammerge.errors import MethodError, PlanError
-from streammerge.machine import MIB
 from streammerge.methods.registry import METHODS, GramMethod, method
 from streammerge.methods.slices import SliceGramPass, Slices, Slicing
 from streammerge.methods.statistics import Gram
-from streammerge.nodes import BLOCK
 from streammerge.plan import Plan
 from streammerge.workers import windows as works
 from tests.models import assert_same_bytes, load_model, make_tensors, merge_to, near, normal, save_models

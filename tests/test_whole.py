@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import streammerge
+from streammerge.compute.expressions import BLOCK
+from streammerge.compute.machine import MIB
 from streammerge.errors import MethodError, PlanError
-from streammerge.machine import MIB
 from streammerge.methods import METHODS, Place, WholeMethod, method
-from streammerge.nodes import BLOCK
 from streammerge.options import parse_size
 from tests.models import assert_same_bytes, load_model, make_tensors, merge_to, near, normal, save_models
 

@@ -6,11 +6,11 @@ import threading
 from collections.abc import Callable, Sequence
 
 from streammerge.checkpoints import Checkpoint
+from streammerge.compute.expressions import Stored
 from streammerge.copying import CopyRange
 from streammerge.errors import CheckpointError, OutputError, count, plural
 from streammerge.formats.positional import COPY_BYTES, read_at
 from streammerge.jobs import Job
-from streammerge.nodes import Stored
 from streammerge.plan import Plan
 from streammerge.reading import page_aligned
 

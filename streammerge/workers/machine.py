@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from streammerge.compute.expressions import Applied, walk
+from streammerge.compute.machine import MAPPED_BYTES, MIB, OWN_BYTES, Allotment, choose_io, resident_bytes
 from streammerge.copying import Copying
 from streammerge.errors import PlanError
 from streammerge.findings import refuse_nonfinite
-from streammerge.machine import MAPPED_BYTES, MIB, OWN_BYTES, Allotment, choose_io, resident_bytes
 from streammerge.methods import METHODS
-from streammerge.nodes import Applied, walk
 from streammerge.options import format_size
 from streammerge.plan import OVERHEAD_BYTES, Plan
 from streammerge.progress import Progress
@@ -47,7 +47,7 @@ class Machine:
         resident = resident_bytes()
         # a bare import of torch would take as much without this package, and without what is kept of the models
         self.baseline = resident - OWN_BYTES - plan.described_bytes
-        from streammerge.devices import check_float64, find_device, vram_limit
+        from streammerge.compute.devices import check_float64, find_device, vram_limit
 
         self.device: torch.device = find_device(plan.options.device)
         check_float64(self.device, plan.jobs)
@@ -60,7 +60,7 @@ class Machine:
 
     def run(self, sink: Sink, copying: Copying, watch: Watch | None, works: Sequence[MergeWork] | None = None) -> None:
         """Give every byte of the output that is computed, or those of these works, to the sink; finish the copying."""
-        from streammerge.devices import open_lanes
+        from streammerge.compute.devices import open_lanes
         from streammerge.workers.schedule import run
         from streammerge.workers.windows import MergeWork, together_works
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
+from streammerge.compute.expressions import BLOCK
 from streammerge.copying import CopyRange
 from streammerge.jobs import Job, copied_from
-from streammerge.nodes import BLOCK
 from streammerge.workers.windows import MergeWork, Window
 
 SAMPLES: Final = 200

@@ -15,8 +15,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
+from streammerge.compute.devices import Lane
 from streammerge.copying import Copying, Piece
-from streammerge.devices import Lane
 from streammerge.errors import error_context
 from streammerge.mapping import bus_errors_are_caught
 from streammerge.methods.loading import method_failure

@@ -9,18 +9,18 @@ from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 
-from streammerge.compute import Evaluator, piece_elements
-from streammerge.costs import held_bytes
-from streammerge.devices import Lane, is_out_of_memory, no_memory_left, torch_dtype
-from streammerge.examining import examine, nonfinite_inputs
+from streammerge.compute.costs import held_bytes
+from streammerge.compute.devices import Lane, is_out_of_memory, no_memory_left, torch_dtype
+from streammerge.compute.evaluate import Evaluator, piece_elements
+from streammerge.compute.examine import examine, nonfinite_inputs
+from streammerge.compute.expressions import BLOCK, ByBlock, Node, Stored, Together, compute_dtype, leaves, walk
+from streammerge.compute.survey import Survey, TogetherSurvey
 from streammerge.findings import Finding
 from streammerge.formats.files import ByteFile
 from streammerge.jobs import Job
 from streammerge.ledger import Ledger
-from streammerge.nodes import BLOCK, ByBlock, Node, Stored, Together, compute_dtype, leaves, walk
 from streammerge.progress import Progress
 from streammerge.quantisation import has_scales
-from streammerge.surveys import Survey, TogetherSurvey
 from streammerge.tensors import DType
 
 WINDOW: Final = 16

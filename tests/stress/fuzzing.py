@@ -24,8 +24,8 @@ from io import RawIOBase
 from pathlib import Path
 from typing import Any, Final
 
+from streammerge.compute.machine import peak_resident_bytes, resident_bytes, usable_cores
 from streammerge.errors import MergeError
-from streammerge.machine import peak_resident_bytes, resident_bytes, usable_cores
 from tests.stress.campaign import Effort, Figure
 
 MAX_SECONDS: Final = 1.0

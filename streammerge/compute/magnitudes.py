@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Final
 
+from streammerge.compute.expressions import Applied, Combined, Node, children
 from streammerge.errors import PlanError
-from streammerge.nodes import Applied, Combined, Node, children
 from streammerge.tensors import DType
 
 LARGEST: Final[Mapping[str, float]] = {

@@ -9,7 +9,7 @@ from typing import Final
 
 import torch
 
-from streammerge.nodes import Viewed
+from streammerge.compute.expressions import Viewed
 
 SPAN_LIMIT: Final = 2**18
 """The most source elements that are fetched at once."""

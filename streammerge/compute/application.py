@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from streammerge.compute.expressions import ByBlock, ByGram, ByWhole, Node, Term, combine
 from streammerge.errors import MethodError
 from streammerge.methods.contract import ParameterValue
 from streammerge.methods.place import Within
 from streammerge.methods.registry import BlockMethod, GramMethod, LinearMethod, Method, WholeMethod
-from streammerge.nodes import ByBlock, ByGram, ByWhole, Node, Term, combine
 from streammerge.tensors import TensorInfo
 
 

@@ -15,12 +15,12 @@ from typing import Final, Literal
 
 import torch
 
+from streammerge.compute.expressions import BLOCK, PIECE, ByBlock, ByGram, Node, Stored, walk
+from streammerge.compute.machine import Allotment
+from streammerge.compute.rounding import rounded, rounded_into
 from streammerge.errors import DeviceError, OutOfMemoryError, machine_is_full
 from streammerge.jobs import Job
-from streammerge.machine import Allotment
-from streammerge.nodes import BLOCK, PIECE, ByBlock, ByGram, Node, Stored, walk
 from streammerge.reading import PositionalReader, Reader, open_reader, page_aligned
-from streammerge.rounding import rounded, rounded_into
 from streammerge.tensors import DTYPES, DType
 
 with warnings.catch_warnings():

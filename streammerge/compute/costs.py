@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from streammerge.methods.place import Target
-from streammerge.methods.slices import Slicing
-from streammerge.nodes import (
+from streammerge.compute.expressions import (
     BLOCK,
     PIECE,
     Applied,
@@ -20,6 +18,8 @@ from streammerge.nodes import (
     slots,
     walk,
 )
+from streammerge.methods.place import Target
+from streammerge.methods.slices import Slicing
 from streammerge.tensors import DType, TensorInfo
 
 

@@ -8,11 +8,8 @@ from typing import Any
 
 import torch
 
-from streammerge.devices import Lane, torch_dtype
-from streammerge.gathering import gather
-from streammerge.methods.place import Target
-from streammerge.methods.slices import Slicing
-from streammerge.nodes import (
+from streammerge.compute.devices import Lane, torch_dtype
+from streammerge.compute.expressions import (
     BLOCK,
     PIECE,
     Applied,
@@ -27,7 +24,10 @@ from streammerge.nodes import (
     Term,
     Viewed,
 )
-from streammerge.rounding import rounded
+from streammerge.compute.gather import gather
+from streammerge.compute.rounding import rounded
+from streammerge.methods.place import Target
+from streammerge.methods.slices import Slicing
 
 Statistics = Mapping[int, Any]
 """What is known of whole tensors: by the `id` of a ByGram node its coefficients, of a ByBlock node its statistics, of a

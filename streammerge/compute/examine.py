@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import torch
 
-from streammerge.compute import Evaluator
+from streammerge.compute.evaluate import Evaluator
+from streammerge.compute.expressions import Applied, Combined, External, Node, Rounded, Stored, Viewed, leaves
 from streammerge.findings import Finding
-from streammerge.nodes import Applied, Combined, External, Node, Rounded, Stored, Viewed, leaves
 from streammerge.tensors import TensorInfo
 
 

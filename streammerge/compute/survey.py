@@ -11,17 +11,28 @@ from typing import Any
 
 import torch
 
-from streammerge.compute import Evaluator, piece_count, piece_elements, target_of
-from streammerge.devices import Lane, torch_dtype
+from streammerge.compute.devices import Lane, torch_dtype
+from streammerge.compute.evaluate import Evaluator, piece_count, piece_elements, target_of
+from streammerge.compute.expressions import (
+    Applied,
+    ByBlock,
+    ByGram,
+    ByWhole,
+    Node,
+    Stored,
+    Together,
+    Viewed,
+    compute_dtype,
+    walk,
+)
+from streammerge.compute.gather import gather
+from streammerge.compute.rounding import rounded
 from streammerge.errors import MethodError
-from streammerge.gathering import gather
 from streammerge.methods.place import Target
 from streammerge.methods.registry import Pass
 from streammerge.methods.slices import SliceGramPass, SliceGrams, Slicing
 from streammerge.methods.statistics import Gram, GramPass
-from streammerge.nodes import Applied, ByBlock, ByGram, ByWhole, Node, Stored, Together, Viewed, compute_dtype, walk
 from streammerge.reading import PositionalReader
-from streammerge.rounding import rounded
 from streammerge.tensors import DType
 
 
