@@ -14,7 +14,7 @@ from streammerge.demo.files import Fill, write_safetensors, write_torch_zip
 from streammerge.demo.layouts import MINIATURE, checkpoint
 from streammerge.demo.noise import FineTune, Noise
 from streammerge.demo.text import LlamaConfig, llama
-from streammerge.layout import split
+from streammerge.formats.layout import split
 from streammerge.tensors import DTYPES, TensorInfo
 
 Tensors = Mapping[str, TensorInfo]

@@ -11,12 +11,12 @@ from pathlib import Path
 from streammerge import __version__
 from streammerge.carrying import LICENCES, MERGED_FROM, carried_metadata
 from streammerge.checkpoints import open_model
-from streammerge.claims import NOTHING, Claim, Claims, file_key
 from streammerge.compute.expressions import Stored, leaves
 from streammerge.compute.machine import peak_resident_bytes
 from streammerge.copying import Copying
 from streammerge.decisions import Decision, Decisions
 from streammerge.errors import MergeError, refusal
+from streammerge.formats.claims import NOTHING, Claim, Claims, file_key
 from streammerge.formats.files import ByteFile
 from streammerge.hashing import (
     FileHashes,

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from streammerge.errors import output_errors
+from streammerge.formats.locking import sync_folder
 from streammerge.ledger import Ledger
-from streammerge.locking import sync_folder
 from streammerge.progress import Progress
 from streammerge.resuming import Beginning
 from streammerge.writing import OutputWriter

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from streammerge.arguments import RECIPE_SUFFIXES, is_there, options_from, recipe_from, recorded_from
 from streammerge.blocks import abridged, unet_blocks
-from streammerge.claims import Claim, Claims, file_key
 from streammerge.errors import one_line
+from streammerge.formats.claims import Claim, Claims, file_key
 from streammerge.manual import describe_method, example, method_rows
 from streammerge.methods import METHODS, find_method
 from streammerge.methods.loading import load_methods

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
 from streammerge.compute.expressions import ByBlock, Combined, External, Node, Rounded, Stored, Viewed, rounded
+from streammerge.formats.tables import Column, Names
 from streammerge.methods.contract import ParameterValue
-from streammerge.tables import Column, Names
 from streammerge.tensors import TensorInfo
 
 Action = Literal["merged", "copied", "dropped"]

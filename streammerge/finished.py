@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import BinaryIO
 
 from streammerge.formats.files import read_errors
-from streammerge.layout import OutputFile, OutputLayout
+from streammerge.formats.layout import OutputFile, OutputLayout
 
 
 def is_finished(layout: OutputLayout) -> bool:

@@ -20,8 +20,8 @@ from typing import Final
 from streammerge.copying import CopyRange
 from streammerge.errors import CheckpointError, OutputError
 from streammerge.formats.files import read_errors
+from streammerge.formats.layout import OutputFile, OutputLayout
 from streammerge.jobs import Job
-from streammerge.layout import OutputFile, OutputLayout
 from streammerge.side_files import write_text
 from streammerge.writing import OutputWriter
 

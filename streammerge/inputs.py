@@ -11,18 +11,18 @@ from typing import Final
 
 from streammerge.asked import Recipe
 from streammerge.checkpoints import Checkpoint, open_model
-from streammerge.claims import Claim, Claims, file_key
 from streammerge.errors import CheckpointError, OutputError, PlanError
 from streammerge.extent import check_steps, may_draw
+from streammerge.formats.claims import Claim, Claims, file_key
 from streammerge.formats.files import ByteFile, read_errors
 from streammerge.formats.library import RefusedError, library_digest
 from streammerge.formats.safetensors import is_safetensors
 from streammerge.formats.state_dicts import LeftTensors
+from streammerge.formats.tables import names_bytes
 from streammerge.merged import Merged, merge_models
 from streammerge.methods.place import Within
 from streammerge.older import Older
 from streammerge.plan import Plan
-from streammerge.tables import names_bytes
 
 NESTED: Final = "Options are for the outer recipe: write them in this one, as keys (on_missing: keep) and rules."
 """What to say of advice that is meant for a nested recipe."""

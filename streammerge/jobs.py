@@ -22,7 +22,7 @@ from streammerge.compute.expressions import (
 )
 from streammerge.compute.magnitudes import check_magnitudes
 from streammerge.decisions import Fate
-from streammerge.layout import OutputLayout
+from streammerge.formats.layout import OutputLayout
 from streammerge.merged import Merged
 from streammerge.options import Options
 from streammerge.tensors import DType, TensorInfo

@@ -21,10 +21,10 @@ from typing import Any, Final
 
 from streammerge.errors import OutputError
 from streammerge.fingerprint import Fingerprint
-from streammerge.formats.positional import write_at
-from streammerge.layout import OutputLayout, OutputName
+from streammerge.formats.descriptors import write_at
+from streammerge.formats.layout import OutputLayout, OutputName
+from streammerge.formats.locking import try_lock
 from streammerge.ledger import Entry
-from streammerge.locking import try_lock
 from streammerge.placing import Placing
 from streammerge.records import MAX_LINE, VERSION, Contents, decode, encode, is_whole, journal_name, take_in
 

@@ -16,6 +16,7 @@ from streammerge.decisions import Decision, Decisions, Expressions
 from streammerge.errors import PlanError
 from streammerge.extent import Extent
 from streammerge.fitting import Fitting, fit, placed
+from streammerge.formats.tables import Column
 from streammerge.globs import RuleIndex
 from streammerge.layers import Layers, layers_of
 from streammerge.methods import find_method
@@ -25,7 +26,6 @@ from streammerge.methods.registry import Method
 from streammerge.mismatches import Misshapen, Problems, Unshared
 from streammerge.presence import Names, names_beside, names_lacking, names_outside, with_inner
 from streammerge.quantisation import DECODED, CodedModels, decoded, kept_bytes
-from streammerge.tables import Column
 from streammerge.tensors import DType, Model, TensorInfo
 from streammerge.tuning import Tuning
 

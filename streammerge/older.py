@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streammerge.errors import CheckpointError, OutputError
+from streammerge.formats.layout import OutputLayout, OutputName
 from streammerge.formats.shards import read_index
-from streammerge.layout import OutputLayout, OutputName
 
 
 @dataclass(frozen=True)

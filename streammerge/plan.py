@@ -18,14 +18,14 @@ from streammerge.compute.machine import DEFAULT_WORK_BYTES, MIB, PROMISED_BYTES,
 from streammerge.decisions import Action, Decisions
 from streammerge.errors import OutputError, count, listed, plural
 from streammerge.formats.files import ByteFile
+from streammerge.formats.layout import OutputLayout, lay_out
 from streammerge.formats.state_dicts import LeftTensors
+from streammerge.formats.tables import names_bytes
 from streammerge.jobs import Jobs, together_of
-from streammerge.layout import OutputLayout, lay_out
 from streammerge.merged import Merged
 from streammerge.methods.contract import ParameterValue
 from streammerge.options import Options, format_size
 from streammerge.progress import Progress
-from streammerge.tables import names_bytes
 from streammerge.tensors import DType
 
 OVERHEAD_BYTES: Final = 16 * MIB

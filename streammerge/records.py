@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from streammerge.findings import Finding
 from streammerge.fingerprint import Fingerprint
-from streammerge.layout import OutputName
+from streammerge.formats.layout import OutputName
 from streammerge.ledger import Coverage, Entry, Span
 from streammerge.placing import RETIRED_SUFFIX, TEMPORARY_SUFFIX, Placing, Step, is_hidden_name
 

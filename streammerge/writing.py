@@ -19,12 +19,12 @@ from typing import Final
 from streammerge.copying import CopyRange, adjoining
 from streammerge.errors import MergeError, OutputError, cannot_write, output_errors
 from streammerge.fingerprint import Fingerprint
+from streammerge.formats.descriptors import copy_at, read_at, write_at
+from streammerge.formats.layout import OutputFile, OutputLayout, OutputName
 from streammerge.formats.library import RefusedError, library_digest, names_digest
-from streammerge.formats.positional import copy_at, read_at, write_at
+from streammerge.formats.locking import sync_data, sync_folder
 from streammerge.jobs import Job
 from streammerge.journal import Journal
-from streammerge.layout import OutputFile, OutputLayout, OutputName
-from streammerge.locking import sync_data, sync_folder
 from streammerge.options import format_size
 from streammerge.placing import plan_placing, put_in_place, temporary_name
 

@@ -11,8 +11,8 @@ import pytest
 import streammerge
 from streammerge.cli import main
 from streammerge.errors import OutputError
+from streammerge.formats.layout import lay_out
 from streammerge.journal import lock_journal
-from streammerge.layout import lay_out
 from streammerge.leftovers import age, find_leftovers, remove
 from streammerge.older import find_older
 from streammerge.placing import Placing, Step, put_in_place, state_of, temporary_name

@@ -22,10 +22,10 @@ from streammerge.compute.expressions import BLOCK, ByBlock, External, Node, Stor
 from streammerge.compute.survey import Survey, read_range, read_stored
 from streammerge.decisions import Decision, Decisions
 from streammerge.fitting import placed, reshaped
+from streammerge.formats.readers import PositionalReader
 from streammerge.merged import Merged
 from streammerge.methods import find_method
 from streammerge.methods.registry import BlockMethod
-from streammerge.reading import PositionalReader
 from streammerge.tensors import DTYPES, Model, TensorInfo
 from streammerge.workers import windows as works
 from tests import references

@@ -19,8 +19,8 @@ from streammerge import copying
 from streammerge.compute.expressions import Stored, Term, combine
 from streammerge.copying import Copying, CopyRange, Piece, adjoining, pieces, ranges_of
 from streammerge.errors import CheckpointError, OutputError
-from streammerge.formats import positional
-from streammerge.formats.positional import copy_at
+from streammerge.formats import descriptors as positional
+from streammerge.formats.descriptors import copy_at
 from streammerge.jobs import Job
 from streammerge.ledger import Ledger
 from streammerge.progress import Progress

@@ -32,8 +32,8 @@ from streammerge.compute.devices import (
 from streammerge.compute.expressions import BLOCK
 from streammerge.compute.machine import Allotment
 from streammerge.errors import DeviceError, OutOfMemoryError, PlanError
+from streammerge.formats.readers import MappedReader, PositionalReader
 from streammerge.methods import METHODS
-from streammerge.reading import MappedReader, PositionalReader
 from streammerge.tensors import DTYPES
 from tests.models import (
     DTYPE_NAMES,

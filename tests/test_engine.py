@@ -22,12 +22,12 @@ from streammerge.compute.examine import examine
 from streammerge.compute.expressions import BLOCK, ByBlock, ByGram, External, Node, Stored, Term, combine
 from streammerge.copying import PIECE, Copying, CopyRange
 from streammerge.errors import CheckpointError, MethodError
-from streammerge.formats.positional import read_at
+from streammerge.formats.descriptors import read_at
+from streammerge.formats.readers import MappedReader, PositionalReader
 from streammerge.jobs import Job
 from streammerge.methods.registry import BlockMethod, GramMethod
 from streammerge.methods.statistics import Gram
 from streammerge.progress import Progress
-from streammerge.reading import MappedReader, PositionalReader
 from streammerge.tensors import DTYPES, TensorInfo
 from streammerge.workers import windows as works
 from streammerge.workers.schedule import AHEAD_BYTES, AHEAD_WINDOWS, Schedule, run

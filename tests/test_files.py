@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from streammerge.errors import CheckpointError
-from streammerge.formats import positional
+from streammerge.formats import descriptors as positional
 from streammerge.formats.files import ByteFile, identify
 
 CONTENT = bytes(range(256)) * 4

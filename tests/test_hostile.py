@@ -25,9 +25,9 @@ from streammerge.formats.header_entries import (
     MAX_TENSORS,
     MAX_TEXT,
 )
+from streammerge.formats.layout import lay_out
 from streammerge.formats.safetensors import read_header
 from streammerge.formats.shards import MAX_INDEX, MAX_INDEXED, read_index
-from streammerge.layout import lay_out
 from streammerge.recipe import parse_recipe
 from streammerge.recipe_files import MAX_NODES, MAX_RECIPE, parse_yaml, read_recipe_file
 from streammerge.tensors import DTYPES, TensorInfo

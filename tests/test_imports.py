@@ -17,14 +17,14 @@ PACKAGE = Path(streammerge.__file__).parent
 
 ORDER = [
     # the vocabulary
-    *("errors", "tensors", "tables", "", "compute.machine", "findings", "options", "progress"),
+    *("errors", "tensors", "formats.tables", "", "compute.machine", "findings", "options", "progress"),
     # what a process costs
     *("launcher", "measuring", "floor"),
     # what is on disk
-    *("formats", "formats.positional", "formats.files", "formats.library", "formats.bounds"),
+    *("formats", "formats.descriptors", "formats.files", "formats.library", "formats.bounds"),
     *("formats.header_entries", "formats.safetensors", "formats.shards"),
     *("formats.zip_directory", "formats.pickle_machine", "formats.pickle_steps", "formats.pickles"),
-    *("formats.state_dicts", "formats.torchzip", "mapping", "reading"),
+    *("formats.state_dicts", "formats.torchzip", "formats.mapping", "formats.readers"),
     # methods
     *("methods.contract", "methods.results", "methods.registry", "methods.place", "methods.statistics"),
     *("methods.slices", "methods.sums"),
@@ -53,9 +53,31 @@ ORDER = [
     ),
     *("compute.application", "decisions", "merged", "functions"),
     # what will happen
-    *("layout", "compute.costs", "jobs", "plan", "ledger", "older", "indexes", "claims", "inputs", "report", "copying"),
+    *(
+        "formats.layout",
+        "compute.costs",
+        "jobs",
+        "plan",
+        "ledger",
+        "older",
+        "indexes",
+        "formats.claims",
+        "inputs",
+        "report",
+        "copying",
+    ),
     # what is left of a merge that was stopped
-    *("locking", "fingerprint", "placing", "side_files", "records", "journal", "finished", "resuming", "leftovers"),
+    *(
+        "formats.locking",
+        "fingerprint",
+        "placing",
+        "side_files",
+        "records",
+        "journal",
+        "finished",
+        "resuming",
+        "leftovers",
+    ),
     # what happens
     *(
         "compute.rounding",

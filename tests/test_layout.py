@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streammerge.errors import OutputError
-from streammerge.layout import lay_out, split
+from streammerge.formats.layout import lay_out, split
 from streammerge.tensors import DTYPES, TensorInfo
 
 METADATA = {"format": "pt"}

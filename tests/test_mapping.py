@@ -13,13 +13,13 @@ import threading
 import pytest
 import torch
 
-from streammerge import mapping
 from streammerge.cli import main
 from streammerge.compute.devices import Lane
 from streammerge.errors import CheckpointError
+from streammerge.formats import mapping
 from streammerge.formats.files import ByteFile
-from streammerge.mapping import address_of, bus_errors_are_caught, check_windows, map_window
-from streammerge.reading import MappedReader
+from streammerge.formats.mapping import address_of, bus_errors_are_caught, check_windows, map_window
+from streammerge.formats.readers import MappedReader
 from tests.models import load_model, make_tensors, save_models
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGBUS"), reason="there is no SIGBUS here")
@@ -170,7 +170,7 @@ def test_other_bus_errors_kill_as_they_always_did(tmp_path):
     script = f"""
 import mmap, os, resource
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-from streammerge.mapping import bus_errors_are_caught
+from streammerge.formats.mapping import bus_errors_are_caught
 path = {str(tmp_path / "x")!r}
 open(path, "wb").write(bytes(10_000))
 with open(path, "r+b") as file, bus_errors_are_caught():

@@ -129,7 +129,11 @@ def test_a_limit_below_the_least_is_an_error_before_anything_is_read(tmp_path, m
     def never(*args: object, **options: object) -> None:
         raise AssertionError("a weight was read, or something was made")
 
-    for place in ("streammerge.reading.read_at", "streammerge.reading.map_window", "streammerge.writing.preallocate"):
+    for place in (
+        "streammerge.formats.readers.read_at",
+        "streammerge.formats.readers.map_window",
+        "streammerge.writing.preallocate",
+    ):
         monkeypatch.setattr(place, never)
     words = [word.format(**paths) for word in KINDS[kind]]
     assert main([*words, "-o", str(tmp_path / "new" / "out.safetensors"), "--io", io, "--max-ram", "10MB", "-q"]) == 1

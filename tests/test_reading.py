@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from streammerge import reading
 from streammerge.errors import CheckpointError
+from streammerge.formats import readers as reading
 from streammerge.formats.files import ByteFile
-from streammerge.reading import WINDOW_BYTES, MappedReader, PositionalReader, open_reader, page_aligned
+from streammerge.formats.readers import WINDOW_BYTES, MappedReader, PositionalReader, open_reader, page_aligned
 
 SIZE = 100_003
 

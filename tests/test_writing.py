@@ -21,8 +21,8 @@ import streammerge
 from streammerge import writing
 from streammerge.api import run_merge
 from streammerge.errors import CheckpointError, MergeError, OutputError
+from streammerge.formats.layout import lay_out
 from streammerge.jobs import Job
-from streammerge.layout import lay_out
 from streammerge.options import Options
 from streammerge.placing import temporary_name
 from streammerge.recipe import parse_recipe

@@ -28,11 +28,11 @@ from streammerge.compute.expressions import (
 from streammerge.compute.gather import gather
 from streammerge.compute.rounding import rounded
 from streammerge.errors import MethodError
+from streammerge.formats.readers import PositionalReader
 from streammerge.methods.place import Target
 from streammerge.methods.registry import Pass
 from streammerge.methods.slices import SliceGramPass, SliceGrams, Slicing
 from streammerge.methods.statistics import Gram, GramPass
-from streammerge.reading import PositionalReader
 from streammerge.tensors import DType
 
 

@@ -18,7 +18,7 @@ from typing import Final
 
 from streammerge.errors import CheckpointError
 from streammerge.formats.header_entries import Bounds, Entries, MalformedHeaderError
-from streammerge.tables import Column, Names
+from streammerge.formats.tables import Column, Names
 from streammerge.tensors import DTYPE_RANK, TensorInfo
 
 MAX_HEADER: Final = 100_000_000

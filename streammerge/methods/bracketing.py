@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from streammerge.formats.readers import page_aligned
 from streammerge.methods.radix import UpperBits
-from streammerge.reading import page_aligned
 
 if TYPE_CHECKING:
     from torch import Tensor

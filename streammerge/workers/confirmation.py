@@ -13,7 +13,7 @@ from streammerge.carrying import LICENCES, MERGED_FROM
 from streammerge.checkpoints import Checkpoint, open_model
 from streammerge.errors import OutputError, count
 from streammerge.formats.files import read_errors
-from streammerge.layout import METADATA, lay_out
+from streammerge.formats.layout import METADATA, lay_out
 from streammerge.plan import Plan
 from streammerge.provenance import INPUTS, RECIPE, SETTINGS, VERSION
 from streammerge.workers.checking import checkpoint_reader

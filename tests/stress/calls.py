@@ -18,7 +18,7 @@ from unittest import mock
 import safetensors
 import torch
 
-from streammerge.formats import positional
+from streammerge.formats import descriptors as positional
 
 
 @dataclass(frozen=True)

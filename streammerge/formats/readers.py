@@ -9,9 +9,9 @@ import mmap
 from collections.abc import Callable
 from typing import Final, Literal, Protocol
 
+from streammerge.formats.descriptors import read_at
 from streammerge.formats.files import ByteFile
-from streammerge.formats.positional import read_at
-from streammerge.mapping import check_windows, map_window
+from streammerge.formats.mapping import check_windows, map_window
 
 WINDOW_BYTES: Final = 2 << 20
 """How much of a file is mapped at once: less pays for mapping and unmapping, more in resident memory."""
