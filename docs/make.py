@@ -20,7 +20,9 @@ from unittest import mock
 from xml.sax.saxutils import escape
 
 from streammerge import asked, cli, extent, globs, tuning
-from streammerge.formats import header_entries, pickle_machine, shards, zip_directory
+from streammerge.formats import header_entries, shards
+from streammerge.formats.torchzip import directory as zip_directory
+from streammerge.formats.torchzip import machine as pickle_machine
 from streammerge.options import Options
 from streammerge.public import RECIPE_KEYS
 from streammerge.recipe_files import MAX_NODES, MAX_RECIPE

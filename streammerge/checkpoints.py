@@ -17,9 +17,9 @@ from streammerge.errors import CheckpointError, count, plural
 from streammerge.formats.files import ByteFile, read_errors
 from streammerge.formats.safetensors import is_safetensors, read_header
 from streammerge.formats.shards import find_weights, is_index, read_index
-from streammerge.formats.state_dicts import NONE_LEFT, LeftTensors
 from streammerge.formats.tables import Column, Names
-from streammerge.formats.torchzip import StoredView, is_torch_zip, legacy_torch_reason, read_torch_zip
+from streammerge.formats.torchzip.archive import StoredView, is_torch_zip, legacy_torch_reason, read_torch_zip
+from streammerge.formats.torchzip.state_dicts import NONE_LEFT, LeftTensors
 from streammerge.tensors import TensorInfo
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from streammerge.formats.claims import Claim, Claims, file_key
 from streammerge.formats.files import ByteFile, read_errors
 from streammerge.formats.library import RefusedError, library_digest
 from streammerge.formats.safetensors import is_safetensors
-from streammerge.formats.state_dicts import LeftTensors
 from streammerge.formats.tables import names_bytes
+from streammerge.formats.torchzip.state_dicts import LeftTensors
 from streammerge.merged import Merged, merge_models
 from streammerge.methods.place import Within
 from streammerge.older import Older

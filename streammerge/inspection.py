@@ -17,7 +17,7 @@ from streammerge.architecture import Component, components, count_dtypes, guess_
 from streammerge.blocks import Blocks, abridged
 from streammerge.codes import find_quantised
 from streammerge.errors import one_line
-from streammerge.formats.state_dicts import NONE_LEFT, LeftTensors
+from streammerge.formats.torchzip.state_dicts import NONE_LEFT, LeftTensors
 from streammerge.tensors import TensorInfo
 
 LARGEST: Final = 5

@@ -19,8 +19,8 @@ from streammerge.decisions import Action, Decisions
 from streammerge.errors import OutputError, count, listed, plural
 from streammerge.formats.files import ByteFile
 from streammerge.formats.layout import OutputLayout, lay_out
-from streammerge.formats.state_dicts import LeftTensors
 from streammerge.formats.tables import names_bytes
+from streammerge.formats.torchzip.state_dicts import LeftTensors
 from streammerge.jobs import Jobs, together_of
 from streammerge.merged import Merged
 from streammerge.methods.contract import ParameterValue

@@ -23,8 +23,8 @@ ORDER = [
     # what is on disk
     *("formats", "formats.descriptors", "formats.files", "formats.library", "formats.bounds"),
     *("formats.header_entries", "formats.safetensors", "formats.shards"),
-    *("formats.zip_directory", "formats.pickle_machine", "formats.pickle_steps", "formats.pickles"),
-    *("formats.state_dicts", "formats.torchzip", "formats.mapping", "formats.readers"),
+    *("formats.torchzip.directory", "formats.torchzip.machine", "formats.torchzip.steps", "formats.torchzip.pickles"),
+    *("formats.torchzip.state_dicts", "formats.torchzip.archive", "formats.mapping", "formats.readers"),
     # methods
     *("methods.contract", "methods.results", "methods.registry", "methods.place", "methods.statistics"),
     *("methods.slices", "methods.sums"),

@@ -20,10 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streammerge.errors import CheckpointError
-from streammerge.formats import pickle_steps
-from streammerge.formats.pickle_machine import MAX_PICKLE, MAX_STEPS, Bounds, Inert, PickledDict, kind
-from streammerge.formats.pickle_steps import _STEPS
-from streammerge.formats.pickles import PickledStorage, PickledTensor, Unreadable, describe_pickle
+from streammerge.formats.torchzip import steps as pickle_steps
+from streammerge.formats.torchzip.machine import MAX_PICKLE, MAX_STEPS, Bounds, Inert, PickledDict, kind
+from streammerge.formats.torchzip.pickles import PickledStorage, PickledTensor, Unreadable, describe_pickle
+from streammerge.formats.torchzip.steps import _STEPS
 from streammerge.tensors import DTYPES
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
@@ -674,8 +674,8 @@ BOMBS = {
 MEASURE = """
 import pathlib, sys
 from streammerge.errors import CheckpointError
-from streammerge.formats.pickles import describe_pickle
-from streammerge.formats.torchzip import read_torch_zip
+from streammerge.formats.torchzip.pickles import describe_pickle
+from streammerge.formats.torchzip.archive import read_torch_zip
 
 def kilobytes(field):
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()

@@ -24,10 +24,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from streammerge.errors import CheckpointError
-from streammerge.formats import state_dicts
-from streammerge.formats.state_dicts import NONE_LEFT
-from streammerge.formats.torchzip import StoredView, TorchZip, is_torch_zip, legacy_torch_reason, read_torch_zip
-from streammerge.formats.zip_directory import MAX_MEMBERS
+from streammerge.formats.torchzip import state_dicts
+from streammerge.formats.torchzip.archive import StoredView, TorchZip, is_torch_zip, legacy_torch_reason, read_torch_zip
+from streammerge.formats.torchzip.directory import MAX_MEMBERS
+from streammerge.formats.torchzip.state_dicts import NONE_LEFT
 from streammerge.tensors import DTYPES, TensorInfo
 from tests.test_pickles import (
     BOMBS,

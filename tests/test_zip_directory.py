@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streammerge.formats import zip_directory
-from streammerge.formats.zip_directory import MAX_MEMBERS, MalformedZipError, folded, read_at, read_directory
+from streammerge.formats.torchzip import directory as zip_directory
+from streammerge.formats.torchzip.directory import MAX_MEMBERS, MalformedZipError, folded, read_at, read_directory
 
 FULL = 2**32 - 1
 

@@ -6,8 +6,8 @@ import zipfile
 from pathlib import Path
 from typing import Final
 
-from streammerge.formats.pickles import describe_pickle
-from streammerge.formats.torchzip import read_torch_zip
+from streammerge.formats.torchzip.archive import read_torch_zip
+from streammerge.formats.torchzip.pickles import describe_pickle
 from tests.stress.campaign import Campaign, Effort, Figure
 from tests.stress.fuzzing import Fuzzer, WrongAnswerError, fuzz
 from tests.stress.zip_inputs import pickles, torch_zips

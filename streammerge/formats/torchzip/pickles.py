@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from streammerge.errors import CheckpointError
-from streammerge.formats.pickle_machine import (
+from streammerge.formats.torchzip.machine import (
     Arguments,
     Bounds,
     Inert,
@@ -24,7 +24,7 @@ from streammerge.formats.pickle_machine import (
     PickledObject,
     kind,
 )
-from streammerge.formats.pickle_steps import run
+from streammerge.formats.torchzip.steps import run
 from streammerge.tensors import DTYPES, DType
 
 MAX_DIMENSIONS: Final = 64

@@ -11,12 +11,7 @@ from functools import partial
 from itertools import islice
 from typing import Final
 
-from streammerge.formats.pickle_machine import (
-    Inert,
-    Machine,
-    MalformedPickleError,
-    PickledDict,
-)
+from streammerge.formats.torchzip.machine import Inert, Machine, MalformedPickleError, PickledDict
 
 _MAX_MARKS: Final = 2000  # how deep a pickle may nest: Python's own pickler gives up at about 1000
 _MAX_INT: Final = 8  # bytes of a number that is kept: no size or offset takes more

@@ -14,8 +14,8 @@ from itertools import islice
 from typing import Any, Final
 
 from streammerge.errors import SHOWN
-from streammerge.formats.pickle_machine import Bounds, Inert, MalformedPickleError, PickledDict, PickledObject
-from streammerge.formats.pickles import PickledStorage, PickledTensor, Unreadable
+from streammerge.formats.torchzip.machine import Bounds, Inert, MalformedPickleError, PickledDict, PickledObject
+from streammerge.formats.torchzip.pickles import PickledStorage, PickledTensor, Unreadable
 
 TENSORS: Final = (PickledTensor, PickledStorage, Unreadable)
 """What stands for a tensor, or for something of that kind."""

@@ -14,10 +14,16 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from streammerge.errors import CheckpointError
-from streammerge.formats.pickle_machine import Bounds, Inert, MalformedPickleError, PickledDict, kind
-from streammerge.formats.pickles import PickledStorage, PickledTensor, describe_pickle
-from streammerge.formats.state_dicts import TENSORS, ChoiceError, LeftTensors, NoStateDictError, find_state_dict
-from streammerge.formats.zip_directory import Directory, MalformedZipError, folded, read_at, read_directory
+from streammerge.formats.torchzip.directory import Directory, MalformedZipError, folded, read_at, read_directory
+from streammerge.formats.torchzip.machine import Bounds, Inert, MalformedPickleError, PickledDict, kind
+from streammerge.formats.torchzip.pickles import PickledStorage, PickledTensor, describe_pickle
+from streammerge.formats.torchzip.state_dicts import (
+    TENSORS,
+    ChoiceError,
+    LeftTensors,
+    NoStateDictError,
+    find_state_dict,
+)
 from streammerge.tensors import TensorInfo, contiguous_strides
 
 _MAX_NBYTES: Final = 2**63

@@ -1,0 +1,1 @@
+"""Torch zips, read without running anything that they hold."""
