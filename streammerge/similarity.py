@@ -16,7 +16,7 @@ from streammerge.compute.expressions import ByBlock, Node
 from streammerge.compute.machine import MIB, IoMode, choose_io, share_out
 from streammerge.jobs import Job
 from streammerge.methods.registry import BlockMethod
-from streammerge.methods.statistics import Gram, GramPass
+from streammerge.methods.statistics.gram import Gram, GramPass
 from streammerge.progress import Progress
 from streammerge.quantisation import decoded
 from streammerge.tensors import DTYPES

@@ -12,15 +12,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from streammerge.methods import bracketing
-from streammerge.methods.bracketing import BOTTOM as LEAST
-from streammerge.methods.bracketing import Bracket, Gathering, Sample
-from streammerge.methods.cuts import ALL, INFINITE, Cut, keys, quotas
 from streammerge.methods.place import Target
-from streammerge.methods.radix import LowerBits, UpperBits
-from streammerge.methods.ranking import Ranking
 from streammerge.methods.registry import Pass
 from streammerge.methods.sparse import Trim, trim_to_density
+from streammerge.methods.statistics import brackets as bracketing
+from streammerge.methods.statistics.brackets import BOTTOM as LEAST
+from streammerge.methods.statistics.brackets import Bracket, Gathering, Sample
+from streammerge.methods.statistics.histograms import LowerBits, UpperBits
+from streammerge.methods.statistics.ranking import Ranking
+from streammerge.methods.statistics.ranks import ALL, INFINITE, Cut, keys, quotas
 from tests.models import normal
 
 TINY = float(np.nextafter(np.float32(0), np.float32(1)))

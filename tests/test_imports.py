@@ -26,9 +26,14 @@ ORDER = [
     *("formats.torchzip.directory", "formats.torchzip.machine", "formats.torchzip.steps", "formats.torchzip.pickles"),
     *("formats.torchzip.state_dicts", "formats.torchzip.archive", "formats.mapping", "formats.readers"),
     # methods
-    *("methods.contract", "methods.results", "methods.registry", "methods.place", "methods.statistics"),
-    *("methods.slices", "methods.sums"),
-    *("methods.cuts", "methods.radix", "methods.bracketing", "methods.ranking"),
+    *("methods.contract", "methods.results", "methods.registry", "methods.place", "methods.statistics.gram"),
+    *("methods.statistics.slices", "methods.statistics.sums"),
+    *(
+        "methods.statistics.ranks",
+        "methods.statistics.histograms",
+        "methods.statistics.brackets",
+        "methods.statistics.ranking",
+    ),
     *("methods.linear", "methods.spherical", "methods.means", "methods.sparse", "methods.dropping"),
     *("methods.agreement", "methods.competition", "methods.selection"),
     *("methods.tall", "methods.decomposition", "methods.tasks", "methods.matrix", "methods.rotation"),

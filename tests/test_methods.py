@@ -13,12 +13,12 @@ import torch
 import streammerge
 from streammerge.errors import MethodError, RecipeError
 from streammerge.methods import METHODS, find_method
-from streammerge.methods.bracketing import Gathering, Sample
-from streammerge.methods.cuts import Cut
-from streammerge.methods.radix import Equals, LowerBits, UpperBits
-from streammerge.methods.ranking import Ranking
 from streammerge.methods.registry import LinearMethod, Pass, method, net
-from streammerge.methods.statistics import GramPass
+from streammerge.methods.statistics.brackets import Gathering, Sample
+from streammerge.methods.statistics.gram import GramPass
+from streammerge.methods.statistics.histograms import Equals, LowerBits, UpperBits
+from streammerge.methods.statistics.ranking import Ranking
+from streammerge.methods.statistics.ranks import Cut
 from tests.models import (
     DTYPE_NAMES,
     SHAPES,

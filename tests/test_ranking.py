@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streammerge.methods.cuts import Cut, keys
-from streammerge.methods.ranking import Ranking
 from streammerge.methods.registry import Pass
+from streammerge.methods.statistics.ranking import Ranking
+from streammerge.methods.statistics.ranks import Cut, keys
 
 STEP = 16
 """Elements per block in these tests."""

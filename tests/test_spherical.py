@@ -11,7 +11,7 @@ import streammerge
 from streammerge.errors import MethodError, RecipeError
 from streammerge.methods import METHODS
 from streammerge.methods.registry import GramMethod
-from streammerge.methods.statistics import Gram, GramPass, Products
+from streammerge.methods.statistics.gram import Gram, GramPass, Products
 from streammerge.tensors import Model
 from tests.models import SMALL, MemoryModel, Tensors, make_tensors, near, normal
 from tests.references import CASES, ONE_CASE_EACH, Case

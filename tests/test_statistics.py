@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from streammerge.errors import MethodError
-from streammerge.methods.statistics import Gram, GramPass
+from streammerge.methods.statistics.gram import Gram, GramPass
 from tests.models import DTYPE_NAMES, normal
 
 COUNT = 20_000

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from streammerge.methods.sums import Summary, SummaryPass, SumPass, l1_norm
+from streammerge.methods.statistics.sums import Summary, SummaryPass, SumPass, l1_norm
 from tests.models import normal
 
 

@@ -19,7 +19,7 @@ from streammerge.compute.expressions import (
     walk,
 )
 from streammerge.methods.place import Target
-from streammerge.methods.slices import Slicing
+from streammerge.methods.statistics.slices import Slicing
 from streammerge.tensors import DType, TensorInfo
 
 

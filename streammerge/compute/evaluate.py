@@ -27,7 +27,7 @@ from streammerge.compute.expressions import (
 from streammerge.compute.gather import gather
 from streammerge.compute.rounding import rounded
 from streammerge.methods.place import Target
-from streammerge.methods.slices import Slicing
+from streammerge.methods.statistics.slices import Slicing
 
 Statistics = Mapping[int, Any]
 """What is known of whole tensors: by the `id` of a ByGram node its coefficients, of a ByBlock node its statistics, of a

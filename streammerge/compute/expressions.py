@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from streammerge.methods.contract import ParameterValue
     from streammerge.methods.place import Within
     from streammerge.methods.registry import BlockMethod, GramMethod, WholeMethod
-    from streammerge.methods.slices import Slices
+    from streammerge.methods.statistics.slices import Slices
 
 BLOCK: Final = 2**18
 """Elements that are computed at once at the most: few enough for the CPU's caches, enough to be worth the calls."""

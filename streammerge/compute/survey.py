@@ -31,8 +31,8 @@ from streammerge.errors import MethodError
 from streammerge.formats.readers import PositionalReader
 from streammerge.methods.place import Target
 from streammerge.methods.registry import Pass
-from streammerge.methods.slices import SliceGramPass, SliceGrams, Slicing
-from streammerge.methods.statistics import Gram, GramPass
+from streammerge.methods.statistics.gram import Gram, GramPass
+from streammerge.methods.statistics.slices import SliceGramPass, SliceGrams, Slicing
 from streammerge.tensors import DType
 
 

@@ -36,7 +36,7 @@ from streammerge.methods.registry import (
     find_method,
     method,
 )
-from streammerge.methods.statistics import Gram
+from streammerge.methods.statistics.gram import Gram
 
 __all__ = [
     "METHODS",

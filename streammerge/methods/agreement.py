@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from streammerge.errors import MethodError
 from streammerge.methods.contract import Between, ParameterValue, Share
-from streammerge.methods.cuts import Cut
 from streammerge.methods.place import Place, Target
-from streammerge.methods.ranking import Ranking
 from streammerge.methods.registry import BlockMethod, method
 from streammerge.methods.sparse import summed
-from streammerge.methods.sums import SumPass, l1_norm, pieces, task_vectors
+from streammerge.methods.statistics.ranking import Ranking
+from streammerge.methods.statistics.ranks import Cut
+from streammerge.methods.statistics.sums import SumPass, l1_norm, pieces, task_vectors
 
 if TYPE_CHECKING:
     from torch import Tensor

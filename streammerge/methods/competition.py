@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from streammerge.methods.contract import ParameterValue, Share
-from streammerge.methods.cuts import Cut
 from streammerge.methods.place import Target
-from streammerge.methods.ranking import Ranking
 from streammerge.methods.registry import BlockMethod, method
-from streammerge.methods.sums import PIECE, pieces, task_vectors
+from streammerge.methods.statistics.ranking import Ranking
+from streammerge.methods.statistics.ranks import Cut
+from streammerge.methods.statistics.sums import PIECE, pieces, task_vectors
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from streammerge.methods.contract import Between, ParameterValue, Share
 from streammerge.methods.registry import BlockMethod, method
-from streammerge.methods.slices import Rectangle, Slicing
+from streammerge.methods.statistics.slices import Rectangle, Slicing
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from streammerge.methods.contract import ParameterValue, Share
 from streammerge.methods.registry import BlockMethod, method
-from streammerge.methods.statistics import Gram, GramPass
+from streammerge.methods.statistics.gram import Gram, GramPass
 
 if TYPE_CHECKING:
     from torch import Tensor

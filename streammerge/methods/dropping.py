@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from streammerge.errors import MethodError
 from streammerge.methods.contract import ParameterValue, PerModel, Share
-from streammerge.methods.cuts import Cut
 from streammerge.methods.linear import check_weights
 from streammerge.methods.place import Place, Target
-from streammerge.methods.ranking import Ranking
 from streammerge.methods.registry import BlockMethod, method, net
 from streammerge.methods.sparse import divided, elect_and_sum, l1_pass
+from streammerge.methods.statistics.ranking import Ranking
+from streammerge.methods.statistics.ranks import Cut
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from streammerge.methods.contract import ParameterValue
 from streammerge.methods.cosines import SUMS, cosines_from, sums_of_columns
 from streammerge.methods.registry import BlockMethod, method
-from streammerge.methods.slices import Slicing
+from streammerge.methods.statistics.slices import Slicing
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from streammerge.methods.contract import Between
 from streammerge.methods.registry import GramMethod, method
-from streammerge.methods.statistics import Gram, Products
+from streammerge.methods.statistics.gram import Gram, Products
 
 
 @method(GramMethod, base="first", models=(1, None))

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from streammerge.methods.place import Place, Target
-    from streammerge.methods.slices import Slices
-    from streammerge.methods.statistics import Gram
+    from streammerge.methods.statistics.gram import Gram
+    from streammerge.methods.statistics.slices import Slices
 
 BaseUse = Literal["required", "optional", "first", "none"]
 """Whether a method has a base beside its models; `first`: a base may be given, and is the first of the models."""

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from streammerge.methods.contract import Between, ParameterValue
-from streammerge.methods.cuts import Cut
-from streammerge.methods.ranking import Ranking
 from streammerge.methods.registry import BlockMethod, method
-from streammerge.methods.slices import Slicing
+from streammerge.methods.statistics.ranking import Ranking
+from streammerge.methods.statistics.ranks import Cut
+from streammerge.methods.statistics.slices import Slicing
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from streammerge.methods.contract import ParameterValue, PerModel, Share
-from streammerge.methods.cuts import Cut
 from streammerge.methods.linear import check_weights
-from streammerge.methods.ranking import Ranking
 from streammerge.methods.registry import BlockMethod, method
-from streammerge.methods.sums import SumPass, l1_norm
+from streammerge.methods.statistics.ranking import Ranking
+from streammerge.methods.statistics.ranks import Cut
+from streammerge.methods.statistics.sums import SumPass, l1_norm
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,8 +10,8 @@ from typing import Final, Literal
 from streammerge.methods.contract import ParameterValue, PerModel
 from streammerge.methods.linear import check_weights, normalized
 from streammerge.methods.registry import GramMethod, method, net
-from streammerge.methods.slices import Slices
-from streammerge.methods.statistics import Gram, Products
+from streammerge.methods.statistics.gram import Gram, Products
+from streammerge.methods.statistics.slices import Slices
 
 NEARLY_PARALLEL: Final = 0.9995
 """Above this cosine slerp becomes the straight line, as in mergekit."""

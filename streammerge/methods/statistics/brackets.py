@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from streammerge.formats.readers import page_aligned
-from streammerge.methods.radix import UpperBits
+from streammerge.methods.statistics.histograms import UpperBits
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from streammerge.methods.ranking import Ranking, Search
+    from streammerge.methods.statistics.ranking import Ranking, Search
 
 SAMPLE: Final = 2**14
 """Values that are sampled of a tensor, or more if it has many blocks."""

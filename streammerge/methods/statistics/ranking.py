@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from streammerge.methods.bracketing import begin_bracketing
-from streammerge.methods.cuts import ALL, Cut, keys, quotas
-from streammerge.methods.radix import UpperBits
-from streammerge.methods.sums import Vectors, task_vectors
+from streammerge.methods.statistics.brackets import begin_bracketing
+from streammerge.methods.statistics.histograms import UpperBits
+from streammerge.methods.statistics.ranks import ALL, Cut, keys, quotas
+from streammerge.methods.statistics.sums import Vectors, task_vectors
 
 if TYPE_CHECKING:
     from torch import Tensor

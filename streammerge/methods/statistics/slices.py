@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from streammerge.methods.statistics import WIDE, Gram, refuse_unless_infinite, tensors_from
+from streammerge.methods.statistics.gram import WIDE, Gram, refuse_unless_infinite, tensors_from
 
 if TYPE_CHECKING:
     from torch import Tensor

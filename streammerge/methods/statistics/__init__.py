@@ -1,0 +1,1 @@
+"""What methods want to know of whole tensors, gathered block by block."""
