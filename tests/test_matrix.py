@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import streammerge
-from streammerge.methods import METHODS, Target, tall
+from streammerge.methods import METHODS, Target
+from streammerge.methods import matrices as tall
 from streammerge.methods.isotropic import tasks_share
 from streammerge.methods.rotation import procrustes, rotation_power
 from tests.models import MemoryModel, normal

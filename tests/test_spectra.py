@@ -10,7 +10,7 @@ import torch
 
 import streammerge
 from streammerge.errors import RecipeError
-from streammerge.methods.spectra import crossing, radial_frequencies
+from streammerge.methods.filters import crossing, radial_frequencies
 from tests.models import MemoryModel, normal
 
 

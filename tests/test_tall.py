@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from streammerge.methods import tall
+from streammerge.methods import matrices as tall
 from streammerge.methods.decomposition import Decomposition, decompose, decompose_at_random
-from streammerge.methods.tall import Tall, above, beside, total
+from streammerge.methods.matrices import Tall, above, beside, total
 from tests.models import normal
 
 F64 = torch.float64

@@ -20,10 +20,10 @@ from streammerge.methods import (
     selection,
     smoothing,
     sparse,
-    spectra,
-    spherical,
     subspaces,
 )
+from streammerge.methods import directions as spherical
+from streammerge.methods import filters as spectra
 from streammerge.methods.contract import Between, PerModel, Share
 from streammerge.methods.place import Place, Target
 from streammerge.methods.registry import (

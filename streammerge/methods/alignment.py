@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 from streammerge.methods.contract import Between, PerModel, Share
 from streammerge.methods.decomposition import NOTHING, Decomposition, decompose
 from streammerge.methods.linear import check_weights
+from streammerge.methods.matrices import Tall, above, beside
 from streammerge.methods.registry import WholeMethod, method
-from streammerge.methods.tall import Tall, above, beside
 from streammerge.methods.tasks import Tasks, workspace
 
 if TYPE_CHECKING:

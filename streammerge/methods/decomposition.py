@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from streammerge.methods.tall import Tall
+from streammerge.methods.matrices import Tall
 
 if TYPE_CHECKING:
     import torch

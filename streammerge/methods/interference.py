@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 from streammerge.methods.contract import Between
+from streammerge.methods.matrices import Tall, total
 from streammerge.methods.registry import WholeMethod, method
-from streammerge.methods.tall import Tall, total
 from streammerge.methods.tasks import Tasks, workspace
 
 if TYPE_CHECKING:

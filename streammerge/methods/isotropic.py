@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from streammerge.methods.contract import PerModel, Share
 from streammerge.methods.decomposition import decompose
+from streammerge.methods.matrices import Tall
 from streammerge.methods.registry import WholeMethod, method
 from streammerge.methods.subspaces import Part, orthogonalized
-from streammerge.methods.tall import Tall
 from streammerge.methods.tasks import Tasks, workspace
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streammerge.methods.decomposition import decompose
+from streammerge.methods.matrices import Tall, beside
 from streammerge.methods.registry import WholeMethod, method
-from streammerge.methods.tall import Tall, beside
 from streammerge.methods.tasks import check_squares, is_finite, workspace
 
 if TYPE_CHECKING:

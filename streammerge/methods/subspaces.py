@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from streammerge.methods.contract import Between, PerModel
 from streammerge.methods.decomposition import Decomposition, decompose, decompose_at_random
+from streammerge.methods.matrices import Tall, beside
 from streammerge.methods.registry import WholeMethod, method
-from streammerge.methods.tall import Tall, beside
 from streammerge.methods.tasks import Tasks, workspace
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from streammerge.methods.matrices import PIECE, Tall, total
 from streammerge.methods.statistics.gram import refuse_unless_infinite
-from streammerge.methods.tall import PIECE, Tall, total
 
 if TYPE_CHECKING:
     from torch import Tensor
