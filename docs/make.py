@@ -19,10 +19,11 @@ from typing import Any, Final
 from unittest import mock
 from xml.sax.saxutils import escape
 
-from streammerge import asked, cli, extent, globs, tuning
+from streammerge import asked, cli, globs, tuning
 from streammerge.formats import header_entries, shards
 from streammerge.formats.torchzip import directory as zip_directory
 from streammerge.formats.torchzip import machine as pickle_machine
+from streammerge.models import extent
 from streammerge.options import Options
 from streammerge.public import RECIPE_KEYS
 from streammerge.recipe_files import MAX_NODES, MAX_RECIPE

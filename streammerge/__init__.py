@@ -27,8 +27,8 @@ from streammerge.errors import (
 )
 
 if TYPE_CHECKING:
-    from streammerge.checkpoints import Checkpoint, open_model
     from streammerge.methods.loading import load_methods
+    from streammerge.models.checkpoints import Checkpoint, open_model
     from streammerge.public import make_plan, merge
     from streammerge.tensors import Model, TensorInfo
 
@@ -52,13 +52,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Checkpoint": "checkpoints",
+    "Checkpoint": "models.checkpoints",
     "Model": "tensors",
     "TensorInfo": "tensors",
     "load_methods": "methods.loading",
     "make_plan": "public",
     "merge": "public",
-    "open_model": "checkpoints",
+    "open_model": "models.checkpoints",
 }
 
 

@@ -10,11 +10,9 @@ from pathlib import Path
 
 from streammerge import __version__
 from streammerge.carrying import LICENCES, MERGED_FROM, carried_metadata
-from streammerge.checkpoints import open_model
 from streammerge.compute.expressions import Stored, leaves
 from streammerge.compute.machine import peak_resident_bytes
 from streammerge.copying import Copying
-from streammerge.decisions import Decision, Decisions
 from streammerge.errors import MergeError, refusal
 from streammerge.formats.claims import NOTHING, Claim, Claims, file_key
 from streammerge.formats.files import ByteFile
@@ -33,8 +31,10 @@ from streammerge.hashing import (
 from streammerge.inputs import OUTPUT, OpenInputs, check_output, check_with_library, input_claims
 from streammerge.journal import journal_path
 from streammerge.ledger import Coverage, Entry, Ledger, Span
-from streammerge.merged import Merged, node_of
 from streammerge.methods.loading import method_failure
+from streammerge.models.checkpoints import open_model
+from streammerge.models.decisions import Decision, Decisions
+from streammerge.models.merged import Merged, node_of
 from streammerge.older import find_older
 from streammerge.options import Options
 from streammerge.plan import Plan, make_plan

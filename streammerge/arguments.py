@@ -256,7 +256,7 @@ def _with_effect(recipe: Recipe, arguments: argparse.Namespace, weights: Iterabl
 
 def recorded_from(arguments: argparse.Namespace) -> Recorded:
     """The recipe in the metadata of an earlier output, the first word; the other words say where its models are."""
-    from streammerge.checkpoints import open_model
+    from streammerge.models.checkpoints import open_model
 
     words: list[str] = arguments.models
     if not words or arguments.recipe is not None:

@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from streammerge.arguments import RECIPE_SUFFIXES, is_there, options_from, recipe_from, recorded_from
-from streammerge.blocks import abridged, unet_blocks
 from streammerge.errors import one_line
 from streammerge.formats.claims import Claim, Claims, file_key
 from streammerge.manual import describe_method, example, method_rows
 from streammerge.methods import METHODS, find_method
 from streammerge.methods.loading import load_methods
 from streammerge.methods.registry import Method
+from streammerge.models.blocks import abridged, unet_blocks
 from streammerge.options import format_size
 from streammerge.plan import Plan, dump_json
 from streammerge.presets import PRESETS
@@ -103,7 +103,7 @@ def before_writing(plan: Plan) -> list[tuple[str, str]]:
 
 def verify(arguments: argparse.Namespace) -> int:
     """Check an output's format, index and hashes, and its values against the recipe: say what was checked."""
-    from streammerge.checkpoints import open_model
+    from streammerge.models.checkpoints import open_model
     from streammerge.provenance import has_recipe
     from streammerge.verification import check_files
 
@@ -183,9 +183,9 @@ def telling(*, quiet: bool) -> Callable[[str], None]:
 
 def inspect(arguments: argparse.Namespace) -> int:
     """Show what the header tells."""
-    from streammerge.checkpoints import open_model
     from streammerge.entries import entries_of
     from streammerge.inspection import inspect_model, render
+    from streammerge.models.checkpoints import open_model
 
     entry = entries_of(arguments.entry, {"model": arguments.model})["model"]
     with open_model(arguments.model, entry) as model:
@@ -207,9 +207,9 @@ def inspect(arguments: argparse.Namespace) -> int:
 def compare(arguments: argparse.Namespace) -> int:
     """Compare two models and show how far they are apart."""
     from streammerge import comparison, plotting
-    from streammerge.checkpoints import open_model
     from streammerge.entries import entries_of
     from streammerge.inputs import input_claims
+    from streammerge.models.checkpoints import open_model
 
     written = Claims(written=(*side_file(arguments.csv, "the table"), *side_file(arguments.plot, "the plot")))
     if arguments.plot:

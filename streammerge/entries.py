@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
-from streammerge.checkpoints import has_entries
 from streammerge.errors import RecipeError
+from streammerge.models.checkpoints import has_entries
 from streammerge.recipe import Input, Recipe
 
 _NAMED: Final = re.compile(r"(?P<name>[^=]+)=(?P<key>.+)", re.DOTALL)

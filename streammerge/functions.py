@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from streammerge.checkpoints import open_model
 from streammerge.errors import RecipeError
-from streammerge.merged import Merged, merge_models
 from streammerge.methods import find_method
 from streammerge.methods.registry import Method
+from streammerge.models.checkpoints import open_model
+from streammerge.models.merged import Merged, merge_models
 from streammerge.parameters import parse_settings
 from streammerge.recipe import Input, MissingPolicy, Recipe, Rule, ShapePolicy, check_recipe
 from streammerge.spellings import parse_dtype, parse_seed

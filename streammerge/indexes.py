@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from streammerge.checkpoints import Checkpoint
 from streammerge.errors import CheckpointError
 from streammerge.formats.safetensors import read_header
 from streammerge.formats.shards import SAFETENSORS, is_index
+from streammerge.models.checkpoints import Checkpoint
 
 _SHARD: Final = re.compile(r"(?P<stem>.+)-\d{5}-of-\d{5}(?P<suffix>\.\w+)")
 

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Final
 
 from streammerge.asked import Recipe
-from streammerge.checkpoints import Checkpoint, open_model
 from streammerge.errors import CheckpointError, OutputError, PlanError
-from streammerge.extent import check_steps, may_draw
 from streammerge.formats.claims import Claim, Claims, file_key
 from streammerge.formats.files import ByteFile, read_errors
 from streammerge.formats.library import RefusedError, library_digest
 from streammerge.formats.safetensors import is_safetensors
 from streammerge.formats.tables import names_bytes
 from streammerge.formats.torchzip.state_dicts import LeftTensors
-from streammerge.merged import Merged, merge_models
 from streammerge.methods.place import Within
+from streammerge.models.checkpoints import Checkpoint, open_model
+from streammerge.models.extent import check_steps, may_draw
+from streammerge.models.merged import Merged, merge_models
 from streammerge.older import Older
 from streammerge.plan import Plan
 

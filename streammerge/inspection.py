@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from streammerge.adapters import Adapter, find_adapter
-from streammerge.architecture import Component, components, count_dtypes, guess_architecture
-from streammerge.blocks import Blocks, abridged
-from streammerge.codes import find_quantised
 from streammerge.errors import one_line
 from streammerge.formats.torchzip.state_dicts import NONE_LEFT, LeftTensors
+from streammerge.models.adapters import Adapter, find_adapter
+from streammerge.models.architecture import Component, components, count_dtypes, guess_architecture
+from streammerge.models.blocks import Blocks, abridged
+from streammerge.models.codes import find_quantised
 from streammerge.tensors import TensorInfo
 
 LARGEST: Final = 5

@@ -21,9 +21,9 @@ from streammerge.compute.expressions import (
     walk,
 )
 from streammerge.compute.magnitudes import check_magnitudes
-from streammerge.decisions import Fate
 from streammerge.formats.layout import OutputLayout
-from streammerge.merged import Merged
+from streammerge.models.decisions import Fate
+from streammerge.models.merged import Merged
 from streammerge.options import Options
 from streammerge.tensors import DType, TensorInfo
 

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Final
 
-from streammerge.architecture import architecture_mismatch
 from streammerge.compute.expressions import Node
 from streammerge.errors import SHOWN, PlanError, count, listed, plural
-from streammerge.fitting import Shape, are_mixed, common_shape
+from streammerge.models.architecture import architecture_mismatch
+from streammerge.models.views import Shape, are_mixed, common_shape
 from streammerge.recipe import Recipe
 from streammerge.tensors import TensorInfo
 

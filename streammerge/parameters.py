@@ -13,12 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from streammerge.blocks import Blocks
 from streammerge.blockwise import BlockSetting, bind, is_block_setting, parse_block_setting
 from streammerge.errors import RecipeError
-from streammerge.layers import Layers
 from streammerge.methods.contract import Parameter, ParameterValue
 from streammerge.methods.registry import Method
+from streammerge.models.blocks import Blocks
+from streammerge.models.layers import Layers
 from streammerge.scalars import Scalar, number, scalar
 
 Value = Scalar | tuple[float, ...] | BlockSetting

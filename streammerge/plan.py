@@ -11,19 +11,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from streammerge.architecture import component_of
 from streammerge.compute import costs
 from streammerge.compute.expressions import Together
 from streammerge.compute.machine import DEFAULT_WORK_BYTES, MIB, PROMISED_BYTES, Allotment, share_out
-from streammerge.decisions import Action, Decisions
 from streammerge.errors import OutputError, count, listed, plural
 from streammerge.formats.files import ByteFile
 from streammerge.formats.layout import OutputLayout, lay_out
 from streammerge.formats.tables import names_bytes
 from streammerge.formats.torchzip.state_dicts import LeftTensors
 from streammerge.jobs import Jobs, together_of
-from streammerge.merged import Merged
 from streammerge.methods.contract import ParameterValue
+from streammerge.models.architecture import component_of
+from streammerge.models.decisions import Action, Decisions
+from streammerge.models.merged import Merged
 from streammerge.options import Options, format_size
 from streammerge.progress import Progress
 from streammerge.tensors import DType

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from streammerge.asked import Recipe, Rule
-from streammerge.blocks import Blocks
 from streammerge.blockwise import BlockSetting, list_remark
 from streammerge.effects import ignored_notes
 from streammerge.errors import PlanError
-from streammerge.layers import Layers, layers_of
 from streammerge.methods import find_method
 from streammerge.methods.contract import ParameterValue
+from streammerge.models.blocks import Blocks
+from streammerge.models.layers import Layers, layers_of
 from streammerge.parameters import (
     NO_BLOCKS,
     ParameterSources,

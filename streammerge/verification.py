@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from streammerge.checkpoints import Checkpoint, model_files
 from streammerge.errors import CheckpointError
 from streammerge.formats.shards import is_index
 from streammerge.hashing import file_sha256, read_sidecar, sidecar_beside
 from streammerge.indexes import check_index
+from streammerge.models.checkpoints import Checkpoint, model_files
 from streammerge.provenance import Recorded
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from streammerge.compute.expressions import Node, Stored
-from streammerge.merged import Merged, merge_models
+from streammerge.models.merged import Merged, merge_models
 from streammerge.recipe import parse_recipe
 from streammerge.tensors import DTYPES, Model, TensorInfo
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from streammerge.functions import merge_function
-from streammerge.merged import Merged
+from streammerge.models.merged import Merged
 from streammerge.tensors import Model
 from tests.models import Tensors
 from tests.references_diffusion import DIFFUSION

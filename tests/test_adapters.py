@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 import streammerge
-from streammerge.adapters import find_adapter
 from streammerge.cli import main
 from streammerge.errors import PlanError
+from streammerge.models.adapters import find_adapter
 from streammerge.tensors import DTYPES, TensorInfo
 from tests.headers import Header, merged
 from tests.models import normal, save_model

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import streammerge
 from streammerge.errors import PlanError
-from streammerge.merged import Merged
+from streammerge.models.merged import Merged
 from tests.headers import Header, header, merged
 from tests.models import save_model
 

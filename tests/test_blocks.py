@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 
-from streammerge.blocks import Blocks, abridged, normal_name, unet_blocks
 from streammerge.demo.layouts import checkpoint
+from streammerge.models.blocks import Blocks, abridged, normal_name, unet_blocks
 from streammerge.tensors import DTYPES, TensorInfo
 
 UNET = "model.diffusion_model."

@@ -14,9 +14,9 @@ import safetensors.torch
 import torch
 
 from streammerge import open_model
-from streammerge.checkpoints import Checkpoint
 from streammerge.compute.expressions import Stored, Viewed
 from streammerge.errors import CheckpointError
+from streammerge.models.checkpoints import Checkpoint
 from streammerge.tensors import DTYPES, Model
 from tests.models import assert_same_bytes, make_tensors, raw_bytes, save_model, with_integers
 

@@ -13,19 +13,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import streammerge
-import streammerge.merged
+import streammerge.models.merged
 from streammerge.compute import evaluate as compute
 from streammerge.compute.application import apply_method
 from streammerge.compute.devices import Lane, torch_dtype
 from streammerge.compute.evaluate import Evaluator
 from streammerge.compute.expressions import BLOCK, ByBlock, External, Node, Stored, Term, Viewed, combine, rounded
 from streammerge.compute.survey import Survey, read_range, read_stored
-from streammerge.decisions import Decision, Decisions
-from streammerge.fitting import placed, reshaped
 from streammerge.formats.readers import PositionalReader
-from streammerge.merged import Merged
 from streammerge.methods import find_method
 from streammerge.methods.registry import BlockMethod
+from streammerge.models.decisions import Decision, Decisions
+from streammerge.models.merged import Merged
+from streammerge.models.views import placed, reshaped
 from streammerge.tensors import DTYPES, Model, TensorInfo
 from streammerge.workers import windows as works
 from tests import references

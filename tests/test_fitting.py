@@ -13,8 +13,8 @@ import streammerge
 from streammerge.compute import evaluate as compute
 from streammerge.compute.expressions import BLOCK
 from streammerge.errors import PlanError
-from streammerge.fitting import common_shape, fit
 from streammerge.methods import METHODS
+from streammerge.models.views import common_shape, fit
 from streammerge.workers import windows as works
 from tests.headers import header, merged
 from tests.models import Tensors, assert_same_bytes, load_model, merge_to, normal, raw_bytes, save_model

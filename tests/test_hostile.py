@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from streammerge.checkpoints import open_model
 from streammerge.errors import CheckpointError, MergeError, OutputError, RecipeError, error_context
 from streammerge.formats.header_entries import (
     COMMAS,
@@ -28,6 +27,7 @@ from streammerge.formats.header_entries import (
 from streammerge.formats.layout import lay_out
 from streammerge.formats.safetensors import read_header
 from streammerge.formats.shards import MAX_INDEX, MAX_INDEXED, read_index
+from streammerge.models.checkpoints import open_model
 from streammerge.recipe import parse_recipe
 from streammerge.recipe_files import MAX_NODES, MAX_RECIPE, parse_yaml, read_recipe_file
 from streammerge.tensors import DTYPES, TensorInfo

@@ -41,22 +41,22 @@ ORDER = [
     *("methods.diffusion", "methods.placed", "methods.cosines", "methods.likeness", "methods.medians"),
     *("methods.smoothing", "methods.filters", "methods.loading", "methods"),
     # what is asked for
-    *("adapters", "architecture", "scalars", "blocks", "presets", "blockwise"),
-    *("layers", "parameters", "effects", "spellings", "asked", "globs", "extent", "tuning"),
+    *("models.adapters", "models.architecture", "scalars", "models.blocks", "presets", "blockwise"),
+    *("models.layers", "parameters", "effects", "spellings", "asked", "globs", "models.extent", "tuning"),
     *("recipe", "recipe_files", "recipes", "provenance", "carrying"),
     # models as expressions
     *(
         "compute.expressions",
         "compute.magnitudes",
-        "scales",
-        "codes",
-        "quantisation",
-        "checkpoints",
-        "presence",
-        "fitting",
+        "models.scales",
+        "models.codes",
+        "models.quantised",
+        "models.checkpoints",
+        "models.presence",
+        "models.views",
         "mismatches",
     ),
-    *("compute.application", "decisions", "merged", "functions"),
+    *("compute.application", "models.decisions", "models.merged", "functions"),
     # what will happen
     *(
         "formats.layout",

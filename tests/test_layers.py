@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import streammerge
 from streammerge.errors import CheckpointError
-from streammerge.layers import MAX_CONFIG, Layers
+from streammerge.models.layers import MAX_CONFIG, Layers
 from tests.models import merge_to, save_model
 
 

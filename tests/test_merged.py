@@ -9,7 +9,7 @@ import pytest
 from streammerge.compute.expressions import ByBlock, ByGram, Combined, External, Stored, Viewed
 from streammerge.demo.layouts import checkpoint
 from streammerge.errors import PlanError, RecipeError, count, listed, plural
-from streammerge.merged import Merged
+from streammerge.models.merged import Merged
 from streammerge.tensors import DTYPES, TensorInfo
 from tests.headers import Header, header, merged
 

@@ -29,13 +29,13 @@ from streammerge.compute.expressions import (
     walk,
 )
 from streammerge.compute.survey import Survey
-from streammerge.fitting import placed, reshaped
 from streammerge.formats.files import ByteFile
 from streammerge.formats.readers import PositionalReader
 from streammerge.jobs import is_copy
-from streammerge.merged import Merged
 from streammerge.methods import find_method
 from streammerge.methods.registry import net
+from streammerge.models.merged import Merged
+from streammerge.models.views import placed, reshaped
 from streammerge.tensors import DTYPES, TensorInfo
 from tests.models import MemoryModel, normal, save_models, store_tensors
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from streammerge.effects import Place
 from streammerge.errors import RecipeError
-from streammerge.layers import Layers
 from streammerge.methods import find_method
+from streammerge.models.layers import Layers
 from streammerge.parameters import (
     Condition,
     ParameterSources,

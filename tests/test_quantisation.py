@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import streammerge
-from streammerge.codes import find_quantised
 from streammerge.errors import CheckpointError, PlanError
 from streammerge.findings import warnings
-from streammerge.scales import spread
+from streammerge.models.codes import find_quantised
+from streammerge.models.scales import spread
 from tests.headers import header, merged
 from tests.models import normal, raw_bytes, save_model
 

@@ -14,7 +14,7 @@ import torch
 
 from streammerge.errors import MergeError
 from streammerge.inputs import OpenInputs
-from streammerge.merged import Merged
+from streammerge.models.merged import Merged
 from streammerge.options import Options
 from streammerge.plan import make_plan
 from streammerge.recipe import parse_recipe

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from streammerge.checkpoints import open_model
 from streammerge.errors import CheckpointError
 from streammerge.formats import shards
 from streammerge.formats.shards import PREFERRED, find_weights, is_index, read_index
+from streammerge.models.checkpoints import open_model
 
 
 def write_index(folder, weight_map, name="model.safetensors.index.json"):

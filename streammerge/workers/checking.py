@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
-from streammerge.checkpoints import Checkpoint
 from streammerge.compute.expressions import Stored
 from streammerge.copying import CopyRange
 from streammerge.errors import CheckpointError, OutputError, count, plural
 from streammerge.formats.descriptors import COPY_BYTES, read_at
 from streammerge.formats.readers import page_aligned
 from streammerge.jobs import Job
+from streammerge.models.checkpoints import Checkpoint
 from streammerge.plan import Plan
 
 ReadBack = Callable[[Job, int, memoryview], None]

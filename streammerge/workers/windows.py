@@ -19,8 +19,8 @@ from streammerge.findings import Finding
 from streammerge.formats.files import ByteFile
 from streammerge.jobs import Job
 from streammerge.ledger import Ledger
+from streammerge.models.quantised import has_scales
 from streammerge.progress import Progress
-from streammerge.quantisation import has_scales
 from streammerge.tensors import DType
 
 WINDOW: Final = 16

@@ -7,25 +7,25 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from streammerge.adapters import refuse_adapters
 from streammerge.asked import Recipe, Rule
-from streammerge.codes import Quantised, may_be_weights
 from streammerge.compute.application import apply_method, needs_statistics
 from streammerge.compute.expressions import ByBlock, External, Node, Together, walk
-from streammerge.decisions import Decision, Decisions, Expressions
 from streammerge.errors import PlanError
-from streammerge.extent import Extent
-from streammerge.fitting import Fitting, fit, placed
 from streammerge.formats.tables import Column
 from streammerge.globs import RuleIndex
-from streammerge.layers import Layers, layers_of
 from streammerge.methods import find_method
 from streammerge.methods.contract import ParameterValue
 from streammerge.methods.place import Within
 from streammerge.methods.registry import Method
 from streammerge.mismatches import Misshapen, Problems, Unshared
-from streammerge.presence import Names, names_beside, names_lacking, names_outside, with_inner
-from streammerge.quantisation import DECODED, CodedModels, decoded, kept_bytes
+from streammerge.models.adapters import refuse_adapters
+from streammerge.models.codes import Quantised, may_be_weights
+from streammerge.models.decisions import Decision, Decisions, Expressions
+from streammerge.models.extent import Extent
+from streammerge.models.layers import Layers, layers_of
+from streammerge.models.presence import Names, names_beside, names_lacking, names_outside, with_inner
+from streammerge.models.quantised import DECODED, CodedModels, decoded, kept_bytes
+from streammerge.models.views import Fitting, fit, placed
 from streammerge.tensors import DType, Model, TensorInfo
 from streammerge.tuning import Tuning
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from streammerge.codes import Quantised, find_quantised, split_name
 from streammerge.compute.expressions import ByBlock, Node, Viewed, walk
 from streammerge.methods.registry import BlockMethod
-from streammerge.scales import spread
+from streammerge.models.codes import Quantised, find_quantised, split_name
+from streammerge.models.scales import spread
 from streammerge.tensors import DTYPES, Model, TensorInfo
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from streammerge.architecture import UNKNOWN, guess_architecture
+from streammerge.models.architecture import UNKNOWN, guess_architecture
 from streammerge.tensors import TensorInfo
 
 BASE: Final = "BASE"

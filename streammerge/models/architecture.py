@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from streammerge.adapters import adapter_text
+from streammerge.models.adapters import adapter_text
 from streammerge.tensors import TensorInfo
 
 UNKNOWN: Final = "unknown"

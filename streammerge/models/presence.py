@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Container, Iterable, Mapping
 
-from streammerge.quantisation import CodedModels
+from streammerge.models.quantised import CodedModels
 from streammerge.tensors import Model
 
 Names = Mapping[str, tuple[str, ...]]

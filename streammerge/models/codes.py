@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from streammerge.scales import is_multiplied, is_scale_of, spread
+from streammerge.models.scales import is_multiplied, is_scale_of, spread
 from streammerge.tensors import TensorInfo
 
 Tensors = Mapping[str, TensorInfo]
