@@ -70,7 +70,7 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401
         from streammerge.methods import METHODS
 
         if name in METHODS:
-            from streammerge.functions import merge_function
+            from streammerge.plan.functions import merge_function
 
             return merge_function(name)
     raise AttributeError(f"module 'streammerge' has no attribute {name!r}")

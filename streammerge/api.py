@@ -28,7 +28,6 @@ from streammerge.hashing import (
     stale_sidecar,
     write_sidecar,
 )
-from streammerge.inputs import OUTPUT, OpenInputs, check_output, check_with_library, input_claims
 from streammerge.journal import journal_path
 from streammerge.ledger import Coverage, Entry, Ledger, Span
 from streammerge.methods.loading import method_failure
@@ -37,7 +36,8 @@ from streammerge.models.decisions import Decision, Decisions
 from streammerge.models.merged import Merged, node_of
 from streammerge.older import find_older
 from streammerge.options import Options
-from streammerge.plan import Plan, make_plan
+from streammerge.plan.inputs import OUTPUT, OpenInputs, check_output, check_with_library, input_claims
+from streammerge.plan.plan import Plan, make_plan
 from streammerge.provenance import Hashes, recipe_metadata, stored_names
 from streammerge.recipe import Recipe
 from streammerge.report import Report

@@ -207,7 +207,7 @@ def options_from(arguments: argparse.Namespace) -> Options:
 
 def recipe_from(arguments: argparse.Namespace) -> Recipe:
     """What to merge: a recipe file, a packaged recipe, or models; options change the recipe's keys."""
-    from streammerge.entries import with_entries
+    from streammerge.plan.entries import with_entries
 
     for path in arguments.methods:
         load_methods(path)

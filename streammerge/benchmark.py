@@ -23,7 +23,7 @@ from streammerge.errors import MergeError, OutputError
 from streammerge.floor import DiskRate, Floor, chill, measure_floor, probe_disk, read_rate_uncached, warm
 from streammerge.measuring import Measured, Surroundings, import_torch_rss, measure
 from streammerge.options import format_size
-from streammerge.plan import Plan
+from streammerge.plan.plan import Plan
 
 Say = Callable[[str], None]
 

@@ -16,7 +16,7 @@ from streammerge.methods.loading import load_methods
 from streammerge.methods.registry import Method
 from streammerge.models.blocks import abridged, unet_blocks
 from streammerge.options import format_size
-from streammerge.plan import Plan, dump_json
+from streammerge.plan.plan import Plan, dump_json
 from streammerge.presets import PRESETS
 from streammerge.screen import say, say_on_stderr, show_report, show_table, watching
 from streammerge.side_files import check_side_file, write_text
@@ -183,9 +183,9 @@ def telling(*, quiet: bool) -> Callable[[str], None]:
 
 def inspect(arguments: argparse.Namespace) -> int:
     """Show what the header tells."""
-    from streammerge.entries import entries_of
     from streammerge.inspection import inspect_model, render
     from streammerge.models.checkpoints import open_model
+    from streammerge.plan.entries import entries_of
 
     entry = entries_of(arguments.entry, {"model": arguments.model})["model"]
     with open_model(arguments.model, entry) as model:
@@ -207,9 +207,9 @@ def inspect(arguments: argparse.Namespace) -> int:
 def compare(arguments: argparse.Namespace) -> int:
     """Compare two models and show how far they are apart."""
     from streammerge import comparison, plotting
-    from streammerge.entries import entries_of
-    from streammerge.inputs import input_claims
     from streammerge.models.checkpoints import open_model
+    from streammerge.plan.entries import entries_of
+    from streammerge.plan.inputs import input_claims
 
     written = Claims(written=(*side_file(arguments.csv, "the table"), *side_file(arguments.plot, "the plot")))
     if arguments.plot:

@@ -17,8 +17,8 @@ from typing import Final, Protocol
 
 from streammerge.compute.expressions import Stored
 from streammerge.errors import error_context
-from streammerge.jobs import Job, copied_from
 from streammerge.ledger import Ledger
+from streammerge.plan.jobs import Job, copied_from
 from streammerge.progress import Progress
 
 PIECE: Final = 32 << 20

@@ -31,8 +31,8 @@ from streammerge.compute.expressions import (
     walk,
 )
 from streammerge.formats.files import ByteFile, read_errors
-from streammerge.jobs import Job
-from streammerge.plan import Plan
+from streammerge.plan.jobs import Job
+from streammerge.plan.plan import Plan
 
 Fingerprint = Mapping[str, Mapping[str, Any]]
 """Topic → name → plain value. One that begins with MARK is a digest, which is not worth showing."""

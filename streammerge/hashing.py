@@ -21,7 +21,7 @@ from streammerge.copying import CopyRange
 from streammerge.errors import CheckpointError, OutputError
 from streammerge.formats.files import read_errors
 from streammerge.formats.layout import OutputFile, OutputLayout
-from streammerge.jobs import Job
+from streammerge.plan.jobs import Job
 from streammerge.side_files import write_text
 from streammerge.writing import OutputWriter
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from streammerge.findings import Finding
-from streammerge.jobs import Job
+from streammerge.plan.jobs import Job
 
 
 class Span(NamedTuple):

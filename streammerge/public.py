@@ -12,7 +12,7 @@ from streammerge.compute.machine import IoMode
 from streammerge.errors import OutputError
 from streammerge.findings import NonfinitePolicy
 from streammerge.options import COMPUTE_DTYPES, Options, parse_size
-from streammerge.plan import Plan
+from streammerge.plan.plan import Plan
 from streammerge.recipe import MissingPolicy, Recipe, ShapePolicy, parse_recipe
 from streammerge.recipe_files import read_recipe_file
 from streammerge.report import Report

@@ -16,7 +16,7 @@ from streammerge.journal import Journal, journal_path, lock_journal
 from streammerge.older import files_in, find_older
 from streammerge.options import format_size
 from streammerge.placing import put_in_place, tidy_up
-from streammerge.plan import Plan
+from streammerge.plan.plan import Plan
 from streammerge.records import JOURNAL_SUFFIX
 
 Tell = Callable[[str], None]

@@ -11,13 +11,13 @@ from streammerge.comparison import Comparison, ShapeMismatch, Similarity
 from streammerge.compute.devices import find_device, open_lanes
 from streammerge.compute.expressions import ByBlock, Node
 from streammerge.compute.machine import MIB, IoMode, choose_io, share_out
-from streammerge.jobs import Job
 from streammerge.methods.registry import BlockMethod
 from streammerge.methods.statistics.gram import Gram, GramPass
 from streammerge.models.adapters import adapter_text
 from streammerge.models.checkpoints import Checkpoint
 from streammerge.models.codes import Quantised, find_quantised
 from streammerge.models.quantised import decoded
+from streammerge.plan.jobs import Job
 from streammerge.progress import Progress
 from streammerge.tensors import DTYPES
 from streammerge.workers.schedule import run

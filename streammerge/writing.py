@@ -23,10 +23,10 @@ from streammerge.formats.descriptors import copy_at, read_at, write_at
 from streammerge.formats.layout import OutputFile, OutputLayout, OutputName
 from streammerge.formats.library import RefusedError, library_digest, names_digest
 from streammerge.formats.locking import sync_data, sync_folder
-from streammerge.jobs import Job
 from streammerge.journal import Journal
 from streammerge.options import format_size
 from streammerge.placing import plan_placing, put_in_place, temporary_name
+from streammerge.plan.jobs import Job
 
 CREATE_FLAGS: Final = os.O_CREAT | os.O_EXCL
 

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from streammerge.functions import merge_function
 from streammerge.models.merged import Merged
+from streammerge.plan.functions import merge_function
 from streammerge.tensors import Model
 from tests.models import Tensors
 from tests.references_diffusion import DIFFUSION

@@ -21,8 +21,8 @@ from streammerge.copying import Copying, CopyRange, Piece, adjoining, pieces, ra
 from streammerge.errors import CheckpointError, OutputError
 from streammerge.formats import descriptors as positional
 from streammerge.formats.descriptors import copy_at
-from streammerge.jobs import Job
 from streammerge.ledger import Ledger
+from streammerge.plan.jobs import Job
 from streammerge.progress import Progress
 from streammerge.tensors import DTYPES, TensorInfo
 from tests.models import load_model, store_tensors

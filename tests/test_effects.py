@@ -13,11 +13,11 @@ import pytest
 from streammerge.arguments import add_merge_arguments, recipe_from
 from streammerge.compute.expressions import Combined
 from streammerge.errors import RecipeError
-from streammerge.functions import merge_function
 from streammerge.methods import METHODS
 from streammerge.methods.contract import Parameter
 from streammerge.methods.registry import MERGEKIT_PARAMETERS, Method
 from streammerge.models.merged import Merged, merge_models
+from streammerge.plan.functions import merge_function
 from streammerge.recipe import parse_recipe
 from tests.headers import Header, header
 

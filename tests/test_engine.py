@@ -24,9 +24,9 @@ from streammerge.copying import PIECE, Copying, CopyRange
 from streammerge.errors import CheckpointError, MethodError
 from streammerge.formats.descriptors import read_at
 from streammerge.formats.readers import MappedReader, PositionalReader
-from streammerge.jobs import Job
 from streammerge.methods.registry import BlockMethod, GramMethod
 from streammerge.methods.statistics.gram import Gram
+from streammerge.plan.jobs import Job
 from streammerge.progress import Progress
 from streammerge.tensors import DTYPES, TensorInfo
 from streammerge.workers import windows as works

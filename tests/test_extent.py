@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import streammerge
-from streammerge import globs, tuning
 from streammerge.asked import MAX_DEPTH, MAX_INPUTS, Rule
 from streammerge.errors import PlanError, RecipeError
-from streammerge.globs import RuleIndex
-from streammerge.inputs import OpenInputs
 from streammerge.models import extent
+from streammerge.plan import globs, tuning
+from streammerge.plan.globs import RuleIndex
+from streammerge.plan.inputs import OpenInputs
 from streammerge.recipe import parse_recipe
 from streammerge.recipe_files import parse_yaml
 from tests.headers import header, merged

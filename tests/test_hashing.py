@@ -20,7 +20,7 @@ from streammerge.cli import main
 from streammerge.errors import CheckpointError, OutputError
 from streammerge.formats.layout import lay_out
 from streammerge.hashing import HashingWriter, file_sha256, read_sidecar, sidecar_beside
-from streammerge.jobs import Job
+from streammerge.plan.jobs import Job
 from streammerge.tensors import DTYPES, TensorInfo
 from streammerge.workers.sampling import SAMPLES, sample
 from streammerge.writing import OutputWriter

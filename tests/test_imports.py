@@ -42,7 +42,7 @@ ORDER = [
     *("methods.smoothing", "methods.filters", "methods.loading", "methods"),
     # what is asked for
     *("models.adapters", "models.architecture", "scalars", "models.blocks", "presets", "blockwise"),
-    *("models.layers", "parameters", "effects", "spellings", "asked", "globs", "models.extent", "tuning"),
+    *("models.layers", "parameters", "effects", "spellings", "asked", "plan.globs", "models.extent", "plan.tuning"),
     *("recipe", "recipe_files", "recipes", "provenance", "carrying"),
     # models as expressions
     *(
@@ -54,20 +54,20 @@ ORDER = [
         "models.checkpoints",
         "models.presence",
         "models.views",
-        "mismatches",
+        "plan.problems",
     ),
-    *("compute.application", "models.decisions", "models.merged", "functions"),
+    *("compute.application", "models.decisions", "models.merged", "plan.functions"),
     # what will happen
     *(
         "formats.layout",
         "compute.costs",
-        "jobs",
-        "plan",
+        "plan.jobs",
+        "plan.plan",
         "ledger",
         "older",
         "indexes",
         "formats.claims",
-        "inputs",
+        "plan.inputs",
         "report",
         "copying",
     ),
@@ -113,7 +113,7 @@ ORDER = [
     *("demo", "demo.layers", "demo.midas", "demo.text", "demo.unet", "demo.vae", "demo.layouts", "demo.noise"),
     *("demo.files", "demo.reference", "demo.story"),
     # the program
-    *("manual", "entries", "arguments", "commands", "cli", "__main__"),
+    *("manual", "plan.entries", "arguments", "commands", "cli", "__main__"),
 ]
 """Every module; each imports only what stands before it. "" is the package itself."""
 

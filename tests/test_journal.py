@@ -14,10 +14,10 @@ from streammerge import resuming
 from streammerge.errors import OutputError
 from streammerge.findings import Finding
 from streammerge.formats.layout import lay_out
-from streammerge.jobs import Job
 from streammerge.journal import journal_path, lock_journal, read_journal_file
 from streammerge.ledger import Coverage, Entry, Ledger, Span
 from streammerge.placing import Placing, Step, temporary_name
+from streammerge.plan.jobs import Job
 from streammerge.records import VERSION, Contents, decode, encode
 from streammerge.tensors import DTYPES, TensorInfo
 

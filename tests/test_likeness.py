@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import streammerge
 from streammerge.methods.likeness import LikenessPass, Range, held_by_likeness
 from streammerge.methods.place import Target
-from streammerge.plan import SURVEY_BYTES
+from streammerge.plan.plan import SURVEY_BYTES
 from tests.models import MemoryModel, load_model, make_tensors, merge_to, near, normal, save_models
 from tests.references_diffusion import column_cosines, trimmed_range
 

@@ -22,7 +22,7 @@ from streammerge.formats.tables import Column, Names
 from streammerge.inspection import inspect_model, render
 from streammerge.ledger import Coverage, Ledger, Span
 from streammerge.models.checkpoints import Checkpoint
-from streammerge.plan import OVERHEAD_BYTES
+from streammerge.plan.plan import OVERHEAD_BYTES
 from streammerge.tensors import DTYPES, TensorInfo
 from streammerge.workers.sampling import sample
 

@@ -31,11 +31,11 @@ from streammerge.compute.expressions import (
 from streammerge.compute.survey import Survey
 from streammerge.formats.files import ByteFile
 from streammerge.formats.readers import PositionalReader
-from streammerge.jobs import is_copy
 from streammerge.methods import find_method
 from streammerge.methods.registry import net
 from streammerge.models.merged import Merged
 from streammerge.models.views import placed, reshaped
+from streammerge.plan.jobs import is_copy
 from streammerge.tensors import DTYPES, TensorInfo
 from tests.models import MemoryModel, normal, save_models, store_tensors
 

@@ -20,7 +20,7 @@ import streammerge
 from streammerge.cli import main
 from streammerge.errors import CheckpointError
 from streammerge.formats.files import ByteFile
-from streammerge.inputs import is_reserved
+from streammerge.plan.inputs import is_reserved
 from tests.models import SMALL, load_model, make_tensors, save_models, with_integers
 
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_TRUNC

@@ -77,7 +77,7 @@ def merged(tmp_path, method, *tensors, **parameters):
     """The tensor that a method makes of these, the base first."""
     paths = [save_model(tmp_path / f"{place}.safetensors", {"w": tensor}) for place, tensor in enumerate(tensors)]
     base, *models = paths
-    merge = streammerge.functions.merge_function(method)(*models, base=base, **parameters)
+    merge = streammerge.plan.functions.merge_function(method)(*models, base=base, **parameters)
     return merge_to(tmp_path / "out.safetensors", merge)["w"]
 
 

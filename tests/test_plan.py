@@ -16,7 +16,7 @@ from streammerge.compute.expressions import BLOCK
 from streammerge.compute.machine import DEFAULT_WORK_BYTES, MAPPED_BYTES, MIB, share_out
 from streammerge.errors import OutputError
 from streammerge.options import Options
-from streammerge.plan import OVERHEAD_BYTES, Plan, by_component, existing_folder, make_plan
+from streammerge.plan.plan import OVERHEAD_BYTES, Plan, by_component, existing_folder, make_plan
 from streammerge.recipe import parse_recipe
 from streammerge.tensors import DTYPES
 from tests.headers import header, merged

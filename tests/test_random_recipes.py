@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from streammerge.errors import MergeError
-from streammerge.inputs import OpenInputs
 from streammerge.models.merged import Merged
 from streammerge.options import Options
-from streammerge.plan import make_plan
+from streammerge.plan.inputs import OpenInputs
+from streammerge.plan.plan import make_plan
 from streammerge.recipe import parse_recipe
 from tests.models import merge_to, normal, save_model
 from tests.recipes import NAMES, damaged, whole_recipe

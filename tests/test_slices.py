@@ -20,7 +20,7 @@ from streammerge.errors import MethodError, PlanError
 from streammerge.methods.registry import METHODS, GramMethod, method
 from streammerge.methods.statistics.gram import Gram
 from streammerge.methods.statistics.slices import SliceGramPass, Slices, Slicing
-from streammerge.plan import Plan
+from streammerge.plan.plan import Plan
 from streammerge.workers import windows as works
 from tests.models import assert_same_bytes, load_model, make_tensors, merge_to, near, normal, save_models
 

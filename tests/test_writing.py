@@ -22,9 +22,9 @@ from streammerge import writing
 from streammerge.api import run_merge
 from streammerge.errors import CheckpointError, MergeError, OutputError
 from streammerge.formats.layout import lay_out
-from streammerge.jobs import Job
 from streammerge.options import Options
 from streammerge.placing import temporary_name
+from streammerge.plan.jobs import Job
 from streammerge.recipe import parse_recipe
 from streammerge.tensors import DTYPES, TensorInfo
 from streammerge.writing import OutputWriter, preallocate

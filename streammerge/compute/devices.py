@@ -20,7 +20,7 @@ from streammerge.compute.machine import Allotment
 from streammerge.compute.rounding import rounded, rounded_into
 from streammerge.errors import DeviceError, OutOfMemoryError, machine_is_full
 from streammerge.formats.readers import PositionalReader, Reader, open_reader, page_aligned
-from streammerge.jobs import Job
+from streammerge.plan.jobs import Job
 from streammerge.tensors import DTYPES, DType
 
 with warnings.catch_warnings():

@@ -12,12 +12,10 @@ from streammerge.compute.application import apply_method, needs_statistics
 from streammerge.compute.expressions import ByBlock, External, Node, Together, walk
 from streammerge.errors import PlanError
 from streammerge.formats.tables import Column
-from streammerge.globs import RuleIndex
 from streammerge.methods import find_method
 from streammerge.methods.contract import ParameterValue
 from streammerge.methods.place import Within
 from streammerge.methods.registry import Method
-from streammerge.mismatches import Misshapen, Problems, Unshared
 from streammerge.models.adapters import refuse_adapters
 from streammerge.models.codes import Quantised, may_be_weights
 from streammerge.models.decisions import Decision, Decisions, Expressions
@@ -26,8 +24,10 @@ from streammerge.models.layers import Layers, layers_of
 from streammerge.models.presence import Names, names_beside, names_lacking, names_outside, with_inner
 from streammerge.models.quantised import DECODED, CodedModels, decoded, kept_bytes
 from streammerge.models.views import Fitting, fit, placed
+from streammerge.plan.globs import RuleIndex
+from streammerge.plan.problems import Misshapen, Problems, Unshared
+from streammerge.plan.tuning import Tuning
 from streammerge.tensors import DType, Model, TensorInfo
-from streammerge.tuning import Tuning
 
 if TYPE_CHECKING:
     import torch

@@ -10,9 +10,9 @@ from streammerge.copying import CopyRange
 from streammerge.errors import CheckpointError, OutputError, count, plural
 from streammerge.formats.descriptors import COPY_BYTES, read_at
 from streammerge.formats.readers import page_aligned
-from streammerge.jobs import Job
 from streammerge.models.checkpoints import Checkpoint
-from streammerge.plan import Plan
+from streammerge.plan.jobs import Job
+from streammerge.plan.plan import Plan
 
 ReadBack = Callable[[Job, int, memoryview], None]
 """Fill the buffer with the output's bytes from this position of the job's tensor."""

@@ -14,7 +14,7 @@ from streammerge.errors import OutputError, count
 from streammerge.formats.files import read_errors
 from streammerge.formats.layout import METADATA, lay_out
 from streammerge.models.checkpoints import Checkpoint, open_model
-from streammerge.plan import Plan
+from streammerge.plan.plan import Plan
 from streammerge.provenance import INPUTS, RECIPE, SETTINGS, VERSION
 from streammerge.workers.checking import checkpoint_reader
 from streammerge.workers.machine import Extent, Machine, Watch

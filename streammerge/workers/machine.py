@@ -16,7 +16,7 @@ from streammerge.errors import PlanError
 from streammerge.findings import refuse_nonfinite
 from streammerge.methods import METHODS
 from streammerge.options import format_size
-from streammerge.plan import OVERHEAD_BYTES, Plan
+from streammerge.plan.plan import OVERHEAD_BYTES, Plan
 from streammerge.progress import Progress
 from streammerge.workers.checking import Checker, ReadBack
 

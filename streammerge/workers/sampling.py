@@ -7,7 +7,7 @@ from typing import Final
 
 from streammerge.compute.expressions import BLOCK
 from streammerge.copying import CopyRange
-from streammerge.jobs import Job, copied_from
+from streammerge.plan.jobs import Job, copied_from
 from streammerge.workers.windows import MergeWork, Window
 
 SAMPLES: Final = 200

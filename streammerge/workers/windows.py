@@ -17,9 +17,9 @@ from streammerge.compute.expressions import BLOCK, ByBlock, Node, Stored, Togeth
 from streammerge.compute.survey import Survey, TogetherSurvey
 from streammerge.findings import Finding
 from streammerge.formats.files import ByteFile
-from streammerge.jobs import Job
 from streammerge.ledger import Ledger
 from streammerge.models.quantised import has_scales
+from streammerge.plan.jobs import Job
 from streammerge.progress import Progress
 from streammerge.tensors import DType
 

@@ -19,12 +19,12 @@ from streammerge.formats.files import ByteFile
 from streammerge.formats.layout import OutputLayout, lay_out
 from streammerge.formats.tables import names_bytes
 from streammerge.formats.torchzip.state_dicts import LeftTensors
-from streammerge.jobs import Jobs, together_of
 from streammerge.methods.contract import ParameterValue
 from streammerge.models.architecture import component_of
 from streammerge.models.decisions import Action, Decisions
 from streammerge.models.merged import Merged
 from streammerge.options import Options, format_size
+from streammerge.plan.jobs import Jobs, together_of
 from streammerge.progress import Progress
 from streammerge.tensors import DType
 

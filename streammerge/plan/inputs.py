@@ -22,7 +22,7 @@ from streammerge.models.checkpoints import Checkpoint, open_model
 from streammerge.models.extent import check_steps, may_draw
 from streammerge.models.merged import Merged, merge_models
 from streammerge.older import Older
-from streammerge.plan import Plan
+from streammerge.plan.plan import Plan
 
 NESTED: Final = "Options are for the outer recipe: write them in this one, as keys (on_missing: keep) and rules."
 """What to say of advice that is meant for a nested recipe."""

@@ -1,0 +1,1 @@
+"""What becomes of every tensor, where it goes and what it costs, from headers alone."""
