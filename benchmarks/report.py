@@ -13,7 +13,7 @@ from benchmarks.results import FOLDER, CaseResult, ToolResult, load_all
 from benchmarks.targets import TARGETS
 from streammerge.benchmark import Spread
 from streammerge.compute.machine import MIB
-from streammerge.options import format_size
+from streammerge.recipe.options import format_size
 
 REPORT: Final = "report.md"
 

@@ -19,15 +19,16 @@ from typing import Any, Final
 from unittest import mock
 from xml.sax.saxutils import escape
 
-from streammerge import asked, cli
+from streammerge import cli
 from streammerge.formats import header_entries, shards
 from streammerge.formats.torchzip import directory as zip_directory
 from streammerge.formats.torchzip import machine as pickle_machine
 from streammerge.models import extent
-from streammerge.options import Options
 from streammerge.plan import globs, tuning
 from streammerge.public import RECIPE_KEYS
-from streammerge.recipe_files import MAX_NODES, MAX_RECIPE
+from streammerge.recipe import recipe as asked
+from streammerge.recipe.files import MAX_NODES, MAX_RECIPE
+from streammerge.recipe.options import Options
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 README: Final = ROOT / "README.md"

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from streammerge import __version__
-from streammerge.carrying import LICENCES, MERGED_FROM, carried_metadata
 from streammerge.compute.expressions import Stored, leaves
 from streammerge.compute.machine import peak_resident_bytes
 from streammerge.copying import Copying
@@ -35,11 +34,12 @@ from streammerge.models.checkpoints import open_model
 from streammerge.models.decisions import Decision, Decisions
 from streammerge.models.merged import Merged, node_of
 from streammerge.older import find_older
-from streammerge.options import Options
 from streammerge.plan.inputs import OUTPUT, OpenInputs, check_output, check_with_library, input_claims
 from streammerge.plan.plan import Plan, make_plan
-from streammerge.provenance import Hashes, recipe_metadata, stored_names
-from streammerge.recipe import Recipe
+from streammerge.recipe.carrying import LICENCES, MERGED_FROM, carried_metadata
+from streammerge.recipe.metadata import Hashes, recipe_metadata, stored_names
+from streammerge.recipe.options import Options
+from streammerge.recipe.parse import Recipe
 from streammerge.report import Report
 from streammerge.resuming import Beginning, Tell, beginning
 from streammerge.tensors import Model

@@ -8,18 +8,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
-from streammerge import blockwise
-from streammerge.asked import overridden
 from streammerge.errors import RecipeError
 from streammerge.findings import NONFINITE_POLICIES
 from streammerge.methods import find_method
 from streammerge.methods.loading import load_methods
-from streammerge.options import COMPUTE_DTYPES, Options, parse_size
-from streammerge.parameters import WEIGHT
-from streammerge.provenance import Recorded, read_recorded
-from streammerge.recipe import MISSING_POLICIES, SHAPE_POLICIES, Recipe, parse_recipe
-from streammerge.recipe_files import packaged_recipe, parse_yaml, read_recipe_file
-from streammerge.scalars import number_of_text
+from streammerge.recipe import blockwise
+from streammerge.recipe.files import packaged_recipe, parse_yaml, read_recipe_file
+from streammerge.recipe.metadata import Recorded, read_recorded
+from streammerge.recipe.options import COMPUTE_DTYPES, Options, parse_size
+from streammerge.recipe.parameters import WEIGHT
+from streammerge.recipe.parse import MISSING_POLICIES, SHAPE_POLICIES, Recipe, parse_recipe
+from streammerge.recipe.recipe import overridden
+from streammerge.recipe.scalars import number_of_text
 
 _WEIGHTED: Final = re.compile(r"(?P<path>.+):(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)")
 _NAMED: Final = re.compile(r"(?P<name>[A-Za-z_]\w*)=(?P<path>.+)")

@@ -15,9 +15,9 @@ from streammerge.methods import METHODS, find_method
 from streammerge.methods.loading import load_methods
 from streammerge.methods.registry import Method
 from streammerge.models.blocks import abridged, unet_blocks
-from streammerge.options import format_size
 from streammerge.plan.plan import Plan, dump_json
-from streammerge.presets import PRESETS
+from streammerge.recipe.options import format_size
+from streammerge.recipe.presets import PRESETS
 from streammerge.screen import say, say_on_stderr, show_report, show_table, watching
 from streammerge.side_files import check_side_file, write_text
 
@@ -104,7 +104,7 @@ def before_writing(plan: Plan) -> list[tuple[str, str]]:
 def verify(arguments: argparse.Namespace) -> int:
     """Check an output's format, index and hashes, and its values against the recipe: say what was checked."""
     from streammerge.models.checkpoints import open_model
-    from streammerge.provenance import has_recipe
+    from streammerge.recipe.metadata import has_recipe
     from streammerge.verification import check_files
 
     with open_model(arguments.merged) as found:
@@ -124,7 +124,7 @@ def verify(arguments: argparse.Namespace) -> int:
 
 def verify_recorded(arguments: argparse.Namespace) -> int:
     """Check an output's inputs and values by the recipe in its metadata, as far as its models are there."""
-    from streammerge.provenance import ModelsMissingError
+    from streammerge.recipe.metadata import ModelsMissingError
     from streammerge.verification import check_inputs
 
     named = bool(arguments.models)
@@ -281,7 +281,7 @@ def show_method(method: Method) -> None:
 
 def recipes(arguments: argparse.Namespace) -> int:
     """List the packaged recipes, or print one."""
-    from streammerge.recipe_files import packaged_recipe, packaged_recipes
+    from streammerge.recipe.files import packaged_recipe, packaged_recipes
 
     if arguments.name:
         packaged_recipe(arguments.name)

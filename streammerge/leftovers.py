@@ -13,8 +13,8 @@ from typing import Final
 from streammerge.errors import OutputError, output_errors
 from streammerge.journal import lock_journal, read_journal_file
 from streammerge.older import files_in
-from streammerge.options import format_size
 from streammerge.placing import put_in_place
+from streammerge.recipe.options import format_size
 from streammerge.records import JOURNAL_SUFFIX, Contents
 from streammerge.resuming import check_expected
 

@@ -11,10 +11,10 @@ from streammerge.api import planned, run_merge, saying_what_is_on_disk
 from streammerge.compute.machine import IoMode
 from streammerge.errors import OutputError
 from streammerge.findings import NonfinitePolicy
-from streammerge.options import COMPUTE_DTYPES, Options, parse_size
 from streammerge.plan.plan import Plan
-from streammerge.recipe import MissingPolicy, Recipe, ShapePolicy, parse_recipe
-from streammerge.recipe_files import read_recipe_file
+from streammerge.recipe.files import read_recipe_file
+from streammerge.recipe.options import COMPUTE_DTYPES, Options, parse_size
+from streammerge.recipe.parse import MissingPolicy, Recipe, ShapePolicy, parse_recipe
 from streammerge.report import Report
 from streammerge.tensors import Model
 

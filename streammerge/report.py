@@ -9,7 +9,7 @@ from typing import Any, Final
 from streammerge.errors import count, listed, plural
 from streammerge.findings import Finding, NonfinitePolicy, warnings
 from streammerge.formats.files import ByteFile
-from streammerge.options import format_size
+from streammerge.recipe.options import format_size
 
 PARTS: Final = ("plan", "merge", "sync")
 """The parts of a merge's time, in their order."""

@@ -14,9 +14,9 @@ from streammerge.fingerprint import Fingerprint, can_be_told, differences, finge
 from streammerge.finished import is_finished
 from streammerge.journal import Journal, journal_path, lock_journal
 from streammerge.older import files_in, find_older
-from streammerge.options import format_size
 from streammerge.placing import put_in_place, tidy_up
 from streammerge.plan.plan import Plan
+from streammerge.recipe.options import format_size
 from streammerge.records import JOURNAL_SUFFIX
 
 Tell = Callable[[str], None]

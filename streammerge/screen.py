@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from streammerge.errors import one_line
-from streammerge.options import format_size
+from streammerge.recipe.options import format_size
 
 if TYPE_CHECKING:
     from streammerge.progress import Progress

@@ -10,7 +10,7 @@ from streammerge.formats.shards import is_index
 from streammerge.hashing import file_sha256, read_sidecar, sidecar_beside
 from streammerge.indexes import check_index
 from streammerge.models.checkpoints import Checkpoint, model_files
-from streammerge.provenance import Recorded
+from streammerge.recipe.metadata import Recorded
 
 
 def check_files(model: Checkpoint) -> Iterator[str]:

@@ -24,9 +24,9 @@ from streammerge.formats.layout import OutputFile, OutputLayout, OutputName
 from streammerge.formats.library import RefusedError, library_digest, names_digest
 from streammerge.formats.locking import sync_data, sync_folder
 from streammerge.journal import Journal
-from streammerge.options import format_size
 from streammerge.placing import plan_placing, put_in_place, temporary_name
 from streammerge.plan.jobs import Job
+from streammerge.recipe.options import format_size
 
 CREATE_FLAGS: Final = os.O_CREAT | os.O_EXCL
 

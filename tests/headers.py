@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from streammerge.compute.expressions import Node, Stored
 from streammerge.models.merged import Merged, merge_models
-from streammerge.recipe import parse_recipe
+from streammerge.recipe.parse import parse_recipe
 from streammerge.tensors import DTYPES, Model, TensorInfo
 
 

@@ -826,7 +826,7 @@ def test_the_readme_shows_the_article():
 
 @pytest.mark.parametrize("case", COMPARED, ids=lambda case: case.name)
 def test_own_recipes_are_recipes(case: Case, tmp_path):
-    from streammerge.recipe import parse_recipe
+    from streammerge.recipe.parse import parse_recipe
 
     raw = yaml.safe_load(yaml.safe_dump(own.recipe(case.merge, case.layout)))
     bound = {role: tmp_path / role for role in case.merge.roles}

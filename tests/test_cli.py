@@ -26,9 +26,9 @@ from streammerge.demo.layouts import checkpoint
 from streammerge.errors import RecipeError
 from streammerge.formats.safetensors import build_header
 from streammerge.methods import METHODS
-from streammerge.options import Options
-from streammerge.recipe import Input
-from streammerge.recipe_files import packaged_recipes
+from streammerge.recipe.files import packaged_recipes
+from streammerge.recipe.options import Options
+from streammerge.recipe.parse import Input
 from streammerge.tensors import DTYPES
 
 VALUES = {"a": 1.0, "b": 3.0, "base": 10.0, "depth": 11.0, "waifu": 20.0, "c": 3.5}

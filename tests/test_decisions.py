@@ -14,7 +14,7 @@ from streammerge.compute.expressions import ByBlock, Combined
 from streammerge.fingerprint import differences, fingerprint_of
 from streammerge.formats.tables import Column
 from streammerge.models.decisions import RECENT, Decision, Decisions, kind_of
-from streammerge.recipe import Rule
+from streammerge.recipe.parse import Rule
 from streammerge.tensors import DTYPES, TensorInfo
 from tests.models import make_tensors, near, save_models
 

@@ -15,8 +15,8 @@ import streammerge
 from docs import make
 from streammerge.cli import COMMANDS
 from streammerge.methods import METHODS
-from streammerge.options import Options
-from streammerge.recipe import KEYS, MERGEKIT_ONLY, MISSING_POLICIES, SHAPE_POLICIES
+from streammerge.recipe.options import Options
+from streammerge.recipe.parse import KEYS, MERGEKIT_ONLY, MISSING_POLICIES, SHAPE_POLICIES
 from tests.pages import PAGES, anchors, links
 from tests.rooms import ROOMS
 

@@ -18,7 +18,7 @@ from streammerge.methods.contract import Parameter
 from streammerge.methods.registry import MERGEKIT_PARAMETERS, Method
 from streammerge.models.merged import Merged, merge_models
 from streammerge.plan.functions import merge_function
-from streammerge.recipe import parse_recipe
+from streammerge.recipe.parse import parse_recipe
 from tests.headers import Header, header
 
 MATRIX = {"layers.0.w.weight": (4, 6), "layers.1.w.weight": (4, 6)}

@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import streammerge
-from streammerge.asked import MAX_DEPTH, MAX_INPUTS, Rule
 from streammerge.errors import PlanError, RecipeError
 from streammerge.models import extent
 from streammerge.plan import globs, tuning
 from streammerge.plan.globs import RuleIndex
 from streammerge.plan.inputs import OpenInputs
-from streammerge.recipe import parse_recipe
-from streammerge.recipe_files import parse_yaml
+from streammerge.recipe.files import parse_yaml
+from streammerge.recipe.parse import parse_recipe
+from streammerge.recipe.recipe import MAX_DEPTH, MAX_INPUTS, Rule
 from tests.headers import header, merged
 from tests.models import make_tensors, save_models
 

@@ -28,8 +28,8 @@ from streammerge.formats.layout import lay_out
 from streammerge.formats.safetensors import read_header
 from streammerge.formats.shards import MAX_INDEX, MAX_INDEXED, read_index
 from streammerge.models.checkpoints import open_model
-from streammerge.recipe import parse_recipe
-from streammerge.recipe_files import MAX_NODES, MAX_RECIPE, parse_yaml, read_recipe_file
+from streammerge.recipe.files import MAX_NODES, MAX_RECIPE, parse_yaml, read_recipe_file
+from streammerge.recipe.parse import parse_recipe
 from streammerge.tensors import DTYPES, TensorInfo
 
 # ── bounds of time and memory ────────────────────────────────────────────────────────────────────────────────────────
@@ -41,7 +41,7 @@ from streammerge.errors import MergeError
 from streammerge.formats.safetensors import read_header
 from streammerge.formats.shards import read_index
 from streammerge.compute.machine import peak_resident_bytes, resident_bytes
-from streammerge.recipe_files import parse_yaml, read_recipe_file
+from streammerge.recipe.files import parse_yaml, read_recipe_file
 
 path = Path(sys.argv[1])
 read = {"header": lambda path: read_header(path, path.stat().st_size), "index": read_index, "recipe": read_recipe_file}

@@ -17,7 +17,7 @@ PACKAGE = Path(streammerge.__file__).parent
 
 ORDER = [
     # the vocabulary
-    *("errors", "tensors", "formats.tables", "", "compute.machine", "findings", "options", "progress"),
+    *("errors", "tensors", "formats.tables", "", "compute.machine", "findings", "recipe.options", "progress"),
     # what a process costs
     *("launcher", "measuring", "floor"),
     # what is on disk
@@ -41,9 +41,25 @@ ORDER = [
     *("methods.diffusion", "methods.placed", "methods.cosines", "methods.likeness", "methods.medians"),
     *("methods.smoothing", "methods.filters", "methods.loading", "methods"),
     # what is asked for
-    *("models.adapters", "models.architecture", "scalars", "models.blocks", "presets", "blockwise"),
-    *("models.layers", "parameters", "effects", "spellings", "asked", "plan.globs", "models.extent", "plan.tuning"),
-    *("recipe", "recipe_files", "recipes", "provenance", "carrying"),
+    *(
+        "models.adapters",
+        "models.architecture",
+        "recipe.scalars",
+        "models.blocks",
+        "recipe.presets",
+        "recipe.blockwise",
+    ),
+    *(
+        "models.layers",
+        "recipe.parameters",
+        "recipe.effects",
+        "recipe.spellings",
+        "recipe.recipe",
+        "plan.globs",
+        "models.extent",
+        "plan.tuning",
+    ),
+    *("recipe.parse", "recipe.files", "recipe.packaged", "recipe.metadata", "recipe.carrying"),
     # models as expressions
     *(
         "compute.expressions",
@@ -159,7 +175,7 @@ def test_imports_are_found():
     """The test above would pass with nothing found."""
     assert imported(modules()["cli"]) == {"", "errors", "screen", "streams"}
     assert {"copying", "compute.devices", "workers.windows"} <= imported(modules()["workers.schedule"])
-    assert "methods" in imported(modules()["asked"])
+    assert "methods" in imported(modules()["recipe.recipe"])
 
 
 # ── what is imported when ────────────────────────────────────────────────────────────────────────────────────────────

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streammerge.errors import SHOWN, MergeError, PlanError, one_line, printable
-from streammerge.options import format_size, parse_size
+from streammerge.recipe.options import format_size, parse_size
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streammerge.effects import Place
 from streammerge.errors import RecipeError
 from streammerge.methods import find_method
 from streammerge.models.layers import Layers
-from streammerge.parameters import (
+from streammerge.recipe.effects import Place
+from streammerge.recipe.parameters import (
     Condition,
     ParameterSources,
     PerModelSetting,

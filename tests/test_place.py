@@ -13,7 +13,7 @@ import streammerge
 from streammerge.compute.expressions import BLOCK
 from streammerge.methods.place import Target
 from streammerge.models.merged import merge_models
-from streammerge.recipe import parse_recipe
+from streammerge.recipe.parse import parse_recipe
 from tests.models import assert_same_bytes, load_model, make_tensors, merge_to, near, save_models
 
 TARGET = Target("w", (3, BLOCK), 3, seed=1, step=BLOCK)

@@ -15,9 +15,9 @@ from streammerge.api import planned, run_merge
 from streammerge.compute.expressions import BLOCK
 from streammerge.compute.machine import DEFAULT_WORK_BYTES, MAPPED_BYTES, MIB, share_out
 from streammerge.errors import OutputError
-from streammerge.options import Options
 from streammerge.plan.plan import OVERHEAD_BYTES, Plan, by_component, existing_folder, make_plan
-from streammerge.recipe import parse_recipe
+from streammerge.recipe.options import Options
+from streammerge.recipe.parse import parse_recipe
 from streammerge.tensors import DTYPES
 from tests.headers import header, merged
 from tests.models import make_tensors, save_models, with_integers

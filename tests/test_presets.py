@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from streammerge.errors import RecipeError
-from streammerge.presets import PRESETS, SD, SDXL, find_preset, preset_weights
+from streammerge.recipe.presets import PRESETS, SD, SDXL, find_preset, preset_weights
 
 TABLES = {
     (SD, "GRAD_V"): "0,1,0.9166666667,0.8333333333,0.75,0.6666666667,0.5833333333,0.5,0.4166666667,0.3333333333,0.25,"
@@ -165,7 +165,7 @@ def test_presets_are_found_by_the_names_of_other_tools_too(written, name):
 
 
 def test_every_alias_is_one_of_a_preset():
-    from streammerge.presets import _ALIASES
+    from streammerge.recipe.presets import _ALIASES
 
     assert set(_ALIASES.values()) <= set(PRESETS[SD])
 

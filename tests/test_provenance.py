@@ -10,12 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import streammerge
-from streammerge.carrying import carried_metadata
 from streammerge.cli import main
 from streammerge.errors import RecipeError
-from streammerge.options import Options
-from streammerge.provenance import RECIPE, SETTINGS, is_beside, read_recorded, recipe_metadata, stored_names
-from streammerge.recipe import parse_recipe
+from streammerge.recipe.carrying import carried_metadata
+from streammerge.recipe.metadata import RECIPE, SETTINGS, is_beside, read_recorded, recipe_metadata, stored_names
+from streammerge.recipe.options import Options
+from streammerge.recipe.parse import parse_recipe
 from tests.models import make_tensors, near, save_model
 
 SHAPES = {"x": (4, 3), "y.1": (7,), "z": (2, 2)}

@@ -14,10 +14,10 @@ import torch
 
 from streammerge.errors import MergeError
 from streammerge.models.merged import Merged
-from streammerge.options import Options
 from streammerge.plan.inputs import OpenInputs
 from streammerge.plan.plan import make_plan
-from streammerge.recipe import parse_recipe
+from streammerge.recipe.options import Options
+from streammerge.recipe.parse import parse_recipe
 from tests.models import merge_to, normal, save_model
 from tests.recipes import NAMES, damaged, whole_recipe
 

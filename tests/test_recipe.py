@@ -8,18 +8,10 @@ from typing import Any
 import pytest
 
 from streammerge.errors import RecipeError
-from streammerge.parameters import Condition, PerModelSetting
-from streammerge.recipe import (
-    MERGEKIT_ONLY,
-    Input,
-    Recipe,
-    Rule,
-    check_recipe,
-    distinct_names,
-    parse_recipe,
-)
-from streammerge.recipe_files import parse_yaml
-from streammerge.spellings import STORED_DTYPES, parse_dtype
+from streammerge.recipe.files import parse_yaml
+from streammerge.recipe.parameters import Condition, PerModelSetting
+from streammerge.recipe.parse import MERGEKIT_ONLY, Input, Recipe, Rule, check_recipe, distinct_names, parse_recipe
+from streammerge.recipe.spellings import STORED_DTYPES, parse_dtype
 from streammerge.tensors import DTYPES
 
 FOLDER = Path("recipes")

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streammerge import recipe_files
 from streammerge.errors import MergeError, RecipeError
 from streammerge.methods import METHODS
-from streammerge.recipe import parse_recipe
-from streammerge.recipe_files import packaged_recipe, packaged_recipes, parse_yaml, read_recipe_file
+from streammerge.recipe import files as recipe_files
+from streammerge.recipe.files import packaged_recipe, packaged_recipes, parse_yaml, read_recipe_file
+from streammerge.recipe.parse import parse_recipe
 
 # ── YAML ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 

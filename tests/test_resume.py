@@ -22,8 +22,8 @@ from streammerge.cli import main
 from streammerge.errors import OutputError
 from streammerge.journal import Journal, lock_journal
 from streammerge.methods import METHODS
-from streammerge.options import Options
-from streammerge.recipe import parse_recipe
+from streammerge.recipe.options import Options
+from streammerge.recipe.parse import parse_recipe
 from streammerge.records import JOURNAL_SUFFIX
 from streammerge.workers import machine as lanes
 from streammerge.workers.windows import MergeWork, Window
@@ -133,7 +133,7 @@ def test_a_resumed_merge_gives_the_same_bytes(tmp_path, paths, monkeypatch, name
     raw = recipe_of(paths, name, **CASES[name])
     if name == "truncate_rank":
         raw["models"] = raw["models"][:1]
-    options: dict[str, Any] = {"shard_size": streammerge.options.parse_size(shard_size) if shard_size else None}
+    options: dict[str, Any] = {"shard_size": streammerge.recipe.options.parse_size(shard_size) if shard_size else None}
     right = whole(raw, tmp_path / "right", **options)
     output = tmp_path / "new" / "out.safetensors"
     first = stop(monkeypatch, raw, output, after=4, **options)

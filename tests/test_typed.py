@@ -11,8 +11,8 @@ import torch
 
 from streammerge.cli import main
 from streammerge.errors import RecipeError
-from streammerge.recipe_files import parse_yaml
-from streammerge.scalars import number_of_text, scalar
+from streammerge.recipe.files import parse_yaml
+from streammerge.recipe.scalars import number_of_text, scalar
 from tests.models import load_model, make_tensors, near, save_models
 
 BOTH = ("a.safetensors", "b.safetensors")

@@ -13,7 +13,7 @@ from streammerge.compute.expressions import BLOCK
 from streammerge.compute.machine import MIB
 from streammerge.errors import MethodError, PlanError
 from streammerge.methods import METHODS, Place, WholeMethod, method
-from streammerge.options import parse_size
+from streammerge.recipe.options import parse_size
 from tests.models import assert_same_bytes, load_model, make_tensors, merge_to, near, normal, save_models
 
 SEEN: list[tuple[str, tuple[int, ...], int]] = []

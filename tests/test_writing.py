@@ -22,10 +22,10 @@ from streammerge import writing
 from streammerge.api import run_merge
 from streammerge.errors import CheckpointError, MergeError, OutputError
 from streammerge.formats.layout import lay_out
-from streammerge.options import Options
 from streammerge.placing import temporary_name
 from streammerge.plan.jobs import Job
-from streammerge.recipe import parse_recipe
+from streammerge.recipe.options import Options
+from streammerge.recipe.parse import parse_recipe
 from streammerge.tensors import DTYPES, TensorInfo
 from streammerge.writing import OutputWriter, preallocate
 from tests.models import assert_same_bytes, load_model, make_tensors, raw_bytes, save_models, with_integers

@@ -12,7 +12,7 @@ from typing import Literal
 from streammerge.demo.files import Container, DemoModels, make_models
 from streammerge.demo.reference import check_article
 from streammerge.errors import MergeError
-from streammerge.options import format_size
+from streammerge.recipe.options import format_size
 from streammerge.screen import say
 
 UNET = "model.diffusion_model.*"

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from streammerge.asked import MAX_DEPTH, Recipe
 from streammerge.errors import PlanError
 from streammerge.methods import find_method
 from streammerge.methods.registry import BlockMethod, LinearMethod, Method, WholeMethod
+from streammerge.recipe.recipe import MAX_DEPTH, Recipe
 from streammerge.tensors import Model
 
 MAX_STEPS: Final = 4_000_000

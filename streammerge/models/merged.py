@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from streammerge.asked import Recipe, Rule
 from streammerge.compute.application import apply_method, needs_statistics
 from streammerge.compute.expressions import ByBlock, External, Node, Together, walk
 from streammerge.errors import PlanError
@@ -27,6 +26,7 @@ from streammerge.models.views import Fitting, fit, placed
 from streammerge.plan.globs import RuleIndex
 from streammerge.plan.problems import Misshapen, Problems, Unshared
 from streammerge.plan.tuning import Tuning
+from streammerge.recipe.recipe import Recipe, Rule
 from streammerge.tensors import DType, Model, TensorInfo
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Final
 
 from streammerge.errors import RecipeError
 from streammerge.models.checkpoints import has_entries
-from streammerge.recipe import Input, Recipe
+from streammerge.recipe.parse import Input, Recipe
 
 _NAMED: Final = re.compile(r"(?P<name>[^=]+)=(?P<key>.+)", re.DOTALL)
 

@@ -12,9 +12,9 @@ from streammerge.methods import find_method
 from streammerge.methods.registry import Method
 from streammerge.models.checkpoints import open_model
 from streammerge.models.merged import Merged, merge_models
-from streammerge.parameters import parse_settings
-from streammerge.recipe import Input, MissingPolicy, Recipe, Rule, ShapePolicy, check_recipe
-from streammerge.spellings import parse_dtype, parse_seed
+from streammerge.recipe.parameters import parse_settings
+from streammerge.recipe.parse import Input, MissingPolicy, Recipe, Rule, ShapePolicy, check_recipe
+from streammerge.recipe.spellings import parse_dtype, parse_seed
 from streammerge.tensors import Model
 
 ModelLike = Model | str | os.PathLike[str]

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from streammerge.asked import Rule
 from streammerge.errors import PlanError
+from streammerge.recipe.recipe import Rule
 
 MAX_TRIED: Final = 10_000_000
 """How often globs are tried on names in one merge at most; on long names it counts more."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
-from streammerge.asked import Recipe
 from streammerge.errors import CheckpointError, OutputError, PlanError
 from streammerge.formats.claims import Claim, Claims, file_key
 from streammerge.formats.files import ByteFile, read_errors
@@ -23,6 +22,7 @@ from streammerge.models.extent import check_steps, may_draw
 from streammerge.models.merged import Merged, merge_models
 from streammerge.older import Older
 from streammerge.plan.plan import Plan
+from streammerge.recipe.recipe import Recipe
 
 NESTED: Final = "Options are for the outer recipe: write them in this one, as keys (on_missing: keep) and rules."
 """What to say of advice that is meant for a nested recipe."""

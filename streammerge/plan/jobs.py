@@ -24,7 +24,7 @@ from streammerge.compute.magnitudes import check_magnitudes
 from streammerge.formats.layout import OutputLayout
 from streammerge.models.decisions import Fate
 from streammerge.models.merged import Merged
-from streammerge.options import Options
+from streammerge.recipe.options import Options
 from streammerge.tensors import DType, TensorInfo
 
 

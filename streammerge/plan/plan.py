@@ -23,9 +23,9 @@ from streammerge.methods.contract import ParameterValue
 from streammerge.models.architecture import component_of
 from streammerge.models.decisions import Action, Decisions
 from streammerge.models.merged import Merged
-from streammerge.options import Options, format_size
 from streammerge.plan.jobs import Jobs, together_of
 from streammerge.progress import Progress
+from streammerge.recipe.options import Options, format_size
 from streammerge.tensors import DType
 
 OVERHEAD_BYTES: Final = 16 * MIB

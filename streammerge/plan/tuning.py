@@ -7,15 +7,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from streammerge.asked import Recipe, Rule
-from streammerge.blockwise import BlockSetting, list_remark
-from streammerge.effects import ignored_notes
 from streammerge.errors import PlanError
 from streammerge.methods import find_method
 from streammerge.methods.contract import ParameterValue
 from streammerge.models.blocks import Blocks
 from streammerge.models.layers import Layers, layers_of
-from streammerge.parameters import (
+from streammerge.recipe.blockwise import BlockSetting, list_remark
+from streammerge.recipe.effects import ignored_notes
+from streammerge.recipe.parameters import (
     NO_BLOCKS,
     ParameterSources,
     Setting,
@@ -25,6 +24,7 @@ from streammerge.parameters import (
     is_gradient,
     values_of,
 )
+from streammerge.recipe.recipe import Recipe, Rule
 from streammerge.tensors import Model
 
 MAX_CONDITIONS: Final = 20_000_000

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Final
 
 from streammerge import __version__
-from streammerge.carrying import LICENCES, MERGED_FROM
 from streammerge.errors import OutputError, count
 from streammerge.formats.files import read_errors
 from streammerge.formats.layout import METADATA, lay_out
 from streammerge.models.checkpoints import Checkpoint, open_model
 from streammerge.plan.plan import Plan
-from streammerge.provenance import INPUTS, RECIPE, SETTINGS, VERSION
+from streammerge.recipe.carrying import LICENCES, MERGED_FROM
+from streammerge.recipe.metadata import INPUTS, RECIPE, SETTINGS, VERSION
 from streammerge.workers.checking import checkpoint_reader
 from streammerge.workers.machine import Extent, Machine, Watch
 

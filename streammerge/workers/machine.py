@@ -15,9 +15,9 @@ from streammerge.copying import Copying
 from streammerge.errors import PlanError
 from streammerge.findings import refuse_nonfinite
 from streammerge.methods import METHODS
-from streammerge.options import format_size
 from streammerge.plan.plan import OVERHEAD_BYTES, Plan
 from streammerge.progress import Progress
+from streammerge.recipe.options import format_size
 from streammerge.workers.checking import Checker, ReadBack
 
 if TYPE_CHECKING:

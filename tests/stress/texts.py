@@ -7,8 +7,8 @@ from typing import Final
 
 from streammerge.formats.shards import read_index
 from streammerge.methods import METHODS
-from streammerge.recipe import parse_recipe
-from streammerge.recipe_files import read_recipe_file
+from streammerge.recipe.files import read_recipe_file
+from streammerge.recipe.parse import parse_recipe
 from tests.stress.campaign import Campaign, Effort, Figure
 from tests.stress.fuzzing import Fuzzer, WrongAnswerError, fuzz
 from tests.stress.text_inputs import RECIPES as VALID

@@ -17,9 +17,9 @@ from streammerge.errors import RecipeError
 from streammerge.methods import METHODS
 from streammerge.methods.loading import loaded_from
 from streammerge.methods.registry import suggestion
-from streammerge.options import COMPUTE_DTYPES, Options
-from streammerge.recipe import Recipe, parse_recipe
-from streammerge.recipe_files import MAX_RECIPE
+from streammerge.recipe.files import MAX_RECIPE
+from streammerge.recipe.options import COMPUTE_DTYPES, Options
+from streammerge.recipe.parse import Recipe, parse_recipe
 
 RECIPE: Final = "streammerge.recipe"
 SETTINGS: Final = "streammerge.settings"

@@ -2,7 +2,7 @@
 
 The rules are mergekit's. A setting is a number, a flag or a word; or a list of numbers, a gradient that is interpolated
 over the layers; or a list of {filter, value} of which the first whose filter is part of the tensor's name holds. Values
-by block (see `streammerge.blockwise`) may stand wherever a number may. What a setting says nothing of is left to the
+by block (see `streammerge.recipe.blockwise`) may stand wherever a number may. What a setting says nothing of is left to the
 next place: a tensor's rule comes before the model, the model before the recipe, the recipe before the method's default.
 """
 
@@ -13,13 +13,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from streammerge.blockwise import BlockSetting, bind, is_block_setting, parse_block_setting
 from streammerge.errors import RecipeError
 from streammerge.methods.contract import Parameter, ParameterValue
 from streammerge.methods.registry import Method
 from streammerge.models.blocks import Blocks
 from streammerge.models.layers import Layers
-from streammerge.scalars import Scalar, number, scalar
+from streammerge.recipe.blockwise import BlockSetting, bind, is_block_setting, parse_block_setting
+from streammerge.recipe.scalars import Scalar, number, scalar
 
 Value = Scalar | tuple[float, ...] | BlockSetting
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from streammerge.errors import RecipeError
 from streammerge.methods.registry import suggestion
-from streammerge.scalars import is_ambiguous
+from streammerge.recipe.scalars import is_ambiguous
 
 MAX_RECIPE: Final = 2**18
 """The longest recipe, in bytes, that is read."""
@@ -105,7 +105,7 @@ def _is_text(node: Any) -> bool:  # noqa: ANN401
 
 def packaged_recipes() -> Mapping[str, str]:
     """The text of every recipe that comes with the package, by name."""
-    folder = resources.files("streammerge.recipes")
+    folder = resources.files("streammerge.recipe.packaged")
     return {
         entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8")
         for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)

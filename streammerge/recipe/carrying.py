@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from streammerge.recipe import Recipe
+from streammerge.recipe.parse import Recipe
 
 USE: Final = frozenset(
     {

@@ -18,7 +18,7 @@ from typing import Literal
 from streammerge.errors import RecipeError
 from streammerge.methods.contract import Parameter
 from streammerge.methods.registry import Method
-from streammerge.parameters import PerModelSetting, Setting, Settings, points_of, values_of
+from streammerge.recipe.parameters import PerModelSetting, Setting, Settings, points_of, values_of
 
 Kind = Literal["recipe", "model", "base", "rule", "copied"]
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from streammerge.effects import Kind, Place
 from streammerge.errors import SHOWN, RecipeError
 from streammerge.methods import find_method
-from streammerge.parameters import Settings, describe_settings, holds_everywhere
+from streammerge.recipe.effects import Kind, Place
+from streammerge.recipe.parameters import Settings, describe_settings, holds_everywhere
 from streammerge.tensors import DType
 
 ShapePolicy = Literal["error", "overlap", "keep", "pad", "slice"]

@@ -12,7 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from streammerge.asked import (
+from streammerge.errors import RecipeError
+from streammerge.methods.registry import suggestion
+from streammerge.recipe.parameters import parse_settings
+from streammerge.recipe.recipe import (
     MAX_DEPTH,
     MISSING_POLICIES,
     SHAPE_POLICIES,
@@ -24,10 +27,7 @@ from streammerge.asked import (
     ShapePolicy,
     check_recipe,
 )
-from streammerge.errors import RecipeError
-from streammerge.methods.registry import suggestion
-from streammerge.parameters import parse_settings
-from streammerge.spellings import parse_dtype, parse_flag, parse_key, parse_name, parse_seed
+from streammerge.recipe.spellings import parse_dtype, parse_flag, parse_key, parse_name, parse_seed
 
 __all__ = [
     "MISSING_POLICIES",

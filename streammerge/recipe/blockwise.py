@@ -24,8 +24,8 @@ from typing import Any, Final
 from streammerge.errors import RecipeError
 from streammerge.methods.registry import suggestion
 from streammerge.models.blocks import BASE, Blocks, ListForm, abridged, normal_name
-from streammerge.presets import PRESETS, find_preset, preset_weights
-from streammerge.scalars import Scalar, is_number, scalar, scalar_of_text
+from streammerge.recipe.presets import PRESETS, find_preset, preset_weights
+from streammerge.recipe.scalars import Scalar, is_number, scalar, scalar_of_text
 
 DEFAULT: Final = "default"
 KEYS: Final = ("blocks", "elements")
