@@ -11,11 +11,22 @@ from pathlib import Path
 from streammerge import __version__
 from streammerge.compute.expressions import Stored, leaves
 from streammerge.compute.machine import peak_resident_bytes
-from streammerge.copying import Copying
 from streammerge.errors import MergeError, refusal
 from streammerge.formats.claims import NOTHING, Claim, Claims, file_key
 from streammerge.formats.files import ByteFile
-from streammerge.hashing import (
+from streammerge.methods.loading import method_failure
+from streammerge.models.checkpoints import open_model
+from streammerge.models.decisions import Decision, Decisions
+from streammerge.models.merged import Merged, node_of
+from streammerge.plan.inputs import OUTPUT, OpenInputs, check_output, check_with_library, input_claims
+from streammerge.plan.plan import Plan, make_plan
+from streammerge.recipe.carrying import LICENCES, MERGED_FROM, carried_metadata
+from streammerge.recipe.metadata import Hashes, recipe_metadata, stored_names
+from streammerge.recipe.options import Options
+from streammerge.recipe.parse import Recipe
+from streammerge.report import Report
+from streammerge.storage.copying import Copying
+from streammerge.storage.hashing import (
     FileHashes,
     HashingWriter,
     check_sidecar,
@@ -27,21 +38,10 @@ from streammerge.hashing import (
     stale_sidecar,
     write_sidecar,
 )
-from streammerge.journal import journal_path
-from streammerge.ledger import Coverage, Entry, Ledger, Span
-from streammerge.methods.loading import method_failure
-from streammerge.models.checkpoints import open_model
-from streammerge.models.decisions import Decision, Decisions
-from streammerge.models.merged import Merged, node_of
-from streammerge.older import find_older
-from streammerge.plan.inputs import OUTPUT, OpenInputs, check_output, check_with_library, input_claims
-from streammerge.plan.plan import Plan, make_plan
-from streammerge.recipe.carrying import LICENCES, MERGED_FROM, carried_metadata
-from streammerge.recipe.metadata import Hashes, recipe_metadata, stored_names
-from streammerge.recipe.options import Options
-from streammerge.recipe.parse import Recipe
-from streammerge.report import Report
-from streammerge.resuming import Beginning, Tell, beginning
+from streammerge.storage.journal import journal_path
+from streammerge.storage.ledger import Coverage, Entry, Ledger, Span
+from streammerge.storage.resume import Beginning, Tell, beginning
+from streammerge.storage.target import find_older
 from streammerge.tensors import Model
 from streammerge.workers.confirmation import Confirmed, confirm, confirm_finished
 from streammerge.workers.machine import Machine, Watch
@@ -126,8 +126,8 @@ def claims_beside(plan: Plan) -> Claims:
 
 
 def _carry_out(begun: Beginning, started: float, watch: Watch | None, tell: Tell, beside: Claims) -> Report:
-    from streammerge.bookkeeping import Bookkeeper
-    from streammerge.writing import OutputWriter
+    from streammerge.storage.bookkeeping import Bookkeeper
+    from streammerge.storage.writer import OutputWriter
 
     plan = begun.plan
     if begun.is_complete:
@@ -203,7 +203,7 @@ def _confirm(begun: Beginning, started: float, watch: Watch | None, tell: Tell) 
 
 def _report_of_nothing(plan: Plan, started: float, there: Entry, hashes: list[FileHashes]) -> Report:
     """The report of a merge of which all was there."""
-    from streammerge.writing import OutputWriter
+    from streammerge.storage.writer import OutputWriter
 
     nothing = Copying((), OutputWriter(plan.output), plan.new_progress(), Ledger(there))
     return report_of(plan, [started] * 3 + [time.perf_counter()], nothing, None, hashes)

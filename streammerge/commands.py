@@ -19,7 +19,7 @@ from streammerge.plan.plan import Plan, dump_json
 from streammerge.recipe.options import format_size
 from streammerge.recipe.presets import PRESETS
 from streammerge.screen import say, say_on_stderr, show_report, show_table, watching
-from streammerge.side_files import check_side_file, write_text
+from streammerge.storage.side_files import check_side_file, write_text
 
 
 def merge(arguments: argparse.Namespace) -> int:
@@ -298,7 +298,7 @@ def recipes(arguments: argparse.Namespace) -> int:
 
 def clean(arguments: argparse.Namespace) -> int:
     """List what merges that were stopped left behind, and remove it."""
-    from streammerge.leftovers import find_leftovers, finish_placing, remove
+    from streammerge.storage.leftovers import find_leftovers, finish_placing, remove
 
     if not arguments.dry_run:
         for path in finish_placing(arguments.folder):

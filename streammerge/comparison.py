@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from streammerge.errors import SHOWN, one_line
 from streammerge.inspection import aligned, count_text
-from streammerge.side_files import written_whole
+from streammerge.storage.side_files import written_whole
 
 FINEST_STEP: Final = 1e-9
 """The narrowest bin of a histogram: below it, cosines are noise of the last digits."""

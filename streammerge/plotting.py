@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from streammerge.comparison import Comparison, Histogram, tally
 from streammerge.errors import MergeError, OutputError
 from streammerge.inspection import shortened
-from streammerge.side_files import written_whole
+from streammerge.storage.side_files import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

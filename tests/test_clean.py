@@ -12,11 +12,11 @@ import streammerge
 from streammerge.cli import main
 from streammerge.errors import OutputError
 from streammerge.formats.layout import lay_out
-from streammerge.journal import lock_journal
-from streammerge.leftovers import age, find_leftovers, remove
-from streammerge.older import find_older
-from streammerge.placing import Placing, Step, put_in_place, state_of, temporary_name
-from streammerge.records import JOURNAL_SUFFIX
+from streammerge.storage.journal import lock_journal
+from streammerge.storage.leftovers import age, find_leftovers, remove
+from streammerge.storage.placing import Placing, Step, put_in_place, state_of, temporary_name
+from streammerge.storage.records import JOURNAL_SUFFIX
+from streammerge.storage.target import find_older
 from streammerge.tensors import DTYPES, TensorInfo
 from tests.models import make_tensors, save_models
 from tests.test_writing import digests

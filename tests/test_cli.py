@@ -506,7 +506,7 @@ def test_verbose_shows_every_tensor_first(folder, run):
 
 
 def test_progress_is_printed_now_and_then_where_there_is_no_terminal(folder, run, monkeypatch):
-    from streammerge.writing import OutputWriter
+    from streammerge.storage.writer import OutputWriter
 
     whole = OutputWriter.write
 
@@ -825,7 +825,7 @@ def test_a_comparison_does_not_replace_a_model(folder, run, option, path):
 SLOW = """
 import pathlib, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from streammerge.writing import OutputWriter
+from streammerge.storage.writer import OutputWriter
 whole = OutputWriter.write
 def write(writer, job, position, data):
     pathlib.Path("started").touch()

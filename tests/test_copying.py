@@ -15,15 +15,15 @@ import torch
 from safetensors.torch import save_file
 
 import streammerge
-from streammerge import copying
 from streammerge.compute.expressions import Stored, Term, combine
-from streammerge.copying import Copying, CopyRange, Piece, adjoining, pieces, ranges_of
 from streammerge.errors import CheckpointError, OutputError
 from streammerge.formats import descriptors as positional
 from streammerge.formats.descriptors import copy_at
-from streammerge.ledger import Ledger
 from streammerge.plan.jobs import Job
 from streammerge.progress import Progress
+from streammerge.storage import copying
+from streammerge.storage.copying import Copying, CopyRange, Piece, adjoining, pieces, ranges_of
+from streammerge.storage.ledger import Ledger
 from streammerge.tensors import DTYPES, TensorInfo
 from tests.models import load_model, store_tensors
 
@@ -173,7 +173,7 @@ def test_what_goes_wrong_meanwhile_comes_first(leaf):
 
 COPIES_BEFORE_TORCH = """
 import sys
-from streammerge.writing import OutputWriter
+from streammerge.storage.writer import OutputWriter
 
 copy, before = OutputWriter.copy, []
 

@@ -11,10 +11,10 @@ import torch
 
 import streammerge
 from streammerge.compute.expressions import ByBlock, Combined
-from streammerge.fingerprint import differences, fingerprint_of
 from streammerge.formats.tables import Column
 from streammerge.models.decisions import RECENT, Decision, Decisions, kind_of
 from streammerge.recipe.parse import Rule
+from streammerge.storage.fingerprint import differences, fingerprint_of
 from streammerge.tensors import DTYPES, TensorInfo
 from tests.models import make_tensors, near, save_models
 
@@ -150,7 +150,7 @@ def test_fingerprints_of_many_tensors_are_few_and_tell_where_a_change_is(paths, 
         return fingerprint_of(streammerge.make_plan(recipe, output=tmp_path / "out.safetensors"))
 
     assert len(fingerprint(0.1)["tensor"]) == 80
-    monkeypatch.setattr("streammerge.fingerprint.MOST_DIGESTS", 10)
+    monkeypatch.setattr("streammerge.storage.fingerprint.MOST_DIGESTS", 10)
     before, now = ({"tensor": fingerprint(t)["tensor"]} for t in (0.1, 0.2))
     assert len(before["tensor"]) == 10
     assert all(name.endswith(" and 7 after it") for name in before["tensor"])

@@ -20,7 +20,6 @@ from streammerge.compute import evaluate as compute
 from streammerge.compute.devices import Lane
 from streammerge.compute.examine import examine
 from streammerge.compute.expressions import BLOCK, ByBlock, ByGram, External, Node, Stored, Term, combine
-from streammerge.copying import PIECE, Copying, CopyRange
 from streammerge.errors import CheckpointError, MethodError
 from streammerge.formats.descriptors import read_at
 from streammerge.formats.readers import MappedReader, PositionalReader
@@ -28,6 +27,7 @@ from streammerge.methods.registry import BlockMethod, GramMethod
 from streammerge.methods.statistics.gram import Gram
 from streammerge.plan.jobs import Job
 from streammerge.progress import Progress
+from streammerge.storage.copying import PIECE, Copying, CopyRange
 from streammerge.tensors import DTYPES, TensorInfo
 from streammerge.workers import windows as works
 from streammerge.workers.schedule import AHEAD_BYTES, AHEAD_WINDOWS, Schedule, run

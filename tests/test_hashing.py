@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import streammerge
-from streammerge import hashing
 from streammerge.cli import main
 from streammerge.errors import CheckpointError, OutputError
 from streammerge.formats.layout import lay_out
-from streammerge.hashing import HashingWriter, file_sha256, read_sidecar, sidecar_beside
 from streammerge.plan.jobs import Job
+from streammerge.storage import hashing
+from streammerge.storage.hashing import HashingWriter, file_sha256, read_sidecar, sidecar_beside
+from streammerge.storage.writer import OutputWriter
 from streammerge.tensors import DTYPES, TensorInfo
 from streammerge.workers.sampling import SAMPLES, sample
-from streammerge.writing import OutputWriter
 from tests.models import make_tensors, near, save_models, with_integers
 
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from streammerge.cli import main
 from streammerge.findings import Finding
-from streammerge.placing import state_of
-from streammerge.records import VERSION, encode
+from streammerge.storage.placing import state_of
+from streammerge.storage.records import VERSION, encode
 from tests.models import make_tensors, save_model
 from tests.test_writing import digests
 
@@ -188,7 +188,7 @@ def test_a_record_that_is_none_is_told(tmp_path, template, capsys, command):
 
 def test_an_unfinished_file_that_has_another_name_too_is_not_gone_on_with(tmp_path, template):
     """Who writes to it, would write to the other."""
-    from streammerge.records import Contents
+    from streammerge.storage.records import Contents
 
     shutil.copytree(template, tmp_path / "f")
     contents = Contents("o", {TEMPORARY[0]: "o.safetensors"}, {})

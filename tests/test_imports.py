@@ -79,25 +79,25 @@ ORDER = [
         "compute.costs",
         "plan.jobs",
         "plan.plan",
-        "ledger",
-        "older",
+        "storage.ledger",
+        "storage.target",
         "indexes",
         "formats.claims",
         "plan.inputs",
         "report",
-        "copying",
+        "storage.copying",
     ),
     # what is left of a merge that was stopped
     *(
         "formats.locking",
-        "fingerprint",
-        "placing",
-        "side_files",
-        "records",
-        "journal",
-        "finished",
-        "resuming",
-        "leftovers",
+        "storage.fingerprint",
+        "storage.placing",
+        "storage.side_files",
+        "storage.records",
+        "storage.journal",
+        "storage.finished",
+        "storage.resume",
+        "storage.leftovers",
     ),
     # what happens
     *(
@@ -110,11 +110,11 @@ ORDER = [
         "workers.windows",
         "workers.sampling",
         "workers.schedule",
-        "writing",
+        "storage.writer",
     ),
     *(
-        "bookkeeping",
-        "hashing",
+        "storage.bookkeeping",
+        "storage.hashing",
         "workers.checking",
         "workers.machine",
         "verification",
@@ -174,7 +174,7 @@ def test_a_module_imports_only_what_stands_before_it(name):
 def test_imports_are_found():
     """The test above would pass with nothing found."""
     assert imported(modules()["cli"]) == {"", "errors", "screen", "streams"}
-    assert {"copying", "compute.devices", "workers.windows"} <= imported(modules()["workers.schedule"])
+    assert {"storage.copying", "compute.devices", "workers.windows"} <= imported(modules()["workers.schedule"])
     assert "methods" in imported(modules()["recipe.recipe"])
 
 

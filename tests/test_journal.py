@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streammerge import resuming
 from streammerge.errors import OutputError
 from streammerge.findings import Finding
 from streammerge.formats.layout import lay_out
-from streammerge.journal import journal_path, lock_journal, read_journal_file
-from streammerge.ledger import Coverage, Entry, Ledger, Span
-from streammerge.placing import Placing, Step, temporary_name
 from streammerge.plan.jobs import Job
-from streammerge.records import VERSION, Contents, decode, encode
+from streammerge.storage import resume as resuming
+from streammerge.storage.journal import journal_path, lock_journal, read_journal_file
+from streammerge.storage.ledger import Coverage, Entry, Ledger, Span
+from streammerge.storage.placing import Placing, Step, temporary_name
+from streammerge.storage.records import VERSION, Contents, decode, encode
 from streammerge.tensors import DTYPES, TensorInfo
 
 # ── the ledger ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -16,13 +16,13 @@ import pytest
 
 import streammerge
 from streammerge.compute.machine import MIB, PROMISED_BYTES
-from streammerge.copying import PIECE_RANGES, pieces
 from streammerge.formats.safetensors import build_header
 from streammerge.formats.tables import Column, Names
 from streammerge.inspection import inspect_model, render
-from streammerge.ledger import Coverage, Ledger, Span
 from streammerge.models.checkpoints import Checkpoint
 from streammerge.plan.plan import OVERHEAD_BYTES
+from streammerge.storage.copying import PIECE_RANGES, pieces
+from streammerge.storage.ledger import Coverage, Ledger, Span
 from streammerge.tensors import DTYPES, TensorInfo
 from streammerge.workers.sampling import sample
 

@@ -132,7 +132,7 @@ def test_a_limit_below_the_least_is_an_error_before_anything_is_read(tmp_path, m
     for place in (
         "streammerge.formats.readers.read_at",
         "streammerge.formats.readers.map_window",
-        "streammerge.writing.preallocate",
+        "streammerge.storage.writer.preallocate",
     ):
         monkeypatch.setattr(place, never)
     words = [word.format(**paths) for word in KINDS[kind]]

@@ -184,7 +184,7 @@ def remove(path: Path) -> None:
 @pytest.mark.parametrize("change", [shorten, lengthen, overwrite, replace, remove])
 @pytest.mark.parametrize("io", ["mmap", "pread"])
 def test_an_input_that_changes_meanwhile_is_one_error(tmp_path, paths, told, monkeypatch, change, io):
-    from streammerge.writing import OutputWriter
+    from streammerge.storage.writer import OutputWriter
 
     whole, once = OutputWriter.write, threading.Lock()
     done: list[object] = []

@@ -16,18 +16,18 @@ import pytest
 import torch
 
 import streammerge
-from streammerge import bookkeeping
 from streammerge.api import run_merge
 from streammerge.cli import main
 from streammerge.errors import OutputError
-from streammerge.journal import Journal, lock_journal
 from streammerge.methods import METHODS
 from streammerge.recipe.options import Options
 from streammerge.recipe.parse import parse_recipe
-from streammerge.records import JOURNAL_SUFFIX
+from streammerge.storage import bookkeeping
+from streammerge.storage.journal import Journal, lock_journal
+from streammerge.storage.records import JOURNAL_SUFFIX
+from streammerge.storage.writer import OutputWriter
 from streammerge.workers import machine as lanes
 from streammerge.workers.windows import MergeWork, Window
-from streammerge.writing import OutputWriter
 from tests.models import MemoryModel, load_model, make_tensors, near, save_models, with_integers
 from tests.test_writing import digests
 

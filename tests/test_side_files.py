@@ -12,7 +12,7 @@ import pytest
 from streammerge import plotting
 from streammerge.cli import main
 from streammerge.errors import OutputError
-from streammerge.side_files import check_side_file, write_text, written_whole
+from streammerge.storage.side_files import check_side_file, write_text, written_whole
 from tests.models import make_tensors, save_model
 
 
@@ -113,7 +113,7 @@ def test_a_folder_that_is_read_only_is_told_before_the_work(folder, capsys):
 
 
 def test_a_report_that_fails_in_the_end_says_that_the_output_is_there(folder, capsys, monkeypatch):
-    monkeypatch.setattr("streammerge.side_files.temporary_name", lambda path: path.parent / "no" / path.name)
+    monkeypatch.setattr("streammerge.storage.side_files.temporary_name", lambda path: path.parent / "no" / path.name)
     assert main([*MERGE, "--report", "report.json"]) == 1
     assert capsys.readouterr().err.endswith("The output is complete.\n")
     assert Path("out.safetensors").exists()

@@ -11,9 +11,9 @@ import torch
 import streammerge
 import streammerge.workers.machine
 from streammerge.cli import main
-from streammerge.copying import Copying
 from streammerge.errors import PlanError
 from streammerge.plan.plan import Plan
+from streammerge.storage.copying import Copying
 from streammerge.workers import windows as works
 from tests.models import assert_same_bytes, load_model, make_tensors, merge_to, near, save_models
 

@@ -18,16 +18,16 @@ import torch
 from safetensors import SafetensorError
 
 import streammerge
-from streammerge import writing
 from streammerge.api import run_merge
 from streammerge.errors import CheckpointError, MergeError, OutputError
 from streammerge.formats.layout import lay_out
-from streammerge.placing import temporary_name
 from streammerge.plan.jobs import Job
 from streammerge.recipe.options import Options
 from streammerge.recipe.parse import parse_recipe
+from streammerge.storage import writer as writing
+from streammerge.storage.placing import temporary_name
+from streammerge.storage.writer import OutputWriter, preallocate
 from streammerge.tensors import DTYPES, TensorInfo
-from streammerge.writing import OutputWriter, preallocate
 from tests.models import assert_same_bytes, load_model, make_tensors, raw_bytes, save_models, with_integers
 
 TENSORS = with_integers(make_tensors(3, torch.float16, {"weight": (7, 13), "bias": (63,), "scalar": (), "empty": (0,)}))

@@ -20,9 +20,9 @@ from streammerge.methods.place import Within
 from streammerge.models.checkpoints import Checkpoint, open_model
 from streammerge.models.extent import check_steps, may_draw
 from streammerge.models.merged import Merged, merge_models
-from streammerge.older import Older
 from streammerge.plan.plan import Plan
 from streammerge.recipe.recipe import Recipe
+from streammerge.storage.target import Older
 
 NESTED: Final = "Options are for the outer recipe: write them in this one, as keys (on_missing: keep) and rules."
 """What to say of advice that is meant for a nested recipe."""

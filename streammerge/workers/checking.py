@@ -6,13 +6,13 @@ import threading
 from collections.abc import Callable, Sequence
 
 from streammerge.compute.expressions import Stored
-from streammerge.copying import CopyRange
 from streammerge.errors import CheckpointError, OutputError, count, plural
 from streammerge.formats.descriptors import COPY_BYTES, read_at
 from streammerge.formats.readers import page_aligned
 from streammerge.models.checkpoints import Checkpoint
 from streammerge.plan.jobs import Job
 from streammerge.plan.plan import Plan
+from streammerge.storage.copying import CopyRange
 
 ReadBack = Callable[[Job, int, memoryview], None]
 """Fill the buffer with the output's bytes from this position of the job's tensor."""

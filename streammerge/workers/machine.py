@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from streammerge.compute.expressions import Applied, walk
 from streammerge.compute.machine import MAPPED_BYTES, MIB, OWN_BYTES, Allotment, choose_io, resident_bytes
-from streammerge.copying import Copying
 from streammerge.errors import PlanError
 from streammerge.findings import refuse_nonfinite
 from streammerge.methods import METHODS
 from streammerge.plan.plan import OVERHEAD_BYTES, Plan
 from streammerge.progress import Progress
 from streammerge.recipe.options import format_size
+from streammerge.storage.copying import Copying
 from streammerge.workers.checking import Checker, ReadBack
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from streammerge.compute.expressions import BLOCK
-from streammerge.copying import CopyRange
 from streammerge.plan.jobs import Job, copied_from
+from streammerge.storage.copying import CopyRange
 from streammerge.workers.windows import MergeWork, Window
 
 SAMPLES: Final = 200

@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from streammerge.compute.devices import Lane
-from streammerge.copying import Copying, Piece
 from streammerge.errors import error_context
 from streammerge.formats.mapping import bus_errors_are_caught
 from streammerge.methods.loading import method_failure
 from streammerge.progress import Progress
+from streammerge.storage.copying import Copying, Piece
 from streammerge.workers.windows import FileRange, Sink, Window, Work
 
 AHEAD_BYTES: Final = 64 << 20

@@ -17,10 +17,10 @@ from streammerge.compute.expressions import BLOCK, ByBlock, Node, Stored, Togeth
 from streammerge.compute.survey import Survey, TogetherSurvey
 from streammerge.findings import Finding
 from streammerge.formats.files import ByteFile
-from streammerge.ledger import Ledger
 from streammerge.models.quantised import has_scales
 from streammerge.plan.jobs import Job
 from streammerge.progress import Progress
+from streammerge.storage.ledger import Ledger
 from streammerge.tensors import DType
 
 WINDOW: Final = 16

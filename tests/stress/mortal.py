@@ -69,9 +69,9 @@ def serve() -> None:
     """Fork for every line, and say how it ended."""
     import torch  # noqa: F401
 
-    import streammerge.bookkeeping
     import streammerge.cli
     import streammerge.commands
+    import streammerge.storage.bookkeeping
     import streammerge.workers.schedule  # noqa: F401
 
     for line in sys.stdin:

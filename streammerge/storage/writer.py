@@ -16,17 +16,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from streammerge.copying import CopyRange, adjoining
 from streammerge.errors import MergeError, OutputError, cannot_write, output_errors
-from streammerge.fingerprint import Fingerprint
 from streammerge.formats.descriptors import copy_at, read_at, write_at
 from streammerge.formats.layout import OutputFile, OutputLayout, OutputName
 from streammerge.formats.library import RefusedError, library_digest, names_digest
 from streammerge.formats.locking import sync_data, sync_folder
-from streammerge.journal import Journal
-from streammerge.placing import plan_placing, put_in_place, temporary_name
 from streammerge.plan.jobs import Job
 from streammerge.recipe.options import format_size
+from streammerge.storage.copying import CopyRange, adjoining
+from streammerge.storage.fingerprint import Fingerprint
+from streammerge.storage.journal import Journal
+from streammerge.storage.placing import plan_placing, put_in_place, temporary_name
 
 CREATE_FLAGS: Final = os.O_CREAT | os.O_EXCL
 

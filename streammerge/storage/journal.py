@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from streammerge.errors import OutputError
-from streammerge.fingerprint import Fingerprint
 from streammerge.formats.descriptors import write_at
 from streammerge.formats.layout import OutputLayout, OutputName
 from streammerge.formats.locking import try_lock
-from streammerge.ledger import Entry
-from streammerge.placing import Placing
-from streammerge.records import MAX_LINE, VERSION, Contents, decode, encode, is_whole, journal_name, take_in
+from streammerge.storage.fingerprint import Fingerprint
+from streammerge.storage.ledger import Entry
+from streammerge.storage.placing import Placing
+from streammerge.storage.records import MAX_LINE, VERSION, Contents, decode, encode, is_whole, journal_name, take_in
 
 OPEN_FLAGS: Final = (
     os.O_RDWR | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)

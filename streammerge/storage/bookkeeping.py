@@ -14,10 +14,10 @@ from contextlib import contextmanager
 
 from streammerge.errors import output_errors
 from streammerge.formats.locking import sync_folder
-from streammerge.ledger import Ledger
 from streammerge.progress import Progress
-from streammerge.resuming import Beginning
-from streammerge.writing import OutputWriter
+from streammerge.storage.ledger import Ledger
+from streammerge.storage.resume import Beginning
+from streammerge.storage.writer import OutputWriter
 
 Watch = Callable[[Progress], None]
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Final
 
 from streammerge.errors import OutputError, output_errors
-from streammerge.journal import lock_journal, read_journal_file
-from streammerge.older import files_in
-from streammerge.placing import put_in_place
 from streammerge.recipe.options import format_size
-from streammerge.records import JOURNAL_SUFFIX, Contents
-from streammerge.resuming import check_expected
+from streammerge.storage.journal import lock_journal, read_journal_file
+from streammerge.storage.placing import put_in_place
+from streammerge.storage.records import JOURNAL_SUFFIX, Contents
+from streammerge.storage.resume import check_expected
+from streammerge.storage.target import files_in
 
 _TEMPORARY: Final = re.compile(r"\..*\.[0-9a-f]{16}\.(partial|retired)", re.DOTALL)
 

@@ -17,13 +17,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from streammerge.copying import CopyRange
 from streammerge.errors import CheckpointError, OutputError
 from streammerge.formats.files import read_errors
 from streammerge.formats.layout import OutputFile, OutputLayout
 from streammerge.plan.jobs import Job
-from streammerge.side_files import write_text
-from streammerge.writing import OutputWriter
+from streammerge.storage.copying import CopyRange
+from streammerge.storage.side_files import write_text
+from streammerge.storage.writer import OutputWriter
 
 BLOCK: Final = 1 << 20
 """Bytes that are read and hashed at once."""

@@ -12,7 +12,7 @@ from typing import Final
 from streammerge.errors import OutputError, output_errors
 from streammerge.formats.locking import sync_folder
 from streammerge.formats.shards import is_index, is_model
-from streammerge.placing import temporary_name
+from streammerge.storage.placing import temporary_name
 
 RECIPE_SUFFIXES: Final = (".yaml", ".yml")
 

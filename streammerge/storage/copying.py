@@ -17,9 +17,9 @@ from typing import Final, Protocol
 
 from streammerge.compute.expressions import Stored
 from streammerge.errors import error_context
-from streammerge.ledger import Ledger
 from streammerge.plan.jobs import Job, copied_from
 from streammerge.progress import Progress
+from streammerge.storage.ledger import Ledger
 
 PIECE: Final = 32 << 20
 """Bytes that are copied at once: calls so long that waiting for the interpreter between them, while it imports torch,

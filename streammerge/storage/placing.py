@@ -3,7 +3,7 @@
 One file takes its name, and the old one's place, in a single step. Shards are more: the old index goes first, so that
 nothing names what is half replaced; then each old shard makes room for the new one; the new index comes last. A step
 that fails has all steps before it undone. A run that is killed between two steps has written down all of them before
-the first (see `streammerge.journal`), and they are finished, in the same order, by whoever finds that record.
+the first (see `streammerge.storage.journal`), and they are finished, in the same order, by whoever finds that record.
 """
 
 from __future__ import annotations

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streammerge.errors import OutputError, output_errors
-from streammerge.fingerprint import Fingerprint, can_be_told, differences, fingerprint_of, request_of
-from streammerge.finished import is_finished
-from streammerge.journal import Journal, journal_path, lock_journal
-from streammerge.older import files_in, find_older
-from streammerge.placing import put_in_place, tidy_up
 from streammerge.plan.plan import Plan
 from streammerge.recipe.options import format_size
-from streammerge.records import JOURNAL_SUFFIX
+from streammerge.storage.fingerprint import Fingerprint, can_be_told, differences, fingerprint_of, request_of
+from streammerge.storage.finished import is_finished
+from streammerge.storage.journal import Journal, journal_path, lock_journal
+from streammerge.storage.placing import put_in_place, tidy_up
+from streammerge.storage.records import JOURNAL_SUFFIX
+from streammerge.storage.target import files_in, find_older
 
 Tell = Callable[[str], None]
 """Takes a line for the user."""

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from streammerge.findings import Finding
-from streammerge.fingerprint import Fingerprint
 from streammerge.formats.layout import OutputName
-from streammerge.ledger import Coverage, Entry, Span
-from streammerge.placing import RETIRED_SUFFIX, TEMPORARY_SUFFIX, Placing, Step, is_hidden_name
+from streammerge.storage.fingerprint import Fingerprint
+from streammerge.storage.ledger import Coverage, Entry, Span
+from streammerge.storage.placing import RETIRED_SUFFIX, TEMPORARY_SUFFIX, Placing, Step, is_hidden_name
 
 VERSION: Final = 2
 

@@ -1,0 +1,1 @@
+"""What is written: files, journals and hashes, and how they survive a crash."""
