@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks.tools import PEERS_FOLDER, CannotRun, Tool
-from streammerge.floor import read_through
+from streammerge.tools.bench.floor import read_through
 
 PATIENCE: Final = 1800.0
 """Seconds that an installation may take."""

@@ -7,8 +7,8 @@ from typing import Final
 
 from benchmarks import own
 from benchmarks.results import CaseResult, Run, ToolResult
-from streammerge.benchmark import Spread
 from streammerge.compute.machine import MIB
+from streammerge.tools.bench.benchmark import Spread
 
 Figure = Callable[[Run], float]
 

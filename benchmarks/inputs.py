@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.cases import GIGABYTES, MODELS, SIXTEEN, UNET, Case
-from streammerge.demo.files import Fill, write_safetensors, write_torch_zip
-from streammerge.demo.layouts import MINIATURE, checkpoint
-from streammerge.demo.noise import FineTune, Noise
-from streammerge.demo.text import LlamaConfig, llama
 from streammerge.formats.layout import split
 from streammerge.tensors import DTYPES, TensorInfo
+from streammerge.tools.demo.files import Fill, write_safetensors, write_torch_zip
+from streammerge.tools.demo.layouts import MINIATURE, checkpoint
+from streammerge.tools.demo.noise import FineTune, Noise
+from streammerge.tools.demo.text import LlamaConfig, llama
 
 Tensors = Mapping[str, TensorInfo]
 

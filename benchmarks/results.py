@@ -12,8 +12,8 @@ from typing import Any, Final
 
 from benchmarks.checking import Verdict
 from benchmarks.limits import Limit
-from streammerge.floor import Floor
-from streammerge.measuring import Measured, Sample
+from streammerge.tools.bench.floor import Floor
+from streammerge.tools.bench.measuring import Measured, Sample
 
 FOLDER: Final = Path(__file__).parent / "results"
 

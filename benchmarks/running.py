@@ -22,10 +22,10 @@ from benchmarks.limits import Limit, Search
 from benchmarks.results import CaseResult, Run, ToolResult
 from benchmarks.tools import CannotRun, Command, Job, Tool
 from streammerge import __version__
-from streammerge.benchmark import describe_machine
 from streammerge.compute.machine import MIB
-from streammerge.floor import Floor, chill, measure_floor, probe_disk, read_rate_uncached, settle, warm
-from streammerge.measuring import Measured, Surroundings, import_torch_rss, measure
+from streammerge.tools.bench.benchmark import describe_machine
+from streammerge.tools.bench.floor import Floor, chill, measure_floor, probe_disk, read_rate_uncached, settle, warm
+from streammerge.tools.bench.measuring import Measured, Surroundings, import_torch_rss, measure
 
 Condition = Literal["warm", "cold"]
 Say = Callable[[str], None]

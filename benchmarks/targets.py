@@ -9,7 +9,7 @@ from typing import Final
 from benchmarks import figures
 from benchmarks.own import NAME, variant_name
 from benchmarks.results import CaseResult
-from streammerge.benchmark import Spread
+from streammerge.tools.bench.benchmark import Spread
 
 Results = Mapping[str, CaseResult]
 

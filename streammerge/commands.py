@@ -45,7 +45,7 @@ def merge(arguments: argparse.Namespace) -> int:
 
 def check_recorded_inputs(arguments: argparse.Namespace) -> None:
     """CheckpointError if a recipe in metadata comes with its inputs' hashes, and these are others."""
-    from streammerge.verification import check_inputs
+    from streammerge.tools.verification import check_inputs
 
     recorded = recorded_from(arguments)
     if recorded.hashes:
@@ -105,7 +105,7 @@ def verify(arguments: argparse.Namespace) -> int:
     """Check an output's format, index and hashes, and its values against the recipe: say what was checked."""
     from streammerge.models.checkpoints import open_model
     from streammerge.recipe.metadata import has_recipe
-    from streammerge.verification import check_files
+    from streammerge.tools.verification import check_files
 
     with open_model(arguments.merged) as found:
         say(f"{found.path}: a valid model, {found.container}, {len(found.tensors):,} tensors")
@@ -125,7 +125,7 @@ def verify(arguments: argparse.Namespace) -> int:
 def verify_recorded(arguments: argparse.Namespace) -> int:
     """Check an output's inputs and values by the recipe in its metadata, as far as its models are there."""
     from streammerge.recipe.metadata import ModelsMissingError
-    from streammerge.verification import check_inputs
+    from streammerge.tools.verification import check_inputs
 
     named = bool(arguments.models)
     arguments.models, arguments.recipe_from_metadata = [arguments.merged, *arguments.models], True
@@ -158,7 +158,7 @@ def verify_values(arguments: argparse.Namespace, *, sampled: bool) -> int:
 def bench(arguments: argparse.Namespace) -> int:
     """Time a merge against its floor, and show what it takes."""
     from streammerge.api import planned, saying_what_is_on_disk
-    from streammerge.benchmark import OUTPUT, Timing, time_merge
+    from streammerge.tools.bench.benchmark import OUTPUT, Timing, time_merge
 
     folder = (arguments.output or Path(OUTPUT)).absolute().parent
     timing = Timing(arguments.runs, arguments.cold, arguments.sync)
@@ -183,9 +183,9 @@ def telling(*, quiet: bool) -> Callable[[str], None]:
 
 def inspect(arguments: argparse.Namespace) -> int:
     """Show what the header tells."""
-    from streammerge.inspection import inspect_model, render
     from streammerge.models.checkpoints import open_model
     from streammerge.plan.entries import entries_of
+    from streammerge.tools.inspection import inspect_model, render
 
     entry = entries_of(arguments.entry, {"model": arguments.model})["model"]
     with open_model(arguments.model, entry) as model:
@@ -206,10 +206,10 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 def compare(arguments: argparse.Namespace) -> int:
     """Compare two models and show how far they are apart."""
-    from streammerge import comparison, plotting
     from streammerge.models.checkpoints import open_model
     from streammerge.plan.entries import entries_of
     from streammerge.plan.inputs import input_claims
+    from streammerge.tools import comparison, plotting
 
     written = Claims(written=(*side_file(arguments.csv, "the table"), *side_file(arguments.plot, "the plot")))
     if arguments.plot:
@@ -221,7 +221,7 @@ def compare(arguments: argparse.Namespace) -> int:
         watching("compare", quiet=arguments.quiet) as watch,
     ):
         (input_claims((*a.files, *b.files)) + written).check()
-        from streammerge.similarity import compare_models
+        from streammerge.tools.similarity import compare_models
 
         compared = compare_models(
             a,
@@ -318,7 +318,7 @@ def clean(arguments: argparse.Namespace) -> int:
 
 def demo(arguments: argparse.Namespace) -> int:
     """The founding job, step by step, each with the command that a user would type."""
-    from streammerge.demo.story import tell
+    from streammerge.tools.demo.story import tell
 
     tell(
         Path(arguments.folder),

@@ -410,7 +410,7 @@ def test_twenty_thousand_tensors_are_looked_at_as_one_is():
 
 def test_headers_are_looked_at_without_torch_and_rich():
     script = (
-        "import sys, streammerge.models.architecture, streammerge.inspection, streammerge.comparison\n"
+        "import sys, streammerge.models.architecture, streammerge.tools.inspection, streammerge.tools.comparison\n"
         "assert not {'torch', 'numpy', 'rich', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from streammerge import benchmark
-from streammerge.benchmark import Round, Spread
 from streammerge.cli import main
-from streammerge.demo.files import DemoModels, make_models
-from streammerge.floor import Floor
-from streammerge.measuring import Measured
+from streammerge.tools.bench import benchmark
+from streammerge.tools.bench.benchmark import Round, Spread
+from streammerge.tools.bench.floor import Floor
+from streammerge.tools.bench.measuring import Measured
+from streammerge.tools.demo.files import DemoModels, make_models
 
 
 @pytest.fixture(scope="module")

@@ -39,14 +39,14 @@ from benchmarks.results import CaseResult, Run, ToolResult
 from benchmarks.running import Settings
 from benchmarks.tools import CannotRun, Command, Job, Tool
 from streammerge import open_model
-from streammerge.benchmark import Spread
 from streammerge.compute.machine import MIB
-from streammerge.demo.files import write_torch_zip
-from streammerge.demo.noise import Noise
-from streammerge.floor import Floor
-from streammerge.measuring import Measured, Sample
 from streammerge.methods import METHODS
 from streammerge.tensors import DTYPES, TensorInfo
+from streammerge.tools.bench.benchmark import Spread
+from streammerge.tools.bench.floor import Floor
+from streammerge.tools.bench.measuring import Measured, Sample
+from streammerge.tools.demo.files import write_torch_zip
+from streammerge.tools.demo.noise import Noise
 
 GB = 1_000_000_000
 
@@ -633,7 +633,7 @@ def can_make_groups() -> bool:
 
 @pytest.mark.skipif(not can_make_groups(), reason="memory control groups can't be made here")
 def test_a_limit_is_felt():
-    from streammerge.measuring import Surroundings, measure
+    from streammerge.tools.bench.measuring import Surroundings, measure
 
     greedy = [sys.executable, "-c", "x = bytearray(200_000_000)"]
     with memory_group(100 * MIB) as small:

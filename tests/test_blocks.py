@@ -7,9 +7,9 @@ from collections import Counter
 
 import pytest
 
-from streammerge.demo.layouts import checkpoint
 from streammerge.models.blocks import Blocks, abridged, normal_name, unet_blocks
 from streammerge.tensors import DTYPES, TensorInfo
+from streammerge.tools.demo.layouts import checkpoint
 
 UNET = "model.diffusion_model."
 SD = ("sd1", "sd2-base", "sd2-inpainting", "sd2-depth", "sd2-waifu")

@@ -17,7 +17,6 @@ import streammerge
 from streammerge.arguments import _parameters
 from streammerge.cli import main
 from streammerge.compute.expressions import ByBlock, Combined, leaves
-from streammerge.demo.layouts import checkpoint
 from streammerge.errors import RecipeError
 from streammerge.models.blocks import Blocks, unet_blocks
 from streammerge.models.merged import Merged
@@ -25,6 +24,7 @@ from streammerge.recipe.blockwise import BlockSetting, Element, NamedValue, Sele
 from streammerge.recipe.parameters import describe_settings, parse_settings
 from streammerge.recipe.parse import parse_recipe
 from streammerge.recipe.presets import PRESETS
+from streammerge.tools.demo.layouts import checkpoint
 from tests.headers import Header, header, merged
 from tests.models import MemoryModel, Tensors, assert_same_bytes, make_tensors, merge_to, near, save_models
 from tests.test_blocks import supermerger

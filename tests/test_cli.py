@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 from streammerge import __version__, screen
 from streammerge.arguments import _split_name, _split_weight, add_merge_arguments, options_from, recipe_from
 from streammerge.cli import COMMANDS, main
-from streammerge.demo.layouts import checkpoint
 from streammerge.errors import RecipeError
 from streammerge.formats.safetensors import build_header
 from streammerge.methods import METHODS
@@ -30,6 +29,7 @@ from streammerge.recipe.files import packaged_recipes
 from streammerge.recipe.options import Options
 from streammerge.recipe.parse import Input
 from streammerge.tensors import DTYPES
+from streammerge.tools.demo.layouts import checkpoint
 
 VALUES = {"a": 1.0, "b": 3.0, "base": 10.0, "depth": 11.0, "waifu": 20.0, "c": 3.5}
 UNET = "model.diffusion_model.x"

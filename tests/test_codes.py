@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streammerge.demo.layouts import LAYOUTS, MINIATURE, checkpoint
 from streammerge.errors import PlanError
 from streammerge.models.codes import find_quantised
 from streammerge.tensors import DTYPES, TensorInfo
+from streammerge.tools.demo.layouts import LAYOUTS, MINIATURE, checkpoint
 from tests.headers import Header, merged
 
 

@@ -14,17 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streammerge.comparison import (
-    Comparison,
-    Histogram,
-    ShapeMismatch,
-    Similarity,
-    render,
-    to_json,
-    write_csv,
-)
 from streammerge.errors import MergeError, OutputError
-from streammerge.plotting import plot
+from streammerge.tools.comparison import Comparison, Histogram, ShapeMismatch, Similarity, render, to_json, write_csv
+from streammerge.tools.plotting import plot
 
 COSINES = st.floats(-1, 1, allow_nan=False)
 

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from streammerge.cli import main
-from streammerge.demo.files import make_models
-from streammerge.demo.reference import check_article, place, ulps
 from streammerge.errors import MergeError
+from streammerge.tools.demo.files import make_models
+from streammerge.tools.demo.reference import check_article, place, ulps
 
 
 @pytest.mark.parametrize(("dtype", "container"), [("fp16", "safetensors"), ("fp32", "ckpt")])

@@ -16,8 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streammerge.demo import files
-from streammerge.demo.files import (
+from streammerge.errors import MergeError, OutputError
+from streammerge.tensors import DTYPES, TensorInfo
+from streammerge.tools.demo import files
+from streammerge.tools.demo.files import (
     CALLBACK_LEFTOVERS,
     CHUNK,
     LEFTOVERS,
@@ -26,10 +28,8 @@ from streammerge.demo.files import (
     write_safetensors,
     write_torch_zip,
 )
-from streammerge.demo.layouts import MINIATURE, checkpoint
-from streammerge.demo.noise import BLOCK, SMALLEST, FineTune, Noise
-from streammerge.errors import MergeError, OutputError
-from streammerge.tensors import DTYPES, TensorInfo
+from streammerge.tools.demo.layouts import MINIATURE, checkpoint
+from streammerge.tools.demo.noise import BLOCK, SMALLEST, FineTune, Noise
 
 FIRST_CONVOLUTION = "model.diffusion_model.input_blocks.0.0.weight"
 LIGHTNING = "pytorch_lightning.callbacks.model_checkpoint"
@@ -300,8 +300,8 @@ def test_memory_stays_flat(tmp_path, write):
     program = f"""if True:
         import re, torch
         from pathlib import Path
-        from streammerge.demo.files import {write}
-        from streammerge.demo.noise import Noise
+        from streammerge.tools.demo.files import {write}
+        from streammerge.tools.demo.noise import Noise
         from streammerge.tensors import DTYPES, TensorInfo
 
         def peak():

@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 
 from docs import make
 from streammerge import cli
-from streammerge.demo.files import make_models
 from streammerge.methods import METHODS
+from streammerge.tools.demo.files import make_models
 from tests.models import Tensors, load_model, make_tensors, near
 from tests.pages import PAGES, blocks
 

@@ -6,8 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from streammerge import floor
-from streammerge.floor import DiskRate, Floor, chill, measure_floor, probe_disk, read_rate_uncached, read_through, warm
+from streammerge.tools.bench import floor
+from streammerge.tools.bench.floor import (
+    DiskRate,
+    Floor,
+    chill,
+    measure_floor,
+    probe_disk,
+    read_rate_uncached,
+    read_through,
+    warm,
+)
 
 
 @pytest.fixture

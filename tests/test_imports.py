@@ -19,7 +19,7 @@ ORDER = [
     # the vocabulary
     *("errors", "tensors", "formats.tables", "", "compute.machine", "findings", "recipe.options", "progress"),
     # what a process costs
-    *("launcher", "measuring", "floor"),
+    *("tools.bench.launcher", "tools.bench.measuring", "tools.bench.floor"),
     # what is on disk
     *("formats", "formats.descriptors", "formats.files", "formats.library", "formats.bounds"),
     *("formats.header_entries", "formats.safetensors", "formats.shards"),
@@ -81,7 +81,7 @@ ORDER = [
         "plan.plan",
         "storage.ledger",
         "storage.target",
-        "indexes",
+        "tools.indexes",
         "formats.claims",
         "plan.inputs",
         "report",
@@ -117,17 +117,26 @@ ORDER = [
         "storage.hashing",
         "workers.checking",
         "workers.machine",
-        "verification",
+        "tools.verification",
         "workers.confirmation",
         "api",
         "public",
-        "benchmark",
+        "tools.bench.benchmark",
     ),
     # what is shown
-    *("inspection", "comparison", "plotting", "similarity", "streams", "screen"),
+    *("tools.inspection", "tools.comparison", "tools.plotting", "tools.similarity", "streams", "screen"),
     # the example
-    *("demo", "demo.layers", "demo.midas", "demo.text", "demo.unet", "demo.vae", "demo.layouts", "demo.noise"),
-    *("demo.files", "demo.reference", "demo.story"),
+    *(
+        "tools.demo",
+        "tools.demo.layers",
+        "tools.demo.midas",
+        "tools.demo.text",
+        "tools.demo.unet",
+        "tools.demo.vae",
+        "tools.demo.layouts",
+        "tools.demo.noise",
+    ),
+    *("tools.demo.files", "tools.demo.reference", "tools.demo.story"),
     # the program
     *("manual", "plan.entries", "arguments", "commands", "cli", "__main__"),
 ]

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streammerge.errors import one_line
-from streammerge.inspection import (
+from streammerge.tensors import DTYPES, TensorInfo
+from streammerge.tools.inspection import (
     ENTRY_WIDTH,
     KEY_WIDTH,
     LONGEST_JSON,
@@ -23,7 +24,6 @@ from streammerge.inspection import (
     shortened,
     size_text,
 )
-from streammerge.tensors import DTYPES, TensorInfo
 
 CROSS_ATTENTION = "model.diffusion_model.output_blocks.3.1.transformer_blocks.0.attn2.to_k.weight"
 TOKENS = "cond_stage_model.model.token_embedding.weight"

@@ -11,11 +11,11 @@ from dataclasses import replace
 
 import pytest
 
-from streammerge.demo.layers import Shapes
-from streammerge.demo.layouts import LAYOUTS, MINIATURE, checkpoint
-from streammerge.demo.text import LlamaConfig, llama
 from streammerge.errors import MergeError
 from streammerge.tensors import TensorInfo
+from streammerge.tools.demo.layers import Shapes
+from streammerge.tools.demo.layouts import LAYOUTS, MINIATURE, checkpoint
+from streammerge.tools.demo.text import LlamaConfig, llama
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
@@ -167,7 +167,9 @@ def test_an_unknown_layout_is_refused():
 
 
 def test_layouts_do_not_import_torch():
-    program = "import sys, streammerge.demo.layouts, streammerge.demo.files; sys.exit('torch' in sys.modules)"
+    program = (
+        "import sys, streammerge.tools.demo.layouts, streammerge.tools.demo.files; sys.exit('torch' in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", program], check=True)
 
 

@@ -18,12 +18,12 @@ import streammerge
 from streammerge.compute.machine import MIB, PROMISED_BYTES
 from streammerge.formats.safetensors import build_header
 from streammerge.formats.tables import Column, Names
-from streammerge.inspection import inspect_model, render
 from streammerge.models.checkpoints import Checkpoint
 from streammerge.plan.plan import OVERHEAD_BYTES
 from streammerge.storage.copying import PIECE_RANGES, pieces
 from streammerge.storage.ledger import Coverage, Ledger, Span
 from streammerge.tensors import DTYPES, TensorInfo
+from streammerge.tools.inspection import inspect_model, render
 from streammerge.workers.sampling import sample
 
 SHAPES = ((4,), (2, 3), (1, 8), (5,))
@@ -100,7 +100,7 @@ def inspect(paths: list[Path]) -> None:
 
 
 def compare(paths: list[Path]) -> None:
-    from streammerge.similarity import compare_models
+    from streammerge.tools.similarity import compare_models
 
     compare_models(*opened(paths), threads=1)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from streammerge import launcher
-from streammerge.measuring import (
+from streammerge.tools.bench import launcher
+from streammerge.tools.bench.measuring import (
     HAS_ACCOUNTS,
     Measured,
     Sample,

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from streammerge.compute.expressions import ByBlock, ByGram, Combined, External, Stored, Viewed
-from streammerge.demo.layouts import checkpoint
 from streammerge.errors import PlanError, RecipeError, count, listed, plural
 from streammerge.models.merged import Merged
 from streammerge.tensors import DTYPES, TensorInfo
+from streammerge.tools.demo.layouts import checkpoint
 from tests.headers import Header, header, merged
 
 CONVOLUTION = "model.diffusion_model.input_blocks.0.0.weight"

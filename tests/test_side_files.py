@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from streammerge import plotting
 from streammerge.cli import main
 from streammerge.errors import OutputError
 from streammerge.storage.side_files import check_side_file, write_text, written_whole
+from streammerge.tools import plotting
 from tests.models import make_tensors, save_model
 
 

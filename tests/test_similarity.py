@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import streammerge
 from streammerge.compute import evaluate as compute
 from streammerge.errors import DeviceError
-from streammerge.similarity import compare_models
+from streammerge.tools.similarity import compare_models
 from streammerge.workers import windows as works
 from tests.models import DTYPE_NAMES, make_tensors, near, normal, save_models, with_integers
 

@@ -10,8 +10,8 @@ from safetensors import SafetensorError, deserialize
 
 from streammerge.errors import CheckpointError
 from streammerge.formats.safetensors import Header, read_header
-from streammerge.inspection import inspect_model, render
 from streammerge.models.checkpoints import open_model
+from streammerge.tools.inspection import inspect_model, render
 from tests.stress.campaign import Campaign, Effort, Figure
 from tests.stress.fuzzing import Fuzzer, WrongAnswerError, fuzz, is_printable
 from tests.stress.header_inputs import header_files

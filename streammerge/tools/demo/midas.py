@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from streammerge.demo.layers import Shapes, conv, linear, nest, norm, weight
+from streammerge.tools.demo.layers import Shapes, conv, linear, nest, norm, weight
 
 STAGES = (3, 4, 9)
 """Residual blocks in each stage of the convolutional backbone."""

@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from streammerge.demo.files import Container, DemoModels, make_models
-from streammerge.demo.reference import check_article
 from streammerge.errors import MergeError
 from streammerge.recipe.options import format_size
 from streammerge.screen import say
+from streammerge.tools.demo.files import Container, DemoModels, make_models
+from streammerge.tools.demo.reference import check_article
 
 UNET = "model.diffusion_model.*"
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from streammerge.comparison import Comparison, ShapeMismatch, Similarity
 from streammerge.compute.devices import find_device, open_lanes
 from streammerge.compute.expressions import ByBlock, Node
 from streammerge.compute.machine import MIB, IoMode, choose_io, share_out
@@ -20,6 +19,7 @@ from streammerge.models.quantised import decoded
 from streammerge.plan.jobs import Job
 from streammerge.progress import Progress
 from streammerge.tensors import DTYPES
+from streammerge.tools.comparison import Comparison, ShapeMismatch, Similarity
 from streammerge.workers.schedule import run
 from streammerge.workers.windows import Window, Work
 

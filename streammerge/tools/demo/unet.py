@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from streammerge.demo.layers import Shapes, conv, linear, nest, norm, weight
+from streammerge.tools.demo.layers import Shapes, conv, linear, nest, norm, weight
 
 
 @dataclass(frozen=True, slots=True)

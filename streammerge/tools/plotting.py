@@ -6,10 +6,10 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from streammerge.comparison import Comparison, Histogram, tally
 from streammerge.errors import MergeError, OutputError
-from streammerge.inspection import shortened
 from streammerge.storage.side_files import written_whole
+from streammerge.tools.comparison import Comparison, Histogram, tally
+from streammerge.tools.inspection import shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from streammerge.demo.layers import Shapes
-from streammerge.demo.midas import midas
-from streammerge.demo.text import VOCABULARY, LlamaConfig, clip, llama, open_clip
-from streammerge.demo.unet import UNetConfig, unet
-from streammerge.demo.vae import vae
 from streammerge.errors import MergeError
 from streammerge.tensors import DTYPES, TensorInfo
+from streammerge.tools.demo.layers import Shapes
+from streammerge.tools.demo.midas import midas
+from streammerge.tools.demo.text import VOCABULARY, LlamaConfig, clip, llama, open_clip
+from streammerge.tools.demo.unet import UNetConfig, unet
+from streammerge.tools.demo.vae import vae
 
 UNET: Final = "model.diffusion_model."
 VAE: Final = "first_stage_model."

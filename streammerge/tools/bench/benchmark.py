@@ -20,10 +20,10 @@ import psutil
 from streammerge import __version__
 from streammerge.compute.machine import MIB, usable_cores
 from streammerge.errors import MergeError, OutputError
-from streammerge.floor import DiskRate, Floor, chill, measure_floor, probe_disk, read_rate_uncached, warm
-from streammerge.measuring import Measured, Surroundings, import_torch_rss, measure
 from streammerge.plan.plan import Plan
 from streammerge.recipe.options import format_size
+from streammerge.tools.bench.floor import DiskRate, Floor, chill, measure_floor, probe_disk, read_rate_uncached, warm
+from streammerge.tools.bench.measuring import Measured, Surroundings, import_torch_rss, measure
 
 Say = Callable[[str], None]
 

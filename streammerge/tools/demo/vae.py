@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from streammerge.demo.layers import Shapes, conv, nest, norm
+from streammerge.tools.demo.layers import Shapes, conv, nest, norm
 
 CHANNEL_MULT = (1, 2, 4, 4)
 RES_BLOCKS = 2

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from streammerge.demo.files import DemoModels
 from streammerge.errors import MergeError
 from streammerge.models.checkpoints import Checkpoint, open_model
+from streammerge.tools.demo.files import DemoModels
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from streammerge.errors import SHOWN, one_line
-from streammerge.inspection import aligned, count_text
 from streammerge.storage.side_files import written_whole
+from streammerge.tools.inspection import aligned, count_text
 
 FINEST_STEP: Final = 1e-9
 """The narrowest bin of a histogram: below it, cosines are noise of the last digits."""

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from streammerge.errors import CheckpointError
 from streammerge.formats.shards import is_index
-from streammerge.indexes import check_index
 from streammerge.models.checkpoints import Checkpoint, model_files
 from streammerge.recipe.metadata import Recorded
 from streammerge.storage.hashing import file_sha256, read_sidecar, sidecar_beside
+from streammerge.tools.indexes import check_index
 
 
 def check_files(model: Checkpoint) -> Iterator[str]:

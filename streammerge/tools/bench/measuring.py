@@ -22,7 +22,7 @@ from typing import Any, Final, Literal
 
 import psutil
 
-from streammerge import launcher
+from streammerge.tools.bench import launcher
 
 INTERVAL: Final = 0.02
 """Seconds from one look at a process to the next."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from streammerge.demo.layers import Shapes, linear, nest, norm, weight
+from streammerge.tools.demo.layers import Shapes, linear, nest, norm, weight
 
 VOCABULARY = 49408
 POSITIONS = 77

@@ -20,11 +20,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from streammerge.demo.layouts import MINIATURE, checkpoint
-from streammerge.demo.noise import BLOCK, FineTune, Noise
 from streammerge.errors import OutputError
 from streammerge.formats.safetensors import build_header
 from streammerge.tensors import DType, TensorInfo, contiguous_strides
+from streammerge.tools.demo.layouts import MINIATURE, checkpoint
+from streammerge.tools.demo.noise import BLOCK, FineTune, Noise
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,1 @@
+"""What looks at models: inspection, comparison, verification, bench and demo."""

@@ -1,0 +1,1 @@
+"""Timing a merge against its floor."""
