@@ -20,7 +20,7 @@ from benchmarks import environments, inputs, report, results
 from benchmarks.cases import CASES, Case
 from benchmarks.peers import PEERS
 from benchmarks.running import CaseRunner, Settings, all_tools, quickly
-from streammerge.cli import INTERRUPTED, stopping_on_signals
+from streammerge.cli.main import INTERRUPTED, stopping_on_signals
 
 
 def main(words: Sequence[str] | None = None) -> int:

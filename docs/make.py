@@ -19,7 +19,7 @@ from typing import Any, Final
 from unittest import mock
 from xml.sax.saxutils import escape
 
-from streammerge import cli
+from streammerge.cli import main as cli
 from streammerge.formats import header_entries, shards
 from streammerge.formats.torchzip import directory as zip_directory
 from streammerge.formats.torchzip import machine as pickle_machine

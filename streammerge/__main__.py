@@ -1,6 +1,6 @@
 """`python -m streammerge`, the same program as `streammerge`."""
 
-from streammerge.cli import run
+from streammerge.cli.main import run
 
 if __name__ == "__main__":
     run()

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import streammerge
-from streammerge.cli import main
+from streammerge.cli.main import main
 from streammerge.errors import PlanError
 from streammerge.models.adapters import find_adapter
 from streammerge.tensors import DTYPES, TensorInfo

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from streammerge.cli import main
+from streammerge.cli.main import main
 from tests.models import load_model, make_tensors, save_model
 from tests.test_resume import stop
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from streammerge.cli import main
+from streammerge.cli.main import main
 from streammerge.tools.bench import benchmark
 from streammerge.tools.bench.benchmark import Round, Spread
 from streammerge.tools.bench.floor import Floor

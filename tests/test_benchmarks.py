@@ -837,7 +837,7 @@ def test_own_recipes_are_recipes(case: Case, tmp_path):
 @pytest.mark.parametrize("name", sorted(CASES["methods"].variants))
 def test_every_method_can_be_measured(made, tmp_path, name):
     """What the case `methods` asks of a method is a merge that it can do."""
-    from streammerge.cli import main
+    from streammerge.cli.main import main
 
     case = CASES["methods"]
     models = inputs.find_or_make(case, made, quick=True)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import streammerge
-from streammerge.arguments import _parameters
-from streammerge.cli import main
+from streammerge.cli.main import main
+from streammerge.cli.words import _parameters
 from streammerge.compute.expressions import ByBlock, Combined, leaves
 from streammerge.errors import RecipeError
 from streammerge.models.blocks import Blocks, unet_blocks

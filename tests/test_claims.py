@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import streammerge
-from streammerge.cli import main
+from streammerge.cli.main import main
 from streammerge.errors import OutputError
 from streammerge.formats.claims import Claim, Claims, file_key
 from tests.models import make_tensors, save_model

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import streammerge
-from streammerge.cli import main
+from streammerge.cli.main import main
 from streammerge.errors import OutputError
 from streammerge.formats.layout import lay_out
 from streammerge.storage.journal import lock_journal

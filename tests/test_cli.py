@@ -19,9 +19,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from streammerge import __version__, screen
-from streammerge.arguments import _split_name, _split_weight, add_merge_arguments, options_from, recipe_from
-from streammerge.cli import COMMANDS, main
+from streammerge import __version__
+from streammerge.cli import screen
+from streammerge.cli.main import COMMANDS, main
+from streammerge.cli.words import _split_name, _split_weight, add_merge_arguments, options_from, recipe_from
 from streammerge.errors import RecipeError
 from streammerge.formats.safetensors import build_header
 from streammerge.methods import METHODS
@@ -832,7 +833,7 @@ def write(writer, job, position, data):
     time.sleep(0.3)
     whole(writer, job, position, data)
 OutputWriter.write = write
-from streammerge.cli import main
+from streammerge.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from streammerge.cli import main
+from streammerge.cli.main import main
 from tests.models import make_tensors, save_model
 from tests.test_writing import digests
 

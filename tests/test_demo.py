@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from streammerge.cli import main
+from streammerge.cli.main import main
 from streammerge.errors import MergeError
 from streammerge.tools.demo.files import make_models
 from streammerge.tools.demo.reference import check_article, place, ulps

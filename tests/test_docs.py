@@ -13,7 +13,7 @@ import yaml
 
 import streammerge
 from docs import make
-from streammerge.cli import COMMANDS
+from streammerge.cli.main import COMMANDS
 from streammerge.methods import METHODS
 from streammerge.recipe.options import Options
 from streammerge.recipe.parse import KEYS, MERGEKIT_ONLY, MISSING_POLICIES, SHAPE_POLICIES

@@ -24,7 +24,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from docs import make
-from streammerge import cli
+from streammerge.cli import main as cli
 from streammerge.methods import METHODS
 from streammerge.tools.demo.files import make_models
 from tests.models import Tensors, load_model, make_tensors, near

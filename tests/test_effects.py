@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from streammerge.arguments import add_merge_arguments, recipe_from
+from streammerge.cli.words import add_merge_arguments, recipe_from
 from streammerge.compute.expressions import Combined
 from streammerge.errors import RecipeError
 from streammerge.methods import METHODS

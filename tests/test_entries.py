@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import streammerge
-from streammerge.cli import main
+from streammerge.cli.main import main
 from streammerge.errors import CheckpointError, OutputError, RecipeError
 
 ONE, TWO, THREE = ({"l.w": torch.full((3,), value), "l.b": torch.full((2,), value)} for value in (1.0, 2.0, 3.0))

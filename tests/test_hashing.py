@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import streammerge
-from streammerge.cli import main
+from streammerge.cli.main import main
 from streammerge.errors import CheckpointError, OutputError
 from streammerge.formats.layout import lay_out
 from streammerge.plan.jobs import Job

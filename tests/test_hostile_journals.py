@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from streammerge.cli import main
+from streammerge.cli.main import main
 from streammerge.findings import Finding
 from streammerge.storage.placing import state_of
 from streammerge.storage.records import VERSION, encode

@@ -124,7 +124,7 @@ ORDER = [
         "tools.bench.benchmark",
     ),
     # what is shown
-    *("tools.inspection", "tools.comparison", "tools.plotting", "tools.similarity", "streams", "screen"),
+    *("tools.inspection", "tools.comparison", "tools.plotting", "tools.similarity", "cli.streams", "cli.screen"),
     # the example
     *(
         "tools.demo",
@@ -138,7 +138,7 @@ ORDER = [
     ),
     *("tools.demo.files", "tools.demo.reference", "tools.demo.story"),
     # the program
-    *("manual", "plan.entries", "arguments", "commands", "cli", "__main__"),
+    *("cli.manual", "plan.entries", "cli.words", "cli.commands", "cli.main", "__main__"),
 ]
 """Every module; each imports only what stands before it. "" is the package itself."""
 
@@ -182,7 +182,7 @@ def test_a_module_imports_only_what_stands_before_it(name):
 
 def test_imports_are_found():
     """The test above would pass with nothing found."""
-    assert imported(modules()["cli"]) == {"", "errors", "screen", "streams"}
+    assert imported(modules()["cli.main"]) == {"", "errors", "cli.screen", "streams"}
     assert {"storage.copying", "compute.devices", "workers.windows"} <= imported(modules()["workers.schedule"])
     assert "methods" in imported(modules()["recipe.recipe"])
 
@@ -208,7 +208,7 @@ def loaded(code: str, folder: Path) -> set[str]:
 
 
 def command(*words: str) -> str:
-    return f"from streammerge.cli import main; assert main({list(words)!r}) in (0, 2)"
+    return f"from streammerge.cli.main import main; assert main({list(words)!r}) in (0, 2)"
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from streammerge.manual import describe_method, example, memory, method_rows, parameter_text, passes
+from streammerge.cli.manual import describe_method, example, memory, method_rows, parameter_text, passes
 from streammerge.methods import METHODS, find_method
 
 

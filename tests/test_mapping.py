@@ -13,7 +13,7 @@ import threading
 import pytest
 import torch
 
-from streammerge.cli import main
+from streammerge.cli.main import main
 from streammerge.compute.devices import Lane
 from streammerge.errors import CheckpointError
 from streammerge.formats import mapping

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.groups import memory_group
 from benchmarks.tools import CannotRun
-from streammerge.cli import main
+from streammerge.cli.main import main
 from streammerge.compute.machine import MIB
 from tests.models import make_tensors, normal, raw_bytes, save_models
 from tests.test_memory import POOL, write_model

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import streammerge
-from streammerge.cli import main
+from streammerge.cli.main import main
 from streammerge.errors import CheckpointError
 from streammerge.formats.files import ByteFile
 from streammerge.plan.inputs import is_reserved

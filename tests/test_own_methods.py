@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import streammerge
-from streammerge.cli import main
+from streammerge.cli.main import main
 from streammerge.errors import MethodError
 from streammerge.methods import METHODS
 from streammerge.methods.loading import load_methods

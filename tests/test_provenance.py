@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import streammerge
-from streammerge.cli import main
+from streammerge.cli.main import main
 from streammerge.errors import RecipeError
 from streammerge.recipe.carrying import carried_metadata
 from streammerge.recipe.metadata import RECIPE, SETTINGS, is_beside, read_recorded, recipe_metadata, stored_names

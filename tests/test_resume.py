@@ -17,7 +17,7 @@ import torch
 
 import streammerge
 from streammerge.api import run_merge
-from streammerge.cli import main
+from streammerge.cli.main import main
 from streammerge.errors import OutputError
 from streammerge.methods import METHODS
 from streammerge.recipe.options import Options
@@ -516,7 +516,7 @@ SIGNALS = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored in the background
 from streammerge import bookkeeping, works
-from streammerge.cli import run
+from streammerge.cli.main import run
 whole, every, keepers, count = works.MergeWork.write, bookkeeping.Bookkeeper.every, [], [0]
 def noted(keeper, seconds):
     keepers.append(keeper)

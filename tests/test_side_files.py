@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from streammerge.cli import main
+from streammerge.cli.main import main
 from streammerge.errors import OutputError
 from streammerge.storage.side_files import check_side_file, write_text, written_whole
 from streammerge.tools import plotting

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from streammerge.streams import Guarded
+from streammerge.cli.streams import Guarded
 from tests.models import load_model, make_tensors, save_model
 
 pytestmark = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a shell and /dev/full")

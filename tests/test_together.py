@@ -10,7 +10,7 @@ import torch
 
 import streammerge
 import streammerge.workers.machine
-from streammerge.cli import main
+from streammerge.cli.main import main
 from streammerge.errors import PlanError
 from streammerge.plan.plan import Plan
 from streammerge.storage.copying import Copying

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from streammerge.cli import main
+from streammerge.cli.main import main
 from streammerge.errors import RecipeError
 from streammerge.recipe.files import parse_yaml
 from streammerge.recipe.scalars import number_of_text, scalar

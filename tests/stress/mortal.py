@@ -69,8 +69,8 @@ def serve() -> None:
     """Fork for every line, and say how it ended."""
     import torch  # noqa: F401
 
-    import streammerge.cli
-    import streammerge.commands
+    import streammerge.cli.commands
+    import streammerge.cli.main
     import streammerge.storage.bookkeeping
     import streammerge.workers.schedule  # noqa: F401
 
@@ -114,7 +114,7 @@ def live(request: dict[str, Any], writing: int) -> None:
         counter = Counter(request["at"])
         for name in CALLS:
             counter.count(name)
-        from streammerge.cli import main
+        from streammerge.cli.main import main
 
         code = main(request["words"])
         os.write(writing, str(counter.calls).encode())

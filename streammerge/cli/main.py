@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from streammerge import __version__
+from streammerge.cli.screen import say_on_stderr
+from streammerge.cli.streams import guard_streams
 from streammerge.errors import MergeError
-from streammerge.screen import say_on_stderr
-from streammerge.streams import guard_streams
 
 DONE: Final = 0
 FAILED: Final = 1
@@ -99,7 +99,7 @@ def stopping_on_signals() -> Iterator[None]:
 
 def merge(words: Sequence[str]) -> int:
     """Merge as a recipe or the command line describes."""
-    from streammerge import arguments as args
+    from streammerge.cli import words as args
 
     parser = new_parser("", USAGE, "Merge model checkpoints of any size in a small, stated amount of RAM.")
     parser.add_argument("--version", action="version", version=f"streammerge {__version__}")
@@ -108,7 +108,7 @@ def merge(words: Sequence[str]) -> int:
         parser.print_help()
         return 2
     arguments = parser.parse_intermixed_args(words)
-    from streammerge import commands
+    from streammerge.cli import commands
 
     if arguments.dry_run:
         return commands.plan(arguments)
@@ -119,20 +119,20 @@ def merge(words: Sequence[str]) -> int:
 
 def plan(words: Sequence[str]) -> int:
     """Show what a merge would do, from headers alone."""
-    from streammerge import arguments as args
+    from streammerge.cli import words as args
 
     parser = new_parser(
         "plan", None, "Show what a merge would do to every tensor and what it costs. Reads headers only."
     )
     args.add_merge_arguments(parser)
-    from streammerge import commands
+    from streammerge.cli import commands
 
     return commands.plan(parser.parse_intermixed_args(words))
 
 
 def verify(words: Sequence[str]) -> int:
     """Check an output."""
-    from streammerge import arguments as args
+    from streammerge.cli import words as args
 
     parser = new_parser(
         "verify",
@@ -143,14 +143,14 @@ def verify(words: Sequence[str]) -> int:
     parser.add_argument("merged", type=args.not_empty, metavar="OUT", help="the output to check")
     parser.add_argument("--all", action="store_true", help="compute every byte again, not only samples")
     args.add_merge_arguments(parser, output=False)
-    from streammerge import commands
+    from streammerge.cli import commands
 
     return commands.verify(parser.parse_intermixed_args(words))
 
 
 def inspect(words: Sequence[str]) -> int:
     """Show what a model's header tells."""
-    from streammerge import arguments as args
+    from streammerge.cli import words as args
 
     parser = new_parser(
         "inspect", None, "Show a model's components, sizes, dtypes and metadata. Reads the header only."
@@ -160,14 +160,14 @@ def inspect(words: Sequence[str]) -> int:
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--match", metavar="GLOB", help="list tensors whose name matches")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
-    from streammerge import commands
+    from streammerge.cli import commands
 
     return commands.inspect(parser.parse_args(words))
 
 
 def compare(words: Sequence[str]) -> int:
     """Compare two models tensor by tensor."""
-    from streammerge import arguments as args
+    from streammerge.cli import words as args
 
     parser = new_parser("compare", None, "The cosine similarity of every tensor that two models share, in one pass.")
     parser.add_argument("a", type=args.not_empty, help="a checkpoint")
@@ -184,21 +184,21 @@ def compare(words: Sequence[str]) -> int:
     parser.add_argument("--threads", type=args.positive, metavar="N", help="workers (default: the cores)")
     parser.add_argument("--io", choices=["auto", "mmap", "pread"], default="auto", help="how the models are read")
     parser.add_argument("-q", "--quiet", action="store_true", help="show no progress")
-    from streammerge import commands
+    from streammerge.cli import commands
 
     return commands.compare(parser.parse_args(words))
 
 
 def methods(words: Sequence[str]) -> int:
     """List the merge methods, or describe one."""
-    from streammerge import arguments as args
+    from streammerge.cli import words as args
 
     parser = new_parser("methods", None, "List the merge methods, or describe one.")
     parser.add_argument("name", nargs="?", help="a method")
     parser.add_argument("--presets", action="store_true", help="list the presets of values by block instead")
     args.add_methods_argument(parser)
     parser.add_argument("--json", action="store_true", help="print as JSON")
-    from streammerge import commands
+    from streammerge.cli import commands
 
     return commands.methods(parser.parse_args(words))
 
@@ -207,14 +207,14 @@ def recipes(words: Sequence[str]) -> int:
     """List the recipes that come with the package, or print one."""
     parser = new_parser("recipes", None, "List the recipes that come with streammerge, or print one.")
     parser.add_argument("name", nargs="?", help="a recipe")
-    from streammerge import commands
+    from streammerge.cli import commands
 
     return commands.recipes(parser.parse_args(words))
 
 
 def bench(words: Sequence[str]) -> int:
     """Time a merge against its floor."""
-    from streammerge import arguments as args
+    from streammerge.cli import words as args
 
     parser = new_parser(
         "bench",
@@ -239,14 +239,14 @@ def bench(words: Sequence[str]) -> int:
     arguments.merge_words = merge_words
     if arguments.merge.dry_run:
         parser.error("--dry-run merges nothing, so there is nothing to time")
-    from streammerge import commands
+    from streammerge.cli import commands
 
     return commands.bench(arguments)
 
 
 def demo(words: Sequence[str]) -> int:
     """The founding job on models with random values."""
-    from streammerge import arguments as args
+    from streammerge.cli import words as args
 
     parser = new_parser(
         "demo",
@@ -265,14 +265,14 @@ def demo(words: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random values")
     parser.add_argument("--models-only", action="store_true", help="make the models and stop")
     parser.add_argument("--force", action="store_true", help="replace models and outputs that are there")
-    from streammerge import commands
+    from streammerge.cli import commands
 
     return commands.demo(parser.parse_args(words))
 
 
 def clean(words: Sequence[str]) -> int:
     """Remove what merges that were stopped left behind."""
-    from streammerge import arguments as args
+    from streammerge.cli import words as args
 
     parser = new_parser(
         "clean",
@@ -284,7 +284,7 @@ def clean(words: Sequence[str]) -> int:
         "folder", nargs="?", type=args.a_path, default=Path(), help="where merges were written (default: .)"
     )
     parser.add_argument("-n", "--dry-run", action="store_true", help="list, and remove nothing")
-    from streammerge import commands
+    from streammerge.cli import commands
 
     return commands.clean(parser.parse_args(words))
 

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from streammerge.arguments import RECIPE_SUFFIXES, is_there, options_from, recipe_from, recorded_from
+from streammerge.cli.manual import describe_method, example, method_rows
+from streammerge.cli.screen import say, say_on_stderr, show_report, show_table, watching
+from streammerge.cli.words import RECIPE_SUFFIXES, is_there, options_from, recipe_from, recorded_from
 from streammerge.errors import one_line
 from streammerge.formats.claims import Claim, Claims, file_key
-from streammerge.manual import describe_method, example, method_rows
 from streammerge.methods import METHODS, find_method
 from streammerge.methods.loading import load_methods
 from streammerge.methods.registry import Method
@@ -18,7 +19,6 @@ from streammerge.models.blocks import abridged, unet_blocks
 from streammerge.plan.plan import Plan, dump_json
 from streammerge.recipe.options import format_size
 from streammerge.recipe.presets import PRESETS
-from streammerge.screen import say, say_on_stderr, show_report, show_table, watching
 from streammerge.storage.side_files import check_side_file, write_text
 
 
