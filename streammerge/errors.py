@@ -36,7 +36,7 @@ class MergeError(Exception):
     """Something the user can mend: what is wrong, what was found, what to do, and the state of the disk.
 
     `found` holds one line per finding; the first five are shown, with a count of the rest.
-    `state` says what is on disk now; it is filled in by whoever knows (see `streammerge.api`).
+    `state` says what is on disk now; it is filled in by whoever knows (see `streammerge.engine`).
     """
 
     def __init__(self, what: str, *, found: Sequence[str] = (), advice: str = "") -> None:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-from streammerge.api import planned, run_merge, saying_what_is_on_disk
 from streammerge.compute.machine import IoMode
+from streammerge.engine import planned, run_merge, saying_what_is_on_disk
 from streammerge.errors import OutputError
 from streammerge.findings import NonfinitePolicy
 from streammerge.plan.plan import Plan

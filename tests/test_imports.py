@@ -119,7 +119,7 @@ ORDER = [
         "workers.machine",
         "tools.verification",
         "workers.confirmation",
-        "api",
+        "engine",
         "public",
         "tools.bench.benchmark",
     ),

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import streammerge
-from streammerge.api import planned, run_merge
 from streammerge.compute.expressions import BLOCK
 from streammerge.compute.machine import DEFAULT_WORK_BYTES, MAPPED_BYTES, MIB, share_out
+from streammerge.engine import planned, run_merge
 from streammerge.errors import OutputError
 from streammerge.plan.plan import OVERHEAD_BYTES, Plan, by_component, existing_folder, make_plan
 from streammerge.recipe.options import Options

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import streammerge
-from streammerge.api import run_merge
 from streammerge.cli.main import main
+from streammerge.engine import run_merge
 from streammerge.errors import OutputError
 from streammerge.methods import METHODS
 from streammerge.recipe.options import Options

@@ -178,7 +178,7 @@ def test_windows_may_lie_in_several_tensors(paths, tmp_path, monkeypatch, method
 def test_a_stage_of_its_own_is_shown(paths, tmp_path):
     stages: list[str] = []
     made = merge(paths)
-    with streammerge.api.planned(made, tmp_path / "out.safetensors", streammerge.recipe.options.Options()) as plan:
+    with streammerge.engine.planned(made, tmp_path / "out.safetensors", streammerge.recipe.options.Options()) as plan:
         machine = streammerge.workers.machine.Machine(plan)
 
         class Sink:

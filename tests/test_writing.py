@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 import streammerge
-from streammerge.api import run_merge
+from streammerge.engine import run_merge
 from streammerge.errors import CheckpointError, MergeError, OutputError
 from streammerge.formats.layout import lay_out
 from streammerge.plan.jobs import Job

@@ -24,7 +24,7 @@ from streammerge.storage.side_files import check_side_file, write_text
 
 def merge(arguments: argparse.Namespace) -> int:
     """Merge, show progress and the final table, write the report."""
-    from streammerge.api import planned, run_merge, saying_what_is_on_disk
+    from streammerge.engine import planned, run_merge, saying_what_is_on_disk
 
     with saying_what_is_on_disk():
         recipe, options = recipe_from(arguments), options_from(arguments)
@@ -54,7 +54,7 @@ def check_recorded_inputs(arguments: argparse.Namespace) -> None:
 
 def plan(arguments: argparse.Namespace) -> int:
     """Show what would happen."""
-    from streammerge.api import planned, saying_what_is_on_disk
+    from streammerge.engine import planned, saying_what_is_on_disk
 
     output = arguments.output or Path("merged.safetensors")
     with saying_what_is_on_disk():
@@ -142,7 +142,7 @@ def verify_recorded(arguments: argparse.Namespace) -> int:
 
 def verify_values(arguments: argparse.Namespace, *, sampled: bool) -> int:
     """Compute an output again and compare."""
-    from streammerge.api import run_verification
+    from streammerge.engine import run_verification
 
     recipe, options = recipe_from(arguments), options_from(arguments)
     with watching("verify", quiet=arguments.quiet) as watch:
@@ -157,7 +157,7 @@ def verify_values(arguments: argparse.Namespace, *, sampled: bool) -> int:
 
 def bench(arguments: argparse.Namespace) -> int:
     """Time a merge against its floor, and show what it takes."""
-    from streammerge.api import planned, saying_what_is_on_disk
+    from streammerge.engine import planned, saying_what_is_on_disk
     from streammerge.tools.bench.benchmark import OUTPUT, Timing, time_merge
 
     folder = (arguments.output or Path(OUTPUT)).absolute().parent
