@@ -19,7 +19,7 @@ from streammerge.models.checkpoints import open_model
 from streammerge.models.decisions import Decision, Decisions
 from streammerge.models.merged import Merged, node_of
 from streammerge.plan.inputs import OUTPUT, OpenInputs, check_output, check_with_library, input_claims
-from streammerge.plan.plan import Plan, make_plan
+from streammerge.plan.plan import Plan, plan_merge
 from streammerge.recipe.carrying import LICENCES, MERGED_FROM, carried_metadata
 from streammerge.recipe.metadata import Hashes, recipe_metadata, stored_names
 from streammerge.recipe.options import Options
@@ -92,7 +92,7 @@ def planned(
         metadata = output_metadata(recipe, options, opened)
         description = recipe.describe() if isinstance(recipe, Recipe) else {}
         inputs = opened.files or files_of(merged)
-        plan = make_plan(
+        plan = plan_merge(
             merged,
             output,
             options,

@@ -15,7 +15,7 @@ from streammerge.compute.expressions import BLOCK
 from streammerge.compute.machine import DEFAULT_WORK_BYTES, MAPPED_BYTES, MIB, share_out
 from streammerge.engine import planned, run_merge
 from streammerge.errors import OutputError
-from streammerge.plan.plan import OVERHEAD_BYTES, Plan, by_component, existing_folder, make_plan
+from streammerge.plan.plan import OVERHEAD_BYTES, Plan, by_component, existing_folder, plan_merge
 from streammerge.recipe.options import Options
 from streammerge.recipe.parse import parse_recipe
 from streammerge.tensors import DTYPES
@@ -26,7 +26,7 @@ OUT = Path("out.safetensors")
 
 
 def plan(by_name, method="linear", *, options: Options | None = None, **keys) -> Plan:
-    return make_plan(merged(by_name, method, **keys), OUT, options or Options(), method=method)
+    return plan_merge(merged(by_name, method, **keys), OUT, options or Options(), method=method)
 
 
 def pair(dtype: str = "F16", **shapes):
@@ -238,7 +238,7 @@ def test_free_disk_is_that_of_the_folder_that_will_hold_the_output(tmp_path, mon
     model = merged(pair(x=(10,)))
     (tmp_path / "mounted").mkdir()
     for output in ("out.safetensors", "new/deep/out.safetensors", "mounted", "new/folder"):
-        assert make_plan(model, tmp_path / output, Options()).free_disk == 0
+        assert plan_merge(model, tmp_path / output, Options()).free_disk == 0
     assert asked == [tmp_path, tmp_path, tmp_path / "mounted", tmp_path]
     assert existing_folder(tmp_path / "x" / "y" / "z") == tmp_path
 

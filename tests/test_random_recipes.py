@@ -15,7 +15,7 @@ import torch
 from streammerge.errors import MergeError
 from streammerge.models.merged import Merged
 from streammerge.plan.inputs import OpenInputs
-from streammerge.plan.plan import make_plan
+from streammerge.plan.plan import plan_merge
 from streammerge.recipe.options import Options
 from streammerge.recipe.parse import parse_recipe
 from tests.models import merge_to, normal, save_model
@@ -39,7 +39,7 @@ def planned(raw: Any, folder: Path) -> Merged:
     opened = OpenInputs()
     try:
         merged = opened.merge(parse_recipe(raw, folder))
-        make_plan(merged, folder / "out.safetensors", Options()).to_json()
+        plan_merge(merged, folder / "out.safetensors", Options()).to_json()
         return merged
     finally:
         opened.close()

@@ -195,7 +195,7 @@ class Plan:
         return [f"{path.name} holds {left}" for path, left in self.left.items()]
 
 
-def make_plan(
+def plan_merge(
     merged: Merged,
     output: Path,
     options: Options,
