@@ -12,7 +12,7 @@ from benchmarks.own import CUDA, NAME, SYNCED
 from benchmarks.results import FOLDER, CaseResult, ToolResult, load_all
 from benchmarks.targets import TARGETS
 from streammerge.compute.machine import MIB
-from streammerge.recipe.options import format_size
+from streammerge.errors import format_size
 from streammerge.tools.bench.benchmark import Spread
 
 REPORT: Final = "report.md"

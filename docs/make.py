@@ -25,10 +25,9 @@ from streammerge.formats.torchzip import directory as zip_directory
 from streammerge.formats.torchzip import machine as pickle_machine
 from streammerge.models import extent
 from streammerge.plan import globs, tuning
-from streammerge.public import RECIPE_KEYS
 from streammerge.recipe import recipe as asked
 from streammerge.recipe.files import MAX_NODES, MAX_RECIPE
-from streammerge.recipe.options import Options
+from streammerge.recipe.options import RECIPE_KEYS, Options
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 README: Final = ROOT / "README.md"

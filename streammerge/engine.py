@@ -5,23 +5,18 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from streammerge import __version__
-from streammerge.compute.expressions import Stored, leaves
 from streammerge.compute.machine import peak_resident_bytes
-from streammerge.errors import MergeError, refusal
+from streammerge.errors import saying_what_is_on_disk
 from streammerge.formats.claims import NOTHING, Claim, Claims, file_key
-from streammerge.formats.files import ByteFile
 from streammerge.methods.loading import method_failure
 from streammerge.models.checkpoints import open_model
-from streammerge.models.decisions import Decision, Decisions
-from streammerge.models.merged import Merged, node_of
-from streammerge.plan.inputs import OUTPUT, OpenInputs, check_output, check_with_library, input_claims
+from streammerge.models.merged import as_merged, files_of
+from streammerge.plan.inputs import OUTPUT, OpenInputs, check_with_library, input_claims, output_metadata
 from streammerge.plan.plan import Plan, plan_merge
-from streammerge.recipe.carrying import LICENCES, MERGED_FROM, carried_metadata
-from streammerge.recipe.metadata import Hashes, recipe_metadata, stored_names
 from streammerge.recipe.options import Options
 from streammerge.recipe.parse import Recipe
 from streammerge.report import Report
@@ -30,7 +25,6 @@ from streammerge.storage.hashing import (
     FileHashes,
     HashingWriter,
     check_sidecar,
-    file_sha256,
     hash_output,
     hashing,
     is_in_sidecar,
@@ -41,7 +35,7 @@ from streammerge.storage.hashing import (
 from streammerge.storage.journal import journal_path
 from streammerge.storage.ledger import Coverage, Entry, Ledger, Span
 from streammerge.storage.resume import Beginning, Tell, beginning
-from streammerge.storage.target import find_older
+from streammerge.storage.target import check_output, find_older
 from streammerge.tensors import Model
 from streammerge.workers.confirmation import Confirmed, confirm, confirm_finished
 from streammerge.workers.machine import Machine, Watch
@@ -126,7 +120,7 @@ def claims_beside(plan: Plan) -> Claims:
 
 
 def _carry_out(begun: Beginning, started: float, watch: Watch | None, tell: Tell, beside: Claims) -> Report:
-    from streammerge.storage.bookkeeping import Bookkeeper
+    from streammerge.storage.resume import Bookkeeper
     from streammerge.storage.writer import OutputWriter
 
     plan = begun.plan
@@ -241,65 +235,9 @@ def report_of(
     )
 
 
-def as_merged(model: Model) -> Merged:
-    """Any model as a merge: its tensors as they are."""
-    if isinstance(model, Merged):
-        return model
-    tensors = model.tensors
-    return Merged(
-        Decisions(tensors, lambda name: Decision(name, "copied", "from the model", tensors[name], node_of(model, name)))
-    )
-
-
-def files_of(merged: Merged) -> list[ByteFile]:
-    """Every file that is read by a merge of models that were opened elsewhere."""
-    stored = (leaf for node in merged.nodes.values() for leaf in leaves(node) if isinstance(leaf, Stored))
-    return list({id(leaf.file): leaf.file for leaf in stored}.values())
-
-
-def output_metadata(recipe: Recipe | Model, options: Options, opened: OpenInputs) -> dict[str, str]:
-    """The output's `__metadata__`: the format mark that loaders look for, what the inputs' metadata say of its use and
-    licences, and the recipe unless that is not wanted."""
-    marks = {"format": "pt"}
-    if not isinstance(recipe, Recipe):
-        return marks
-    marks |= carried_metadata(recipe, lambda path: opened.opened(path).metadata)
-    if not options.metadata:
-        return {key: text for key, text in marks.items() if key not in (LICENCES, MERGED_FROM)}
-    return marks | recipe_metadata(recipe, options, input_hashes(recipe, opened) if options.hash_inputs else None)
-
-
-def input_hashes(recipe: Recipe, opened: OpenInputs) -> Hashes:
-    """The sha256 of every file of every model, by the name that the recipe in the metadata has for it."""
-    return {
-        name: {file.path.name: file_sha256(file.path) for file in opened.opened(path).files}
-        for path, name in stored_names(recipe.paths()).items()
-    }
-
-
 def hashes_by_file(plan: Plan, hashes: Sequence[FileHashes]) -> Mapping[str, Mapping[str, str]]:
     """The hashes of the output for its report."""
     return {
         str(file.path): {"sha256": found.sha256, "tensors": found.tensors}
         for file, found in zip(plan.output.files, hashes, strict=False)
     }
-
-
-@contextlib.contextmanager
-def saying_what_is_on_disk(state: Callable[[], str] = lambda: "Nothing was written.") -> Iterator[None]:
-    """Add to an error what state it leaves the disk in, unless who raised it said so already.
-
-    What the system refused, and nobody nearer put into words, becomes an error of ours here.
-    """
-    try:
-        yield
-    except MergeError as error:
-        error.state = error.state or state()
-        raise
-    except KeyboardInterrupt as interrupt:
-        interrupt.args = interrupt.args or (state(),)
-        raise
-    except (OSError, MemoryError) as error:
-        refused = refusal(error)
-        refused.state = state()
-        raise refused from error

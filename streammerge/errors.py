@@ -13,16 +13,18 @@ MergeError
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 SHOWN: Final = 5
 """How many findings of one kind a message lists before it only counts the rest."""
 
 
 WAY_OUT: Final = "Check the folder, its permissions, and the free disk."
+
 
 WAYS_OUT: Final[Mapping[tuple[int, ...], str]] = {
     (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG): "Choose another name or folder.",
@@ -169,3 +171,37 @@ def listed(names: Sequence[str]) -> str:
 def plural(items: Sized, one: str, many: str) -> str:
     """The word for one, or for many."""
     return one if len(items) == 1 else many
+
+
+def suggestion(word: str, known: Mapping[str, Any] | Sequence[str]) -> str:
+    """'Did you mean …? ' where a known word comes near, else nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"Did you mean {near[0]!r}? " if near else ""
+
+
+def format_size(nbytes: float) -> str:
+    """`2.61 GB`, `512 MB`: three digits, powers of 1000."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= size:
+            return f"{nbytes / size:.3g} {unit}" if nbytes < 1000 * size else f"{nbytes / size:,.0f} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+@contextlib.contextmanager
+def saying_what_is_on_disk(state: Callable[[], str] = lambda: "Nothing was written.") -> Iterator[None]:
+    """Add to an error what state it leaves the disk in, unless who raised it said so already.
+
+    What the system refused, and nobody nearer put into words, becomes an error of ours here.
+    """
+    try:
+        yield
+    except MergeError as error:
+        error.state = error.state or state()
+        raise
+    except KeyboardInterrupt as interrupt:
+        interrupt.args = interrupt.args or (state(),)
+        raise
+    except (OSError, MemoryError) as error:
+        refused = refusal(error)
+        refused.state = state()
+        raise refused from error

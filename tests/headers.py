@@ -8,7 +8,8 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from streammerge.compute.expressions import Node, Stored
-from streammerge.models.merged import Merged, merge_models
+from streammerge.models.merged import Merged
+from streammerge.plan.decide import merge_models
 from streammerge.recipe.parse import parse_recipe
 from streammerge.tensors import DTYPES, Model, TensorInfo
 

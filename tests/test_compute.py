@@ -16,9 +16,9 @@ import streammerge
 import streammerge.models.merged
 from streammerge.compute import evaluate as compute
 from streammerge.compute.application import apply_method
-from streammerge.compute.devices import Lane, torch_dtype
 from streammerge.compute.evaluate import Evaluator
 from streammerge.compute.expressions import BLOCK, ByBlock, External, Node, Stored, Term, Viewed, combine, rounded
+from streammerge.compute.lanes import Lane, torch_dtype
 from streammerge.compute.survey import Survey, read_range, read_stored
 from streammerge.formats.readers import PositionalReader
 from streammerge.methods import find_method

@@ -15,12 +15,11 @@ import torch
 from safetensors.torch import save_file
 
 import streammerge
-from streammerge.compute.expressions import Stored, Term, combine
+from streammerge.compute.expressions import Job, Stored, Term, combine
 from streammerge.errors import CheckpointError, OutputError
 from streammerge.formats import descriptors as positional
 from streammerge.formats.descriptors import copy_at
-from streammerge.plan.jobs import Job
-from streammerge.progress import Progress
+from streammerge.report import Progress
 from streammerge.storage import copying
 from streammerge.storage.copying import Copying, CopyRange, Piece, adjoining, pieces, ranges_of
 from streammerge.storage.ledger import Ledger

@@ -19,8 +19,7 @@ from streammerge.methods.statistics import brackets as bracketing
 from streammerge.methods.statistics.brackets import BOTTOM as LEAST
 from streammerge.methods.statistics.brackets import Bracket, Gathering, Sample
 from streammerge.methods.statistics.histograms import LowerBits, UpperBits
-from streammerge.methods.statistics.ranking import Ranking
-from streammerge.methods.statistics.ranks import ALL, INFINITE, Cut, keys, quotas
+from streammerge.methods.statistics.ranks import ALL, INFINITE, Cut, Ranking, keys, quotas
 from tests.models import normal
 
 TINY = float(np.nextafter(np.float32(0), np.float32(1)))

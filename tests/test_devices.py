@@ -14,22 +14,19 @@ import torch
 
 import streammerge
 from streammerge.compute import devices
+from streammerge.compute.cuda import CudaLane, bytes_of
 from streammerge.compute.devices import (
-    CudaLane,
-    Lane,
-    StagedLane,
     available_devices,
-    bytes_of,
     check_float64,
     find_device,
     is_out_of_memory,
     no_memory_left,
     open_lane,
     open_lanes,
-    torch_dtype,
     vram_limit,
 )
 from streammerge.compute.expressions import BLOCK
+from streammerge.compute.lanes import Lane, StagedLane, torch_dtype
 from streammerge.compute.machine import Allotment
 from streammerge.errors import DeviceError, OutOfMemoryError, PlanError
 from streammerge.formats.readers import MappedReader, PositionalReader

@@ -16,7 +16,8 @@ from streammerge.errors import RecipeError
 from streammerge.methods import METHODS
 from streammerge.methods.contract import Parameter
 from streammerge.methods.registry import MERGEKIT_PARAMETERS, Method
-from streammerge.models.merged import Merged, merge_models
+from streammerge.models.merged import Merged
+from streammerge.plan.decide import merge_models
 from streammerge.plan.functions import merge_function
 from streammerge.recipe.parse import parse_recipe
 from tests.headers import Header, header

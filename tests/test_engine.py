@@ -17,21 +17,21 @@ from hypothesis import strategies as st
 
 import streammerge
 from streammerge.compute import evaluate as compute
-from streammerge.compute.devices import Lane
+from streammerge.compute.costs import WINDOW_BYTES, window_blocks
 from streammerge.compute.examine import examine
-from streammerge.compute.expressions import BLOCK, ByBlock, ByGram, External, Node, Stored, Term, combine
+from streammerge.compute.expressions import BLOCK, ByBlock, ByGram, External, Job, Node, Stored, Term, combine
+from streammerge.compute.lanes import Lane
 from streammerge.errors import CheckpointError, MethodError
 from streammerge.formats.descriptors import read_at
 from streammerge.formats.readers import MappedReader, PositionalReader
 from streammerge.methods.registry import BlockMethod, GramMethod
 from streammerge.methods.statistics.gram import Gram
-from streammerge.plan.jobs import Job
-from streammerge.progress import Progress
+from streammerge.report import Progress
 from streammerge.storage.copying import PIECE, Copying, CopyRange
 from streammerge.tensors import DTYPES, TensorInfo
 from streammerge.workers import windows as works
 from streammerge.workers.schedule import AHEAD_BYTES, AHEAD_WINDOWS, Schedule, run
-from streammerge.workers.windows import WINDOW_BYTES, FileRange, MergeWork, Window, Work, ranges_of, window_blocks
+from streammerge.workers.windows import FileRange, MergeWork, Window, Work, ranges_of
 from tests.models import (
     SMALL,
     MemoryModel,

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 import streammerge
 from streammerge.errors import PlanError, RecipeError
 from streammerge.models import extent
+from streammerge.models.extent import MAX_DEPTH
 from streammerge.plan import globs, tuning
 from streammerge.plan.globs import RuleIndex
 from streammerge.plan.inputs import OpenInputs
 from streammerge.recipe.files import parse_yaml
 from streammerge.recipe.parse import parse_recipe
-from streammerge.recipe.recipe import MAX_DEPTH, MAX_INPUTS, Rule
+from streammerge.recipe.recipe import MAX_INPUTS, Rule
 from tests.headers import header, merged
 from tests.models import make_tensors, save_models
 

@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 
 import streammerge
 from streammerge.cli.main import main
+from streammerge.compute.expressions import Job
 from streammerge.errors import CheckpointError, OutputError
 from streammerge.formats.layout import lay_out
-from streammerge.plan.jobs import Job
 from streammerge.storage import hashing
 from streammerge.storage.hashing import HashingWriter, file_sha256, read_sidecar, sidecar_beside
 from streammerge.storage.writer import OutputWriter
 from streammerge.tensors import DTYPES, TensorInfo
-from streammerge.workers.sampling import SAMPLES, sample
+from streammerge.workers.checking import SAMPLES, sample
 from tests.models import make_tensors, near, save_models, with_integers
 
 

@@ -24,7 +24,7 @@ from streammerge.storage.copying import PIECE_RANGES, pieces
 from streammerge.storage.ledger import Coverage, Ledger, Span
 from streammerge.tensors import DTYPES, TensorInfo
 from streammerge.tools.inspection import inspect_model, render
-from streammerge.workers.sampling import sample
+from streammerge.workers.checking import sample
 
 SHAPES = ((4,), (2, 3), (1, 8), (5,))
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from streammerge.cli.main import main
-from streammerge.compute.devices import Lane
+from streammerge.compute.lanes import Lane
 from streammerge.errors import CheckpointError
 from streammerge.formats import mapping
 from streammerge.formats.files import ByteFile

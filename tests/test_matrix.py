@@ -14,8 +14,8 @@ import torch
 import streammerge
 from streammerge.methods import METHODS, Target
 from streammerge.methods import matrices as tall
-from streammerge.methods.isotropic import tasks_share
-from streammerge.methods.rotation import procrustes, rotation_power
+from streammerge.methods.alignment import procrustes, rotation_power
+from streammerge.methods.subspaces import tasks_share
 from tests.models import MemoryModel, normal
 from tests.references import REFERENCES, relative_error
 from tests.references_matrix import MATRIX

@@ -17,8 +17,7 @@ from streammerge.methods.registry import LinearMethod, Pass, method, net
 from streammerge.methods.statistics.brackets import Gathering, Sample
 from streammerge.methods.statistics.gram import GramPass
 from streammerge.methods.statistics.histograms import Equals, LowerBits, UpperBits
-from streammerge.methods.statistics.ranking import Ranking
-from streammerge.methods.statistics.ranks import Cut
+from streammerge.methods.statistics.ranks import Cut, Ranking
 from tests.models import (
     DTYPE_NAMES,
     SHAPES,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import streammerge
 from streammerge.compute.application import apply_method
-from streammerge.compute.devices import Lane
+from streammerge.compute.costs import compute_dtype, is_copy, slots
 from streammerge.compute.evaluate import Evaluator
 from streammerge.compute.expressions import (
     ByBlock,
@@ -23,11 +23,10 @@ from streammerge.compute.expressions import (
     Viewed,
     children,
     combine,
-    compute_dtype,
     leaves,
-    slots,
     walk,
 )
+from streammerge.compute.lanes import Lane
 from streammerge.compute.survey import Survey
 from streammerge.formats.files import ByteFile
 from streammerge.formats.readers import PositionalReader
@@ -35,7 +34,6 @@ from streammerge.methods import find_method
 from streammerge.methods.registry import net
 from streammerge.models.merged import Merged
 from streammerge.models.views import placed, reshaped
-from streammerge.plan.jobs import is_copy
 from streammerge.tensors import DTYPES, TensorInfo
 from tests.models import MemoryModel, normal, save_models, store_tensors
 

@@ -20,7 +20,7 @@ import streammerge
 from streammerge.cli.main import main
 from streammerge.errors import CheckpointError
 from streammerge.formats.files import ByteFile
-from streammerge.plan.inputs import is_reserved
+from streammerge.storage.target import is_reserved
 from tests.models import SMALL, load_model, make_tensors, save_models, with_integers
 
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_TRUNC

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streammerge.errors import SHOWN, MergeError, PlanError, one_line, printable
-from streammerge.recipe.options import format_size, parse_size
+from streammerge.errors import SHOWN, MergeError, PlanError, format_size, one_line, printable
+from streammerge.recipe.options import parse_size
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 import streammerge
 from streammerge.compute.expressions import BLOCK
 from streammerge.methods.place import Target
-from streammerge.models.merged import merge_models
+from streammerge.plan.decide import merge_models
 from streammerge.recipe.parse import parse_recipe
 from tests.models import assert_same_bytes, load_model, make_tensors, merge_to, near, save_models
 

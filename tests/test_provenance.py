@@ -12,8 +12,15 @@ from hypothesis import strategies as st
 import streammerge
 from streammerge.cli.main import main
 from streammerge.errors import RecipeError
-from streammerge.recipe.carrying import carried_metadata
-from streammerge.recipe.metadata import RECIPE, SETTINGS, is_beside, read_recorded, recipe_metadata, stored_names
+from streammerge.recipe.metadata import (
+    RECIPE,
+    SETTINGS,
+    carried_metadata,
+    is_beside,
+    read_recorded,
+    recipe_metadata,
+    stored_names,
+)
 from streammerge.recipe.options import Options
 from streammerge.recipe.parse import parse_recipe
 from tests.models import make_tensors, near, save_model

@@ -14,9 +14,9 @@ from torch.testing import assert_close
 
 import streammerge
 from streammerge.errors import CheckpointError, PlanError
-from streammerge.findings import warnings
 from streammerge.models.codes import find_quantised
 from streammerge.models.scales import spread
+from streammerge.report import warnings
 from tests.headers import header, merged
 from tests.models import normal, raw_bytes, save_model
 

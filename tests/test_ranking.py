@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streammerge.methods.registry import Pass
-from streammerge.methods.statistics.ranking import Ranking
-from streammerge.methods.statistics.ranks import Cut, keys
+from streammerge.methods.statistics.ranks import Cut, Ranking, keys
 
 STEP = 16
 """Elements per block in these tests."""

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import streammerge
-from streammerge.compute.devices import Lane
+from streammerge.compute.lanes import Lane
 from streammerge.compute.rounding import rounded, rounded_into
 from streammerge.formats.readers import PositionalReader
 from tests.models import DTYPE_NAMES, load_model, merge_to, normal, save_models

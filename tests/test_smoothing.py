@@ -11,11 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import streammerge
-from streammerge.compute.costs import row_elements
-from streammerge.compute.evaluate import piece_elements
+from streammerge.compute.costs import piece_elements, row_elements
 from streammerge.compute.expressions import BLOCK, ByBlock
 from streammerge.methods import METHODS, BlockMethod, Place, medians, method, smoothing
-from streammerge.methods.medians import blurred, finding_median, median_of_neighbours, merging
+from streammerge.methods.filters import blurred, finding_median, median_of_neighbours, merging
 from tests.models import MemoryModel, assert_same_bytes, load_model, merge_to, near, normal, save_models
 from tests.references import relative_error
 from tests.references_diffusion import gaussian_filtered, median_filtered

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from streammerge.methods import matrices as tall
-from streammerge.methods.decomposition import Decomposition, decompose, decompose_at_random
-from streammerge.methods.matrices import Tall, above, beside, total
+from streammerge.methods.matrices import Decomposition, Tall, above, beside, decompose, decompose_at_random, total
 from tests.models import normal
 
 F64 = torch.float64

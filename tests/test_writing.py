@@ -18,10 +18,10 @@ import torch
 from safetensors import SafetensorError
 
 import streammerge
+from streammerge.compute.expressions import Job
 from streammerge.engine import run_merge
 from streammerge.errors import CheckpointError, MergeError, OutputError
 from streammerge.formats.layout import lay_out
-from streammerge.plan.jobs import Job
 from streammerge.recipe.options import Options
 from streammerge.recipe.parse import parse_recipe
 from streammerge.storage import writer as writing

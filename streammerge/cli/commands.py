@@ -10,21 +10,22 @@ from pathlib import Path
 from streammerge.cli.manual import describe_method, example, method_rows
 from streammerge.cli.screen import say, say_on_stderr, show_report, show_table, watching
 from streammerge.cli.words import RECIPE_SUFFIXES, is_there, options_from, recipe_from, recorded_from
-from streammerge.errors import one_line
+from streammerge.errors import format_size, one_line
 from streammerge.formats.claims import Claim, Claims, file_key
 from streammerge.methods import METHODS, find_method
 from streammerge.methods.loading import load_methods
 from streammerge.methods.registry import Method
 from streammerge.models.blocks import abridged, unet_blocks
-from streammerge.plan.plan import Plan, dump_json
-from streammerge.recipe.options import format_size
+from streammerge.plan.plan import Plan
 from streammerge.recipe.presets import PRESETS
+from streammerge.report import dump_json
 from streammerge.storage.side_files import check_side_file, write_text
 
 
 def merge(arguments: argparse.Namespace) -> int:
     """Merge, show progress and the final table, write the report."""
-    from streammerge.engine import planned, run_merge, saying_what_is_on_disk
+    from streammerge.engine import planned, run_merge
+    from streammerge.errors import saying_what_is_on_disk
 
     with saying_what_is_on_disk():
         recipe, options = recipe_from(arguments), options_from(arguments)
@@ -54,7 +55,8 @@ def check_recorded_inputs(arguments: argparse.Namespace) -> None:
 
 def plan(arguments: argparse.Namespace) -> int:
     """Show what would happen."""
-    from streammerge.engine import planned, saying_what_is_on_disk
+    from streammerge.engine import planned
+    from streammerge.errors import saying_what_is_on_disk
 
     output = arguments.output or Path("merged.safetensors")
     with saying_what_is_on_disk():
@@ -157,7 +159,8 @@ def verify_values(arguments: argparse.Namespace, *, sampled: bool) -> int:
 
 def bench(arguments: argparse.Namespace) -> int:
     """Time a merge against its floor, and show what it takes."""
-    from streammerge.engine import planned, saying_what_is_on_disk
+    from streammerge.engine import planned
+    from streammerge.errors import saying_what_is_on_disk
     from streammerge.tools.bench.benchmark import OUTPUT, Timing, time_merge
 
     folder = (arguments.output or Path(OUTPUT)).absolute().parent

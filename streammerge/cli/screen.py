@@ -8,12 +8,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from streammerge.errors import one_line
-from streammerge.recipe.options import format_size
+from streammerge.errors import format_size, one_line
 
 if TYPE_CHECKING:
-    from streammerge.progress import Progress
-    from streammerge.report import Report
+    from streammerge.report import Progress, Report
 
 PLAIN_INTERVAL: Final = 5.0
 """Seconds between the lines that are printed where there is no terminal."""

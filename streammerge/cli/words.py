@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from streammerge.errors import RecipeError
-from streammerge.findings import NONFINITE_POLICIES
 from streammerge.methods import find_method
 from streammerge.methods.loading import load_methods
 from streammerge.recipe import blockwise
@@ -20,6 +19,7 @@ from streammerge.recipe.parameters import WEIGHT
 from streammerge.recipe.parse import MISSING_POLICIES, SHAPE_POLICIES, Recipe, parse_recipe
 from streammerge.recipe.recipe import overridden
 from streammerge.recipe.scalars import number_of_text
+from streammerge.report import NONFINITE_POLICIES
 
 _WEIGHTED: Final = re.compile(r"(?P<path>.+):(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)")
 _NAMED: Final = re.compile(r"(?P<name>[A-Za-z_]\w*)=(?P<path>.+)")

@@ -42,8 +42,3 @@ def apply_method(
         case WholeMethod():
             return ByWhole(info, method, parameters, nodes, name, seed, within)
     raise TypeError(f"method {method.name!r} is of no known kind")
-
-
-def needs_statistics(node: Node) -> bool:
-    """Whether passes over the inputs are needed before the node can be computed."""
-    return isinstance(node, ByGram | ByWhole) or (isinstance(node, ByBlock) and node.method.statistics is not None)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Final
+
 from streammerge.compute.expressions import (
     BLOCK,
     PIECE,
@@ -9,18 +12,20 @@ from streammerge.compute.expressions import (
     ByBlock,
     ByGram,
     ByWhole,
+    Combined,
+    External,
     Node,
     Rounded,
     Stored,
     Viewed,
     children,
+    is_computed,
     leaves,
-    slots,
     walk,
 )
 from streammerge.methods.place import Target
 from streammerge.methods.statistics.slices import Slicing
-from streammerge.tensors import DType, TensorInfo
+from streammerge.tensors import DTYPES, DType, TensorInfo
 
 
 def lane_bytes(node: Node, info: TensorInfo, compute: DType) -> int:
@@ -109,3 +114,125 @@ def passes(node: Node) -> int:
 def own_passes(node: Applied) -> int:
     """The passes over its inputs that the node itself makes before it can be computed."""
     return node.method.passes if isinstance(node, ByBlock) else 1
+
+
+def compute_dtype(node: Node, stored: DType) -> DType:
+    """The dtype in which a tensor is computed unless the user says otherwise.
+
+    float32; float64 where an input is float64, and for linear combinations that are stored as float32: there every
+    rounding would show, for coefficients that nearly cancel in many places, and float64 costs no more per byte read.
+    What is not computed at all keeps its own dtype, integers above all.
+    """
+    if node.info.dtype == stored and not is_computed(node):
+        return stored
+    given = (part.info.dtype.bits for part in walk(node) if isinstance(part, Stored | External | Rounded))
+    widest = max([stored.bits, *given])
+    while isinstance(node, Viewed | Rounded):
+        node = node.source
+    is_combination = isinstance(node, Combined | ByGram)
+    return DTYPES["F64" if widest >= 64 or (is_combination and stored.bits >= 32) else "F32"]
+
+
+def slots(node: Node) -> int:
+    """How many of a lane's slots evaluating the node takes, its own included."""
+    match node:
+        case Combined():
+            return 1 + max((slots(term.node) for term in node.terms), default=0)
+        case ByGram():
+            # measured with all inputs at hand, then combined one after the other
+            own = list(map(slots, node.inputs))
+            return max(_side_by_side(own), 1 + max(own))
+        case ByBlock() | ByWhole():
+            return _side_by_side(map(slots, node.inputs))
+        case Viewed():
+            return 1 + max(map(slots, children(node)))
+        case Rounded():
+            return slots(node.source)
+        case _:
+            return 1
+
+
+def _side_by_side(needed: Iterable[int]) -> int:
+    return max(place + own for place, own in enumerate(needed))
+
+
+def piece_elements(node: Node) -> int:
+    """How many elements are computed at once: a block; for a method a piece of one, whole rows, or the whole tensor."""
+    if isinstance(node, ByWhole):
+        return max(node.info.elements, 1)
+    if isinstance(node, ByBlock) and node.method.rows:
+        width = max(row_width(node), 1)
+        return max((BLOCK if node.method.halo else PIECE) // width, 1) * width  # the more, the less a halo weighs
+    return PIECE if isinstance(node, ByBlock) else BLOCK
+
+
+def row_width(node: ByBlock) -> int:
+    """How many elements a row has, for a method that is given whole rows."""
+    return Slicing.of(node.info.shape, node.method.rows or "rows").width
+
+
+def piece_count(node: Node) -> int:
+    """How many of them there are; an empty tensor has none."""
+    return -(-node.info.elements // piece_elements(node))
+
+
+def target_of(node: Applied) -> Target:
+    """What a method is told of the tensor that it makes."""
+    first = 0
+    if isinstance(node, ByBlock) and node.together and node.together.found:
+        first = node.together.found.first_blocks[id(node)]
+    step = piece_elements(node)
+    return Target(node.name, node.info.shape, len(node.inputs), node.seed, step, first, within=node.within)
+
+
+def is_copy(node: Node, info: TensorInfo) -> bool:
+    """Whether the output's bytes are the stored ones."""
+    if isinstance(node, Combined) and len(node.terms) == 1 and node.terms[0].coefficient == 1:
+        node = node.terms[0].node
+    return isinstance(node, Stored) and node.info.dtype == info.dtype
+
+
+def copied_from(node: Node) -> Stored:
+    """The stored tensor that a copy reads."""
+    while isinstance(node, Combined):
+        node = node.terms[0].node
+    assert isinstance(node, Stored)
+    return node
+
+
+WINDOW: Final = 16
+"""Whole blocks that a worker takes at once, at the most: long enough to read on, short enough to share a tensor."""
+
+
+WINDOW_BYTES: Final = 32 << 20
+"""What a window reads at the most, if it is of more than one block: many models make it shorter."""
+
+
+def write_step(node: Node) -> int:
+    """How many elements are written at once: what a method makes at once, else a block."""
+    return piece_elements(node) if isinstance(node, ByBlock) and not node.method.rows else BLOCK
+
+
+LEAST_STEP: Final = 2**13
+"""The fewest elements that are written at once where memory is short."""
+
+
+def least_step(node: Node) -> int:
+    """How many elements have to be written at once at the least: what a method makes at once must not be cut."""
+    return write_step(node) if any(isinstance(part, ByBlock) for part in walk(node)) else LEAST_STEP
+
+
+def window_blocks(node: Node, step: int) -> int:
+    """How many blocks of so many elements a worker takes at once."""
+    block_bytes = sum(step * leaf.info.dtype.bits // 8 for leaf in leaves(node))
+    return max(1, min(WINDOW * BLOCK // step, WINDOW_BYTES // max(block_bytes, 1)))
+
+
+def needs_statistics(node: Node) -> bool:
+    """Whether passes over the inputs are needed before the node can be computed."""
+    return isinstance(node, ByGram | ByWhole) or (isinstance(node, ByBlock) and node.method.statistics is not None)
+
+
+def needs_float64(node: Node) -> bool:
+    """Whether a method computes in float64 on the device, whatever the compute dtype is."""
+    return isinstance(node, ByGram) or (isinstance(node, ByBlock) and node.method.float64)

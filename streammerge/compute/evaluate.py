@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from streammerge.compute.devices import Lane, torch_dtype
+from streammerge.compute.costs import piece_elements, row_width, target_of
 from streammerge.compute.expressions import (
     BLOCK,
-    PIECE,
     Applied,
     ByBlock,
     ByGram,
@@ -25,8 +24,8 @@ from streammerge.compute.expressions import (
     Viewed,
 )
 from streammerge.compute.gather import gather
+from streammerge.compute.lanes import Lane, torch_dtype
 from streammerge.compute.rounding import rounded
-from streammerge.methods.place import Target
 from streammerge.methods.statistics.slices import Slicing
 
 Statistics = Mapping[int, Any]
@@ -184,32 +183,3 @@ class Evaluator:
             out[start - stop : end - stop or None] = self.values(node, start, end, slot)
             start = end
         return out
-
-
-def piece_elements(node: Node) -> int:
-    """How many elements are computed at once: a block; for a method a piece of one, whole rows, or the whole tensor."""
-    if isinstance(node, ByWhole):
-        return max(node.info.elements, 1)
-    if isinstance(node, ByBlock) and node.method.rows:
-        width = max(row_width(node), 1)
-        return max((BLOCK if node.method.halo else PIECE) // width, 1) * width  # the more, the less a halo weighs
-    return PIECE if isinstance(node, ByBlock) else BLOCK
-
-
-def row_width(node: ByBlock) -> int:
-    """How many elements a row has, for a method that is given whole rows."""
-    return Slicing.of(node.info.shape, node.method.rows or "rows").width
-
-
-def piece_count(node: Node) -> int:
-    """How many of them there are; an empty tensor has none."""
-    return -(-node.info.elements // piece_elements(node))
-
-
-def target_of(node: Applied) -> Target:
-    """What a method is told of the tensor that it makes."""
-    first = 0
-    if isinstance(node, ByBlock) and node.together and node.together.found:
-        first = node.together.found.first_blocks[id(node)]
-    step = piece_elements(node)
-    return Target(node.name, node.info.shape, len(node.inputs), node.seed, step, first, within=node.within)

@@ -7,13 +7,13 @@ children become a block of theirs. Trees are built from headers alone, folded, c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from streammerge.formats.files import ByteFile
 from streammerge.methods.registry import net
-from streammerge.tensors import DTYPES, DType, Model, TensorInfo
+from streammerge.tensors import DType, Model, TensorInfo
 
 if TYPE_CHECKING:
     from streammerge.methods.contract import ParameterValue
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from streammerge.methods.registry import BlockMethod, GramMethod, WholeMethod
     from streammerge.methods.statistics.slices import Slices
 
+
 BLOCK: Final = 2**18
 """Elements that are computed at once at the most: few enough for the CPU's caches, enough to be worth the calls."""
+
 
 PIECE: Final = 2**17
 """Elements that methods are given at once, which make many temporary tensors of that size. Both are constants, because
@@ -152,6 +154,8 @@ class Together:
 
 
 Node = Stored | Viewed | Rounded | External | Combined | ByGram | ByBlock | ByWhole
+
+
 Applied = ByGram | ByBlock | ByWhole
 """A method applied to inputs, of which something must be known before a block can be computed."""
 
@@ -239,41 +243,37 @@ def rounded(node: Node, info: TensorInfo) -> Node:
     return node if is_exact else Rounded(info, node)
 
 
-def compute_dtype(node: Node, stored: DType) -> DType:
-    """The dtype in which a tensor is computed unless the user says otherwise.
+class Job:
+    """One output tensor: its expression, the dtype it is computed in, and where its bytes go.
 
-    float32; float64 where an input is float64, and for linear combinations that are stored as float32: there every
-    rounding would show, for coefficients that nearly cancel in many places, and float64 costs no more per byte read.
-    What is not computed at all keeps its own dtype, integers above all.
+    `compute` is None where the stored bytes are copied as they are. The expression may be left to be made when it is
+    asked for.
     """
-    if node.info.dtype == stored and not is_computed(node):
-        return stored
-    given = (part.info.dtype.bits for part in walk(node) if isinstance(part, Stored | External | Rounded))
-    widest = max([stored.bits, *given])
-    while isinstance(node, Viewed | Rounded):
-        node = node.source
-    is_combination = isinstance(node, Combined | ByGram)
-    return DTYPES["F64" if widest >= 64 or (is_combination and stored.bits >= 32) else "F32"]
 
+    __slots__ = ("_make", "_node", "compute", "file", "info", "name", "offset")
 
-def slots(node: Node) -> int:
-    """How many of a lane's slots evaluating the node takes, its own included."""
-    match node:
-        case Combined():
-            return 1 + max((slots(term.node) for term in node.terms), default=0)
-        case ByGram():
-            # measured with all inputs at hand, then combined one after the other
-            own = list(map(slots, node.inputs))
-            return max(_side_by_side(own), 1 + max(own))
-        case ByBlock() | ByWhole():
-            return _side_by_side(map(slots, node.inputs))
-        case Viewed():
-            return 1 + max(map(slots, children(node)))
-        case Rounded():
-            return slots(node.source)
-        case _:
-            return 1
+    def __init__(
+        self,
+        name: str,
+        info: TensorInfo,
+        node: Node | None,
+        compute: DType | None,
+        file: int,
+        offset: int,
+        make: Callable[[str], Node] | None = None,
+    ) -> None:
+        self.name: Final = name
+        self.info: Final = info
+        self.compute: Final = compute
+        self.file: Final = file
+        self.offset: Final = offset
+        self._node = node
+        self._make = make
 
-
-def _side_by_side(needed: Iterable[int]) -> int:
-    return max(place + own for place, own in enumerate(needed))
+    @property
+    def node(self) -> Node:
+        """The tensor's expression."""
+        if self._node is None:
+            assert self._make is not None
+            self._node = self._make(self.name)
+        return self._node

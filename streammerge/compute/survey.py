@@ -11,21 +11,11 @@ from typing import Any
 
 import torch
 
-from streammerge.compute.devices import Lane, torch_dtype
-from streammerge.compute.evaluate import Evaluator, piece_count, piece_elements, target_of
-from streammerge.compute.expressions import (
-    Applied,
-    ByBlock,
-    ByGram,
-    ByWhole,
-    Node,
-    Stored,
-    Together,
-    Viewed,
-    compute_dtype,
-    walk,
-)
+from streammerge.compute.costs import compute_dtype, piece_count, piece_elements, target_of
+from streammerge.compute.evaluate import Evaluator
+from streammerge.compute.expressions import Applied, ByBlock, ByGram, ByWhole, Node, Stored, Together, Viewed, walk
 from streammerge.compute.gather import gather
+from streammerge.compute.lanes import Lane, torch_dtype
 from streammerge.compute.rounding import rounded
 from streammerge.errors import MethodError
 from streammerge.formats.readers import PositionalReader

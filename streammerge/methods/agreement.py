@@ -11,8 +11,7 @@ from streammerge.methods.contract import Between, ParameterValue, Share
 from streammerge.methods.place import Place, Target
 from streammerge.methods.registry import BlockMethod, method
 from streammerge.methods.sparse import summed
-from streammerge.methods.statistics.ranking import Ranking
-from streammerge.methods.statistics.ranks import Cut
+from streammerge.methods.statistics.ranks import Cut, Ranking
 from streammerge.methods.statistics.sums import SumPass, l1_norm, pieces, task_vectors
 
 if TYPE_CHECKING:

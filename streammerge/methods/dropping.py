@@ -11,8 +11,7 @@ from streammerge.methods.linear import check_weights
 from streammerge.methods.place import Place, Target
 from streammerge.methods.registry import BlockMethod, method, net
 from streammerge.methods.sparse import divided, elect_and_sum, l1_pass
-from streammerge.methods.statistics.ranking import Ranking
-from streammerge.methods.statistics.ranks import Cut
+from streammerge.methods.statistics.ranks import Cut, Ranking
 
 if TYPE_CHECKING:
     from torch import Tensor

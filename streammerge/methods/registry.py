@@ -14,7 +14,6 @@ Inputs are the base, if the method has one, and then the models in the recipe's 
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import math
@@ -22,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
-from streammerge.errors import MethodError, RecipeError
+from streammerge.errors import MethodError, RecipeError, suggestion
 from streammerge.methods.contract import GIVEN, Parameter, ParameterValue, parameters_of
 from streammerge.methods.results import checked_coefficients, checked_tensor
 
@@ -33,8 +32,10 @@ if TYPE_CHECKING:
     from streammerge.methods.statistics.gram import Gram
     from streammerge.methods.statistics.slices import Slices
 
+
 BaseUse = Literal["required", "optional", "first", "none"]
 """Whether a method has a base beside its models; `first`: a base may be given, and is the first of the models."""
+
 
 MERGEKIT_METHODS: Final = frozenset(
     {
@@ -45,10 +46,12 @@ MERGEKIT_METHODS: Final = frozenset(
 )
 """The methods that mergekit has, by the same names."""
 
+
 MERGEKIT_PARAMETERS: Final = frozenset(
     {"weight", "density", "gamma", "epsilon", "normalize", "rescale", "lambda", "int8_mask", "embed_slerp"}
 )
 """Parameters that public recipes give to methods that don't have them: mergekit takes no notice of what is unknown."""
+
 
 Result = TypeVar("Result", covariant=True)
 
@@ -308,6 +311,7 @@ class WholeMethod(Method):
 METHODS: Final[dict[str, Method]] = {}
 """Every method by name."""
 
+
 M = TypeVar("M", bound=Method)
 
 
@@ -361,12 +365,6 @@ def find_method(name: str) -> Method:
             f"unknown merge method {name!r}",
             advice=f"{suggestion(name, METHODS)}Known methods: {', '.join(sorted(METHODS))}.",
         ) from None
-
-
-def suggestion(word: str, known: Mapping[str, Any] | Sequence[str]) -> str:
-    """'Did you mean …? ' where a known word comes near, else nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"Did you mean {near[0]!r}? " if near else ""
 
 
 def net(*contributions: float) -> float:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from streammerge.methods.contract import ParameterValue, PerModel, Share
 from streammerge.methods.linear import check_weights
 from streammerge.methods.registry import BlockMethod, method
-from streammerge.methods.statistics.ranking import Ranking
-from streammerge.methods.statistics.ranks import Cut
+from streammerge.methods.statistics.ranks import Cut, Ranking
 from streammerge.methods.statistics.sums import SumPass, l1_norm
 
 if TYPE_CHECKING:

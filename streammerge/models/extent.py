@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from streammerge.errors import PlanError
-from streammerge.methods import find_method
-from streammerge.methods.registry import BlockMethod, LinearMethod, Method, WholeMethod
-from streammerge.recipe.recipe import MAX_DEPTH, Recipe
+from streammerge.methods.registry import LinearMethod, Method
 from streammerge.tensors import Model
 
 MAX_STEPS: Final = 4_000_000
 """How many steps the planning of one merge may take, nested merges included: 32 models of 100,000 tensors.
 
 A step is an input of a tensor; where that is a merge itself, whatever it is made of counts."""
+
 
 STEPS_OF_TENSOR: Final = 8
 """What a tensor takes beside its inputs, in steps."""
@@ -70,10 +69,5 @@ def extent_of(model: Model) -> Extent:
     return own if isinstance(own, Extent) else Extent()
 
 
-def may_draw(recipe: Recipe) -> bool:
-    """Whether random numbers may be drawn for the recipe: by a method that is told where its block lies."""
-    method = find_method(recipe.method)
-    knows_place = isinstance(method, BlockMethod | WholeMethod) and "place" in method.wanted
-    if knows_place or (isinstance(method, BlockMethod) and method.statistics is not None):
-        return True
-    return any(may_draw(entry.source) for entry in recipe.named.values() if isinstance(entry.source, Recipe))
+MAX_DEPTH: Final = 50
+"""How deep merges may be nested."""

@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from streammerge.compute.application import apply_method, needs_statistics
-from streammerge.compute.expressions import ByBlock, External, Node, Together, walk
-from streammerge.errors import PlanError
+from streammerge.compute.expressions import External, Node, Stored, leaves
+from streammerge.formats.files import ByteFile
 from streammerge.formats.tables import Column
-from streammerge.methods import find_method
-from streammerge.methods.contract import ParameterValue
-from streammerge.methods.place import Within
-from streammerge.methods.registry import Method
-from streammerge.models.adapters import refuse_adapters
-from streammerge.models.codes import Quantised, may_be_weights
 from streammerge.models.decisions import Decision, Decisions, Expressions
 from streammerge.models.extent import Extent
 from streammerge.models.layers import Layers, layers_of
-from streammerge.models.presence import Names, names_beside, names_lacking, names_outside, with_inner
-from streammerge.models.quantised import DECODED, CodedModels, decoded, kept_bytes
-from streammerge.models.views import Fitting, fit, placed
-from streammerge.plan.globs import RuleIndex
-from streammerge.plan.problems import Misshapen, Problems, Unshared
-from streammerge.plan.tuning import Tuning
-from streammerge.recipe.recipe import Recipe, Rule
-from streammerge.tensors import DType, Model, TensorInfo
+from streammerge.models.presence import Names
+from streammerge.tensors import Model, TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -86,268 +73,17 @@ def node_of(model: Model, name: str) -> Node:
     return found
 
 
-def merge_models(recipe: Recipe, models: Mapping[str, Model], within: Within = ()) -> Merged:
-    """Decide what becomes of every tensor of the layout; `models` are the recipe's inputs by name.
-
-    `within` is where the recipe stands in the one that it is part of: what is random differs from place to place.
-    Raises PlanError with every mismatch of a kind at once, and what settles it.
-    """
-    return _Resolution(recipe, models, within).resolve()
-
-
-@dataclass
-class _Resolution:
-    """The work of `merge_models`: goes through the layout once and collects what doesn't fit."""
-
-    recipe: Recipe
-    models: Mapping[str, Model]
-    within: Within = ()
-    problems: Problems = field(default_factory=Problems)
-    codes_of: dict[str, str] = field(default_factory=dict)
-    together: dict[tuple[ParameterValue, ...], Together] = field(default_factory=dict)
-    members: dict[str, ByBlock] = field(default_factory=dict)
-    is_reported: bool = False
-
-    def __post_init__(self) -> None:
-        recipe = self.recipe
-        self.method: Method = find_method(recipe.method)
-        self.layout_name = recipe.layout_name
-        self.layout = self.models[self.layout_name]
-        adapters = refuse_adapters({name: model.tensors for name, model in self.models.items()})
-        self.factors = frozenset(adapters[self.layout_name].tensors if self.layout_name in adapters else ())
-        has_base = recipe.base is not None and self.method.base != "none"
-        self.base_name = recipe.base.name if recipe.base and has_base else ""
-        self.model_names = [entry.name for entry in recipe.models]
-        self.input_names = [*([self.base_name] if self.base_name else []), *self.model_names]
-        inputs = [self.models[name] for name in self.input_names]
-        self.extent = Extent.of_merge(self.method, len(self.layout.tensors), inputs)
-        self.coded = CodedModels.of(self.models, self.layout_name)
-        self.is_coded = any(self.coded.weights.values())
-        self.rules, self.tuning = RuleIndex(recipe.rules), Tuning(recipe, self.layout)
-
-    def resolve(self) -> Merged:
-        layout, coded = self.layout.tensors, self.coded
-        weights = [name for name in layout if not coded.is_beside(name)]
-        decisions = Decisions(layout, self._decision, (name for name in layout if coded.is_beside(name)))
-        left_out = self._look_outside(names_outside(self.models, layout.keys(), coded))
-        self._report_problems(sum(fate.tensors for fate in decisions.fates if fate.action == "merged"))
-        self.is_reported = True
-        lacking = names_lacking(self.models, weights, coded)
-        inner = sum(model.kept_bytes for model in self.models.values() if isinstance(model, Merged))
-        return Merged(
-            decisions,
-            with_inner(left_out, self.models, "left_out"),
-            with_inner(lacking, self.models, "lacking"),
-            inner + kept_bytes(coded.weights),
-            tuple(dict.fromkeys([*self.tuning.remarks(), *self._nested_remarks()])),
-            self.layout,
-            self.extent,
-        )
-
-    def _nested_remarks(self) -> Iterator[str]:
-        for name, model in self.models.items():
-            if isinstance(model, Merged):
-                yield from (f"{name}: {remark}" for remark in model.remarks)
-
-    def _decision(self, name: str) -> Decision:
-        """What becomes of a tensor. It is the same when this is asked again, when problems are no news any more."""
-        if self.is_reported:
-            self.problems = Problems()
-            self.rules.tried = self.tuning.gone_through = 0
-        info = self.layout.tensors[name]
-        return self._decide_beside(name, info) if self.coded.is_beside(name) else self._decide(name, info)
-
-    def _decide(self, name: str, info: TensorInfo) -> Decision:
-        rule = self.rules.find(name)
-        dtype = (rule and rule.dtype) or self.recipe.dtype
-        made = self._fate(name, info, rule, dtype)
-        return made if dtype is None else replace(made, rounds=True)
-
-    def _fate(self, name: str, info: TensorInfo, rule: Rule | None, dtype: DType | None) -> Decision:
-        if rule and rule.action == "drop":
-            return Decision(name, "dropped", f"rule {rule}", info)
-        if rule and rule.action == "keep":
-            return self._copy(name, self.layout_name, f"kept by rule {rule}", dtype)
-        if rule and rule.action == "take":
-            return self._take(name, rule, dtype)
-        if self.is_coded and (unreadable := self.coded.unreadable([*self.input_names, self.layout_name], name)):
-            return self._refuse(name, unreadable, self.problems.unreadable)
-        if name in self.factors:
-            self.problems.factors.append(name)
-            return Decision(name, "dropped", "factors are never averaged", info)
-        if not info.dtype.mergeable and not may_be_weights(name, info):
-            return self._copy(name, self.layout_name, f"{info.dtype} is never averaged", dtype)
-        return self._merge(name, info, rule, dtype)
-
-    def _look_outside(self, outside: Names) -> Names:
-        """Note what is missing in the layout, as what is missing in other models: which of them it is, is chance.
-
-        Returned are the names without those that rules drop.
-        """
-        wanted: dict[str, bool] = {}
-        dropped: set[str] = set()
-        for model, names in outside.items():
-            for name in names_beside(names, self.coded.weights[self.layout_name]):
-                rule = self.rules.peek(name)
-                if rule and rule.action == "drop":
-                    self.rules.find(name)
-                    dropped.add(name)
-                elif rule and rule.action == "take" and rule.model == model:
-                    wanted[name] = True
-                elif model in self.input_names and (rule is None or rule.action == "merge"):
-                    info = self.models[model].tensors[name]
-                    if info.dtype.mergeable or may_be_weights(name, info):
-                        wanted.setdefault(name, False)
-        if not self.recipe.rules:
-            self.problems.alone.extend(wanted)
-        if self.recipe.on_missing == "error":
-            self.problems.missing.extend(self._unshared(name, taken=taken) for name, taken in wanted.items())
-        left = {model: names_beside(names, dropped) for model, names in outside.items()}
-        return {model: names for model, names in left.items() if names}
-
-    def _unshared(self, name: str, *, taken: bool) -> Unshared:
-        models = list(self._compared)
-        having = [model for model in models if name in self.models[model].tensors]
-        return Unshared(name, having, [model for model in models if model not in having], taken)
-
-    @functools.cached_property
-    def _compared(self) -> dict[str, Mapping[str, TensorInfo]]:
-        """The models that the recipe brings together, the layout first."""
-        taken = [rule.model for rule in self.recipe.rules if rule.action == "take"]
-        return {name: self.models[name].tensors for name in (self.layout_name, *self.input_names, *taken)}
-
-    def _refuse(self, name: str, quantised: Mapping[str, Quantised], problems: list[str]) -> Decision:
-        kinds = ", ".join(f"{model}: {weight.kind}" for model, weight in quantised.items())
-        problems.append(f"{name}   {kinds}")
-        return Decision(name, "dropped", "its codes can't be decoded", self.layout.tensors[name])
-
-    def _decide_beside(self, name: str, info: TensorInfo) -> Decision:
-        """What belongs to a weight's codes goes where they go: copied with them, or left out where they are decoded."""
-        self.rules.find(name)
-        codes = self.coded.beside.get(name)
-        model = self.codes_of.get(codes) if codes is not None else self._marking(self.coded.marks[name])
-        if model is None:
-            gone = "no weights with scales are left" if codes is None else "the weights that it belongs to are decoded"
-            return Decision(name, "dropped", gone, info)
-        node = node_of(self.models[model], name)
-        belongs = "its weights" if codes is None else codes
-        return Decision(name, "copied", f"from {model}: it belongs to {belongs}", node.info, node)
-
-    def _marking(self, prefix: str) -> str | None:
-        """The layout, if it has to keep a mark of scaled weights: some whose names start so are copied as codes."""
-        return self.layout_name if any(codes.startswith(prefix) for codes in self.codes_of) else None
-
-    def _weight(self, model: str, name: str) -> Node:
-        """The model's tensor, decoded if it is stored as codes."""
-        weight = self.coded.find(model, name)
-        if weight is None:
-            return node_of(self.models[model], name)
-        return decoded(weight, lambda part: node_of(self.models[model], part))
-
-    def _copy(self, name: str, model: str, why: str, dtype: DType | None) -> Decision:
-        node, quantised = node_of(self.models[model], name), self.coded.find(model, name)
-        if quantised is not None:
-            is_kept = not quantised.is_readable or stored_as(node.info, dtype) == node.info
-            if is_kept and self.coded.stay_whole(quantised):
-                self.codes_of[name], dtype = model, None
-            elif not quantised.is_readable:
-                return self._refuse(name, {model: quantised}, self.problems.uncopied)
-            else:
-                node, why = self._weight(model, name), f"{why}, decoded"
-        info = stored_as(node.info, dtype)
-        cast = "" if info == node.info else f", stored as {info.dtype}"
-        return Decision(name, "copied", f"from {model}: {why}{cast}", info, node)
-
-    def _take(self, name: str, rule: Rule, dtype: DType | None) -> Decision:
-        if name not in self.models[rule.model].tensors:
-            return self._without(name, [rule.model], dtype, taken=True)
-        if self.models[rule.model].tensors[name].shape == self.layout.tensors[name].shape:
-            return self._copy(name, rule.model, f"taken by rule {rule}", dtype)
-        if unreadable := self.coded.unreadable([rule.model, self.layout_name], name):
-            return self._refuse(name, unreadable, self.problems.uncopied)
-        taken = self._weight(rule.model, name)
-        fitting = self._fit(name, {rule.model: taken}, taken=True)
-        if fitting is None:
-            return self._keep_shape(name, dtype)
-        node = self._placed(name, fitting.nodes[0], taken.info.dtype)
-        return Decision(
-            name, "copied", f"from {rule.model}: taken by rule {rule}{fitting.why}", stored_as(node.info, dtype), node
-        )
-
-    def _without(self, name: str, lacking: list[str], dtype: DType | None, *, taken: bool = False) -> Decision:
-        """What becomes of a tensor that some of the models lack."""
-        why = f"{' and '.join(lacking)} {'lack' if len(lacking) > 1 else 'lacks'} it"
-        if not taken:
-            self.problems.alone.append(name)
-        if self.recipe.on_missing == "drop":
-            return Decision(name, "dropped", why, self.layout.tensors[name])
-        if self.recipe.on_missing == "error":
-            self.problems.missing.append(self._unshared(name, taken=taken))
-        return self._copy(name, self.layout_name, why, dtype)
-
-    def _merge(self, name: str, info: TensorInfo, rule: Rule | None, dtype: DType | None) -> Decision:
-        lacking = [model for model in self.input_names if name not in self.models[model].tensors]
-        if lacking:
-            return self._without(name, lacking, dtype)
-        inputs = {model: self._weight(model, name) for model in self.input_names}
-        if not all(node.info.dtype.mergeable for node in inputs.values()):
-            kinds = ", ".join(f"{model} {node.info.dtype}" for model, node in inputs.items())
-            self.problems.unmergeable.append(f"{name}   {kinds}")
-            return self._copy(name, self.layout_name, "its dtypes can't be averaged", dtype)
-        fitting = self._fit(name, inputs)
-        if fitting is None:
-            return self._keep_shape(name, dtype)
-        own = DECODED if self.coded.find(self.layout_name, name) else info.dtype
-        output = stored_as(TensorInfo(own, fitting.shape), dtype)
-        parameters, seed = self.tuning.values(name, rule), self.recipe.seed or 0
-        fitted = dict(zip(inputs, fitting.nodes, strict=True))  # a model may be given twice: as the base, too
-        nodes = [fitted[model] for model in self.input_names]
-        node = apply_method(self.method, output, parameters, nodes, name, seed, self.within)
-        if isinstance(node, ByBlock):
-            node = self._with_others(node)
-        node, why = self._placed(name, node, output.dtype), f"{self.method.name}{fitting.why}"
-        return Decision(name, "merged", why, node.info, node, parameters, self.tuning.block(name, rule))
-
-    def _placed(self, name: str, node: Node, dtype: DType) -> Node:
-        """The tensor in the layout's shape: what it doesn't reach is the layout's."""
-        if node.info.shape == self.layout.tensors[name].shape:
-            return node
-        return placed(node, self._weight(self.layout_name, name), dtype)
-
-    def _keep_shape(self, name: str, dtype: DType | None) -> Decision:
-        return self._copy(name, self.layout_name, f"kept for its shape {list(self.layout.tensors[name].shape)}", dtype)
-
-    def _with_others(self, node: ByBlock) -> ByBlock:
-        """The node, among those with which it shares its statistics if the method takes them of the whole model."""
-        method = node.method
-        if method.statistics is None or not method.is_of_model(node.parameters):
-            return node
-        if node.name in self.members:
-            return self.members[node.name]
-        if any(needs_statistics(part) for child in node.inputs for part in walk(child)):
-            raise PlanError(
-                f"method {method.name!r} measures the whole model at once, and one of its inputs is a merge that has "
-                "to be measured itself",
-                advice="Write that merge to a file first, or measure each tensor alone (scope: tensor).",
-            )
-        key = tuple(node.parameters[name] for name in method.statistics_of)
-        together = self.together.setdefault(key, Together())
-        member = self.members[node.name] = replace(node, together=together)
-        together.members.append(member)
-        return member
-
-    def _fit(self, name: str, nodes: Mapping[str, Node], *, taken: bool = False) -> Fitting | None:
-        """The models' tensors in one shape, as the recipe allows; None, and the problem noted, where not."""
-        layout, policy = self.layout.tensors[name], self.recipe.on_shape_mismatch
-        fitting = fit(nodes, layout, policy)
-        if fitting is None or fitting.why:
-            self.problems.note_shape(Misshapen.of(name, self.layout_name, layout, nodes, taken=taken), policy)
-        return fitting
-
-    def _report_problems(self, merged: int) -> None:
-        self.problems.report(self.recipe, self._compared, self.rules.unused, merged=merged)
+def as_merged(model: Model) -> Merged:
+    """Any model as a merge: its tensors as they are."""
+    if isinstance(model, Merged):
+        return model
+    tensors = model.tensors
+    return Merged(
+        Decisions(tensors, lambda name: Decision(name, "copied", "from the model", tensors[name], node_of(model, name)))
+    )
 
 
-def stored_as(info: TensorInfo, dtype: DType | None) -> TensorInfo:
-    """The description with the asked-for dtype, if it is one and the elements are floating point."""
-    return TensorInfo(dtype, info.shape) if dtype and info.dtype.mergeable else info
+def files_of(merged: Merged) -> list[ByteFile]:
+    """Every file that is read by a merge of models that were opened elsewhere."""
+    stored = (leaf for node in merged.nodes.values() for leaf in leaves(node) if isinstance(leaf, Stored))
+    return list({id(leaf.file): leaf.file for leaf in stored}.values())

@@ -11,7 +11,8 @@ from streammerge.errors import RecipeError
 from streammerge.methods import find_method
 from streammerge.methods.registry import Method
 from streammerge.models.checkpoints import open_model
-from streammerge.models.merged import Merged, merge_models
+from streammerge.models.merged import Merged
+from streammerge.plan.decide import merge_models
 from streammerge.recipe.parameters import parse_settings
 from streammerge.recipe.parse import Input, MissingPolicy, Recipe, Rule, ShapePolicy, check_recipe
 from streammerge.recipe.spellings import parse_dtype, parse_seed

@@ -9,20 +9,28 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
-from streammerge.errors import CheckpointError, OutputError, PlanError
-from streammerge.formats.claims import Claim, Claims, file_key
+from streammerge.errors import CheckpointError, PlanError
+from streammerge.formats.claims import Claim, Claims
 from streammerge.formats.files import ByteFile, read_errors
 from streammerge.formats.library import RefusedError, library_digest
 from streammerge.formats.safetensors import is_safetensors
 from streammerge.formats.tables import names_bytes
 from streammerge.formats.torchzip.state_dicts import LeftTensors
+from streammerge.methods import find_method
 from streammerge.methods.place import Within
+from streammerge.methods.registry import BlockMethod, WholeMethod
 from streammerge.models.checkpoints import Checkpoint, open_model
-from streammerge.models.extent import check_steps, may_draw
-from streammerge.models.merged import Merged, merge_models
+from streammerge.models.extent import check_steps
+from streammerge.models.merged import Merged
+from streammerge.plan.decide import merge_models
 from streammerge.plan.plan import Plan
+from streammerge.recipe.metadata import LICENCES, MERGED_FROM, carried_metadata, recipe_metadata
+from streammerge.recipe.options import Options
 from streammerge.recipe.recipe import Recipe
-from streammerge.storage.target import Older
+from streammerge.storage.hashing import (
+    input_hashes,
+)
+from streammerge.tensors import Model
 
 NESTED: Final = "Options are for the outer recipe: write them in this one, as keys (on_missing: keep) and rules."
 """What to say of advice that is meant for a nested recipe."""
@@ -113,6 +121,7 @@ def seeded(recipe: Recipe, seed: int | None) -> Recipe:
 
 OUTPUT: Final = "the output"
 
+
 COMPANIONS: Final = (
     *("config.json", "generation_config.json", "model_index.json", "scheduler_config.json", "preprocessor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
@@ -136,67 +145,6 @@ def input_claims(files: Iterable[ByteFile]) -> Claims:
     )
 
 
-def output_claims(plan: Plan, older: Older) -> Claims:
-    """Everything that a merge reads, and writes or removes of an older output. What names an input, is part of it."""
-    inputs = {file_key(file.path) for file in plan.inputs}
-    is_input_s = older.index is not None and any(file_key(path) in inputs for path in older.named)
-    read = (Claim(older.index, "the index of the input"),) if older.index is not None and is_input_s else ()
-    written = [Claim(file.path, OUTPUT) for file in plan.output.files]
-    written += [Claim(plan.output.index.path, "the output's index", OUTPUT)] if plan.output.index else []
-    written += [Claim(path, "what the output replaces", OUTPUT) for path in older.superseded]
-    return input_claims(plan.inputs) + Claims(read, tuple(written))
-
-
-def check_output(plan: Plan, older: Older, beside: Claims, *, may_exist: bool) -> None:
-    """OutputError if the output would replace an input, or a file that the user didn't offer.
-
-    What an older output by this name has more than the new one counts, too, and what is read and written `beside`.
-    """
-    (output_claims(plan, older) + beside).check()
-    for path in (*plan.output.paths, *older.superseded):
-        check_name(path)
-        if not _exists(path):
-            if path.is_symlink():
-                raise OutputError(
-                    f"{path}: there is a link here that leads nowhere",
-                    advice="Remove it, or choose another name for the output.",
-                )
-            continue
-        if not path.is_file():
-            raise OutputError(f"{path}: there is something here that is no file", advice="Choose another name.")
-        if not may_exist:
-            raise OutputError(f"{path}: the output exists", advice="Use --force to replace it, or choose another name.")
-
-
-def check_name(path: Path) -> None:
-    """OutputError if no such file can be opened: safetensors wants Unicode, and Windows keeps some names to itself."""
-    if os.name == "nt" and is_reserved(path.name):
-        raise OutputError(f"{path}: Windows keeps this name to itself", advice="Choose another name for the output.")
-    try:
-        str(path).encode()
-    except UnicodeEncodeError as error:
-        raise OutputError(
-            f"{path}: the name is not valid Unicode, and safetensors can't open such files",
-            advice="Choose another name for the output.",
-        ) from error
-
-
-def is_reserved(name: str) -> bool:
-    """Whether Windows takes the name for a device (`CON`, `aux.safetensors`), or cuts off its end."""
-    stem = name.partition(".")[0].rstrip(" ").upper()
-    numbered = stem[:3] in ("COM", "LPT") and len(stem) == 4 and stem[3] in "123456789¹²³"
-    return stem in ("CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$") or numbered or name.endswith((".", " "))
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError as error:
-        raise OutputError(
-            f"{path}: can't be written: {error.strerror or error}", advice="Choose another name for the output."
-        ) from error
-
-
 def check_with_library(plan: Plan) -> None:
     """Open every safetensors input with the format's own library too, whose parser is audited."""
     for file in plan.inputs:
@@ -208,3 +156,24 @@ def check_with_library(plan: Plan) -> None:
                 library_digest(file.path)
         except RefusedError as error:
             raise CheckpointError(f"{file.path}: safetensors refuses it: {error}", advice="Fetch it again.") from error
+
+
+def output_metadata(recipe: Recipe | Model, options: Options, opened: OpenInputs) -> dict[str, str]:
+    """The output's `__metadata__`: the format mark that loaders look for, what the inputs' metadata say of its use and
+    licences, and the recipe unless that is not wanted."""
+    marks = {"format": "pt"}
+    if not isinstance(recipe, Recipe):
+        return marks
+    marks |= carried_metadata(recipe, lambda path: opened.opened(path).metadata)
+    if not options.metadata:
+        return {key: text for key, text in marks.items() if key not in (LICENCES, MERGED_FROM)}
+    return marks | recipe_metadata(recipe, options, input_hashes(recipe, opened) if options.hash_inputs else None)
+
+
+def may_draw(recipe: Recipe) -> bool:
+    """Whether random numbers may be drawn for the recipe: by a method that is told where its block lies."""
+    method = find_method(recipe.method)
+    knows_place = isinstance(method, BlockMethod | WholeMethod) and "place" in method.wanted
+    if knows_place or (isinstance(method, BlockMethod) and method.statistics is not None):
+        return True
+    return any(may_draw(entry.source) for entry in recipe.named.values() if isinstance(entry.source, Recipe))

@@ -6,62 +6,16 @@ import bisect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 from streammerge.compute import costs
-from streammerge.compute.expressions import (
-    Applied,
-    ByBlock,
-    Combined,
-    External,
-    Node,
-    Stored,
-    Together,
-    compute_dtype,
-    walk,
-)
+from streammerge.compute.costs import compute_dtype, copied_from, is_copy
+from streammerge.compute.expressions import Applied, ByBlock, Combined, External, Job, Node, Together, walk
 from streammerge.compute.magnitudes import check_magnitudes
 from streammerge.formats.layout import OutputLayout
 from streammerge.models.decisions import Fate
 from streammerge.models.merged import Merged
 from streammerge.recipe.options import Options
 from streammerge.tensors import DType, TensorInfo
-
-
-class Job:
-    """One output tensor: its expression, the dtype it is computed in, and where its bytes go.
-
-    `compute` is None where the stored bytes are copied as they are. The expression may be left to be made when it is
-    asked for.
-    """
-
-    __slots__ = ("_make", "_node", "compute", "file", "info", "name", "offset")
-
-    def __init__(
-        self,
-        name: str,
-        info: TensorInfo,
-        node: Node | None,
-        compute: DType | None,
-        file: int,
-        offset: int,
-        make: Callable[[str], Node] | None = None,
-    ) -> None:
-        self.name: Final = name
-        self.info: Final = info
-        self.compute: Final = compute
-        self.file: Final = file
-        self.offset: Final = offset
-        self._node = node
-        self._make = make
-
-    @property
-    def node(self) -> Node:
-        """The tensor's expression."""
-        if self._node is None:
-            assert self._make is not None
-            self._node = self._make(self.name)
-        return self._node
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,21 +129,6 @@ def _compute_dtype(node: Node, info: TensorInfo, options: Options) -> DType | No
         return None
     is_merged = any(isinstance(part, Combined | Applied) for part in walk(node))
     return (options.compute_dtype if is_merged else None) or compute_dtype(node, info.dtype)
-
-
-def is_copy(node: Node, info: TensorInfo) -> bool:
-    """Whether the output's bytes are the stored ones."""
-    if isinstance(node, Combined) and len(node.terms) == 1 and node.terms[0].coefficient == 1:
-        node = node.terms[0].node
-    return isinstance(node, Stored) and node.info.dtype == info.dtype
-
-
-def copied_from(node: Node) -> Stored:
-    """The stored tensor that a copy reads."""
-    while isinstance(node, Combined):
-        node = node.terms[0].node
-    assert isinstance(node, Stored)
-    return node
 
 
 def together_of(jobs: Iterable[Job]) -> Mapping[Together, Mapping[int, DType]]:

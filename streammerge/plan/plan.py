@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,8 +12,15 @@ from typing import Any, Final
 
 from streammerge.compute import costs
 from streammerge.compute.expressions import Together
-from streammerge.compute.machine import DEFAULT_WORK_BYTES, MIB, PROMISED_BYTES, Allotment, share_out
-from streammerge.errors import OutputError, count, listed, plural
+from streammerge.compute.machine import (
+    DEFAULT_WORK_BYTES,
+    MAPPED_BYTES,
+    MIB,
+    PROMISED_BYTES,
+    Allotment,
+    share_out,
+)
+from streammerge.errors import OutputError, PlanError, count, format_size, listed, plural
 from streammerge.formats.files import ByteFile
 from streammerge.formats.layout import OutputLayout, lay_out
 from streammerge.formats.tables import names_bytes
@@ -24,12 +30,13 @@ from streammerge.models.architecture import component_of
 from streammerge.models.decisions import Action, Decisions
 from streammerge.models.merged import Merged
 from streammerge.plan.jobs import Jobs, together_of
-from streammerge.progress import Progress
-from streammerge.recipe.options import Options, format_size
+from streammerge.recipe.options import Options
+from streammerge.report import Progress
 from streammerge.tensors import DType
 
 OVERHEAD_BYTES: Final = 16 * MIB
 """What the process takes above a bare `import torch` beside its lanes and what it keeps of headers."""
+
 
 TENSOR_BYTES: Final = 40
 """What a plan keeps of a tensor beside the tables of the models: its fate, its place in the output."""
@@ -37,6 +44,7 @@ TENSOR_BYTES: Final = 40
 
 MEMBER_BYTES: Final = 500
 """What is kept of a tensor that is measured with others: its expression, which is not made again."""
+
 
 SURVEY_BYTES: Final = 1600
 """What measuring such tensors takes for each of them, a result of its own included."""
@@ -244,6 +252,23 @@ def plain(parameters: Mapping[str, ParameterValue]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in parameters.items()}
 
 
-def dump_json(value: Any) -> str:  # noqa: ANN401
-    """JSON as people like to read it."""
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+def allot_memory(plan: Plan, resident: int, vram: int | None) -> Allotment:
+    """Share out what --max-ram leaves beside what the process takes already; PlanError naming the least that works."""
+    limit, wanted = plan.options.max_ram, plan.options.max_vram
+    if vram is not None and vram < plan.lane_bytes:
+        what = f"{format_size(vram)} of memory on the card" if wanted != vram else f"--max-vram {format_size(vram)}"
+        raise PlanError(
+            f"{what} is too small: one worker's buffers take {format_size(plan.lane_bytes)}",
+            advice=f"The least that works is {-(-plan.lane_bytes // MIB)}MiB.",
+        )
+    if limit is None:
+        return plan.allot(vram_limit=vram)
+    needed = plan.lane_bytes + MAPPED_BYTES[1] + plan.held_bytes
+    fixed = resident + OVERHEAD_BYTES
+    if limit < fixed + needed:
+        raise PlanError(
+            f"--max-ram {format_size(limit)} is too small: Python and torch take {format_size(fixed)}, and this merge "
+            f"needs {format_size(needed)} to work in",
+            advice=f"The least that works is {-(-(fixed + needed) // MIB)}MiB.",
+        )
+    return plan.allot(limit - fixed, vram)

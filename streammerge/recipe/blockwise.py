@@ -21,8 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from streammerge.errors import RecipeError
-from streammerge.methods.registry import suggestion
+from streammerge.errors import RecipeError, suggestion
 from streammerge.models.blocks import BASE, Blocks, ListForm, abridged, normal_name
 from streammerge.recipe.presets import PRESETS, find_preset, preset_weights
 from streammerge.recipe.scalars import Scalar, is_number, scalar, scalar_of_text

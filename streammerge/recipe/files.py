@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
-from streammerge.errors import RecipeError
-from streammerge.methods.registry import suggestion
+from streammerge.errors import RecipeError, suggestion
+from streammerge.recipe.options import RECIPE_KEYS
+from streammerge.recipe.parse import Recipe, parse_recipe
 from streammerge.recipe.scalars import is_ambiguous
+from streammerge.tensors import Model
 
 MAX_RECIPE: Final = 2**18
 """The longest recipe, in bytes, that is read."""
 
+
 MAX_NODES: Final = 20_000
 """The most values that are written out in a recipe, keys included: a rule for every tensor of a model takes half."""
+
 
 MAX_VALUES: Final = 100_000
 """The most values that a recipe may have, those that aliases repeat counted each time."""
 
+
 _NUMBERS: Final = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+
 _MAX_NUMBER: Final = 256  # characters of a scalar that is no text: PyYAML's numbers in base 60 take quadratic time
+
+
 _MAX_KEY: Final = 18  # characters of a key that is a number: larger ones may all have one hash
 
 
@@ -122,3 +132,20 @@ def packaged_recipe(name: str) -> Any:  # noqa: ANN401
             advice=f"{suggestion(name, recipes)}There are: {', '.join(recipes)}.",
         )
     return parse_yaml(recipes[name], name)
+
+
+Mergeable = Recipe | Model | Mapping[str, Any] | str | os.PathLike[str]
+"""A recipe, a recipe's values, the path of a recipe file, or a model (a merge of models is one)."""
+
+
+def as_recipe(recipe: Mergeable, options: Mapping[str, Any]) -> Recipe | Model:
+    """The recipe that is meant, with its keys changed as the options say; models are what they are."""
+    changes = {key: options[key] for key in RECIPE_KEYS if key in options}
+    if isinstance(recipe, str | os.PathLike):
+        path = Path(recipe)
+        return parse_recipe({**read_recipe_file(path), **changes}, path.parent, where=str(path))
+    if isinstance(recipe, Mapping):
+        return parse_recipe({**recipe, **changes}, Path())
+    if changes:
+        raise TypeError(f"{', '.join(changes)} can be set for a recipe, not for a model that is made already")
+    return recipe

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, TypedDict
 
 from streammerge.compute.machine import IoMode
 from streammerge.errors import RecipeError
-from streammerge.findings import NonfinitePolicy
+from streammerge.recipe.parse import MissingPolicy, ShapePolicy
+from streammerge.report import NonfinitePolicy
 from streammerge.tensors import DTYPES, DType
 
 COMPUTE_DTYPES: Final[Mapping[str, DType]] = {
@@ -19,12 +20,15 @@ COMPUTE_DTYPES: Final[Mapping[str, DType]] = {
     "bf16": DTYPES["BF16"],
 }
 
+
 _UNITS: Final = {
     "": 1,
     **{prefix + suffix: 1000**power for power, prefix in enumerate("kmgt", 1) for suffix in ("", "b")},
     **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)},
     "b": 1,
 }
+
+
 _SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
@@ -68,9 +72,42 @@ def parse_size(text: str) -> int:
     return size
 
 
-def format_size(nbytes: float) -> str:
-    """`2.61 GB`, `512 MB`: three digits, powers of 1000."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= size:
-            return f"{nbytes / size:.3g} {unit}" if nbytes < 1000 * size else f"{nbytes / size:,.0f} {unit}"
-    return f"{nbytes:.0f} B"
+class OptionArguments(TypedDict, total=False):
+    """The command line's options. Sizes are bytes, or text such as "512MB"; the first five change the recipe's keys."""
+
+    dtype: str
+    layout: str
+    on_shape_mismatch: ShapePolicy
+    on_missing: MissingPolicy
+    seed: int
+    device: str
+    compute_dtype: str
+    max_ram: int | str
+    max_vram: int | str
+    threads: int
+    io: IoMode
+    shard_size: int | str
+    force: bool
+    sync: bool
+    metadata: bool
+    verify: bool
+    on_nonfinite: NonfinitePolicy
+    hash: bool
+    hash_inputs: bool
+    resume: bool
+    journal: float
+
+
+RECIPE_KEYS = ("dtype", "layout", "on_shape_mismatch", "on_missing", "seed")
+"""Options that change a recipe's own keys."""
+
+
+def as_options(options: Mapping[str, Any]) -> Options:
+    """Options from keywords; TypeError for an unknown one."""
+    chosen = {name: value for name, value in options.items() if name not in RECIPE_KEYS}
+    for name in ("max_ram", "max_vram", "shard_size"):
+        if isinstance(chosen.get(name), str):
+            chosen[name] = parse_size(chosen[name])
+    if chosen.get("compute_dtype") is not None:
+        chosen["compute_dtype"] = COMPUTE_DTYPES[chosen["compute_dtype"]]
+    return Options(**chosen)

@@ -12,11 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from streammerge.errors import RecipeError
-from streammerge.methods.registry import suggestion
+from streammerge.errors import RecipeError, suggestion
+from streammerge.models.extent import MAX_DEPTH
 from streammerge.recipe.parameters import parse_settings
 from streammerge.recipe.recipe import (
-    MAX_DEPTH,
     MISSING_POLICIES,
     SHAPE_POLICIES,
     Input,

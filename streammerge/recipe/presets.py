@@ -12,8 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from streammerge.errors import RecipeError
-from streammerge.methods.registry import suggestion
+from streammerge.errors import RecipeError, suggestion
 
 Curve = Callable[[float], float]
 Weights = tuple[float, ...]

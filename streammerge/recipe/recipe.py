@@ -14,17 +14,22 @@ from streammerge.recipe.parameters import Settings, describe_settings, holds_eve
 from streammerge.tensors import DType
 
 ShapePolicy = Literal["error", "overlap", "keep", "pad", "slice"]
+
+
 MissingPolicy = Literal["error", "keep", "drop"]
+
+
 RuleAction = Literal["merge", "take", "keep", "drop"]
 
+
 SHAPE_POLICIES: Final = ("error", "overlap", "keep", "pad", "slice")
+
+
 MISSING_POLICIES: Final = ("error", "keep", "drop")
+
 
 MAX_INPUTS: Final = 1024
 """The most inputs of one merge; each may be a merge of as many."""
-
-MAX_DEPTH: Final = 50
-"""How deep merges may be nested."""
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from streammerge.errors import RecipeError
-from streammerge.methods.registry import suggestion
+from streammerge.errors import RecipeError, suggestion
 from streammerge.tensors import DTYPES, DType
 
 STORED_DTYPES: Final[Mapping[str, DType | None]] = {

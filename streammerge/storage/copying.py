@@ -15,10 +15,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
-from streammerge.compute.expressions import Stored
+from streammerge.compute.costs import copied_from
+from streammerge.compute.expressions import Job, Stored
 from streammerge.errors import error_context
-from streammerge.plan.jobs import Job, copied_from
-from streammerge.progress import Progress
+from streammerge.report import Progress
 from streammerge.storage.ledger import Ledger
 
 PIECE: Final = 32 << 20

@@ -23,6 +23,7 @@ from streammerge.compute.expressions import (
     ByBlock,
     Combined,
     External,
+    Job,
     Node,
     Rounded,
     Stored,
@@ -31,7 +32,6 @@ from streammerge.compute.expressions import (
     walk,
 )
 from streammerge.formats.files import ByteFile, read_errors
-from streammerge.plan.jobs import Job
 from streammerge.plan.plan import Plan
 
 Fingerprint = Mapping[str, Mapping[str, Any]]

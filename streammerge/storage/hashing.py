@@ -17,10 +17,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
+from streammerge.compute.expressions import Job
 from streammerge.errors import CheckpointError, OutputError
 from streammerge.formats.files import read_errors
 from streammerge.formats.layout import OutputFile, OutputLayout
-from streammerge.plan.jobs import Job
+from streammerge.plan.inputs import OpenInputs
+from streammerge.recipe.metadata import Hashes, stored_names
+from streammerge.recipe.parse import Recipe
 from streammerge.storage.copying import CopyRange
 from streammerge.storage.side_files import write_text
 from streammerge.storage.writer import OutputWriter
@@ -28,10 +31,13 @@ from streammerge.storage.writer import OutputWriter
 BLOCK: Final = 1 << 20
 """Bytes that are read and hashed at once."""
 
+
 SUFFIX: Final = ".sha256"
+
 
 MAX_SIDECAR: Final = 10_000_000
 """The longest file of hashes, in bytes, that is read."""
+
 
 _LINE: Final = re.compile(r"(?P<escaped>\\?)(?P<hash>[0-9a-fA-F]{64}) [ *](?P<name>.+)")
 
@@ -256,3 +262,11 @@ def _entries(path: Path, text: str) -> Iterator[tuple[str, str]]:
 
 def _unescaped(match: re.Match[str]) -> str:
     return "\n" if match[1] == "n" else match[1]
+
+
+def input_hashes(recipe: Recipe, opened: OpenInputs) -> Hashes:
+    """The sha256 of every file of every model, by the name that the recipe in the metadata has for it."""
+    return {
+        name: {file.path.name: file_sha256(file.path) for file in opened.opened(path).files}
+        for path, name in stored_names(recipe.paths()).items()
+    }

@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from streammerge.errors import OutputError
-from streammerge.formats.descriptors import write_at
+from streammerge.formats.descriptors import try_lock, write_at
 from streammerge.formats.layout import OutputLayout, OutputName
-from streammerge.formats.locking import try_lock
 from streammerge.storage.fingerprint import Fingerprint
 from streammerge.storage.ledger import Entry
 from streammerge.storage.placing import Placing

@@ -6,10 +6,10 @@ import bisect
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from streammerge.findings import Finding
-from streammerge.plan.jobs import Job
+from streammerge.compute.expressions import Job
+from streammerge.report import Finding
 
 
 class Span(NamedTuple):
@@ -98,3 +98,11 @@ class Ledger:
             news = Entry(self._spans, self._findings)
             self._spans, self._findings = Coverage(), {}
         return news
+
+
+class Sink(Protocol):
+    """Where finished blocks go."""
+
+    def write(self, job: Job, position: int, data: memoryview) -> None:
+        """Take the bytes that belong at this position of the job's tensor."""
+        ...

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from streammerge.errors import OutputError, output_errors
-from streammerge.recipe.options import format_size
+from streammerge.errors import OutputError, format_size, output_errors
 from streammerge.storage.journal import lock_journal, read_journal_file
 from streammerge.storage.placing import put_in_place
 from streammerge.storage.records import JOURNAL_SUFFIX, Contents

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from streammerge.formats.descriptors import sync_folder
 from streammerge.formats.layout import OutputLayout
-from streammerge.formats.locking import sync_folder
 
 TEMPORARY_SUFFIX: Final = ".partial"
 RETIRED_SUFFIX: Final = ".retired"

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import re
 import secrets
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from streammerge.errors import OutputError, output_errors
+from streammerge.errors import OutputError, format_size, output_errors
+from streammerge.formats.descriptors import sync_folder
 from streammerge.plan.plan import Plan
-from streammerge.recipe.options import format_size
+from streammerge.report import Progress
 from streammerge.storage.fingerprint import Fingerprint, can_be_told, differences, fingerprint_of, request_of
 from streammerge.storage.finished import is_finished
 from streammerge.storage.journal import Journal, journal_path, lock_journal
+from streammerge.storage.ledger import Ledger
 from streammerge.storage.placing import put_in_place, tidy_up
 from streammerge.storage.records import JOURNAL_SUFFIX
 from streammerge.storage.target import files_in, find_older
+from streammerge.storage.writer import OutputWriter
 
 Tell = Callable[[str], None]
 """Takes a line for the user."""
@@ -283,3 +288,70 @@ def allocated_bytes(path: Path) -> int:
     """What the file takes on the disk, which is less than its size if it has holes."""
     status = path.stat()
     return int(getattr(status, "st_blocks", 0)) * 512 or status.st_size
+
+
+Watch = Callable[[Progress], None]
+
+
+class Bookkeeper:
+    """Writes down what of the ledger is on the disk."""
+
+    def __init__(self, begun: Beginning, writer: OutputWriter, ledger: Ledger) -> None:
+        self.begun = begun
+        self.writer = writer
+        self.ledger = ledger
+        self.error: BaseException | None = None
+        self._stopped = threading.Event()
+
+    @contextmanager
+    def every(self, seconds: float) -> Iterator[None]:
+        """Write it down every so many seconds for as long as the `with` statement lasts; 0: never."""
+        thread = threading.Thread(target=self._keep, args=(seconds,), daemon=True)
+        if seconds:
+            thread.start()
+        try:
+            yield
+        finally:
+            self._stopped.set()
+            if seconds:
+                thread.join()
+        self.check()
+
+    def check(self) -> None:
+        """Raise what went wrong in the thread: a disk that can't be synced, first of all."""
+        if self.error is not None:
+            raise self.error
+
+    def watching(self, watch: Watch | None) -> Watch:
+        """A watch that raises it too."""
+
+        def look(progress: Progress) -> None:
+            self.check()
+            if watch:
+                watch(progress)
+
+        return look
+
+    def record(self) -> None:
+        """Sync what is finished and write it down. What is finished while this runs, is not part of it."""
+        entry = self.ledger.take()
+        if not entry.spans:
+            return
+        self.writer.sync_data()
+        journal = self.begun.journal
+        with output_errors(journal.path):
+            if not self.writer.keep:
+                sync_folder(journal.folder)
+            journal.identify(self.begun.identity())
+            journal.add(entry)
+        self.writer.keep = True
+
+    def _keep(self, seconds: float) -> None:
+        wait = seconds
+        try:
+            while not self._stopped.wait(wait):
+                started = time.monotonic()
+                self.record()
+                wait = max(seconds, time.monotonic() - started)
+        except BaseException as error:
+            self.error = error

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from streammerge.errors import OutputError, output_errors
-from streammerge.formats.locking import sync_folder
+from streammerge.formats.descriptors import sync_folder
 from streammerge.formats.shards import is_index, is_model
 from streammerge.storage.placing import temporary_name
 

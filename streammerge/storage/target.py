@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streammerge.errors import CheckpointError, OutputError
+from streammerge.formats.claims import Claim, Claims, file_key
 from streammerge.formats.layout import OutputLayout, OutputName
 from streammerge.formats.shards import read_index
+from streammerge.plan.inputs import OUTPUT, input_claims
+from streammerge.plan.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -70,3 +73,64 @@ def _named_by(index: Path) -> frozenset[Path]:
         return frozenset(read_index(index).shards)
     except CheckpointError:
         return frozenset()
+
+
+def output_claims(plan: Plan, older: Older) -> Claims:
+    """Everything that a merge reads, and writes or removes of an older output. What names an input, is part of it."""
+    inputs = {file_key(file.path) for file in plan.inputs}
+    is_input_s = older.index is not None and any(file_key(path) in inputs for path in older.named)
+    read = (Claim(older.index, "the index of the input"),) if older.index is not None and is_input_s else ()
+    written = [Claim(file.path, OUTPUT) for file in plan.output.files]
+    written += [Claim(plan.output.index.path, "the output's index", OUTPUT)] if plan.output.index else []
+    written += [Claim(path, "what the output replaces", OUTPUT) for path in older.superseded]
+    return input_claims(plan.inputs) + Claims(read, tuple(written))
+
+
+def check_output(plan: Plan, older: Older, beside: Claims, *, may_exist: bool) -> None:
+    """OutputError if the output would replace an input, or a file that the user didn't offer.
+
+    What an older output by this name has more than the new one counts, too, and what is read and written `beside`.
+    """
+    (output_claims(plan, older) + beside).check()
+    for path in (*plan.output.paths, *older.superseded):
+        check_name(path)
+        if not _exists(path):
+            if path.is_symlink():
+                raise OutputError(
+                    f"{path}: there is a link here that leads nowhere",
+                    advice="Remove it, or choose another name for the output.",
+                )
+            continue
+        if not path.is_file():
+            raise OutputError(f"{path}: there is something here that is no file", advice="Choose another name.")
+        if not may_exist:
+            raise OutputError(f"{path}: the output exists", advice="Use --force to replace it, or choose another name.")
+
+
+def check_name(path: Path) -> None:
+    """OutputError if no such file can be opened: safetensors wants Unicode, and Windows keeps some names to itself."""
+    if os.name == "nt" and is_reserved(path.name):
+        raise OutputError(f"{path}: Windows keeps this name to itself", advice="Choose another name for the output.")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise OutputError(
+            f"{path}: the name is not valid Unicode, and safetensors can't open such files",
+            advice="Choose another name for the output.",
+        ) from error
+
+
+def is_reserved(name: str) -> bool:
+    """Whether Windows takes the name for a device (`CON`, `aux.safetensors`), or cuts off its end."""
+    stem = name.partition(".")[0].rstrip(" ").upper()
+    numbered = stem[:3] in ("COM", "LPT") and len(stem) == 4 and stem[3] in "123456789¹²³"
+    return stem in ("CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$") or numbered or name.endswith((".", " "))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        raise OutputError(
+            f"{path}: can't be written: {error.strerror or error}", advice="Choose another name for the output."
+        ) from error

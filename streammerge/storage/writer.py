@@ -16,13 +16,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from streammerge.errors import MergeError, OutputError, cannot_write, output_errors
-from streammerge.formats.descriptors import copy_at, read_at, write_at
+from streammerge.compute.expressions import Job
+from streammerge.errors import MergeError, OutputError, cannot_write, format_size, output_errors
+from streammerge.formats.descriptors import copy_at, read_at, sync_data, sync_folder, write_at
 from streammerge.formats.layout import OutputFile, OutputLayout, OutputName
 from streammerge.formats.library import RefusedError, library_digest, names_digest
-from streammerge.formats.locking import sync_data, sync_folder
-from streammerge.plan.jobs import Job
-from streammerge.recipe.options import format_size
 from streammerge.storage.copying import CopyRange, adjoining
 from streammerge.storage.fingerprint import Fingerprint
 from streammerge.storage.journal import Journal

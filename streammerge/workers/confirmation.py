@@ -14,8 +14,7 @@ from streammerge.formats.files import read_errors
 from streammerge.formats.layout import METADATA, lay_out
 from streammerge.models.checkpoints import Checkpoint, open_model
 from streammerge.plan.plan import Plan
-from streammerge.recipe.carrying import LICENCES, MERGED_FROM
-from streammerge.recipe.metadata import INPUTS, RECIPE, SETTINGS, VERSION
+from streammerge.recipe.metadata import INPUTS, LICENCES, MERGED_FROM, RECIPE, SETTINGS, VERSION
 from streammerge.workers.checking import checkpoint_reader
 from streammerge.workers.machine import Extent, Machine, Watch
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,20 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streammerge.compute.expressions import Applied, walk
-from streammerge.compute.machine import MAPPED_BYTES, MIB, OWN_BYTES, Allotment, choose_io, resident_bytes
-from streammerge.errors import PlanError
-from streammerge.findings import refuse_nonfinite
+from streammerge.compute.machine import OWN_BYTES, choose_io, import_torch, resident_bytes
 from streammerge.methods import METHODS
-from streammerge.plan.plan import OVERHEAD_BYTES, Plan
-from streammerge.progress import Progress
-from streammerge.recipe.options import format_size
+from streammerge.plan.plan import Plan, allot_memory
+from streammerge.report import Progress, refuse_nonfinite
 from streammerge.storage.copying import Copying
 from streammerge.workers.checking import Checker, ReadBack
 
 if TYPE_CHECKING:
     import torch
 
-    from streammerge.workers.windows import MergeWork, Sink
+    from streammerge.storage.ledger import Sink
+    from streammerge.workers.windows import MergeWork
+
 
 Watch = Callable[[Progress], None]
 """Called from time to time while a merge runs, with what has been done so far."""
@@ -89,7 +87,7 @@ class Machine:
 
     def check_samples(self, read: ReadBack, path: Path, watch: Watch | None) -> Extent:
         """Compute windows that are spread over the output again and compare them with what is read back."""
-        from streammerge.workers.sampling import copied_samples, sample, sampled_works
+        from streammerge.workers.checking import copied_samples, sample, sampled_works
 
         chosen, checker = sample(self.plan.jobs), Checker(read)
         works, copied = sampled_works(chosen), copied_samples(chosen)
@@ -110,36 +108,3 @@ def uses_own_methods(plan: Plan) -> bool:
     if not any(method.is_own for method in METHODS.values()):
         return False  # as nearly always: then large models needn't be gone through
     return any(part.method.is_own for job in plan.jobs for part in walk(job.node) if isinstance(part, Applied))
-
-
-def import_torch() -> None:
-    """Import torch without looking for garbage on the way: there is none, and the search takes a tenth of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        import torch  # noqa: F401
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def allot_memory(plan: Plan, resident: int, vram: int | None) -> Allotment:
-    """Share out what --max-ram leaves beside what the process takes already; PlanError naming the least that works."""
-    limit, wanted = plan.options.max_ram, plan.options.max_vram
-    if vram is not None and vram < plan.lane_bytes:
-        what = f"{format_size(vram)} of memory on the card" if wanted != vram else f"--max-vram {format_size(vram)}"
-        raise PlanError(
-            f"{what} is too small: one worker's buffers take {format_size(plan.lane_bytes)}",
-            advice=f"The least that works is {-(-plan.lane_bytes // MIB)}MiB.",
-        )
-    if limit is None:
-        return plan.allot(vram_limit=vram)
-    needed = plan.lane_bytes + MAPPED_BYTES[1] + plan.held_bytes
-    fixed = resident + OVERHEAD_BYTES
-    if limit < fixed + needed:
-        raise PlanError(
-            f"--max-ram {format_size(limit)} is too small: Python and torch take {format_size(fixed)}, and this merge "
-            f"needs {format_size(needed)} to work in",
-            advice=f"The least that works is {-(-(fixed + needed) // MIB)}MiB.",
-        )
-    return plan.allot(limit - fixed, vram)

@@ -15,13 +15,14 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
-from streammerge.compute.devices import Lane
+from streammerge.compute.lanes import Lane
 from streammerge.errors import error_context
 from streammerge.formats.mapping import bus_errors_are_caught
 from streammerge.methods.loading import method_failure
-from streammerge.progress import Progress
+from streammerge.report import Progress
 from streammerge.storage.copying import Copying, Piece
-from streammerge.workers.windows import FileRange, Sink, Window, Work
+from streammerge.storage.ledger import Sink
+from streammerge.workers.windows import FileRange, Window, Work
 
 AHEAD_BYTES: Final = 64 << 20
 """What is asked of the disk ahead of its use: as much as it delivers while a few windows are computed."""

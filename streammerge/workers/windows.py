@@ -5,41 +5,32 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 import torch
 
-from streammerge.compute.costs import held_bytes
-from streammerge.compute.devices import Lane, is_out_of_memory, no_memory_left, torch_dtype
-from streammerge.compute.evaluate import Evaluator, piece_elements
+from streammerge.compute.costs import (
+    LEAST_STEP,
+    compute_dtype,
+    held_bytes,
+    least_step,
+    window_blocks,
+    write_step,
+)
+from streammerge.compute.devices import is_out_of_memory, no_memory_left
+from streammerge.compute.evaluate import Evaluator
 from streammerge.compute.examine import examine, nonfinite_inputs
-from streammerge.compute.expressions import BLOCK, ByBlock, Node, Stored, Together, compute_dtype, leaves, walk
+from streammerge.compute.expressions import Job, Node, Stored, Together, leaves
+from streammerge.compute.lanes import Lane, torch_dtype
 from streammerge.compute.survey import Survey, TogetherSurvey
-from streammerge.findings import Finding
 from streammerge.formats.files import ByteFile
 from streammerge.models.quantised import has_scales
-from streammerge.plan.jobs import Job
-from streammerge.progress import Progress
-from streammerge.storage.ledger import Ledger
+from streammerge.report import Finding, Progress
+from streammerge.storage.ledger import Ledger, Sink
 from streammerge.tensors import DType
-
-WINDOW: Final = 16
-"""Whole blocks that a worker takes at once, at the most: long enough to read on, short enough to share a tensor."""
-
-WINDOW_BYTES: Final = 32 << 20
-"""What a window reads at the most, if it is of more than one block: many models make it shorter."""
-
 
 SHORT_WINDOW: Final = 2
 """Whole blocks that a worker measures at once where measures are bulky: those of a window wait for the one before."""
-
-
-class Sink(Protocol):
-    """Where finished blocks go."""
-
-    def write(self, job: Job, position: int, data: memoryview) -> None:
-        """Take the bytes that belong at this position of the job's tensor."""
-        ...
 
 
 class FileRange(NamedTuple):
@@ -283,26 +274,6 @@ def together_works(together: Mapping[Together, Mapping[int, DType]]) -> list[Tog
         for tensors, dtypes in wanted.items()
         if tensors.found is None or tensors.found.dtypes != dtypes
     ]
-
-
-def write_step(node: Node) -> int:
-    """How many elements are written at once: what a method makes at once, else a block."""
-    return piece_elements(node) if isinstance(node, ByBlock) and not node.method.rows else BLOCK
-
-
-LEAST_STEP: Final = 2**13
-"""The fewest elements that are written at once where memory is short."""
-
-
-def least_step(node: Node) -> int:
-    """How many elements have to be written at once at the least: what a method makes at once must not be cut."""
-    return write_step(node) if any(isinstance(part, ByBlock) for part in walk(node)) else LEAST_STEP
-
-
-def window_blocks(node: Node, step: int) -> int:
-    """How many blocks of so many elements a worker takes at once."""
-    block_bytes = sum(step * leaf.info.dtype.bits // 8 for leaf in leaves(node))
-    return max(1, min(WINDOW * BLOCK // step, WINDOW_BYTES // max(block_bytes, 1)))
 
 
 def ranges_of(node: Node, first: int, last: int) -> list[FileRange]:

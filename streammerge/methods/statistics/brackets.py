@@ -19,7 +19,7 @@ from streammerge.methods.statistics.histograms import UpperBits
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from streammerge.methods.statistics.ranking import Ranking, Search
+    from streammerge.methods.statistics.ranks import Ranking, Search
 
 SAMPLE: Final = 2**14
 """Values that are sampled of a tensor, or more if it has many blocks."""

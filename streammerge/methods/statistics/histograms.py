@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from streammerge.methods.statistics.ranking import Ranking, Search
+    from streammerge.methods.statistics.ranks import Ranking, Search
 
 BINS: Final = 2**16
 

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from streammerge.cli.screen import say
-from streammerge.errors import MergeError
-from streammerge.recipe.options import format_size
+from streammerge.errors import MergeError, format_size
 from streammerge.tools.demo.files import Container, DemoModels, make_models
 from streammerge.tools.demo.reference import check_article
 
