@@ -92,7 +92,7 @@ def measured() -> str:
 
 def rooms() -> Sequence[tuple[str, str]]:
     """The package's rooms from the top to the bottom, with what each is for."""
-    from tests.rooms import ROOMS
+    from tests.promises.rooms import ROOMS
 
     return ROOMS
 

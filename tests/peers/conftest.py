@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.models import near, normal
+from tests.make.models import near, normal
 
 
 def pytest_collection_modifyitems(config, items):

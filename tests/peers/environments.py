@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.models import Tensors, save_model
+from tests.make.models import Tensors, save_model
 
 ROOT = Path(__file__).parents[2]
 REQUIREMENTS = ROOT / "benchmarks" / "peers"

@@ -7,7 +7,7 @@ import pytest
 from streammerge.methods import METHODS
 from tests.peers.environments import interpreter, run_peer
 from tests.peers.test_sd_tools import as_jobs, assert_same
-from tests.references import Case
+from tests.references.linear import Case
 
 pytestmark = pytest.mark.peers
 

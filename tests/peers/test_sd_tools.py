@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from tests.models import MemoryModel
+from tests.make.models import MemoryModel
 from tests.peers.environments import interpreter, run_peer
-from tests.references import Case, relative_error
+from tests.references.linear import Case, relative_error
 
 pytestmark = pytest.mark.peers
 

@@ -16,7 +16,7 @@ from typing import Final
 import torch
 
 from streammerge.cli.main import main
-from tests.models import make_tensors, save_model, with_integers
+from tests.make.models import make_tensors, save_model, with_integers
 
 SHAPES: Final = {"first": (70, 30), "scalar": (), "empty": (0,), "second": (3000,), "third": (41, 43), "last": (7,)}
 
