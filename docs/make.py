@@ -251,7 +251,7 @@ def limits() -> str:
 def merge_limits() -> str:
     """How much may be planned."""
     return (
-        f"{asked.MAX_INPUTS:,} inputs; merges nested {asked.MAX_DEPTH} deep; {extent.MAX_STEPS:,} steps of planning "
+        f"{asked.MAX_INPUTS:,} inputs; merges nested {extent.MAX_DEPTH} deep; {extent.MAX_STEPS:,} steps of planning "
         f"(one for each input of a tensor, {extent.STEPS_OF_TENSOR} for itself), {globs.MAX_TRIED:,} tries of globs, "
         f"{tuning.MAX_CONDITIONS:,} of conditions"
     )

@@ -25,14 +25,13 @@ from streammerge.errors import (
     PlanError,
     RecipeError,
 )
+from streammerge.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from streammerge.engine import make_plan, merge
     from streammerge.methods.loading import load_methods
     from streammerge.models.checkpoints import Checkpoint, open_model
-    from streammerge.public import make_plan, merge
     from streammerge.tensors import Model, TensorInfo
-
-__version__ = "0.2.0"
 
 __all__ = [
     "Checkpoint",
@@ -56,8 +55,8 @@ _HOMES = {
     "Model": "tensors",
     "TensorInfo": "tensors",
     "load_methods": "methods.loading",
-    "make_plan": "public",
-    "merge": "public",
+    "make_plan": "engine",
+    "merge": "engine",
     "open_model": "models.checkpoints",
 }
 

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from streammerge import __version__
 from streammerge.compute.machine import peak_resident_bytes
-from streammerge.errors import saying_what_is_on_disk
+from streammerge.errors import OutputError, saying_what_is_on_disk
 from streammerge.formats.claims import NOTHING, Claim, Claims, file_key
 from streammerge.methods.loading import method_failure
 from streammerge.models.checkpoints import open_model
 from streammerge.models.merged import as_merged, files_of
 from streammerge.plan.inputs import OUTPUT, OpenInputs, check_with_library, input_claims, output_metadata
 from streammerge.plan.plan import Plan, plan_merge
-from streammerge.recipe.options import Options
-from streammerge.recipe.parse import Recipe
-from streammerge.report import Report
+from streammerge.recipe.files import Mergeable, as_recipe
+from streammerge.recipe.options import Options, as_options
+from streammerge.recipe.recipe import Recipe
+from streammerge.report import InputFile, Report
 from streammerge.storage.copying import Copying
 from streammerge.storage.hashing import (
     FileHashes,
@@ -27,6 +29,7 @@ from streammerge.storage.hashing import (
     check_sidecar,
     hash_output,
     hashing,
+    input_hashes,
     is_in_sidecar,
     sidecar_of,
     stale_sidecar,
@@ -37,6 +40,7 @@ from streammerge.storage.ledger import Coverage, Entry, Ledger, Span
 from streammerge.storage.resume import Beginning, Tell, beginning
 from streammerge.storage.target import check_output, find_older
 from streammerge.tensors import Model
+from streammerge.version import __version__
 from streammerge.workers.confirmation import Confirmed, confirm, confirm_finished
 from streammerge.workers.machine import Machine, Watch
 
@@ -83,7 +87,9 @@ def planned(
     try:
         merged = opened.merge(recipe) if isinstance(recipe, Recipe) else as_merged(recipe)
         method = recipe.method if isinstance(recipe, Recipe) else ""
-        metadata = output_metadata(recipe, options, opened)
+        recorded = isinstance(recipe, Recipe) and options.metadata and options.hash_inputs
+        hashes = input_hashes(recipe, opened) if isinstance(recipe, Recipe) and recorded else None
+        metadata = output_metadata(recipe, options, opened, hashes)
         description = recipe.describe() if isinstance(recipe, Recipe) else {}
         inputs = opened.files or files_of(merged)
         plan = plan_merge(
@@ -228,7 +234,7 @@ def report_of(
         threads=machine.allotment.threads if machine else 0,
         io=machine.io if machine else plan.options.io,
         resumed_bytes=copying.ledger.found.spans.nbytes,
-        inputs=plan.inputs,
+        inputs=[InputFile(str(file.path), file.nbytes) for file in plan.inputs],
         hashes=hashes_by_file(plan, hashes),
         stale_hashes="" if hashes else stale_sidecar(plan.output),
         version=__version__,
@@ -241,3 +247,25 @@ def hashes_by_file(plan: Plan, hashes: Sequence[FileHashes]) -> Mapping[str, Map
         str(file.path): {"sha256": found.sha256, "tensors": found.tensors}
         for file, found in zip(plan.output.files, hashes, strict=False)
     }
+
+
+def merge(recipe: Mergeable, *, output: str | os.PathLike[str], **options: Any) -> Report:  # noqa: ANN401
+    """Merge to the output file or folder and say how it went; see `OptionArguments` for the options.
+
+    The output is complete when this returns. When it raises a MergeError, what lay at the output is as it was.
+    """
+    with saying_what_is_on_disk():
+        return run_merge(as_recipe(recipe, options), output_path(output), as_options(options))
+
+
+def make_plan(recipe: Mergeable, *, output: str | os.PathLike[str], **options: Any) -> Plan:  # noqa: ANN401
+    """What `merge` would do with the same arguments, from headers alone."""
+    with planned(as_recipe(recipe, options), output_path(output), as_options(options), replacing=True) as plan:
+        return plan
+
+
+def output_path(output: str | os.PathLike[str]) -> Path:
+    """The output's path; OutputError for an empty text, which would be taken for the folder that we are in."""
+    if os.fspath(output) == "":
+        raise OutputError("the output's name is empty", advice="Name a file, such as OUT.safetensors, or a folder.")
+    return Path(output)

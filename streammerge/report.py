@@ -10,10 +10,17 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from streammerge.errors import OutputError, count, format_size, listed, plural
-from streammerge.formats.files import ByteFile
 
 PARTS: Final = ("plan", "merge", "sync")
 """The parts of a merge's time, in their order."""
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """A file that was read, and how long it is."""
+
+    path: str
+    nbytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +49,7 @@ class Report:
     dtype: Sequence[str]
     threads: int
     io: str
-    inputs: Sequence[ByteFile]
+    inputs: Sequence[InputFile]
     version: str
     left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
     on_nonfinite: NonfinitePolicy = "warn"
@@ -81,7 +88,7 @@ class Report:
             "dtype": "+".join(self.dtype),
             "threads": self.threads,
             "io": self.io,
-            "inputs": [{"path": str(file.path), "bytes": file.nbytes} for file in self.inputs],
+            "inputs": [{"path": file.path, "bytes": file.nbytes} for file in self.inputs],
             "hashes": {path: dict(found) for path, found in self.hashes.items()},
             "version": self.version,
         }

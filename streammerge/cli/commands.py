@@ -224,9 +224,9 @@ def compare(arguments: argparse.Namespace) -> int:
         watching("compare", quiet=arguments.quiet) as watch,
     ):
         (input_claims((*a.files, *b.files)) + written).check()
-        from streammerge.tools.similarity import compare_models
+        from streammerge.tools import similarity
 
-        compared = compare_models(
+        compared = similarity.compare_models(
             a,
             b,
             match=arguments.match,
@@ -331,6 +331,7 @@ def demo(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         models_only=arguments.models_only,
         force=arguments.force,
+        say=say,
     )
     return 0
 

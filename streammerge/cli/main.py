@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from streammerge import __version__
 from streammerge.cli.screen import say_on_stderr
 from streammerge.cli.streams import guard_streams
 from streammerge.errors import MergeError
+from streammerge.version import __version__
 
 DONE: Final = 0
 FAILED: Final = 1

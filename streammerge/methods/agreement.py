@@ -11,6 +11,7 @@ from streammerge.methods.contract import Between, ParameterValue, Share
 from streammerge.methods.place import Place, Target
 from streammerge.methods.registry import BlockMethod, method
 from streammerge.methods.sparse import summed
+from streammerge.methods.statistics.ranking import begin_ranking
 from streammerge.methods.statistics.ranks import Cut, Ranking
 from streammerge.methods.statistics.sums import SumPass, l1_norm, pieces, task_vectors
 
@@ -83,9 +84,9 @@ def sce_statistics(target: Target, parameters: Parameters) -> Any:  # noqa: ANN4
         return [[max(int(topk * count), 1) if topk and count else 0] for count in nonzero]
 
     if topk >= 1:
-        return weigh(Ranking(target.elements, [[target.elements]]).begin(1)[0][0])
+        return weigh(begin_ranking(Ranking(target.elements, [[target.elements]]), 1)[0][0])
     ranking = Ranking(target.elements, ranks, deviation, wide=target.wide, then=lambda cuts: weigh(cuts[0][0]))
-    return ranking.begin(1)
+    return begin_ranking(ranking, 1)
 
 
 def selected(cut: Cut, block: int, inputs: Sequence[Tensor]) -> Tensor:
@@ -314,7 +315,7 @@ def outside_trust_region(target: Target, parameters: Parameters) -> Any:  # noqa
         return cuts[0][0]
 
     search = Ranking(target.elements, ranks, conflict, exact=False, gather=False, wide=target.wide, then=cut)
-    return search.begin(1)
+    return begin_ranking(search, 1)
 
 
 @method(

@@ -11,6 +11,7 @@ from streammerge.methods.linear import check_weights
 from streammerge.methods.place import Place, Target
 from streammerge.methods.registry import BlockMethod, method, net
 from streammerge.methods.sparse import divided, elect_and_sum, l1_pass
+from streammerge.methods.statistics.ranking import begin_ranking
 from streammerge.methods.statistics.ranks import Cut, Ranking
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def breadcrumbs_cuts(target: Target, parameters: Parameters) -> Any:  # noqa: AN
             return list(zip(bands, [1.0] * len(bands), strict=True))
         return l1_pass(target, kept, lambda factors: list(zip(bands, factors, strict=True)))
 
-    return Ranking(elements, ranks, wide=target.wide, then=with_factors).begin(len(ranks))
+    return begin_ranking(Ranking(elements, ranks, wide=target.wide, then=with_factors), len(ranks))
 
 
 def band_ranks(elements: int, density: float, gamma: float) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 from streammerge.methods.contract import Between, ParameterValue, Share
 from streammerge.methods.place import Target
 from streammerge.methods.registry import BlockMethod, method
+from streammerge.methods.statistics.ranking import begin_ranking
 from streammerge.methods.statistics.ranks import Cut, Ranking
 from streammerge.methods.statistics.slices import Slicing
 from streammerge.methods.statistics.sums import PIECE, pieces, task_vectors
@@ -104,7 +105,7 @@ class DivergencePass:
 
     def finish(self) -> Any:  # noqa: ANN401  (another pass)
         """The passes that find the scores' quartiles."""
-        return self.scores.ranking().begin(1)
+        return begin_ranking(self.scores.ranking(), 1)
 
 
 def begin_fusion(target: Target, parameters: Mapping[str, ParameterValue]) -> Any:  # noqa: ANN401
@@ -206,10 +207,10 @@ def pcb_contest(target: Target, parameters: Mapping[str, ParameterValue]) -> Any
             gather=False,
             then=lambda found: Contest(contest.magnitudes, [interval(low, high) for low, high in found]),
         )
-        return ranking.begin(models)
+        return begin_ranking(ranking, models)
 
     ranking = Ranking(elements, [tails] * models, exact=False, gather=False, wide=target.wide, then=rank_scores)
-    return ranking.begin(models)
+    return begin_ranking(ranking, models)
 
 
 def interval(low: Cut, high: Cut) -> Interval:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from streammerge.methods.contract import ParameterValue, PerModel, Share
 from streammerge.methods.linear import check_weights
 from streammerge.methods.registry import BlockMethod, method
+from streammerge.methods.statistics.ranking import begin_ranking
 from streammerge.methods.statistics.ranks import Cut, Ranking
 from streammerge.methods.statistics.sums import SumPass, l1_norm
 
@@ -36,7 +37,7 @@ def trim_to_density(target: Target, parameters: Mapping[str, ParameterValue]) ->
             return [(cut, 1.0) for cut in first]
         return l1_pass(target, kept, lambda factors: list(zip(first, factors, strict=True)))
 
-    return Ranking(target.elements, ranks, wide=target.wide, then=trims).begin(len(ranks))
+    return begin_ranking(Ranking(target.elements, ranks, wide=target.wide, then=trims), len(ranks))
 
 
 @method(

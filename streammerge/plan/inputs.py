@@ -24,12 +24,9 @@ from streammerge.models.extent import check_steps
 from streammerge.models.merged import Merged
 from streammerge.plan.decide import merge_models
 from streammerge.plan.plan import Plan
-from streammerge.recipe.metadata import LICENCES, MERGED_FROM, carried_metadata, recipe_metadata
+from streammerge.recipe.metadata import LICENCES, MERGED_FROM, Hashes, carried_metadata, recipe_metadata
 from streammerge.recipe.options import Options
 from streammerge.recipe.recipe import Recipe
-from streammerge.storage.hashing import (
-    input_hashes,
-)
 from streammerge.tensors import Model
 
 NESTED: Final = "Options are for the outer recipe: write them in this one, as keys (on_missing: keep) and rules."
@@ -158,16 +155,18 @@ def check_with_library(plan: Plan) -> None:
             raise CheckpointError(f"{file.path}: safetensors refuses it: {error}", advice="Fetch it again.") from error
 
 
-def output_metadata(recipe: Recipe | Model, options: Options, opened: OpenInputs) -> dict[str, str]:
+def output_metadata(
+    recipe: Recipe | Model, options: Options, opened: OpenInputs, hashes: Hashes | None = None
+) -> dict[str, str]:
     """The output's `__metadata__`: the format mark that loaders look for, what the inputs' metadata say of its use and
-    licences, and the recipe unless that is not wanted."""
+    licences, and the recipe, with the inputs' hashes if there are any, unless that is not wanted."""
     marks = {"format": "pt"}
     if not isinstance(recipe, Recipe):
         return marks
     marks |= carried_metadata(recipe, lambda path: opened.opened(path).metadata)
     if not options.metadata:
         return {key: text for key, text in marks.items() if key not in (LICENCES, MERGED_FROM)}
-    return marks | recipe_metadata(recipe, options, input_hashes(recipe, opened) if options.hash_inputs else None)
+    return marks | recipe_metadata(recipe, options, hashes)
 
 
 def may_draw(recipe: Recipe) -> bool:

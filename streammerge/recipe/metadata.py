@@ -12,13 +12,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any, Final
 
-from streammerge import __version__
 from streammerge.errors import RecipeError, suggestion
 from streammerge.methods import METHODS
 from streammerge.methods.loading import loaded_from
 from streammerge.recipe.files import MAX_RECIPE
 from streammerge.recipe.options import COMPUTE_DTYPES, Options
-from streammerge.recipe.parse import Recipe, parse_recipe
+from streammerge.recipe.parse import parse_recipe
+from streammerge.recipe.recipe import Recipe
+from streammerge.version import __version__
 
 RECIPE: Final = "streammerge.recipe"
 

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from streammerge import __version__
 from streammerge.compute.expressions import (
     Applied,
     ByBlock,
@@ -33,6 +32,7 @@ from streammerge.compute.expressions import (
 )
 from streammerge.formats.files import ByteFile, read_errors
 from streammerge.plan.plan import Plan
+from streammerge.version import __version__
 
 Fingerprint = Mapping[str, Mapping[str, Any]]
 """Topic → name → plain value. One that begins with MARK is a digest, which is not worth showing."""

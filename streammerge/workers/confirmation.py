@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from streammerge import __version__
 from streammerge.errors import OutputError, count
 from streammerge.formats.files import read_errors
 from streammerge.formats.layout import METADATA, lay_out
 from streammerge.models.checkpoints import Checkpoint, open_model
 from streammerge.plan.plan import Plan
 from streammerge.recipe.metadata import INPUTS, LICENCES, MERGED_FROM, RECIPE, SETTINGS, VERSION
+from streammerge.version import __version__
 from streammerge.workers.checking import checkpoint_reader
 from streammerge.workers.machine import Extent, Machine, Watch
 

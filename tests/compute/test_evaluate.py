@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import streammerge
 import streammerge.models.merged
+from streammerge.compute import costs
 from streammerge.compute import evaluate as compute
 from streammerge.compute.application import apply_method
 from streammerge.compute.evaluate import Evaluator
@@ -27,7 +28,6 @@ from streammerge.models.decisions import Decision, Decisions
 from streammerge.models.merged import Merged
 from streammerge.models.views import placed, reshaped
 from streammerge.tensors import DTYPES, Model, TensorInfo
-from streammerge.workers import windows as works
 from tests.make.models import MemoryModel, make_tensors, near, normal, raw_bytes, save_models, store_tensors
 from tests.references import linear as references
 from tests.references.linear import Array, relative_error
@@ -40,8 +40,8 @@ TINY_BLOCK = 16
 def tiny_blocks(monkeypatch):
     """Blocks of 16 elements, so that a small tensor has several."""
     monkeypatch.setattr(compute, "BLOCK", TINY_BLOCK)
-    monkeypatch.setattr(compute, "PIECE", TINY_BLOCK)
-    monkeypatch.setattr(works, "BLOCK", TINY_BLOCK)
+    monkeypatch.setattr(costs, "BLOCK", TINY_BLOCK)
+    monkeypatch.setattr(costs, "PIECE", TINY_BLOCK)
 
 
 class Expression(NamedTuple):

@@ -11,10 +11,10 @@ import torch
 import streammerge
 import streammerge.workers.machine
 from streammerge.cli.main import main
+from streammerge.compute import costs
 from streammerge.errors import PlanError
 from streammerge.plan.plan import Plan
 from streammerge.storage.copying import Copying
-from streammerge.workers import windows as works
 from tests.make.models import assert_same_bytes, load_model, make_tensors, merge_to, near, save_models
 
 NAME = "layers.1.block"
@@ -171,7 +171,7 @@ def test_windows_may_lie_in_several_tensors(paths, tmp_path, monkeypatch, method
         for _ in range(2)
     ]
     plain = merge_to(tmp_path / "plain.safetensors", made[0], threads=1)
-    monkeypatch.setattr(works, "WINDOW", 1)
+    monkeypatch.setattr(costs, "WINDOW", 1)
     assert_same_bytes(merge_to(tmp_path / "out.safetensors", made[1], threads=threads), plain)
 
 

@@ -11,10 +11,10 @@ import torch
 
 import streammerge
 from streammerge.cli.main import main
+from streammerge.compute import costs
 from streammerge.errors import MethodError
 from streammerge.methods import METHODS
 from streammerge.methods.loading import load_methods
-from streammerge.workers import windows as works
 from tests.make.models import assert_same_bytes, load_model, make_tensors, merge_to, near, save_models
 from tests.promises.pages import PAGES, blocks
 
@@ -77,7 +77,7 @@ def test_the_bytes_do_not_depend_on_how_it_is_run(own, models, tmp_path, monkeyp
     load_methods(own(text))
     merge = getattr(streammerge, name)(models["a"], base=models["base"])
     plain = merge_to(tmp_path / "plain.safetensors", merge, threads=1, io="pread")
-    monkeypatch.setattr(works, "WINDOW", 1)
+    monkeypatch.setattr(costs, "WINDOW", 1)
     assert_same_bytes(merge_to(tmp_path / "out.safetensors", merge, threads=4, io="mmap", verify=True), plain)
     for tensor, values in plain.items():
         assert torch.equal(merge.read(tensor, 0, values.numel()), values.reshape(-1))

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import streammerge
+from streammerge.compute import costs
 from streammerge.compute.expressions import BLOCK
 from streammerge.compute.machine import MIB
 from streammerge.errors import PlanError
 from streammerge.methods import METHODS, Target
 from streammerge.methods.registry import WholeMethod
-from streammerge.workers import machine as lanes
-from streammerge.workers import windows as works
+from streammerge.workers import machine
 from tests.make.models import (
     SHAPES,
     Tensors,
@@ -46,8 +46,8 @@ CASES = {case.method: case for case in ONE_CASE_EACH}
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
-    monkeypatch.setattr(works, "WINDOW", 2)
-    monkeypatch.setattr(lanes, "resident_bytes", lambda: BASELINE)
+    monkeypatch.setattr(costs, "WINDOW", 2)
+    monkeypatch.setattr(machine, "resident_bytes", lambda: BASELINE)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_sharded_inputs_give_the_same_bytes(paths, plain, tmp_path, method):
 @pytest.mark.parametrize("window", mostly([1, 3], [1, 3, 16]))
 @pytest.mark.parametrize("method", METHODS)
 def test_the_length_of_windows_does_not_matter(paths, plain, tmp_path, monkeypatch, method, window):
-    monkeypatch.setattr(works, "WINDOW", window)
+    monkeypatch.setattr(costs, "WINDOW", window)
     assert_same_bytes(merge_to(tmp_path / "out.safetensors", CASES[method].merge(paths), threads=3), plain(method))
 
 

@@ -22,11 +22,11 @@ from streammerge.errors import OutputError
 from streammerge.methods import METHODS
 from streammerge.recipe.options import Options
 from streammerge.recipe.parse import parse_recipe
-from streammerge.storage import bookkeeping
+from streammerge.storage import resume
 from streammerge.storage.journal import Journal, lock_journal
 from streammerge.storage.records import JOURNAL_SUFFIX
 from streammerge.storage.writer import OutputWriter
-from streammerge.workers import machine as lanes
+from streammerge.workers import machine
 from streammerge.workers.windows import MergeWork, Window
 from tests.make.models import MemoryModel, load_model, make_tensors, near, save_models, with_integers
 from tests.storage.test_writer import digests
@@ -54,8 +54,8 @@ class Stopping:
         self.windows: list[str] = []
         self.lock = threading.Lock()
         whole = MergeWork.write
-        keepers: list[bookkeeping.Bookkeeper] = []
-        every = bookkeeping.Bookkeeper.every
+        keepers: list[resume.Bookkeeper] = []
+        every = resume.Bookkeeper.every
 
         def noted(keeper, seconds):
             keepers[:] = [keeper]
@@ -70,7 +70,7 @@ class Stopping:
                 if not self.left:
                     raise self.error
 
-        monkeypatch.setattr(bookkeeping.Bookkeeper, "every", noted)
+        monkeypatch.setattr(resume.Bookkeeper, "every", noted)
         monkeypatch.setattr(MergeWork, "write", write)
 
 
@@ -197,7 +197,7 @@ def test_threads_memory_and_reading_may_change(tmp_path, paths, monkeypatch):
     right = whole(raw, tmp_path / "right")
     output = tmp_path / "new" / "out.safetensors"
     stop(monkeypatch, raw, output, io="mmap")
-    monkeypatch.setattr(lanes, "resident_bytes", lambda: 200 << 20)  # whatever other tests have taken
+    monkeypatch.setattr(machine, "resident_bytes", lambda: 200 << 20)  # whatever other tests have taken
     run_merge(parse_recipe(raw, Path()), output, Options(threads=2, io="pread", resume=True, max_ram=1 << 30))
     assert digests(tmp_path / "new") == right
 
@@ -515,9 +515,10 @@ def test_seconds_are_a_number(word, capsys):
 SIGNALS = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored in the background
-from streammerge import bookkeeping, works
+from streammerge.storage import resume
+from streammerge.workers import windows as works
 from streammerge.cli.main import run
-whole, every, keepers, count = works.MergeWork.write, bookkeeping.Bookkeeper.every, [], [0]
+whole, every, keepers, count = works.MergeWork.write, resume.Bookkeeper.every, [], [0]
 def noted(keeper, seconds):
     keepers.append(keeper)
     return every(keeper, 1000.0)
@@ -528,7 +529,7 @@ def write(*words):
         keepers[0].record()
         os.kill(os.getpid(), int(os.environ["NUMBER"]))
         import time; time.sleep(5)
-bookkeeping.Bookkeeper.every = noted
+resume.Bookkeeper.every = noted
 works.MergeWork.write = write
 run()
 """

@@ -71,7 +71,7 @@ def serve() -> None:
 
     import streammerge.cli.commands
     import streammerge.cli.main
-    import streammerge.storage.bookkeeping
+    import streammerge.storage.resume
     import streammerge.workers.schedule  # noqa: F401
 
     for line in sys.stdin:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from streammerge.errors import MergeError, OutputError
 from streammerge.tools.comparison import Comparison, Histogram, ShapeMismatch, Similarity, render, to_json, write_csv
-from streammerge.tools.similarity import plot
+from streammerge.tools.plotting import plot
 
 COSINES = st.floats(-1, 1, allow_nan=False)
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import streammerge
+from streammerge.compute import costs
 from streammerge.compute import evaluate as compute
 from streammerge.errors import DeviceError
 from streammerge.tools.similarity import compare_models
-from streammerge.workers import windows as works
 from tests.make.models import DTYPE_NAMES, make_tensors, near, normal, save_models, with_integers
 
 
@@ -122,7 +122,7 @@ def test_only_what_matches_is_compared(opened):
 @pytest.mark.parametrize("threads", [1, 3, 8])
 def test_the_result_does_not_depend_on_how_it_is_run(opened, monkeypatch, threads, io):
     monkeypatch.setattr(compute, "BLOCK", 1 << 12)
-    monkeypatch.setattr(works, "WINDOW", 3)
+    monkeypatch.setattr(costs, "WINDOW", 3)
     a, b = opened(make_tensors(1, torch.float16), make_tensors(2, torch.float16))
     assert compare_models(a, b, threads=threads, io=io) == compare_models(a, b, threads=1)
 

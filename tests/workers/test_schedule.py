@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import streammerge
+from streammerge.compute import costs
 from streammerge.compute import evaluate as compute
 from streammerge.compute.costs import WINDOW_BYTES, window_blocks
 from streammerge.compute.examine import examine
@@ -29,7 +30,6 @@ from streammerge.methods.statistics.gram import Gram
 from streammerge.report import Progress
 from streammerge.storage.copying import PIECE, Copying, CopyRange
 from streammerge.tensors import DTYPES, TensorInfo
-from streammerge.workers import windows as works
 from streammerge.workers.schedule import AHEAD_BYTES, AHEAD_WINDOWS, Schedule, run
 from streammerge.workers.windows import FileRange, MergeWork, Window, Work, ranges_of
 from tests.make.models import (
@@ -51,9 +51,9 @@ TINY = 16
 def tiny_blocks(monkeypatch):
     """Blocks of 16 elements, and windows of 2 blocks."""
     monkeypatch.setattr(compute, "BLOCK", TINY)
-    monkeypatch.setattr(compute, "PIECE", TINY)
-    monkeypatch.setattr(works, "BLOCK", TINY)
-    monkeypatch.setattr(works, "WINDOW", 2)
+    monkeypatch.setattr(costs, "PIECE", TINY)
+    monkeypatch.setattr(costs, "BLOCK", TINY)
+    monkeypatch.setattr(costs, "WINDOW", 2)
 
 
 class MemorySink:
@@ -312,7 +312,7 @@ def test_measures_are_added_once_and_in_order_if_that_matters(tmp_path, ordered,
     assert bytes(sink.written["w"]) == raw_bytes(values + 20)
 
 
-@pytest.mark.parametrize("elements", [0, 1, BLOCK, BLOCK + 1, works.WINDOW * BLOCK, works.WINDOW * BLOCK + 1])
+@pytest.mark.parametrize("elements", [0, 1, BLOCK, BLOCK + 1, costs.WINDOW * BLOCK, costs.WINDOW * BLOCK + 1])
 def test_windows_cover_the_blocks(elements):
     model = MemoryModel({"w": torch.zeros(1)})
     node = External(TensorInfo(DTYPES["F16"], (elements,)), model, "w")
@@ -320,7 +320,7 @@ def test_windows_cover_the_blocks(elements):
     assert [window.first for window in windows][:1] == [0]
     assert [window.last for window in windows][-1] == -(-elements // BLOCK)
     assert all(one.last == other.first for one, other in itertools.pairwise(windows))
-    assert all(window.last - window.first <= works.WINDOW for window in windows)
+    assert all(window.last - window.first <= costs.WINDOW for window in windows)
 
 
 def test_a_work_that_only_looks_writes_nothing(tmp_path):
@@ -654,7 +654,7 @@ def test_small_tensors_do_not_stand_in_line_by_the_thousand():
 def test_the_more_models_the_shorter_the_windows(tmp_path, models, dtype):
     leaves = [leaf_of(100 * BLOCK, dtype, tmp_path / str(number)) for number in range(models)]
     blocks = window_blocks(combine(leaves[0].info, tuple(Term(1.0, leaf) for leaf in leaves)), BLOCK)
-    assert 1 <= blocks <= works.WINDOW
+    assert 1 <= blocks <= costs.WINDOW
     read = sum(BLOCK * DTYPES[dtype].bits // 8 for _ in leaves)
     assert blocks == 1 or blocks * read <= WINDOW_BYTES
-    assert blocks == works.WINDOW or (blocks + 1) * read > WINDOW_BYTES
+    assert blocks == costs.WINDOW or (blocks + 1) * read > WINDOW_BYTES

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from streammerge.methods.statistics.brackets import begin_bracketing
-from streammerge.methods.statistics.histograms import UpperBits
 from streammerge.methods.statistics.sums import Vectors, task_vectors
 
 if TYPE_CHECKING:
@@ -147,15 +145,6 @@ class Ranking:
     wide: bool = False
     then: Callable[[tuple[tuple[Cut, ...], ...]], Any] = tuple
     searches: list[list[Search]] = field(default_factory=list)
-
-    def begin(self, count: int) -> Any:  # noqa: ANN401
-        """The first pass over so many vectors; or the result, where nothing has to be counted."""
-        if callable(self.ranks):
-            return UpperBits(self, count) if self.elements else self.settle([0] * count)
-        self.look_for(self.ranks)
-        if not self.unsettled:
-            return self.result()
-        return begin_bracketing(self) if self.gather and not self.wide else UpperBits(self, count)
 
     def look_for(self, ranks: Ranks) -> None:
         """Begin to search for these."""

@@ -17,12 +17,12 @@ from typing import Any, Final
 
 import psutil
 
-from streammerge import __version__
 from streammerge.compute.machine import MIB, usable_cores
 from streammerge.errors import MergeError, OutputError, format_size
 from streammerge.plan.plan import Plan
 from streammerge.tools.bench.floor import DiskRate, Floor, chill, measure_floor, probe_disk, read_rate_uncached, warm
 from streammerge.tools.bench.measuring import Measured, Surroundings, import_torch_rss, measure
+from streammerge.version import __version__
 
 Say = Callable[[str], None]
 

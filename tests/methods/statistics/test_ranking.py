@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streammerge.methods.registry import Pass
+from streammerge.methods.statistics.ranking import begin_ranking
 from streammerge.methods.statistics.ranks import Cut, Ranking, keys
 
 STEP = 16
@@ -36,7 +37,9 @@ def mask_of(cut: Cut, vector: torch.Tensor) -> torch.Tensor:
 
 
 def rank(vectors: Sequence[torch.Tensor], ranks: Any, **options: Any) -> Any:
-    return settle(Ranking(vectors[0].numel(), ranks, lambda _, inputs: inputs, **options).begin(len(vectors)), vectors)
+    return settle(
+        begin_ranking(Ranking(vectors[0].numel(), ranks, lambda _, inputs: inputs, **options), len(vectors)), vectors
+    )
 
 
 def largest(vector: torch.Tensor, k: int, *, signed: bool) -> np.ndarray:
@@ -87,7 +90,7 @@ def test_several_vectors_are_ranked_together():
 def test_blocks_may_come_in_any_order():
     vector = torch.randint(-3, 4, (200,), generator=torch.Generator().manual_seed(0)).float()
     ranking = Ranking(200, [[77]], lambda _, inputs: inputs)
-    ((cut,),) = settle(ranking.begin(1), [vector], order=list(reversed(range(13))))
+    ((cut,),) = settle(begin_ranking(ranking, 1), [vector], order=list(reversed(range(13))))
     assert mask_of(cut, vector).tolist() == largest(vector, 77, signed=False).tolist()
 
 
@@ -105,7 +108,7 @@ def test_ranks_may_depend_on_what_is_not_zero():
 
 
 def test_nothing_is_counted_where_all_or_none_is_wanted():
-    ((everything, nothing),) = Ranking(5, [[5, 0]]).begin(1)
+    ((everything, nothing),) = begin_ranking(Ranking(5, [[5, 0]]), 1)
     values = torch.tensor([1.0, float("nan"), -2.0])
     assert everything.mask(values, 0).all()
     assert not nothing.mask(values, 0).any()
@@ -114,7 +117,7 @@ def test_nothing_is_counted_where_all_or_none_is_wanted():
 
 @pytest.mark.parametrize("ranks", [[[0]], lambda nonzero: [[0] for _ in nonzero]])
 def test_an_empty_vector_has_no_ranks(ranks):
-    ((cut,),) = Ranking(0, ranks, lambda _, inputs: inputs).begin(1)
+    ((cut,),) = begin_ranking(Ranking(0, ranks, lambda _, inputs: inputs), 1)
     assert cut.mask(torch.empty(0), 0).shape == (0,)
 
 

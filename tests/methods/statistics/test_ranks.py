@@ -19,6 +19,7 @@ from streammerge.methods.statistics import brackets as bracketing
 from streammerge.methods.statistics.brackets import BOTTOM as LEAST
 from streammerge.methods.statistics.brackets import Bracket, Gathering, Sample
 from streammerge.methods.statistics.histograms import LowerBits, UpperBits
+from streammerge.methods.statistics.ranking import begin_ranking
 from streammerge.methods.statistics.ranks import ALL, INFINITE, Cut, Ranking, keys, quotas
 from tests.make.models import normal
 
@@ -210,7 +211,7 @@ def test_keys_sort_as_magnitudes_do(values):
 def first_steps(elements: int) -> list[type]:
     """The kinds of the passes until the result."""
     vector, steps = normal((elements,), 3), []
-    step: Any = Ranking(elements, [[elements // 3]], lambda _, inputs: inputs).begin(1)
+    step: Any = begin_ranking(Ranking(elements, [[elements // 3]], lambda _, inputs: inputs), 1)
     while isinstance(step, Pass):
         steps.append(type(step))
         for block in range(-(-elements // 1000)):

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import streammerge
+from streammerge.compute import costs
 from streammerge.compute import evaluate as compute
 from streammerge.compute.expressions import BLOCK
 from streammerge.compute.machine import MIB
@@ -21,7 +22,6 @@ from streammerge.methods.registry import METHODS, GramMethod, method
 from streammerge.methods.statistics.gram import Gram
 from streammerge.methods.statistics.slices import SliceGramPass, Slices, Slicing
 from streammerge.plan.plan import Plan
-from streammerge.workers import windows as works
 from tests.make.models import assert_same_bytes, load_model, make_tensors, merge_to, near, normal, save_models
 
 KINDS: tuple[Slices, ...] = ("rows", "filters", "columns")
@@ -170,7 +170,7 @@ def test_every_slice_is_a_combination_of_its_own(models, tmp_path, along):
 def test_the_bytes_do_not_depend_on_threads_or_windows(models, tmp_path, monkeypatch, along):
     merge = streammerge.by_length(models["a"], models["b"], along=along)
     plain = merge_to(tmp_path / "plain.safetensors", merge, threads=1, io="pread")
-    monkeypatch.setattr(works, "WINDOW", 1)
+    monkeypatch.setattr(costs, "WINDOW", 1)
     assert_same_bytes(merge_to(tmp_path / "out.safetensors", merge, threads=4, io="mmap"), plain)
     for name, tensor in plain.items():
         start, stop = tensor.numel() // 3, tensor.numel() - tensor.numel() // 5
