@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from streammerge.compute.costs import copied_from
-from streammerge.compute.expressions import BLOCK, Job, Stored
+from streammerge.compute.expressions import Job, Stored
 from streammerge.errors import CheckpointError, OutputError, count, plural
 from streammerge.formats.descriptors import COPY_BYTES, read_at
 from streammerge.formats.readers import page_aligned
 from streammerge.models.checkpoints import Checkpoint
 from streammerge.plan.plan import Plan
 from streammerge.storage.copying import CopyRange
-from streammerge.workers.windows import MergeWork, Window
 
 ReadBack = Callable[[Job, int, memoryview], None]
 """Fill the buffer with the output's bytes from this position of the job's tensor."""
@@ -117,27 +116,3 @@ def copied_samples(chosen: Mapping[Job, frozenset[int]]) -> list[CopyRange]:
         if job.compute is None
         for start in sorted({position // COPIED_BYTES * COPIED_BYTES for position in positions})
     ]
-
-
-class SampledWork(MergeWork):
-    """A tensor of which only some blocks are computed; what must be known of the whole of it is, all the same."""
-
-    def __init__(self, job: Job, positions: Iterable[int]) -> None:
-        super().__init__(job)
-        self.elements = [position * 8 // job.info.dtype.bits for position in positions]
-        self.windows = len({element // BLOCK for element in self.elements})
-
-    def begin_pass(self) -> list[Window]:
-        """The windows of the next survey, or windows of one block each that are to be computed."""
-        windows = super().begin_pass()
-        if any(window.surveying for window in windows):
-            return windows
-        blocks = sorted({element // self._step for element in self.elements})
-        chosen = [Window(self, block, block + 1, surveying=False) for block in blocks]
-        self._open_windows = len(chosen)
-        return chosen
-
-
-def sampled_works(chosen: Mapping[Job, frozenset[int]]) -> list[SampledWork]:
-    """The samples of what was computed."""
-    return [SampledWork(job, positions) for job, positions in chosen.items() if job.compute is not None]

@@ -87,7 +87,8 @@ class Machine:
 
     def check_samples(self, read: ReadBack, path: Path, watch: Watch | None) -> Extent:
         """Compute windows that are spread over the output again and compare them with what is read back."""
-        from streammerge.workers.checking import copied_samples, sample, sampled_works
+        from streammerge.workers.checking import copied_samples, sample
+        from streammerge.workers.windows import sampled_works
 
         chosen, checker = sample(self.plan.jobs), Checker(read)
         works, copied = sampled_works(chosen), copied_samples(chosen)

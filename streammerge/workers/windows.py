@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -20,7 +20,7 @@ from streammerge.compute.costs import (
 from streammerge.compute.devices import is_out_of_memory, no_memory_left
 from streammerge.compute.evaluate import Evaluator
 from streammerge.compute.examine import examine, nonfinite_inputs
-from streammerge.compute.expressions import Job, Node, Stored, Together, leaves
+from streammerge.compute.expressions import BLOCK, Job, Node, Stored, Together, leaves
 from streammerge.compute.lanes import Lane, torch_dtype
 from streammerge.compute.survey import Survey, TogetherSurvey
 from streammerge.formats.files import ByteFile
@@ -285,3 +285,27 @@ def ranges_of(node: Node, first: int, last: int) -> list[FileRange]:
             start, stop = (min(element * bits // 8, leaf.info.nbytes) for element in (first, last))
             ranges.append(FileRange(leaf.file, leaf.start + start, leaf.start + stop))
     return ranges
+
+
+class SampledWork(MergeWork):
+    """A tensor of which only some blocks are computed; what must be known of the whole of it is, all the same."""
+
+    def __init__(self, job: Job, positions: Iterable[int]) -> None:
+        super().__init__(job)
+        self.elements = [position * 8 // job.info.dtype.bits for position in positions]
+        self.windows = len({element // BLOCK for element in self.elements})
+
+    def begin_pass(self) -> list[Window]:
+        """The windows of the next survey, or windows of one block each that are to be computed."""
+        windows = super().begin_pass()
+        if any(window.surveying for window in windows):
+            return windows
+        blocks = sorted({element // self._step for element in self.elements})
+        chosen = [Window(self, block, block + 1, surveying=False) for block in blocks]
+        self._open_windows = len(chosen)
+        return chosen
+
+
+def sampled_works(chosen: Mapping[Job, frozenset[int]]) -> list[SampledWork]:
+    """The samples of what was computed."""
+    return [SampledWork(job, positions) for job, positions in chosen.items() if job.compute is not None]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import streammerge
-from streammerge.compute import devices
+from streammerge.compute import cuda, devices
 from streammerge.compute.cuda import CudaLane, bytes_of
 from streammerge.compute.devices import (
     available_devices,
@@ -437,9 +437,7 @@ def cuda_on_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", event)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(
-        devices, "pinned_bytes", lambda nbytes: bytes_of(torch.zeros(max(nbytes, 1), dtype=torch.uint8))
-    )
+    monkeypatch.setattr(cuda, "pinned_bytes", lambda nbytes: bytes_of(torch.zeros(max(nbytes, 1), dtype=torch.uint8)))
     return events
 
 
