@@ -2,8 +2,8 @@
 
 The rules are mergekit's. A setting is a number, a flag or a word; or a list of numbers, a gradient that is interpolated
 over the layers; or a list of {filter, value} of which the first whose filter is part of the tensor's name holds. Values
-by block (see `streammerge.recipe.blockwise`) may stand wherever a number may. What a setting says nothing of is left to the
-next place: a tensor's rule comes before the model, the model before the recipe, the recipe before the method's default.
+by block (see `blockwise`) may stand wherever a number may. What a setting says nothing of is left to the next place: a
+tensor's rule comes before the model, the model before the recipe, the recipe before the method's default.
 """
 
 from __future__ import annotations
