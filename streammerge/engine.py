@@ -250,7 +250,10 @@ def hashes_by_file(plan: Plan, hashes: Sequence[FileHashes]) -> Mapping[str, Map
 
 
 def merge(recipe: Mergeable, *, output: str | os.PathLike[str], **options: Any) -> Report:  # noqa: ANN401
-    """Merge to the output file or folder and say how it went; see `OptionArguments` for the options.
+    """Merge to the output file or folder and say how it went; the options are the fields of `Options`.
+
+    Sizes may be text such as "512MB"; `dtype`, `layout`, `on_shape_mismatch`, `on_missing` and `seed` change the
+    recipe.
 
     The output is complete when this returns. When it raises a MergeError, what lay at the output is as it was.
     """

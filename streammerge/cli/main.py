@@ -180,9 +180,7 @@ def compare(words: Sequence[str]) -> int:
     )
     parser.add_argument("--csv", type=args.a_path, metavar="FILE.csv", help="write a row for every tensor")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
-    parser.add_argument("--device", default="cpu", metavar="auto|cpu|cuda|cuda:N|mps|xpu", help="(default: cpu)")
-    parser.add_argument("--threads", type=args.positive, metavar="N", help="workers (default: the cores)")
-    parser.add_argument("--io", choices=["auto", "mmap", "pread"], default="auto", help="how the models are read")
+    args.add_options(parser, "device", "threads", "io")
     parser.add_argument("-q", "--quiet", action="store_true", help="show no progress")
     from streammerge.cli import commands
 
@@ -215,6 +213,7 @@ def recipes(words: Sequence[str]) -> int:
 def bench(words: Sequence[str]) -> int:
     """Time a merge against its floor."""
     from streammerge.cli import words as args
+    from streammerge.recipe.options import parse_positive
 
     parser = new_parser(
         "bench",
@@ -226,7 +225,9 @@ def bench(words: Sequence[str]) -> int:
     parser.add_argument(
         "-o", "--output", type=args.a_path, metavar="OUT", help="time it in this file's folder (default: .)"
     )
-    parser.add_argument("--runs", type=args.positive, default=5, metavar="N", help="measured runs (default: 5)")
+    parser.add_argument(
+        "--runs", type=args.worded(parse_positive), default=5, metavar="N", help="measured runs (default: 5)"
+    )
     parser.add_argument("--cold", action="store_true", help="as many runs with the inputs out of the page cache, too")
     parser.add_argument("--sync", action="store_true", help="wait for the disk at the end of every run")
     parser.add_argument("--report", type=args.a_path, metavar="FILE.json", help="write every figure of every run")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,12 +14,11 @@ from streammerge.methods.loading import load_methods
 from streammerge.recipe import blockwise
 from streammerge.recipe.files import packaged_recipe, parse_yaml, read_recipe_file
 from streammerge.recipe.metadata import Recorded, read_recorded
-from streammerge.recipe.options import COMPUTE_DTYPES, Options, parse_size
+from streammerge.recipe.options import Group, Options, Typed, typed_options
 from streammerge.recipe.parameters import WEIGHT
-from streammerge.recipe.parse import MISSING_POLICIES, SHAPE_POLICIES, Recipe, parse_recipe
-from streammerge.recipe.recipe import overridden
+from streammerge.recipe.parse import parse_recipe
+from streammerge.recipe.recipe import MISSING_POLICIES, SHAPE_POLICIES, Recipe, overridden
 from streammerge.recipe.scalars import number_of_text
-from streammerge.report import NONFINITE_POLICIES
 
 _WEIGHTED: Final = re.compile(r"(?P<path>.+):(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)")
 _NAMED: Final = re.compile(r"(?P<name>[A-Za-z_]\w*)=(?P<path>.+)")
@@ -105,38 +104,12 @@ def _add_recipe_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_run_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--device", default="cpu", metavar="auto|cpu|cuda|cuda:N|mps|xpu", help="(default: cpu)")
-    group.add_argument(
-        "--compute-dtype", choices=list(COMPUTE_DTYPES), help="of the arithmetic (default: fp32 or better)"
-    )
-    group.add_argument("--max-ram", type=size, metavar="SIZE", help="bound of the whole process, such as 512MB")
-    group.add_argument("--max-vram", type=size, metavar="SIZE", help="bound of the buffers on the device")
-    group.add_argument("--threads", type=positive, metavar="N", help="workers (default: the cores, within the RAM)")
-    group.add_argument("--io", choices=["auto", "mmap", "pread"], default="auto", help="how inputs are read")
+    _add_group(group, "how to run")
     group.add_argument("--seed", type=int, metavar="N", help="of methods that draw random numbers (default: 0)")
-    group.add_argument("--no-sync", action="store_true", help="don't wait for the disk at the end")
 
 
 def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--shard-size", type=size, metavar="SIZE", help="write shards of at most this size, and an index"
-    )
-    group.add_argument("--resume", action="store_true", help="continue an interrupted merge")
-    group.add_argument(
-        "--journal",
-        type=seconds,
-        default=Options.journal,
-        metavar="SECONDS",
-        help="how often what is written is synced and noted for --resume (default: 15; 0: never)",
-    )
-    group.add_argument("--force", action="store_true", help="replace an existing output")
-    group.add_argument("--no-metadata", action="store_true", help="don't write the recipe into the output's metadata")
-    group.add_argument("--verify", action="store_true", help="read the output back and compute it again to compare")
-    group.add_argument(
-        "--on-nonfinite", choices=NONFINITE_POLICIES, default="warn", help="infinite values and NaN (default: warn)"
-    )
-    group.add_argument("--hash", action="store_true", help="write the output's sha256 beside it, to OUT.sha256")
-    group.add_argument("--hash-inputs", action="store_true", help="put the inputs' sha256 into the output's metadata")
+    _add_group(group, "what to write and to show")
     group.add_argument("--dry-run", action="store_true", help="show the plan and stop")
     group.add_argument("--report", type=a_path, metavar="FILE.json", help="write how it went as JSON")
     group.add_argument("--json", action="store_true", help="with plan: print it as JSON")
@@ -156,52 +129,50 @@ def a_path(text: str) -> Path:
     return Path(not_empty(text))
 
 
-def size(text: str) -> int:
-    """A size for argparse, which wants a ValueError for what is none."""
-    try:
-        return parse_size(text)
-    except RecipeError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def _add_group(group: argparse._ArgumentGroup, name: Group) -> None:
+    """The options of this group, as `Options` tells them."""
+    add_options(group, *(typed.name for typed in typed_options() if typed.group == name))
 
 
-def seconds(text: str) -> float:
-    """A number of seconds that is not negative."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1e6:
-        raise argparse.ArgumentTypeError(f"expected a number of seconds, found {text!r}")
-    return value
+def add_options(group: argparse._ActionsContainer, *names: str) -> None:
+    """Arguments for these options, in the order of `Options`."""
+    for typed in typed_options():
+        if typed.name in names:
+            _add_option(group, typed)
 
 
-def positive(text: str) -> int:
-    """A whole number of at least one."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
-    return int(text)
+def _add_option(group: argparse._ActionsContainer, typed: Typed) -> None:
+    """An argument for an option."""
+    if typed.is_flag:
+        action = "store_false" if typed.default else "store_true"
+        group.add_argument(typed.flag, dest=typed.name, action=action, default=typed.default, help=typed.help)
+    elif typed.words:
+        group.add_argument(typed.flag, choices=list(typed.words), default=_word(typed), help=typed.help)
+    else:
+        parse = worded(typed.parse or str)
+        group.add_argument(typed.flag, type=parse, default=typed.default, metavar=typed.metavar, help=typed.help)
+
+
+def _word(typed: Typed) -> str | None:
+    """The word for the option's default."""
+    return next((word for word, value in typed.words.items() if value == typed.default), None)
+
+
+def worded(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A parser for argparse, which has an error of its own for what can't be parsed."""
+
+    def parsed(text: str) -> Any:  # noqa: ANN401
+        try:
+            return parse(text)
+        except RecipeError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parsed
 
 
 def options_from(arguments: argparse.Namespace) -> Options:
     """How to run, from the command line; what is not asked for is as an output was made that is to be made again."""
-    options = Options(
-        device=arguments.device,
-        compute_dtype=COMPUTE_DTYPES.get(arguments.compute_dtype),
-        max_ram=arguments.max_ram,
-        max_vram=arguments.max_vram,
-        threads=arguments.threads,
-        io=arguments.io,
-        shard_size=arguments.shard_size,
-        force=arguments.force,
-        sync=not arguments.no_sync,
-        metadata=not arguments.no_metadata,
-        verify=arguments.verify,
-        on_nonfinite=arguments.on_nonfinite,
-        hash=arguments.hash,
-        hash_inputs=arguments.hash_inputs,
-        resume=arguments.resume,
-        journal=arguments.journal,
-    )
+    options = Options(**{typed.name: typed.value(getattr(arguments, typed.name)) for typed in typed_options()})
     return recorded_from(arguments).options(options) if arguments.recipe_from_metadata else options
 
 

@@ -1,16 +1,19 @@
-"""How a merge is to be run: everything that is not part of what is merged."""
+"""How a merge is to be run: everything that is not part of what is merged.
+
+Each option is told once, as a field of `Options`: its value, its help, and how it is typed. The command line, the
+keywords of `streammerge.merge` and the documentation follow from that.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Final, TypedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Final, Literal
 
 from streammerge.compute.machine import IoMode
 from streammerge.errors import RecipeError
-from streammerge.recipe.parse import MissingPolicy, ShapePolicy
-from streammerge.report import NonfinitePolicy
+from streammerge.report import NONFINITE_POLICIES, NonfinitePolicy
 from streammerge.tensors import DTYPES, DType
 
 COMPUTE_DTYPES: Final[Mapping[str, DType]] = {
@@ -32,36 +35,6 @@ _UNITS: Final = {
 _SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """The bounds and the manner of a run. Sizes are in bytes; None leaves the choice to streammerge.
-
-    Every `journal` seconds what is written is synced and written down, so that `resume` can go on with it; 0: never.
-    """
-
-    device: str = "cpu"
-    compute_dtype: DType | None = None
-    max_ram: int | None = None
-    max_vram: int | None = None
-    threads: int | None = None
-    io: IoMode = "auto"
-    shard_size: int | None = None
-    force: bool = False
-    sync: bool = True
-    metadata: bool = True
-    verify: bool = False
-    on_nonfinite: NonfinitePolicy = "warn"
-    hash: bool = False
-    hash_inputs: bool = False
-    resume: bool = False
-    journal: float = 15.0
-
-    @property
-    def torch_must_check(self) -> bool:
-        """Whether only torch can tell if a device is there, or how much it leaves of a bound on memory."""
-        return self.device != "cpu" or self.max_ram is not None or self.max_vram is not None
-
-
 def parse_size(text: str) -> int:
     """Bytes from `512MB`, `2GiB`, `1.5G` or a plain number; powers of 1000 unless the unit has an i."""
     match = _SIZE.fullmatch(text)
@@ -72,42 +45,120 @@ def parse_size(text: str) -> int:
     return size
 
 
-class OptionArguments(TypedDict, total=False):
-    """The command line's options. Sizes are bytes, or text such as "512MB"; the first five change the recipe's keys."""
-
-    dtype: str
-    layout: str
-    on_shape_mismatch: ShapePolicy
-    on_missing: MissingPolicy
-    seed: int
-    device: str
-    compute_dtype: str
-    max_ram: int | str
-    max_vram: int | str
-    threads: int
-    io: IoMode
-    shard_size: int | str
-    force: bool
-    sync: bool
-    metadata: bool
-    verify: bool
-    on_nonfinite: NonfinitePolicy
-    hash: bool
-    hash_inputs: bool
-    resume: bool
-    journal: float
+def parse_seconds(text: str) -> float:
+    """A number of seconds that is not negative."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1e6:
+        raise RecipeError(f"expected a number of seconds, found {text!r}")
+    return value
 
 
-RECIPE_KEYS = ("dtype", "layout", "on_shape_mismatch", "on_missing", "seed")
+def parse_positive(text: str) -> int:
+    """A whole number of at least one."""
+    if not text.isdecimal() or int(text) < 1:
+        raise RecipeError(f"expected a whole number of at least 1, found {text!r}")
+    return int(text)
+
+
+Group = Literal["how to run", "what to write and to show"]
+
+
+@dataclass(frozen=True, slots=True)
+class Typed:
+    """How an option is typed: `parse` makes its value of a word, `words` are all there are; without either, a flag."""
+
+    name: str
+    default: Any
+    group: Group
+    help: str
+    metavar: str = ""
+    parse: Callable[[str], Any] | None = None
+    words: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def flag(self) -> str:
+        """`--name`, or `--no-name` of what is on unless it is turned off."""
+        return f"--{'no-' if self.default is True else ''}{self.name.replace('_', '-')}"
+
+    @property
+    def is_flag(self) -> bool:
+        """Whether it is typed without a value."""
+        return self.parse is None and not self.words
+
+    def value(self, given: Any) -> Any:  # noqa: ANN401
+        """The option's value of what a program gives: a word stands for what it means when it is typed."""
+        if not isinstance(given, str):
+            return given
+        if self.words and given not in self.words:
+            raise RecipeError(f"{self.name} must be one of {', '.join(self.words)}, found {given!r}")
+        return self.words[given] if self.words else self.parse(given) if self.parse else given
+
+
+def option(default: Any, help: str, group: Group = "how to run", **typed: Any) -> Any:  # noqa: ANN401
+    """A field of `Options`."""
+    return field(default=default, metadata={"default": default, "help": help, "group": group, **typed})
+
+
+def written(default: Any, help: str, **typed: Any) -> Any:  # noqa: ANN401
+    """A field of `Options` that is about the output."""
+    return option(default, help, "what to write and to show", **typed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The bounds and the manner of a run. Sizes are in bytes; None leaves the choice to streammerge.
+
+    Every `journal` seconds what is written is synced and written down, so that `resume` can go on with it; 0: never.
+    """
+
+    device: str = option("cpu", "(default: cpu)", parse=str, metavar="auto|cpu|cuda|cuda:N|mps|xpu")
+    compute_dtype: DType | None = option(None, "of the arithmetic (default: fp32 or better)", words=COMPUTE_DTYPES)
+    max_ram: int | None = option(None, "bound of the whole process, such as 512MB", parse=parse_size, metavar="SIZE")
+    max_vram: int | None = option(None, "bound of the buffers on the device", parse=parse_size, metavar="SIZE")
+    threads: int | None = option(
+        None, "workers (default: the cores, within the RAM)", parse=parse_positive, metavar="N"
+    )
+    io: IoMode = option("auto", "how inputs are read", words={word: word for word in ("auto", "mmap", "pread")})
+    sync: bool = option(True, "don't wait for the disk at the end")
+    shard_size: int | None = written(
+        None, "write shards of at most this size, and an index", parse=parse_size, metavar="SIZE"
+    )
+    resume: bool = written(False, "continue an interrupted merge")
+    journal: float = written(
+        15.0,
+        "how often what is written is synced and noted for --resume (default: 15; 0: never)",
+        parse=parse_seconds,
+        metavar="SECONDS",
+    )
+    force: bool = written(False, "replace an existing output")
+    metadata: bool = written(True, "don't write the recipe into the output's metadata")
+    verify: bool = written(False, "read the output back and compute it again to compare")
+    on_nonfinite: NonfinitePolicy = written(
+        "warn", "infinite values and NaN (default: warn)", words={word: word for word in NONFINITE_POLICIES}
+    )
+    hash: bool = written(False, "write the output's sha256 beside it, to OUT.sha256")
+    hash_inputs: bool = written(False, "put the inputs' sha256 into the output's metadata")
+
+    @property
+    def torch_must_check(self) -> bool:
+        """Whether only torch can tell if a device is there, or how much it leaves of a bound on memory."""
+        return self.device != "cpu" or self.max_ram is not None or self.max_vram is not None
+
+
+def typed_options() -> Iterator[Typed]:
+    """Every option, as it is typed."""
+    return (Typed(entry.name, **entry.metadata) for entry in fields(Options))
+
+
+RECIPE_KEYS: Final = ("dtype", "layout", "on_shape_mismatch", "on_missing", "seed")
 """Options that change a recipe's own keys."""
 
 
-def as_options(options: Mapping[str, Any]) -> Options:
-    """Options from keywords; TypeError for an unknown one."""
-    chosen = {name: value for name, value in options.items() if name not in RECIPE_KEYS}
-    for name in ("max_ram", "max_vram", "shard_size"):
-        if isinstance(chosen.get(name), str):
-            chosen[name] = parse_size(chosen[name])
-    if chosen.get("compute_dtype") is not None:
-        chosen["compute_dtype"] = COMPUTE_DTYPES[chosen["compute_dtype"]]
-    return Options(**chosen)
+def as_options(given: Mapping[str, Any]) -> Options:
+    """Options from keywords; TypeError for an unknown one, RecipeError for a word that is none of an option's."""
+    typed = {entry.name: entry for entry in typed_options()}
+    chosen = {name: value for name, value in given.items() if name not in RECIPE_KEYS}
+    return Options(**{name: typed[name].value(value) if name in typed else value for name, value in chosen.items()})
