@@ -479,6 +479,8 @@ def test_values_that_are_no_numbers_are_told(folder, run):
         "nonfinite": 2,
         "overflowed": 1,
         "saturated": 0,
+        "vanished": 0,
+        "elements": 0,
         "largest": pytest.approx(4e38),
         "dtype": "float32",
         "limit": pytest.approx(3.4028235e38),

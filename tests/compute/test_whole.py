@@ -61,7 +61,7 @@ def test_a_range_is_computed_in_one_thread_and_leaves_the_number_as_it_was(paths
 
 
 def test_what_has_another_shape_is_refused(paths, tmp_path):
-    with pytest.raises(MethodError, match=r"method 'turned' gave a tensor of shape \[1\] instead of \["):
+    with pytest.raises(MethodError, match=r"method 'turned' made a block of shape \[1\] of blocks of \["):
         streammerge.merge(streammerge.turned(paths["a"], wrong=True), output=tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
 
