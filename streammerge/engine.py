@@ -1,4 +1,10 @@
-"""The program as functions: open the inputs, decide, plan, run, report."""
+"""The whole program, from what is asked for to the report.
+
+    open ─► plan ─► begin ─► copy ahead ─► work ─► verify ─► commit ─► report
+
+`planned` opens the inputs and plans; `Run` does the rest, one method for each word. Everything before `work` reads
+headers only, but for what is copied as it is: that is under way while torch is being imported.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +27,7 @@ from streammerge.plan.plan import Plan, plan_merge
 from streammerge.recipe.files import Mergeable, as_recipe
 from streammerge.recipe.options import Options, as_options
 from streammerge.recipe.recipe import Recipe
-from streammerge.report import InputFile, Report
+from streammerge.report import InputFile, Progress, Report
 from streammerge.storage.copying import Copying
 from streammerge.storage.hashing import (
     FileHashes,
@@ -37,12 +43,36 @@ from streammerge.storage.hashing import (
 )
 from streammerge.storage.journal import journal_path
 from streammerge.storage.ledger import Coverage, Entry, Ledger, Span
-from streammerge.storage.resume import Beginning, Tell, beginning
+from streammerge.storage.resume import Beginning, Bookkeeper, Tell, beginning
 from streammerge.storage.target import check_output, find_older
+from streammerge.storage.writer import OutputWriter
 from streammerge.tensors import Model
 from streammerge.version import __version__
 from streammerge.workers.confirmation import Confirmed, confirm, confirm_finished
 from streammerge.workers.machine import Machine, Watch
+
+
+def merge(recipe: Mergeable, *, output: str | os.PathLike[str], **options: Any) -> Report:  # noqa: ANN401
+    """Merge to the output file or folder and say how it went; the options are the fields of `Options`.
+
+    Sizes may be text such as "512MB"; `dtype`, `layout`, `on_shape_mismatch`, `on_missing` and `seed` change the
+    recipe. The output is complete when this returns. When it raises a MergeError, what lay at the output is as it was.
+    """
+    with saying_what_is_on_disk():
+        return run_merge(as_recipe(recipe, options), output_path(output), as_options(options))
+
+
+def make_plan(recipe: Mergeable, *, output: str | os.PathLike[str], **options: Any) -> Plan:  # noqa: ANN401
+    """What `merge` would do with the same arguments, from headers alone."""
+    with planned(as_recipe(recipe, options), output_path(output), as_options(options), replacing=True) as plan:
+        return plan
+
+
+def output_path(output: str | os.PathLike[str]) -> Path:
+    """The output's path; OutputError for an empty text, which would be taken for the folder that we are in."""
+    if os.fspath(output) == "":
+        raise OutputError("the output's name is empty", advice="Name a file, such as OUT.safetensors, or a folder.")
+    return Path(output)
 
 
 def run_merge(
@@ -64,7 +94,7 @@ def run_merge(
         planned(recipe, output, options, beside=beside) as plan,
         beginning(plan, tell) as begun,
     ):
-        return _carry_out(begun, started, watch, tell, beside)
+        return Run(begun, started, watch, tell, beside).to_report()
 
 
 def run_verification(
@@ -125,88 +155,129 @@ def claims_beside(plan: Plan) -> Claims:
     return Claims(written=(journal, *hashes))
 
 
-def _carry_out(begun: Beginning, started: float, watch: Watch | None, tell: Tell, beside: Claims) -> Report:
-    from streammerge.storage.resume import Bookkeeper
-    from streammerge.storage.writer import OutputWriter
+class Run:
+    """A plan that is being carried out: its methods are its course, in their order."""
 
-    plan = begun.plan
-    if begun.is_complete:
-        return _finish(begun, started, tell)
-    if begun.is_there:
-        return _confirm(begun, started, watch, tell)
-    for note in plan.left_notes():
-        tell(f"note: {note}")
-    older = find_older(plan.output)
-    check_output(plan, older, beside, may_exist=plan.options.force)
-    for remark in plan.merged.remarks:
-        tell(f"note: {remark}")
-    if plan.options.hash:
-        check_sidecar(plan.output, force=plan.options.force)
-    inputs = {file_key(file.path) for file in plan.inputs}
-    if strays := [path for path in older.strays if file_key(path) not in inputs]:
-        tell(f"note: {len(strays)} shards of an older output are left: {strays[0].name} …")
-    plan.check_disk(begun.present_bytes)
-    machine = Machine(plan) if plan.options.torch_must_check else None
-    writer, ledger = OutputWriter(plan.output, begun.journal), Ledger(begun.journal.contents.entry)
-    with saying_what_is_on_disk(writer.state), writer, hashing(writer, wanted=plan.options.hash) as sink:
-        copying = Copying(plan.jobs, sink, plan.new_progress(ledger.found.spans.nbytes), ledger)
-        copying.progress.findings.update(ledger.found.findings)
+    def __init__(self, begun: Beginning, started: float, watch: Watch | None, tell: Tell, beside: Claims) -> None:
+        self.begun, self.watch, self.tell, self.beside = begun, watch, tell, beside
+        self.plan, self.options = begun.plan, begun.plan.options
+        self.older = find_older(self.plan.output)
+        self.writer, self.ledger = OutputWriter(self.plan.output, begun.journal), Ledger(begun.journal.contents.entry)
+        self.machine: Machine | None = None
+        self.hashes: Sequence[FileHashes] = []
+        self.marks = [started]
+
+    def to_report(self) -> Report:
+        """The whole course, or what is left of it where an earlier run was interrupted."""
+        if self.begun.is_complete:
+            return self.finish()
+        if self.begun.is_there:
+            return self.confirm()
+        self.begin()
+        wanted = self.options.hash
+        with saying_what_is_on_disk(self.writer.state), self.writer, hashing(self.writer, wanted=wanted) as sink:
+            copying = Copying(self.plan.jobs, sink, self._progress(), self.ledger)
+            machine = self.copy_ahead(copying)
+            self.work(machine, sink, copying)
+            self.verify(machine)
+            self.commit()
+        self.write_hashes()
+        return self.report(copying)
+
+    def begin(self) -> None:
+        """See that the output may be written, and tell what the user should know before it is."""
+        plan, strays = self.plan, self._strays()
+        check_output(plan, self.older, self.beside, may_exist=self.options.force)
+        for note in (*plan.left_notes(), *plan.merged.remarks):
+            self.tell(f"note: {note}")
+        if self.options.hash:
+            check_sidecar(plan.output, force=self.options.force)
+        if strays:
+            self.tell(f"note: {len(strays)} shards of an older output are left: {strays[0].name} …")
+        plan.check_disk(self.begun.present_bytes)
+        if self.options.torch_must_check:
+            self.machine = Machine(plan)
+
+    def copy_ahead(self, copying: Copying) -> Machine:
+        """Copy what is only copied for as long as torch is being imported and the inputs are looked at again."""
         with copying.ahead():
-            machine = machine or Machine(plan)
-            check_with_library(plan)
-        marks = [started, time.perf_counter()]
-        bookkeeper = Bookkeeper(begun, writer, ledger)
-        with bookkeeper.every(plan.options.journal if begun.can_be_resumed else 0.0):
-            machine.run(sink, copying, bookkeeper.watching(watch))
-        hashes = sink.finish() if isinstance(sink, HashingWriter) else []
-        marks.append(time.perf_counter())
-        if plan.options.sync:
-            writer.sync()
-        with writer.judging():
-            if plan.options.verify:
-                writer.forget()
-                machine.check(writer.read, plan.output.path, watch)
-            for file in plan.inputs:
+            machine = self.machine = self.machine or Machine(self.plan)
+            check_with_library(self.plan)
+        self._mark()
+        return machine
+
+    def work(self, machine: Machine, sink: OutputWriter | HashingWriter, copying: Copying) -> None:
+        """Compute and write everything, note from time to time what is on the disk, and have the disk keep it."""
+        bookkeeper = Bookkeeper(self.begun, self.writer, self.ledger)
+        with bookkeeper.every(self.options.journal if self.begun.can_be_resumed else 0.0):
+            machine.run(sink, copying, bookkeeper.watching(self.watch))
+        self.hashes = sink.finish() if isinstance(sink, HashingWriter) else []
+        self._mark()
+        if self.options.sync:
+            self.writer.sync()
+
+    def verify(self, machine: Machine) -> None:
+        """Judge the output: computed again if that is wanted, of inputs that have not changed, whole."""
+        with self.writer.judging():
+            if self.options.verify:
+                self.writer.forget()
+                machine.check(self.writer.read, self.plan.output.path, self.watch)
+            for file in self.plan.inputs:
                 file.check_unchanged()
-            check_output(plan, older, beside, may_exist=plan.options.force)
-            writer.check()
-        writer.commit(sync=plan.options.sync, superseded=older.superseded, identity=begun.request)
-    if hashes:
-        write_sidecar(plan.output, hashes, sync=plan.options.sync)
-    marks.append(time.perf_counter())
-    return report_of(plan, marks, copying, machine, hashes)
+            check_output(self.plan, self.older, self.beside, may_exist=self.options.force)
+            self.writer.check()
 
+    def commit(self) -> None:
+        """Give the output its name."""
+        self.writer.commit(sync=self.options.sync, superseded=self.older.superseded, identity=self.begun.request)
 
-def _finish(begun: Beginning, started: float, tell: Tell) -> Report:
-    """Put in place what an earlier run has written, all of it."""
-    plan = begun.plan
-    begun.finish()
-    tell("resumed: everything was written already, and has been put in place")
-    hashes = hash_output(plan.output) if plan.options.hash else []
-    if hashes:
-        write_sidecar(plan.output, hashes, sync=plan.options.sync)
-    return _report_of_nothing(plan, started, begun.journal.contents.entry, hashes)
+    def write_hashes(self) -> None:
+        """Write the output's hashes beside it, if they are wanted."""
+        if self.hashes:
+            write_sidecar(self.plan.output, self.hashes, sync=self.options.sync)
 
+    def report(self, copying: Copying) -> Report:
+        """Say how it went."""
+        self._mark()
+        return report_of(self.plan, self.marks, copying, self.machine, self.hashes)
 
-def _confirm(begun: Beginning, started: float, watch: Watch | None, tell: Tell) -> Report:
-    """Make sure that the output, which is in place, is what the merge would write; give it hashes if it has none."""
-    plan = begun.plan
-    confirmed = confirm_finished(plan, watch)
-    tell(f"nothing to do: the output is there already; {confirmed}")
-    hashes = hash_output(plan.output) if plan.options.hash else []
-    if hashes and not is_in_sidecar(plan.output, hashes):
-        check_sidecar(plan.output, force=plan.options.force)
-        write_sidecar(plan.output, hashes, sync=plan.options.sync)
-    whole = Entry(Coverage(Span(number, 0, file.nbytes) for number, file in enumerate(plan.output.files)))
-    return _report_of_nothing(plan, started, whole, hashes)
+    def finish(self) -> Report:
+        """Put in place what an earlier run has written, all of it."""
+        self.begun.finish()
+        self.tell("resumed: everything was written already, and has been put in place")
+        self.hashes = hash_output(self.plan.output) if self.options.hash else []
+        self.write_hashes()
+        return self._report_of_nothing(self.begun.journal.contents.entry)
 
+    def confirm(self) -> Report:
+        """Make sure that the output, which is in place, is what would be written; give it hashes if it has none."""
+        confirmed = confirm_finished(self.plan, self.watch)
+        self.tell(f"nothing to do: the output is there already; {confirmed}")
+        self.hashes = hash_output(self.plan.output) if self.options.hash else []
+        if self.hashes and not is_in_sidecar(self.plan.output, self.hashes):
+            check_sidecar(self.plan.output, force=self.options.force)
+            self.write_hashes()
+        whole = Coverage(Span(number, 0, file.nbytes) for number, file in enumerate(self.plan.output.files))
+        return self._report_of_nothing(Entry(whole))
 
-def _report_of_nothing(plan: Plan, started: float, there: Entry, hashes: list[FileHashes]) -> Report:
-    """The report of a merge of which all was there."""
-    from streammerge.storage.writer import OutputWriter
+    def _report_of_nothing(self, there: Entry) -> Report:
+        """The report of a merge of which all was there."""
+        self.marks *= 3
+        return self.report(Copying((), self.writer, self.plan.new_progress(), Ledger(there)))
 
-    nothing = Copying((), OutputWriter(plan.output), plan.new_progress(), Ledger(there))
-    return report_of(plan, [started] * 3 + [time.perf_counter()], nothing, None, hashes)
+    def _progress(self) -> Progress:
+        """What an interrupted run has done counts as done."""
+        progress = self.plan.new_progress(self.ledger.found.spans.nbytes)
+        progress.findings.update(self.ledger.found.findings)
+        return progress
+
+    def _strays(self) -> list[Path]:
+        """Shards of an older output that nothing is going to replace, and that are none of the inputs."""
+        inputs = {file_key(file.path) for file in self.plan.inputs}
+        return [path for path in self.older.strays if file_key(path) not in inputs]
+
+    def _mark(self) -> None:
+        self.marks.append(time.perf_counter())
 
 
 def report_of(
@@ -247,28 +318,3 @@ def hashes_by_file(plan: Plan, hashes: Sequence[FileHashes]) -> Mapping[str, Map
         str(file.path): {"sha256": found.sha256, "tensors": found.tensors}
         for file, found in zip(plan.output.files, hashes, strict=False)
     }
-
-
-def merge(recipe: Mergeable, *, output: str | os.PathLike[str], **options: Any) -> Report:  # noqa: ANN401
-    """Merge to the output file or folder and say how it went; the options are the fields of `Options`.
-
-    Sizes may be text such as "512MB"; `dtype`, `layout`, `on_shape_mismatch`, `on_missing` and `seed` change the
-    recipe.
-
-    The output is complete when this returns. When it raises a MergeError, what lay at the output is as it was.
-    """
-    with saying_what_is_on_disk():
-        return run_merge(as_recipe(recipe, options), output_path(output), as_options(options))
-
-
-def make_plan(recipe: Mergeable, *, output: str | os.PathLike[str], **options: Any) -> Plan:  # noqa: ANN401
-    """What `merge` would do with the same arguments, from headers alone."""
-    with planned(as_recipe(recipe, options), output_path(output), as_options(options), replacing=True) as plan:
-        return plan
-
-
-def output_path(output: str | os.PathLike[str]) -> Path:
-    """The output's path; OutputError for an empty text, which would be taken for the folder that we are in."""
-    if os.fspath(output) == "":
-        raise OutputError("the output's name is empty", advice="Name a file, such as OUT.safetensors, or a folder.")
-    return Path(output)

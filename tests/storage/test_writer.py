@@ -461,7 +461,9 @@ def test_a_refusal_of_the_system_is_an_error_that_names_the_output(tmp_path, pat
         return whole(path, flags, *arguments, **options)
 
     monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(OutputError, match=r"out.safetensors: can't be written: Permission denied\n  Choose another folder"):
+    with pytest.raises(
+        OutputError, match=r"out.safetensors: can't be written: Permission denied\n  Choose another folder"
+    ):
         merge(paths, tmp_path / "out.safetensors")
     monkeypatch.undo()
     assert digests(tmp_path) == before
