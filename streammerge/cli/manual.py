@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from streammerge.methods.contract import Parameter
-from streammerge.methods.registry import BlockMethod, GramMethod, LinearMethod, Method, WholeMethod
+from streammerge.methods.registry import BlockMethod, GramMethod, LinearMethod, Method, Statistics, WholeMethod
 
 BLOCK_BYTES = "1 MB"
 """What a block takes in float32."""
@@ -53,13 +53,13 @@ def parameter_text(parameter: Parameter) -> str:
 def passes(method: Method) -> str:
     """How often the inputs are read."""
     match method:
-        case BlockMethod(passes=0) | LinearMethod() | WholeMethod():
+        case BlockMethod(statistics=Statistics(passes=wanted, scope=scope)) if wanted:
+            of_model = {"model": " over the whole model", "tensor": ""}.get(scope, "")
+            if method.parameter_names & {scope}:
+                of_model = f" over the whole model with {scope}=model"
+            return f"up to {1 + wanted}: {wanted} for statistics{of_model}, one that writes"
+        case BlockMethod() | LinearMethod() | WholeMethod():
             return "1"
-        case BlockMethod():
-            of_model = {"model": " over the whole model", "tensor": ""}.get(method.scope, "")
-            if method.parameter_names & {method.scope}:
-                of_model = f" over the whole model with {method.scope}=model"
-            return f"up to {1 + method.passes}: {method.passes} for statistics{of_model}, one that writes"
         case _:
             return "2: one for inner products, one that writes"
 
@@ -71,9 +71,9 @@ def memory(method: Method) -> str:
             return f"per worker two blocks of {BLOCK_BYTES}, however many models"
         case GramMethod():
             return f"per worker a block of {BLOCK_BYTES} of every input"
-        case BlockMethod():
-            unit = f"a block of {BLOCK_BYTES}" + ", or a row where one is longer," * (method.rows is not None)
-            more = f"{method.temporaries_each} more per input, {method.temporaries} beside"
+        case BlockMethod(needs=needs):
+            unit = f"a block of {BLOCK_BYTES}" + ", or a row where one is longer," * (needs.rows is not None)
+            more = f"{needs.temporaries_each} more per input, {needs.temporaries} beside"
             return f"per worker {unit} of every input, {more}"
         case WholeMethod():
             beside = " and matrices of its shorter side, which the plan counts" if method.held else ""

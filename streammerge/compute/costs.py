@@ -30,7 +30,7 @@ from streammerge.tensors import DTYPES, DType, TensorInfo
 
 def lane_bytes(node: Node, info: TensorInfo, compute: DType) -> int:
     """What a lane needs for this tensor beside its mapped windows: slots, stored blocks, a method's temporaries."""
-    by_piece = isinstance(node, ByBlock) and not node.method.rows
+    by_piece = isinstance(node, ByBlock) and not node.method.needs.rows
     elements = min(PIECE if by_piece else BLOCK, info.elements)
     size = compute.bits // 8
     blocks = slots(node) * elements
@@ -38,7 +38,8 @@ def lane_bytes(node: Node, info: TensorInfo, compute: DType) -> int:
         if isinstance(part, ByBlock):
             # rows are given beside the blocks that they are cut from and cut into, and may be longer than these
             rows = row_elements(part)
-            temporaries = part.method.temporaries + part.method.temporaries_each * len(part.inputs)
+            needs = part.method.needs
+            temporaries = needs.temporaries + needs.temporaries_each * len(part.inputs)
             blocks += temporaries * max(min(PIECE, elements), rows) + (len(part.inputs) + 2) * rows
             blocks += 0 if part is node else elements
         elif isinstance(part, ByGram):
@@ -51,9 +52,9 @@ def lane_bytes(node: Node, info: TensorInfo, compute: DType) -> int:
 
 def row_elements(node: ByBlock) -> int:
     """How many elements of whole rows a method is given at once, its halo's too; 0 if it takes blocks as they come."""
-    if node.method.rows is None or not node.info.elements:
+    if node.method.needs.rows is None or not node.info.elements:
         return 0
-    width, halo = Slicing.of(node.info.shape, node.method.rows).width, node.method.halo
+    width, halo = Slicing.of(node.info.shape, node.method.needs.rows).width, node.method.needs.halo
     own = max(min(BLOCK if halo else PIECE, node.info.elements), width)
     return min(own + 2 * halo * width, max(node.info.elements, own))
 
@@ -75,7 +76,7 @@ def _held_by(node: Applied) -> int:
             # products, as many on their way at the most, and coefficients
             return 0 if slices is None else Slicing.of(node.info.shape, slices).count * 8 * inputs * (2 * inputs + 1)
         case ByBlock():
-            return node.method.held(_measured(node), node.parameters) if node.method.held else 0
+            return node.method.held(_measured(node), node.parameters)
 
 
 def _measured(node: ByBlock) -> Target:
@@ -160,15 +161,15 @@ def piece_elements(node: Node) -> int:
     """How many elements are computed at once: a block; for a method a piece of one, whole rows, or the whole tensor."""
     if isinstance(node, ByWhole):
         return max(node.info.elements, 1)
-    if isinstance(node, ByBlock) and node.method.rows:
+    if isinstance(node, ByBlock) and node.method.needs.rows:
         width = max(row_width(node), 1)
-        return max((BLOCK if node.method.halo else PIECE) // width, 1) * width  # the more, the less a halo weighs
+        return max((BLOCK if node.method.needs.halo else PIECE) // width, 1) * width  # the more, the less a halo weighs
     return PIECE if isinstance(node, ByBlock) else BLOCK
 
 
 def row_width(node: ByBlock) -> int:
     """How many elements a row has, for a method that is given whole rows."""
-    return Slicing.of(node.info.shape, node.method.rows or "rows").width
+    return Slicing.of(node.info.shape, node.method.needs.rows or "rows").width
 
 
 def piece_count(node: Node) -> int:
@@ -210,7 +211,7 @@ WINDOW_BYTES: Final = 32 << 20
 
 def write_step(node: Node) -> int:
     """How many elements are written at once: what a method makes at once, else a block."""
-    return piece_elements(node) if isinstance(node, ByBlock) and not node.method.rows else BLOCK
+    return piece_elements(node) if isinstance(node, ByBlock) and not node.method.needs.rows else BLOCK
 
 
 LEAST_STEP: Final = 2**13
@@ -235,4 +236,4 @@ def needs_statistics(node: Node) -> bool:
 
 def needs_float64(node: Node) -> bool:
     """Whether a method computes in float64 on the device, whatever the compute dtype is."""
-    return isinstance(node, ByGram) or (isinstance(node, ByBlock) and node.method.float64)
+    return isinstance(node, ByGram) or (isinstance(node, ByBlock) and node.method.needs.float64)

@@ -83,7 +83,7 @@ class Evaluator:
             # there are no decompositions and transforms of 16 bits
             least = torch.promote_types(self.dtype, torch.float32)
             return [values.to("cpu", least).reshape(node.info.shape) for values in whole]
-        if isinstance(node, ByBlock) and node.method.rows:
+        if isinstance(node, ByBlock) and node.method.needs.rows:
             return self._rows(node, start, stop, slot)
         stop = min(start + part, stop) if part else stop
         return [self.values(child, start, stop, slot + place) for place, child in enumerate(node.inputs)]
@@ -96,12 +96,12 @@ class Evaluator:
     def _method(self, node: ByBlock, piece: int, slot: int) -> torch.Tensor:
         """What the method makes of a piece of its inputs."""
         place, statistics = target_of(node).place(piece), self.statistics.get(id(node))
-        inputs = self._with_halo(node, place.start, slot) if node.method.halo else self._inputs(node, piece, slot)
+        inputs = self._with_halo(node, place.start, slot) if node.method.needs.halo else self._inputs(node, piece, slot)
         self._suspect(inputs)
         made = node.method.compute(place, inputs, node.parameters, statistics)
-        if not node.method.halo:
+        if not node.method.needs.halo:
             return made
-        above = min(place.start // row_width(node), node.method.halo)
+        above = min(place.start // row_width(node), node.method.needs.halo)
         return made[above : above + min(piece_elements(node), node.info.elements - place.start) // row_width(node)]
 
     def _suspect(self, inputs: Sequence[torch.Tensor]) -> None:
@@ -110,7 +110,7 @@ class Evaluator:
 
     def _with_halo(self, node: ByBlock, start: int, slot: int) -> list[torch.Tensor]:
         """The rows of every input that begin at this element, and the method's halo of rows on both sides."""
-        halo = node.method.halo * row_width(node)
+        halo = node.method.needs.halo * row_width(node)
         stop = min(start + piece_elements(node), node.info.elements)
         return self._rows(node, max(start - halo, 0), min(stop + halo, node.info.elements), slot)
 

@@ -20,8 +20,8 @@ from streammerge.compute.rounding import rounded
 from streammerge.errors import MethodError
 from streammerge.formats.readers import PositionalReader
 from streammerge.methods.place import Target
-from streammerge.methods.registry import Pass
 from streammerge.methods.statistics.gram import Gram, GramPass
+from streammerge.methods.statistics.passes import Pass
 from streammerge.methods.statistics.slices import SliceGramPass, SliceGrams, Slicing
 from streammerge.tensors import DType
 
@@ -59,7 +59,7 @@ class Survey:
     @property
     def bulky(self) -> bool:
         """Whether the measure of a block is a good part of its size."""
-        return any(getattr(step, "bulky", False) for _, step in self.passes.values())
+        return any(step.bulky for _, step in self.passes.values())
 
     @property
     def blocks(self) -> int:
@@ -74,7 +74,7 @@ class Survey:
     def measure(self, evaluator: Evaluator, block: int) -> dict[int, Any]:
         """What the current passes want to know of one block, those whose tensor has it."""
         found = {
-            key: step.measure(block, evaluator.inputs(node, block, getattr(step, "part", None)))
+            key: step.measure(block, evaluator.inputs(node, block, step.part))
             for key, (node, step) in self.passes.items()
             if block < piece_count(node)
         }
@@ -124,7 +124,8 @@ def _first_step(node: Applied, *, wide: bool) -> Any:  # noqa: ANN401  (a pass, 
             raise RuntimeError("statistics of a whole model have to be taken before those of its tensors")
         case ByBlock():
             target = replace(target_of(node), wide=wide)
-            return node.method.statistics(target, node.parameters) if node.method.statistics else None
+            statistics = node.method.statistics
+            return statistics.begin(target, node.parameters) if statistics else None
 
 
 def _coefficients(node: ByGram, found: Gram | SliceGrams) -> Any:  # noqa: ANN401
@@ -146,10 +147,8 @@ def _measured_below(node: Node) -> Iterator[Node]:
     return (part for part in walk(node) if isinstance(part, Applied) and part is not node)
 
 
-class WholePass:
+class WholePass(Pass[torch.Tensor]):
     """A pass that computes a whole tensor: the only one that gets the tensor's elements all at once."""
-
-    ordered = False
 
     def __init__(self, node: ByWhole) -> None:
         self.node = node
@@ -216,7 +215,7 @@ class TogetherSurvey:
         target = Target("", (elements,), count, seed, step, parts=tuple(parts), wide=wide, within=within)
         assert first.method.statistics is not None
         self.step: Pass[Any] | None = None
-        self._take(first.method.statistics(target, first.parameters))
+        self._take(first.method.statistics.begin(target, first.parameters))
 
     @property
     def complete(self) -> bool:
@@ -231,7 +230,7 @@ class TogetherSurvey:
     @property
     def bulky(self) -> bool:
         """Whether the measure of a block is a good part of its size."""
-        return getattr(self.step, "bulky", False)
+        return self.step is not None and self.step.bulky
 
     @property
     def step_elements(self) -> int:
@@ -248,7 +247,7 @@ class TogetherSurvey:
         assert self.step is not None
         number = bisect.bisect_right(self.first_blocks, block) - 1
         member = self.together.members[number]
-        part = getattr(self.step, "part", None)
+        part = self.step.part
         own = Evaluator(evaluator.lane, self._dtype(member), {})
         return self.step.measure(block, own.inputs(member, block - self.first_blocks[number], part))
 

@@ -24,12 +24,15 @@ from streammerge.methods.registry import (
     BlockMethod,
     GramMethod,
     LinearMethod,
+    Needs,
     Quotient,
+    Statistics,
     WholeMethod,
     find_method,
     method,
 )
 from streammerge.methods.statistics.gram import Gram
+from streammerge.methods.statistics.passes import Pass
 
 __all__ = [
     "METHODS",
@@ -38,10 +41,13 @@ __all__ = [
     "Gram",
     "GramMethod",
     "LinearMethod",
+    "Needs",
+    "Pass",
     "PerModel",
     "Place",
     "Quotient",
     "Share",
+    "Statistics",
     "Target",
     "WholeMethod",
     "agreement",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from streammerge.errors import MethodError
 from streammerge.methods.contract import Between, ParameterValue, Share
 from streammerge.methods.place import Place, Target
-from streammerge.methods.registry import BlockMethod, method
+from streammerge.methods.registry import BlockMethod, Needs, Statistics, method
 from streammerge.methods.sparse import summed
 from streammerge.methods.statistics.ranking import begin_ranking
 from streammerge.methods.statistics.ranks import Cut, Ranking
@@ -97,10 +97,8 @@ def selected(cut: Cut, block: int, inputs: Sequence[Tensor]) -> Tensor:
 @method(
     BlockMethod,
     base="required",
-    statistics=sce_statistics,
-    passes=4,
-    temporaries=8,
-    float64=True,
+    statistics=Statistics(sce_statistics, passes=4),
+    needs=Needs(temporaries=8, float64=True),
 )
 def sce(
     base: Tensor, *models: Tensor, select_topk: Share = 1.0, place: Place, statistics: tuple[Cut, Sequence[float]]
@@ -128,7 +126,7 @@ def sce(
 # RAM
 
 
-@method(BlockMethod, base="required", temporaries=6)
+@method(BlockMethod, base="required", needs=Needs(temporaries=6))
 def ram(base: Tensor, *models: Tensor, epsilon: Positive = 1e-5) -> Tensor:
     """θ = θ₀ + Σᵢ nᵢ (θᵢ − θ₀) / max(Σᵢ nᵢ, 1),   nᵢ = [|θᵢ − θ₀| > ε]
 
@@ -166,7 +164,7 @@ def ram_boosts(target: Target, parameters: Parameters) -> SumPass:
     return SumPass(2 * (target.inputs - 1), counts, boosts)
 
 
-@method(BlockMethod, base="required", statistics=ram_boosts, passes=1, temporaries=6)
+@method(BlockMethod, base="required", statistics=Statistics(ram_boosts, passes=1), needs=Needs(temporaries=6))
 def ramplus_tl(
     base: Tensor,
     *models: Tensor,
@@ -192,7 +190,7 @@ def ramplus_tl(
 # the largest
 
 
-@method(BlockMethod, base="required", temporaries=6)
+@method(BlockMethod, base="required", needs=Needs(temporaries=6))
 def magmax(base: Tensor, *models: Tensor, lambda_: float = 0.5) -> Tensor:
     """θ = θ₀ + λ (θⱼ − θ₀),   j = argmaxᵢ |θᵢ − θ₀|
 
@@ -234,12 +232,9 @@ def emr_scales(target: Target, parameters: Parameters) -> Any:  # noqa: ANN401
 @method(
     BlockMethod,
     base="required",
-    statistics=emr_scales,
-    passes=1,
-    scope="model",
-    statistics_of=("task",),
     check=check_task,
-    temporaries=7,
+    statistics=Statistics(emr_scales, passes=1, scope="model", of=("task",)),
+    needs=Needs(temporaries=7),
 )
 def emr(base: Tensor, *models: Tensor, task: Count = 0, statistics: Sequence[float] | None) -> Tensor:
     """θ = θ₀ + τ, or for a task θ = θ₀ + sₜ mₜ τ;   τ: of those with the sign of Σᵢ τᵢ the largest, τᵢ = θᵢ − θ₀
@@ -262,7 +257,7 @@ def tall_masks(deltas: Sequence[Tensor], threshold: float) -> tuple[Tensor, list
     return total, [delta.abs() > (total - delta).abs().mul_(threshold) for delta in deltas]
 
 
-@method(BlockMethod, base="required", check=check_task, temporaries=6)
+@method(BlockMethod, base="required", check=check_task, needs=Needs(temporaries=6))
 def tall_mask(
     base: Tensor,
     *models: Tensor,
@@ -278,7 +273,7 @@ def tall_mask(
     return total.mul_(masks[task - 1]).mul_(lambda_).add_(base)
 
 
-@method(BlockMethod, base="required", temporaries=6)
+@method(BlockMethod, base="required", needs=Needs(temporaries=6))
 def consensus_ta(
     base: Tensor, *models: Tensor, k: Count = 2, threshold: Positive = 0.6, lambda_: float = 1.0
 ) -> Tensor:
@@ -321,12 +316,8 @@ def outside_trust_region(target: Target, parameters: Parameters) -> Any:  # noqa
 @method(
     BlockMethod,
     base="required",
-    statistics=outside_trust_region,
-    passes=2,
-    scope="scope",
-    statistics_of=("threshold_quantile",),
-    temporaries=20,
-    float64=True,
+    statistics=Statistics(outside_trust_region, passes=2, scope="scope", of=("threshold_quantile",)),
+    needs=Needs(temporaries=20, float64=True),
 )
 def trust_region(
     base: Tensor,

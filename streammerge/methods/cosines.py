@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from streammerge.methods.contract import Between, ParameterValue, Share
-from streammerge.methods.registry import BlockMethod, method
+from streammerge.methods.registry import BlockMethod, Needs, Statistics, method
+from streammerge.methods.statistics.passes import Pass
 from streammerge.methods.statistics.slices import Rectangle, Slicing
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from streammerge.methods.place import Place, Target
 
 
-@method(BlockMethod, base="required", models=(2, 2), rows="rows", temporaries=6, float64=True)
+@method(BlockMethod, base="required", models=(2, 2), needs=Needs(rows="rows", temporaries=6, float64=True))
 def extract(
     base: Tensor,
     first: Tensor,
@@ -55,7 +56,7 @@ def cosines_of_rows(one: Tensor, other: Tensor) -> Tensor:
     return dot.clamp_(-1.0, 1.0)
 
 
-class ColumnCosinePass:
+class ColumnCosinePass(Pass[Any]):
     """One pass for the cosines of all columns of two tensors; takes 24 bytes per column."""
 
     ordered = True
@@ -143,11 +144,8 @@ piece of one row, three sums of it that wait for their turn beside those that ar
 
 COLUMNS: Final[Any] = {
     "models": (2, 2),
-    "statistics": cosines_of_columns,
-    "passes": 1,
-    "held": held_by_columns,
-    "temporaries": SUMS,
-    "float64": True,
+    "statistics": Statistics(cosines_of_columns, passes=1, held=held_by_columns),
+    "needs": Needs(temporaries=SUMS, float64=True),
 }
 
 

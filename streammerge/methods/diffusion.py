@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from streammerge.methods.contract import ParameterValue, Share
-from streammerge.methods.registry import BlockMethod, method
+from streammerge.methods.registry import BlockMethod, Statistics, method
 from streammerge.methods.statistics.gram import Gram, GramPass
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def gram_of_all(target: Target, parameters: Mapping[str, ParameterValue]) -> Gra
     return GramPass(target.inputs)
 
 
-@method(BlockMethod, base="required", models=(2, 2), statistics=gram_of_all, passes=1)
+@method(BlockMethod, base="required", models=(2, 2), statistics=Statistics(gram_of_all, passes=1))
 def euclidean_add_difference(
     base: Tensor, first: Tensor, second: Tensor, *, alpha: Share = 0.5, statistics: Gram
 ) -> Tensor:

@@ -9,7 +9,7 @@ from streammerge.errors import MethodError
 from streammerge.methods.contract import ParameterValue, PerModel, Share
 from streammerge.methods.linear import check_weights
 from streammerge.methods.place import Place, Target
-from streammerge.methods.registry import BlockMethod, method, net
+from streammerge.methods.registry import BlockMethod, Needs, Statistics, method, net
 from streammerge.methods.sparse import divided, elect_and_sum, l1_pass
 from streammerge.methods.statistics.ranking import begin_ranking
 from streammerge.methods.statistics.ranks import Cut, Ranking
@@ -69,7 +69,9 @@ def dropped_at_random(
     ]
 
 
-@method(BlockMethod, **GTA, statistics=dare_factors, passes=1, temporaries=4, temporaries_each=2)
+@method(
+    BlockMethod, **GTA, statistics=Statistics(dare_factors, passes=1), needs=Needs(temporaries=4, temporaries_each=2)
+)
 def dare_linear(
     base: Tensor,
     *models: Tensor,
@@ -92,7 +94,9 @@ def dare_linear(
     return add_deltas(base, deltas, weight, normalize=normalize, scale=lambda_, elect=False)
 
 
-@method(BlockMethod, **GTA, statistics=dare_factors, passes=1, temporaries=4, temporaries_each=2)
+@method(
+    BlockMethod, **GTA, statistics=Statistics(dare_factors, passes=1), needs=Needs(temporaries=4, temporaries_each=2)
+)
 def dare_ties(
     base: Tensor,
     *models: Tensor,
@@ -113,7 +117,7 @@ def dare_ties(
     return add_deltas(base, deltas, weight, normalize=normalize, scale=lambda_, elect=True)
 
 
-@method(BlockMethod, base="required", temporaries=6)
+@method(BlockMethod, base="required", needs=Needs(temporaries=6))
 def dropout(
     base: Tensor,
     *models: Tensor,
@@ -184,10 +188,9 @@ def band_ranks(elements: int, density: float, gamma: float) -> tuple[int, int]:
 
 BANDED: Any = {
     **GTA,
-    "statistics": breadcrumbs_cuts,
-    "passes": 2,
-    "temporaries": 10,  # measured: the heap keeps as much again as is held at once, which two workers have no room for
-    "temporaries_each": 8,
+    "statistics": Statistics(breadcrumbs_cuts, passes=2),
+    # measured: the heap keeps as much again as is held at once, which two workers have no room for
+    "needs": Needs(temporaries=10, temporaries_each=8),
 }
 
 
@@ -309,12 +312,8 @@ def della_deltas(
 
 DELLA: Any = {
     **GTA,
-    "statistics": della_factors,
-    "passes": 1,
-    "temporaries": 4,
-    "temporaries_each": 2,
-    "rows": "rows",
-    "float64": True,
+    "statistics": Statistics(della_factors, passes=1),
+    "needs": Needs(rows="rows", temporaries=4, temporaries_each=2, float64=True),
     "check": check_epsilon,
 }
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Final
 
 from streammerge.methods.contract import Between, Share
-from streammerge.methods.registry import BlockMethod, WholeMethod, method
+from streammerge.methods.registry import BlockMethod, Needs, WholeMethod, method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -241,7 +241,12 @@ TILE: Final = 2**15
 """Elements that are filtered at once, beside their halo."""
 
 
-@method(BlockMethod, base="required", models=(2, 2), rows="filters", halo=HALO, temporaries=4, temporaries_each=0)
+@method(
+    BlockMethod,
+    base="required",
+    models=(2, 2),
+    needs=Needs(rows="filters", halo=HALO, temporaries=4, temporaries_each=0),
+)
 def smooth_add(base: Tensor, first: Tensor, second: Tensor, *, alpha: float = 1.0, place: Place) -> Tensor:
     """θ = θ₁ + α G M (θ₂ − θ₀),   M: the median of 3 × 3 × … neighbours, G: a Gaussian filter with σ = 1
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from streammerge.methods.contract import ParameterValue
 from streammerge.methods.cosines import SUMS, cosines_from, sums_of_columns
-from streammerge.methods.registry import BlockMethod, method
+from streammerge.methods.registry import BlockMethod, Needs, Statistics, method
+from streammerge.methods.statistics.passes import Pass
 from streammerge.methods.statistics.slices import Slicing
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def smallest(values: Iterable[Tensor], count: int) -> list[float]:
     return found
 
 
-class LikenessPass:
+class LikenessPass(Pass[Any]):
     """One pass for the likeness of two tensors, or of each tensor of two models.
 
     It takes 24 bytes per column of the tensor at hand, and leaves 8 bytes per column of every tensor.
@@ -199,17 +200,18 @@ def compare_with_whole(target: Target, parameters: Parameters) -> LikenessPass:
     )
 
 
+def of_columns(begin: Callable[[Target, Parameters], Any]) -> Statistics:
+    """The columns' cosines, of the whole model or of each tensor."""
+    return Statistics(begin, passes=1, held=held_by_likeness, scope="scope")
+
+
 LIKENESS: Final[Any] = {
     "models": (2, 2),
-    "passes": 1,
-    "held": held_by_likeness,
-    "temporaries": SUMS,
-    "scope": "scope",
-    "float64": True,
+    "needs": Needs(temporaries=SUMS, float64=True),
 }
 
 
-@method(BlockMethod, **LIKENESS, statistics=compare_columns)
+@method(BlockMethod, **LIKENESS, statistics=of_columns(compare_columns))
 def cosine_a(
     first: Tensor,
     second: Tensor,
@@ -231,7 +233,7 @@ def cosine_a(
     return statistics.mix(first, second, statistics.own(place).directions, abs(alpha), place)
 
 
-@method(BlockMethod, **LIKENESS, statistics=compare_with_whole)
+@method(BlockMethod, **LIKENESS, statistics=of_columns(compare_with_whole))
 def cosine_b(
     first: Tensor,
     second: Tensor,
@@ -280,11 +282,8 @@ def share_by_cosine(target: Target, parameters: Parameters) -> LikenessPass:
     BlockMethod,
     base="optional",
     models=(2, 2),
-    statistics=share_by_cosine,
-    passes=1,
-    held=held_by_likeness,
-    temporaries=SUMS,
-    float64=True,
+    statistics=Statistics(share_by_cosine, passes=1, held=held_by_likeness),
+    needs=Needs(temporaries=SUMS, float64=True),
 )
 def cosine_sum(
     *inputs: Tensor,

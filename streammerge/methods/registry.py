@@ -19,7 +19,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
 
 from streammerge.errors import MethodError, RecipeError, suggestion
 from streammerge.methods.contract import GIVEN, Parameter, ParameterValue, parameters_of
@@ -51,33 +51,6 @@ MERGEKIT_PARAMETERS: Final = frozenset(
     {"weight", "density", "gamma", "epsilon", "normalize", "rescale", "lambda", "int8_mask", "embed_slerp"}
 )
 """Parameters that public recipes give to methods that don't have them: mergekit takes no notice of what is unknown."""
-
-
-Result = TypeVar("Result", covariant=True)
-
-
-@runtime_checkable
-class Pass(Protocol[Result]):
-    """One pass over a tensor: `measure` runs in any thread, `add` takes its results one at a time.
-
-    With `ordered`, results arrive in the order of the blocks, so that floating-point sums don't depend on threads. A
-    pass that has an attribute `part` is given no more than so many of the first elements of each block; one
-    with `bulky` set, whose results are a good part of a block's size, gets few blocks at a time: results wait.
-    """
-
-    ordered: bool
-
-    def measure(self, block: int, inputs: Sequence[Tensor]) -> Any:  # noqa: ANN401  (the pass's own affair)
-        """What this pass wants to know of one block of every input."""
-        ...
-
-    def add(self, block: int, measured: Any) -> None:  # noqa: ANN401
-        """Take the measure of one block into account."""
-        ...
-
-    def finish(self) -> Pass[Result] | Result:
-        """The next pass over the same tensor, or the result if this was the last."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -223,35 +196,52 @@ class GramMethod(Method):
 
 
 @dataclass(frozen=True)
-class BlockMethod(Method):
-    """The output's block is a function of the inputs' blocks, and of statistics if the method wants them.
+class Statistics:
+    """What a block method wants to know of whole tensors before it can make a block.
 
-    The function may ask for the keywords `place`, where the block lies, and `statistics`. `statistics(target,
-    parameters)` is the first pass over a tensor, or at once the result where the parameters need no pass. `passes` is
-    how many there are as a rule (a search that has to begin again makes more), `temporaries` how many blocks the
-    function and the passes hold at once beside the inputs, and `temporaries_each` how many more for every input: the
-    plan counts them.
+    `begin(target, parameters)` is the first pass over a tensor, or at once the result where the parameters need no
+    pass. `passes` is how many there are as a rule (a search that has to begin again makes more), and
+    `held(target, parameters)` what they hold in bytes, where that depends on the tensor's size. `scope` is "model"
+    where they are taken of the whole model: of all its tensors for which the parameters named in `of` are the same, as
+    if they were one; or it names a parameter that is "model" or "tensor".
+    """
+
+    begin: Callable[[Target, Mapping[str, ParameterValue]], Any]
+    passes: int = 0
+    held: Callable[[Target, Mapping[str, ParameterValue]], int] | None = None
+    scope: str = "tensor"
+    of: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a block method is given, and what it takes to make a block of that.
 
     With `rows` the blocks are whole rows: matrices of as many rows of each input as make a block, or one longer row.
     With a `halo` the function (not the statistics) is also given so many of the rows before and after, as far as there
     are any, and what it makes of these is left out: what lies further away than that has no influence on a row.
-    `held(target, parameters)` is what the statistics take in bytes, where that depends on the tensor's size.
-    `scope` is "model" where they are taken of the whole model: of all its tensors for which the parameters named in
-    `statistics_of` are the same, as if they were one; or it names a parameter that is "model" or "tensor". `float64`
-    says that the function, or every pass, computes in float64, which some devices lack.
+    `temporaries` is how many blocks the function and the passes hold at once beside the inputs, `temporaries_each` how
+    many more for every input: the plan counts them. `float64` says that the function, or every pass, computes in
+    float64, which some devices lack.
+    """
+
+    rows: Slices | None = None
+    halo: int = 0
+    temporaries: int = 14
+    temporaries_each: int = 1
+    float64: bool = False
+
+
+@dataclass(frozen=True)
+class BlockMethod(Method):
+    """The output's block is a function of the inputs' blocks, and of statistics if the method wants them.
+
+    The function may ask for the keywords `place`, where the block lies, and `statistics`.
     """
 
     function: Callable[..., Tensor] = lambda: None  # type: ignore[assignment,return-value]
-    statistics: Callable[[Target, Mapping[str, ParameterValue]], Any] | None = None
-    passes: int = 0
-    temporaries: int = 14
-    temporaries_each: int = 1
-    rows: Slices | None = None
-    halo: int = 0
-    held: Callable[[Target, Mapping[str, ParameterValue]], int] | None = None
-    scope: str = "tensor"
-    statistics_of: tuple[str, ...] = ()
-    float64: bool = False
+    statistics: Statistics | None = None
+    needs: Needs = Needs()
 
     @property
     def kind(self) -> str:
@@ -259,8 +249,19 @@ class BlockMethod(Method):
         return "block"
 
     def is_of_model(self, parameters: Mapping[str, ParameterValue]) -> bool:
-        """Whether the statistics are taken of the whole model."""
-        return parameters.get(self.scope, self.scope) == "model"
+        """Whether there are statistics, and they are taken of the whole model."""
+        if self.statistics is None:
+            return False
+        return parameters.get(self.statistics.scope, self.statistics.scope) == "model"
+
+    @property
+    def passes(self) -> int:
+        """How many passes its statistics take as a rule."""
+        return self.statistics.passes if self.statistics else 0
+
+    def held(self, target: Target, parameters: Mapping[str, ParameterValue]) -> int:
+        """What its statistics hold of a tensor, in bytes."""
+        return self.statistics.held(target, parameters) if self.statistics and self.statistics.held else 0
 
     @functools.cached_property
     def wanted(self) -> frozenset[str]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from streammerge.methods.contract import Between, ParameterValue, Share
 from streammerge.methods.place import Target
-from streammerge.methods.registry import BlockMethod, method
+from streammerge.methods.registry import BlockMethod, Needs, Statistics, method
+from streammerge.methods.statistics.passes import Pass
 from streammerge.methods.statistics.ranking import begin_ranking
 from streammerge.methods.statistics.ranks import Cut, Ranking
 from streammerge.methods.statistics.slices import Slicing
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from streammerge.methods.place import Place, Target
 
 
-@method(BlockMethod, base="required", models=(1, 1), temporaries=2)
+@method(BlockMethod, base="required", models=(1, 1), needs=Needs(temporaries=2))
 def nearswap(base: Tensor, model: Tensor, *, t: Annotated[float, Between(0)]) -> Tensor:
     """θ = θ₀ + g (θ₁ − θ₀),   g = min(t / |θ₁ − θ₀|, 1)
 
@@ -84,10 +85,8 @@ class RowScores:
         return Ranking(elements, [ranks], self.of_block, signed=True, exact=False, gather=False, then=chosen)
 
 
-class DivergencePass:
+class DivergencePass(Pass[Any]):
     """The pass that measures the divergence of every row; then the scores are ranked."""
-
-    ordered = False
 
     def __init__(self, target: Target) -> None:
         import torch
@@ -122,12 +121,9 @@ def held_by_rows(target: Target, parameters: Mapping[str, ParameterValue]) -> in
     BlockMethod,
     base="required",
     models=(1, 1),
-    statistics=begin_fusion,
-    passes=3,
-    rows="rows",
-    held=held_by_rows,
-    temporaries=20,  # measured, as those of breadcrumbs are: two workers have no room
-    float64=True,
+    statistics=Statistics(begin_fusion, passes=3, held=held_by_rows),
+    # measured, as those of breadcrumbs are: two workers have no room
+    needs=Needs(rows="rows", temporaries=20, float64=True),
 )
 def arcee_fusion(base: Tensor, model: Tensor, *, place: Place, statistics: RowScores) -> Tensor:
     """θ = θ₀ + [s ≥ Q₂ + 1.5 (Q₃ − Q₁)] (θ₁ − θ₀),   s = |θ₁ − θ₀| · KL(softmax θ₁ ‖ softmax θ₀) of the row
@@ -221,13 +217,8 @@ def interval(low: Cut, high: Cut) -> Interval:
 @method(
     BlockMethod,
     base="required",
-    statistics=pcb_contest,
-    passes=4,
-    scope="scope",
-    statistics_of=("ratio",),
-    temporaries=12,
-    temporaries_each=6,
-    float64=True,
+    statistics=Statistics(pcb_contest, passes=4, scope="scope", of=("ratio",)),
+    needs=Needs(temporaries=12, temporaries_each=6, float64=True),
 )
 def pcb(
     base: Tensor,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from streammerge.methods.contract import ParameterValue, PerModel, Share
 from streammerge.methods.linear import check_weights
-from streammerge.methods.registry import BlockMethod, method
+from streammerge.methods.registry import BlockMethod, Statistics, method
 from streammerge.methods.statistics.ranking import begin_ranking
 from streammerge.methods.statistics.ranks import Cut, Ranking
 from streammerge.methods.statistics.sums import SumPass, l1_norm
@@ -43,11 +43,8 @@ def trim_to_density(target: Target, parameters: Mapping[str, ParameterValue]) ->
 @method(
     BlockMethod,
     base="required",
-    statistics=trim_to_density,
-    passes=2,
-    scope="scope",
-    statistics_of=("density", "rescale"),
     check=check_weights,
+    statistics=Statistics(trim_to_density, passes=2, scope="scope", of=("density", "rescale")),
 )
 def ties(
     base: Tensor,

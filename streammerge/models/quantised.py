@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from streammerge.compute.expressions import ByBlock, Node, Viewed, walk
-from streammerge.methods.registry import BlockMethod
+from streammerge.methods.registry import BlockMethod, Needs
 from streammerge.models.codes import Quantised, find_quantised, split_name
 from streammerge.models.scales import spread
 from streammerge.tensors import DTYPES, Model, TensorInfo
@@ -32,7 +32,13 @@ def _multiply(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 DECODE: Final = BlockMethod(
-    "decode", (), "none", (2, 2), "θ = codes · scale", function=_multiply, temporaries=1, temporaries_each=0
+    "decode",
+    (),
+    "none",
+    (2, 2),
+    "θ = codes · scale",
+    function=_multiply,
+    needs=Needs(temporaries=1, temporaries_each=0),
 )
 
 

@@ -273,7 +273,7 @@ class _Resolution:
                 "to be measured itself",
                 advice="Write that merge to a file first, or measure each tensor alone (scope: tensor).",
             )
-        key = tuple(node.parameters[name] for name in method.statistics_of)
+        key = tuple(node.parameters[name] for name in method.statistics.of)
         together = self.together.setdefault(key, Together())
         member = self.members[node.name] = replace(node, together=together)
         together.members.append(member)

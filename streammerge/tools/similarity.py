@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from streammerge.compute.devices import find_device, open_lanes
 from streammerge.compute.expressions import ByBlock, Job, Node
 from streammerge.compute.machine import MIB, IoMode, choose_io, share_out
-from streammerge.methods.registry import BlockMethod
+from streammerge.methods.registry import BlockMethod, Statistics
 from streammerge.methods.statistics.gram import Gram, GramPass
+from streammerge.methods.statistics.passes import Pass
 from streammerge.models.adapters import adapter_text
 from streammerge.models.checkpoints import Checkpoint
 from streammerge.models.codes import Quantised, find_quantised
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class ComparingPass:
+class ComparingPass(Pass[Any]):
     """One pass for two tensors' inner products, and for whether every element is the same in both, a NaN as a NaN."""
 
     ordered = True
@@ -58,7 +59,12 @@ def are_same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 INNER_PRODUCTS = BlockMethod(
-    name="inner products", parameters=(), base="none", models=(2, 2), doc="", statistics=lambda _, __: ComparingPass()
+    name="inner products",
+    parameters=(),
+    base="none",
+    models=(2, 2),
+    doc="",
+    statistics=Statistics(lambda _, __: ComparingPass()),
 )
 """Only surveyed, never computed."""
 

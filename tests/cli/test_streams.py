@@ -92,7 +92,7 @@ def test_a_report_may_go_to_stdout(folder):
 def test_no_file_takes_the_number_of_a_stream(folder):
     """What a library writes to number 2 would be written into it."""
     code = (
-        "import os; from streammerge import streams; streams.guard_streams(); "
+        "import os; from streammerge.cli import streams; streams.guard_streams(); "
         "assert os.open('new', os.O_CREAT | os.O_RDWR) > 2"
     )
     done = subprocess.run(["bash", "-c", f'{sys.executable} -c "{code}" <&- >&- 2>&-'], check=False)

@@ -23,7 +23,8 @@ from streammerge.compute.lanes import Lane, torch_dtype
 from streammerge.compute.survey import Survey, read_range, read_stored
 from streammerge.formats.readers import PositionalReader
 from streammerge.methods import find_method
-from streammerge.methods.registry import BlockMethod
+from streammerge.methods.registry import BlockMethod, Statistics
+from streammerge.methods.statistics.passes import Pass
 from streammerge.models.decisions import Decision, Decisions
 from streammerge.models.merged import Merged
 from streammerge.models.views import placed, reshaped
@@ -202,10 +203,8 @@ def test_any_range_is_a_piece_of_the_whole(inputs, name, data):
 # ── surveys ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class LoggingPass:
+class LoggingPass(Pass[Any]):
     """A pass over a tensor that writes down what it is asked."""
-
-    ordered = False
 
     def __init__(self, name: str, log: list[str], left: int) -> None:
         self.name, self.log, self.left = name, log, left
@@ -240,8 +239,7 @@ def logged(name: str, log: list[str], passes: int, *inputs: Node) -> ByBlock:
         models=(1, None),
         doc="",
         function=add_up,
-        statistics=first,
-        passes=passes,
+        statistics=Statistics(first, passes=passes),
     )
     return ByBlock(inputs[0].info, method, {}, inputs)
 

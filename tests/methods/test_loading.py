@@ -122,7 +122,7 @@ def test_a_file_that_is_loaded_again_replaces_its_methods(own, models):
 UNFIT = '''
 import sys
 import torch
-from streammerge.methods import BlockMethod, WholeMethod, method
+from streammerge.methods import BlockMethod, Needs, Statistics, WholeMethod, method
 def interrupt():
     raise KeyboardInterrupt
 def inner(base, model):
@@ -155,8 +155,8 @@ RAISED = {
     "an interrupt": ("interrupt()", "line 6, in interrupt: KeyboardInterrupt"),
     "an end": ("next(iter(()))", "line 8, in inner: StopIteration"),
 }
-MOST_KINDS = ("BlockMethod", "BlockMethod, rows='rows'", "WholeMethod")
-STATISTICS = "BlockMethod, statistics=first"
+MOST_KINDS = ("BlockMethod", "BlockMethod, needs=Needs(rows='rows')", "WholeMethod")
+STATISTICS = "BlockMethod, statistics=Statistics(first)"
 
 
 def unfit(own, models, tmp_path, kind: str, body: str) -> list[str]:

@@ -13,10 +13,11 @@ import torch
 import streammerge
 from streammerge.errors import MethodError, RecipeError
 from streammerge.methods import METHODS, find_method
-from streammerge.methods.registry import LinearMethod, Pass, method, net
+from streammerge.methods.registry import LinearMethod, method, net
 from streammerge.methods.statistics.brackets import Gathering, Sample
 from streammerge.methods.statistics.gram import GramPass
 from streammerge.methods.statistics.histograms import Equals, LowerBits, UpperBits
+from streammerge.methods.statistics.passes import Pass
 from streammerge.methods.statistics.ranks import Cut, Ranking
 from tests.make.models import (
     DTYPE_NAMES,

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 import streammerge
 from streammerge.compute.costs import piece_elements, row_elements
 from streammerge.compute.expressions import BLOCK, ByBlock
-from streammerge.methods import METHODS, BlockMethod, Place, medians, method, smoothing
+from streammerge.methods import METHODS, BlockMethod, Place, filters, method
 from streammerge.methods.filters import blurred, finding_median, median_of_neighbours, merging
+from streammerge.methods.registry import Needs
 from tests.make.models import MemoryModel, assert_same_bytes, load_model, merge_to, near, normal, save_models
 from tests.references.diffusion import gaussian_filtered, median_filtered
 from tests.references.diffusion import smooth_add as reference
@@ -52,7 +53,7 @@ def test_the_filters_are_those_of_scipy():
 def test_the_median_does_not_depend_on_its_pieces(monkeypatch, piece):
     values = normal((6, 40), 1)
     whole = median_of_neighbours(values)
-    monkeypatch.setattr(medians, "PIECE", piece)
+    monkeypatch.setattr(filters, "PIECE", piece)
     assert torch.equal(median_of_neighbours(values), whole)
 
 
@@ -105,7 +106,7 @@ def test_tiles_do_not_matter(monkeypatch, tile):
     models = [MemoryModel({"w": normal((30, 40), seed)}) for seed in range(3)]
     merged = streammerge.smooth_add(*models[1:], base=models[0])
     whole = merged.read("w", 0, 1200)
-    monkeypatch.setattr(smoothing, "TILE", tile)
+    monkeypatch.setattr(filters, "TILE", tile)
     torch.testing.assert_close(merged.read("w", 0, 1200), whole, rtol=1e-6, atol=1e-7)
 
 
@@ -138,7 +139,7 @@ SEEN: list[tuple[int, int]] = []
 def neighbours() -> Iterator[None]:
     SEEN.clear()
 
-    @method(BlockMethod, rows="filters", halo=2)
+    @method(BlockMethod, needs=Needs(rows="filters", halo=2))
     def neighbours(model: torch.Tensor, *, place: Place) -> torch.Tensor:
         """θ = the sum of the rows up to two away"""
         SEEN.append((place.block, model.shape[0]))
@@ -182,8 +183,8 @@ def test_the_plan_counts_the_halo(shape):
     node = node_of(shape)
     width = 1 if not shape else int(np.prod(shape[1:])) if len(shape) > 1 else shape[0]
     height = int(np.prod(shape)) // width
-    given = min(piece_elements(node) // width + 2 * smoothing.HALO, height) * width
-    assert given <= row_elements(node) <= max(given, BLOCK) + (2 * smoothing.HALO + 1) * width
+    given = min(piece_elements(node) // width + 2 * filters.HALO, height) * width
+    assert given <= row_elements(node) <= max(given, BLOCK) + (2 * filters.HALO + 1) * width
 
 
 def test_nested_merges_are_smoothed_too(tmp_path):

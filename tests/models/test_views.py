@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import streammerge
+from streammerge.compute import costs
 from streammerge.compute import evaluate as compute
 from streammerge.compute.expressions import BLOCK
 from streammerge.errors import PlanError
@@ -91,7 +92,7 @@ def test_the_order_of_the_models_decides_only_whose_rest_is_left(tmp_path, metho
 def test_overlaps_of_many_blocks_are_streamed(tmp_path, monkeypatch, method):
     for module in (compute, works):
         monkeypatch.setattr(module, "BLOCK", 64)
-    monkeypatch.setattr(compute, "PIECE", 32)
+    monkeypatch.setattr(costs, "PIECE", 32)
     shapes: Shapes = {"w": [(41, 23), (37, 29), (40, 19), (33, 31)], "x": [(150,), (140,), (130,), (129,)]}
     check_overlap(tmp_path, CASES[method], models_of(shapes, (0, 1, 2, 3), torch.float32), 0, threads=3)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from streammerge.methods import METHODS, BlockMethod, Target, WholeMethod
-from streammerge.methods.registry import Pass
+from streammerge.methods.statistics.passes import Pass
 from tests.make.models import normal
 from tests.references.linear import CASES, Case
 
@@ -29,7 +29,7 @@ def parameters_of(case: Case) -> dict[str, Any]:
 @pytest.mark.parametrize("case", CHOSEN, ids=str)
 def test_inputs_stay_as_they_are(case, dtype):
     method = METHODS[case.method]
-    shape = (6, 50) if isinstance(method, WholeMethod) or method.rows else (300,)  # type: ignore[attr-defined]
+    shape = (6, 50) if isinstance(method, WholeMethod) or method.needs.rows else (300,)  # type: ignore[attr-defined]
     base = normal(shape, 0, dtype)
     models = [base + normal(shape, 1 + number, dtype, 1e-2) for number in range(case.models)]
     given = [base, *models] if case.base else models
@@ -39,7 +39,7 @@ def test_inputs_stay_as_they_are(case, dtype):
         made = method.compute(target.place(0), given, parameters)
     else:
         assert isinstance(method, BlockMethod)
-        step = method.statistics(target, parameters) if method.statistics else None
+        step = method.statistics.begin(target, parameters) if method.statistics else None
         while isinstance(step, Pass):
             step.add(0, step.measure(0, given))
             step = step.finish()

@@ -431,7 +431,7 @@ def test_values_may_be_each_models_own():
         ],
         "parameters": {"normalize": {"blocks": {"OUT00-OUT11": True, "default": False}}},
     }
-    made = streammerge.models.merged.merge_models(parse_recipe(keys, Path()), models)
+    made = streammerge.plan.decide.merge_models(parse_recipe(keys, Path()), models)
     weights = {
         block: (v, a) for block, v, a in zip(unet_blocks(12), PRESETS[26]["GRAD_V"], PRESETS[26]["GRAD_A"], strict=True)
     }
@@ -492,7 +492,7 @@ def test_what_a_block_says_nothing_of_is_left_to_the_next_place():
         },
         Path(),
     )
-    made = streammerge.models.merged.merge_models(recipe, models)
+    made = streammerge.plan.decide.merge_models(recipe, models)
     weights = {
         UNET + "input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight": [0.1, 0.1],  # the rule's element
         UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_q.weight": [
@@ -527,7 +527,7 @@ def test_a_gradient_over_layers_holds_where_no_block_does():
         "models": ["a", {"model": "b", "parameters": {"weight": {"blocks": {"IN11": 9, "M00": 8}}}}],
         "parameters": {"weight": [0, 1], "normalize": False},
     }
-    made = streammerge.models.merged.merge_models(parse_recipe({"merge_method": "linear", **keys}, Path()), models)
+    made = streammerge.plan.decide.merge_models(parse_recipe({"merge_method": "linear", **keys}, Path()), models)
     name = UNET + "input_blocks.{}.0.in_layers.2.weight"
     assert coefficients(made, name.format(11)) == [1.0, 9.0]
     assert coefficients(made, name.format(5)) == pytest.approx([5 / 11, 5 / 11])

@@ -25,8 +25,9 @@ from streammerge.compute.lanes import Lane
 from streammerge.errors import CheckpointError, MethodError
 from streammerge.formats.descriptors import read_at
 from streammerge.formats.readers import MappedReader, PositionalReader
-from streammerge.methods.registry import BlockMethod, GramMethod
+from streammerge.methods.registry import BlockMethod, GramMethod, Statistics
 from streammerge.methods.statistics.gram import Gram
+from streammerge.methods.statistics.passes import Pass
 from streammerge.report import Progress
 from streammerge.storage.copying import PIECE, Copying, CopyRange
 from streammerge.tensors import DTYPES, TensorInfo
@@ -261,7 +262,7 @@ def test_works_that_hold_much_are_under_way_only_as_room_allows(threads):
 # ── works ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Recorder:
+class Recorder(Pass[Any]):
     """A pass that notes in which order blocks are added."""
 
     def __init__(self, log: list[int], *, ordered: bool) -> None:
@@ -292,8 +293,7 @@ def recording(log: list[int], node: Node, *, ordered: bool) -> ByBlock:
         models=(1, 1),
         doc="",
         function=add_count,
-        statistics=lambda _, __: Recorder(log, ordered=ordered),
-        passes=1,
+        statistics=Statistics(lambda _, __: Recorder(log, ordered=ordered), passes=1),
     )
     return ByBlock(node.info, method, {}, (node,))
 

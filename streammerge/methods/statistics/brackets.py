@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from streammerge.formats.readers import page_aligned
 from streammerge.methods.statistics.histograms import UpperBits
+from streammerge.methods.statistics.passes import Pass
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,10 +81,8 @@ class Bracket:
         return not_below - inside.numel(), found[inside]
 
 
-class Sample:
+class Sample(Pass[Any]):
     """First pass, over the beginning of every block: where each rank should lie."""
-
-    ordered = False
 
     def __init__(self, ranking: Ranking) -> None:
         self.ranking = ranking
@@ -169,10 +168,8 @@ class Gathered:
         return int(values.kthvalue(values.numel() - k + 1).values)
 
 
-class Gathering:
+class Gathering(Pass[Any]):
     """Second pass: how many keys lie above each bracket, and which lie inside."""
-
-    ordered = False
 
     def __init__(self, ranking: Ranking, brackets: dict[int, Bracket]) -> None:
         self.ranking = ranking

@@ -10,9 +10,10 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from streammerge.errors import MethodError
+from streammerge.methods.statistics.passes import Pass
 
 if TYPE_CHECKING:
     import torch
@@ -156,7 +157,7 @@ def triangular(count: int, found: Sequence[float]) -> Products:
     return Products(tuple(tuple(found[place] for place in row) for row in places))
 
 
-class GramPass:
+class GramPass(Pass[Any]):
     """One pass for the Gram matrix of any number of tensors.
 
     Differences are taken first, so that what is rounded away is a part of a distance, however near the tensors are.

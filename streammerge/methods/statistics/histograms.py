@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from streammerge.methods.statistics.passes import Pass
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -25,10 +27,8 @@ def settle(search: Search, counts: Tensor) -> int:
     return counts.numel() - 1 - from_the_top
 
 
-class UpperBits:
+class UpperBits(Pass[Any]):
     """First pass: how many patterns have each value of the upper 16 bits, and how many are not zero."""
-
-    ordered = False
 
     def __init__(self, ranking: Ranking, count: int) -> None:
         self.ranking = ranking
@@ -62,13 +62,11 @@ class UpperBits:
         return LowerBits(ranking, 32 if ranking.wide else 0) if ranking.unsettled else ranking.result()
 
 
-class LowerBits:
+class LowerBits(Pass[Any]):
     """Second pass: in every bin where a rank lies, how many patterns have each value of the next 16 bits.
 
     Behind these there are `shift` more.
     """
-
-    ordered = False
 
     def __init__(self, ranking: Ranking, shift: int = 0) -> None:
         import torch
@@ -113,10 +111,8 @@ def is_split(search: Search) -> bool:
     return search.equal > search.k - search.above
 
 
-class Equals:
+class Equals(Pass[Any]):
     """Third pass: how many patterns of each block equal a rank's."""
-
-    ordered = False
 
     def __init__(self, ranking: Ranking) -> None:
         self.ranking = ranking

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from streammerge.methods.statistics.gram import WIDE, Gram, refuse_unless_infinite, tensors_from
+from streammerge.methods.statistics.passes import Pass
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,7 +105,7 @@ class SliceGrams:
         return all(math.isfinite(total) for total in self.products.sum(1).tolist())
 
 
-class SliceGramPass:
+class SliceGramPass(Pass[Any]):
     """One pass for the Gram matrices of all slices of a tensor; takes 8 bytes per slice and product."""
 
     ordered = True

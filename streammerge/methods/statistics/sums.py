@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from streammerge.methods.statistics.passes import Pass
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -35,7 +37,7 @@ def l1_norm(values: Tensor) -> float:
     return float((values.cpu() if values.device.type == "mps" else values).double().abs().sum())
 
 
-class SumPass:
+class SumPass(Pass[Any]):
     """One pass that adds up `count` numbers per block; `then` makes the sums into the result, or the next pass.
 
     `measure` gives a block's numbers as a float64 tensor, or as a list of numbers.
@@ -117,7 +119,7 @@ class Summary:
         )
 
 
-class SummaryPass:
+class SummaryPass(Pass[Any]):
     """One pass that summarises vectors, by default the task vectors."""
 
     ordered = True

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from streammerge.methods.place import Target
-from streammerge.methods.registry import Pass
 from streammerge.methods.sparse import Trim, trim_to_density
 from streammerge.methods.statistics import brackets as bracketing
 from streammerge.methods.statistics.brackets import BOTTOM as LEAST
 from streammerge.methods.statistics.brackets import Bracket, Gathering, Sample
 from streammerge.methods.statistics.histograms import LowerBits, UpperBits
+from streammerge.methods.statistics.passes import Pass
 from streammerge.methods.statistics.ranking import begin_ranking
 from streammerge.methods.statistics.ranks import ALL, INFINITE, Cut, Ranking, keys, quotas
 from tests.make.models import normal
@@ -54,7 +54,7 @@ def search(deltas: list[torch.Tensor], density: list[float], block: int, *, resc
     passes = 0
     while isinstance(step, Pass):
         blocks = list(range(-(-elements // block)))
-        most = getattr(step, "part", block)
+        most = step.part or block
         for number in blocks if step.ordered else reversed(blocks):
             part = slice(number * block, min(number * block + most, (number + 1) * block))
             step.add(number, step.measure(number, [base[part], *(delta[part] for delta in deltas)]))
@@ -215,7 +215,7 @@ def first_steps(elements: int) -> list[type]:
     while isinstance(step, Pass):
         steps.append(type(step))
         for block in range(-(-elements // 1000)):
-            part = vector[block * 1000 : (block + 1) * 1000][: getattr(step, "part", 1000)]
+            part = vector[block * 1000 : (block + 1) * 1000][: step.part]
             step.add(block, step.measure(block, [part]))
         step = step.finish()
     return steps
