@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
 from streammerge.formats.files import ByteFile
 from streammerge.methods.registry import net
@@ -230,6 +230,43 @@ def walk(node: Node) -> Iterator[Node]:
 def leaves(node: Node) -> Iterator[Stored | External]:
     """The tree's leaves: what will be read."""
     return (part for part in walk(node) if isinstance(part, Stored | External))
+
+
+def is_stored(node: Node) -> TypeGuard[Stored]:
+    """Whether it is the bytes of a file, as they lie there."""
+    return isinstance(node, Stored)
+
+
+def stored_leaves(node: Node) -> Iterator[Stored]:
+    """The byte ranges of files that the tree reads."""
+    return (leaf for leaf in leaves(node) if isinstance(leaf, Stored))
+
+
+def has_external(node: Node) -> bool:
+    """Whether something of it lies in a model that is not ours."""
+    return any(isinstance(leaf, External) for leaf in leaves(node))
+
+
+def applications(node: Node) -> Iterator[Applied]:
+    """The methods that are applied in the tree, but for those that are folded into coefficients."""
+    return (part for part in walk(node) if isinstance(part, Applied))
+
+
+def measured_together(node: Node) -> Iterator[tuple[ByBlock, Together]]:
+    """What in the tree has its statistics taken with other tensors, and with which."""
+    for part in walk(node):
+        if isinstance(part, ByBlock) and part.together is not None:
+            yield part, part.together
+
+
+def is_merged(node: Node) -> bool:
+    """Whether tensors are merged in it, be it one with itself: it is more than read, viewed or rounded."""
+    return any(isinstance(part, Combined | Applied) for part in walk(node))
+
+
+def is_measured_of_model(node: Node) -> TypeGuard[ByBlock]:
+    """Whether a method is applied whose statistics are to be taken of the whole model."""
+    return isinstance(node, ByBlock) and node.method.is_of_model(node.parameters)
 
 
 def is_computed(node: Node) -> bool:

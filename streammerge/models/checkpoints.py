@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
-from streammerge.compute.expressions import Node, Stored, Viewed
+from streammerge.compute.expressions import Node, Stored, Viewed, is_stored
 from streammerge.errors import CheckpointError, count, plural
 from streammerge.formats.files import ByteFile, read_errors
 from streammerge.formats.safetensors import is_safetensors, read_header
@@ -82,7 +82,7 @@ def compact(nodes: Mapping[str, Node], files: Sequence[ByteFile]) -> Mapping[str
     numbers = {id(file): number for number, file in enumerate(files)}
     infos, starts, places = list[TensorInfo](), array("Q"), array("I")
     for node in nodes.values():
-        if not isinstance(node, Stored):
+        if not is_stored(node):
             return nodes
         infos.append(node.info)
         starts.append(node.start)

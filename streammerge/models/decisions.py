@@ -12,15 +12,13 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
-from streammerge.compute.expressions import ByBlock, Combined, External, Node, Rounded, Stored, Viewed, rounded
+from streammerge.compute.expressions import Node, rounded
+from streammerge.compute.identity import kind_of
 from streammerge.formats.tables import Column, Names
 from streammerge.methods.contract import ParameterValue
 from streammerge.tensors import TensorInfo
 
 Action = Literal["merged", "copied", "dropped"]
-
-USUAL: Final = 65504.0
-"""Coefficients beyond it, which not every dtype can hold, make a kind of their own."""
 
 RECENT: Final = 32
 """So many decisions of a merge are at hand in each thread: what is asked for twice in a row is one expression."""
@@ -185,29 +183,3 @@ def _key(made: Decision) -> Hashable:
     parameters = tuple(made.parameters.items())
     own = made.info.dtype.name, made.info.shape
     return made.action, made.why, own, parameters, made.block, made.rounds, kind
-
-
-def kind_of(node: Node) -> Hashable:
-    """Equal for expressions that differ in no more than names, places in files, and coefficients of a usual size.
-
-    What they cost is the same, and so is what they are computed in.
-    """
-    own = node.info.dtype.name, node.info.shape
-    match node:
-        case Stored():
-            return own
-        case Combined(terms=terms):
-            is_same = len(terms) == 1 and terms[0].coefficient == 1
-            largest = max((abs(term.coefficient) for term in terms), default=0.0)
-            beyond = largest if largest > USUAL else 0.0
-            return "combined", own, is_same, beyond, *(kind_of(term.node) for term in terms)
-        case External():
-            return "external", own
-        case Viewed(around=around):
-            around_it = None if around is None else kind_of(around)
-            return "viewed", own, node.inner, kind_of(node.source), around_it
-        case Rounded():
-            return "rounded", own, kind_of(node.source)
-    together = id(node.together) if isinstance(node, ByBlock) and node.together is not None else 0
-    parameters = tuple(node.parameters.items())
-    return id(node.method), own, together, parameters, *map(kind_of, node.inputs)

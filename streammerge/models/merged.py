@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from streammerge.compute.expressions import External, Node, Stored, leaves
+from streammerge.compute.expressions import External, Node, stored_leaves
 from streammerge.formats.files import ByteFile
 from streammerge.formats.tables import Column
 from streammerge.models.decisions import Decision, Decisions, Expressions
@@ -85,5 +85,5 @@ def as_merged(model: Model) -> Merged:
 
 def files_of(merged: Merged) -> list[ByteFile]:
     """Every file that is read by a merge of models that were opened elsewhere."""
-    stored = (leaf for node in merged.nodes.values() for leaf in leaves(node) if isinstance(leaf, Stored))
+    stored = (leaf for node in merged.nodes.values() for leaf in stored_leaves(node))
     return list({id(leaf.file): leaf.file for leaf in stored}.values())

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from streammerge.compute.expressions import ByBlock, Node, Viewed, walk
+from streammerge.compute.expressions import ByBlock, Node, Viewed, applications
 from streammerge.methods.registry import BlockMethod, Needs
 from streammerge.models.codes import Quantised, find_quantised, split_name
 from streammerge.models.scales import spread
@@ -55,7 +55,7 @@ def decoded(quantised: Quantised, node_of: Callable[[str], Node]) -> Node:
 
 def has_scales(node: Node) -> bool:
     """Whether the tensor is computed from codes that are multiplied by a scale."""
-    return any(isinstance(part, ByBlock) and part.method is DECODE for part in walk(node))
+    return any(part.method is DECODE for part in applications(node))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from streammerge.compute.application import apply_method
 from streammerge.compute.costs import needs_statistics
-from streammerge.compute.expressions import ByBlock, Node, Together, walk
+from streammerge.compute.expressions import ByBlock, Node, Together, is_measured_of_model, walk
 from streammerge.errors import PlanError
 from streammerge.methods import find_method
 from streammerge.methods.contract import ParameterValue
@@ -246,7 +246,7 @@ class _Resolution:
         fitted = dict(zip(inputs, fitting.nodes, strict=True))  # a model may be given twice: as the base, too
         nodes = [fitted[model] for model in self.input_names]
         node = apply_method(self.method, output, parameters, nodes, name, seed, self.within)
-        if isinstance(node, ByBlock):
+        if is_measured_of_model(node):
             node = self._with_others(node)
         node, why = self._placed(name, node, output.dtype), f"{self.method.name}{fitting.why}"
         return Decision(name, "merged", why, node.info, node, parameters, self.tuning.block(name, rule))
@@ -261,10 +261,9 @@ class _Resolution:
         return self._copy(name, self.layout_name, f"kept for its shape {list(self.layout.tensors[name].shape)}", dtype)
 
     def _with_others(self, node: ByBlock) -> ByBlock:
-        """The node, among those with which it shares its statistics if the method takes them of the whole model."""
+        """The node, among those of the whole model with which it shares its statistics."""
         method = node.method
-        if method.statistics is None or not method.is_of_model(node.parameters):
-            return node
+        assert method.statistics is not None
         if node.name in self.members:
             return self.members[node.name]
         if any(needs_statistics(part) for child in node.inputs for part in walk(child)):

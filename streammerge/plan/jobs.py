@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from streammerge.compute import costs
 from streammerge.compute.costs import compute_dtype, copied_from, is_copy
-from streammerge.compute.expressions import Applied, ByBlock, Combined, External, Job, Node, Together, walk
+from streammerge.compute.expressions import Job, Node, Together, has_external, is_merged, measured_together
 from streammerge.compute.magnitudes import check_magnitudes
 from streammerge.formats.layout import OutputLayout
 from streammerge.models.decisions import Fate
@@ -47,14 +47,13 @@ class Kind:
         if compute is not None:
             check_magnitudes(fate.first, node, compute)
         node = copied_from(node) if is_looked_at else node
-        parts = list(walk(node))
         return cls(
             info,
             fate.tensors,
             compute,
             is_looked_at,
-            any(isinstance(part, ByBlock) and part.together is not None for part in parts),
-            not any(isinstance(part, External) for part in parts),
+            any(measured_together(node)),
+            not has_external(node),
             costs.lane_bytes(node, info, compute) if compute is not None else 0,
             costs.held_bytes(node),
             costs.bytes_read(node),
@@ -127,8 +126,7 @@ def _compute_dtype(node: Node, info: TensorInfo, options: Options) -> DType | No
     """What a tensor is computed in: nothing if its bytes are copied; the user's choice holds for merged ones."""
     if is_copy(node, info):
         return None
-    is_merged = any(isinstance(part, Combined | Applied) for part in walk(node))
-    return (options.compute_dtype if is_merged else None) or compute_dtype(node, info.dtype)
+    return (options.compute_dtype if is_merged(node) else None) or compute_dtype(node, info.dtype)
 
 
 def together_of(jobs: Iterable[Job]) -> Mapping[Together, Mapping[int, DType]]:
@@ -136,9 +134,9 @@ def together_of(jobs: Iterable[Job]) -> Mapping[Together, Mapping[int, DType]]:
     dtypes: dict[int, DType] = {}
     found: dict[int, Together] = {}
     for job in jobs:
-        for part in walk(job.node):
-            if isinstance(part, ByBlock) and part.together is not None and job.compute is not None:
-                found[id(part.together)] = part.together
+        if job.compute is not None:
+            for part, together in measured_together(job.node):
+                found[id(together)] = together
                 dtypes.setdefault(id(part), job.compute)
     return {
         together: {id(member): dtypes[id(member)] for member in together.members if id(member) in dtypes}

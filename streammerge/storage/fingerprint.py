@@ -6,30 +6,16 @@ Threads, windows, bounds of memory and the way of reading are not in it: they do
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import importlib.metadata
 import inspect
 import itertools
-import json
 import marshal
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from streammerge.compute.expressions import (
-    Applied,
-    ByBlock,
-    Combined,
-    External,
-    Job,
-    Node,
-    Rounded,
-    Stored,
-    Together,
-    Viewed,
-    walk,
-)
+from streammerge.compute.expressions import Node, applications
+from streammerge.compute.identity import MARK, Describer, digest
 from streammerge.formats.files import ByteFile, read_errors
 from streammerge.plan.plan import Plan
 from streammerge.version import __version__
@@ -42,9 +28,6 @@ ENDS: Final = 1 << 20
 
 MOST_DIGESTS: Final = 1 << 12
 """So many digests of tensors are kept at the most."""
-
-MARK: Final = "#"
-"""What digests begin with."""
 
 ASKED: Final = ("program", "recipe", "input", "output")
 """Topics that tell what was asked for, and of which files: nothing is the same that does not tell them."""
@@ -65,7 +48,7 @@ def fingerprint_of(plan: Plan) -> Fingerprint:
 
 def _tensors(plan: Plan) -> Iterator[tuple[str, str]]:
     """A digest for each tensor, or, where there are very many, for some that follow each other."""
-    describe, jobs = _Describer(plan), iter(plan.jobs)
+    describe, jobs = Describer(plan.inputs), iter(plan.jobs)
     together = -(-len(plan.jobs) // MOST_DIGESTS)
     while some := list(itertools.islice(jobs, together)):
         more = f" and {len(some) - 1} after it" if len(some) > 1 else ""
@@ -112,14 +95,6 @@ def _shown(value: Any) -> str:  # noqa: ANN401
     return "there" if str(value).startswith(MARK) else str(value)
 
 
-def digest(data: bytes | Iterable[bytes]) -> str:
-    """A short digest of bytes, or of pieces of them."""
-    made = hashlib.blake2b(digest_size=12)
-    for piece in (data,) if isinstance(data, bytes) else data:
-        made.update(piece)
-    return MARK + made.hexdigest()
-
-
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:  # noqa: ANN401
     """`models.0.parameters.weight`, 0.5: the leaves of nested values."""
     if isinstance(value, Mapping | list | tuple) and value:
@@ -157,7 +132,7 @@ def _files(plan: Plan) -> Iterator[tuple[Path, str]]:
 
 def _methods(nodes: Iterable[Node]) -> list[Any]:
     """Every method that is applied, those that are folded into coefficients not among them."""
-    found = {part.method.name: part.method for node in nodes for part in walk(node) if isinstance(part, Applied)}
+    found = {part.method.name: part.method for node in nodes for part in applications(node)}
     return [found[name] for name in sorted(found)]
 
 
@@ -168,43 +143,3 @@ def _source_of(function: Callable[..., Any]) -> str:
     except (OSError, TypeError):
         code = getattr(function, "__code__", None)
         return digest(marshal.dumps(code) if code else repr(function).encode())
-
-
-class _Describer:
-    """Says of expressions what they compute, with inputs by their number."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.numbers = {id(file): number for number, file in enumerate(plan.inputs)}
-        self._together = functools.cache(self._describe_together)
-
-    def job(self, job: Job) -> bytes:
-        computed = job.compute.name if job.compute else None
-        return json.dumps([str(job.info), computed, job.file, job.offset, self.node(job.node)]).encode()
-
-    def node(self, node: Node) -> list[Any]:
-        info = str(node.info)
-        match node:
-            case Stored():
-                return ["stored", info, self.numbers.get(id(node.file), str(node.file.path)), node.start]
-            case Viewed():
-                around = [self.node(node.around)] if node.around is not None else []
-                return ["viewed", info, self.node(node.source), node.offset, node.strides, node.inner, *around]
-            case Rounded():
-                return ["rounded", info, self.node(node.source)]
-            case Combined():
-                terms = [[term.coefficient.hex(), self.node(term.node)] for term in node.terms]
-                return ["combined", info, node.divisor.hex(), terms]
-            case External():
-                return ["external", info, node.name]
-            case _:
-                return self._applied(node)
-
-    def _applied(self, node: Applied) -> list[Any]:
-        together = self._together(node.together) if isinstance(node, ByBlock) and node.together else None
-        parameters = repr(sorted(node.parameters.items()))
-        inputs = [self.node(part) for part in node.inputs]
-        return [node.method.name, str(node.info), parameters, node.name, node.seed, together, inputs]
-
-    def _describe_together(self, together: Together) -> str:
-        """Its members without what they are together with: else there would be no end."""
-        return digest(json.dumps([[m.name, [self.node(part) for part in m.inputs]] for m in together.members]).encode())

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from streammerge.compute.costs import copied_from
-from streammerge.compute.expressions import Job, Stored
+from streammerge.compute.expressions import Job, is_stored
 from streammerge.errors import CheckpointError, OutputError, count, plural
 from streammerge.formats.descriptors import COPY_BYTES, read_at
 from streammerge.formats.readers import page_aligned
@@ -78,7 +78,7 @@ def checkpoint_reader(plan: Plan, output: Checkpoint) -> ReadBack:
 
     def read(job: Job, position: int, buffer: memoryview) -> None:
         node = output.nodes[job.name]
-        assert isinstance(node, Stored)
+        assert is_stored(node)
         read_at(node.file.descriptor, buffer, node.start + position)
 
     return read

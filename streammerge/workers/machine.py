@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from streammerge.compute.expressions import Applied, walk
+from streammerge.compute.expressions import applications
 from streammerge.compute.machine import OWN_BYTES, choose_io, import_torch, resident_bytes
 from streammerge.methods import METHODS
 from streammerge.plan.plan import Plan, allot_memory
@@ -108,4 +108,4 @@ def uses_own_methods(plan: Plan) -> bool:
     """Whether something is computed by a method that does not come with the program."""
     if not any(method.is_own for method in METHODS.values()):
         return False  # as nearly always: then large models needn't be gone through
-    return any(part.method.is_own for job in plan.jobs for part in walk(job.node) if isinstance(part, Applied))
+    return any(part.method.is_own for job in plan.jobs for part in applications(job.node))

@@ -20,7 +20,7 @@ from streammerge.compute.costs import (
 from streammerge.compute.devices import is_out_of_memory, no_memory_left
 from streammerge.compute.evaluate import Evaluator
 from streammerge.compute.examine import examine, nonfinite_inputs
-from streammerge.compute.expressions import BLOCK, Job, Node, Stored, Together, leaves
+from streammerge.compute.expressions import BLOCK, Job, Node, Together, stored_leaves
 from streammerge.compute.lanes import Lane, torch_dtype
 from streammerge.compute.survey import Survey, TogetherSurvey
 from streammerge.formats.files import ByteFile
@@ -279,8 +279,8 @@ def together_works(together: Mapping[Together, Mapping[int, DType]]) -> list[Tog
 def ranges_of(node: Node, first: int, last: int) -> list[FileRange]:
     """Which bytes of which files elements [first, last) of the tensor are made of, views of other shapes left out."""
     ranges = []
-    for leaf in leaves(node):
-        if isinstance(leaf, Stored) and leaf.info.elements == node.info.elements:
+    for leaf in stored_leaves(node):
+        if leaf.info.elements == node.info.elements:
             bits = leaf.info.dtype.bits
             start, stop = (min(element * bits // 8, leaf.info.nbytes) for element in (first, last))
             ranges.append(FileRange(leaf.file, leaf.start + start, leaf.start + stop))

@@ -1,0 +1,45 @@
+"""Kinds of expressions are told apart in one room: elsewhere nothing changes when there is another."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+import streammerge
+from streammerge.compute.expressions import Node
+
+PACKAGE = Path(streammerge.__file__).parent
+KINDS = {kind.__name__ for kind in get_args(Node)} | {"Applied"}
+OUTSIDE = [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent != PACKAGE / "compute"]
+
+
+def matched(code: str) -> list[str]:
+    """The kinds by which the code chooses what to do."""
+    return [name.id for tree in patterns(ast.parse(code)) for name in ast.walk(tree) if is_kind(name)]
+
+
+def patterns(code: ast.Module) -> Iterator[ast.AST]:
+    for part in ast.walk(code):
+        if isinstance(part, ast.Call) and isinstance(part.func, ast.Name) and part.func.id == "isinstance":
+            yield part.args[1]
+        elif isinstance(part, ast.MatchClass):
+            yield part.cls
+
+
+def is_kind(part: ast.AST) -> bool:
+    return isinstance(part, ast.Name) and part.id in KINDS
+
+
+def test_what_matches_a_kind_is_found():
+    code = "isinstance(a, Stored | Viewed)\nmatch a:\n    case External(model=b):\n        isinstance(b, int)\n"
+    assert sorted(matched(code)) == ["External", "Stored", "Viewed"]
+    assert any(matched(path.read_text("utf-8")) for path in (PACKAGE / "compute").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", OUTSIDE, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_kinds_are_matched_in_compute_alone(path):
+    assert not matched(path.read_text("utf-8")), "ask compute/ a question about the expression instead"
