@@ -130,9 +130,9 @@ def test_the_least_memory_that_works_works(paths, plain, tmp_path, method):
     merge = CASES[method].merge(paths)
     least = least_ram(merge, tmp_path / "out.safetensors")
     size = int(least.removesuffix("MiB"))
-    assert 0 < size * MIB - BASELINE <= 64 * MIB + whole_bytes(method)
+    assert 0 < (size - 1) * MIB - BASELINE <= 64 * MIB + whole_bytes(method)  # one is to spare
     with pytest.raises(PlanError, match=rf"--max-ram .* is too small.*\n  The least that works is {least}"):
-        streammerge.merge(merge, output=tmp_path / "out.safetensors", max_ram=f"{size - 1}MiB")
+        streammerge.merge(merge, output=tmp_path / "out.safetensors", max_ram=f"{size - 2}MiB")
     report = streammerge.merge(merge, output=tmp_path / "out.safetensors", max_ram=least, threads=8, sync=False)
     assert report.threads == 1
     assert_same_bytes(load_model(tmp_path / "out.safetensors"), plain(method))

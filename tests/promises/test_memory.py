@@ -181,7 +181,7 @@ def test_every_method_keeps_to_the_least_that_an_error_names(odd_models, tmp_pat
     assert found, refused.stderr
     command += ["--max-ram", f"{found[1]}MiB", "--report", str(report)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr  # the base line is not the same to the page, but within a MiB
+    assert done.returncode == 0, done.stderr
     assert json.loads(report.read_text(encoding="utf-8"))["peak_rss_bytes"] <= int(found[1]) * MIB
 
 
