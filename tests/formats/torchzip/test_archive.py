@@ -29,22 +29,9 @@ from streammerge.formats.torchzip.archive import StoredView, TorchZip, is_torch_
 from streammerge.formats.torchzip.directory import MAX_MEMBERS
 from streammerge.formats.torchzip.state_dicts import NONE_LEFT
 from streammerge.tensors import DTYPES, TensorInfo
-from tests.formats.torchzip.test_pickles import (
-    BOMBS,
-    HARMFUL,
-    call,
-    cost,
-    count_steps,
-    dict_,
-    harmful,
-    named,
-    number,
-    numbers,
-    storage,
-    tensor,
-    text,
-    tuple_,
-)
+from tests.formats.torchzip.bombs import BOMBS, cost, count_steps
+from tests.formats.torchzip.harmful_pickles import HARMFUL, harmful
+from tests.formats.torchzip.opcodes import call, dict_, named, number, numbers, storage, tensor, text, tuple_
 
 SAVABLE = [dtype for dtype in DTYPES.values() if dtype.torch_name]
 
