@@ -17,7 +17,7 @@ from streammerge.report import Finding
 from streammerge.storage.placing import state_of
 from streammerge.storage.records import VERSION, encode
 from tests.make.models import make_tensors, save_model
-from tests.storage.test_writer import digests
+from tests.storage.outputs import digests
 
 JOURNAL = ".o.safetensors.streammerge-journal"
 HEX = "0123456789abcde"

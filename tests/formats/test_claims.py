@@ -17,7 +17,7 @@ from streammerge.cli.main import main
 from streammerge.errors import OutputError
 from streammerge.formats.claims import Claim, Claims, file_key
 from tests.make.models import make_tensors, save_model
-from tests.storage.test_writer import digests
+from tests.storage.outputs import digests
 
 SHAPES = {"x": (40, 30), "y": (700,)}
 

@@ -11,7 +11,7 @@ import pytest
 
 from streammerge.cli.main import main
 from tests.make.models import load_model, make_tensors, save_model
-from tests.storage.test_resume import stop
+from tests.storage.stopped_merges import stop
 
 SHAPES = {f"layers.{number}.w": (512, 300) for number in range(6)}
 MERGE = ["a.safetensors", "b.safetensors", "-o", "out.safetensors", "--threads", "1", "-q"]

@@ -19,7 +19,7 @@ from streammerge.storage.records import JOURNAL_SUFFIX
 from streammerge.storage.target import find_older
 from streammerge.tensors import DTYPES, TensorInfo
 from tests.make.models import make_tensors, save_models
-from tests.storage.test_writer import digests
+from tests.storage.outputs import digests
 
 HEX = "0123456789abcdef"
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from streammerge.cli.main import main
 from tests.make.models import make_tensors, save_model
-from tests.storage.test_writer import digests
+from tests.storage.outputs import digests
 
 SHAPES = {"x": (40, 30), "y": (700,), "z": (3,)}
 FORMS = {"one file": [], "shards": ["--shard-size", "3KB"]}
