@@ -1,0 +1,182 @@
+"""The same numbers on a CUDA device, where there is one, and what can be said of it without."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import streammerge
+from streammerge.compute import cuda
+from streammerge.compute.cuda import CudaLane, bytes_of
+from streammerge.compute.devices import open_lane, vram_limit
+from streammerge.compute.expressions import BLOCK
+from streammerge.errors import PlanError
+from streammerge.formats.readers import MappedReader, PositionalReader
+from streammerge.methods import METHODS
+from tests.make.models import assert_same_bytes, merge_to, normal, raw_bytes, store_tensors
+from tests.references.linear import CASES, ONE_CASE_EACH, relative_error, ulps_apart
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+
+
+def merge_on_cuda(path: Path, merge, **options):
+    return merge_to(path, merge, device="cuda", **options)
+
+
+@pytest.mark.cuda
+@needs_cuda
+@pytest.mark.parametrize("dtype", ["F16", "F32"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_cuda_gives_the_cpus_numbers(families, tmp_path, case, dtype):
+    tensors, paths = families[dtype]
+    on_cpu = merge_to(tmp_path / "cpu.safetensors", case.merge(paths))
+    on_cuda = merge_on_cuda(tmp_path / "cuda.safetensors", case.merge(paths))
+    assert on_cuda.keys() == on_cpu.keys()
+    for name, expected in case.expected(tensors).items():
+        assert relative_error(on_cuda[name], expected) <= (2e-6 if dtype == "F32" else 6e-4), name
+        if expected.size and (dtype == "F16" or METHODS[case.method].kind != "block"):
+            assert int(ulps_apart(on_cuda[name], on_cpu[name].double().numpy()).max()) <= 1, name
+    for name in ("positions", "mask"):
+        assert torch.equal(on_cuda[name], on_cpu[name])
+
+
+@pytest.mark.cuda
+@needs_cuda
+@pytest.mark.parametrize("case", ONE_CASE_EACH, ids=str)
+def test_cuda_gives_the_same_bytes_however_it_is_run(families, tmp_path, case):
+    _, paths = families["F16"]
+    once = merge_on_cuda(tmp_path / "once.safetensors", case.merge(paths))
+    variants: list[dict[str, Any]] = [{"threads": 1}, {"threads": 4}, {"io": "pread"}, {"max_vram": "64MiB"}]
+    for number, options in enumerate(variants):
+        assert_same_bytes(merge_on_cuda(tmp_path / f"{number}.safetensors", case.merge(paths), **options), once)
+
+
+@pytest.mark.cuda
+@needs_cuda
+def test_cuda_memory_stays_within_its_limit(families, tmp_path):
+    _, paths = families["F16"]
+    for limit in (16 << 20, 64 << 20):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        merge = streammerge.ties(*paths[1:], base=paths[0], density=0.5)
+        report = streammerge.merge(
+            merge, output=tmp_path / "out.safetensors", device="cuda", max_vram=limit, sync=False, force=True
+        )
+        assert 0 < report.peak_vram_bytes <= limit
+        assert report.device == "cuda"
+
+
+@pytest.mark.cuda
+@needs_cuda
+def test_a_cuda_lane_can_be_asked_again_before_its_copies_have_arrived(tmp_path):
+    tensors = [normal((BLOCK,), seed, torch.float16) for seed in range(20)]
+    nodes = store_tensors(tmp_path / "leaves", tensors)
+    lane = open_lane(PositionalReader(), torch.device("cuda"))
+    assert isinstance(lane, CudaLane)
+    with lane.running():
+        sums = [lane.load(node, 0, BLOCK, torch.float32, 0).double().sum() for node in nodes]
+        found = [float(total) for total in sums]
+    assert found == pytest.approx([float(tensor.double().sum()) for tensor in tensors], rel=1e-9)
+
+
+class FakeEvent:
+    """An event of a device that is never ready before it is waited for."""
+
+    def __init__(self) -> None:
+        self.recorded = self.awaited = False
+
+    def record(self, stream: Any) -> None:
+        self.recorded = True
+
+    def synchronize(self) -> None:
+        assert self.recorded
+        self.awaited = True
+
+
+class FakeStream:
+    """A stream that notes when it is waited for."""
+
+    def __init__(self, device: Any = None) -> None:
+        self.waits = 0
+
+    def synchronize(self) -> None:
+        self.waits += 1
+
+
+@pytest.fixture
+def cuda_on_the_cpu(monkeypatch):
+    """CUDA's calls as far as a lane makes them, with the CPU as the device; gives the events that were made."""
+    events: list[FakeEvent] = []
+
+    def event() -> FakeEvent:
+        events.append(FakeEvent())
+        return events[-1]
+
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(cuda, "pinned_bytes", lambda nbytes: bytes_of(torch.zeros(max(nbytes, 1), dtype=torch.uint8)))
+    return events
+
+
+@pytest.mark.parametrize("reader", [PositionalReader(), MappedReader()], ids=["pread", "mmap"])
+def test_a_cuda_lane_waits_for_a_buffer_before_it_fills_it_again(tmp_path, cuda_on_the_cpu, reader):
+    tensors = [normal((1000,), seed, torch.float16) for seed in range(6)]
+    nodes = store_tensors(tmp_path / "leaves", tensors)
+    lane = CudaLane(reader, torch.device("cpu"))
+    with lane.running():
+        for number, (node, tensor) in enumerate(zip(nodes, tensors, strict=True)):
+            assert torch.equal(lane.load(node, 0, 1000, torch.float32, 0), tensor.float())
+            awaited = [event.awaited for event in cuda_on_the_cpu]
+            assert awaited == [True] * max(number - 1, 0) + [False] * min(number + 1, 2)
+        assert torch.equal(lane.bring(tensors[0][:7], torch.float16, 3), tensors[0][:7])
+        assert lane.bring(tensors[0][:0], torch.float32, 3).numel() == 0
+
+
+def test_a_cuda_lane_hands_out_what_has_arrived(cuda_on_the_cpu):
+    lane = CudaLane(PositionalReader(), torch.device("cpu"))
+    values = normal((300,), 1)
+    with lane.running():
+        stored = lane.store(values, torch.bfloat16)
+    assert lane.stream.waits == 1  # type: ignore[attr-defined]
+    assert bytes(lane.stored_bytes(stored)) == raw_bytes(values.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("free", "wanted", "limit"),
+    [(80 * 10**9, None, 512_000_000), (10**8, None, 9 * 10**7), (10**8, 10**6, 10**6), (10**9, 10**10, 9 * 10**8)],
+)
+def test_no_more_is_taken_of_a_card_than_is_free(monkeypatch, free, wanted, limit):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * 10**9))
+    assert vram_limit(torch.device("cuda"), wanted) == limit
+    assert vram_limit(torch.device("cpu"), wanted) == wanted
+
+
+def test_the_memory_of_a_tensor_lives_as_long_as_a_view_of_it():
+    values = torch.arange(50)
+    gone, view = weakref.ref(values), bytes_of(values)[8:16]
+    del values
+    gc.collect()
+    assert gone() is not None
+    assert int.from_bytes(view, "little") == 1
+    del view
+    gc.collect()
+    assert gone() is None
+
+
+def test_too_little_vram_is_an_error_that_names_the_least(families, tmp_path):
+    _, paths = families["F16"]
+    merge = streammerge.linear(*paths[:2])
+    with pytest.raises(
+        PlanError, match=r"--max-vram 1 kB is too small.*\n  The least that works is (\d+)MiB"
+    ) as raised:
+        streammerge.merge(merge, output=tmp_path / "out.safetensors", max_vram="1kB")
+    least = raised.value.advice.rpartition(" ")[2].rstrip(".")
+    merge_to(tmp_path / "out.safetensors", merge, max_vram=least)
