@@ -20,7 +20,8 @@ from streammerge.errors import PlanError
 from streammerge.formats.readers import MappedReader, PositionalReader
 from streammerge.methods import METHODS
 from tests.make.models import assert_same_bytes, merge_to, normal, raw_bytes, store_tensors
-from tests.references.linear import CASES, ONE_CASE_EACH, relative_error, ulps_apart
+from tests.references.cases import CASES, ONE_CASE_EACH
+from tests.references.closeness import relative_error, ulps_apart
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 

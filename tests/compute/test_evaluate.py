@@ -31,7 +31,8 @@ from streammerge.models.views import placed, reshaped
 from streammerge.tensors import DTYPES, TensorInfo
 from tests.make.models import MemoryModel, normal, raw_bytes, store_tensors
 from tests.references import linear as references
-from tests.references.linear import Array, relative_error
+from tests.references.closeness import relative_error
+from tests.references.linear import Array
 
 SHAPE = (7, 13)
 TINY_BLOCK = 16

@@ -13,7 +13,7 @@ from streammerge.compute.machine import Allotment
 from streammerge.errors import OutOfMemoryError
 from streammerge.formats.readers import MappedReader, PositionalReader
 from tests.make.models import DTYPE_NAMES, assert_same_bytes, merge_to, normal, raw_bytes, store_tensors
-from tests.references.linear import CASES, ONE_CASE_EACH, mostly
+from tests.references.cases import CASES, ONE_CASE_EACH, mostly
 
 CPU = torch.device("cpu")
 

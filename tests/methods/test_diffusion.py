@@ -13,8 +13,9 @@ from streammerge.methods import METHODS
 from streammerge.methods.placed import Region
 from streammerge.tensors import Model
 from tests.make.models import SMALL, MemoryModel, Tensors, make_tensors, merge_to, near, normal, save_models
+from tests.references.cases import CASES
 from tests.references.diffusion import DIFFUSION
-from tests.references.linear import CASES, Case
+from tests.references.linear import Case
 
 METHOD_CASES = [case for case in CASES if case.method in DIFFUSION]
 

@@ -14,7 +14,8 @@ from streammerge.methods.registry import GramMethod
 from streammerge.methods.statistics.gram import Gram, GramPass, Products
 from streammerge.tensors import Model
 from tests.make.models import SMALL, MemoryModel, Tensors, make_tensors, near, normal
-from tests.references.linear import CASES, ONE_CASE_EACH, Case
+from tests.references.cases import CASES, ONE_CASE_EACH
+from tests.references.linear import Case
 
 GRAM_CASES = [case for case in CASES if isinstance(METHODS[case.method], GramMethod)]
 

@@ -11,7 +11,9 @@ from streammerge.methods import find_method
 from streammerge.methods.registry import LinearMethod
 from tests.make.models import DTYPE_NAMES, MemoryModel, Tensors, merge_to
 from tests.methods.families import Family
-from tests.references.linear import CASES, ONE_CASE_EACH, Array, Case, mostly, relative_error, ulps_apart
+from tests.references.cases import CASES, ONE_CASE_EACH, mostly
+from tests.references.closeness import relative_error, ulps_apart
+from tests.references.linear import Array, Case
 
 LINEAR_CASES = [case for case in CASES if isinstance(find_method(case.method), LinearMethod)]
 

@@ -15,7 +15,8 @@ from streammerge.methods.statistics.histograms import Equals, LowerBits, UpperBi
 from streammerge.methods.statistics.passes import Pass
 from streammerge.methods.statistics.ranks import Cut, Ranking
 from tests.make.models import SHAPES
-from tests.references.linear import CASES, ONE_CASE_EACH, REFERENCES
+from tests.references.cases import CASES, ONE_CASE_EACH
+from tests.references.linear import REFERENCES
 
 
 def test_every_method_has_a_reference_and_a_case():

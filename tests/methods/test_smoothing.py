@@ -17,9 +17,9 @@ from streammerge.methods import METHODS, BlockMethod, Place, filters, method
 from streammerge.methods.filters import blurred, finding_median, median_of_neighbours, merging
 from streammerge.methods.registry import Needs
 from tests.make.models import MemoryModel, assert_same_bytes, load_model, merge_to, near, normal, save_models
+from tests.references.closeness import relative_error
 from tests.references.diffusion import gaussian_filtered, median_filtered
 from tests.references.diffusion import smooth_add as reference
-from tests.references.linear import relative_error
 
 ODD = ((1,), (2,), (63,), (1, 1), (1, 9), (7, 13), (2, 2), (3, 1, 5), (4, 3, 3, 3), (5, 6, 1, 1), (2, 3, 2, 2, 2))
 

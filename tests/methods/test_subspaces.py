@@ -17,7 +17,8 @@ from streammerge.methods import matrices as tall
 from streammerge.methods.alignment import procrustes, rotation_power
 from streammerge.methods.subspaces import tasks_share
 from tests.make.models import MemoryModel, normal
-from tests.references.linear import REFERENCES, relative_error
+from tests.references.closeness import relative_error
+from tests.references.linear import REFERENCES
 from tests.references.matrix import MATRIX
 
 TASKS = [name for name in MATRIX if name != "rotate"]

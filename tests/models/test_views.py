@@ -19,7 +19,8 @@ from streammerge.models.views import common_shape, fit
 from streammerge.workers import windows as works
 from tests.make.headers import header, merged
 from tests.make.models import Tensors, assert_same_bytes, load_model, merge_to, normal, raw_bytes, save_model
-from tests.references.linear import ONE_CASE_EACH, Case
+from tests.references.cases import ONE_CASE_EACH
+from tests.references.linear import Case
 
 CASES = {case.method: case for case in ONE_CASE_EACH}
 ONE_OF_A_KIND = ("linear", "slerp", "nuslerp", "ties", "della", "smooth_add", "cosine_a", "truncate_rank", "knots")

@@ -8,7 +8,8 @@ import pytest
 
 from tests.make.models import MemoryModel
 from tests.peers.environments import interpreter, run_peer
-from tests.references.linear import Case, relative_error
+from tests.references.closeness import relative_error
+from tests.references.linear import Case
 
 pytestmark = pytest.mark.peers
 

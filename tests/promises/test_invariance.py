@@ -30,7 +30,7 @@ from tests.make.models import (
     save_model,
     with_integers,
 )
-from tests.references.linear import ONE_CASE_EACH, mostly
+from tests.references.cases import ONE_CASE_EACH, mostly
 
 BASELINE = 400 * MIB
 """What the process is said to take before the merge, so that limits mean the same in every run."""

@@ -16,7 +16,8 @@ import streammerge
 from streammerge.errors import MethodError, OutputError
 from streammerge.methods import METHODS
 from tests.make.models import MemoryModel, merge_to, normal, save_model
-from tests.references.linear import ONE_CASE_EACH, Case
+from tests.references.cases import ONE_CASE_EACH
+from tests.references.linear import Case
 
 NONFINITE = (math.nan, math.inf, -math.inf)
 STORED = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e5m2)

@@ -10,7 +10,8 @@ import torch
 from streammerge.methods import METHODS, BlockMethod, Target, WholeMethod
 from streammerge.methods.statistics.passes import Pass
 from tests.make.models import normal
-from tests.references.linear import CASES, Case
+from tests.references.cases import CASES
+from tests.references.linear import Case
 
 CHOSEN = [case for case in CASES if isinstance(METHODS[case.method], BlockMethod | WholeMethod)]
 

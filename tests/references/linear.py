@@ -1,20 +1,19 @@
-"""What every merge method has to give: one float64 reference over whole tensors per method, and ways to call it.
+"""What every merge method has to give: one float64 reference over whole tensors per method.
 
-A new method needs an entry in `REFERENCES` and at least one in `CASES`; `test_methods.py` fails without. References
-are written from the papers' formulas, with none of streammerge's code.
+A new method needs an entry in `REFERENCES` and at least one in `CASES` of `cases.py`; `tests/methods/test_registry.py`
+fails without. References are written from the papers' formulas, with none of streammerge's code.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import pytest
 import torch
 
 from streammerge.models.merged import Merged
@@ -260,207 +259,3 @@ REFERENCES: Final[Mapping[str, Reference]] = {
     **SPARSE,
     **MATRIX,
 }
-
-CASES: Final[Sequence[Case]] = (
-    Case("linear", 1),
-    Case("linear", 3, parameters={"weight": [0.2, 0.3, 0.5]}),
-    Case("linear", 3, parameters={"weight": [2.0, -0.5, 3.0]}),
-    Case("linear", 3, parameters={"weight": [0.7, -0.4, 0.9], "normalize": False}),
-    Case("weighted_sum", 2),
-    Case("weighted_sum", 2, parameters={"alpha": 0.3}),
-    Case("add_difference", 2, base=True),
-    Case("add_difference", 2, base=True, parameters={"alpha": -0.75}),
-    Case("task_arithmetic", 2, base=True, parameters={"weight": 0.5}),
-    Case("task_arithmetic", 3, base=True, parameters={"weight": [0.6, 0.3, -0.2], "lambda": 1.2}),
-    Case("task_arithmetic", 2, base=True, parameters={"weight": [3.0, 1.0], "normalize": True}),
-    Case("passthrough", 1),
-    Case("passthrough", 1, parameters={"scale": -0.3}),
-    Case("scale", 1, parameters={"alpha": 1.7}),
-    Case("n_average", 3),
-    Case("n_average", 2, parameters={"weight": [1.0, 3.0]}),
-    Case("sum_twice", 3),
-    Case("sum_twice", 3, parameters={"alpha": 0.3, "beta": 0.6}),
-    Case("triple_sum", 3),
-    Case("triple_sum", 3, parameters={"alpha": 0.7, "beta": 0.3}),
-    Case("expo", 1, base=True),
-    Case("expo", 3, base=True, parameters={"alpha": 0.4, "weight": [1.0, 2.0, 0.5]}),
-    Case("weighted_subtraction", 2),
-    Case("weighted_subtraction", 2, parameters={"alpha": 0.9, "beta": 0.8}),
-    Case("add", 2),
-    Case("add", 2, parameters={"scale": -0.4}),
-    Case("subtract", 2),
-    Case("subtract", 2, parameters={"scale": 1.5}),
-    Case("sigmoid", 2, parameters={"alpha": 0.7}),
-    Case("slerp", 2, parameters={"t": 0.3}),
-    Case("slerp", 1, base=True, parameters={"t": 0.8}),
-    Case("slerp", 2, parameters={"t": 0.3, "lerp_norm": True}),
-    Case("nuslerp", 2, parameters={"weight": [1.0, 2.0]}),
-    Case("nuslerp", 2, base=True, parameters={"weight": [0.6, 0.4]}),
-    Case("nuslerp", 2, base=True, parameters={"weight": [0.5, -0.2]}),
-    Case("nuslerp", 2, parameters={"weight": [1.0, 2.0], "nuslerp_flatten": False}),
-    Case("nuslerp", 2, base=True, parameters={"nuslerp_flatten": False, "nuslerp_row_wise": True}),
-    Case("multislerp", 2, parameters={"weight": [0.3, 0.7]}),
-    Case("multislerp", 3, base=True, parameters={"weight": [1.0, 2.0, 4.0]}),
-    Case("multislerp", 2, base=True, parameters={"weight": [0.5, 0.25], "normalize_weights": False}),
-    Case("model_stock", 2, base=True),
-    Case("model_stock", 3, base=True),
-    Case("model_stock", 3, base=True, parameters={"pairs": "consecutive"}),
-    Case("model_stock", 3, base=True, parameters={"average": "angle"}),
-    Case("model_stock", 3, base=True, parameters={"filter_wise": True}),
-    Case("perpendicular_component", 2),
-    Case("add_perpendicular", 2, base=True),
-    Case("add_perpendicular", 2, base=True, parameters={"alpha": 0.6}),
-    Case("karcher", 1),
-    Case("karcher", 3),
-    Case("karcher", 2, base=True, parameters={"max_iter": 2}),
-    Case("geometric_median", 1),
-    Case("geometric_median", 3),
-    Case("geometric_median", 3, parameters={"max_iter": 3, "eps": 0.01}),
-    Case("train_difference", 2, base=True),
-    Case("train_difference", 2, base=True, parameters={"alpha": 0.4}),
-    Case("add_opposite", 2, base=True),
-    Case("add_opposite", 2, base=True, parameters={"alpha": 0.4}),
-    Case("add_strict_opposite", 2, base=True),
-    Case("add_strict_opposite", 2, base=True, parameters={"alpha": 0.4}),
-    Case("multiply_difference", 2, base=True),
-    Case("multiply_difference", 2, base=True, parameters={"alpha": 0.3, "beta": 0.25}),
-    Case("euclidean_add_difference", 2, base=True),
-    Case("euclidean_add_difference", 2, base=True, parameters={"alpha": 0.25}),
-    Case("similarity_add_difference", 2, base=True),
-    Case("similarity_add_difference", 2, base=True, parameters={"alpha": 0.7, "beta": 0.4}),
-    Case("geometric_sum", 2),
-    Case("geometric_sum", 2, parameters={"alpha": 0.3}),
-    Case("multiply_quotient", 2, base=True),
-    Case("multiply_quotient", 2, base=True, parameters={"alpha": 0.6}),
-    Case("max", 1),
-    Case("max", 3),
-    Case("clamp", 2),
-    Case("clamp", 3, parameters={"stiffness": 0.5}),
-    Case("tensor_sum", 2),
-    Case("tensor_sum", 2, parameters={"width": 0.4, "offset": 0.3}),
-    Case("tensor_sum", 2, parameters={"width": 0.6, "offset": 0.7, "axis": 1}),
-    Case("plus_random", 1, parameters={"alpha": 0.1, "seed": 5}),
-    Case("adjust", 1, parameters={"detail": 5.0, "brightness": 3.0}),
-    Case("extract", 2, base=True),
-    Case("extract", 2, base=True, parameters={"alpha": 0.3, "beta": 1.0, "gamma": 2.0}),
-    Case("add_cosine_a", 2, parameters={"alpha": 0.1}),
-    Case("add_cosine_b", 2, parameters={"alpha": 0.2}),
-    Case("cosine_a", 2, parameters={"alpha": 0.2}),
-    Case("cosine_a", 2, parameters={"alpha": -0.3, "scope": "tensor"}),
-    Case("cosine_b", 2, parameters={"alpha": 0.2}),
-    Case("cosine_b", 2, parameters={"alpha": -0.3, "scope": "tensor"}),
-    Case("cosine_sum", 2, parameters={"alpha": 0.7}),
-    Case("cosine_sum", 2, base=True, parameters={"inverse": True}),
-    Case("cosine_sum", 2, base=True, parameters={"mean": True}),
-    Case("crossover", 2),
-    Case("crossover", 2, parameters={"alpha": 0.3, "tilt": 0.5}),
-    Case("crossover", 2, parameters={"alpha": 0.4, "tilt": 1.3}),
-    Case("crossover", 2, parameters={"alpha": 0.7, "tilt": 2.0}),
-    Case("crossover", 2, parameters={"alpha": 0.7, "tilt": 2.6}),
-    Case("crossover", 2, parameters={"alpha": 0.3, "tilt": 3.7}),
-    Case("distribution_crossover", 2, base=True),
-    Case("distribution_crossover", 2, base=True, parameters={"alpha": 0.3, "beta": 0.4}),
-    Case("top_k_tensor_sum", 2),
-    Case("top_k_tensor_sum", 2, parameters={"width": 0.4, "offset": 0.3}),
-    Case("top_k_tensor_sum", 2, parameters={"width": 0.6, "offset": 0.7}),
-    Case("smooth_add", 2, base=True),
-    Case("smooth_add", 2, base=True, parameters={"alpha": -1.2}),
-    Case("ties", 1, base=True, parameters={"density": 0.2}),
-    Case("ties", 2, base=True, parameters={"density": [0.3, 0.7], "weight": [0.5, 0.75]}),
-    Case("ties", 3, base=True, parameters={"density": 0.5, "weight": [1.0, 0.5, -0.25], "normalize": False}),
-    Case("ties", 2, base=True, parameters={"density": 0.4, "weight": [1.0, 0.75], "lambda": 0.5, "rescale": True}),
-    Case("ties", 3, base=True),
-    Case("ties", 2, base=True, parameters={"density": [0.3, 0.6], "weight": [1.0, 0.5], "scope": "model"}),
-    Case("ties", 2, base=True, parameters={"density": 0.1, "scope": "model", "rescale": True, "normalize": False}),
-    Case("ties", 3, base=True, parameters={"density": 0.5, "vote": "count"}),
-    Case("ties", 2, base=True, parameters={"density": 0.7, "vote": "count", "scope": "model"}),
-    Case("dare_linear", 2, base=True, parameters={"density": [0.3, 0.8], "weight": [0.6, 0.7], "rescale_by": "l1"}),
-    Case("dare_linear", 2, base=True, parameters={"density": 0.5, "lambda": 0.7, "normalize": True, "seed": 7}),
-    Case("dare_linear", 1, base=True, parameters={"density": 0.25, "rescale": False}),
-    Case("dare_linear", 3, base=True),
-    Case("dare_ties", 3, base=True, parameters={"density": [0.3, 0.8, 0.5], "weight": [0.61, 0.73, -0.37]}),
-    Case("dare_ties", 2, base=True, parameters={"density": 0.4, "normalize": True, "rescale_by": "l1"}),
-    Case("dropout", 2, base=True, parameters={"density": [0.3, 0.6], "lambda": 0.8, "seed": 3}),
-    Case("dropout", 3, base=True, parameters={"density": 0.4, "rescale": 0.5}),
-    Case("trust_region", 3, base=True, parameters={"threshold_quantile": 0.7, "lambda": 0.6}),
-    Case("trust_region", 2, base=True),
-    Case("trust_region", 2, base=True, parameters={"threshold_quantile": 0.4, "scope": "tensor"}),
-    Case("breadcrumbs", 2, base=True, parameters={"density": [0.3, 0.6], "gamma": [0.05, 0.3], "weight": [0.6, 0.7]}),
-    Case("breadcrumbs", 2, base=True, parameters={"density": 0.5, "rescale": True, "lambda": 1.5, "normalize": True}),
-    Case("breadcrumbs", 1, base=True, parameters={"density": 0.9, "gamma": 0.5}),
-    Case("breadcrumbs_ties", 3, base=True, parameters={"density": 0.5, "gamma": 0.02, "weight": [1.0, 0.5, 0.8]}),
-    Case("breadcrumbs_ties", 2, base=True, parameters={"density": 0.2, "rescale": True}),
-    Case("della", 2, base=True, parameters={"density": [0.3, 0.7], "epsilon": 0.2, "weight": [1.0, 0.6]}),
-    Case("della", 3, base=True, parameters={"density": 0.5, "rescale_by": "probability", "lambda": 0.8}),
-    Case("della", 2, base=True, parameters={"density": [1.0, 0.5], "epsilon": [0.15, 0.1], "rescale": False}),
-    Case("della_linear", 2, base=True, parameters={"density": 0.6, "weight": [0.3, 0.6]}),
-    Case("della_linear", 2, base=True, parameters={"density": [0.0, 0.5], "rescale_by": "probability"}),
-    Case("sce", 3, base=True, parameters={"select_topk": 0.4}),
-    Case("sce", 2, base=True),
-    Case("sce", 1, base=True, parameters={"select_topk": 0.5}),
-    Case("ram", 3, base=True, parameters={"epsilon": 1e-3}),
-    Case("ram", 2, base=True),
-    Case("ramplus_tl", 3, base=True, parameters={"epsilon": 1.2e-3, "r": 0.5, "alpha": 3.0}),
-    Case("ramplus_tl", 2, base=True),
-    Case("magmax", 3, base=True, parameters={"lambda": 0.8}),
-    Case("magmax", 1, base=True),
-    Case("emr", 3, base=True, parameters={"task": 2}),
-    Case("emr", 3, base=True),
-    Case("tall_mask", 3, base=True, parameters={"task": 2, "threshold": 0.4, "lambda": 0.9}),
-    Case("tall_mask", 2, base=True),
-    Case("consensus_ta", 3, base=True, parameters={"k": 2, "threshold": 0.3, "lambda": 0.7}),
-    Case("consensus_ta", 2, base=True),
-    Case("pcb", 3, base=True, parameters={"ratio": 0.3, "lambda": 0.9}),
-    Case("pcb", 2, base=True, parameters={"scope": "tensor"}),
-    Case("nearswap", 1, base=True, parameters={"t": 1e-3}),
-    Case("arcee_fusion", 1, base=True),
-    Case("truncate_rank", 1, base=True, parameters={"rank": 2}),
-    Case("truncate_rank", 1, base=True, parameters={"fraction": 0.4, "alpha": 0.8}),
-    Case("truncate_rank", 1, base=True),
-    Case("iso_c", 3, base=True, parameters={"weight": [1.0, 0.5, 0.75], "lambda": 1.2}),
-    Case("iso_c", 2, base=True),
-    Case("iso_cts", 2, base=True, parameters={"weight": [1.0, 0.5], "common_space_fraction": 0.5, "lambda": 0.9}),
-    Case("iso_cts", 3, base=True),
-    Case("iso_cts", 2, base=True, parameters={"common_space_fraction": 0.0}),
-    Case("tsv_m", 2, base=True, parameters={"weight": [1.0, 0.5], "lambda": 0.9}),
-    Case("tsv_m", 3, base=True),
-    Case("svc", 2, base=True, parameters={"weight": [0.6, 0.3], "lambda": 0.9, "alpha": 0.2}),
-    Case("svc", 3, base=True),
-    Case("knots", 3, base=True, parameters={"density": [0.3, 0.6, 0.5], "weight": [1.0, 0.5, 0.75], "lambda": 0.9}),
-    Case("knots", 2, base=True, parameters={"density": 0.4, "normalize": False}),
-    Case("knots", 2, base=True),
-    Case("wudi", 2, base=True, parameters={"iterations": 20, "learning_rate": 1e-4, "lambda": 0.9}),
-    Case("wudi", 3, base=True, parameters={"iterations": 40}),
-    Case("rotate", 2, parameters={"alignment": 0.5, "alpha": 0.3, "centralization": 0.8}),
-    Case("rotate", 2),
-    Case("rotate", 2, parameters={"alignment": 2.0, "alpha": 0.5}),
-)
-
-ONE_CASE_EACH: Final[Sequence[Case]] = tuple({case.method: case for case in reversed(CASES)}.values())[::-1]
-"""The first case of every method that has more than default parameters is enough where numbers are not the point."""
-
-
-def mostly(chosen: Iterable[Any], of: Iterable[Any]) -> list[Any]:
-    """All of them as parameters of a test; those that aren't chosen are tried with the slow tests."""
-    kept = list(chosen)
-    return [one if one in kept else pytest.param(one, marks=pytest.mark.slow) for one in of]
-
-
-def relative_error(actual: torch.Tensor, expected: Array) -> float:
-    """‖actual − expected‖ / ‖expected‖ in float64; where nothing is expected, ‖actual‖."""
-    difference = float(np.linalg.norm((actual.double().numpy() - expected).reshape(-1)))
-    length = float(np.linalg.norm(expected.reshape(-1)))
-    return difference / length if length else difference
-
-
-def ulps_apart(actual: torch.Tensor, expected: Array) -> torch.Tensor:
-    """How many representable numbers each element is away from the expected value rounded to its dtype."""
-    rounded = torch.from_numpy(np.ascontiguousarray(expected)).reshape(actual.shape).to(actual.dtype)
-    return (places(actual) - places(rounded)).abs()
-
-
-def places(values: torch.Tensor) -> torch.Tensor:
-    """Each number's place among all of its dtype, by which neighbours differ by 1 and both zeros are 0."""
-    bits = values.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]).long()
-    least = -(2 ** (8 * values.element_size() - 1))
-    return torch.where(bits < 0, least - bits, bits)
