@@ -8,6 +8,7 @@ name may be a symbolic link, as it is in the cache of Hugging Face's hub: whoeve
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Final
@@ -45,6 +46,9 @@ SAFETENSORS: Final = (".safetensors", ".sft")
 TORCH: Final = (".ckpt", ".pt", ".pth", ".bin")
 """The endings of torch files."""
 
+_ONE_OF_SEVERAL: Final = re.compile(r".*-[0-9]{1,9}-of-0*([2-9]|[1-9][0-9]{1,8})", re.DOTALL)
+"""What a shard is called, but for its ending, where it is not the only one."""
+
 
 @dataclass(frozen=True, slots=True)
 class ShardIndex:
@@ -76,6 +80,14 @@ def find_weights(folder: Path) -> Path:
             return folder / name
     found = sorted(entry for entry in folder.iterdir() if entry.is_file() and is_index(entry))
     found = found or sorted(entry for entry in folder.iterdir() if entry.is_file() and is_model(entry))
+    shards = [entry for entry in found if _ONE_OF_SEVERAL.fullmatch(entry.stem)]
+    if shards and shards == found:  # one alone would pass for the whole model
+        raise CheckpointError(
+            f"{folder}: the folder holds shards of a model, and no index of them",
+            found=[entry.name for entry in shards],
+            advice=f"Fetch the index, such as {PREFERRED[0]}, and all the shards; or name a shard itself, to have it "
+            "alone.",
+        )
     if len(found) == 1:
         return found[0]
     if any(entry.suffix == ".distcp" for entry in folder.iterdir()):

@@ -56,6 +56,24 @@ def test_several_models_are_an_error_that_lists_them(tmp_path, names):
     assert error.value.advice == "Name the file itself, or call it model.safetensors."
 
 
+@pytest.mark.parametrize("numbers", [[1], [2], [1, 2, 3]])
+@pytest.mark.parametrize("name", ["model-{:05d}-of-00003.safetensors", "pytorch_model-{}-of-12.bin"])
+def test_shards_without_their_index_do_not_pass_for_a_model(tmp_path, name, numbers):
+    names = [name.format(number) for number in numbers]
+    for each in names:
+        (tmp_path / each).touch()
+    with pytest.raises(CheckpointError, match="the folder holds shards of a model, and no index of them") as error:
+        find_weights(tmp_path)
+    assert error.value.found == tuple(names)
+    assert error.value.advice.startswith("Fetch the index, such as model.safetensors.index.json, and all the shards;")
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00001.safetensors", "one-of-2.ckpt", "x-1-of-0.pt"])
+def test_the_only_shard_is_the_model(tmp_path, name):
+    (tmp_path / name).touch()
+    assert find_weights(tmp_path) == tmp_path / name
+
+
 def test_a_folder_without_a_model_is_an_error(tmp_path):
     (tmp_path / "model.safetensors").mkdir()
     with pytest.raises(CheckpointError, match="the folder holds no model"):
