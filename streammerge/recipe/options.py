@@ -89,12 +89,16 @@ class Typed:
         return self.parse is None and not self.words
 
     def value(self, given: Any) -> Any:  # noqa: ANN401
-        """The option's value of what a program gives: a word stands for what it means when it is typed."""
-        if not isinstance(given, str):
-            return given
-        if self.words and given not in self.words:
+        """The option's value of what a program gives: the same as when it is typed, so "no" is no flag, -1 no size."""
+        if given is None and self.default is None:
+            return None
+        if self.is_flag and not isinstance(given, bool):
+            raise RecipeError(f"{self.name} must be True or False, found {given!r}")
+        if self.words and given not in (*self.words, *self.words.values()):
             raise RecipeError(f"{self.name} must be one of {', '.join(self.words)}, found {given!r}")
-        return self.words[given] if self.words else self.parse(given) if self.parse else given
+        if self.words:
+            return self.words[given] if isinstance(given, str) else given
+        return self.parse(str(given)) if self.parse else given
 
 
 def option(default: Any, help: str, group: Group = "how to run", **typed: Any) -> Any:  # noqa: ANN401

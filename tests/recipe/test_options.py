@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streammerge.errors import SHOWN, MergeError, PlanError, format_size, one_line, printable
-from streammerge.recipe.options import parse_size
+from streammerge.errors import SHOWN, MergeError, PlanError, RecipeError, format_size, one_line, printable
+from streammerge.recipe.options import COMPUTE_DTYPES, Options, as_options, parse_size
 
 
 @pytest.mark.parametrize(
@@ -81,3 +81,29 @@ def test_what_can_be_printed_is_left_alone(text):
     assert one_line(text).isprintable()
     if text.isprintable():
         assert printable(text) == one_line(text) == text
+
+
+# ── keywords ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({"force": "no"}, {"resume": 1}, {"sync": "false"}, {"verify": None}, {"hash": "yes"}),
+        *({"threads": 0}, {"threads": -1}, {"threads": 2.5}, {"threads": True}, {"max_ram": -1}, {"max_ram": 0}),
+        *({"shard_size": 0}, {"shard_size": True}, {"journal": -1}, {"journal": float("nan")}, {"journal": None}),
+        *({"io": None}, {"io": 3}, {"on_nonfinite": ["warn"]}, {"compute_dtype": 5}, {"compute_dtype": "fp8"}),
+    ],
+    ids=repr,
+)
+def test_a_keyword_that_could_not_be_typed_is_refused(given):
+    """`force="no"` replaced an output, and `threads=-1` waited for ever."""
+    with pytest.raises(RecipeError):
+        as_options(given)
+
+
+def test_keywords_that_could_be_typed_are_taken():
+    fp64 = COMPUTE_DTYPES["fp64"]
+    given = as_options({"threads": 2, "max_ram": 4e8, "journal": 0, "compute_dtype": fp64, "io": "pread", "dtype": "x"})
+    assert given == Options(threads=2, max_ram=400_000_000, journal=0.0, compute_dtype=fp64, io="pread")
+    assert as_options({"threads": "2", "max_vram": None, "shard_size": "1kB"}) == Options(threads=2, shard_size=1000)
