@@ -182,6 +182,7 @@ def check_recipe(recipe: Recipe, where: str = "recipe", *, strict: bool = False)
     Parameters that mergekit takes without effect are refused too if it is `strict`.
     """
     method = find_method(recipe.method)
+    _check_words(recipe, where)
     listed = recipe.base is not None and recipe.base.name in {entry.name for entry in recipe.inputs}
     if method.base == "required" and recipe.base is None:
         raise RecipeError(f"method {method.name!r} needs a base model", advice="Name it with --base or base_model.")
@@ -200,6 +201,21 @@ def check_recipe(recipe: Recipe, where: str = "recipe", *, strict: bool = False)
     for place in recipe.places(where):
         place.check(method, names, strict=strict)
     return recipe
+
+
+def _check_words(recipe: Recipe, where: str) -> None:
+    """That policies are among those there are, and the layout among the inputs: in Python they may be anything."""
+    for key, word, words in (
+        ("on_shape_mismatch", recipe.on_shape_mismatch, SHAPE_POLICIES),
+        ("on_missing", recipe.on_missing, MISSING_POLICIES),
+    ):
+        if word not in words:
+            raise RecipeError(f"{where}: {key} must be one of {', '.join(words)}, found {word!r}")
+    if recipe.layout and recipe.layout not in recipe.named:
+        raise RecipeError(
+            f"{where}: no model is {recipe.layout!r}, which the layout is to be",
+            advice=f"Models: {', '.join(recipe.named)}.",
+        )
 
 
 def overridden(recipe: Recipe) -> list[str]:

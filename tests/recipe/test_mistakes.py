@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+import streammerge
 from streammerge.errors import RecipeError
 from streammerge.recipe.parse import Input, Recipe, check_recipe, parse_recipe
 from tests.recipe.short_recipes import FOLDER, TWO
@@ -171,3 +174,19 @@ def test_a_base_counts_where_the_method_counts_it(method, models, base):
 def test_a_recipe_made_in_python_is_checked_too():
     with pytest.raises(RecipeError, match="unknown merge method 'liner'"):
         check_recipe(Recipe("liner", (Input("a", Path("a")),)))
+
+
+@pytest.mark.parametrize(
+    ("keywords", "problem"),
+    [
+        ({"on_missing": "DROP"}, "linear: on_missing must be one of error, keep, drop, found 'DROP'"),
+        ({"on_shape_mismatch": None}, "linear: on_shape_mismatch must be one of error, .*, found None"),
+        ({"layout": 1}, "linear: no model is '1', which the layout is to be\n  Models: 0."),
+        ({"layout": -1}, "linear: no model is '-1', which the layout is to be"),
+    ],
+)
+def test_keywords_of_a_method_are_checked_as_keys_are(tmp_path, keywords, problem):
+    """Any other word for `on_missing` kept the layout's tensors without saying so."""
+    save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors")
+    with pytest.raises(RecipeError, match=problem):
+        streammerge.linear(tmp_path / "a.safetensors", **keywords)
