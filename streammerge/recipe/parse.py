@@ -7,6 +7,7 @@ The YAML is mergekit's (`merge_method`, `models`, `base_model`, `parameters`, `d
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -96,6 +97,7 @@ class _RecipeParser:
         if not isinstance(raw["models"], list):
             raise RecipeError(f"{self.where}: models must be a list, found {raw['models']!r}")
         self._check_bound(raw.get("inputs"))
+        self._check_given_names(raw["models"])
         inputs = distinct_names(
             [self._input(entry, f"{self.where}: model {n}") for n, entry in enumerate(raw["models"], 1)]
         )
@@ -123,6 +125,15 @@ class _RecipeParser:
         for number, rule in enumerate(rules, 1):
             recipe = self._add_rule(recipe, rule, f"{self.where}: rule {number}")
         return recipe
+
+    def _check_given_names(self, models: list[Any]) -> None:
+        """No two models may be given one name: rules and parameters would mean the first of them, unsaid."""
+        given = [model.get("name") for model in models if isinstance(model, dict)]
+        for name, times in Counter(name for name in given if isinstance(name, str)).most_common(1):
+            if times > 1:
+                raise RecipeError(
+                    f"{self.where}: {times} models are named {name!r}", advice="Give each a name of its own."
+                )
 
     def _check_keys(self, raw: dict[str, Any], known: Iterable[str], where: str) -> None:
         for key in raw:

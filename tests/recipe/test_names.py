@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from streammerge.errors import RecipeError
 from streammerge.recipe.parse import Input, distinct_names, parse_recipe
 from tests.recipe.short_recipes import FOLDER, arithmetic, linear, names
 
@@ -18,6 +19,14 @@ def test_models_are_called_by_their_file_unless_named():
 def test_models_of_the_same_name_are_told_apart():
     recipe = linear(models=["x/model.ckpt", "y/model.ckpt", "z/model.ckpt"])
     assert names(recipe) == ["model", "model#2", "model#3"]
+
+
+def test_a_name_is_given_once():
+    """`take: m` took from the first of them."""
+    twice = [{"model": "a.ckpt", "name": "m"}, "m.ckpt", {"model": "b.ckpt", "name": "m"}]
+    with pytest.raises(RecipeError, match="2 models are named 'm'\n  Give each a name of its own"):
+        linear(models=twice)
+    assert names(linear(models=twice[:2])) == ["m", "m#2"]
 
 
 def test_made_up_names_do_not_meet_given_ones():
