@@ -114,7 +114,9 @@ def read_index(path: Path) -> ShardIndex:
             f"{path}: {problem}", advice="Fetch index and shards again: the shards may be incomplete."
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: can't be read as an index of shards: {error}") from error
+        raise CheckpointError(
+            f"{path}: can't be read as an index of shards: {error}", advice="Fetch the index again."
+        ) from error
     names = {name: name for name in weight_map.values() if isinstance(name, str)}
     outside = sorted({str(name) for name in names if not is_plain_name(name)})
     outside += [str(name) for name in weight_map.values() if not isinstance(name, str)]

@@ -255,7 +255,7 @@ def _open_shards(path: Path, entry: str) -> Checkpoint:
     missing = [f"{name}: not in {shard}" for name, shard in index.weight_map.items() if name not in nodes]
     if missing:
         raise CheckpointError(
-            f"{path}: {len(missing)} tensors are not in the shards that the index names",
+            f"{path}: {count(missing, 'tensor')} {plural(missing, 'is', 'are')} not in the shards that the index names",
             found=missing,
             advice="Index and shards are of different models, or a shard is incomplete. Fetch them again.",
         )

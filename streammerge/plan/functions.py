@@ -72,7 +72,11 @@ def merge_function(name: str) -> Callable[..., Merged]:
 
 
 def _opened(model: ModelLike) -> Model:
-    return open_model(model) if isinstance(model, str | os.PathLike) else model
+    if isinstance(model, str | os.PathLike):
+        return open_model(model)
+    if not isinstance(model, Model):
+        raise TypeError(f"expected a model, or the path of one, found {type(model).__name__}")
+    return model
 
 
 def has_one_per_model(method: Method, name: str) -> bool:

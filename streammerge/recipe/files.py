@@ -148,4 +148,6 @@ def as_recipe(recipe: Mergeable, options: Mapping[str, Any]) -> Recipe | Model:
         return parse_recipe({**recipe, **changes}, Path())
     if changes:
         raise TypeError(f"{', '.join(changes)} can be set for a recipe, not for a model that is made already")
+    if not isinstance(recipe, Recipe | Model):
+        raise TypeError(f"expected a recipe's path or values, or a model, found {type(recipe).__name__}")
     return recipe

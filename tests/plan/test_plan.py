@@ -327,3 +327,13 @@ def test_make_plan_is_for_python_too(tmp_path):
     assert made.output.paths == [tmp_path / "out" / "model.safetensors"]
     assert [file.path for file in made.inputs] == list(paths.values())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("given", [None, 3, ["a.safetensors"], b"a.safetensors", {"w": torch.ones(2)}], ids=repr)
+def test_what_is_no_model_is_told_by_its_kind(given, tmp_path):
+    with pytest.raises(TypeError, match=f"expected a model, or the path of one, found {type(given).__name__}"):
+        streammerge.linear(given)
+    if not isinstance(given, dict):
+        with pytest.raises(TypeError, match=f"or a model, found {type(given).__name__}"):
+            streammerge.merge(given, output=tmp_path / "out.safetensors")
+    assert not list(tmp_path.iterdir())

@@ -122,11 +122,11 @@ def test_an_array_or_a_storage_among_the_tensors_is_named(tmp_path: Path) -> Non
 
 
 def test_only_unreadable_tensors_are_an_error_too(tmp_path: Path) -> None:
-    refused(save(tmp_path / "m.pt", {"state_dict": {"sparse": torch.eye(3).to_sparse()}}), "1 tensors are of a kind")
+    refused(save(tmp_path / "m.pt", {"state_dict": {"sparse": torch.eye(3).to_sparse()}}), "1 tensor is of a kind")
 
 
 def test_names_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
-    message = refused(save(tmp_path / "m.pt", {"a\ud800": torch.ones(1)}), "1 tensors are of a kind")
+    message = refused(save(tmp_path / "m.pt", {"a\ud800": torch.ones(1)}), "1 tensor is of a kind")
     assert "not text" in message
     message = refused(save(tmp_path / "m.pt", {"a" * 5000: torch.ones(1), "b": torch.ones(1)}), "1 tensor lies deeper")
     assert "long str" in message
