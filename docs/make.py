@@ -26,7 +26,7 @@ from streammerge.formats.torchzip import machine as pickle_machine
 from streammerge.models import extent
 from streammerge.plan import globs, tuning
 from streammerge.recipe import recipe as asked
-from streammerge.recipe.files import MAX_NODES, MAX_RECIPE
+from streammerge.recipe.files import MAX_NODES, MAX_RECIPE, MAX_VALUES
 from streammerge.recipe.options import RECIPE_KEYS, Options
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -242,7 +242,7 @@ def limits() -> str:
         ("a safetensors header", header),
         ("a torch zip", f"{pickle}, which is about 24,000 tensors; {members:,} members"),
         ("an index of shards", index),
-        ("a recipe", f"{MAX_RECIPE >> 10:,} KiB, {MAX_NODES:,} values"),
+        ("a recipe", f"{MAX_RECIPE >> 10:,} KiB, {MAX_NODES:,} values; {MAX_VALUES:,} with those that aliases repeat"),
         ("a merge", merge_limits()),
     ]
     return table(("what", "at most"), rows)

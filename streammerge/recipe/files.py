@@ -105,7 +105,10 @@ def _check_node(node: Any, sizes: dict[int, int], where: str) -> int:  # noqa: A
     nodes = [child for part in parts for child in (part if isinstance(part, tuple) else (part,))]
     sizes[id(node)] = 1 + sum(_check_node(child, sizes, where) for child in nodes)
     if sizes[id(node)] > MAX_VALUES:
-        raise RecipeError(f"{place}: its aliases multiply to more than {MAX_VALUES} values")
+        raise RecipeError(
+            f"{place}: its aliases multiply to more than {MAX_VALUES} values, or one of them contains itself",
+            advice="Write out what they stand for.",
+        )
     return sizes[id(node)]
 
 

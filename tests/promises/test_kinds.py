@@ -19,7 +19,8 @@ OUTSIDE = [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent != PACK
 
 def matched(code: str) -> list[str]:
     """The kinds by which the code chooses what to do."""
-    return [name.id for tree in patterns(ast.parse(code)) for name in ast.walk(tree) if is_kind(name)]
+    names = (name for tree in patterns(ast.parse(code)) for name in ast.walk(tree))
+    return [name.id for name in names if isinstance(name, ast.Name) and name.id in KINDS]
 
 
 def patterns(code: ast.Module) -> Iterator[ast.AST]:
@@ -28,10 +29,6 @@ def patterns(code: ast.Module) -> Iterator[ast.AST]:
             yield part.args[1]
         elif isinstance(part, ast.MatchClass):
             yield part.cls
-
-
-def is_kind(part: ast.AST) -> bool:
-    return isinstance(part, ast.Name) and part.id in KINDS
 
 
 def test_what_matches_a_kind_is_found():
