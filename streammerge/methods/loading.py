@@ -6,6 +6,7 @@ import importlib.util
 import os
 import traceback
 from pathlib import Path
+from types import CodeType
 from typing import Final
 
 from streammerge.errors import MergeError, MethodError
@@ -59,16 +60,24 @@ def _run(file: Path) -> None:
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     module.__file__ = str(file)
+    code = _compiled(file)
     try:
-        code = compile(file.read_bytes(), str(file), "exec", dont_inherit=True)
         exec(code, module.__dict__)
     except MethodError:
         raise
-    except SyntaxError as error:
-        where = f", line {error.lineno}" if error.lineno else ""
-        raise MethodError(f"{file}{where}: {error.msg}") from error
     except (Exception, SystemExit) as error:
         raise _failure(file, error) from error
+
+
+def _compiled(file: Path) -> CodeType:
+    """The file's code; MethodError where it is no Python."""
+    try:
+        return compile(file.read_bytes(), str(file), "exec", dont_inherit=True)
+    except SyntaxError as error:
+        where = f", line {error.lineno}" if error.lineno else ""
+        raise MethodError(f"{file}{where}: {error.msg}", advice="Mend the file.") from error
+    except ValueError as error:  # null bytes, which are a SyntaxError from Python 3.11.4 on
+        raise MethodError(f"{file}: {error}", advice="Mend the file.") from error
 
 
 def method_failure(error: BaseException) -> MethodError | None:
