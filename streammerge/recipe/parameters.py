@@ -148,13 +148,6 @@ def holds_everywhere(setting: Setting | None) -> bool:
     return not is_conditional(setting) or "" in filters_of(setting)
 
 
-def _is_constant(setting: Setting | None) -> bool:
-    """Whether the setting says the same of every tensor."""
-    if isinstance(setting, PerModelSetting):
-        return all(map(_is_constant, setting.by_model.values()))
-    return setting is None or isinstance(setting, int | float | str)
-
-
 NO_BLOCKS: Final = Blocks()
 WEIGHT: Final = "weight"
 """What no model does without: conditions on it that leave out a tensor say nothing of how much its share is."""
@@ -259,16 +252,6 @@ class ParameterSources:
             for parameter in method.parameters
             if any(is_by_block(settings.get(parameter.name)) for settings in itertools.chain.from_iterable(places))
         )
-
-    def are_constant(self, method: Method) -> bool:
-        """Whether the method's parameters have the same values for all tensors that have this rule."""
-        places = [*map(self._places, self.by_model), (self.rule, self.recipe)]
-        settings = (
-            place.get(parameter.name)
-            for parameter in method.parameters
-            for place in itertools.chain.from_iterable(places)
-        )
-        return all(map(_is_constant, settings))
 
     def _places(self, model: str) -> tuple[Settings, ...]:
         return self.rule, self.by_model.get(model, {}), self.recipe
