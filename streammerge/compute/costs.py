@@ -18,6 +18,7 @@ from streammerge.compute.expressions import (
     Rounded,
     Stored,
     Viewed,
+    applications,
     children,
     is_computed,
     leaves,
@@ -61,7 +62,7 @@ def row_elements(node: ByBlock) -> int:
 
 def held_bytes(node: Node) -> int:
     """What is held for as long as the tensor is under way: whole tensors, and statistics of rows."""
-    return sum(_held_by(part) for part in walk(node) if isinstance(part, Applied))
+    return sum(_held_by(part) for part in applications(node))
 
 
 def _held_by(node: Applied) -> int:
@@ -93,7 +94,7 @@ def _measured(node: ByBlock) -> Target:
 def bytes_read(node: Node) -> int:
     """What evaluating a whole tensor reads, the passes of its methods included."""
     return evaluation_bytes(node) + sum(
-        own_passes(part) * sum(map(evaluation_bytes, part.inputs)) for part in walk(node) if isinstance(part, Applied)
+        own_passes(part) * sum(map(evaluation_bytes, part.inputs)) for part in applications(node)
     )
 
 

@@ -13,7 +13,18 @@ import torch
 
 from streammerge.compute.costs import compute_dtype, piece_count, piece_elements, target_of
 from streammerge.compute.evaluate import Evaluator
-from streammerge.compute.expressions import Applied, ByBlock, ByGram, ByWhole, Node, Stored, Together, Viewed, walk
+from streammerge.compute.expressions import (
+    Applied,
+    ByBlock,
+    ByGram,
+    ByWhole,
+    Node,
+    Stored,
+    Together,
+    Viewed,
+    applications,
+    measured_together,
+)
 from streammerge.compute.gather import gather
 from streammerge.compute.lanes import Lane, torch_dtype
 from streammerge.compute.rounding import rounded
@@ -35,7 +46,7 @@ class Survey:
 
     def __init__(self, root: Node, dtype: torch.dtype = torch.float32) -> None:
         self.wide = dtype == torch.float64
-        applied = {id(node): node for node in walk(root) if isinstance(node, Applied)}
+        applied = {id(node): node for node in applications(root)}
         self.known: dict[int, Any] = {
             key: node.together.found.statistics
             for key, node in applied.items()
@@ -144,7 +155,7 @@ def _coefficients(node: ByGram, found: Gram | SliceGrams) -> Any:  # noqa: ANN40
 
 
 def _measured_below(node: Node) -> Iterator[Node]:
-    return (part for part in walk(node) if isinstance(part, Applied) and part is not node)
+    return (part for part in applications(node) if part is not node)
 
 
 class WholePass(Pass[torch.Tensor]):
@@ -279,9 +290,7 @@ def own_dtype(node: Node) -> torch.dtype:
 
 def together_in(nodes: Iterable[Node]) -> list[Together]:
     """All that has to be surveyed before any of these tensors can be."""
-    parts = (part for node in nodes for part in walk(node))
-    found = (part.together for part in parts if isinstance(part, ByBlock) and part.together is not None)
-    return list({id(together): together for together in found}.values())
+    return list({id(together): together for node in nodes for _, together in measured_together(node)}.values())
 
 
 def check_range(node: Node, start: int, stop: int) -> None:
