@@ -27,7 +27,7 @@ from streammerge.plan.plan import Plan, plan_merge
 from streammerge.recipe.files import Mergeable, as_recipe
 from streammerge.recipe.options import Options, as_options
 from streammerge.recipe.recipe import Recipe
-from streammerge.report import InputFile, Progress, Report
+from streammerge.report import PARTS, InputFile, Report, Watch
 from streammerge.storage.copying import Copying
 from streammerge.storage.hashing import (
     FileHashes,
@@ -49,7 +49,7 @@ from streammerge.storage.writer import OutputWriter
 from streammerge.tensors import Model
 from streammerge.version import __version__
 from streammerge.workers.confirmation import Confirmed, confirm, confirm_finished
-from streammerge.workers.machine import Machine, Watch
+from streammerge.workers.machine import Machine
 
 
 def merge(recipe: Mergeable, *, output: str | os.PathLike[str], **options: Any) -> Report:  # noqa: ANN401
@@ -162,10 +162,11 @@ class Run:
         self.begun, self.watch, self.tell, self.beside = begun, watch, tell, beside
         self.plan, self.options = begun.plan, begun.plan.options
         self.older = find_older(self.plan.output)
-        self.writer, self.ledger = OutputWriter(self.plan.output, begun.journal), Ledger(begun.journal.contents.entry)
+        self.writer = OutputWriter(self.plan.output, begun.journal)
+        self.ledger = Ledger(self.plan.jobs.nbytes, begun.journal.contents.entry)
         self.machine: Machine | None = None
         self.hashes: Sequence[FileHashes] = []
-        self.marks = [started]
+        self.marks, self.seconds_ahead = [started], 0.0
 
     def to_report(self) -> Report:
         """The whole course, or what is left of it where an earlier run was interrupted."""
@@ -176,13 +177,13 @@ class Run:
         self.begin()
         wanted = self.options.hash
         with saying_what_is_on_disk(self.writer.state), self.writer, hashing(self.writer, wanted=wanted) as sink:
-            copying = Copying(self.plan.jobs, sink, self._progress(), self.ledger)
+            copying = Copying(self.plan.jobs, sink, self.ledger)
             machine = self.copy_ahead(copying)
             self.work(machine, sink, copying)
             self.verify(machine)
             self.commit()
         self.write_hashes()
-        return self.report(copying)
+        return self.report()
 
     def begin(self) -> None:
         """See that the output may be written, and tell what the user should know before it is."""
@@ -203,6 +204,7 @@ class Run:
         with copying.ahead():
             machine = self.machine = self.machine or Machine(self.plan)
             check_with_library(self.plan)
+        self.seconds_ahead = copying.seconds_ahead
         self._mark()
         return machine
 
@@ -210,7 +212,7 @@ class Run:
         """Compute and write everything, note from time to time what is on the disk, and have the disk keep it."""
         bookkeeper = Bookkeeper(self.begun, self.writer, self.ledger)
         with bookkeeper.every(self.options.journal if self.begun.can_be_resumed else 0.0):
-            machine.run(sink, copying, bookkeeper.watching(self.watch))
+            machine.run(sink, self.ledger, bookkeeper.watching(self.watch), copying)
         self.hashes = sink.finish() if isinstance(sink, HashingWriter) else []
         self._mark()
         if self.options.sync:
@@ -236,10 +238,10 @@ class Run:
         if self.hashes:
             write_sidecar(self.plan.output, self.hashes, sync=self.options.sync)
 
-    def report(self, copying: Copying) -> Report:
+    def report(self) -> Report:
         """Say how it went."""
         self._mark()
-        return report_of(self.plan, self.marks, copying, self.machine, self.hashes)
+        return report_of(self.plan, self.ledger, self.machine, self._seconds(), self.hashes)
 
     def finish(self) -> Report:
         """Put in place what an earlier run has written, all of it."""
@@ -247,7 +249,7 @@ class Run:
         self.tell("resumed: everything was written already, and has been put in place")
         self.hashes = hash_output(self.plan.output) if self.options.hash else []
         self.write_hashes()
-        return self._report_of_nothing(self.begun.journal.contents.entry)
+        return self.report()
 
     def confirm(self) -> Report:
         """Make sure that the output, which is in place, is what would be written; give it hashes if it has none."""
@@ -258,18 +260,8 @@ class Run:
             check_sidecar(self.plan.output, force=self.options.force)
             self.write_hashes()
         whole = Coverage(Span(number, 0, file.nbytes) for number, file in enumerate(self.plan.output.files))
-        return self._report_of_nothing(Entry(whole))
-
-    def _report_of_nothing(self, there: Entry) -> Report:
-        """The report of a merge of which all was there."""
-        self.marks *= 3
-        return self.report(Copying((), self.writer, self.plan.new_progress(), Ledger(there)))
-
-    def _progress(self) -> Progress:
-        """What an interrupted run has done counts as done."""
-        progress = self.plan.new_progress(self.ledger.found.spans.nbytes)
-        progress.findings.update(self.ledger.found.findings)
-        return progress
+        self.ledger = Ledger(self.plan.jobs.nbytes, Entry(whole))
+        return self.report()
 
     def _strays(self) -> list[Path]:
         """Shards of an older output that nothing is going to replace, and that are none of the inputs."""
@@ -279,12 +271,17 @@ class Run:
     def _mark(self) -> None:
         self.marks.append(time.perf_counter())
 
+    def _seconds(self) -> Mapping[str, float]:
+        """What each part took, nothing where it wasn't reached, because all was there."""
+        parts = dict(zip(PARTS, (b - a for a, b in itertools.pairwise(self.marks)), strict=False))
+        total = self.marks[-1] - self.marks[0]
+        return {**dict.fromkeys(PARTS, 0.0), **parts, "ahead": self.seconds_ahead, "total": total}
+
 
 def report_of(
-    plan: Plan, marks: list[float], copying: Copying, machine: Machine | None, hashes: Sequence[FileHashes]
+    plan: Plan, ledger: Ledger, machine: Machine | None, seconds: Mapping[str, float], hashes: Sequence[FileHashes]
 ) -> Report:
-    """How it went, with the times at which the parts began; no machine if there was nothing to be done any more."""
-    seconds = dict(zip(("plan", "merge", "sync"), (b - a for a, b in itertools.pairwise(marks)), strict=True))
+    """How it went; no machine if there was nothing to be done any more."""
     return Report(
         output=[str(path) for path in plan.output.paths],
         method=plan.method,
@@ -292,11 +289,11 @@ def report_of(
         copied=plan.count("copied"),
         dropped=plan.count("dropped"),
         left_out=plan.merged.left_out,
-        findings=dict(sorted(copying.progress.findings.items())),
+        findings=dict(sorted(ledger.findings.items())),
         on_nonfinite=plan.options.on_nonfinite,
-        bytes_read=copying.progress.bytes_read,
+        bytes_read=ledger.bytes_read,
         bytes_written=plan.output.nbytes,
-        seconds={**seconds, "ahead": copying.seconds_ahead, "total": marks[-1] - marks[0]},
+        seconds=seconds,
         peak_rss_bytes=peak_resident_bytes(),
         baseline_rss_bytes=machine.baseline if machine else peak_resident_bytes(),
         peak_vram_bytes=machine.peak_vram_bytes() if machine else 0,
@@ -304,7 +301,7 @@ def report_of(
         dtype=sorted({kind.info.dtype.name for kind in plan.jobs.kinds}),
         threads=machine.allotment.threads if machine else 0,
         io=machine.io if machine else plan.options.io,
-        resumed_bytes=copying.ledger.found.spans.nbytes,
+        resumed_bytes=ledger.found.spans.nbytes,
         inputs=[InputFile(str(file.path), file.nbytes) for file in plan.inputs],
         hashes=hashes_by_file(plan, hashes),
         stale_hashes="" if hashes else stale_sidecar(plan.output),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -316,7 +316,6 @@ class Progress:
     done_bytes: int = 0
     stage: str = ""
     bytes_read: int = 0
-    findings: dict[str, Finding] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @contextlib.contextmanager
@@ -330,12 +329,11 @@ class Progress:
             self.stage, (self.total_bytes, self.done_bytes) = "", before
 
     def advance(self, nbytes: int, *, read: int = 0) -> None:
-        """So many bytes of the output are done, for which so many were read."""
+        """So many bytes are done, for which so many were read. May be called from any thread."""
         with self.lock:
             self.done_bytes += nbytes
             self.bytes_read += read
 
-    def found(self, name: str, finding: Finding) -> None:
-        """Something was found in a block of this tensor."""
-        with self.lock:
-            self.findings.setdefault(name, Finding()).add(finding)
+
+Watch = Callable[[Progress], None]
+"""Called from time to time, with what has been done so far."""

@@ -5,18 +5,16 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from streammerge.errors import format_size, one_line
 
 if TYPE_CHECKING:
-    from streammerge.report import Progress, Report
+    from streammerge.report import Progress, Report, Watch
 
 PLAIN_INTERVAL: Final = 5.0
 """Seconds between the lines that are printed where there is no terminal."""
-
-Watch = Callable[["Progress"], None]
 
 
 @contextlib.contextmanager

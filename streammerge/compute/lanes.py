@@ -35,11 +35,6 @@ class Lane:
         with torch.inference_mode():
             yield
 
-    def take_bytes_read(self) -> int:
-        """How much was read since this was last asked."""
-        read, self.bytes_read = self.bytes_read, 0
-        return read
-
     def slot(self, slot: int, elements: int, dtype: torch.dtype) -> torch.Tensor:
         """Room for a block in this slot, on the lane's device."""
         buffer = self._slots.get((slot, dtype))

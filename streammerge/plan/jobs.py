@@ -80,6 +80,11 @@ class Jobs(Sequence[Job]):
         return [kind for kind in self._kinds if kind is not None]
 
     @property
+    def nbytes(self) -> int:
+        """The size of all tensors."""
+        return sum(kind.count * kind.info.nbytes for kind in self.kinds)
+
+    @property
     def together(self) -> int:
         """How many tensors are measured with others before anything is written."""
         return sum(kind.count for kind in self.kinds if kind.is_together)

@@ -31,7 +31,6 @@ from streammerge.models.decisions import Action, Decisions
 from streammerge.models.merged import Merged
 from streammerge.plan.jobs import Jobs, together_of
 from streammerge.recipe.options import Options
-from streammerge.report import Progress
 from streammerge.tensors import DType
 
 OVERHEAD_BYTES: Final = 16 * MIB
@@ -100,11 +99,6 @@ class Plan:
                 f"{format_size(free)} are free",
                 advice=f"Free {format_size(self.output.nbytes - free - present)}, or write to another disk.",
             )
-
-    def new_progress(self, done_bytes: int = 0) -> Progress:
-        """A count of what is done, with so much done already."""
-        total = sum(kind.count * kind.info.nbytes for kind in self.jobs.kinds)
-        return Progress(total_bytes=total, done_bytes=done_bytes)
 
     @property
     def lane_bytes(self) -> int:

@@ -1,6 +1,6 @@
 """Tensors that are copied as they are stored: no arithmetic, hence no torch, and begun while torch is being imported.
 
-copying = Copying(jobs, sink, progress)
+copying = Copying(jobs, sink, ledger)
 with copying.ahead():      # a thread copies
     import torch           # meanwhile
 while copying.take(): ...  # the workers do the rest when they have nothing else to do
@@ -18,7 +18,6 @@ from typing import Final, Protocol
 from streammerge.compute.costs import copied_from
 from streammerge.compute.expressions import Job, Stored
 from streammerge.errors import error_context
-from streammerge.report import Progress
 from streammerge.storage.ledger import Ledger
 
 PIECE: Final = 32 << 20
@@ -70,15 +69,13 @@ class Piece:
         """The first tensor's name."""
         return self.ranges[0].job.name
 
-    def run(self, progress: Progress) -> None:
+    def run(self) -> None:
         """Copy them."""
         for whole in adjoining(self.ranges):
             whole.source.file.will_need(whole.start, whole.start + whole.nbytes)
         self.sink.copy(self.ranges)
         for part in self.ranges:
-            self.ledger.finish(part.job, part.position, part.position + part.nbytes)
-        nbytes = sum(part.nbytes for part in self.ranges)
-        progress.advance(nbytes, read=nbytes)
+            self.ledger.finish(part.job, part.position, part.position + part.nbytes, read=part.nbytes)
 
 
 class Copying:
@@ -87,11 +84,9 @@ class Copying:
     What the ledger has already is left out. `seconds_ahead` is how long the thread of `ahead` was at it.
     """
 
-    def __init__(self, jobs: Iterable[Job], sink: CopySink, progress: Progress, ledger: Ledger | None = None) -> None:
-        self.ledger = ledger or Ledger()
-        self.progress = progress
+    def __init__(self, jobs: Iterable[Job], sink: CopySink, ledger: Ledger) -> None:
         self.seconds_ahead = 0.0
-        self._pieces = pieces(jobs, sink, self.ledger)
+        self._pieces = pieces(jobs, sink, ledger)
         self._lock = threading.Lock()
         self._paused = threading.Event()
         self._error: BaseException | None = None
@@ -119,7 +114,7 @@ class Copying:
         try:
             while not self._paused.is_set() and (piece := self.take()) is not None:
                 with error_context(piece.name):
-                    piece.run(self.progress)
+                    piece.run()
         except BaseException as error:
             self._error = error
         finally:

@@ -1,15 +1,17 @@
-"""What is finished of an output: ranges of bytes that an interrupted run left on the disk, and this run's since."""
+"""What is finished of an output: ranges of bytes that an interrupted run left on the disk, and this run's since.
+
+Who has done something of a job tells the ledger, once; the screen, the journal and the report read it there.
+"""
 
 from __future__ import annotations
 
 import bisect
-import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from streammerge.compute.expressions import Job
-from streammerge.report import Finding
+from streammerge.report import Finding, Progress
 
 
 class Span(NamedTuple):
@@ -64,16 +66,20 @@ class Entry:
     """What was finished in some time: bytes, and what was found in the tensors that they belong to."""
 
     spans: Coverage = field(default_factory=Coverage)
-    findings: Mapping[str, Finding] = field(default_factory=dict)
+    findings: dict[str, Finding] = field(default_factory=dict)
 
 
-class Ledger:
-    """What is finished. `found` was on the disk when the run began and needn't be made again."""
+class Ledger(Progress):
+    """What is finished, and what was found in it.
 
-    def __init__(self, found: Entry | None = None) -> None:
+    `found` was on the disk when the run began: it counts as done and needn't be made again. `findings` are of all.
+    """
+
+    def __init__(self, total_bytes: int = 0, found: Entry | None = None) -> None:
         self.found = found or Entry()
-        self._spans, self._findings = Coverage(), dict[str, Finding]()
-        self._lock = threading.Lock()
+        self.findings = dict(self.found.findings)
+        self._news = Entry()
+        super().__init__(total_bytes, self.found.spans.nbytes)
 
     def has(self, job: Job, start: int, stop: int) -> bool:
         """Whether bytes [start, stop) of the job's tensor were there when the run began; of none, if anything was."""
@@ -85,18 +91,19 @@ class Ledger:
         """Whether the whole tensor was there when the run began."""
         return self.has(job, 0, job.info.nbytes)
 
-    def finish(self, job: Job, start: int, stop: int, finding: Finding | None = None) -> None:
-        """Bytes [start, stop) of the job's tensor have been written. May be called from any thread."""
-        with self._lock:
-            self._spans.add(Span(job.file, job.offset + start, job.offset + stop))
+    def finish(self, job: Job, start: int, stop: int, finding: Finding | None = None, *, read: int) -> None:
+        """Bytes [start, stop) of the job's tensor have been written, for which so many were read, and this found."""
+        self.advance(stop - start, read=read)
+        with self.lock:
+            self._news.spans.add(Span(job.file, job.offset + start, job.offset + stop))
             if finding and finding.is_any:
-                self._findings.setdefault(job.name, Finding()).add(finding)
+                for findings in (self.findings, self._news.findings):
+                    findings.setdefault(job.name, Finding()).add(finding)
 
     def take(self) -> Entry:
         """What was finished since this was last asked."""
-        with self._lock:
-            news = Entry(self._spans, self._findings)
-            self._spans, self._findings = Coverage(), {}
+        with self.lock:
+            news, self._news = self._news, Entry()
         return news
 
 

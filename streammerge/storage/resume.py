@@ -14,7 +14,7 @@ from pathlib import Path
 from streammerge.errors import OutputError, format_size, output_errors
 from streammerge.formats.descriptors import sync_folder
 from streammerge.plan.plan import Plan
-from streammerge.report import Progress
+from streammerge.report import Progress, Watch
 from streammerge.storage.fingerprint import Fingerprint, can_be_told, differences, fingerprint_of, request_of
 from streammerge.storage.finished import is_finished
 from streammerge.storage.journal import Journal, journal_path, lock_journal
@@ -288,9 +288,6 @@ def allocated_bytes(path: Path) -> int:
     """What the file takes on the disk, which is less than its size if it has holes."""
     status = path.stat()
     return int(getattr(status, "st_blocks", 0)) * 512 or status.st_size
-
-
-Watch = Callable[[Progress], None]
 
 
 class Bookkeeper:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from streammerge.compute.devices import find_device, open_lanes
-from streammerge.compute.expressions import ByBlock, Job, Node
+from streammerge.compute.expressions import ByBlock, Node
 from streammerge.compute.machine import MIB, IoMode, choose_io, share_out
 from streammerge.methods.registry import BlockMethod, Statistics
 from streammerge.methods.statistics.gram import Gram, GramPass
@@ -17,7 +17,7 @@ from streammerge.models.adapters import adapter_text
 from streammerge.models.checkpoints import Checkpoint
 from streammerge.models.codes import Quantised, find_quantised
 from streammerge.models.quantised import decoded
-from streammerge.report import Progress
+from streammerge.report import Progress, Watch
 from streammerge.tensors import DTYPES
 from streammerge.tools.comparison import Comparison, ShapeMismatch, Similarity
 from streammerge.workers.schedule import run
@@ -69,13 +69,6 @@ INNER_PRODUCTS = BlockMethod(
 """Only surveyed, never computed."""
 
 
-class Nowhere:
-    """A sink for works that write nothing."""
-
-    def write(self, job: Job, position: int, data: memoryview) -> None:
-        """Take the bytes and forget them."""
-
-
 LANE_BYTES = 8 * MIB
 """What a lane takes that compares: two blocks as stored and in float64, and pieces of their differences."""
 
@@ -88,7 +81,7 @@ def compare_models(
     device: str = "cpu",
     threads: int | None = None,
     io: IoMode = "auto",
-    watch: Callable[[Progress], None] | None = None,
+    watch: Watch | None = None,
 ) -> Comparison:
     """The cosine similarity and distance of every floating-point tensor that both models have in the same shape.
 
@@ -102,11 +95,11 @@ def compare_models(
     readers = _Reader.of(a), _Reader.of(b)
     comparable = [name for name in alike if all(reader.has_values(name) for reader in readers)]
     found: dict[str, Similarity] = {}
-    works = (_Comparing(name, readers[0].node(name), readers[1].node(name), found) for name in comparable)
     progress = Progress(sum(a.tensors[name].nbytes + b.tensors[name].nbytes for name in comparable))
+    works = (_Comparing(name, [reader.node(name) for reader in readers], found, progress) for name in comparable)
     paths = [file.path for file in (*a.files, *b.files)]
     lanes = open_lanes(find_device(device), choose_io(io, paths), share_out(LANE_BYTES, threads))
-    run(works, lanes, Nowhere(), progress, lambda: watch(progress) if watch else None)
+    run(works, lanes, lambda: watch(progress) if watch else None)
     return Comparison(
         path_a=str(a.path),
         path_b=str(b.path),
@@ -146,8 +139,9 @@ class _Reader:
 class _Comparing(Work):
     """A tensor under comparison: what is left of it are the figures that it puts among those found."""
 
-    def __init__(self, name: str, a: Node, b: Node, found: dict[str, Similarity]) -> None:
-        super().__init__(name, ByBlock(a.info, INNER_PRODUCTS, {}, (a, b)), DTYPES["F64"])  # to the last digit
+    def __init__(self, name: str, nodes: Sequence[Node], found: dict[str, Similarity], progress: Progress) -> None:
+        both = ByBlock(nodes[0].info, INNER_PRODUCTS, {}, tuple(nodes))
+        super().__init__(name, both, DTYPES["F64"], progress)  # to the last digit
         self._found = found
 
     def begin_pass(self) -> list[Window]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from streammerge.compute.costs import copied_from
-from streammerge.compute.expressions import Job, is_stored
+from streammerge.compute.expressions import BLOCK, Job, is_stored
 from streammerge.errors import CheckpointError, OutputError, count, plural
 from streammerge.formats.descriptors import COPY_BYTES, read_at
 from streammerge.formats.readers import page_aligned
@@ -116,3 +116,12 @@ def copied_samples(chosen: Mapping[Job, frozenset[int]]) -> list[CopyRange]:
         if job.compute is None
         for start in sorted({position // COPIED_BYTES * COPIED_BYTES for position in positions})
     ]
+
+
+def computed_blocks(chosen: Mapping[Job, frozenset[int]]) -> int:
+    """In how many blocks of what was computed the samples lie."""
+    return sum(
+        len({position * 8 // job.info.dtype.bits // BLOCK for position in positions})
+        for job, positions in chosen.items()
+        if job.compute is not None
+    )

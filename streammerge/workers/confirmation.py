@@ -14,9 +14,10 @@ from streammerge.formats.layout import METADATA, lay_out
 from streammerge.models.checkpoints import Checkpoint, open_model
 from streammerge.plan.plan import Plan
 from streammerge.recipe.metadata import INPUTS, LICENCES, MERGED_FROM, RECIPE, SETTINGS, VERSION
+from streammerge.report import Watch
 from streammerge.version import __version__
 from streammerge.workers.checking import checkpoint_reader
-from streammerge.workers.machine import Extent, Machine, Watch
+from streammerge.workers.machine import Extent, Machine
 
 FROM_THE_RECIPE: Final = frozenset({RECIPE, SETTINGS, INPUTS, VERSION})
 """Metadata that say what is to be computed: whether that is right, is told by the values."""

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from streammerge.compute.expressions import applications
+from streammerge.compute.expressions import Job, applications
 from streammerge.compute.machine import OWN_BYTES, choose_io, import_torch, resident_bytes
 from streammerge.methods import METHODS
 from streammerge.plan.plan import Plan, allot_memory
-from streammerge.report import Progress, refuse_nonfinite
+from streammerge.report import Watch, refuse_nonfinite
 from streammerge.storage.copying import Copying
+from streammerge.storage.ledger import Ledger, Sink
 from streammerge.workers.checking import Checker, ReadBack
 
 if TYPE_CHECKING:
     import torch
-
-    from streammerge.storage.ledger import Sink
-    from streammerge.workers.windows import MergeWork
-
-
-Watch = Callable[[Progress], None]
-"""Called from time to time while a merge runs, with what has been done so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,46 +50,55 @@ class Machine:
         if uses_own_methods(plan):
             self.io = "pread"  # who writes to what is mapped, is killed
 
-    def run(self, sink: Sink, copying: Copying, watch: Watch | None, works: Sequence[MergeWork] | None = None) -> None:
-        """Give every byte of the output that is computed, or those of these works, to the sink; finish the copying."""
+    def run(
+        self,
+        sink: Sink,
+        ledger: Ledger,
+        watch: Watch | None,
+        copying: Copying | None = None,
+        samples: Mapping[Job, frozenset[int]] | None = None,
+    ) -> None:
+        """Give every byte of the output that is computed, or only samples, to the sink; finish the copying."""
         from streammerge.compute.devices import open_lanes
         from streammerge.workers.schedule import run
-        from streammerge.workers.windows import MergeWork, together_works
+        from streammerge.workers.windows import MergeWork, SampledWork, together_works
 
-        progress, held, ledger = copying.progress, self.allotment.held_bytes, copying.ledger
-        computed = (job for job in self.plan.jobs if job.compute is not None and not ledger.has_all(job))
+        jobs = self.plan.jobs if samples is None else samples
+        due = (job for job in jobs if job.compute is not None and not ledger.has_all(job))
         lanes = open_lanes(self.device, self.io, self.allotment)
 
         def look() -> None:
             if self.plan.options.on_nonfinite == "error":
-                refuse_nonfinite(dict(progress.findings))
+                refuse_nonfinite(dict(ledger.findings))
             if watch:
-                watch(progress)
+                watch(ledger)
 
-        if (due := next(computed, None)) and (together := together_works(self.plan.together)):
-            with progress.doing("measure the whole model", self.plan.bytes_before_writing):
-                run(together, lanes, sink, progress, look)
-        every = (MergeWork(job, ledger) for job in itertools.chain([due] if due else [], computed))
-        run(every if works is None else works, lanes, sink, progress, look, copying, held_bytes=held)
+        if (first := next(due, None)) and (together := together_works(self.plan.together, ledger)):
+            with ledger.doing("measure the whole model", self.plan.bytes_before_writing):
+                run(together, lanes, look)
+        works = (
+            SampledWork(job, sink, ledger, samples[job]) if samples else MergeWork(job, sink, ledger)
+            for job in itertools.chain([first] if first else [], due)
+        )
+        run(works, lanes, look, copying, held_bytes=self.allotment.held_bytes)
         look()
 
     def check(self, read: ReadBack, path: Path, watch: Watch | None) -> None:
         """Compute every byte again and compare it with what is read back."""
-        checker = Checker(read)
-        self.run(checker, Copying(self.plan.jobs, checker, self.plan.new_progress()), watch)
+        checker, ledger = Checker(read), Ledger(self.plan.jobs.nbytes)
+        self.run(checker, ledger, watch, Copying(self.plan.jobs, checker, ledger))
         checker.report(path)
 
     def check_samples(self, read: ReadBack, path: Path, watch: Watch | None) -> Extent:
         """Compute windows that are spread over the output again and compare them with what is read back."""
-        from streammerge.workers.checking import copied_samples, sample
-        from streammerge.workers.windows import sampled_works
+        from streammerge.workers.checking import computed_blocks, copied_samples, sample
 
         chosen, checker = sample(self.plan.jobs), Checker(read)
-        works, copied = sampled_works(chosen), copied_samples(chosen)
+        copied = copied_samples(chosen)
         checker.copy(copied)
-        self.run(checker, Copying([], checker, self.plan.new_progress()), watch, works)
+        self.run(checker, Ledger(self.plan.jobs.nbytes), watch, samples=chosen)
         checker.report(path)
-        return Extent(len(chosen), len(self.plan.jobs), len(copied) + sum(work.windows for work in works))
+        return Extent(len(chosen), len(self.plan.jobs), len(copied) + computed_blocks(chosen))
 
     def peak_vram_bytes(self) -> int:
         """The most memory that was taken on a CUDA device."""

@@ -19,9 +19,7 @@ from streammerge.compute.lanes import Lane
 from streammerge.errors import error_context
 from streammerge.formats.mapping import bus_errors_are_caught
 from streammerge.methods.loading import method_failure
-from streammerge.report import Progress
 from streammerge.storage.copying import Copying, Piece
-from streammerge.storage.ledger import Sink
 from streammerge.workers.windows import FileRange, Window, Work
 
 AHEAD_BYTES: Final = 64 << 20
@@ -35,8 +33,6 @@ AHEAD_WINDOWS: Final = 32
 def run(
     works: Iterable[Work],
     lanes: list[Lane],
-    sink: Sink,
-    progress: Progress,
     watch: Callable[[], None],
     copying: Copying | None = None,
     *,
@@ -48,7 +44,7 @@ def run(
     The first error of any worker, or of `watch`, stops them all and is raised here.
     """
     schedule = Schedule(works, copying, held_bytes)
-    threads = [threading.Thread(target=_work, args=(schedule, lane, sink, progress), daemon=True) for lane in lanes]
+    threads = [threading.Thread(target=_work, args=(schedule, lane), daemon=True) for lane in lanes]
     with bus_errors_are_caught():
         for thread in threads:
             thread.start()
@@ -61,22 +57,20 @@ def run(
             schedule.stop()
             for thread in threads:
                 thread.join()
-            for lane in lanes:
-                progress.advance(0, read=lane.take_bytes_read())
     if schedule.error is not None:
         raise schedule.error
 
 
-def _work(schedule: Schedule, lane: Lane, sink: Sink, progress: Progress) -> None:
+def _work(schedule: Schedule, lane: Lane) -> None:
     """A worker's life: take a window, run it, take the next."""
     try:
         with lane.running():
             for task in schedule:
                 with error_context(task.name):
                     if isinstance(task, Piece):
-                        task.run(progress)
+                        task.run()
                     else:
-                        task.run(lane, sink, progress)
+                        task.run(lane)
                         lane.release()
                     schedule.done(task)
     except BaseException as error:

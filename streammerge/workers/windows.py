@@ -20,7 +20,7 @@ from streammerge.compute.costs import (
 from streammerge.compute.devices import is_out_of_memory, no_memory_left
 from streammerge.compute.evaluate import Evaluator
 from streammerge.compute.examine import examine, nonfinite_inputs
-from streammerge.compute.expressions import BLOCK, Job, Node, Together, stored_leaves
+from streammerge.compute.expressions import Job, Node, Together, stored_leaves
 from streammerge.compute.lanes import Lane, torch_dtype
 from streammerge.compute.survey import Survey, TogetherSurvey
 from streammerge.formats.files import ByteFile
@@ -42,16 +42,25 @@ class FileRange(NamedTuple):
 
 
 class Work:
-    """One tensor on its way: its surveys, pass after pass, and then, if it `writes`, the pass that writes it."""
+    """One tensor on its way: its surveys, pass after pass, and then, if it `writes`, the pass that writes it.
+
+    What is done of it is told to `progress`.
+    """
 
     writes = False
     held_bytes = 0
 
     def __init__(
-        self, name: str, node: Node, dtype: DType | None, survey: Survey | TogetherSurvey | None = None
+        self,
+        name: str,
+        node: Node,
+        dtype: DType | None,
+        progress: Progress,
+        survey: Survey | TogetherSurvey | None = None,
     ) -> None:
         self.name = name
         self.node = node
+        self.progress = progress
         self.dtype = torch_dtype(dtype) if dtype else None
         self.survey = survey or Survey(node, self.dtype or torch.float32)
         self.lock = threading.Lock()
@@ -109,7 +118,7 @@ class Work:
             self.survey.finish_pass()
             return self.begin_pass()
 
-    def write(self, window: Window, lane: Lane, sink: Sink, progress: Progress) -> None:
+    def write(self, window: Window, lane: Lane) -> None:
         """Compute and write the window's blocks."""
         raise NotImplementedError
 
@@ -133,21 +142,20 @@ class Window:
         """What will be read of files, as far as that is known beforehand."""
         return self.work.ranges(self)
 
-    def run(self, lane: Lane, sink: Sink, progress: Progress) -> None:
+    def run(self, lane: Lane) -> None:
         """Do this window's part of the pass."""
         if self.surveying:
-            self._measure(lane, progress)
+            self._measure(lane)
         else:
-            self.work.write(self, lane, sink, progress)
+            self.work.write(self, lane)
 
-    def _measure(self, lane: Lane, progress: Progress) -> None:
-        assert self.work.dtype is not None
+    def _measure(self, lane: Lane) -> None:
         before = lane.bytes_read
         for block in range(self.first, self.last):
             measured = self._measured(block, lane)
             self.work.add_measure(block, measured)
-        if not self.work.writes:
-            progress.advance(lane.bytes_read - before)
+        read = lane.bytes_read - before
+        self.work.progress.advance(0 if self.work.writes else read, read=read)
 
     def _measured(self, block: int, lane: Lane) -> Any:  # noqa: ANN401
         """The measure of a block; once more if memory runs out, when the lane has given up all that it kept."""
@@ -169,10 +177,9 @@ class MergeWork(Work):
 
     writes = True
 
-    def __init__(self, job: Job, ledger: Ledger | None = None) -> None:
-        super().__init__(job.name, job.node, job.compute)
-        self.job = job
-        self.ledger = ledger or Ledger()
+    def __init__(self, job: Job, sink: Sink, ledger: Ledger) -> None:
+        super().__init__(job.name, job.node, job.compute, ledger)
+        self.job, self.sink, self.ledger = job, sink, ledger
         self.held_bytes = held_bytes(job.node)
         self.least = least_step(job.node)
         self.stored = torch_dtype(job.info.dtype)
@@ -190,10 +197,11 @@ class MergeWork(Work):
         size, elements = self.stored.itemsize, self.node.info.elements
         return window.first * self._step * size, min(window.last * self._step, elements) * size
 
-    def write(self, window: Window, lane: Lane, sink: Sink, progress: Progress) -> None:
+    def write(self, window: Window, lane: Lane) -> None:
         """Write the window's blocks at their place in the output."""
         assert self.dtype is not None
         evaluator, findings, failures = Evaluator(lane, self.dtype, self.survey.known), Finding(), 0
+        before = lane.bytes_read
         start, stop = window.first * self._step, min(window.last * self._step, self.node.info.elements)
         while start < stop:
             made = self._make(evaluator, start, min(start + self._elements(lane), stop))
@@ -204,14 +212,11 @@ class MergeWork(Work):
                 continue
             values, stored = made
             lane.reader.check()  # what is written is kept for --resume
-            data = lane.stored_bytes(stored)
-            sink.write(self.job, start * self.stored.itemsize, data)
-            progress.advance(len(data))
+            self.sink.write(self.job, start * self.stored.itemsize, lane.stored_bytes(stored))
             if found := self._look(evaluator, values, stored, start):
-                progress.found(self.name, found)
                 findings.add(found)
             start, failures = start + values.numel(), 0
-        self.ledger.finish(self.job, *self._bytes(window), findings)
+        self.ledger.finish(self.job, *self._bytes(window), findings, read=lane.bytes_read - before)
 
     def _make(self, evaluator: Evaluator, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Elements [start, stop), and as they are stored; None if there is no memory for them."""
@@ -249,13 +254,14 @@ class MergeWork(Work):
 class TogetherWork(Work):
     """Statistics of many tensors as if they were one, to be taken before any of them is written."""
 
-    def __init__(self, together: Together, dtypes: Mapping[int, torch.dtype]) -> None:
+    def __init__(self, together: Together, dtypes: Mapping[int, torch.dtype], progress: Progress) -> None:
         first = together.members[0]
         self.dtypes = dtypes
         super().__init__(
             f"{first.method.name} of the whole model",
             first,
             compute_dtype(first, first.info.dtype),
+            progress,
             TogetherSurvey(together, dtypes),
         )
 
@@ -264,13 +270,13 @@ class TogetherWork(Work):
         return []
 
 
-def together_works(together: Mapping[Together, Mapping[int, DType]]) -> list[TogetherWork]:
+def together_works(together: Mapping[Together, Mapping[int, DType]], progress: Progress) -> list[TogetherWork]:
     """The work for all statistics of the whole model that are not known yet for these dtypes."""
     wanted = {
         tensors: {key: torch_dtype(dtype) for key, dtype in dtypes.items()} for tensors, dtypes in together.items()
     }
     return [
-        TogetherWork(tensors, dtypes)
+        TogetherWork(tensors, dtypes, progress)
         for tensors, dtypes in wanted.items()
         if tensors.found is None or tensors.found.dtypes != dtypes
     ]
@@ -290,10 +296,9 @@ def ranges_of(node: Node, first: int, last: int) -> list[FileRange]:
 class SampledWork(MergeWork):
     """A tensor of which only some blocks are computed; what must be known of the whole of it is, all the same."""
 
-    def __init__(self, job: Job, positions: Iterable[int]) -> None:
-        super().__init__(job)
+    def __init__(self, job: Job, sink: Sink, ledger: Ledger, positions: Iterable[int]) -> None:
+        super().__init__(job, sink, ledger)
         self.elements = [position * 8 // job.info.dtype.bits for position in positions]
-        self.windows = len({element // BLOCK for element in self.elements})
 
     def begin_pass(self) -> list[Window]:
         """The windows of the next survey, or windows of one block each that are to be computed."""
@@ -304,8 +309,3 @@ class SampledWork(MergeWork):
         chosen = [Window(self, block, block + 1, surveying=False) for block in blocks]
         self._open_windows = len(chosen)
         return chosen
-
-
-def sampled_works(chosen: Mapping[Job, frozenset[int]]) -> list[SampledWork]:
-    """The samples of what was computed."""
-    return [SampledWork(job, positions) for job, positions in chosen.items() if job.compute is not None]

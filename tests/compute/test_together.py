@@ -15,6 +15,7 @@ from streammerge.compute import costs
 from streammerge.errors import PlanError
 from streammerge.plan.plan import Plan
 from streammerge.storage.copying import Copying
+from streammerge.storage.ledger import Ledger
 from tests.make.models import assert_same_bytes, load_model, make_tensors, merge_to, near, save_models
 
 NAME = "layers.1.block"
@@ -188,8 +189,19 @@ def test_a_stage_of_its_own_is_shown(paths, tmp_path):
             def copy(self, ranges: Any) -> None:
                 """Nothing."""
 
-        copying = Copying(plan.jobs, Sink(), plan.new_progress())
-        machine.run(Sink(), copying, lambda progress: stages.append(progress.stage))
-    progress = copying.progress
+        ledger = Ledger(plan.jobs.nbytes)
+        copying = Copying(plan.jobs, Sink(), ledger)
+        machine.run(Sink(), ledger, lambda progress: stages.append(progress.stage), copying)
     assert set(stages) == {"measure the whole model", ""}
-    assert progress.done_bytes == progress.total_bytes == sum(job.info.nbytes for job in plan.jobs)
+    assert ledger.done_bytes == ledger.total_bytes == sum(job.info.nbytes for job in plan.jobs)
+
+
+def test_an_output_is_computed_again_by_what_is_measured_anew(paths, tmp_path, capsys):
+    words = [*map(str, (paths["a"], paths["b"])), "--base", str(paths["base"]), "-m", "ties", "-p", "scope=model"]
+    output = str(tmp_path / "out.safetensors")
+    assert main([*words, "-o", output]) == 0
+    assert main(["verify", output]) == 0
+    assert main([*words, "-o", output, "--resume"]) == 0
+    out, err = capsys.readouterr()
+    assert "of 9 tensors are what the recipe gives" in out
+    assert "nothing to do: the output is there already" in err

@@ -19,7 +19,6 @@ from streammerge.compute.expressions import Job, Stored, Term, combine
 from streammerge.errors import CheckpointError, OutputError
 from streammerge.formats import descriptors as positional
 from streammerge.formats.descriptors import copy_at
-from streammerge.report import Progress
 from streammerge.storage import copying
 from streammerge.storage.copying import Copying, CopyRange, Piece, adjoining, pieces, ranges_of
 from streammerge.storage.ledger import Ledger
@@ -103,14 +102,14 @@ def test_what_adjoins_in_both_files_is_one_range(leaf):
 
 @pytest.mark.usefixtures("small_pieces")
 def test_every_piece_is_handed_out_once_and_counted(leaf):
-    progress, sink = Progress(500), MemorySink()
+    ledger, sink = Ledger(500), MemorySink()
     jobs = [job_of("a", leaf), job_of("computed", leaf, "F32"), job_of("b", leaf)]
-    copies = Copying(jobs, sink, progress)
+    copies = Copying(jobs, sink, ledger)
     taken: list[Piece] = []
 
     def worker() -> None:
         while (piece := copies.take()) is not None:
-            piece.run(progress)
+            piece.run()
             taken.append(piece)
 
     workers = [threading.Thread(target=worker) for _ in range(4)]
@@ -120,7 +119,7 @@ def test_every_piece_is_handed_out_once_and_counted(leaf):
         thread.join()
     expected = [(name, start, min(100, 250 - start)) for name in ("a", "b") for start in (0, 100, 200)]
     assert sorted(sink.taken) == expected
-    assert (progress.done_bytes, progress.bytes_read) == (500, 500)
+    assert (ledger.done_bytes, ledger.bytes_read) == (500, 500)
 
 
 # ── ahead ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -137,7 +136,7 @@ def test_copying_ahead_runs_in_a_thread_of_its_own_and_stops_with_the_block(leaf
             assert go_on.wait(5)
 
     sink = Slow()
-    copies = Copying([job_of(str(number), leaf) for number in range(100)], sink, Progress())
+    copies = Copying([job_of(str(number), leaf) for number in range(100)], sink, Ledger())
     before = threading.active_count()
     with copies.ahead():
         assert begun.wait(5)
@@ -159,14 +158,14 @@ def test_what_goes_wrong_ahead_is_raised_at_the_end_with_the_tensor_s_name(leaf)
     reached = []
     with (
         pytest.raises(CheckpointError, match="tensor w: no more"),
-        Copying([job_of("w", leaf)], Refusing(), Progress()).ahead(),
+        Copying([job_of("w", leaf)], Refusing(), Ledger()).ahead(),
     ):
         reached.append("the rest of the block")
     assert reached
 
 
 def test_what_goes_wrong_meanwhile_comes_first(leaf):
-    with pytest.raises(KeyboardInterrupt), Copying([job_of("w", leaf)], MemorySink(), Progress()).ahead():
+    with pytest.raises(KeyboardInterrupt), Copying([job_of("w", leaf)], MemorySink(), Ledger()).ahead():
         raise KeyboardInterrupt
 
 

@@ -49,19 +49,21 @@ def job(name: str = "x", offset: int = 100, elements: int = 10) -> Job:
 
 
 def test_a_ledger_has_what_was_found_and_tells_only_what_is_new():
-    ledger = Ledger(Entry(Coverage([Span(1, 100, 120)]), {"x": Finding(3)}))
+    ledger = Ledger(1000, Entry(Coverage([Span(1, 100, 120)]), {"x": Finding(3)}))
     assert ledger.has(job(), 0, 20)
     assert ledger.has(job(), 8, 12)
     assert not ledger.has(job(), 8, 21)
     assert not ledger.has_all(job())
     assert ledger.has_all(job(elements=5))
     assert ledger.has_all(job(elements=0))
-    ledger.finish(job(), 20, 30, Finding(2))
-    ledger.finish(job(), 30, 40, Finding(5))
-    ledger.finish(job("y", 300), 0, 4)
+    ledger.finish(job(), 20, 30, Finding(2), read=20)
+    ledger.finish(job(), 30, 40, Finding(5), read=20)
+    ledger.finish(job("y", 300), 0, 4, Finding(), read=0)
     entry = ledger.take()
     assert list(entry.spans) == [Span(1, 120, 140), Span(1, 300, 304)]
     assert entry.findings == {"x": Finding(7)}
+    assert ledger.findings == {"x": Finding(10)}
+    assert (ledger.done_bytes, ledger.bytes_read) == (20 + 24, 40), "what was there is done, and was not read"
     assert not ledger.take().spans
     assert not ledger.has(job(), 20, 30), "only what was there when the run began is left out"
 

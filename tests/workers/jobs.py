@@ -10,8 +10,8 @@ from streammerge.compute.expressions import Job, Node
 from streammerge.compute.lanes import Lane
 from streammerge.formats.descriptors import read_at
 from streammerge.formats.readers import MappedReader, PositionalReader
-from streammerge.report import Progress
 from streammerge.storage.copying import Copying, CopyRange
+from streammerge.storage.ledger import Ledger
 from streammerge.tensors import DTYPES, TensorInfo
 from streammerge.workers.schedule import run
 from streammerge.workers.windows import MergeWork
@@ -48,9 +48,9 @@ def run_jobs(jobs: Sequence[Job], threads: int = 2, watch: Callable[[], None] = 
     """Run the jobs; every byte must have been written once."""
     sink = MemorySink()
     lanes = [Lane(PositionalReader() if number % 2 else MappedReader()) for number in range(threads)]
-    progress = Progress(sum(job.info.nbytes for job in jobs))
-    merges = (MergeWork(job) for job in jobs if job.compute is not None)
-    run(merges, lanes, sink, progress, watch, Copying(jobs, sink, progress))
-    assert progress.done_bytes == progress.total_bytes
+    ledger = Ledger(sum(job.info.nbytes for job in jobs))
+    merges = (MergeWork(job, sink, ledger) for job in jobs if job.compute is not None)
+    run(merges, lanes, watch, Copying(jobs, sink, ledger))
+    assert ledger.done_bytes == ledger.total_bytes
     assert all(sink.covered[job.name] == job.info.nbytes for job in jobs)
     return sink

@@ -8,7 +8,7 @@ import torch
 import streammerge
 from streammerge.compute.lanes import Lane
 from streammerge.formats.readers import MappedReader
-from streammerge.report import Progress
+from streammerge.storage.ledger import Ledger
 from streammerge.workers.schedule import run
 from streammerge.workers.windows import MergeWork
 from tests.make.models import make_tensors, near, save_models
@@ -26,14 +26,15 @@ def test_progress_grows_to_the_whole(tmp_path):
         merge = streammerge.ties(a, b, base=base_model, density=0.5)
         jobs = [job_of(name, node, "F16") for name, node in merge.nodes.items()]
         total = sum(job.info.nbytes for job in jobs)
-        progress, seen = Progress(total), []
+        ledger, sink, seen = Ledger(total), MemorySink(), []
         lanes = [Lane(MappedReader()) for _ in range(2)]
-        run([MergeWork(job) for job in jobs], lanes, MemorySink(), progress, lambda: seen.append(progress.done_bytes))
+        works = [MergeWork(job, sink, ledger) for job in jobs]
+        run(works, lanes, lambda: seen.append(ledger.done_bytes))
     assert seen == sorted(seen)
-    assert progress.done_bytes == total
+    assert ledger.done_bytes == total
     # a sample, the search and the writing
     elements = sum(model.numel() for model in base.values())
-    assert 2 * 3 * 2 * elements - 20 <= progress.bytes_read <= 2.2 * 3 * 2 * elements
+    assert 2 * 3 * 2 * elements - 20 <= ledger.bytes_read <= 2.2 * 3 * 2 * elements
 
 
 @pytest.mark.parametrize("method", ["linear", "slerp"])

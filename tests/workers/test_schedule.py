@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from streammerge.compute import costs
 from streammerge.compute.costs import WINDOW_BYTES, window_blocks
 from streammerge.compute.expressions import BLOCK, External, Stored, Term, combine
+from streammerge.storage.ledger import Ledger
 from streammerge.tensors import DTYPES, TensorInfo
 from streammerge.workers.schedule import AHEAD_BYTES, AHEAD_WINDOWS, Schedule
 from streammerge.workers.windows import FileRange, MergeWork, Window, ranges_of
 from tests.make.models import MemoryModel, store_tensors
-from tests.workers.jobs import job_of
+from tests.workers.jobs import MemorySink, job_of
 
 # ── the schedule ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -210,7 +211,8 @@ def test_the_disk_is_asked_ahead_of_the_workers_but_not_far(tmp_path, monkeypatc
     asked: list[tuple[int, int]] = []
     leaf = leaf_of(1000 * BLOCK, "F16", tmp_path / "leaf")
     monkeypatch.setattr(type(leaf.file), "will_need", lambda file, start, stop: asked.append((start, stop)))
-    schedule = iter(Schedule([MergeWork(job_of("w", combine(leaf.info, (Term(0.5, leaf),))))]))
+    job = job_of("w", combine(leaf.info, (Term(0.5, leaf),)))
+    schedule = iter(Schedule([MergeWork(job, MemorySink(), Ledger())]))
     window = next(schedule)
     assert isinstance(window, Window)
     assert window.first == 0
@@ -232,8 +234,8 @@ def test_small_tensors_do_not_stand_in_line_by_the_thousand():
             begun.append(self.name)
             return super().begin_pass()
 
-    works = (Noted(job_of(str(number), External(model.tensors["w"], model, "w"))) for number in range(1000))
-    schedule = Schedule(works)
+    jobs = [job_of(str(number), External(model.tensors["w"], model, "w")) for number in range(1000)]
+    schedule = Schedule(Noted(job, MemorySink(), Ledger()) for job in jobs)
     take(schedule, 1)
     assert len(begun) == AHEAD_WINDOWS
 

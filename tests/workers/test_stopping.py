@@ -16,7 +16,7 @@ from streammerge.errors import CheckpointError, MethodError
 from streammerge.formats.readers import PositionalReader
 from streammerge.methods.registry import GramMethod
 from streammerge.methods.statistics.gram import Gram
-from streammerge.report import Progress
+from streammerge.storage.ledger import Ledger
 from streammerge.workers.schedule import run
 from streammerge.workers.windows import MergeWork, Work
 from tests.make.models import SMALL, MemoryModel, make_tensors, store_tensors
@@ -90,9 +90,10 @@ class FullDisk(MemorySink):
 
 def test_a_sink_that_refuses_stops_all():
     model = MemoryModel(make_tensors(0, shapes=SMALL))
-    works = [MergeWork(job) for job in jobs_of(model)]
+    sink, ledger = FullDisk(), Ledger()
+    works = [MergeWork(job, sink, ledger) for job in jobs_of(model)]
     with pytest.raises(OSError, match="No space left"):
-        run(works, [Lane(PositionalReader()) for _ in range(3)], FullDisk(), Progress(), lambda: None)
+        run(works, [Lane(PositionalReader()) for _ in range(3)], lambda: None)
 
 
 class Endless(MemoryModel):
@@ -103,10 +104,10 @@ class Endless(MemoryModel):
         return super().read(name, start, stop)
 
 
-def endless_works() -> Iterator[Work]:
-    model = Endless({"w": torch.ones(5)})
+def endless_works(ledger: Ledger) -> Iterator[Work]:
+    sink, model = MemorySink(), Endless({"w": torch.ones(5)})
     for number in itertools.count():
-        yield MergeWork(job_of(str(number), External(model.tensors["w"], model, "w")))
+        yield MergeWork(job_of(str(number), External(model.tensors["w"], model, "w")), sink, ledger)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("the screen is gone")])
@@ -118,20 +119,20 @@ def test_what_watch_raises_stops_all(error):
         if next(calls) == 2:
             raise error
 
-    progress, lanes = Progress(), [Lane(PositionalReader()) for _ in range(2)]
+    ledger, lanes = Ledger(), [Lane(PositionalReader()) for _ in range(2)]
     with pytest.raises(type(error)):
-        run(endless_works(), lanes, MemorySink(), progress, watch)
+        run(endless_works(ledger), lanes, watch)
     assert threading.active_count() == before
-    assert progress.done_bytes > 0
+    assert ledger.done_bytes > 0
 
 
 def test_works_that_cannot_be_made_stop_all():
     def works() -> Iterator[Work]:
-        yield MergeWork(jobs_of(MemoryModel({"a": torch.ones(3)}))[0])
+        yield MergeWork(jobs_of(MemoryModel({"a": torch.ones(3)}))[0], MemorySink(), Ledger())
         raise CheckpointError("there is no more")
 
     with pytest.raises(CheckpointError, match="there is no more"):
-        run(works(), [Lane(PositionalReader())], MemorySink(), Progress(), lambda: None)
+        run(works(), [Lane(PositionalReader())], lambda: None)
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -19,6 +19,7 @@ from streammerge.methods.registry import BlockMethod, Statistics
 from streammerge.methods.statistics.passes import Pass
 from streammerge.report import Progress
 from streammerge.storage.copying import PIECE
+from streammerge.storage.ledger import Ledger
 from streammerge.tensors import DTYPES, TensorInfo
 from streammerge.workers.schedule import run
 from streammerge.workers.windows import MergeWork, Work
@@ -91,20 +92,19 @@ def test_measures_are_added_once_and_in_order_if_that_matters(tmp_path, ordered,
 def test_windows_cover_the_blocks(elements):
     model = MemoryModel({"w": torch.zeros(1)})
     node = External(TensorInfo(DTYPES["F16"], (elements,)), model, "w")
-    windows = MergeWork(job_of("w", node)).begin_pass()
+    windows = MergeWork(job_of("w", node), MemorySink(), Ledger()).begin_pass()
     assert [window.first for window in windows][:1] == [0]
     assert [window.last for window in windows][-1] == -(-elements // BLOCK)
     assert all(one.last == other.first for one, other in itertools.pairwise(windows))
     assert all(window.last - window.first <= costs.WINDOW for window in windows)
 
 
-def test_a_work_that_only_looks_writes_nothing(tmp_path):
+def test_a_work_that_only_looks_is_done_with_what_it_reads(tmp_path):
     (leaf,) = store_tensors(tmp_path / "leaf", [normal((100,), 1)])
     log: list[int] = []
-    work = Work("w", recording(log, leaf, ordered=True), DTYPES["F32"])
-    sink, progress, lane = MemorySink(), Progress(400), Lane(PositionalReader())
-    run([work], [lane], sink, progress, lambda: None)
-    assert not sink.written
+    progress = Progress(400)
+    work = Work("w", recording(log, leaf, ordered=True), DTYPES["F32"], progress)
+    run([work], [Lane(PositionalReader())], lambda: None)
     assert log == [0]
     assert (progress.done_bytes, progress.bytes_read) == (400, 400)
 
