@@ -27,7 +27,7 @@ class InputFile:
 class Report:
     """The outcome of a merge. Sizes are in bytes, times in seconds; `findings` are what is wrong, by tensor.
     `stale_hashes` is a file of hashes that is not of this output, `resumed_bytes` what an interrupted run had put on
-    the disk.
+    the disk; no `threads` were at work if that was all.
 
     Of the seconds, `plan` is all before the workers begin, `import torch` included, and `ahead` is how long of it
     tensors were being copied already.
@@ -95,24 +95,31 @@ class Report:
 
     def rows(self) -> list[tuple[str, str]]:
         """The short table: what was made, from how much, how fast, in how much memory."""
+        more = f" … ({len(self.output)} files)" if len(self.output) > 2 else ""
+        rows = [
+            ("output", ", ".join(self.output[:2]) + more),
+            ("tensors", f"{self.merged:,} merged, {self.copied:,} copied, {self.dropped:,} dropped"),
+            *(self._rows_of_work() if self.threads else [("time", f"{self.seconds['total']:.1f} s")]),
+        ]
+        rows += [("sha256", found["sha256"]) for found in list(self.hashes.values())[:1] if len(self.hashes) == 1]
+        if self.peak_vram_bytes:
+            rows.append(("peak VRAM", format_size(self.peak_vram_bytes)))
+        return rows
+
+    def _rows_of_work(self) -> list[tuple[str, str]]:
+        """What can be said only where something had to be done."""
         seconds = self.seconds
         moved = self.bytes_read + self.bytes_written
         moving = seconds["merge"] + seconds.get("ahead", 0.0)
         rate = moved / moving / 1e9 if moving else 0.0
         above = self.peak_rss_bytes - self.baseline_rss_bytes
-        rows = [
-            ("output", ", ".join(self.output[:2]) + (f" … ({len(self.output)} files)" if len(self.output) > 2 else "")),
-            ("tensors", f"{self.merged:,} merged, {self.copied:,} copied, {self.dropped:,} dropped"),
+        return [
             ("bytes", f"{format_size(self.bytes_read)} read, {format_size(self.bytes_written)} written"),
             ("time", f"{seconds['total']:.1f} s: " + ", ".join(f"{seconds[part]:.1f} {part}" for part in PARTS)),
             ("rate", f"{rate:.1f} GB/s while merging"),
             ("peak RAM", f"{format_size(self.peak_rss_bytes)}, {format_size(max(above, 0))} above import torch"),
             ("run on", f"{self.device}, {self.threads} threads, {self.io}"),
         ]
-        rows += [("sha256", found["sha256"]) for found in list(self.hashes.values())[:1] if len(self.hashes) == 1]
-        if self.peak_vram_bytes:
-            rows.append(("peak VRAM", format_size(self.peak_vram_bytes)))
-        return rows
 
     def warnings(self) -> list[str]:
         """What the user should look at."""

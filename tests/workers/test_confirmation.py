@@ -46,13 +46,16 @@ def test_nothing_is_done_where_the_output_is_there(folder, capsys, form, more):
     before = states(folder / "out")
     assert main([*MERGE, *FORMS[form], *more, "--resume", "--report", "report.json"]) == 0
     assert states(folder / "out") == before
-    err = capsys.readouterr().err
+    out, err = capsys.readouterr()
     what = "every byte of 3 tensors is" if "--verify" in more else "of 3 tensors are"
     assert "nothing to do: the output is there already" in err
     assert f"{what} what the recipe gives" in err
     report = json.loads(Path("report.json").read_text())
     assert report["resumed_bytes"] == sum(path.stat().st_size for path in Path("out").glob("*.safetensors"))
     assert ("hashes" in report and bool(report["hashes"])) == ("--hash" in more)
+    rows = [line.split()[0] for line in out.splitlines()]
+    assert rows.count("tensors") == rows.count("time") == 2
+    assert rows.count("bytes") == rows.count("rate") == rows.count("run") == 1, "the second run did nothing"
 
 
 def test_hashes_are_made_where_they_are_missing(folder):
