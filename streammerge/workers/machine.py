@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from streammerge.compute.expressions import applications
+from streammerge.compute.expressions import ModelStatistics, applications
 from streammerge.compute.machine import OWN_BYTES, choose_io, import_torch, resident_bytes
 from streammerge.methods import METHODS
 from streammerge.plan.plan import Plan, allot_memory
 from streammerge.report import Progress, refuse_nonfinite
 from streammerge.storage.copying import Copying
-from streammerge.workers.checking import Checker, ReadBack
+from streammerge.workers.checking import Checker, ReadBack, Samples, computed_samples, copied_samples, sample
 
 if TYPE_CHECKING:
     import torch
 
+    from streammerge.compute.lanes import Lane
     from streammerge.storage.ledger import Sink
-    from streammerge.workers.windows import MergeWork
 
 
 Watch = Callable[[Progress], None]
@@ -37,11 +37,15 @@ class Extent:
 
 
 class Machine:
-    """The lanes in which a plan is carried out: as many as the memory allows, on the device that was asked for."""
+    """The lanes in which a plan is carried out: as many as the memory allows, on the device that was asked for.
+
+    What is measured of the whole model is kept, so that the check needn't measure it again.
+    """
 
     def __init__(self, plan: Plan) -> None:
         import_torch()
         self.plan = plan
+        self.measured: ModelStatistics = {}
         resident = resident_bytes()
         # a bare import of torch would take as much without this package, and without what is kept of the models
         self.baseline = resident - OWN_BYTES - plan.described_bytes
@@ -56,14 +60,15 @@ class Machine:
         if uses_own_methods(plan):
             self.io = "pread"  # who writes to what is mapped, is killed
 
-    def run(self, sink: Sink, copying: Copying, watch: Watch | None, works: Sequence[MergeWork] | None = None) -> None:
-        """Give every byte of the output that is computed, or those of these works, to the sink; finish the copying."""
+    def run(self, sink: Sink, copying: Copying, watch: Watch | None, samples: Samples | None = None) -> None:
+        """Give every byte of the output that is computed, or samples of them, to the sink; finish the copying."""
         from streammerge.compute.devices import open_lanes
         from streammerge.workers.schedule import run
-        from streammerge.workers.windows import MergeWork, together_works
+        from streammerge.workers.windows import MergeWork, SampledWork
 
         progress, held, ledger = copying.progress, self.allotment.held_bytes, copying.ledger
-        computed = (job for job in self.plan.jobs if job.compute is not None and not ledger.has_all(job))
+        jobs = self.plan.jobs if samples is None else samples
+        computed = (job for job in jobs if job.compute is not None and not ledger.has_all(job))
         lanes = open_lanes(self.device, self.io, self.allotment)
 
         def look() -> None:
@@ -72,12 +77,26 @@ class Machine:
             if watch:
                 watch(progress)
 
-        if (due := next(computed, None)) and (together := together_works(self.plan.together)):
-            with progress.doing("measure the whole model", self.plan.bytes_before_writing):
-                run(together, lanes, sink, progress, look)
-        every = (MergeWork(job, ledger) for job in itertools.chain([due] if due else [], computed))
-        run(every if works is None else works, lanes, sink, progress, look, copying, held_bytes=held)
+        if due := next(computed, None):
+            self._measure(lanes, sink, progress, look)
+        works = (
+            MergeWork(job, ledger, self.measured) if samples is None else SampledWork(job, samples[job], self.measured)
+            for job in itertools.chain([due] if due else [], computed)
+        )
+        run(works, lanes, sink, progress, look, copying, held_bytes=held)
         look()
+
+    def _measure(self, lanes: list[Lane], sink: Sink, progress: Progress, look: Callable[[], None]) -> None:
+        """Take the statistics of the whole model that are wanted, unless they have been."""
+        from streammerge.workers.schedule import run
+        from streammerge.workers.windows import TogetherWork
+
+        wanted = self.plan.together.items()
+        works = [TogetherWork(together, dtypes) for together, dtypes in wanted if together not in self.measured]
+        if works:
+            with progress.doing("measure the whole model", self.plan.bytes_before_writing):
+                run(works, lanes, sink, progress, look)
+        self.measured.update((work.together, work.measuring.result) for work in works)
 
     def check(self, read: ReadBack, path: Path, watch: Watch | None) -> None:
         """Compute every byte again and compare it with what is read back."""
@@ -87,15 +106,12 @@ class Machine:
 
     def check_samples(self, read: ReadBack, path: Path, watch: Watch | None) -> Extent:
         """Compute windows that are spread over the output again and compare them with what is read back."""
-        from streammerge.workers.checking import copied_samples, sample
-        from streammerge.workers.windows import sampled_works
-
-        chosen, checker = sample(self.plan.jobs), Checker(read)
-        works, copied = sampled_works(chosen), copied_samples(chosen)
+        samples, checker = sample(self.plan.jobs), Checker(read)
+        copied = copied_samples(samples)
         checker.copy(copied)
-        self.run(checker, Copying([], checker, self.plan.new_progress()), watch, works)
+        self.run(checker, Copying([], checker, self.plan.new_progress()), watch, samples)
         checker.report(path)
-        return Extent(len(chosen), len(self.plan.jobs), len(copied) + sum(work.windows for work in works))
+        return Extent(len(samples), len(self.plan.jobs), len(copied) + computed_samples(samples))
 
     def peak_vram_bytes(self) -> int:
         """The most memory that was taken on a CUDA device."""

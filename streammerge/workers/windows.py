@@ -20,7 +20,7 @@ from streammerge.compute.costs import (
 from streammerge.compute.devices import is_out_of_memory, no_memory_left
 from streammerge.compute.evaluate import Evaluator
 from streammerge.compute.examine import examine, nonfinite_inputs
-from streammerge.compute.expressions import BLOCK, Job, Node, Together, stored_leaves
+from streammerge.compute.expressions import Job, ModelStatistics, Node, Together, stored_leaves
 from streammerge.compute.lanes import Lane, torch_dtype
 from streammerge.compute.survey import Survey, TogetherSurvey
 from streammerge.formats.files import ByteFile
@@ -47,13 +47,11 @@ class Work:
     writes = False
     held_bytes = 0
 
-    def __init__(
-        self, name: str, node: Node, dtype: DType | None, survey: Survey | TogetherSurvey | None = None
-    ) -> None:
+    def __init__(self, name: str, node: Node, dtype: DType, survey: Survey | TogetherSurvey | None = None) -> None:
         self.name = name
         self.node = node
-        self.dtype = torch_dtype(dtype) if dtype else None
-        self.survey = survey or Survey(node, self.dtype or torch.float32)
+        self.dtype = torch_dtype(dtype)
+        self.survey = survey or Survey(node, self.dtype)
         self.lock = threading.Lock()
         self._open_windows = 0
         self._next_block = 0
@@ -141,7 +139,6 @@ class Window:
             self.work.write(self, lane, sink, progress)
 
     def _measure(self, lane: Lane, progress: Progress) -> None:
-        assert self.work.dtype is not None
         before = lane.bytes_read
         for block in range(self.first, self.last):
             measured = self._measured(block, lane)
@@ -151,7 +148,6 @@ class Window:
 
     def _measured(self, block: int, lane: Lane) -> Any:  # noqa: ANN401
         """The measure of a block; once more if memory runs out, when the lane has given up all that it kept."""
-        assert self.work.dtype is not None
         for attempt in (1, 2):
             try:
                 return self.work.survey.measure(Evaluator(lane, self.work.dtype, self.work.survey.known), block)
@@ -165,12 +161,16 @@ class Window:
 
 
 class MergeWork(Work):
-    """A tensor of the output that is computed, and rounded once; what the ledger has of it is left out."""
+    """A tensor of the output that is computed, and rounded once; what the ledger has of it is left out.
+
+    What it needs to know of the whole model has to be `measured`.
+    """
 
     writes = True
 
-    def __init__(self, job: Job, ledger: Ledger | None = None) -> None:
-        super().__init__(job.name, job.node, job.compute)
+    def __init__(self, job: Job, ledger: Ledger | None = None, measured: ModelStatistics | None = None) -> None:
+        assert job.compute is not None
+        super().__init__(job.name, job.node, job.compute, Survey(job.node, torch_dtype(job.compute), measured))
         self.job = job
         self.ledger = ledger or Ledger()
         self.held_bytes = held_bytes(job.node)
@@ -192,7 +192,6 @@ class MergeWork(Work):
 
     def write(self, window: Window, lane: Lane, sink: Sink, progress: Progress) -> None:
         """Write the window's blocks at their place in the output."""
-        assert self.dtype is not None
         evaluator, findings, failures = Evaluator(lane, self.dtype, self.survey.known), Finding(), 0
         start, stop = window.first * self._step, min(window.last * self._step, self.node.info.elements)
         while start < stop:
@@ -249,31 +248,14 @@ class MergeWork(Work):
 class TogetherWork(Work):
     """Statistics of many tensors as if they were one, to be taken before any of them is written."""
 
-    def __init__(self, together: Together, dtypes: Mapping[int, torch.dtype]) -> None:
-        first = together.members[0]
-        self.dtypes = dtypes
-        super().__init__(
-            f"{first.method.name} of the whole model",
-            first,
-            compute_dtype(first, first.info.dtype),
-            TogetherSurvey(together, dtypes),
-        )
+    def __init__(self, together: Together, dtypes: Mapping[int, DType]) -> None:
+        first, self.together, self.measuring = together.members[0], together, TogetherSurvey(together, dtypes)
+        name = f"{first.method.name} of the whole model"
+        super().__init__(name, first, compute_dtype(first, first.info.dtype), self.measuring)
 
     def ranges(self, window: Window) -> list[FileRange]:
         """None: the blocks may lie in several tensors."""
         return []
-
-
-def together_works(together: Mapping[Together, Mapping[int, DType]]) -> list[TogetherWork]:
-    """The work for all statistics of the whole model that are not known yet for these dtypes."""
-    wanted = {
-        tensors: {key: torch_dtype(dtype) for key, dtype in dtypes.items()} for tensors, dtypes in together.items()
-    }
-    return [
-        TogetherWork(tensors, dtypes)
-        for tensors, dtypes in wanted.items()
-        if tensors.found is None or tensors.found.dtypes != dtypes
-    ]
 
 
 def ranges_of(node: Node, first: int, last: int) -> list[FileRange]:
@@ -290,10 +272,9 @@ def ranges_of(node: Node, first: int, last: int) -> list[FileRange]:
 class SampledWork(MergeWork):
     """A tensor of which only some blocks are computed; what must be known of the whole of it is, all the same."""
 
-    def __init__(self, job: Job, positions: Iterable[int]) -> None:
-        super().__init__(job)
+    def __init__(self, job: Job, positions: Iterable[int], measured: ModelStatistics) -> None:
+        super().__init__(job, measured=measured)
         self.elements = [position * 8 // job.info.dtype.bits for position in positions]
-        self.windows = len({element // BLOCK for element in self.elements})
 
     def begin_pass(self) -> list[Window]:
         """The windows of the next survey, or windows of one block each that are to be computed."""
@@ -304,8 +285,3 @@ class SampledWork(MergeWork):
         chosen = [Window(self, block, block + 1, surveying=False) for block in blocks]
         self._open_windows = len(chosen)
         return chosen
-
-
-def sampled_works(chosen: Mapping[Job, frozenset[int]]) -> list[SampledWork]:
-    """The samples of what was computed."""
-    return [SampledWork(job, positions) for job, positions in chosen.items() if job.compute is not None]
