@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
-from streammerge.compute.expressions import ByBlock, ByGram, ByWhole, Node, Term, combine
+from streammerge.compute.costs import together_blocks
+from streammerge.compute.expressions import ByBlock, ByGram, ByWhole, Node, Term, Together, combine
 from streammerge.errors import MethodError
 from streammerge.methods.contract import ParameterValue
 from streammerge.methods.place import Within
@@ -42,3 +44,10 @@ def apply_method(
         case WholeMethod():
             return ByWhole(info, method, parameters, nodes, name, seed, within)
     raise TypeError(f"method {method.name!r} is of no known kind")
+
+
+def measured_with(together: Together, node: ByBlock) -> ByBlock:
+    """The node as one more of the tensors that are measured together; its blocks are counted on from theirs."""
+    member = replace(node, together=together, first_block=together_blocks(together))
+    together.members.append(member)
+    return member

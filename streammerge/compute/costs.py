@@ -17,6 +17,7 @@ from streammerge.compute.expressions import (
     Node,
     Rounded,
     Stored,
+    Together,
     Viewed,
     applications,
     children,
@@ -178,12 +179,17 @@ def piece_count(node: Node) -> int:
     return -(-node.info.elements // piece_elements(node))
 
 
+def together_blocks(together: Together) -> int:
+    """How many pieces all tensors have that are measured together."""
+    if not together.members:
+        return 0
+    last = together.members[-1]
+    return last.first_block + piece_count(last)
+
+
 def target_of(node: Applied) -> Target:
     """What a method is told of the tensor that it makes."""
-    first = 0
-    if isinstance(node, ByBlock) and node.together and node.together.found:
-        first = node.together.found.first_blocks[id(node)]
-    step = piece_elements(node)
+    step, first = piece_elements(node), node.first_block if isinstance(node, ByBlock) else 0
     return Target(node.name, node.info.shape, len(node.inputs), node.seed, step, first, within=node.within)
 
 

@@ -116,7 +116,8 @@ class ByGram:
 class ByBlock:
     """A function of the inputs' blocks (the base, if there is one, comes first) and of statistics of the tensors.
 
-    `together` are the tensors of which the statistics are taken, if not of this one alone.
+    `together` are the tensors of which the statistics are taken, if not of this one alone; among the blocks of all of
+    them, its own begin with `first_block`.
     """
 
     info: TensorInfo
@@ -127,6 +128,7 @@ class ByBlock:
     seed: int = 0
     within: Within = ()
     together: Together | None = None
+    first_block: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -142,15 +144,20 @@ class ByWhole:
     within: Within = ()
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Together:
     """Tensors of one merge whose statistics are taken over all of them, in this order, as if they were one tensor.
 
-    `found` are the statistics once they are known.
+    Every member refers to it, so it comes before them: they are added one by one while it is decided what becomes of
+    the tensors, and none later.
     """
 
     members: list[ByBlock] = field(default_factory=list)
-    found: Any = None
+
+
+ModelStatistics = dict[Together, Any]
+"""The statistics of tensors that have been measured together. They are no part of the expressions: who carries out a
+merge, or reads from one, holds them and hands them on."""
 
 
 Node = Stored | Viewed | Rounded | External | Combined | ByGram | ByBlock | ByWhole

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 
-from streammerge.compute.costs import compute_dtype, piece_count, piece_elements, target_of
+from streammerge.compute.costs import compute_dtype, piece_count, piece_elements, target_of, together_blocks
 from streammerge.compute.evaluate import Evaluator
 from streammerge.compute.expressions import (
     Applied,
     ByBlock,
     ByGram,
     ByWhole,
+    ModelStatistics,
     Node,
     Stored,
     Together,
@@ -30,7 +30,6 @@ from streammerge.compute.lanes import Lane, torch_dtype
 from streammerge.compute.rounding import rounded
 from streammerge.errors import MethodError
 from streammerge.formats.readers import PositionalReader
-from streammerge.methods.place import Target
 from streammerge.methods.statistics.gram import Gram, GramPass
 from streammerge.methods.statistics.passes import Pass
 from streammerge.methods.statistics.slices import SliceGramPass, SliceGrams, Slicing
@@ -41,16 +40,16 @@ class Survey:
     """The passes that an expression needs over its tensors before it can be computed.
 
     Nodes whose inputs are known are measured together; a node above them has its turn in a later pass. It is
-    `suspicious` once what was measured may hold infinite values or NaNs, of which the output may not tell.
+    `suspicious` once what was measured may hold infinite values or NaNs, of which the output may not tell. What is
+    measured of whole models has to be among `measured` already.
     """
 
-    def __init__(self, root: Node, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, root: Node, dtype: torch.dtype = torch.float32, measured: ModelStatistics | None = None) -> None:
         self.wide = dtype == torch.float64
         applied = {id(node): node for node in applications(root)}
+        before = measured or {}
         self.known: dict[int, Any] = {
-            key: node.together.found.statistics
-            for key, node in applied.items()
-            if isinstance(node, ByBlock) and node.together and node.together.found
+            id(node): before[together] for node, together in measured_together(root) if together in before
         }
         self.waiting = [node for key, node in applied.items() if key not in self.known]
         self.passes: dict[int, tuple[Applied, Pass[Any]]] = {}
@@ -191,41 +190,28 @@ class WholePass(Pass[torch.Tensor]):
         return made
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """The statistics of tensors that were taken together, and the number of each tensor's first block among theirs."""
-
-    statistics: Any
-    first_blocks: Mapping[int, int]
-    dtypes: Mapping[int, torch.dtype]
-
-
 class TogetherSurvey:
     """The passes over several tensors as if they were one, their blocks counted through in the tensors' order.
 
-    It need not be suspicious: each of the tensors is given to its method once more, when it is written.
+    The `result` is there when it is complete. `dtypes` are what members are computed in, by their `id`, where it is not
+    their own. It need not be suspicious: each of the tensors is given to its method once more, when it is written.
     """
 
     suspicious = False
 
-    def __init__(self, together: Together, dtypes: Mapping[int, torch.dtype]) -> None:
-        self.together = together
-        self.dtypes = dtypes
+    def __init__(self, together: Together, dtypes: Mapping[int, DType] | None = None) -> None:
+        self.members = together.members
+        self.dtypes = dtypes or {}
         self.known: dict[int, Any] = {}
-        counts = [piece_count(member) for member in together.members]
-        self.first_blocks = [0, *itertools.accumulate(counts)]
-        first = together.members[0]
-        parts = [
-            replace(target_of(member), first_block=begin)
-            for member, begin in zip(together.members, self.first_blocks, strict=False)
-        ]
+        self.blocks = together_blocks(together)
+        self.first_blocks = [member.first_block for member in self.members]
+        first, parts = self.members[0], tuple(map(target_of, self.members))
         elements = sum(part.elements for part in parts)
-        wide = any(self._dtype(member) == torch.float64 for member in together.members)
-        step, within = piece_elements(first), first.within
-        count, seed = len(first.inputs), first.seed
-        target = Target("", (elements,), count, seed, step, parts=tuple(parts), wide=wide, within=within)
+        wide = any(self._dtype(member) == torch.float64 for member in self.members)
         assert first.method.statistics is not None
         self.step: Pass[Any] | None = None
+        self.result: Any = None
+        target = replace(target_of(first), name="", shape=(elements,), parts=parts, wide=wide)
         self._take(first.method.statistics.begin(target, first.parameters))
 
     @property
@@ -246,25 +232,19 @@ class TogetherSurvey:
     @property
     def step_elements(self) -> int:
         """How many elements a block to be measured has at the most."""
-        return piece_elements(self.together.members[0])
-
-    @property
-    def blocks(self) -> int:
-        """The number of blocks of all the tensors."""
-        return self.first_blocks[-1]
+        return piece_elements(self.members[0])
 
     def measure(self, evaluator: Evaluator, block: int) -> Any:  # noqa: ANN401
         """What the current pass wants to know of one block."""
         assert self.step is not None
         number = bisect.bisect_right(self.first_blocks, block) - 1
-        member = self.together.members[number]
-        part = self.step.part
-        own = Evaluator(evaluator.lane, self._dtype(member), {})
-        return self.step.measure(block, own.inputs(member, block - self.first_blocks[number], part))
+        member = self.members[number]
+        own = Evaluator(evaluator.lane, self._dtype(member), self.known)
+        return self.step.measure(block, own.inputs(member, block - member.first_block, self.step.part))
 
     def _dtype(self, member: ByBlock) -> torch.dtype:
         """What the tensor is computed in."""
-        return self.dtypes.get(id(member)) or own_dtype(member)
+        return torch_dtype(self.dtypes.get(id(member)) or compute_dtype(member, member.info.dtype))
 
     def add(self, block: int, measured: Any) -> None:  # noqa: ANN401
         """Take in the measure of one block."""
@@ -277,20 +257,13 @@ class TogetherSurvey:
         self._take(self.step.finish())
 
     def _take(self, outcome: Any) -> None:  # noqa: ANN401
-        self.step = outcome if isinstance(outcome, Pass) else None
-        if self.step is None:
-            firsts = zip(self.together.members, self.first_blocks, strict=False)
-            self.together.found = Found(outcome, {id(member): first for member, first in firsts}, self.dtypes)
+        if isinstance(outcome, Pass):
+            self.step = outcome
+        else:
+            self.step, self.result = None, outcome
 
 
-def own_dtype(node: Node) -> torch.dtype:
-    """What the tensor is computed in when it is no part of a greater expression."""
-    return torch_dtype(compute_dtype(node, node.info.dtype))
-
-
-def together_in(nodes: Iterable[Node]) -> list[Together]:
-    """All that has to be surveyed before any of these tensors can be."""
-    return list({id(together): together for node in nodes for _, together in measured_together(node)}.values())
+AnySurvey = TypeVar("AnySurvey", Survey, TogetherSurvey)
 
 
 def check_range(node: Node, start: int, stop: int) -> None:
@@ -299,28 +272,32 @@ def check_range(node: Node, start: int, stop: int) -> None:
         raise IndexError(f"[{start}, {stop}) is no range of {node.info.elements} elements")
 
 
-def read_range(node: Node, start: int, stop: int, lane: Lane, dtype: torch.dtype) -> torch.Tensor:
+def read_range(
+    node: Node, start: int, stop: int, lane: Lane, dtype: torch.dtype, measured: ModelStatistics | None = None
+) -> torch.Tensor:
     """Elements [start, stop) of any expression in the compute dtype, a copy; surveys the tensor first if it must be.
 
-    In one thread, as lanes do, because sums in several are rounded otherwise.
+    What has to be measured of the whole model is, unless it is among `measured`, and is added to them. In one thread,
+    as lanes do, because sums in several are rounded otherwise.
     """
     check_range(node, start, stop)
+    known = {} if measured is None else measured
     with one_thread():
-        for together in together_in([node]):
-            if together.found is None:
-                carry_out(TogetherSurvey(together, {}), lane, dtype)
-        survey = Survey(node, dtype)
-        carry_out(survey, lane, dtype)
+        for _, together in measured_together(node):
+            if together not in known:
+                known[together] = carry_out(TogetherSurvey(together), lane, dtype).result
+        survey = carry_out(Survey(node, dtype, known), lane, dtype)
         return Evaluator(lane, dtype, survey.known).copy(node, start, stop)
 
 
-def carry_out(survey: Survey | TogetherSurvey, lane: Lane, dtype: torch.dtype) -> None:
+def carry_out(survey: AnySurvey, lane: Lane, dtype: torch.dtype) -> AnySurvey:
     """Make all passes of the survey, here and now."""
     while not survey.complete:
         evaluator = Evaluator(lane, dtype, survey.known)
         for block in range(survey.blocks):
             survey.add(block, survey.measure(evaluator, block))
         survey.finish_pass()
+    return survey
 
 
 @contextlib.contextmanager
@@ -349,7 +326,10 @@ def read_stored(node: Node, start: int, stop: int) -> torch.Tensor:
             return read_range(node, start, stop, lane, dtype)
 
 
-def read_merged(node: Node, dtype: DType, start: int, stop: int) -> torch.Tensor:
-    """Elements [start, stop) of a merged tensor, rounded to its stored dtype, as a copy."""
-    compute = torch_dtype(compute_dtype(node, dtype))
-    return rounded(read_range(node, start, stop, Lane(PositionalReader()), compute), torch_dtype(dtype))
+def read_merged(node: Node, dtype: DType, start: int, stop: int, measured: ModelStatistics) -> torch.Tensor:
+    """Elements [start, stop) of a merged tensor, rounded to its stored dtype, as a copy.
+
+    What is measured of the whole model for that is added to `measured`, so that the next reads needn't.
+    """
+    compute, lane = torch_dtype(compute_dtype(node, dtype)), Lane(PositionalReader())
+    return rounded(read_range(node, start, stop, lane, compute, measured), torch_dtype(dtype))

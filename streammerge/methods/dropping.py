@@ -59,6 +59,13 @@ def dare_factors(target: Target, parameters: Parameters) -> Any:  # noqa: ANN401
     return l1_pass(target, lambda delta, model, place: drop_at_random(delta, model, place, density[model]))
 
 
+DARE: Any = {
+    **GTA,
+    "statistics": Statistics(dare_factors, passes=1),
+    "needs": Needs(temporaries=4, temporaries_each=2),
+}
+
+
 def dropped_at_random(
     base: Tensor, models: Sequence[Tensor], density: Sequence[float], place: Place, factors: Factors
 ) -> list[Tensor]:
@@ -69,9 +76,7 @@ def dropped_at_random(
     ]
 
 
-@method(
-    BlockMethod, **GTA, statistics=Statistics(dare_factors, passes=1), needs=Needs(temporaries=4, temporaries_each=2)
-)
+@method(BlockMethod, **DARE)
 def dare_linear(
     base: Tensor,
     *models: Tensor,
@@ -94,9 +99,7 @@ def dare_linear(
     return add_deltas(base, deltas, weight, normalize=normalize, scale=lambda_, elect=False)
 
 
-@method(
-    BlockMethod, **GTA, statistics=Statistics(dare_factors, passes=1), needs=Needs(temporaries=4, temporaries_each=2)
-)
+@method(BlockMethod, **DARE)
 def dare_ties(
     base: Tensor,
     *models: Tensor,
@@ -281,11 +284,13 @@ def check_epsilon(parameters: Parameters, inputs: int) -> None:
 
 
 def della_factors(target: Target, parameters: Parameters) -> Any:  # noqa: ANN401
-    """The ratio of the L1 norms after a pass, if that is what makes up for the dropped elements."""
+    """What makes up for the dropped elements: the L1 norms' ratio after a pass, or None for every probability."""
     density: Any = parameters["density"]
     epsilon: Any = parameters["epsilon"]
-    if not parameters["rescale"] or parameters["rescale_by"] != "l1":
+    if not parameters["rescale"]:
         return [1.0] * len(density)
+    if parameters["rescale_by"] == "probability":
+        return [None] * len(density)
 
     def kept(delta: Tensor, model: int, place: Place) -> Tensor:
         return drop_smaller(delta, model, place, density[model], epsilon[model])[0]
@@ -297,16 +302,15 @@ def della_deltas(
     base: Tensor,
     models: Sequence[Tensor],
     place: Place,
-    chances: Sequence[tuple[float, float]],
-    factors: Factors,
-    *,
-    by_probability: bool,
+    density: Sequence[float],
+    epsilon: Sequence[float],
+    factors: Sequence[float | None],
 ) -> list[Tensor]:
-    """The task vectors after DELLA's drop; `chances` are every model's density and epsilon."""
+    """The task vectors after DELLA's drop."""
     deltas = []
-    for i, (model, (density, epsilon), factor) in enumerate(zip(models, chances, factors, strict=True)):
-        kept, probability = drop_smaller(model - base, i, place, density, epsilon)
-        deltas.append(kept / probability if by_probability else kept * factor)
+    for i, (model, factor) in enumerate(zip(models, factors, strict=True)):
+        kept, probability = drop_smaller(model - base, i, place, density[i], epsilon[i])
+        deltas.append(kept / probability if factor is None else kept * factor)
     return deltas
 
 
@@ -330,7 +334,7 @@ def della(
     rescale: bool = True,
     rescale_by: Literal["l1", "probability"] = "l1",
     place: Place,
-    statistics: Factors,
+    statistics: Sequence[float | None],
 ) -> Tensor:
     """θ = θ₀ + λ Σᵢ mᵢ wᵢ drop(θᵢ − θ₀), divided by Σᵢ mᵢ wᵢ if `normalize`; drop likes the smaller elements of a row
 
@@ -339,9 +343,7 @@ def della(
     scaled to the L1 norm of the whole task vector as in mergekit, or divided by its probability as in the paper. Ranks
     are exact for rows of any length and dtype (mergekit's are rounded to bfloat16 where the tensor is).
     """
-    chances = list(zip(density, epsilon, strict=True))
-    by_probability = rescale and rescale_by == "probability"
-    deltas = della_deltas(base, models, place, chances, statistics, by_probability=by_probability)
+    deltas = della_deltas(base, models, place, density, epsilon, statistics)
     return add_deltas(base, deltas, weight, normalize=normalize, scale=lambda_, elect=True)
 
 
@@ -357,13 +359,11 @@ def della_linear(
     rescale: bool = True,
     rescale_by: Literal["l1", "probability"] = "l1",
     place: Place,
-    statistics: Factors,
+    statistics: Sequence[float | None],
 ) -> Tensor:
     """θ = θ₀ + λ Σᵢ wᵢ drop(θᵢ − θ₀), divided by Σᵢ wᵢ if `normalize`; drop likes the smaller elements of a row
 
     DELLA-Merging (arXiv:2406.11617) as in `della`, without the election of signs.
     """
-    chances = list(zip(density, epsilon, strict=True))
-    by_probability = rescale and rescale_by == "probability"
-    deltas = della_deltas(base, models, place, chances, statistics, by_probability=by_probability)
+    deltas = della_deltas(base, models, place, density, epsilon, statistics)
     return add_deltas(base, deltas, weight, normalize=normalize, scale=lambda_, elect=False)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from streammerge.compute.expressions import External, Node, stored_leaves
+from streammerge.compute.expressions import External, ModelStatistics, Node, stored_leaves
 from streammerge.formats.files import ByteFile
 from streammerge.formats.tables import Column
 from streammerge.models.decisions import Decision, Decisions, Expressions
@@ -27,7 +27,8 @@ class Merged:
     Per input, `left_out` are its tensors that the layout doesn't have, `lacking` the layout's that it doesn't have.
     Inputs of an input that is a merge itself count too, as `inner/model`. `kept_bytes` is what is kept in memory of
     quantised weights. `remarks` are what the user should know of the recipe, `layout` is the model whose tensors the
-    merge has, and `extent` how much has been planned for it.
+    merge has, and `extent` how much has been planned for it. What reading from it measures of the whole model is kept
+    for the next time.
     """
 
     decisions: Decisions
@@ -37,6 +38,7 @@ class Merged:
     remarks: tuple[str, ...] = ()
     layout: Model | None = None
     extent: Extent = field(default_factory=Extent)
+    _measured: ModelStatistics = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @functools.cached_property
     def layers(self) -> Layers:
@@ -61,7 +63,7 @@ class Merged:
         """Elements [start, stop) of the merged tensor, in the dtype in which it would be stored."""
         from streammerge.compute.survey import read_merged
 
-        return read_merged(self.nodes[name], self.tensors[name].dtype, start, stop)
+        return read_merged(self.nodes[name], self.tensors[name].dtype, start, stop, self._measured)
 
 
 def node_of(model: Model, name: str) -> Node:

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from streammerge.compute.application import apply_method
+from streammerge.compute.application import apply_method, measured_with
 from streammerge.compute.costs import needs_statistics
 from streammerge.compute.expressions import ByBlock, Node, Together, is_measured_of_model, walk
 from streammerge.errors import PlanError
@@ -273,9 +273,7 @@ class _Resolution:
                 advice="Write that merge to a file first, or measure each tensor alone (scope: tensor).",
             )
         key = tuple(node.parameters[name] for name in method.statistics.of)
-        together = self.together.setdefault(key, Together())
-        member = self.members[node.name] = replace(node, together=together)
-        together.members.append(member)
+        member = self.members[node.name] = measured_with(self.together.setdefault(key, Together()), node)
         return member
 
     def _fit(self, name: str, nodes: Mapping[str, Node], *, taken: bool = False) -> Fitting | None:

@@ -41,11 +41,11 @@ TENSOR_BYTES: Final = 40
 """What a plan keeps of a tensor beside the tables of the models: its fate, its place in the output."""
 
 
-MEMBER_BYTES: Final = 500
+MEMBER_BYTES: Final = 540
 """What is kept of a tensor that is measured with others: its expression, which is not made again."""
 
 
-SURVEY_BYTES: Final = 1600
+SURVEY_BYTES: Final = 1560
 """What measuring such tensors takes for each of them, a result of its own included."""
 
 

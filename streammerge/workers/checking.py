@@ -84,6 +84,10 @@ def checkpoint_reader(plan: Plan, output: Checkpoint) -> ReadBack:
     return read
 
 
+Samples = Mapping[Job, frozenset[int]]
+"""Positions in bytes of tensors."""
+
+
 SAMPLES: Final = 200
 """How many windows are looked at, if there are as many."""
 
@@ -92,7 +96,7 @@ COPIED_BYTES: Final = 1 << 20
 """How much is compared at once of what was only copied."""
 
 
-def sample(jobs: Sequence[Job], samples: int = SAMPLES) -> Mapping[Job, frozenset[int]]:
+def sample(jobs: Sequence[Job], samples: int = SAMPLES) -> Samples:
     """For some jobs, positions in bytes of their tensors: one in the middle of each of as many equal parts of all."""
     total = sum(job.info.nbytes for job in jobs)
     places = [(2 * number + 1) * total // (2 * samples) for number in range(samples)] if total else []
@@ -108,7 +112,16 @@ def sample(jobs: Sequence[Job], samples: int = SAMPLES) -> Mapping[Job, frozense
     return {job: frozenset(positions) for job, positions in chosen.items()}
 
 
-def copied_samples(chosen: Mapping[Job, frozenset[int]]) -> list[CopyRange]:
+def computed_samples(chosen: Samples) -> int:
+    """How many blocks of what was computed the samples lie in."""
+    return sum(
+        len({position * 8 // job.info.dtype.bits // BLOCK for position in positions})
+        for job, positions in chosen.items()
+        if job.compute is not None
+    )
+
+
+def copied_samples(chosen: Samples) -> list[CopyRange]:
     """The samples of what was only copied, each the piece that it lies in."""
     return [
         CopyRange(job, copied_from(job.node), start, min(COPIED_BYTES, job.info.nbytes - start))
@@ -116,12 +129,3 @@ def copied_samples(chosen: Mapping[Job, frozenset[int]]) -> list[CopyRange]:
         if job.compute is None
         for start in sorted({position // COPIED_BYTES * COPIED_BYTES for position in positions})
     ]
-
-
-def computed_blocks(chosen: Mapping[Job, frozenset[int]]) -> int:
-    """In how many blocks of what was computed the samples lie."""
-    return sum(
-        len({position * 8 // job.info.dtype.bits // BLOCK for position in positions})
-        for job, positions in chosen.items()
-        if job.compute is not None
-    )

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from streammerge.compute.expressions import Job, applications
+from streammerge.compute.expressions import ModelStatistics, applications
 from streammerge.compute.machine import OWN_BYTES, choose_io, import_torch, resident_bytes
 from streammerge.methods import METHODS
 from streammerge.plan.plan import Plan, allot_memory
 from streammerge.report import Watch, refuse_nonfinite
 from streammerge.storage.copying import Copying
 from streammerge.storage.ledger import Ledger, Sink
-from streammerge.workers.checking import Checker, ReadBack
+from streammerge.workers.checking import Checker, ReadBack, Samples, computed_samples, copied_samples, sample
 
 if TYPE_CHECKING:
     import torch
+
+    from streammerge.compute.lanes import Lane
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +33,15 @@ class Extent:
 
 
 class Machine:
-    """The lanes in which a plan is carried out: as many as the memory allows, on the device that was asked for."""
+    """The lanes in which a plan is carried out: as many as the memory allows, on the device that was asked for.
+
+    What is measured of the whole model is kept, so that the check needn't measure it again.
+    """
 
     def __init__(self, plan: Plan) -> None:
         import_torch()
         self.plan = plan
+        self.measured: ModelStatistics = {}
         resident = resident_bytes()
         # a bare import of torch would take as much without this package, and without what is kept of the models
         self.baseline = resident - OWN_BYTES - plan.described_bytes
@@ -56,12 +62,12 @@ class Machine:
         ledger: Ledger,
         watch: Watch | None,
         copying: Copying | None = None,
-        samples: Mapping[Job, frozenset[int]] | None = None,
+        samples: Samples | None = None,
     ) -> None:
         """Give every byte of the output that is computed, or only samples, to the sink; finish the copying."""
         from streammerge.compute.devices import open_lanes
         from streammerge.workers.schedule import run
-        from streammerge.workers.windows import MergeWork, SampledWork, together_works
+        from streammerge.workers.windows import MergeWork, SampledWork
 
         jobs = self.plan.jobs if samples is None else samples
         due = (job for job in jobs if job.compute is not None and not ledger.has_all(job))
@@ -73,15 +79,28 @@ class Machine:
             if watch:
                 watch(ledger)
 
-        if (first := next(due, None)) and (together := together_works(self.plan.together, ledger)):
-            with ledger.doing("measure the whole model", self.plan.bytes_before_writing):
-                run(together, lanes, look)
+        if first := next(due, None):
+            self._measure(lanes, ledger, look)
         works = (
-            SampledWork(job, sink, ledger, samples[job]) if samples else MergeWork(job, sink, ledger)
+            SampledWork(job, sink, ledger, self.measured, samples[job])
+            if samples
+            else MergeWork(job, sink, ledger, self.measured)
             for job in itertools.chain([first] if first else [], due)
         )
         run(works, lanes, look, copying, held_bytes=self.allotment.held_bytes)
         look()
+
+    def _measure(self, lanes: list[Lane], ledger: Ledger, look: Callable[[], None]) -> None:
+        """Take the statistics of the whole model that are wanted, unless they have been."""
+        from streammerge.workers.schedule import run
+        from streammerge.workers.windows import TogetherWork
+
+        wanted = self.plan.together.items()
+        works = [TogetherWork(together, dtypes, ledger) for together, dtypes in wanted if together not in self.measured]
+        if works:
+            with ledger.doing("measure the whole model", self.plan.bytes_before_writing):
+                run(works, lanes, look)
+        self.measured.update((work.together, work.measuring.result) for work in works)
 
     def check(self, read: ReadBack, path: Path, watch: Watch | None) -> None:
         """Compute every byte again and compare it with what is read back."""
@@ -91,14 +110,12 @@ class Machine:
 
     def check_samples(self, read: ReadBack, path: Path, watch: Watch | None) -> Extent:
         """Compute windows that are spread over the output again and compare them with what is read back."""
-        from streammerge.workers.checking import computed_blocks, copied_samples, sample
-
-        chosen, checker = sample(self.plan.jobs), Checker(read)
-        copied = copied_samples(chosen)
+        samples, checker = sample(self.plan.jobs), Checker(read)
+        copied = copied_samples(samples)
         checker.copy(copied)
-        self.run(checker, Ledger(self.plan.jobs.nbytes), watch, samples=chosen)
+        self.run(checker, Ledger(self.plan.jobs.nbytes), watch, samples=samples)
         checker.report(path)
-        return Extent(len(chosen), len(self.plan.jobs), len(copied) + computed_blocks(chosen))
+        return Extent(len(samples), len(self.plan.jobs), len(copied) + computed_samples(samples))
 
     def peak_vram_bytes(self) -> int:
         """The most memory that was taken on a CUDA device."""

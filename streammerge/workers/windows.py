@@ -20,7 +20,7 @@ from streammerge.compute.costs import (
 from streammerge.compute.devices import is_out_of_memory, no_memory_left
 from streammerge.compute.evaluate import Evaluator
 from streammerge.compute.examine import examine, nonfinite_inputs
-from streammerge.compute.expressions import Job, Node, Together, stored_leaves
+from streammerge.compute.expressions import Job, ModelStatistics, Node, Together, stored_leaves
 from streammerge.compute.lanes import Lane, torch_dtype
 from streammerge.compute.survey import Survey, TogetherSurvey
 from streammerge.formats.files import ByteFile
@@ -51,18 +51,13 @@ class Work:
     held_bytes = 0
 
     def __init__(
-        self,
-        name: str,
-        node: Node,
-        dtype: DType | None,
-        progress: Progress,
-        survey: Survey | TogetherSurvey | None = None,
+        self, name: str, node: Node, dtype: DType, progress: Progress, survey: Survey | TogetherSurvey | None = None
     ) -> None:
         self.name = name
         self.node = node
         self.progress = progress
-        self.dtype = torch_dtype(dtype) if dtype else None
-        self.survey = survey or Survey(node, self.dtype or torch.float32)
+        self.dtype = torch_dtype(dtype)
+        self.survey = survey or Survey(node, self.dtype)
         self.lock = threading.Lock()
         self._open_windows = 0
         self._next_block = 0
@@ -159,7 +154,6 @@ class Window:
 
     def _measured(self, block: int, lane: Lane) -> Any:  # noqa: ANN401
         """The measure of a block; once more if memory runs out, when the lane has given up all that it kept."""
-        assert self.work.dtype is not None
         for attempt in (1, 2):
             try:
                 return self.work.survey.measure(Evaluator(lane, self.work.dtype, self.work.survey.known), block)
@@ -173,12 +167,17 @@ class Window:
 
 
 class MergeWork(Work):
-    """A tensor of the output that is computed, and rounded once; what the ledger has of it is left out."""
+    """A tensor of the output that is computed, and rounded once; what the ledger has of it is left out.
+
+    What it needs to know of the whole model has to be `measured`.
+    """
 
     writes = True
 
-    def __init__(self, job: Job, sink: Sink, ledger: Ledger) -> None:
-        super().__init__(job.name, job.node, job.compute, ledger)
+    def __init__(self, job: Job, sink: Sink, ledger: Ledger, measured: ModelStatistics | None = None) -> None:
+        assert job.compute is not None
+        survey = Survey(job.node, torch_dtype(job.compute), measured)
+        super().__init__(job.name, job.node, job.compute, ledger, survey)
         self.job, self.sink, self.ledger = job, sink, ledger
         self.held_bytes = held_bytes(job.node)
         self.least = least_step(job.node)
@@ -199,7 +198,6 @@ class MergeWork(Work):
 
     def write(self, window: Window, lane: Lane) -> None:
         """Write the window's blocks at their place in the output."""
-        assert self.dtype is not None
         evaluator, findings, failures = Evaluator(lane, self.dtype, self.survey.known), Finding(), 0
         before = lane.bytes_read
         start, stop = window.first * self._step, min(window.last * self._step, self.node.info.elements)
@@ -254,32 +252,14 @@ class MergeWork(Work):
 class TogetherWork(Work):
     """Statistics of many tensors as if they were one, to be taken before any of them is written."""
 
-    def __init__(self, together: Together, dtypes: Mapping[int, torch.dtype], progress: Progress) -> None:
-        first = together.members[0]
-        self.dtypes = dtypes
-        super().__init__(
-            f"{first.method.name} of the whole model",
-            first,
-            compute_dtype(first, first.info.dtype),
-            progress,
-            TogetherSurvey(together, dtypes),
-        )
+    def __init__(self, together: Together, dtypes: Mapping[int, DType], progress: Progress) -> None:
+        first, self.together, self.measuring = together.members[0], together, TogetherSurvey(together, dtypes)
+        name = f"{first.method.name} of the whole model"
+        super().__init__(name, first, compute_dtype(first, first.info.dtype), progress, self.measuring)
 
     def ranges(self, window: Window) -> list[FileRange]:
         """None: the blocks may lie in several tensors."""
         return []
-
-
-def together_works(together: Mapping[Together, Mapping[int, DType]], progress: Progress) -> list[TogetherWork]:
-    """The work for all statistics of the whole model that are not known yet for these dtypes."""
-    wanted = {
-        tensors: {key: torch_dtype(dtype) for key, dtype in dtypes.items()} for tensors, dtypes in together.items()
-    }
-    return [
-        TogetherWork(tensors, dtypes, progress)
-        for tensors, dtypes in wanted.items()
-        if tensors.found is None or tensors.found.dtypes != dtypes
-    ]
 
 
 def ranges_of(node: Node, first: int, last: int) -> list[FileRange]:
@@ -296,8 +276,10 @@ def ranges_of(node: Node, first: int, last: int) -> list[FileRange]:
 class SampledWork(MergeWork):
     """A tensor of which only some blocks are computed; what must be known of the whole of it is, all the same."""
 
-    def __init__(self, job: Job, sink: Sink, ledger: Ledger, positions: Iterable[int]) -> None:
-        super().__init__(job, sink, ledger)
+    def __init__(
+        self, job: Job, sink: Sink, ledger: Ledger, measured: ModelStatistics, positions: Iterable[int]
+    ) -> None:
+        super().__init__(job, sink, ledger, measured)
         self.elements = [position * 8 // job.info.dtype.bits for position in positions]
 
     def begin_pass(self) -> list[Window]:

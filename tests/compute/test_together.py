@@ -12,6 +12,8 @@ import streammerge
 import streammerge.workers.machine
 from streammerge.cli.main import main
 from streammerge.compute import costs
+from streammerge.compute.expressions import ByBlock, Together
+from streammerge.compute.survey import Survey, TogetherSurvey
 from streammerge.errors import PlanError
 from streammerge.plan.plan import Plan
 from streammerge.storage.copying import Copying
@@ -106,6 +108,67 @@ def test_ranges_can_be_read_without_merging_first(paths, tmp_path):
     fresh = merge(paths)
     assert torch.equal(fresh.read(NAME, 1000, 2000), plain[NAME][1000:2000])
     assert torch.equal(fresh.read("layers.0.bias", 0, 63), plain["layers.0.bias"])
+
+
+@pytest.fixture
+def begun(monkeypatch) -> list[Together]:
+    """What was measured, each time that it was."""
+    noted: list[Together] = []
+    begin = TogetherSurvey.__init__
+
+    def noting(self: TogetherSurvey, together: Together, *rest: Any) -> None:
+        noted.append(together)
+        begin(self, together, *rest)
+
+    monkeypatch.setattr(TogetherSurvey, "__init__", noting)
+    return noted
+
+
+def test_reading_measures_the_model_once(paths, begun):
+    made = merge(paths)
+    outer = streammerge.linear(made, merge(paths, density=0.6), weight=[0.5, 0.5])
+    for _ in range(2):
+        made.read(NAME, 0, 100)
+        made.read("layers.0.bias", 0, 63)
+    assert len(begun) == 1
+    for _ in range(2):
+        outer.read(NAME, 0, 100)
+    assert len(begun) == 3
+    assert begun[0] in begun[1:]
+    assert len(set(begun)) == 2
+
+
+def test_writing_and_checking_measure_the_model_once(paths, tmp_path, begun):
+    made = merge(paths)
+    merge_to(tmp_path / "1.safetensors", made, verify=True)
+    assert len(begun) == 1
+    merge_to(tmp_path / "2.safetensors", made, compute_dtype="fp64")  # the statistics of another run are not this one's
+    assert len(begun) == 2
+
+
+def test_blocks_are_counted_through_all_tensors(paths):
+    made = merge(paths)
+    node = made.nodes[NAME]
+    assert isinstance(node, ByBlock)
+    assert node.together is not None
+    counts = [costs.piece_count(member) for member in node.together.members]
+    firsts = [member.first_block for member in node.together.members]
+    assert firsts == [sum(counts[:place]) for place in range(len(counts))]
+    assert costs.together_blocks(node.together) == sum(counts)
+    assert [costs.target_of(member).first_block for member in node.together.members] == firsts
+
+
+def test_what_is_not_measured_yet_is_refused(paths):
+    with pytest.raises(RuntimeError, match="statistics of a whole model have to be taken before"):
+        Survey(merge(paths).nodes[NAME])
+
+
+def test_samples_can_be_computed_again(paths, tmp_path, capsys):
+    models = [str(paths[name]) for name in "ab"]
+    method = ["--base", str(paths["base"]), "-m", "ties", "-p", "density=0.2", "-p", "scope=model"]
+    assert main([*models, *method, "-o", str(tmp_path / "out.safetensors")]) == 0
+    assert main(["verify", str(tmp_path / "out.safetensors")]) == 0
+    assert "of 9 tensors are what the recipe gives" in capsys.readouterr().out
 
 
 def test_a_merge_can_be_merged_again(paths, tmp_path):

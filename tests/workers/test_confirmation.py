@@ -27,6 +27,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+OF_MODEL = ["-m", "ties", "--base", "a.safetensors", "-p", "density=0.5", "-p", "scope=model"]
 MERGE = ["a.safetensors", "b.safetensors", "-o", "out", "--no-sync", "--threads", "1"]
 
 
@@ -39,7 +40,16 @@ def states(folder: Path) -> dict[str, tuple[str, int]]:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    "more", [[], ["--no-metadata"], ["--hash"], ["--verify"], ["-m", "ties", "--base", "a.safetensors"]]
+    "more",
+    [
+        [],
+        ["--no-metadata"],
+        ["--hash"],
+        ["--verify"],
+        ["-m", "ties", "--base", "a.safetensors"],
+        OF_MODEL,
+        ["--verify", *OF_MODEL],
+    ],
 )
 def test_nothing_is_done_where_the_output_is_there(folder, capsys, form, more):
     assert main([*MERGE, *FORMS[form], *more]) == 0

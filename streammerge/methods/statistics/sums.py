@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from streammerge.methods.statistics.passes import Pass
@@ -67,78 +65,3 @@ class SumPass(Pass[Any]):
     def finish(self) -> Any:  # noqa: ANN401
         """What follows from the sums."""
         return self.then(tuple(self.totals))
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """What one pass tells of a tensor. Of an empty one, `least` and `most` are infinite."""
-
-    elements: int = 0
-    nonzero: int = 0
-    total: float = 0.0
-    l1: float = 0.0
-    squares: float = 0.0
-    least: float = math.inf
-    most: float = -math.inf
-
-    @property
-    def l2(self) -> float:
-        """The Euclidean norm."""
-        return math.sqrt(self.squares)
-
-    @property
-    def mean(self) -> float:
-        """The mean of the elements, 0 of none."""
-        return self.total / self.elements if self.elements else 0.0
-
-    def __add__(self, other: Summary) -> Summary:
-        return Summary(
-            self.elements + other.elements,
-            self.nonzero + other.nonzero,
-            self.total + other.total,
-            self.l1 + other.l1,
-            self.squares + other.squares,
-            min(self.least, other.least),
-            max(self.most, other.most),
-        )
-
-    @classmethod
-    def of(cls, values: Tensor) -> Summary:
-        """The summary of a block."""
-        if not values.numel():
-            return cls()
-        values = values.reshape(-1).double()
-        return cls(
-            elements=values.numel(),
-            nonzero=int(values.count_nonzero()),
-            total=float(values.sum()),
-            l1=float(values.abs().sum()),
-            squares=float(values.dot(values)),
-            least=float(values.min()),
-            most=float(values.max()),
-        )
-
-
-class SummaryPass(Pass[Any]):
-    """One pass that summarises vectors, by default the task vectors."""
-
-    ordered = True
-
-    def __init__(
-        self, count: int, vectors: Vectors = task_vectors, then: Callable[[tuple[Summary, ...]], Any] = tuple
-    ) -> None:
-        self.summaries = [Summary()] * count
-        self.vectors = vectors
-        self.then = then
-
-    def measure(self, block: int, inputs: Sequence[Tensor]) -> list[Summary]:
-        """The summary of each vector's block."""
-        return [Summary.of(vector) for vector in self.vectors(block, inputs)]
-
-    def add(self, block: int, measured: list[Summary]) -> None:
-        """Add a block's summaries."""
-        self.summaries = [summary + share for summary, share in zip(self.summaries, measured, strict=True)]
-
-    def finish(self) -> Any:  # noqa: ANN401
-        """What follows from the summaries of the whole vectors."""
-        return self.then(tuple(self.summaries))
