@@ -27,8 +27,10 @@ WHOLE: Final = 2**18
 PIECE: Final = 2**16
 """Elements whose products are taken at once, of few tensors and of many."""
 
-ALIGNMENT: Final = 64
-"""Bytes on whose multiples torch puts what it allocates."""
+ROW: Final = 1024
+LANES: Final = 32
+"""A row of products is added up in the dtype that they are computed in until it is so many numbers, and in float64 from
+there on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,23 +220,22 @@ def tensors_from(share: Sequence[Sequence[T]]) -> list[list[T]]:
 
 
 def products_of(inputs: Sequence[torch.Tensor], *, apart: bool = True) -> list[list[float]]:
-    """⟨dᵢ, dⱼ⟩ for j ≤ i, with d₀ = x₀ and dᵢ = xᵢ − x₀ for i > 0, or else xᵢ itself; added up in float64."""
+    """⟨dᵢ, dⱼ⟩ for j ≤ i, with d₀ = x₀ and dᵢ = xᵢ − x₀ for i > 0, or else xᵢ itself; added up as `halved` says."""
     import torch
 
     count, elements = len(inputs), inputs[0].numel()
     if not elements:
         return [[0.0] * (i + 1) for i in range(count)]
-    shares = []
-    step = piece_of(count)
-    for start in range(0, elements, step):
-        first, *others = (values[start : start + step] for values in inputs)
-        *differences, spare = SCRATCH.rooms(count, first)
+    pieces = []
+    for start in range(0, elements, piece_of(count)):
+        first, *others = (values[start : start + piece_of(count)] for values in inputs)
+        *rooms, spare = SCRATCH.rooms(count, first)
         vectors = [first, *others]
         if apart:
-            pairs = zip(others, differences, strict=True)
-            vectors[1:] = [torch.sub(other, first, out=room) for other, room in pairs]
-        shares += [inner(one, other, spare) for i, one in enumerate(vectors) for other in vectors[: i + 1]]
-    sums = torch.stack(shares).view(-1, sums_of(count)).sum(0, dtype=torch.float64).tolist()
+            pairs = zip(others, rooms, strict=True)
+            vectors[1:] = [torch.sub(other, first, out=room[: first.numel()]) for other, room in pairs]
+        pieces.append(torch.cat([by_row(one, vectors[: i + 1], spare) for i, one in enumerate(vectors)]))
+    sums = halved(padded(torch.cat(pieces, 1))).tolist()
     return [sums[sums_of(i) : sums_of(i + 1)] for i in range(count)]
 
 
@@ -243,22 +244,55 @@ def piece_of(count: int) -> int:
     return WHOLE if count <= FEW else PIECE
 
 
-def inner(one: torch.Tensor, other: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
-    """⟨a, b⟩, the same to the last bit wherever the two lie; `spare` is room for what is needed on the way.
+def by_row(one: torch.Tensor, others: Sequence[torch.Tensor], spare: torch.Tensor) -> torch.Tensor:
+    """Σ aₖ bₖ of every row of elements, a row of sums for every b, in float64; what lacks of the last row are zeros.
 
-    float32 is added up by torch, in a tree: BLAS has few running sums, which are 1e-5 off for constant values. float64
-    is added up by BLAS, which is faster, but goes through values in an order that depends on their address.
+    `spare` is room on the way.
     """
     import torch
 
-    if one.dtype != torch.float64:
-        return torch.mul(one, other, out=spare).sum()
-    return aligned(one).dot(aligned(other))
+    elements = one.numel()
+    rows = spare[: -(-elements // ROW) * ROW]
+    halves, sums = halves_of(rows.view(-1, ROW), LANES)
+    lanes = torch.empty(len(others), *sums.shape, dtype=torch.float64, device=one.device)
+    for place, other in enumerate(others):
+        torch.mul(one, other, out=rows[:elements])
+        if elements < len(rows):
+            rows[elements:] = 0.0
+        for first, second in halves:
+            first.add_(second)
+        lanes[place] = sums
+    return halved(lanes.view(-1, LANES)).view(len(others), -1)
 
 
-def aligned(values: torch.Tensor) -> torch.Tensor:
-    """The values at an address as torch gives it to what it allocates."""
-    return values if values.data_ptr() % ALIGNMENT == 0 else values.clone()
+def halved(rows: torch.Tensor) -> torch.Tensor:
+    """The sum of every row, of 2ᵏ numbers: its second half is added to its first, until one number is left.
+
+    This order is the same for any program that adds, and has as few roundings one after the other as can be: running
+    sums, as BLAS has them, are 1e-5 off for constant values of float32. The rows are overwritten.
+    """
+    halves, sums = halves_of(rows, 1)
+    for first, second in halves:
+        first.add_(second)
+    return sums[:, 0]
+
+
+def halves_of(rows: torch.Tensor, least: int) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
+    """What is added to what, one after the other, until so many numbers of every row are left; and these."""
+    halves = []
+    while rows.shape[1] > least:
+        first, second = rows.tensor_split(2, 1)
+        halves.append((first, second))
+        rows = first
+    return halves, rows
+
+
+def padded(rows: torch.Tensor) -> torch.Tensor:
+    """The rows, with zeros behind them until there are 2ᵏ numbers in each."""
+    import torch
+
+    lacking = (1 << (rows.shape[1] - 1).bit_length()) - rows.shape[1]
+    return torch.nn.functional.pad(rows, (0, lacking)) if lacking else rows
 
 
 def refuse_unless_infinite(sizes: Sequence[float]) -> None:
@@ -274,22 +308,22 @@ def refuse_unless_infinite(sizes: Sequence[float]) -> None:
 
 
 class Scratch(threading.local):
-    """Each thread's room for differences and products, kept because allocating it takes as long as computing them."""
+    """Each thread's room for differences and products, kept because allocating takes as long as computing."""
 
     def __init__(self) -> None:
         self._rooms: list[torch.Tensor] = []
 
     def rooms(self, count: int, like: torch.Tensor) -> list[torch.Tensor]:
-        """So many tensors like this one, whose values are anything."""
+        """So many tensors like this one, of a whole piece, whose values are anything."""
         import torch
 
         kept = self._rooms
-        fits = len(kept) >= count and kept[0].numel() >= like.numel()
+        fits = len(kept) >= count and kept[0].numel() >= piece_of(count)
         if not fits or (kept[0].dtype, kept[0].device) != (like.dtype, like.device):
             with torch.inference_mode(mode=False):
                 kept = [torch.empty(piece_of(count), dtype=like.dtype, device=like.device) for _ in range(count)]
             self._rooms = kept
-        return [room[: like.numel()] for room in kept[:count]]
+        return kept[:count]
 
 
 SCRATCH: Final = Scratch()
