@@ -14,9 +14,12 @@ static double halved(double *values, size_t n) {
   return values[0];
 }
 
+/* Products in float32 of what is computed in it, in float64 likewise, and in float64 of what is computed in float32. */
 #define REAL float
 #define BITS uint32_t
+#define FROM float
 #define NAME(name) name##_f32
+#define COMPUTE compute_f32
 #include "gram.inc"
 #undef REAL
 #undef BITS
@@ -24,5 +27,14 @@ static double halved(double *values, size_t n) {
 
 #define REAL double
 #define BITS uint64_t
+#define NAME(name) name##_wide
+#define greatest_bits_wide greatest_bits_f64
+#include "gram.inc"
+#undef FROM
+#undef NAME
+#undef COMPUTE
+
+#define FROM double
 #define NAME(name) name##_f64
+#define COMPUTE compute_f64
 #include "gram.inc"

@@ -122,8 +122,8 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     for run in (library.run_f32, library.run_f64):
         run.argtypes = [pointer, size, pointer, size, pointer, number, pointer, pointer]
         run.restype = ctypes.c_int
-    for gram in (library.gram_f32, library.gram_f64):
-        gram.argtypes = [pointer, size, pointer, size, pointer, size, number, size, pointer, pointer]
+    for gram in (library.gram_f32, library.gram_wide, library.gram_f64):
+        gram.argtypes = [pointer, size, pointer, size, pointer, size, number, size, pointer, pointer, pointer]
         gram.restype = None
     library.nonfinite_in.argtypes = [number, pointer, size]
     library.nonfinite_in.restype = size

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from streammerge.compute.expressions import ByGram, Combined, Node, Rounded, Stored, Term
 from streammerge.compute.kernels.library import CHUNK, KINDS, Found, Step, address
 from streammerge.formats.readers import page_aligned
+from streammerge.methods.statistics.passes import InnerProducts
 
 Compute = Literal["F32", "F64"]
 """The dtypes in which programs compute."""
@@ -125,20 +126,20 @@ class Kernels:
         return found if flagged else None
 
     def products(
-        self, program: Program, blocks: Sequence[memoryview], elements: int, vectors: int, *, apart: bool
-    ) -> tuple[list[list[float]], list[float]]:
-        """⟨dᵢ, dⱼ⟩ for j ≤ i of the first registers, and every vector's greatest magnitude.
+        self, program: Program, blocks: Sequence[memoryview], elements: int, vectors: int, *, apart: bool, wide: bool
+    ) -> InnerProducts:
+        """⟨dᵢ, dⱼ⟩ for j ≤ i of the first registers: d₀ = x₀ and dᵢ = xᵢ − x₀ if they are taken `apart`, else dᵢ = xᵢ.
 
-        d₀ = x₀ and dᵢ = xᵢ − x₀ if they are taken `apart`; else they are x₀ … xₙ themselves.
+        In float64 if `wide`, whatever the program computes in.
         """
-        wide = program.compute == "F64"
-        gram = self._library.gram_f64 if wide else self._library.gram_f32
+        is_double = program.compute == "F64"
+        gram = self._library.gram_f64 if is_double else self._library.gram_wide if wide else self._library.gram_f32
         rows = 1 << max(-(-elements // CHUNK) - 1, 0).bit_length()
         sums = (ctypes.c_double * (vectors * (vectors + 1) // 2 * rows))()
-        greatest = ((ctypes.c_double if wide else ctypes.c_float) * vectors)()
-        gram(*self._given(program, blocks, elements), vectors, apart, rows, sums, greatest)
+        space, greatest = (ctypes.c_double * (vectors * CHUNK))(), (ctypes.c_double * vectors)()
+        gram(*self._given(program, blocks, elements), vectors, apart, rows, space, sums, greatest)
         found = iter(sums[::rows])
-        return [list(itertools.islice(found, i + 1)) for i in range(vectors)], list(greatest)
+        return InnerProducts([list(itertools.islice(found, i + 1)) for i in range(vectors)], list(greatest))
 
     def nonfinite(self, block: memoryview, kind: str, elements: int) -> int:
         """How many elements of stored bytes are infinite or no numbers."""
@@ -150,3 +151,23 @@ class Kernels:
             self._room = page_aligned(program.room_bytes)
         inputs = (ctypes.c_void_p * len(blocks))(*map(address, blocks))
         return program.steps, len(program.steps), inputs, elements, address(self._room)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockOperands:
+    """A block of so many elements of every input of a pass: of the program's first registers."""
+
+    kernels: Kernels
+    program: Program
+    blocks: Sequence[memoryview]
+    elements: int
+    vectors: int
+
+    @property
+    def wide(self) -> bool:
+        """Whether it is computed in float64."""
+        return self.program.compute == "F64"
+
+    def products(self, *, apart: bool, wide: bool) -> InnerProducts:
+        """Inner products of the inputs, or of what they differ by from the first."""
+        return self.kernels.products(self.program, self.blocks, self.elements, self.vectors, apart=apart, wide=wide)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from streammerge.errors import MethodError
-from streammerge.methods.statistics.passes import Pass
+from streammerge.methods.statistics.passes import InnerProducts, Operands, Pass
 
 if TYPE_CHECKING:
     import torch
@@ -43,9 +43,9 @@ class Reach:
     most: float
     short: float
 
-    def holds(self, products: Sequence[Sequence[float]], is_there: Callable[[int], bool]) -> bool:
+    def holds(self, products: InnerProducts) -> bool:
         """Whether all squares, at the ends of the rows, are what they seem to be, those of zero vectors included."""
-        return all(self.least < row[-1] < self.most or not is_there(i) for i, row in enumerate(products))
+        return all(self.least < row[-1] < self.most or not products.is_there(i) for i, row in enumerate(products.rows))
 
 
 NARROW: Final = Reach(1e-20, 1e30, 0.5)
@@ -176,16 +176,17 @@ class GramPass(Pass[Any]):
 
     def measure(self, block: int, inputs: Sequence[torch.Tensor]) -> list[float]:
         """The block's share of every product, as `Gram.of` takes them; MethodError where float64 doesn't hold them."""
-        import torch
+        return self.measure_compiled(block, Tensors(inputs))
 
-        if inputs[0].dtype != torch.float64:
-            found, holds = measured([values.float() for values in inputs], NARROW)
+    def measure_compiled(self, block: int, operands: Operands) -> list[float]:
+        """The same of operands of any kind."""
+        if not operands.wide:
+            found, holds = measured(operands, NARROW)
             if holds:
                 return found
-        wide = [values.double() for values in inputs]
-        found, holds = measured(wide, WIDE)
+        found, holds = measured(operands, WIDE)
         if not (holds or self.lenient):
-            refuse_unless_infinite([float(values.abs().max()) for values in wide])
+            refuse_unless_infinite(operands.products(apart=False, wide=True).greatest)
         return found
 
     def add(self, block: int, measured: list[float]) -> None:
@@ -197,15 +198,49 @@ class GramPass(Pass[Any]):
         return Gram.of(self.count, self.totals)
 
 
-def measured(inputs: Sequence[torch.Tensor], reach: Reach) -> tuple[list[float], bool]:
+def measured(operands: Operands, reach: Reach) -> tuple[list[float], bool]:
     """The products as `Gram.of` takes them, and whether they are what they seem to be."""
-    share = products_of(inputs)
-    holds = reach.holds(share, lambda i: not inputs[i].equal(inputs[0]) if i else bool(inputs[0].any()))
-    told = tensors_from(share)
+    share = operands.products(apart=True, wide=reach is WIDE)
+    holds = reach.holds(share)
+    told = tensors_from(share.rows)
     if any(row[-1] < reach.short * told[0][0] for row in told):
-        told = products_of(inputs, apart=False)
-        holds = holds and reach.holds(told, lambda i: bool(inputs[i].any()))
-    return [*(value for row in told for value in row), *(value for row in share[1:] for value in row[1:])], holds
+        tensors = operands.products(apart=False, wide=reach is WIDE)
+        told = [list(row) for row in tensors.rows]
+        holds = holds and reach.holds(tensors)
+    return [*(value for row in told for value in row), *(value for row in share.rows[1:] for value in row[1:])], holds
+
+
+@dataclass(frozen=True, slots=True)
+class Tensors:
+    """Operands that torch measures."""
+
+    inputs: Sequence[torch.Tensor]
+
+    @property
+    def wide(self) -> bool:
+        """Whether they are float64."""
+        return self.inputs[0].element_size() == 8
+
+    def products(self, *, apart: bool, wide: bool) -> InnerProducts:
+        """Inner products in float64 or float32, of differences from the first or of the tensors themselves."""
+        inputs = [values.double() if wide else values.float() for values in self.inputs]
+        return InnerProducts(products_of(inputs, apart=apart), Greatest(inputs, apart=apart))
+
+
+@dataclass(frozen=True, slots=True)
+class Greatest(Sequence[float]):
+    """The greatest magnitude of every vector that is asked for, for it is seldom asked for."""
+
+    inputs: Sequence[torch.Tensor]
+    apart: bool
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, i: Any) -> Any:  # noqa: ANN401
+        values = self.inputs[i]
+        found = (values - self.inputs[0] if i and self.apart else values).abs()
+        return float(found.max()) if found.numel() else 0.0
 
 
 def tensors_from(share: Sequence[Sequence[T]]) -> list[list[T]]:
