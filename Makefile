@@ -10,7 +10,9 @@ INSTALLED := $(VENV)/.installed
 help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
 
-$(INSTALLED): pyproject.toml constraints.txt
+KERNELS := $(wildcard streammerge/compute/kernels/*.[chi]*)
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(KERNELS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,plot,bench]'
 	touch $(INSTALLED)

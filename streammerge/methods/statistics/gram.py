@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from streammerge.errors import MethodError
-from streammerge.methods.statistics.passes import Pass
+from streammerge.methods.statistics.passes import InnerProducts, Operands, Pass
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +27,10 @@ WHOLE: Final = 2**18
 PIECE: Final = 2**16
 """Elements whose products are taken at once, of few tensors and of many."""
 
-ALIGNMENT: Final = 64
-"""Bytes on whose multiples torch puts what it allocates."""
+ROW: Final = 1024
+LANES: Final = 32
+"""A row of products is added up in the dtype that they are computed in until it is so many numbers, and in float64 from
+there on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +43,9 @@ class Reach:
     most: float
     short: float
 
-    def holds(self, products: Sequence[Sequence[float]], is_there: Callable[[int], bool]) -> bool:
+    def holds(self, products: InnerProducts) -> bool:
         """Whether all squares, at the ends of the rows, are what they seem to be, those of zero vectors included."""
-        return all(self.least < row[-1] < self.most or not is_there(i) for i, row in enumerate(products))
+        return all(self.least < row[-1] < self.most or not products.is_there(i) for i, row in enumerate(products.rows))
 
 
 NARROW: Final = Reach(1e-20, 1e30, 0.5)
@@ -174,16 +176,17 @@ class GramPass(Pass[Any]):
 
     def measure(self, block: int, inputs: Sequence[torch.Tensor]) -> list[float]:
         """The block's share of every product, as `Gram.of` takes them; MethodError where float64 doesn't hold them."""
-        import torch
+        return self.measure_compiled(block, Tensors(inputs))
 
-        if inputs[0].dtype != torch.float64:
-            found, holds = measured([values.float() for values in inputs], NARROW)
+    def measure_compiled(self, block: int, operands: Operands) -> list[float]:
+        """The same of operands of any kind."""
+        if not operands.wide:
+            found, holds = measured(operands, NARROW)
             if holds:
                 return found
-        wide = [values.double() for values in inputs]
-        found, holds = measured(wide, WIDE)
+        found, holds = measured(operands, WIDE)
         if not (holds or self.lenient):
-            refuse_unless_infinite([float(values.abs().max()) for values in wide])
+            refuse_unless_infinite(operands.products(apart=False, wide=True).greatest)
         return found
 
     def add(self, block: int, measured: list[float]) -> None:
@@ -195,15 +198,49 @@ class GramPass(Pass[Any]):
         return Gram.of(self.count, self.totals)
 
 
-def measured(inputs: Sequence[torch.Tensor], reach: Reach) -> tuple[list[float], bool]:
+def measured(operands: Operands, reach: Reach) -> tuple[list[float], bool]:
     """The products as `Gram.of` takes them, and whether they are what they seem to be."""
-    share = products_of(inputs)
-    holds = reach.holds(share, lambda i: not inputs[i].equal(inputs[0]) if i else bool(inputs[0].any()))
-    told = tensors_from(share)
+    share = operands.products(apart=True, wide=reach is WIDE)
+    holds = reach.holds(share)
+    told = tensors_from(share.rows)
     if any(row[-1] < reach.short * told[0][0] for row in told):
-        told = products_of(inputs, apart=False)
-        holds = holds and reach.holds(told, lambda i: bool(inputs[i].any()))
-    return [*(value for row in told for value in row), *(value for row in share[1:] for value in row[1:])], holds
+        tensors = operands.products(apart=False, wide=reach is WIDE)
+        told = [list(row) for row in tensors.rows]
+        holds = holds and reach.holds(tensors)
+    return [*(value for row in told for value in row), *(value for row in share.rows[1:] for value in row[1:])], holds
+
+
+@dataclass(frozen=True, slots=True)
+class Tensors:
+    """Operands that torch measures."""
+
+    inputs: Sequence[torch.Tensor]
+
+    @property
+    def wide(self) -> bool:
+        """Whether they are float64."""
+        return self.inputs[0].element_size() == 8
+
+    def products(self, *, apart: bool, wide: bool) -> InnerProducts:
+        """Inner products in float64 or float32, of differences from the first or of the tensors themselves."""
+        inputs = [values.double() if wide else values.float() for values in self.inputs]
+        return InnerProducts(products_of(inputs, apart=apart), Greatest(inputs, apart=apart))
+
+
+@dataclass(frozen=True, slots=True)
+class Greatest(Sequence[float]):
+    """The greatest magnitude of every vector that is asked for, for it is seldom asked for."""
+
+    inputs: Sequence[torch.Tensor]
+    apart: bool
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, i: Any) -> Any:  # noqa: ANN401
+        values = self.inputs[i]
+        found = (values - self.inputs[0] if i and self.apart else values).abs()
+        return float(found.max()) if found.numel() else 0.0
 
 
 def tensors_from(share: Sequence[Sequence[T]]) -> list[list[T]]:
@@ -218,23 +255,22 @@ def tensors_from(share: Sequence[Sequence[T]]) -> list[list[T]]:
 
 
 def products_of(inputs: Sequence[torch.Tensor], *, apart: bool = True) -> list[list[float]]:
-    """⟨dᵢ, dⱼ⟩ for j ≤ i, with d₀ = x₀ and dᵢ = xᵢ − x₀ for i > 0, or else xᵢ itself; added up in float64."""
+    """⟨dᵢ, dⱼ⟩ for j ≤ i, with d₀ = x₀ and dᵢ = xᵢ − x₀ for i > 0, or else xᵢ itself; added up as `halved` says."""
     import torch
 
     count, elements = len(inputs), inputs[0].numel()
     if not elements:
         return [[0.0] * (i + 1) for i in range(count)]
-    shares = []
-    step = piece_of(count)
-    for start in range(0, elements, step):
-        first, *others = (values[start : start + step] for values in inputs)
-        *differences, spare = SCRATCH.rooms(count, first)
+    pieces = []
+    for start in range(0, elements, piece_of(count)):
+        first, *others = (values[start : start + piece_of(count)] for values in inputs)
+        *rooms, spare = SCRATCH.rooms(count, first)
         vectors = [first, *others]
         if apart:
-            pairs = zip(others, differences, strict=True)
-            vectors[1:] = [torch.sub(other, first, out=room) for other, room in pairs]
-        shares += [inner(one, other, spare) for i, one in enumerate(vectors) for other in vectors[: i + 1]]
-    sums = torch.stack(shares).view(-1, sums_of(count)).sum(0, dtype=torch.float64).tolist()
+            pairs = zip(others, rooms, strict=True)
+            vectors[1:] = [torch.sub(other, first, out=room[: first.numel()]) for other, room in pairs]
+        pieces.append(torch.cat([by_row(one, vectors[: i + 1], spare) for i, one in enumerate(vectors)]))
+    sums = halved(padded(torch.cat(pieces, 1))).tolist()
     return [sums[sums_of(i) : sums_of(i + 1)] for i in range(count)]
 
 
@@ -243,22 +279,55 @@ def piece_of(count: int) -> int:
     return WHOLE if count <= FEW else PIECE
 
 
-def inner(one: torch.Tensor, other: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
-    """⟨a, b⟩, the same to the last bit wherever the two lie; `spare` is room for what is needed on the way.
+def by_row(one: torch.Tensor, others: Sequence[torch.Tensor], spare: torch.Tensor) -> torch.Tensor:
+    """Σ aₖ bₖ of every row of elements, a row of sums for every b, in float64; what lacks of the last row are zeros.
 
-    float32 is added up by torch, in a tree: BLAS has few running sums, which are 1e-5 off for constant values. float64
-    is added up by BLAS, which is faster, but goes through values in an order that depends on their address.
+    `spare` is room on the way.
     """
     import torch
 
-    if one.dtype != torch.float64:
-        return torch.mul(one, other, out=spare).sum()
-    return aligned(one).dot(aligned(other))
+    elements = one.numel()
+    rows = spare[: -(-elements // ROW) * ROW]
+    halves, sums = halves_of(rows.view(-1, ROW), LANES)
+    lanes = torch.empty(len(others), *sums.shape, dtype=torch.float64, device=one.device)
+    for place, other in enumerate(others):
+        torch.mul(one, other, out=rows[:elements])
+        if elements < len(rows):
+            rows[elements:] = 0.0
+        for first, second in halves:
+            first.add_(second)
+        lanes[place] = sums
+    return halved(lanes.view(-1, LANES)).view(len(others), -1)
 
 
-def aligned(values: torch.Tensor) -> torch.Tensor:
-    """The values at an address as torch gives it to what it allocates."""
-    return values if values.data_ptr() % ALIGNMENT == 0 else values.clone()
+def halved(rows: torch.Tensor) -> torch.Tensor:
+    """The sum of every row, of 2ᵏ numbers: its second half is added to its first, until one number is left.
+
+    This order is the same for any program that adds, and has as few roundings one after the other as can be: running
+    sums, as BLAS has them, are 1e-5 off for constant values of float32. The rows are overwritten.
+    """
+    halves, sums = halves_of(rows, 1)
+    for first, second in halves:
+        first.add_(second)
+    return sums[:, 0]
+
+
+def halves_of(rows: torch.Tensor, least: int) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
+    """What is added to what, one after the other, until so many numbers of every row are left; and these."""
+    halves = []
+    while rows.shape[1] > least:
+        first, second = rows.tensor_split(2, 1)
+        halves.append((first, second))
+        rows = first
+    return halves, rows
+
+
+def padded(rows: torch.Tensor) -> torch.Tensor:
+    """The rows, with zeros behind them until there are 2ᵏ numbers in each."""
+    import torch
+
+    lacking = (1 << (rows.shape[1] - 1).bit_length()) - rows.shape[1]
+    return torch.nn.functional.pad(rows, (0, lacking)) if lacking else rows
 
 
 def refuse_unless_infinite(sizes: Sequence[float]) -> None:
@@ -274,22 +343,22 @@ def refuse_unless_infinite(sizes: Sequence[float]) -> None:
 
 
 class Scratch(threading.local):
-    """Each thread's room for differences and products, kept because allocating it takes as long as computing them."""
+    """Each thread's room for differences and products, kept because allocating takes as long as computing."""
 
     def __init__(self) -> None:
         self._rooms: list[torch.Tensor] = []
 
     def rooms(self, count: int, like: torch.Tensor) -> list[torch.Tensor]:
-        """So many tensors like this one, whose values are anything."""
+        """So many tensors like this one, of a whole piece, whose values are anything."""
         import torch
 
         kept = self._rooms
-        fits = len(kept) >= count and kept[0].numel() >= like.numel()
+        fits = len(kept) >= count and kept[0].numel() >= piece_of(count)
         if not fits or (kept[0].dtype, kept[0].device) != (like.dtype, like.device):
             with torch.inference_mode(mode=False):
                 kept = [torch.empty(piece_of(count), dtype=like.dtype, device=like.device) for _ in range(count)]
             self._rooms = kept
-        return [room[: like.numel()] for room in kept[:count]]
+        return kept[:count]
 
 
 SCRATCH: Final = Scratch()

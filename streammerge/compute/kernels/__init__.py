@@ -1,0 +1,15 @@
+"""Compiled loops: what the CPU computes by one call a block, with the interpreter's lock given up.
+
+Three kinds of files, each a plain loop with its formula above it:
+
+    elements.c   how elements lie in files: float16, bfloat16, float8, float32, float64, and how they are rounded
+    program.c    a tensor's expression as steps over registers that stay in the first-level cache
+    library.py   finds the library that was built with the package; program.py writes an expression's steps
+
+    gram.c       inner products, added up by halves
+
+Their arithmetic is that of the path by torch, step for step, so that the bytes are the same: which of the two computed
+an output can't be told from it. A step is added to `enum code` in program.h, to `take` in program.inc, and to
+program.py, beside the case of `compute.evaluate` that it stands for. What is measured of whole tensors is added to
+`Kernels`, for passes to ask of their `Operands`. tests/compute/test_kernels.py compares the two.
+"""

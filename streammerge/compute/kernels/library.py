@@ -1,0 +1,130 @@
+"""The compiled library: built with the package where there is a compiler, and done without where there is none."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+VERSION: Final = 1
+"""What the library has to say of itself: one of another version, left by an older build, is not used."""
+
+KINDS: Final[Mapping[str, int]] = {"F16": 0, "BF16": 1, "F8_E4M3": 2, "F8_E5M2": 3, "F32": 4, "F64": 5}
+"""The library's number for every element type that it knows: `enum element`."""
+
+CHUNK: Final = 1024
+"""Elements of a register."""
+
+SWITCH: Final = "STREAMMERGE_KERNELS"
+"""The variable of the environment that is `off` for torch to compute everything."""
+
+
+class Step(ctypes.Structure):
+    """One step of a program."""
+
+    _fields_ = (
+        ("code", ctypes.c_int32),
+        ("to", ctypes.c_int32),
+        ("source", ctypes.c_int32),
+        ("kind", ctypes.c_int32),
+        ("number", ctypes.c_double),
+    )
+
+
+class Found(ctypes.Structure):
+    """What became of values that were stored: counts, and the greatest finite magnitude before."""
+
+    _fields_ = (
+        ("nonfinite", ctypes.c_int64),
+        ("overflowed", ctypes.c_int64),
+        ("saturated", ctypes.c_int64),
+        ("largest", ctypes.c_double),
+    )
+
+
+def kernels() -> ctypes.CDLL | None:
+    """The library; None where it isn't there, can't run on this CPU, or is switched off."""
+    return None if os.environ.get(SWITCH) == "off" else _found()[0]
+
+
+def kernels_in_use() -> str:
+    """`compiled`, or why torch computes everything."""
+    return f"off ({SWITCH}=off)" if os.environ.get(SWITCH) == "off" else _found()[1]
+
+
+@functools.cache
+def _found() -> tuple[ctypes.CDLL | None, str]:
+    path = Path(__file__).with_name("_kernels" + (".dll" if sys.platform == "win32" else ".so"))
+    if not path.exists():
+        return None, "not built"
+    if not is_able():
+        return None, "this CPU has no AVX2, F16C and FMA"
+    try:
+        library = ctypes.CDLL(str(path))
+        version = library.version()
+    except (OSError, AttributeError) as error:
+        return None, f"can't be loaded ({error})"
+    if version != VERSION:
+        return None, "built for another version"
+    return _declared(library), "compiled"
+
+
+def is_able(machine: str = "", cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the CPU has the instructions that the library was built for.
+
+    On x86 those of 2013, which Linux tells; elsewhere the system's library is asked, or torch would run no better.
+    """
+    if (machine or platform.machine()).lower() not in ("x86_64", "amd64"):
+        return True
+    if sys.platform == "win32":
+        has_avx2 = 40
+        return bool(ctypes.windll.kernel32.IsProcessorFeaturePresent(has_avx2))
+    try:
+        with cpuinfo.open(encoding="ascii", errors="replace") as lines:
+            flags = next((line for line in lines if line.startswith("flags")), "").split()
+    except OSError:
+        return sys.platform == "darwin"  # every Mac since 2013 has them, and what emulates one says so
+    return {"avx2", "f16c", "fma"} <= set(flags)
+
+
+class _Buffer(ctypes.Structure):
+    """Py_buffer: what an object tells of its memory."""
+
+    _fields_ = (
+        ("buf", ctypes.c_void_p),
+        ("obj", ctypes.c_void_p),
+        ("len", ctypes.c_ssize_t),
+        ("itemsize", ctypes.c_ssize_t),
+        ("readonly", ctypes.c_int),
+        ("ndim", ctypes.c_int),
+        ("rest", ctypes.c_void_p * 5),
+    )
+
+
+def address(memory: memoryview) -> int:
+    """Where the memory is, which may be read-only; it must be kept by the caller for as long as that is used."""
+    buffer = _Buffer()
+    get, release = ctypes.pythonapi.PyObject_GetBuffer, ctypes.pythonapi.PyBuffer_Release
+    get(ctypes.py_object(memory), ctypes.byref(buffer), 0)
+    found: int = buffer.buf or 0
+    release(ctypes.byref(buffer))
+    return found
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The library, with the types of what its functions take."""
+    size, number, pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
+    for run in (library.run_f32, library.run_f64):
+        run.argtypes = [pointer, size, pointer, size, pointer, number, pointer, pointer]
+        run.restype = ctypes.c_int
+    for gram in (library.gram_f32, library.gram_wide, library.gram_f64):
+        gram.argtypes = [pointer, size, pointer, size, pointer, size, number, size, pointer, pointer, pointer]
+        gram.restype = None
+    library.nonfinite_in.argtypes = [number, pointer, size]
+    library.nonfinite_in.restype = size
+    return library

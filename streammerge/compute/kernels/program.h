@@ -1,0 +1,42 @@
+/* A program: the expression of a tensor, as a list of steps over registers of CHUNK elements each.
+
+   Every step is a plain loop over the elements of a chunk. A whole block is gone through chunk by chunk, all steps for
+   each, so that what lies between them never leaves the first-level cache. Registers are numbered like the slots of the
+   path that computes by torch, whose arithmetic this is, step by step. */
+#ifndef STREAMMERGE_PROGRAM_H
+#define STREAMMERGE_PROGRAM_H
+
+#include "elements.h"
+
+enum code {
+  LOAD,   /* r[to] = the elements of input `from`, which are of this kind */
+  ZERO,   /* r[to] = 0 */
+  SCALE,  /* r[to] = number · r[from] */
+  ADD,    /* r[to] = number · r[from] + r[to], rounded once */
+  DIVIDE, /* r[to] = r[to] / number */
+  ROUND,  /* r[to] = r[from], rounded to this kind */
+};
+
+typedef struct {
+  int32_t code, to, from, kind;
+  double number;
+} step;
+
+/* All steps for n <= CHUNK elements, the first of which are `done` elements behind those that `inputs` point to. */
+void compute_f32(const step *steps, int64_t count, const void *const *inputs, size_t done, size_t n, float *room);
+void compute_f64(const step *steps, int64_t count, const void *const *inputs, size_t done, size_t n, double *room);
+
+/* The bits of the greatest magnitude, NaN above infinity: of magnitudes, bits compare as numbers do. */
+uint32_t greatest_bits_f32(const float *values, size_t n);
+uint64_t greatest_bits_f64(const double *values, size_t n);
+
+/* n elements of the tensor whose expression these steps are; `inputs` point to their first elements.
+
+   What the last step leaves in register 0 is stored as `kind` in `out`. `room` has CHUNK elements for each register.
+   Returned is whether something is infinite, no number, or beyond the kind's range; then `found` tells what. */
+EXPORT int run_f32(const step *steps, int64_t count, const void *const *inputs, int64_t n, float *room, int32_t kind,
+                   void *out, finding *found);
+EXPORT int run_f64(const step *steps, int64_t count, const void *const *inputs, int64_t n, double *room, int32_t kind,
+                   void *out, finding *found);
+
+#endif
