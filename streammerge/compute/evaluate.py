@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,12 +25,10 @@ from streammerge.compute.expressions import (
 )
 from streammerge.compute.gather import gather
 from streammerge.compute.lanes import Lane, torch_dtype
+from streammerge.compute.makers import Statistics
 from streammerge.compute.rounding import rounded
+from streammerge.methods.statistics.passes import Pass
 from streammerge.methods.statistics.slices import Slicing
-
-Statistics = Mapping[int, Any]
-"""What is known of whole tensors: by the `id` of a ByGram node its coefficients, of a ByBlock node its statistics, of a
-ByWhole node the tensor itself."""
 
 
 class Evaluator:
@@ -66,6 +64,10 @@ class Evaluator:
                 return self._by_pieces(node, start, stop, slot)
             case ByWhole():
                 return self.lane.bring(self.statistics[id(node)][start:stop], self.dtype, slot)
+
+    def measure(self, step: Pass[Any], node: Applied, piece: int, block: int) -> Any:  # noqa: ANN401
+        """What the pass wants to know of this piece of the node's inputs, which it counts as this block."""
+        return step.measure(block, self.inputs(node, piece, step.part))
 
     def inputs(self, node: Applied, piece: int, part: int | None = None) -> list[torch.Tensor]:
         """What the method is given of every input at once: pieces, each in a slot of its own; rows; whole tensors.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Final
 
 import torch
 
@@ -65,6 +66,27 @@ def beyond(dtype: torch.dtype) -> float:
     """The magnitude beyond which a number does not round to the float8's greatest, but is cut to it."""
     info = torch.finfo(dtype)
     return float(info.max + info.eps * 2.0 ** math.floor(math.log2(info.max)) / 2)
+
+
+QUIET: Final = {
+    "float64": 0x7FF8000000000000,
+    "float32": 0x7FC00000,
+    "float16": 0x7E00,
+    "bfloat16": 0x7FC0,
+    "float8_e4m3fn": 0x7F,
+    "float8_e5m2": 0x7F,
+    "float8_e4m3fnuz": 0x80,
+    "float8_e5m2fnuz": 0x80,
+}
+"""The bits of the NaN that every other is written as: which one arithmetic makes is the processor's affair."""
+
+
+def quieted(stored: torch.Tensor) -> None:
+    """Make every NaN of a block the one quiet NaN of its dtype."""
+    if stored.is_floating_point():
+        whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[stored.dtype.itemsize]
+        nan = torch.isnan(stored.float() if stored.dtype.itemsize == 1 else stored)
+        stored.view(whole).masked_fill_(nan, QUIET[dtype_name(stored.dtype)])
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import bisect
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from streammerge.compute.costs import compute_dtype, piece_count, piece_elements, target_of, together_blocks
-from streammerge.compute.evaluate import Evaluator
 from streammerge.compute.expressions import (
     Applied,
     ByBlock,
@@ -19,21 +15,19 @@ from streammerge.compute.expressions import (
     ByWhole,
     ModelStatistics,
     Node,
-    Stored,
     Together,
-    Viewed,
     applications,
     measured_together,
 )
-from streammerge.compute.gather import gather
-from streammerge.compute.lanes import Lane, torch_dtype
-from streammerge.compute.rounding import rounded
+from streammerge.compute.makers import Maker
 from streammerge.errors import MethodError
-from streammerge.formats.readers import PositionalReader
 from streammerge.methods.statistics.gram import Gram, GramPass
 from streammerge.methods.statistics.passes import Pass
 from streammerge.methods.statistics.slices import SliceGramPass, SliceGrams, Slicing
-from streammerge.tensors import DType
+from streammerge.tensors import DTYPES, DType
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Survey:
@@ -44,8 +38,8 @@ class Survey:
     measured of whole models has to be among `measured` already.
     """
 
-    def __init__(self, root: Node, dtype: torch.dtype = torch.float32, measured: ModelStatistics | None = None) -> None:
-        self.wide = dtype == torch.float64
+    def __init__(self, root: Node, compute: DType = DTYPES["F32"], measured: ModelStatistics | None = None) -> None:
+        self.compute = compute
         applied = {id(node): node for node in applications(root)}
         before = measured or {}
         self.known: dict[int, Any] = {
@@ -81,14 +75,15 @@ class Survey:
         """How many elements a block to be measured has at the most."""
         return max((piece_elements(node) for node, _ in self.passes.values()), default=1)
 
-    def measure(self, evaluator: Evaluator, block: int) -> dict[int, Any]:
+    def measure(self, maker: Maker, block: int) -> dict[int, Any]:
         """What the current passes want to know of one block, those whose tensor has it."""
+        measurer = maker.measurer(self.compute, self.known)
         found = {
-            key: step.measure(block, evaluator.inputs(node, block, step.part))
+            key: measurer.measure(step, node, block, block)
             for key, (node, step) in self.passes.items()
             if block < piece_count(node)
         }
-        if evaluator.suspicious:
+        if measurer.suspicious:
             self.suspicious = True
         return found
 
@@ -108,7 +103,7 @@ class Survey:
         for node in list(self.waiting):
             if all(id(child) in self.known for child in _measured_below(node)):
                 self.waiting.remove(node)
-                self._take(node, _first_step(node, wide=self.wide))
+                self._take(node, _first_step(node, wide=self.compute.bits == 64))
 
     def _take(self, node: Applied, outcome: Any) -> None:  # noqa: ANN401
         """Note a pass's outcome: another pass, or a result."""
@@ -129,13 +124,19 @@ def _first_step(node: Applied, *, wide: bool) -> Any:  # noqa: ANN401  (a pass, 
                 return GramPass(count)
             return SliceGramPass(Slicing.of(node.info.shape, slices), count, piece_elements(node))
         case ByWhole():
-            return WholePass(node) if node.info.elements else torch.empty(0)
+            return WholePass(node) if node.info.elements else _nothing()
         case ByBlock(together=Together()):
             raise RuntimeError("statistics of a whole model have to be taken before those of its tensors")
         case ByBlock():
             target = replace(target_of(node), wide=wide)
             statistics = node.method.statistics
             return statistics.begin(target, node.parameters) if statistics else None
+
+
+def _nothing() -> torch.Tensor:
+    import torch
+
+    return torch.empty(0)
 
 
 def _coefficients(node: ByGram, found: Gram | SliceGrams) -> Any:  # noqa: ANN401
@@ -147,6 +148,8 @@ def _coefficients(node: ByGram, found: Gram | SliceGrams) -> Any:  # noqa: ANN40
                 f"method {node.method.name!r} gave {len(coefficients)} coefficients for {len(node.inputs)} inputs"
             )
         return coefficients
+    import torch
+
     made = torch.empty(len(node.inputs), found.products.shape[1], dtype=torch.float64)
     for number, gram in enumerate(found):
         made[:, number] = torch.tensor(node.method.coefficients(gram, node.parameters), dtype=torch.float64)
@@ -157,7 +160,7 @@ def _measured_below(node: Node) -> Iterator[Node]:
     return (part for part in applications(node) if part is not node)
 
 
-class WholePass(Pass[torch.Tensor]):
+class WholePass(Pass["torch.Tensor"]):
     """A pass that computes a whole tensor: the only one that gets the tensor's elements all at once."""
 
     def __init__(self, node: ByWhole) -> None:
@@ -166,6 +169,8 @@ class WholePass(Pass[torch.Tensor]):
 
     def measure(self, block: int, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """The whole output, flattened."""
+        import torch
+
         node = self.node
         try:
             made = node.method.compute(target_of(node).place(0), inputs, node.parameters)
@@ -207,7 +212,7 @@ class TogetherSurvey:
         self.first_blocks = [member.first_block for member in self.members]
         first, parts = self.members[0], tuple(map(target_of, self.members))
         elements = sum(part.elements for part in parts)
-        wide = any(self._dtype(member) == torch.float64 for member in self.members)
+        wide = any(self._dtype(member).bits == 64 for member in self.members)
         assert first.method.statistics is not None
         self.step: Pass[Any] | None = None
         self.result: Any = None
@@ -234,17 +239,17 @@ class TogetherSurvey:
         """How many elements a block to be measured has at the most."""
         return piece_elements(self.members[0])
 
-    def measure(self, evaluator: Evaluator, block: int) -> Any:  # noqa: ANN401
+    def measure(self, maker: Maker, block: int) -> Any:  # noqa: ANN401
         """What the current pass wants to know of one block."""
         assert self.step is not None
         number = bisect.bisect_right(self.first_blocks, block) - 1
         member = self.members[number]
-        own = Evaluator(evaluator.lane, self._dtype(member), self.known)
-        return self.step.measure(block, own.inputs(member, block - member.first_block, self.step.part))
+        measurer = maker.measurer(self._dtype(member), self.known)
+        return measurer.measure(self.step, member, block - member.first_block, block)
 
-    def _dtype(self, member: ByBlock) -> torch.dtype:
+    def _dtype(self, member: ByBlock) -> DType:
         """What the tensor is computed in."""
-        return torch_dtype(self.dtypes.get(id(member)) or compute_dtype(member, member.info.dtype))
+        return self.dtypes.get(id(member)) or compute_dtype(member, member.info.dtype)
 
     def add(self, block: int, measured: Any) -> None:  # noqa: ANN401
         """Take in the measure of one block."""
@@ -261,75 +266,3 @@ class TogetherSurvey:
             self.step = outcome
         else:
             self.step, self.result = None, outcome
-
-
-AnySurvey = TypeVar("AnySurvey", Survey, TogetherSurvey)
-
-
-def check_range(node: Node, start: int, stop: int) -> None:
-    """IndexError unless [start, stop) is a range of the tensor's elements."""
-    if not 0 <= start <= stop <= node.info.elements:
-        raise IndexError(f"[{start}, {stop}) is no range of {node.info.elements} elements")
-
-
-def read_range(
-    node: Node, start: int, stop: int, lane: Lane, dtype: torch.dtype, measured: ModelStatistics | None = None
-) -> torch.Tensor:
-    """Elements [start, stop) of any expression in the compute dtype, a copy; surveys the tensor first if it must be.
-
-    What has to be measured of the whole model is, unless it is among `measured`, and is added to them. In one thread,
-    as lanes do, because sums in several are rounded otherwise.
-    """
-    check_range(node, start, stop)
-    known = {} if measured is None else measured
-    with one_thread():
-        for _, together in measured_together(node):
-            if together not in known:
-                known[together] = carry_out(TogetherSurvey(together), lane, dtype).result
-        survey = carry_out(Survey(node, dtype, known), lane, dtype)
-        return Evaluator(lane, dtype, survey.known).copy(node, start, stop)
-
-
-def carry_out(survey: AnySurvey, lane: Lane, dtype: torch.dtype) -> AnySurvey:
-    """Make all passes of the survey, here and now."""
-    while not survey.complete:
-        evaluator = Evaluator(lane, dtype, survey.known)
-        for block in range(survey.blocks):
-            survey.add(block, survey.measure(evaluator, block))
-        survey.finish_pass()
-    return survey
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Have torch compute in this thread alone."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def read_stored(node: Node, start: int, stop: int) -> torch.Tensor:
-    """Elements [start, stop) of a tensor on disk, in its stored dtype, as a copy."""
-    dtype = torch_dtype(node.info.dtype)
-    check_range(node, start, stop)
-    lane = Lane(PositionalReader())
-    match node:
-        case Stored():
-            return lane.read(node, start, stop, 0).clone()
-        case Viewed(source=Stored() as source, around=None):
-            out = torch.empty(stop - start, dtype=dtype)
-            return gather(node, start, stop, out, lambda i, j: lane.read(source, i, j, 0))
-        case _:
-            return read_range(node, start, stop, lane, dtype)
-
-
-def read_merged(node: Node, dtype: DType, start: int, stop: int, measured: ModelStatistics) -> torch.Tensor:
-    """Elements [start, stop) of a merged tensor, rounded to its stored dtype, as a copy.
-
-    What is measured of the whole model for that is added to `measured`, so that the next reads needn't.
-    """
-    compute, lane = torch_dtype(compute_dtype(node, dtype)), Lane(PositionalReader())
-    return rounded(read_range(node, start, stop, lane, compute, measured), torch_dtype(dtype))

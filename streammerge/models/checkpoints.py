@@ -133,7 +133,7 @@ class Checkpoint:
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the flattened tensor, in its stored dtype, as a copy."""
-        from streammerge.compute.survey import read_stored
+        from streammerge.compute.reading import read_stored
 
         return read_stored(self.nodes[name], start, stop)
 

@@ -61,7 +61,7 @@ class Merged:
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the merged tensor, in the dtype in which it would be stored."""
-        from streammerge.compute.survey import read_merged
+        from streammerge.compute.reading import read_merged
 
         return read_merged(self.nodes[name], self.tensors[name].dtype, start, stop, self._measured)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from streammerge.compute import costs
 from streammerge.compute.costs import compute_dtype, copied_from, is_copy
 from streammerge.compute.expressions import Job, Node, Together, has_external, is_merged, measured_together
+from streammerge.compute.kernels.maker import is_compiled, maker_bytes
 from streammerge.compute.magnitudes import check_magnitudes
 from streammerge.formats.layout import OutputLayout
 from streammerge.models.decisions import Fate
@@ -22,8 +23,9 @@ from streammerge.tensors import DType, TensorInfo
 class Kind:
     """What the jobs of all tensors of one fate have in common: so many, and what each of them costs.
 
-    `is_looked_at` says of copies that their bytes go through our memory. `is_together` and `is_told` say of their
-    expressions that statistics are taken of the whole model, and that nothing is in them that can't be told apart.
+    `is_looked_at` says of copies that their bytes go through our memory, `is_compiled` of what is computed that it is
+    all done by compiled loops. `is_together` and `is_told` say of their expressions that statistics are taken of the
+    whole model, and that nothing is in them that can't be told apart.
     """
 
     info: TensorInfo
@@ -32,6 +34,7 @@ class Kind:
     is_looked_at: bool
     is_together: bool
     is_told: bool
+    is_compiled: bool
     lane_bytes: int
     held_bytes: int
     bytes_read: int
@@ -47,6 +50,7 @@ class Kind:
         if compute is not None:
             check_magnitudes(fate.first, node, compute)
         node = copied_from(node) if is_looked_at else node
+        is_by_kernels = compute is not None and options.device == "cpu" and is_compiled(node, info.dtype, compute)
         return cls(
             info,
             fate.tensors,
@@ -54,11 +58,18 @@ class Kind:
             is_looked_at,
             any(measured_together(node)),
             not has_external(node),
-            costs.lane_bytes(node, info, compute) if compute is not None else 0,
+            is_by_kernels,
+            _maker_bytes(node, info, compute, is_compiled=is_by_kernels),
             costs.held_bytes(node),
             costs.bytes_read(node),
             costs.passes(node),
         )
+
+
+def _maker_bytes(node: Node, info: TensorInfo, compute: DType | None, *, is_compiled: bool) -> int:
+    if compute is None:
+        return 0
+    return maker_bytes(node, info) if is_compiled else costs.lane_bytes(node, info, compute)
 
 
 class Jobs(Sequence[Job]):

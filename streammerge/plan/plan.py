@@ -101,6 +101,13 @@ class Plan:
             )
 
     @property
+    def needs_torch(self) -> bool:
+        """Whether something is not done by compiled loops, or not on the CPU."""
+        return self.options.device != "cpu" or not all(
+            kind.is_compiled for kind in self.jobs.kinds if kind.compute is not None
+        )
+
+    @property
     def lane_bytes(self) -> int:
         """What a lane takes at the most beside what it maps."""
         return max((kind.lane_bytes for kind in self.jobs.kinds), default=0)

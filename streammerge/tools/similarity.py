@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from streammerge.compute.devices import find_device, open_lanes
 from streammerge.compute.expressions import ByBlock, Node
 from streammerge.compute.machine import MIB, IoMode, choose_io, share_out
+from streammerge.compute.tensor_maker import TensorMaker
 from streammerge.methods.registry import BlockMethod, Statistics
 from streammerge.methods.statistics.gram import Gram, GramPass
 from streammerge.methods.statistics.passes import Pass
@@ -99,7 +100,7 @@ def compare_models(
     works = (_Comparing(name, [reader.node(name) for reader in readers], found, progress) for name in comparable)
     paths = [file.path for file in (*a.files, *b.files)]
     lanes = open_lanes(find_device(device), choose_io(io, paths), share_out(LANE_BYTES, threads))
-    run(works, lanes, lambda: watch(progress) if watch else None)
+    run(works, [TensorMaker(lane) for lane in lanes], lambda: watch(progress) if watch else None)
     return Comparison(
         path_a=str(a.path),
         path_b=str(b.path),

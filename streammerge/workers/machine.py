@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
 
 from streammerge.compute.expressions import ModelStatistics, applications
+from streammerge.compute.kernels.library import kernels
+from streammerge.compute.kernels.maker import KernelMaker
 from streammerge.compute.machine import OWN_BYTES, choose_io, import_torch, resident_bytes
+from streammerge.compute.makers import Maker
+from streammerge.formats.readers import open_reader
 from streammerge.methods import METHODS
 from streammerge.plan.plan import Plan, allot_memory
 from streammerge.report import Watch, refuse_nonfinite
 from streammerge.storage.copying import Copying
 from streammerge.storage.ledger import Ledger, Sink
 from streammerge.workers.checking import Checker, ReadBack, Samples, computed_samples, copied_samples, sample
-
-if TYPE_CHECKING:
-    import torch
-
-    from streammerge.compute.lanes import Lane
+from streammerge.workers.schedule import run
+from streammerge.workers.windows import MergeWork, SampledWork, TogetherWork
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,28 +34,45 @@ class Extent:
 
 
 class Machine:
-    """The lanes in which a plan is carried out: as many as the memory allows, on the device that was asked for.
+    """The makers by which a plan is carried out: as many as the memory allows, on the device that was asked for.
 
-    What is measured of the whole model is kept, so that the check needn't measure it again.
+    Where compiled loops do all of it, torch is never imported, and `baseline` is 0; else it is what a bare import of
+    torch takes of memory. What is measured of the whole model is kept: the check needn't measure it again.
     """
 
     def __init__(self, plan: Plan) -> None:
-        import_torch()
         self.plan = plan
         self.measured: ModelStatistics = {}
-        resident = resident_bytes()
-        # a bare import of torch would take as much without this package, and without what is kept of the models
-        self.baseline = resident - OWN_BYTES - plan.described_bytes
-        from streammerge.compute.devices import check_float64, find_device, vram_limit
+        self.baseline, self.device, vram = 0, "cpu", None
+        if plan.needs_torch:
+            import_torch()
+            from streammerge.compute.devices import check_float64, find_device, vram_limit
 
-        self.device: torch.device = find_device(plan.options.device)
-        check_float64(self.device, plan.jobs)
-        self.allotment = allot_memory(plan, resident, vram_limit(self.device, plan.options.max_vram))
-        self.io = choose_io(plan.options.io, [file.path for file in plan.inputs])
-        if self.device.type == "cuda" and plan.options.io == "auto":
-            self.io = "pread"  # straight into pinned memory
-        if uses_own_methods(plan):
-            self.io = "pread"  # who writes to what is mapped, is killed
+            # a bare import of torch would take as much without this package, and without what is kept of the models
+            self.baseline = resident_bytes() - OWN_BYTES - plan.described_bytes
+            device = find_device(plan.options.device)
+            check_float64(device, plan.jobs)
+            self.device, vram = str(device), vram_limit(device, plan.options.max_vram)
+        self.allotment = allot_memory(plan, resident_bytes(), vram)
+        self.io = self._io()
+
+    def _io(self) -> Literal["mmap", "pread"]:
+        """How files are read."""
+        if self.device.startswith("cuda") and self.plan.options.io == "auto":
+            return "pread"  # straight into pinned memory
+        if uses_own_methods(self.plan):
+            return "pread"  # who writes to what is mapped, is killed
+        return choose_io(self.plan.options.io, [file.path for file in self.plan.inputs])
+
+    def _makers(self) -> Sequence[Maker]:
+        """As many as were allotted, each with a reader of its own."""
+        if self.device == "cpu" and kernels() is not None:
+            mapped = self.allotment.mapped_bytes
+            return [KernelMaker(open_reader(self.io, mapped)) for _ in range(self.allotment.threads)]
+        from streammerge.compute.devices import find_device, open_lanes
+        from streammerge.compute.tensor_maker import TensorMaker
+
+        return [TensorMaker(lane) for lane in open_lanes(find_device(self.device), self.io, self.allotment)]
 
     def run(
         self,
@@ -65,13 +83,9 @@ class Machine:
         samples: Samples | None = None,
     ) -> None:
         """Give every byte of the output that is computed, or only samples, to the sink; finish the copying."""
-        from streammerge.compute.devices import open_lanes
-        from streammerge.workers.schedule import run
-        from streammerge.workers.windows import MergeWork, SampledWork
-
         jobs = self.plan.jobs if samples is None else samples
         due = (job for job in jobs if job.compute is not None and not ledger.has_all(job))
-        lanes = open_lanes(self.device, self.io, self.allotment)
+        makers = self._makers()
 
         def look() -> None:
             if self.plan.options.on_nonfinite == "error":
@@ -80,26 +94,23 @@ class Machine:
                 watch(ledger)
 
         if first := next(due, None):
-            self._measure(lanes, ledger, look)
+            self._measure(makers, ledger, look)
         works = (
             SampledWork(job, sink, ledger, self.measured, samples[job])
             if samples
             else MergeWork(job, sink, ledger, self.measured)
             for job in itertools.chain([first] if first else [], due)
         )
-        run(works, lanes, look, copying, held_bytes=self.allotment.held_bytes)
+        run(works, makers, look, copying, held_bytes=self.allotment.held_bytes)
         look()
 
-    def _measure(self, lanes: list[Lane], ledger: Ledger, look: Callable[[], None]) -> None:
+    def _measure(self, makers: Sequence[Maker], ledger: Ledger, look: Callable[[], None]) -> None:
         """Take the statistics of the whole model that are wanted, unless they have been."""
-        from streammerge.workers.schedule import run
-        from streammerge.workers.windows import TogetherWork
-
         wanted = self.plan.together.items()
         works = [TogetherWork(together, dtypes, ledger) for together, dtypes in wanted if together not in self.measured]
         if works:
             with ledger.doing("measure the whole model", self.plan.bytes_before_writing):
-                run(works, lanes, look)
+                run(works, makers, look)
         self.measured.update((work.together, work.measuring.result) for work in works)
 
     def check(self, read: ReadBack, path: Path, watch: Watch | None) -> None:
@@ -119,9 +130,11 @@ class Machine:
 
     def peak_vram_bytes(self) -> int:
         """The most memory that was taken on a CUDA device."""
+        if not self.device.startswith("cuda"):
+            return 0
         import torch
 
-        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+        return torch.cuda.max_memory_allocated(self.device)
 
 
 def uses_own_methods(plan: Plan) -> bool:

@@ -2,20 +2,20 @@
 
     plan ─► works ─► windows ─► worker: read range → compute → write range ─► commit
 
-A worker has a lane (its own buffers, reader and device stream) and takes the next window of any tensor. A tensor whose
-method wants statistics is gone over as often as that takes; its next pass begins as soon as the last window of the one
-before is done, while its pages are still in the cache. Nothing here depends on which worker does what: blocks have a
-fixed size, and sums over a tensor are taken in block order.
+A worker has a maker (its own buffers, reader and means of computing) and takes the next window of any tensor. A tensor
+whose method wants statistics is gone over as often as that takes; its next pass begins as soon as the last window of
+the one before is done, while its pages are still in the cache. Nothing here depends on which worker does what: blocks
+have a fixed size, and sums over a tensor are taken in block order.
 """
 
 from __future__ import annotations
 
 import collections
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
-from streammerge.compute.lanes import Lane
+from streammerge.compute.makers import Maker
 from streammerge.errors import error_context
 from streammerge.formats.mapping import bus_errors_are_caught
 from streammerge.methods.loading import method_failure
@@ -32,19 +32,19 @@ AHEAD_WINDOWS: Final = 32
 
 def run(
     works: Iterable[Work],
-    lanes: list[Lane],
+    makers: Sequence[Maker],
     watch: Callable[[], None],
     copying: Copying | None = None,
     *,
     held_bytes: int | None = None,
 ) -> None:
-    """Run every work, then what is left to copy, in the lanes, one thread each; `watch` is called from time to time.
+    """Run every work, then what is left to copy, with the makers, one thread each; `watch` is called from time to time.
 
     Works that hold whole tensors are under way together only as far as `held_bytes` allow; one at a time always is.
     The first error of any worker, or of `watch`, stops them all and is raised here.
     """
     schedule = Schedule(works, copying, held_bytes)
-    threads = [threading.Thread(target=_work, args=(schedule, lane), daemon=True) for lane in lanes]
+    threads = [threading.Thread(target=_work, args=(schedule, maker), daemon=True) for maker in makers]
     with bus_errors_are_caught():
         for thread in threads:
             thread.start()
@@ -61,17 +61,17 @@ def run(
         raise schedule.error
 
 
-def _work(schedule: Schedule, lane: Lane) -> None:
+def _work(schedule: Schedule, maker: Maker) -> None:
     """A worker's life: take a window, run it, take the next."""
     try:
-        with lane.running():
+        with maker.running():
             for task in schedule:
                 with error_context(task.name):
                     if isinstance(task, Piece):
                         task.run()
                     else:
-                        task.run(lane)
-                        lane.release()
+                        task.run(maker)
+                        maker.release()
                     schedule.done(task)
     except BaseException as error:
         schedule.stop(method_failure(error) or error)

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
-import torch
-
 from streammerge.compute.costs import (
     LEAST_STEP,
     compute_dtype,
@@ -17,11 +15,8 @@ from streammerge.compute.costs import (
     window_blocks,
     write_step,
 )
-from streammerge.compute.devices import is_out_of_memory, no_memory_left
-from streammerge.compute.evaluate import Evaluator
-from streammerge.compute.examine import examine, nonfinite_inputs
 from streammerge.compute.expressions import Job, ModelStatistics, Node, Together, stored_leaves
-from streammerge.compute.lanes import Lane, torch_dtype
+from streammerge.compute.makers import Block, Blocks, Maker, Wanted
 from streammerge.compute.survey import Survey, TogetherSurvey
 from streammerge.formats.files import ByteFile
 from streammerge.models.quantised import has_scales
@@ -56,8 +51,7 @@ class Work:
         self.name = name
         self.node = node
         self.progress = progress
-        self.dtype = torch_dtype(dtype)
-        self.survey = survey or Survey(node, self.dtype)
+        self.survey = survey or Survey(node, dtype)
         self.lock = threading.Lock()
         self._open_windows = 0
         self._next_block = 0
@@ -113,7 +107,7 @@ class Work:
             self.survey.finish_pass()
             return self.begin_pass()
 
-    def write(self, window: Window, lane: Lane) -> None:
+    def write(self, window: Window, maker: Maker) -> None:
         """Compute and write the window's blocks."""
         raise NotImplementedError
 
@@ -137,32 +131,32 @@ class Window:
         """What will be read of files, as far as that is known beforehand."""
         return self.work.ranges(self)
 
-    def run(self, lane: Lane) -> None:
+    def run(self, maker: Maker) -> None:
         """Do this window's part of the pass."""
         if self.surveying:
-            self._measure(lane)
+            self._measure(maker)
         else:
-            self.work.write(self, lane)
+            self.work.write(self, maker)
 
-    def _measure(self, lane: Lane) -> None:
-        before = lane.bytes_read
+    def _measure(self, maker: Maker) -> None:
+        before = maker.bytes_read
         for block in range(self.first, self.last):
-            measured = self._measured(block, lane)
+            measured = self._measured(block, maker)
             self.work.add_measure(block, measured)
-        read = lane.bytes_read - before
+        read = maker.bytes_read - before
         self.work.progress.advance(0 if self.work.writes else read, read=read)
 
-    def _measured(self, block: int, lane: Lane) -> Any:  # noqa: ANN401
-        """The measure of a block; once more if memory runs out, when the lane has given up all that it kept."""
+    def _measured(self, block: int, maker: Maker) -> Any:  # noqa: ANN401
+        """The measure of a block; once more if memory runs out, when the maker has given up all that it kept."""
         for attempt in (1, 2):
             try:
-                return self.work.survey.measure(Evaluator(lane, self.work.dtype, self.work.survey.known), block)
+                return self.work.survey.measure(maker, block)
             except Exception as error:
-                if not is_out_of_memory(error):
+                if not maker.is_out_of_memory(error):
                     raise
                 if attempt == 2:
-                    raise no_memory_left(lane.device) from error
-            lane.make_room(lane.room)
+                    raise maker.no_memory_left() from error
+            maker.make_room(maker.room)
         raise AssertionError("there are two attempts")
 
 
@@ -176,13 +170,13 @@ class MergeWork(Work):
 
     def __init__(self, job: Job, sink: Sink, ledger: Ledger, measured: ModelStatistics | None = None) -> None:
         assert job.compute is not None
-        survey = Survey(job.node, torch_dtype(job.compute), measured)
+        survey = Survey(job.node, job.compute, measured)
         super().__init__(job.name, job.node, job.compute, ledger, survey)
         self.job, self.sink, self.ledger = job, sink, ledger
         self.held_bytes = held_bytes(job.node)
         self.least = least_step(job.node)
-        self.stored = torch_dtype(job.info.dtype)
-        self.unscaled = self.stored.itemsize == 1 and has_scales(job.node)
+        stored = job.info.dtype
+        self.wanted = Wanted(job.node, job.compute, stored, unscaled=stored.bits == 8 and has_scales(job.node))
 
     def begin_pass(self) -> list[Window]:
         """The windows of the next pass, those left out that need not be written."""
@@ -193,60 +187,54 @@ class MergeWork(Work):
 
     def _bytes(self, window: Window) -> tuple[int, int]:
         """Which bytes of the tensor the window writes."""
-        size, elements = self.stored.itemsize, self.node.info.elements
-        return window.first * self._step * size, min(window.last * self._step, elements) * size
+        start, stop = self._elements(window)
+        return start * self.wanted.stored.bits // 8, stop * self.wanted.stored.bits // 8
 
-    def write(self, window: Window, lane: Lane) -> None:
+    def _elements(self, window: Window) -> tuple[int, int]:
+        """Which elements of it these are."""
+        return window.first * self._step, min(window.last * self._step, self.node.info.elements)
+
+    def write(self, window: Window, maker: Maker) -> None:
         """Write the window's blocks at their place in the output."""
-        evaluator, findings, failures = Evaluator(lane, self.dtype, self.survey.known), Finding(), 0
-        before = lane.bytes_read
-        start, stop = window.first * self._step, min(window.last * self._step, self.node.info.elements)
+        blocks, findings, failures, before = self._blocks(maker), Finding(), 0, maker.bytes_read
+        start, stop = self._elements(window)
         while start < stop:
-            made = self._make(evaluator, start, min(start + self._elements(lane), stop))
+            end = min(start + self._at_once(maker), stop)
+            made = self._make(blocks, start, end, maker)
             if made is None:
                 failures += 1
-                self._take_less(lane, failures)
-                evaluator = Evaluator(lane, self.dtype, self.survey.known)  # the last one holds what it had made
+                self._take_less(maker, failures)
+                blocks = self._blocks(maker)  # the last ones hold what they had made
                 continue
-            values, stored = made
-            lane.reader.check()  # what is written is kept for --resume
-            self.sink.write(self.job, start * self.stored.itemsize, lane.stored_bytes(stored))
-            if found := self._look(evaluator, values, stored, start):
-                findings.add(found)
-            start, failures = start + values.numel(), 0
-        self.ledger.finish(self.job, *self._bytes(window), findings, read=lane.bytes_read - before)
+            maker.check()  # what is written is kept for --resume
+            self.sink.write(self.job, start * self.wanted.stored.bits // 8, made.data)
+            if made.finding:
+                findings.add(made.finding)
+            start, failures = end, 0
+        self.ledger.finish(self.job, *self._bytes(window), findings, read=maker.bytes_read - before)
 
-    def _make(self, evaluator: Evaluator, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Elements [start, stop), and as they are stored; None if there is no memory for them."""
+    def _blocks(self, maker: Maker) -> Blocks:
+        return maker.blocks(self.wanted, self.survey.known, suspicious=self.survey.suspicious)
+
+    def _make(self, blocks: Blocks, start: int, stop: int, maker: Maker) -> Block | None:
+        """Elements [start, stop) as they are stored; None if there is no memory for them."""
         try:
-            values = evaluator.values(self.node, start, stop)
-            return values, evaluator.lane.store(values, self.stored)
+            return blocks.make(start, stop)
         except Exception as error:
-            if not is_out_of_memory(error):
+            if not maker.is_out_of_memory(error):
                 raise
             return None
 
-    def _look(self, evaluator: Evaluator, values: torch.Tensor, stored: torch.Tensor, start: int) -> Finding | None:
-        """What is wrong with a block, and with the inputs that it was made of; None where nothing is."""
-        found = examine(values, stored, unscaled=self.unscaled)
-        if evaluator.suspicious or self.survey.suspicious or (found and found.nonfinite):
-            evaluator.suspicious = False
-            found = found or Finding()
-            found.inputs = nonfinite_inputs(evaluator, self.node, start, start + len(stored))
-        if found and self.unscaled:
-            found.elements = self.node.info.elements
-        return found if found and found.is_any else None
-
-    def _take_less(self, lane: Lane, failures: int) -> None:
-        """Give the lane's buffers back and take half as many elements at once; OutOfMemoryError if that was all."""
-        elements = self._elements(lane)
+    def _take_less(self, maker: Maker, failures: int) -> None:
+        """Give buffers back and take half as many elements at once; OutOfMemoryError if that was all."""
+        elements = self._at_once(maker)
         if elements <= self.least and failures > 1:
-            raise no_memory_left(lane.device)
-        lane.make_room(max(elements // 2, LEAST_STEP))
+            raise maker.no_memory_left()
+        maker.make_room(max(elements // 2, LEAST_STEP))
 
-    def _elements(self, lane: Lane) -> int:
-        """How many elements the lane makes at once."""
-        return max(min(self._step, lane.room), self.least)
+    def _at_once(self, maker: Maker) -> int:
+        """How many elements the maker makes at once."""
+        return max(min(self._step, maker.room), self.least)
 
 
 class TogetherWork(Work):

@@ -17,10 +17,11 @@ import streammerge.models.merged
 from streammerge.compute import costs
 from streammerge.compute import evaluate as compute
 from streammerge.compute.application import apply_method
-from streammerge.compute.evaluate import Evaluator
 from streammerge.compute.expressions import ByBlock, External, Node, Stored, Term, Viewed, combine, rounded
 from streammerge.compute.lanes import Lane, torch_dtype
-from streammerge.compute.survey import Survey, read_range, read_stored
+from streammerge.compute.reading import read_range, read_stored
+from streammerge.compute.survey import Survey
+from streammerge.compute.tensor_maker import TensorMaker
 from streammerge.formats.readers import PositionalReader
 from streammerge.methods import find_method
 from streammerge.methods.registry import BlockMethod, Statistics
@@ -165,8 +166,8 @@ def inputs(tmp_path):
     return [Expression(node, tensor.numpy()) for node, tensor in zip(nodes, tensors, strict=True)]
 
 
-def whole(node: Node, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return read_range(node, 0, node.info.elements, Lane(PositionalReader()), dtype)
+def whole(node: Node, compute: str = "F64") -> torch.Tensor:
+    return read_range(node, 0, node.info.elements, Lane(PositionalReader()), DTYPES[compute])
 
 
 @pytest.mark.parametrize("blocks", ["one block", "several blocks"])
@@ -176,7 +177,7 @@ def test_nested_merges_come_to_what_whole_tensors_come_to(inputs, request, name,
         request.getfixturevalue("tiny_blocks")
     entry = EXPRESSIONS[name](*inputs)
     assert relative_error(whole(entry.node), entry.values.reshape(-1)) < 1e-12
-    assert relative_error(whole(entry.node, torch.float32), entry.values.reshape(-1)) < 2e-6
+    assert relative_error(whole(entry.node, "F32"), entry.values.reshape(-1)) < 2e-6
 
 
 @pytest.mark.usefixtures("tiny_blocks")
@@ -197,8 +198,8 @@ def test_any_range_is_a_piece_of_the_whole(inputs, name, data):
     node = EXPRESSIONS[name](*inputs).node
     start = data.draw(st.integers(0, node.info.elements))
     stop = data.draw(st.integers(start, node.info.elements))
-    piece = read_range(node, start, stop, Lane(PositionalReader()), torch.float32)
-    assert raw_bytes(piece) == raw_bytes(whole(node, torch.float32)[start:stop])
+    piece = read_range(node, start, stop, Lane(PositionalReader()), DTYPES["F32"])
+    assert raw_bytes(piece) == raw_bytes(whole(node, "F32")[start:stop])
 
 
 class LoggingPass(Pass[Any]):
@@ -244,10 +245,10 @@ def logged(name: str, log: list[str], passes: int, *inputs: Node) -> ByBlock:
 
 def run_survey(node: Node) -> list[set[str]]:
     """Carry out the survey of a one-block tensor: which names were measured in each pass."""
-    survey, passes = Survey(node), []
+    survey, passes, maker = Survey(node, DTYPES["F64"]), [], TensorMaker(Lane(PositionalReader()))
     while not survey.complete:
         names = {entry.method.name for entry, _ in survey.passes.values()}
-        survey.add(0, survey.measure(Evaluator(Lane(PositionalReader()), torch.float64, survey.known), 0))
+        survey.add(0, survey.measure(maker, 0))
         survey.finish_pass()
         passes.append(names)
     return passes
@@ -316,4 +317,4 @@ def test_a_padded_external_tensor_is_computed_with(tiny_blocks):
     node = reshaped(External(model.tensors["w"], model, "w"), (5, 9))
     expected = torch.zeros(5, 9)
     expected[:3, :4] = values
-    assert torch.equal(whole(node, torch.float32).reshape(5, 9), expected)
+    assert torch.equal(whole(node, "F32").reshape(5, 9), expected)

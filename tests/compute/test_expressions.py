@@ -28,6 +28,7 @@ from streammerge.compute.expressions import (
 )
 from streammerge.compute.lanes import Lane
 from streammerge.compute.survey import Survey
+from streammerge.compute.tensor_maker import TensorMaker
 from streammerge.formats.files import ByteFile
 from streammerge.formats.readers import PositionalReader
 from streammerge.methods import find_method
@@ -300,7 +301,7 @@ def test_a_tree_takes_as_many_slots_as_it_says(tmp_path, tree):
     lane = CountingLane(PositionalReader())
     survey = Survey(node)
     while not survey.complete:
-        survey.add(0, survey.measure(Evaluator(lane, torch.float32, survey.known), 0))
+        survey.add(0, survey.measure(TensorMaker(lane), 0))
         survey.finish_pass()
     Evaluator(lane, torch.float32, survey.known).values(node, 0, node.info.elements)
     assert lane.highest + 1 == slots(node)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from streammerge.compute.expressions import Job, Node
 from streammerge.compute.lanes import Lane
+from streammerge.compute.tensor_maker import TensorMaker
 from streammerge.formats.descriptors import read_at
 from streammerge.formats.readers import MappedReader, PositionalReader
 from streammerge.storage.copying import Copying, CopyRange
@@ -47,7 +48,7 @@ def job_of(name: str, node: Node, stored: str = "F32", computed: str | None = "F
 def run_jobs(jobs: Sequence[Job], threads: int = 2, watch: Callable[[], None] = lambda: None) -> MemorySink:
     """Run the jobs; every byte must have been written once."""
     sink = MemorySink()
-    lanes = [Lane(PositionalReader() if number % 2 else MappedReader()) for number in range(threads)]
+    lanes = [TensorMaker(Lane(PositionalReader() if number % 2 else MappedReader())) for number in range(threads)]
     ledger = Ledger(sum(job.info.nbytes for job in jobs))
     merges = (MergeWork(job, sink, ledger) for job in jobs if job.compute is not None)
     run(merges, lanes, watch, Copying(jobs, sink, ledger))

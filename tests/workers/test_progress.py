@@ -7,6 +7,7 @@ import torch
 
 import streammerge
 from streammerge.compute.lanes import Lane
+from streammerge.compute.tensor_maker import TensorMaker
 from streammerge.formats.readers import MappedReader
 from streammerge.storage.ledger import Ledger
 from streammerge.workers.schedule import run
@@ -27,7 +28,7 @@ def test_progress_grows_to_the_whole(tmp_path):
         jobs = [job_of(name, node, "F16") for name, node in merge.nodes.items()]
         total = sum(job.info.nbytes for job in jobs)
         ledger, sink, seen = Ledger(total), MemorySink(), []
-        lanes = [Lane(MappedReader()) for _ in range(2)]
+        lanes = [TensorMaker(Lane(MappedReader())) for _ in range(2)]
         works = [MergeWork(job, sink, ledger) for job in jobs]
         run(works, lanes, lambda: seen.append(ledger.done_bytes))
     assert seen == sorted(seen)

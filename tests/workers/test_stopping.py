@@ -12,6 +12,7 @@ import torch
 
 from streammerge.compute.expressions import ByGram, External, Job
 from streammerge.compute.lanes import Lane
+from streammerge.compute.tensor_maker import TensorMaker
 from streammerge.errors import CheckpointError, MethodError
 from streammerge.formats.readers import PositionalReader
 from streammerge.methods.registry import GramMethod
@@ -93,7 +94,7 @@ def test_a_sink_that_refuses_stops_all():
     sink, ledger = FullDisk(), Ledger()
     works = [MergeWork(job, sink, ledger) for job in jobs_of(model)]
     with pytest.raises(OSError, match="No space left"):
-        run(works, [Lane(PositionalReader()) for _ in range(3)], lambda: None)
+        run(works, [TensorMaker(Lane(PositionalReader())) for _ in range(3)], lambda: None)
 
 
 class Endless(MemoryModel):
@@ -119,7 +120,7 @@ def test_what_watch_raises_stops_all(error):
         if next(calls) == 2:
             raise error
 
-    ledger, lanes = Ledger(), [Lane(PositionalReader()) for _ in range(2)]
+    ledger, lanes = Ledger(), [TensorMaker(Lane(PositionalReader())) for _ in range(2)]
     with pytest.raises(type(error)):
         run(endless_works(ledger), lanes, watch)
     assert threading.active_count() == before
@@ -132,7 +133,7 @@ def test_works_that_cannot_be_made_stop_all():
         raise CheckpointError("there is no more")
 
     with pytest.raises(CheckpointError, match="there is no more"):
-        run(works(), [Lane(PositionalReader())], lambda: None)
+        run(works(), [TensorMaker(Lane(PositionalReader()))], lambda: None)
 
 
 @pytest.mark.parametrize("threads", [1, 3])

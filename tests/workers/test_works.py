@@ -14,6 +14,7 @@ from streammerge.compute import costs
 from streammerge.compute import evaluate as compute
 from streammerge.compute.expressions import BLOCK, ByBlock, External, Job, Node, Stored, Term, combine
 from streammerge.compute.lanes import Lane
+from streammerge.compute.tensor_maker import TensorMaker
 from streammerge.formats.readers import PositionalReader
 from streammerge.methods.registry import BlockMethod, Statistics
 from streammerge.methods.statistics.passes import Pass
@@ -104,7 +105,7 @@ def test_a_work_that_only_looks_is_done_with_what_it_reads(tmp_path):
     log: list[int] = []
     progress = Progress(400)
     work = Work("w", recording(log, leaf, ordered=True), DTYPES["F32"], progress)
-    run([work], [Lane(PositionalReader())], lambda: None)
+    run([work], [TensorMaker(Lane(PositionalReader()))], lambda: None)
     assert log == [0]
     assert (progress.done_bytes, progress.bytes_read) == (400, 400)
 

@@ -17,6 +17,16 @@ VERSION: Final = 1
 KINDS: Final[Mapping[str, int]] = {"F16": 0, "BF16": 1, "F8_E4M3": 2, "F8_E5M2": 3, "F32": 4, "F64": 5}
 """The library's number for every element type that it knows: `enum element`."""
 
+LIMITS: Final[Mapping[str, float]] = {
+    "F16": 65504.0,
+    "BF16": (2 - 2**-7) * 2.0**127,
+    "F8_E4M3": 448.0,
+    "F8_E5M2": 57344.0,
+    "F32": (2 - 2**-23) * 2.0**127,
+    "F64": sys.float_info.max,
+}
+"""The greatest finite number of each."""
+
 CHUNK: Final = 1024
 """Elements of a register."""
 

@@ -7,14 +7,16 @@ import enum
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final
 
+from streammerge.compute.costs import slots
 from streammerge.compute.expressions import ByGram, Combined, Node, Rounded, Stored, Term
 from streammerge.compute.kernels.library import CHUNK, KINDS, Found, Step, address
 from streammerge.formats.readers import page_aligned
 from streammerge.methods.statistics.passes import InnerProducts
+from streammerge.tensors import DType
 
-Compute = Literal["F32", "F64"]
+COMPUTES: Final = ("F32", "F64")
 """The dtypes in which programs compute."""
 
 
@@ -36,7 +38,7 @@ class Program:
     steps: ctypes.Array[Step]
     inputs: Sequence[Stored]
     registers: int
-    compute: Compute
+    compute: str
 
     @property
     def room_bytes(self) -> int:
@@ -59,12 +61,17 @@ def can_be_compiled(node: Node) -> bool:
             return False
 
 
-def compiled(nodes: Sequence[Node], compute: Compute, statistics: Mapping[int, Any]) -> Program:
+def registers(node: Node) -> int:
+    """How many registers the expression's program takes."""
+    return slots(node)
+
+
+def compiled(nodes: Sequence[Node], compute: DType, statistics: Mapping[int, Any]) -> Program:
     """The program that leaves these expressions in the first registers; of ByGram nodes the coefficients are known."""
     writer = _Writer(statistics)
     for register, node in enumerate(nodes):
         writer.write(node, register)
-    return Program((Step * len(writer.steps))(*writer.steps), writer.inputs, writer.registers, compute)
+    return Program((Step * len(writer.steps))(*writer.steps), writer.inputs, writer.registers, compute.name)
 
 
 class _Writer:
@@ -140,6 +147,10 @@ class Kernels:
         gram(*self._given(program, blocks, elements), vectors, apart, rows, space, sums, greatest)
         found = iter(sums[::rows])
         return InnerProducts([list(itertools.islice(found, i + 1)) for i in range(vectors)], list(greatest))
+
+    def release(self) -> None:
+        """Give the registers' room back."""
+        self._room = page_aligned(0)
 
     def nonfinite(self, block: memoryview, kind: str, elements: int) -> int:
         """How many elements of stored bytes are infinite or no numbers."""

@@ -1,0 +1,216 @@
+"""A maker that computes by compiled loops, and by torch what they don't know: torch is imported when that comes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from streammerge.compute.costs import piece_elements
+from streammerge.compute.expressions import BLOCK, Applied, ByGram, Node, Stored, applications, stored_leaves
+from streammerge.compute.kernels.library import CHUNK, KINDS, LIMITS, Found, kernels
+from streammerge.compute.kernels.program import (
+    COMPUTES,
+    BlockOperands,
+    Kernels,
+    Program,
+    can_be_compiled,
+    compiled,
+    registers,
+)
+from streammerge.compute.makers import Block, Blocks, Measurer, Statistics, Wanted
+from streammerge.errors import OutOfMemoryError, machine_is_full
+from streammerge.formats.readers import Reader, page_aligned
+from streammerge.methods.statistics.passes import Pass
+from streammerge.report import Finding
+from streammerge.tensors import DType, TensorInfo
+
+if TYPE_CHECKING:
+    from streammerge.compute.tensor_maker import TensorMaker
+
+SPACE: Final = 3 << 19
+"""Bytes of inputs that lie side by side, if whole blocks are more: half of the second-level cache or less."""
+
+
+def is_compiled(node: Node, stored: DType, compute: DType) -> bool:
+    """Whether compiled loops are there, and make all of a tensor that is computed and stored so."""
+    known = compute.name in COMPUTES and stored.name in KINDS
+    return kernels() is not None and known and can_be_compiled(node)
+
+
+def maker_bytes(node: Node, info: TensorInfo) -> int:
+    """What a maker's buffers take for a tensor: of the inputs, of the stored block, and its registers."""
+    whole = any(isinstance(part, ByGram) for part in applications(node))
+    elements = min(BLOCK if whole else at_once(list(stored_leaves(node))), info.elements)
+    return elements * element_bytes(stored_leaves(node)) + BLOCK * info.dtype.bits // 8 + registers(node) * CHUNK * 16
+
+
+def element_bytes(leaves: Iterator[Stored] | Sequence[Stored]) -> int:
+    """What an element of every input takes."""
+    return sum(leaf.info.dtype.bits // 8 for leaf in leaves)
+
+
+def at_once(leaves: Sequence[Stored]) -> int:
+    """How many elements of all inputs are read side by side."""
+    return max(min(SPACE // max(element_bytes(leaves), 1) // CHUNK * CHUNK, BLOCK), CHUNK)
+
+
+class KernelMaker:
+    """Reads into buffers, computes by one call a block, and hands out bytes to write."""
+
+    def __init__(self, reader: Reader) -> None:
+        library = kernels()
+        assert library is not None
+        self.reader = reader
+        self.kernels = Kernels(library)
+        self.room = BLOCK
+        self._bytes_read = 0
+        self._out = page_aligned(0)
+        self._tensors: TensorMaker | None = None
+        self._running = contextlib.ExitStack()
+        self._measured: tuple[Node, DType, Program] | None = None
+
+    @property
+    def bytes_read(self) -> int:
+        """How much it has read, by torch too."""
+        return self._bytes_read + (self._tensors.bytes_read if self._tensors else 0)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Nothing, unless something comes for torch."""
+        with self._running:
+            yield
+
+    @property
+    def by_torch(self) -> TensorMaker:
+        """The maker for what has no kernel."""
+        if self._tensors is None:
+            from streammerge.compute.lanes import Lane
+            from streammerge.compute.tensor_maker import TensorMaker
+
+            self._tensors = TensorMaker(Lane(self.reader))
+            self._tensors.make_room(self.room)
+            self._running.enter_context(self._tensors.running())
+        return self._tensors
+
+    def blocks(self, wanted: Wanted, known: Statistics, *, suspicious: bool = False) -> Blocks:
+        """The tensor's blocks, by compiled loops if there are some for all of it."""
+        if wanted.unscaled or not is_compiled(wanted.node, wanted.stored, wanted.compute):
+            return self.by_torch.blocks(wanted, known, suspicious=suspicious)
+        return KernelBlocks(self, wanted, compiled([wanted.node], wanted.compute, known), suspicious=suspicious)
+
+    def measurer(self, compute: DType, known: Statistics) -> Measurer:
+        """For inputs that are computed in this dtype."""
+        return KernelMeasurer(self, compute, known)
+
+    def program(self, node: Applied, compute: DType, known: Statistics) -> Program:
+        """That of the node's inputs, which is kept for the next block."""
+        if self._measured is None or self._measured[0] is not node or self._measured[1] != compute:
+            self._measured = node, compute, compiled(node.inputs, compute, known)
+        return self._measured[2]
+
+    def read(self, inputs: Sequence[Stored], start: int, stop: int) -> list[memoryview]:
+        """Elements [start, stop) of every input, as they are stored."""
+        blocks = []
+        for slot, leaf in enumerate(inputs):
+            size = leaf.info.dtype.bits // 8
+            self._bytes_read += (stop - start) * size
+            blocks.append(self.reader.read(leaf.file, leaf.start + start * size, leaf.start + stop * size, slot))
+        return blocks
+
+    def out(self, nbytes: int) -> memoryview:
+        """Memory for what is to be written."""
+        if len(self._out) < nbytes:
+            self._out = page_aligned(nbytes)
+        return self._out[:nbytes]
+
+    def check(self) -> None:
+        """CheckpointError if something that was read is void."""
+        self.reader.check()
+
+    def make_room(self, elements: int) -> None:
+        """Give all buffers back, and take smaller ones from now on."""
+        self.room = min(self.room, elements)
+        self._out = page_aligned(0)
+        self.kernels.release()
+        if self._tensors:
+            self._tensors.make_room(elements)
+
+    def release(self) -> None:
+        """Give mapped memory back."""
+        self.reader.release()
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Whether the machine's memory has run out."""
+        said = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        return said or (self._tensors is not None and self._tensors.is_out_of_memory(error))
+
+    def no_memory_left(self) -> OutOfMemoryError:
+        """What there is to say then."""
+        return machine_is_full()
+
+
+class KernelBlocks:
+    """The blocks of a tensor, made by a program."""
+
+    def __init__(self, maker: KernelMaker, wanted: Wanted, program: Program, *, suspicious: bool) -> None:
+        self.maker = maker
+        self.wanted = wanted
+        self.program = program
+        self.suspicious = suspicious
+
+    def make(self, start: int, stop: int) -> Block:
+        """Elements [start, stop), as many at once as lie side by side in the cache."""
+        size, finding = self.wanted.stored.bits // 8, Finding()
+        out, step = self.maker.out((stop - start) * size), at_once(self.program.inputs)
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            self._make(first, last, out[(first - start) * size : (last - start) * size], finding)
+        return Block(out, finding if finding.is_any else None)
+
+    def _make(self, start: int, stop: int, out: memoryview, finding: Finding) -> None:
+        maker, kind = self.maker, self.wanted.stored.name
+        blocks = maker.read(self.program.inputs, start, stop)
+        found = maker.kernels.store(self.program, blocks, stop - start, kind, out)
+        if found:
+            finding.add(finding_of(found, self.wanted.stored))
+        if self.suspicious or (found and found.nonfinite):
+            for leaf, block in zip(self.program.inputs, blocks, strict=True):
+                if bad := maker.kernels.nonfinite(block, leaf.info.dtype.name, stop - start):
+                    path = str(leaf.file.path)
+                    finding.inputs[path] = finding.inputs.get(path, 0) + bad
+
+
+def finding_of(found: Found, stored: DType) -> Finding:
+    """What the loops have found, in the report's words."""
+    finding = Finding(nonfinite=found.nonfinite, overflowed=found.overflowed, saturated=found.saturated)
+    if finding.overflowed or finding.saturated:
+        finding.largest = found.largest or math.inf
+        finding.dtype, finding.limit = stored.torch_name, LIMITS[stored.name]
+    return finding
+
+
+class KernelMeasurer:
+    """Measures blocks by compiled loops, or by torch where there are none for the method or its inputs."""
+
+    def __init__(self, maker: KernelMaker, compute: DType, known: Statistics) -> None:
+        self.maker = maker
+        self.compute = compute
+        self.known = known
+        self.suspicious = False
+
+    def measure(self, step: Pass[Any], node: Applied, piece: int, block: int) -> Any:  # noqa: ANN401
+        """What the pass wants to know of this piece of the node's inputs, which it counts as this block."""
+        if self.compute.name not in COMPUTES or not can_be_compiled(node):
+            measurer = self.maker.by_torch.measurer(self.compute, self.known)
+            measured = measurer.measure(step, node, piece, block)
+            self.suspicious |= measurer.suspicious
+            return measured
+        program, size = self.maker.program(node, self.compute, self.known), piece_elements(node)
+        start, stop = piece * size, min((piece + 1) * size, node.info.elements)
+        stop = min(start + step.part, stop) if step.part else stop
+        blocks = self.maker.read(program.inputs, start, stop)
+        operands = BlockOperands(self.maker.kernels, program, blocks, stop - start, len(node.inputs))
+        return step.measure_compiled(block, operands)
