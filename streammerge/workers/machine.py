@@ -43,7 +43,7 @@ class Machine:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.measured: ModelStatistics = {}
-        self.baseline, self.device, vram = 0, "cpu", None
+        self.baseline, self.device, vram = 0, "cpu", plan.options.max_vram
         if plan.needs_torch:
             import_torch()
             from streammerge.compute.devices import check_float64, find_device, vram_limit

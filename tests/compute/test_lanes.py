@@ -80,6 +80,7 @@ def test_a_running_lane_has_one_thread_and_keeps_no_gradients(lane):
 def test_a_staged_lane_gives_the_same_bytes(families, tmp_path, monkeypatch, case, dtype):
     _, paths = families[dtype]
     plain = merge_to(tmp_path / "plain.safetensors", case.merge(paths))
+    monkeypatch.setenv("STREAMMERGE_KERNELS", "off")
     used = []
 
     def open_staged(reader, device):
@@ -114,6 +115,7 @@ def small_card(monkeypatch):
     """Makes every lane one of a card with room for so many elements."""
 
     def make(elements):
+        monkeypatch.setenv("STREAMMERGE_KERNELS", "off")
         monkeypatch.setattr(SmallCard, "room_for", elements)
         monkeypatch.setattr(SmallCard, "refused", 0)
         monkeypatch.setattr(devices, "open_lane", lambda reader, device: SmallCard(reader, device))

@@ -79,8 +79,10 @@ class KernelMaker:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Nothing, unless something comes for torch."""
+        """What torch needs, from when something comes for it."""
         with self._running:
+            if self._tensors:
+                self._running.enter_context(self._tensors.running())
             yield
 
     @property
@@ -177,7 +179,8 @@ class KernelBlocks:
         if found:
             finding.add(finding_of(found, self.wanted.stored))
         if self.suspicious or (found and found.nonfinite):
-            for leaf, block in zip(self.program.inputs, blocks, strict=True):
+            for leaf in stored_leaves(self.wanted.node):  # those too that turned out not to be needed
+                (block,) = maker.read([leaf], start, stop)
                 if bad := maker.kernels.nonfinite(block, leaf.info.dtype.name, stop - start):
                     path = str(leaf.file.path)
                     finding.inputs[path] = finding.inputs.get(path, 0) + bad
