@@ -17,11 +17,12 @@ from streammerge.methods.registry import Method
 from streammerge.models.adapters import refuse_adapters
 from streammerge.models.codes import Quantised, may_be_weights
 from streammerge.models.decisions import Decision, Decisions
+from streammerge.models.dtypes import stored_as
 from streammerge.models.extent import Extent
 from streammerge.models.merged import Merged, node_of
 from streammerge.models.presence import Names, names_beside, names_lacking, names_outside, with_inner
 from streammerge.models.quantised import DECODED, CodedModels, decoded, kept_bytes
-from streammerge.models.views import Fitting, fit, placed
+from streammerge.models.shapes import Fitting, fit, placed
 from streammerge.plan.globs import RuleIndex
 from streammerge.plan.problems import Misshapen, Problems, Unshared
 from streammerge.plan.tuning import Tuning
@@ -288,8 +289,3 @@ class _Resolution:
 
     def _report_problems(self, merged: int) -> None:
         self.problems.report(self.recipe, self._compared, self.rules.unused, merged=merged)
-
-
-def stored_as(info: TensorInfo, dtype: DType | None) -> TensorInfo:
-    """The description with the asked-for dtype, if it is one and the elements are floating point."""
-    return TensorInfo(dtype, info.shape) if dtype and info.dtype.mergeable else info

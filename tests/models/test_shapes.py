@@ -15,7 +15,7 @@ from streammerge.compute import evaluate as compute
 from streammerge.compute.expressions import BLOCK
 from streammerge.errors import PlanError
 from streammerge.methods import METHODS
-from streammerge.models.views import common_shape, fit
+from streammerge.models.shapes import common_shape, fit
 from streammerge.workers import windows as works
 from tests.make.headers import header, merged
 from tests.make.models import Tensors, assert_same_bytes, load_model, merge_to, normal, raw_bytes, save_model
