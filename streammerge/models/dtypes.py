@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from streammerge.errors import RecipeError, suggestion
-from streammerge.tensors import DTYPES, DType, TensorInfo
+from streammerge.tensors import DTYPES, DType, TensorInfo, described
 
 STORED_DTYPES: Final[Mapping[str, DType | None]] = {
     "keep": None,
@@ -39,4 +39,4 @@ def parse_dtype(raw: Any, where: str) -> DType | None:  # noqa: ANN401
 
 def stored_as(info: TensorInfo, dtype: DType | None) -> TensorInfo:
     """The description with the asked-for dtype, if it is one and the elements are floating point."""
-    return TensorInfo(dtype, info.shape) if dtype and info.dtype.mergeable else info
+    return described(dtype, info.shape) if dtype and info.dtype.mergeable else info

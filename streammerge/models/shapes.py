@@ -17,7 +17,7 @@ Shape = tuple[int, ...]
 class Fitting:
     """Models' tensors in one shape: the layout's, or a corner of it. `why` says what was done to whose."""
 
-    nodes: tuple[Node, ...]
+    nodes: Mapping[str, Node]
     shape: Shape
     why: str = ""
 
@@ -26,11 +26,11 @@ def fit(nodes: Mapping[str, Node], info: TensorInfo, policy: str) -> Fitting | N
     """The models' tensors in one shape, given the layout's; None where the policy doesn't allow it."""
     layout = info.shape
     if all(node.info.shape == layout for node in nodes.values()):
-        return Fitting(tuple(nodes.values()), layout)
+        return Fitting(nodes, layout)
     shape = common_shape([node.info.shape for node in nodes.values()], layout, policy)
     if shape is None or (shape != layout and are_mixed(nodes, info)):
         return None
-    fitted = tuple(reshaped(node, shape) for node in nodes.values())
+    fitted = {name: reshaped(node, shape) for name, node in nodes.items()}
     done = {name: node.info.shape for name, node in nodes.items() if node.info.shape != shape}
     if shape != layout:
         return Fitting(fitted, shape, f", where they overlap: {list(shape)} of {list(layout)}")

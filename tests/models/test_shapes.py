@@ -188,7 +188,7 @@ def test_what_fits_stays_as_it_is():
     for policy in ("error", "keep", "pad", "slice", "overlap"):
         fitting = fit({"a": node}, node.info, policy)
         assert fitting is not None
-        assert fitting.nodes == (node,)
+        assert fitting.nodes == {"a": node}
         assert fitting.why == ""
     other = header(x=(3, 3)).tensors["x"]
     assert fit({"a": node}, other, "error") is None
