@@ -73,7 +73,8 @@ class _Resolution:
         weights = [name for name in layout if not coded.is_beside(name)]
         decisions = Decisions(layout, self._decision, (name for name in layout if coded.is_beside(name)))
         left_out = self._look_outside(names_outside(self.models, layout.keys(), coded))
-        self._report_problems(sum(fate.tensors for fate in decisions.fates if fate.action == "merged"))
+        merged = sum(fate.tensors for fate in decisions.fates if fate.action == "merged")
+        self.problems.report(self.recipe, self._compared, self.rules.unused, merged=merged)
         self.is_reported = True
         lacking = names_lacking(self.models, weights, coded)
         inner = sum(model.kept_bytes for model in self._nested.values())
@@ -262,6 +263,3 @@ class _Resolution:
         if fitting is None or fitting.why:
             self.problems.note_shape(Misshapen.of(name, self.layout_name, layout, nodes, taken=taken), policy)
         return fitting
-
-    def _report_problems(self, merged: int) -> None:
-        self.problems.report(self.recipe, self._compared, self.rules.unused, merged=merged)

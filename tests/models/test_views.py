@@ -17,7 +17,6 @@ from streammerge.errors import PlanError, RecipeError
 from streammerge.formats.tables import Column
 from streammerge.models.extent import extent_of
 from streammerge.models.layers import layers_of
-from streammerge.models.views import node_of
 from streammerge.tensors import Model, TensorInfo
 from tests.make.headers import header, merged
 from tests.make.models import (
@@ -168,10 +167,10 @@ class Prefixed(View):
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        return {self.prefix + name: info for name, info in self.model.tensors.items()}
+        return {self.prefix + name: info for name, info in self.values.tensors.items()}
 
     def node(self, name: str) -> Node:
-        return node_of(self.model, name.removeprefix(self.prefix))
+        return self.values.node(name.removeprefix(self.prefix))
 
 
 class Reversed:
