@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from streammerge.compute.expressions import Node, stored_leaves
+from streammerge.compute.expressions import Node, stored_leaves, unrounded
 from streammerge.formats.files import ByteFile
 from streammerge.formats.tables import Column
 from streammerge.models.decisions import Decision, Decisions, Expressions
@@ -76,10 +76,13 @@ def as_merged(model: Model) -> Merged:
     if isinstance(model, Merged):
         return model
     tensors, inner = model.tensors, beneath(model)
-    decisions = Decisions(
-        tensors, lambda name: Decision(name, "copied", "from the model", tensors[name], node_of(model, name))
-    )
-    return replace(inner, decisions=decisions) if isinstance(inner, Merged) else Merged(decisions)
+
+    def copied(name: str) -> Decision:
+        info = tensors[name]
+        return Decision(name, "copied", "from the model", info, unrounded(node_of(model, name), info))
+
+    made = Decisions(tensors, copied)
+    return replace(inner, decisions=made) if isinstance(inner, Merged) else Merged(made)
 
 
 def files_of(merged: Merged) -> list[ByteFile]:

@@ -112,9 +112,29 @@ def test_a_merge_of_a_cast_model_is_that_of_its_file(tmp_path):
         assert isinstance(Cast(model, "fp32").node("layers.0.bias"), Stored), "what is stored so is rounded by nobody"
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "fp8_e4m3"])
+def test_what_is_lost_by_a_cast_is_told(tmp_path, dtype):
+    tensors = {"x": torch.tensor([1e6, 1.0]), "y.weight": CODED["x.weight"], "y.weight_scale": torch.tensor(1e-3)}
+    with streammerge.open_model(save(tmp_path, tensors)) as model:
+        views = streammerge.passthrough(model, dtype=dtype), as_it_is(Cast(model, dtype))
+        findings = [
+            streammerge.merge(view, output=tmp_path / f"{number}.safetensors", sync=False).findings
+            for number, view in enumerate(views)
+        ]
+    assert findings[0] == findings[1]
+    assert findings[0]["x"].largest == 1e6
+
+
 def test_codes_are_not_numbers_to_be_cast():
     model = header(**{name.replace(".", "__"): shape for name, shape in PACKED.items()}, z="F32 3")
     assert told(Cast(model, "fp16")) == {**told(model), "z": "F16 [3]"}
+
+
+def test_a_model_that_is_none_of_ours_is_cast_as_it_is_read(tmp_path):
+    tensors = plain(1)
+    made = written(tmp_path, Cast(MemoryModel(tensors), "fp16"))
+    half = {name: values.half() if values.is_floating_point() else values for name, values in tensors.items()}
+    assert_same_bytes(made, half)
 
 
 def test_an_unknown_dtype_is_refused_at_once():
