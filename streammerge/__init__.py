@@ -31,11 +31,14 @@ if TYPE_CHECKING:
     from streammerge.engine import make_plan, merge
     from streammerge.methods.loading import load_methods
     from streammerge.models.checkpoints import Checkpoint, open_model
+    from streammerge.models.views import Cast, Decoded, Renamed, View
     from streammerge.tensors import Model, TensorInfo
 
 __all__ = [
+    "Cast",
     "Checkpoint",
     "CheckpointError",
+    "Decoded",
     "DeviceError",
     "MergeError",
     "MethodError",
@@ -43,7 +46,9 @@ __all__ = [
     "OutputError",
     "PlanError",
     "RecipeError",
+    "Renamed",
     "TensorInfo",
+    "View",
     "load_methods",
     "make_plan",
     "merge",
@@ -51,9 +56,13 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Cast": "models.views",
     "Checkpoint": "models.checkpoints",
+    "Decoded": "models.views",
     "Model": "tensors",
+    "Renamed": "models.views",
     "TensorInfo": "tensors",
+    "View": "models.views",
     "load_methods": "methods.loading",
     "make_plan": "engine",
     "merge": "engine",

@@ -287,6 +287,11 @@ def rounded(node: Node, info: TensorInfo) -> Node:
     return node if is_exact else Rounded(info, node)
 
 
+def unrounded(node: Node, info: TensorInfo) -> Node:
+    """The tensor for a file that stores it so: who writes it rounds it, and tells what is lost by that."""
+    return node.source if isinstance(node, Rounded) and node.info == info else node
+
+
 class Job:
     """One output tensor: its expression, the dtype it is computed in, and where its bytes go.
 

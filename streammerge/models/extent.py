@@ -8,6 +8,7 @@ from typing import Final
 
 from streammerge.errors import PlanError
 from streammerge.methods.registry import LinearMethod, Method
+from streammerge.models.views import beneath
 from streammerge.tensors import Model
 
 MAX_STEPS: Final = 4_000_000
@@ -65,7 +66,7 @@ def check_steps(steps: int) -> None:
 
 def extent_of(model: Model) -> Extent:
     """The extent of any model; what is no merge has but one part."""
-    own = getattr(model, "extent", None)
+    own = getattr(beneath(model), "extent", None)
     return own if isinstance(own, Extent) else Extent()
 
 

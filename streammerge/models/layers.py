@@ -18,6 +18,7 @@ from typing import Any, Final
 from streammerge.errors import CheckpointError
 from streammerge.formats.header_entries import MalformedHeaderError, no_duplicates
 from streammerge.formats.shards import is_index, is_model
+from streammerge.models.views import beneath
 
 MAX_CONFIG: Final = 4 * 2**20
 """The longest config.json, in bytes, that is read: those of image classifiers name tens of thousands of labels."""
@@ -142,5 +143,5 @@ def layers_of(model: Any) -> Layers:  # noqa: ANN401  (any model: whether it has
     own = getattr(model, "layers", None)
     if isinstance(own, Layers):
         return own
-    path = getattr(model, "path", None)
+    path = getattr(beneath(model), "path", None)
     return Layers.of(model.tensors, config_beside(Path(path)) if isinstance(path, str | os.PathLike) else None)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from streammerge.compute.expressions import External, ModelStatistics, Node, stored_leaves
+from streammerge.compute.expressions import ModelStatistics, Node, stored_leaves, unrounded
 from streammerge.formats.files import ByteFile
 from streammerge.formats.tables import Column
 from streammerge.models.decisions import Decision, Decisions, Expressions
 from streammerge.models.extent import Extent
 from streammerge.models.layers import Layers, layers_of
 from streammerge.models.presence import Names
+from streammerge.models.views import beneath, node_of
 from streammerge.tensors import Model, TensorInfo
 
 if TYPE_CHECKING:
@@ -45,6 +47,11 @@ class Merged:
         """The layers that a gradient goes over: the layout's."""
         return layers_of(self.layout) if self.layout is not None else Layers.of(self.tensors)
 
+    @property
+    def path(self) -> Path | None:
+        """Where the layout lies, which a config.json may lie beside."""
+        return getattr(beneath(self.layout), "path", None) if self.layout is not None else None
+
     @functools.cached_property
     def tensors(self) -> Column[TensorInfo]:
         """The output's tensors, in the layout's order."""
@@ -66,23 +73,18 @@ class Merged:
         return read_merged(self.nodes[name], self.tensors[name].dtype, start, stop, self._measured)
 
 
-def node_of(model: Model, name: str) -> Node:
-    """The expression for a model's tensor; a model that is none of ours can only be asked to read itself."""
-    own = getattr(model, "node", None)
-    if own is None:
-        return External(model.tensors[name], model, name)
-    found: Node = own(name)
-    return found
-
-
 def as_merged(model: Model) -> Merged:
-    """Any model as a merge: its tensors as they are."""
+    """Any model as a merge: its tensors as they are, and what is told of the merge that it is a view of."""
     if isinstance(model, Merged):
         return model
-    tensors = model.tensors
-    return Merged(
-        Decisions(tensors, lambda name: Decision(name, "copied", "from the model", tensors[name], node_of(model, name)))
-    )
+    tensors, inner = model.tensors, beneath(model)
+
+    def copied(name: str) -> Decision:
+        info = tensors[name]
+        return Decision(name, "copied", "from the model", info, unrounded(node_of(model, name), info))
+
+    made = Decisions(tensors, copied)
+    return replace(inner, decisions=made) if isinstance(inner, Merged) else Merged(made)
 
 
 def files_of(merged: Merged) -> list[ByteFile]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Container, Iterable, Mapping
 
 from streammerge.models.quantised import CodedModels
+from streammerge.models.views import beneath
 from streammerge.tensors import Model
 
 Names = Mapping[str, tuple[str, ...]]
@@ -33,7 +34,9 @@ def names_lacking(models: Mapping[str, Model], layout: Iterable[str], coded: Cod
 def with_inner(own: Names, models: Mapping[str, Model], which: str) -> Names:
     """The names, and those (`left_out`, `lacking`) that models tell of their own inputs, as `inner/model`."""
     inner = {
-        f"{name}/{below}": names for name, model in models.items() for below, names in getattr(model, which, {}).items()
+        f"{name}/{below}": names
+        for name, model in models.items()
+        for below, names in getattr(beneath(model), which, {}).items()
     }
     return {**own, **inner}
 

@@ -71,7 +71,7 @@ class CodedModels:
     def of(cls, models: Mapping[str, Model], layout: str) -> CodedModels:
         """Look at every model's names."""
         weights = found_in_all({name: model.tensors for name, model in models.items()})
-        return cls(weights, companions_of(weights[layout]), _marks(models[layout].tensors))
+        return cls(weights, companions_of(weights[layout]), marks_of(models[layout].tensors))
 
     def is_beside(self, name: str) -> bool:
         """Whether a tensor of the layout belongs to codes."""
@@ -92,7 +92,7 @@ class CodedModels:
 
     def accounted(self, model: str, tensors: Mapping[str, TensorInfo]) -> set[str]:
         """The model's tensors that are not left out where the layout does not have them: they were decoded with."""
-        return {*companions_of(self.weights[model]), *_marks(tensors)}
+        return {*companions_of(self.weights[model]), *marks_of(tensors)}
 
 
 def found_in_all(models: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, Mapping[str, Quantised]]:
@@ -124,7 +124,7 @@ def _companions(quantised: Mapping[str, Quantised]) -> Iterator[tuple[str, str]]
             yield name, weight.codes
 
 
-def _marks(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
+def marks_of(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
     """The marks of scaled weights among the tensors, each with how the names of these weights start."""
     return {
         name: split_name(name)[0] for name in tensors if name.endswith(FP8_MARK) and split_name(name)[1] == FP8_MARK

@@ -1,80 +1,178 @@
-"""Tensors of unequal shapes, made equal as a policy allows: padded, cut, or merged where they overlap."""
+"""Models seen otherwise: decoded, cast, renamed. A view has a model's tensors in another form, and reads them from it.
+
+To add one, write a class that says which `tensors` there are and what expression (`node`) each of them is: everything
+else, reading and nesting and merging, follows from these two. Only headers are needed to make one.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING
 
-from streammerge.compute.expressions import Node, Viewed
-from streammerge.tensors import DType, TensorInfo, contiguous_strides
+from streammerge.compute.expressions import External, ModelStatistics, Node, rounded
+from streammerge.errors import PlanError, count, plural
+from streammerge.formats.tables import Column, Names
+from streammerge.models.codes import Quantised, find_quantised
+from streammerge.models.dtypes import parse_dtype, stored_as
+from streammerge.models.quantised import DECODED, decoded, marks_of
+from streammerge.tensors import Model, TensorInfo, described
 
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Fitting:
-    """Models' tensors in one shape: the layout's, or a corner of it. `why` says what was done to whose."""
-
-    nodes: tuple[Node, ...]
-    shape: Shape
-    why: str = ""
+if TYPE_CHECKING:
+    import torch
 
 
-def fit(nodes: Mapping[str, Node], info: TensorInfo, policy: str) -> Fitting | None:
-    """The models' tensors in one shape, given the layout's; None where the policy doesn't allow it."""
-    layout = info.shape
-    if all(node.info.shape == layout for node in nodes.values()):
-        return Fitting(tuple(nodes.values()), layout)
-    shape = common_shape([node.info.shape for node in nodes.values()], layout, policy)
-    if shape is None or (shape != layout and are_mixed(nodes, info)):
-        return None
-    fitted = tuple(reshaped(node, shape) for node in nodes.values())
-    done = {name: node.info.shape for name, node in nodes.items() if node.info.shape != shape}
-    if shape != layout:
-        return Fitting(fitted, shape, f", where they overlap: {list(shape)} of {list(layout)}")
-    return Fitting(fitted, shape, f", {' and '.join(done)} {_DONE[policy]}" if done else "")
+def node_of(model: Model, name: str) -> Node:
+    """The expression for a model's tensor; a model that is none of ours can only be asked to read itself."""
+    own = getattr(model, "node", None)
+    if own is None:
+        return External(model.tensors[name], model, name)
+    found: Node = own(name)
+    return found
 
 
-_DONE: Final = {"pad": "padded with zeros", "slice": "cut", "overlap": "cut"}
-"""What a policy does to tensors that come out in the layout's shape."""
+class View:
+    """A model made of another `model`: what it has are `tensors`, and a `node` for each."""
+
+    model: Model
+
+    @functools.cached_property
+    def values(self) -> Decoded:
+        """What the model's tensors stand for, if some are codes: who takes codes for numbers, or takes them without
+        what belongs to them, takes nonsense."""
+        return self.model if isinstance(self.model, Decoded) else Decoded(self.model)
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The names and descriptions of what is seen."""
+        raise NotImplementedError
+
+    def node(self, name: str) -> Node:
+        """The tensor as an expression over the model's."""
+        raise NotImplementedError
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the flattened tensor, as they are seen."""
+        from streammerge.compute.reading import read_merged
+
+        return read_merged(self.node(name), self.tensors[name].dtype, start, stop, self._measured)
+
+    @functools.cached_property
+    def _measured(self) -> ModelStatistics:
+        """What reading has measured of whole models."""
+        return {}
 
 
-def common_shape(shapes: Iterable[Shape], layout: Shape, policy: str) -> Shape | None:
-    """The shape in which tensors of these shapes are merged; None where the policy doesn't allow them to be.
+@dataclass(frozen=True, eq=False)
+class Decoded(View):
+    """A model's values: weights that are stored as codes and a scale are multiplied, and the scales left out.
 
-    With `overlap` it is what all of them and the layout have, from the first element of every dimension on.
+    Codes that can't be decoded stay what they are, and so does what belongs to them. The model's quantised weights are
+    looked for unless they are `known`.
     """
-    others = [shape for shape in shapes if shape != layout]
-    if not others:
-        return layout
-    if policy not in _DONE or any(len(shape) != len(layout) for shape in others):
-        return None
-    least = tuple(map(min, layout, *others))
-    if policy == "overlap":
-        return least if math.prod(least) or least == layout else None
-    most = tuple(map(max, layout, *others))
-    return layout if layout == (most if policy == "pad" else least) else None
+
+    model: Model
+    known: Mapping[str, Quantised] | None = None
+
+    @functools.cached_property
+    def weights(self) -> Mapping[str, Quantised]:
+        """The model's quantised weights, decoded or not."""
+        return find_quantised(self.model.tensors) if self.known is None else self.known
+
+    @functools.cached_property
+    def left(self) -> frozenset[str]:
+        """The codes that can't be decoded, and what belongs to them: no values, and not to be touched."""
+        found = (weight for weight in self.weights.values() if not weight.is_readable)
+        return frozenset(name for weight in found for name in (weight.codes, *weight.companions))
+
+    @functools.cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The model's tensors, but for the scales."""
+        beside = {name for weight in self.weights.values() for name in weight.companions} - self.left
+        marks = marks_of(self.model.tensors).items()
+        beside |= {mark for mark, prefix in marks if not any(name.startswith(prefix) for name in self.left)}
+        return seen(self.model.tensors, self._seen, beside) if self.weights or beside else self.model.tensors
+
+    def _seen(self, name: str, info: TensorInfo) -> TensorInfo:
+        return described(DECODED, info.shape) if name in self.weights and name not in self.left else info
+
+    def has_values(self, name: str) -> bool:
+        """Whether arithmetic on the tensor means anything."""
+        weight = self.weights.get(name)
+        return weight.is_readable if weight else self.model.tensors[name].dtype.mergeable
+
+    def node(self, name: str) -> Node:
+        """The tensor, decoded if it is stored as codes."""
+        weight = self.weights.get(name)
+        if weight is None or not weight.is_readable:
+            return node_of(self.model, name)
+        return decoded(weight, functools.partial(node_of, self.model))
 
 
-def are_mixed(nodes: Mapping[str, Node], layout: TensorInfo) -> bool:
-    """Whether the tensors have elements of other kinds than the layout's, so that no tensor can hold both."""
-    dtypes = {layout.dtype, *(node.info.dtype for node in nodes.values())}
-    return len(dtypes) > 1 and not all(dtype.mergeable for dtype in dtypes)
+@dataclass(frozen=True, eq=False)
+class Cast(View):
+    """A model's values as a file of another dtype would hold them; what is not floating point stays what it is."""
+
+    model: Model
+    dtype: str
+
+    def __post_init__(self) -> None:
+        parse_dtype(self.dtype, "Cast")
+
+    @functools.cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The values' tensors, in this dtype."""
+        values, dtype = self.values, parse_dtype(self.dtype, "Cast")
+        return seen(values.tensors, lambda name, info: info if name in values.left else stored_as(info, dtype))
+
+    def node(self, name: str) -> Node:
+        """The tensor, rounded."""
+        return rounded(self.values.node(name), self.tensors[name])
 
 
-def reshaped(node: Node, shape: Shape) -> Node:
-    """The tensor with its ends cut off, and zeros added, until it has the shape."""
-    own = node.info.shape
-    if own == shape:
-        return node
-    return Viewed(TensorInfo(node.info.dtype, shape), node, 0, contiguous_strides(own), tuple(map(min, own, shape)))
+@dataclass(frozen=True, eq=False)
+class Renamed(View):
+    """Those of a model's values that are named, under new names: `names` has what the model calls each of them.
+
+    A name for what only belongs to codes, as scales do, names nothing: the values are there without.
+    """
+
+    model: Model
+    names: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        missing = [old for old in self.names.values() if old not in self.model.tensors]
+        coded = [old for old in self.names.values() if old in self.values.left]
+        for found, why in ((missing, "not in the model"), (coded, "quantised in a way that streammerge can't decode")):
+            if found:
+                told = f"{count(found, 'tensor')} to be renamed {plural(found, 'is', 'are')} {why}"
+                raise PlanError(told, found=found)
+
+    @functools.cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The new names, in their order, and what the model's tensors are."""
+        own = self.values.tensors
+        named = {new: own[old] for new, old in self.names.items() if old in own}
+        return Column(Names.of(named), list(named.values()))
+
+    def node(self, name: str) -> Node:
+        """The model's tensor."""
+        return self.values.node(self.names[name])
 
 
-def placed(node: Node, around: Node, dtype: DType) -> Node:
-    """The tensor in the corner of a larger one, of which the rest is left; itself if there is no rest."""
-    shape, own = around.info.shape, node.info.shape
-    if own == shape:
-        return node
-    return Viewed(TensorInfo(dtype, shape), node, 0, contiguous_strides(own), own, around)
+def seen(
+    tensors: Mapping[str, TensorInfo],
+    see: Callable[[str, TensorInfo], TensorInfo],
+    without: frozenset[str] | set[str] = frozenset(),
+) -> Column[TensorInfo]:
+    """The tensors as they are seen, some of them left out, in little memory."""
+    kept = [(name, see(name, info)) for name, info in tensors.items() if name not in without]
+    return Column(Names.of(name for name, _ in kept), [info for _, info in kept])
+
+
+def beneath(model: Model) -> Model:
+    """The model under all views of it, which alone knows its files, its inputs and how it is nested."""
+    while isinstance(model, View):
+        model = model.model
+    return model

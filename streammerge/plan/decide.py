@@ -6,22 +6,22 @@ import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from streammerge.compute.application import apply_method, measured_with
-from streammerge.compute.costs import needs_statistics
-from streammerge.compute.expressions import ByBlock, Node, Together, is_measured_of_model, walk
-from streammerge.errors import PlanError
+from streammerge.compute.application import apply_method
+from streammerge.compute.expressions import Node
 from streammerge.methods import find_method
-from streammerge.methods.contract import ParameterValue
 from streammerge.methods.place import Within
 from streammerge.methods.registry import Method
 from streammerge.models.adapters import refuse_adapters
 from streammerge.models.codes import Quantised, may_be_weights
 from streammerge.models.decisions import Decision, Decisions
+from streammerge.models.dtypes import stored_as
 from streammerge.models.extent import Extent
-from streammerge.models.merged import Merged, node_of
+from streammerge.models.merged import Merged
 from streammerge.models.presence import Names, names_beside, names_lacking, names_outside, with_inner
-from streammerge.models.quantised import DECODED, CodedModels, decoded, kept_bytes
-from streammerge.models.views import Fitting, fit, placed
+from streammerge.models.quantised import DECODED, CodedModels, kept_bytes
+from streammerge.models.shapes import Fitting, fit, placed
+from streammerge.models.views import Decoded, beneath, node_of
+from streammerge.plan.ensemble import Ensemble
 from streammerge.plan.globs import RuleIndex
 from streammerge.plan.problems import Misshapen, Problems, Unshared
 from streammerge.plan.tuning import Tuning
@@ -47,8 +47,7 @@ class _Resolution:
     within: Within = ()
     problems: Problems = field(default_factory=Problems)
     codes_of: dict[str, str] = field(default_factory=dict)
-    together: dict[tuple[ParameterValue, ...], Together] = field(default_factory=dict)
-    members: dict[str, ByBlock] = field(default_factory=dict)
+    ensemble: Ensemble = field(default_factory=Ensemble)
     is_reported: bool = False
 
     def __post_init__(self) -> None:
@@ -66,6 +65,7 @@ class _Resolution:
         self.extent = Extent.of_merge(self.method, len(self.layout.tensors), inputs)
         self.coded = CodedModels.of(self.models, self.layout_name)
         self.is_coded = any(self.coded.weights.values())
+        self.values = {name: Decoded(model, self.coded.weights[name]) for name, model in self.models.items()}
         self.rules, self.tuning = RuleIndex(recipe.rules), Tuning(recipe, self.layout)
 
     def resolve(self) -> Merged:
@@ -73,10 +73,11 @@ class _Resolution:
         weights = [name for name in layout if not coded.is_beside(name)]
         decisions = Decisions(layout, self._decision, (name for name in layout if coded.is_beside(name)))
         left_out = self._look_outside(names_outside(self.models, layout.keys(), coded))
-        self._report_problems(sum(fate.tensors for fate in decisions.fates if fate.action == "merged"))
+        merged = sum(fate.tensors for fate in decisions.fates if fate.action == "merged")
+        self.problems.report(self.recipe, self._compared, self.rules.unused, merged=merged)
         self.is_reported = True
         lacking = names_lacking(self.models, weights, coded)
-        inner = sum(model.kept_bytes for model in self.models.values() if isinstance(model, Merged))
+        inner = sum(model.kept_bytes for model in self._nested.values())
         return Merged(
             decisions,
             with_inner(left_out, self.models, "left_out"),
@@ -88,9 +89,14 @@ class _Resolution:
         )
 
     def _nested_remarks(self) -> Iterator[str]:
-        for name, model in self.models.items():
-            if isinstance(model, Merged):
-                yield from (f"{name}: {remark}" for remark in model.remarks)
+        for name, model in self._nested.items():
+            yield from (f"{name}: {remark}" for remark in model.remarks)
+
+    @functools.cached_property
+    def _nested(self) -> dict[str, Merged]:
+        """The inputs that are merges themselves, seen otherwise or not."""
+        found = {name: beneath(model) for name, model in self.models.items()}
+        return {name: model for name, model in found.items() if isinstance(model, Merged)}
 
     def _decision(self, name: str) -> Decision:
         """What becomes of a tensor. It is the same when this is asked again, when problems are no news any more."""
@@ -180,13 +186,6 @@ class _Resolution:
         """The layout, if it has to keep a mark of scaled weights: some whose names start so are copied as codes."""
         return self.layout_name if any(codes.startswith(prefix) for codes in self.codes_of) else None
 
-    def _weight(self, model: str, name: str) -> Node:
-        """The model's tensor, decoded if it is stored as codes."""
-        weight = self.coded.find(model, name)
-        if weight is None:
-            return node_of(self.models[model], name)
-        return decoded(weight, lambda part: node_of(self.models[model], part))
-
     def _copy(self, name: str, model: str, why: str, dtype: DType | None) -> Decision:
         node, quantised = node_of(self.models[model], name), self.coded.find(model, name)
         if quantised is not None:
@@ -196,7 +195,7 @@ class _Resolution:
             elif not quantised.is_readable:
                 return self._refuse(name, {model: quantised}, self.problems.uncopied)
             else:
-                node, why = self._weight(model, name), f"{why}, decoded"
+                node, why = self.values[model].node(name), f"{why}, decoded"
         info = stored_as(node.info, dtype)
         cast = "" if info == node.info else f", stored as {info.dtype}"
         return Decision(name, "copied", f"from {model}: {why}{cast}", info, node)
@@ -208,11 +207,11 @@ class _Resolution:
             return self._copy(name, rule.model, f"taken by rule {rule}", dtype)
         if unreadable := self.coded.unreadable([rule.model, self.layout_name], name):
             return self._refuse(name, unreadable, self.problems.uncopied)
-        taken = self._weight(rule.model, name)
+        taken = self.values[rule.model].node(name)
         fitting = self._fit(name, {rule.model: taken}, taken=True)
         if fitting is None:
             return self._keep_shape(name, dtype)
-        node = self._placed(name, fitting.nodes[0], taken.info.dtype)
+        node = self._placed(name, fitting.nodes[rule.model], taken.info.dtype)
         return Decision(
             name, "copied", f"from {rule.model}: taken by rule {rule}{fitting.why}", stored_as(node.info, dtype), node
         )
@@ -232,7 +231,7 @@ class _Resolution:
         lacking = [model for model in self.input_names if name not in self.models[model].tensors]
         if lacking:
             return self._without(name, lacking, dtype)
-        inputs = {model: self._weight(model, name) for model in self.input_names}
+        inputs = {model: self.values[model].node(name) for model in self.input_names}
         if not all(node.info.dtype.mergeable for node in inputs.values()):
             kinds = ", ".join(f"{model} {node.info.dtype}" for model, node in inputs.items())
             self.problems.unmergeable.append(f"{name}   {kinds}")
@@ -243,38 +242,19 @@ class _Resolution:
         own = DECODED if self.coded.find(self.layout_name, name) else info.dtype
         output = stored_as(TensorInfo(own, fitting.shape), dtype)
         parameters, seed = self.tuning.values(name, rule), self.recipe.seed or 0
-        fitted = dict(zip(inputs, fitting.nodes, strict=True))  # a model may be given twice: as the base, too
-        nodes = [fitted[model] for model in self.input_names]
+        nodes = [fitting.nodes[model] for model in self.input_names]  # one may be given twice: as the base, too
         node = apply_method(self.method, output, parameters, nodes, name, seed, self.within)
-        if is_measured_of_model(node):
-            node = self._with_others(node)
-        node, why = self._placed(name, node, output.dtype), f"{self.method.name}{fitting.why}"
+        node, why = self._placed(name, self.ensemble.joined(node), output.dtype), f"{self.method.name}{fitting.why}"
         return Decision(name, "merged", why, node.info, node, parameters, self.tuning.block(name, rule))
 
     def _placed(self, name: str, node: Node, dtype: DType) -> Node:
         """The tensor in the layout's shape: what it doesn't reach is the layout's."""
         if node.info.shape == self.layout.tensors[name].shape:
             return node
-        return placed(node, self._weight(self.layout_name, name), dtype)
+        return placed(node, self.values[self.layout_name].node(name), dtype)
 
     def _keep_shape(self, name: str, dtype: DType | None) -> Decision:
         return self._copy(name, self.layout_name, f"kept for its shape {list(self.layout.tensors[name].shape)}", dtype)
-
-    def _with_others(self, node: ByBlock) -> ByBlock:
-        """The node, among those of the whole model with which it shares its statistics."""
-        method = node.method
-        assert method.statistics is not None
-        if node.name in self.members:
-            return self.members[node.name]
-        if any(needs_statistics(part) for child in node.inputs for part in walk(child)):
-            raise PlanError(
-                f"method {method.name!r} measures the whole model at once, and one of its inputs is a merge that has "
-                "to be measured itself",
-                advice="Write that merge to a file first, or measure each tensor alone (scope: tensor).",
-            )
-        key = tuple(node.parameters[name] for name in method.statistics.of)
-        member = self.members[node.name] = measured_with(self.together.setdefault(key, Together()), node)
-        return member
 
     def _fit(self, name: str, nodes: Mapping[str, Node], *, taken: bool = False) -> Fitting | None:
         """The models' tensors in one shape, as the recipe allows; None, and the problem noted, where not."""
@@ -283,11 +263,3 @@ class _Resolution:
         if fitting is None or fitting.why:
             self.problems.note_shape(Misshapen.of(name, self.layout_name, layout, nodes, taken=taken), policy)
         return fitting
-
-    def _report_problems(self, merged: int) -> None:
-        self.problems.report(self.recipe, self._compared, self.rules.unused, merged=merged)
-
-
-def stored_as(info: TensorInfo, dtype: DType | None) -> TensorInfo:
-    """The description with the asked-for dtype, if it is one and the elements are floating point."""
-    return TensorInfo(dtype, info.shape) if dtype and info.dtype.mergeable else info

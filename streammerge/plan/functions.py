@@ -11,11 +11,12 @@ from streammerge.errors import RecipeError
 from streammerge.methods import find_method
 from streammerge.methods.registry import Method
 from streammerge.models.checkpoints import open_model
+from streammerge.models.dtypes import parse_dtype
 from streammerge.models.merged import Merged
 from streammerge.plan.decide import merge_models
 from streammerge.recipe.parameters import parse_settings
 from streammerge.recipe.parse import Input, MissingPolicy, Recipe, Rule, ShapePolicy, check_recipe
-from streammerge.recipe.spellings import parse_dtype, parse_seed
+from streammerge.recipe.spellings import parse_seed
 from streammerge.tensors import Model
 
 ModelLike = Model | str | os.PathLike[str]

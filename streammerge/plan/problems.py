@@ -9,7 +9,7 @@ from typing import Final
 from streammerge.compute.expressions import Node
 from streammerge.errors import SHOWN, PlanError, count, listed, plural
 from streammerge.models.architecture import architecture_mismatch
-from streammerge.models.views import Shape, are_mixed, common_shape
+from streammerge.models.shapes import Shape, are_mixed, common_shape
 from streammerge.recipe.parse import Recipe
 from streammerge.tensors import TensorInfo
 

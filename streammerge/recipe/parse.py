@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from streammerge.errors import RecipeError, suggestion
+from streammerge.models.dtypes import parse_dtype
 from streammerge.models.extent import MAX_DEPTH
 from streammerge.recipe.parameters import parse_settings
 from streammerge.recipe.recipe import (
@@ -27,7 +28,7 @@ from streammerge.recipe.recipe import (
     ShapePolicy,
     check_recipe,
 )
-from streammerge.recipe.spellings import parse_dtype, parse_flag, parse_key, parse_name, parse_seed
+from streammerge.recipe.spellings import parse_flag, parse_key, parse_name, parse_seed
 
 __all__ = [
     "MISSING_POLICIES",

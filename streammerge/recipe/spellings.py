@@ -1,29 +1,10 @@
-"""What the keys of a recipe take: dtypes, seeds, flags and names, each in the spellings that are understood."""
+"""What the keys of a recipe take: seeds, flags and names, each in the spellings that are understood."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
-from streammerge.errors import RecipeError, suggestion
-from streammerge.tensors import DTYPES, DType
-
-STORED_DTYPES: Final[Mapping[str, DType | None]] = {
-    "keep": None,
-    **{
-        spelling: DTYPES[name]
-        for name, spellings in {
-            "F64": ("fp64", "float64"),
-            "F32": ("fp32", "float32"),
-            "F16": ("fp16", "float16"),
-            "BF16": ("bf16", "bfloat16"),
-            "F8_E4M3": ("fp8_e4m3", "float8_e4m3fn"),
-            "F8_E5M2": ("fp8_e5m2", "float8_e5m2"),
-        }.items()
-        for spelling in spellings
-    },
-}
-"""Every spelling of a dtype that options and recipes know; `keep` is the layout model's own."""
+from streammerge.errors import RecipeError
 
 
 def parse_seed(raw: Any, where: str) -> int | None:  # noqa: ANN401
@@ -31,17 +12,6 @@ def parse_seed(raw: Any, where: str) -> int | None:  # noqa: ANN401
     if raw is None or (isinstance(raw, int) and not isinstance(raw, bool)):
         return raw
     raise RecipeError(f"{where}: seed must be a whole number, found {raw!r}")
-
-
-def parse_dtype(raw: Any, where: str) -> DType | None:  # noqa: ANN401
-    """The stored dtype that is meant, None for `keep`."""
-    spelling = str(raw).removeprefix("torch.")
-    if spelling not in STORED_DTYPES:
-        raise RecipeError(
-            f"{where}: unknown dtype {raw!r}",
-            advice=f"{suggestion(spelling, list(STORED_DTYPES))}Known: {', '.join(STORED_DTYPES)}.",
-        )
-    return STORED_DTYPES[spelling]
 
 
 def parse_flag(raw: Any, where: str) -> bool:  # noqa: ANN401

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from streammerge.compute.devices import find_device, open_lanes
@@ -16,8 +15,7 @@ from streammerge.methods.statistics.gram import Gram, GramPass
 from streammerge.methods.statistics.passes import Pass
 from streammerge.models.adapters import adapter_text
 from streammerge.models.checkpoints import Checkpoint
-from streammerge.models.codes import Quantised, find_quantised
-from streammerge.models.quantised import decoded
+from streammerge.models.views import Decoded
 from streammerge.report import Progress, Watch
 from streammerge.tensors import DTYPES
 from streammerge.tools.comparison import Comparison, ShapeMismatch, Similarity
@@ -93,11 +91,11 @@ def compare_models(
     shared = [name for name in names_a if name in b.tensors]
     mismatched = [name for name in shared if a.tensors[name].shape != b.tensors[name].shape]
     alike = [name for name in shared if a.tensors[name].shape == b.tensors[name].shape]
-    readers = _Reader.of(a), _Reader.of(b)
-    comparable = [name for name in alike if all(reader.has_values(name) for reader in readers)]
+    values = Decoded(a), Decoded(b)
+    comparable = [name for name in alike if all(model.has_values(name) for model in values)]
     found: dict[str, Similarity] = {}
     progress = Progress(sum(a.tensors[name].nbytes + b.tensors[name].nbytes for name in comparable))
-    works = (_Comparing(name, [reader.node(name) for reader in readers], found, progress) for name in comparable)
+    works = (_Comparing(name, [model.node(name) for model in values], found, progress) for name in comparable)
     paths = [file.path for file in (*a.files, *b.files)]
     lanes = open_lanes(find_device(device), choose_io(io, paths), share_out(LANE_BYTES, threads))
     run(works, [TensorMaker(lane) for lane in lanes], lambda: watch(progress) if watch else None)
@@ -112,29 +110,6 @@ def compare_models(
         adapter_a=adapter_text(a.tensors),
         adapter_b=adapter_text(b.tensors),
     )
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """A model's tensors by their values: codes are decoded."""
-
-    model: Checkpoint
-    quantised: Mapping[str, Quantised]
-
-    @classmethod
-    def of(cls, model: Checkpoint) -> _Reader:
-        """Look at the model's names."""
-        return cls(model, find_quantised(model.tensors))
-
-    def has_values(self, name: str) -> bool:
-        """Whether the tensor has values that can be compared."""
-        weight = self.quantised.get(name)
-        return weight.is_readable if weight else self.model.tensors[name].dtype.mergeable
-
-    def node(self, name: str) -> Node:
-        """The tensor."""
-        weight = self.quantised.get(name)
-        return decoded(weight, self.model.node) if weight else self.model.node(name)
 
 
 class _Comparing(Work):

@@ -28,7 +28,7 @@ from streammerge.methods.registry import BlockMethod, Statistics
 from streammerge.methods.statistics.passes import Pass
 from streammerge.models.decisions import Decision, Decisions
 from streammerge.models.merged import Merged
-from streammerge.models.views import placed, reshaped
+from streammerge.models.shapes import placed, reshaped
 from streammerge.tensors import DTYPES, TensorInfo
 from tests.make.models import MemoryModel, normal, raw_bytes, store_tensors
 from tests.references import linear as references

@@ -34,7 +34,7 @@ from streammerge.formats.readers import PositionalReader
 from streammerge.methods import find_method
 from streammerge.methods.registry import net
 from streammerge.models.merged import Merged
-from streammerge.models.views import placed, reshaped
+from streammerge.models.shapes import placed, reshaped
 from streammerge.tensors import DTYPES, TensorInfo
 from tests.make.models import MemoryModel, normal, save_models, store_tensors
 

@@ -15,7 +15,7 @@ from streammerge.compute import gather as gathering
 from streammerge.compute.expressions import Stored, Viewed
 from streammerge.compute.gather import boxes, gather
 from streammerge.formats.files import ByteFile
-from streammerge.models.views import placed, reshaped
+from streammerge.models.shapes import placed, reshaped
 from streammerge.tensors import DTYPES, TensorInfo, contiguous_strides
 
 shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)

@@ -1,220 +1,282 @@
-"""Tensors of unequal shapes: which policies allow what, and what every kind of method makes of what they overlap in."""
+"""Models seen otherwise: decoded, cast, renamed, or as a class of a few lines wants it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import streammerge
-from streammerge.compute import costs
-from streammerge.compute import evaluate as compute
-from streammerge.compute.expressions import BLOCK
-from streammerge.errors import PlanError
-from streammerge.methods import METHODS
-from streammerge.models.views import common_shape, fit
-from streammerge.workers import windows as works
+from streammerge import Cast, Decoded, Renamed, View
+from streammerge.compute.expressions import Combined, Node, Stored
+from streammerge.errors import PlanError, RecipeError
+from streammerge.formats.tables import Column
+from streammerge.models.extent import extent_of
+from streammerge.models.layers import layers_of
+from streammerge.tensors import Model, TensorInfo
 from tests.make.headers import header, merged
-from tests.make.models import Tensors, assert_same_bytes, load_model, merge_to, normal, raw_bytes, save_model
-from tests.references.cases import ONE_CASE_EACH
-from tests.references.linear import Case
-
-CASES = {case.method: case for case in ONE_CASE_EACH}
-ONE_OF_A_KIND = ("linear", "slerp", "nuslerp", "ties", "della", "smooth_add", "cosine_a", "truncate_rank", "knots")
-
-Shapes = dict[str, list[tuple[int, ...]]]
-
-ORDERS = {"largest first": (0, 1, 2, 3), "smallest first": (3, 2, 1, 0), "no order": (2, 0, 3, 1)}
-"""How much of a tensor the models have whose shapes are to be unequal; the base is the last one of them."""
-
-SHAPES: Shapes = {
-    "layers.0.embed": [(12, 6), (11, 6), (9, 6), (8, 6)],
-    "layers.0.conv": [(4, 9, 3, 3), (4, 8, 3, 3), (4, 5, 3, 3), (4, 4, 3, 3)],
-    "layers.1.both": [(7, 5), (5, 7), (6, 6), (5, 5)],
-    "layers.1.bias": [(9,), (8,), (7,), (6,)],
-    "layers.2.equal": [(5, 4)] * 4,
-}
-"""The shapes of four models; what all have is what the last one has."""
-
-
-def models_of(shapes: Shapes, order: tuple[int, ...], dtype: torch.dtype) -> list[Tensors]:
-    return [
-        {name: normal(sizes[place], 31 * place + number, dtype) for number, (name, sizes) in enumerate(shapes.items())}
-        for place in order
-    ]
-
-
-def corner(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    return tensor[tuple(map(slice, shape))].clone()
-
-
-def overlaps(models: list[Tensors]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(map(min, zip(*(model[name].shape for model in models), strict=True))) for name in models[0]}
-
-
-def check_overlap(tmp_path: Any, case: Case, models: list[Tensors], layout: int, **options: Any) -> None:
-    """What lies inside is what the models cut to the overlap give, and the rest the layout's."""
-    used = models[: case.models + 1] if case.base else models[1 : case.models + 1]
-    boxes = overlaps(used)
-    cut = [{name: corner(tensor, boxes[name]) for name, tensor in model.items()} for model in used]
-    cut = cut if case.base else [models[0], *cut]
-    both = []
-    for kind, tensors in (("whole", models), ("cut", cut)):
-        paths = [save_model(tmp_path / f"{kind}{number}.safetensors", model) for number, model in enumerate(tensors)]
-        merge = case.merge(paths, layout=layout, on_shape_mismatch="overlap")
-        both.append(merge_to(tmp_path / f"{kind}.safetensors", merge, **options))
-    made, inside = both
-    around = models[1 + layout]
-    assert {name: tensor.shape for name, tensor in made.items()} == {n: tensor.shape for n, tensor in around.items()}
-    assert_same_bytes({name: corner(tensor, boxes[name]) for name, tensor in made.items()}, inside)
-    for name, tensor in made.items():
-        outside = torch.ones(tensor.shape, dtype=torch.bool)
-        outside[tuple(map(slice, boxes[name]))] = False
-        assert raw_bytes(tensor[outside]) == raw_bytes(around[name][outside])
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_merges_what_all_models_have_and_leaves_the_rest(tmp_path, method):
-    check_overlap(tmp_path, CASES[method], models_of(SHAPES, (1, 0, 2, 3), torch.float16), 0)
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("method", ONE_OF_A_KIND)
-def test_the_order_of_the_models_decides_only_whose_rest_is_left(tmp_path, method, order):
-    models = models_of(SHAPES, ORDERS[order], torch.bfloat16)
-    for layout in range(CASES[method].models):
-        check_overlap(tmp_path, CASES[method], models, layout)
-
-
-@pytest.mark.parametrize("method", ONE_OF_A_KIND)
-def test_overlaps_of_many_blocks_are_streamed(tmp_path, monkeypatch, method):
-    for module in (compute, works):
-        monkeypatch.setattr(module, "BLOCK", 64)
-    monkeypatch.setattr(costs, "PIECE", 32)
-    shapes: Shapes = {"w": [(41, 23), (37, 29), (40, 19), (33, 31)], "x": [(150,), (140,), (130,), (129,)]}
-    check_overlap(tmp_path, CASES[method], models_of(shapes, (0, 1, 2, 3), torch.float32), 0, threads=3)
-
-
-@pytest.mark.parametrize("method", ["linear", "ties"])
-def test_an_overlap_of_more_than_a_block_is_right(tmp_path, method):
-    shapes: Shapes = {"w": [(700, 513), (701, 512), (650, 514), (600, 520)]}
-    assert BLOCK < 600 * 512
-    check_overlap(tmp_path, CASES[method], models_of(shapes, (0, 1, 2, 3), torch.float16), 0)
-
-
-def test_the_inpainting_models_other_channels_stay(tmp_path):
-    """A + (B − C) with a convolution of 9 channels in A and 4 in B and C, and the same of a weighted sum."""
-    a, b, c = (normal((6, channels, 3, 3), seed) for seed, channels in enumerate((9, 4, 4)))
-    paths = [save_model(tmp_path / f"{n}.safetensors", {"w": x, "y": torch.ones(2)}) for n, x in enumerate((a, b, c))]
-    merge = streammerge.add_difference(paths[0], paths[1], base=paths[2], on_shape_mismatch="overlap")
-    made = merge_to(tmp_path / "out.safetensors", merge)["w"]
-    assert torch.allclose(made[:, :4], a[:, :4] + (b - c), rtol=0, atol=1e-6)
-    assert torch.equal(made[:, 4:], a[:, 4:])
-    half = merge_to(tmp_path / "out.safetensors", streammerge.linear(*paths[:2], on_shape_mismatch="overlap"))["w"]
-    assert torch.allclose(half[:, :4], (a[:, :4] + b) / 2, rtol=0, atol=1e-6)
-    assert torch.equal(half[:, 4:], a[:, 4:])
-    padded = merge_to(tmp_path / "out.safetensors", streammerge.linear(*paths[:2], on_shape_mismatch="pad"))["w"]
-    assert torch.equal(padded[:, 4:], a[:, 4:] / 2)
-
-
-@pytest.mark.parametrize("layout", [0, 1])
-def test_quantised_tensors_are_decoded_where_they_overlap(tmp_path, layout):
-    codes = torch.randint(-8, 8, (6, 4)).float()
-    small = torch.randint(-8, 8, (5, 4)).float()
-    coded = {"x.weight": codes.to(torch.float8_e4m3fn), "x.scale_weight": torch.tensor(0.25)}
-    paths = [
-        save_model(tmp_path / "coded.safetensors", coded),
-        save_model(tmp_path / "plain.safetensors", {"x.weight": small.half()}),
-    ]
-    merge = streammerge.linear(*paths, layout=layout, on_shape_mismatch="overlap", dtype="fp32")
-    made = merge_to(tmp_path / "out.safetensors", merge)["x.weight"]
-    assert torch.equal(made[:5], (codes[:5] / 4 + small) / 2)
-    assert torch.equal(made[5:], codes[5:] / 4 if layout == 0 else made[5:])
-    assert len(made) == (6, 5)[layout]
-
-
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "keep"])
-def test_what_is_taken_is_put_into_the_layouts(tmp_path, dtype):
-    a, b = normal((6, 4), 1, torch.float16), normal((5, 3), 2, torch.float16)
-    paths = [save_model(tmp_path / f"{n}.safetensors", {"x": x, "y": torch.ones(2)}) for n, x in enumerate((a, b))]
-    rules = [streammerge.recipe.parse.Rule(("x",), "take", "1")]
-    merge = streammerge.linear(*paths, on_shape_mismatch="overlap", rules=rules, dtype=dtype)
-    made = merge_to(tmp_path / "out.safetensors", merge)["x"]
-    expected = a.clone()
-    expected[:5, :3] = b
-    assert torch.equal(made, expected.to(made.dtype))
-    assert made.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16, "keep": torch.float16}[dtype]
-
-
-def test_integers_and_numbers_are_not_put_together():
-    models = {"a": header(x=(6,), y=(1,)), "b": header(x="I64 5", y=(1,)), "c": header(x="I64 6", y=(1,))}
-    rules = [{"match": "x", "take": "b"}]
-    for policy in ("error", "overlap"):
-        with pytest.raises(PlanError, match="1 tensor differs in shape") as error:
-            merged(models, on_shape_mismatch=policy, rules=rules)
-        assert "overlap" not in error.value.advice
-    made = merged(models, layout="c", on_shape_mismatch="overlap", rules=rules)
-    assert [str(info) for info in made.tensors.values()] == ["I64 [6]", "F16 [1]"]
-
-
-# ── which policy allows what ─────────────────────────────────────────────────────────────────────────────────────────
-
-sizes = st.integers(0, 4)
-shapes = st.lists(sizes, max_size=3).map(tuple)
-
-
-@given(st.lists(shapes, min_size=1, max_size=3), shapes, st.sampled_from(["error", "keep", "pad", "slice", "overlap"]))
-def test_the_common_shape_is_the_layouts_or_what_all_have(models, layout, policy):
-    found = common_shape(models, layout, policy)
-    if all(shape == layout for shape in models):
-        assert found == layout
-    elif found is None:
-        ranks = {len(shape) for shape in (*models, layout)}
-        smaller = any(a < b for shape in models for a, b in zip(shape, layout, strict=False))
-        larger = any(a > b for shape in models for a, b in zip(shape, layout, strict=False))
-        empty = any(0 in shape for shape in (*models, layout))
-        refused = {"pad": larger, "slice": smaller, "overlap": empty}
-        assert len(ranks) > 1 or refused.get(policy, True)
-    else:
-        assert policy in ("pad", "slice", "overlap")
-        assert found == (layout if policy != "overlap" else tuple(map(min, layout, *models)))
-
-
-def test_what_fits_stays_as_it_is():
-    node = header(x=(2, 3)).node("x")
-    for policy in ("error", "keep", "pad", "slice", "overlap"):
-        fitting = fit({"a": node}, node.info, policy)
-        assert fitting is not None
-        assert fitting.nodes == (node,)
-        assert fitting.why == ""
-    other = header(x=(3, 3)).tensors["x"]
-    assert fit({"a": node}, other, "error") is None
-    assert fit({"a": node}, other, "keep") is None
-
-
-@pytest.mark.parametrize(
-    ("policy", "layout", "why"),
-    [
-        ("pad", (4, 3), "linear, b and c padded with zeros"),
-        ("slice", (1, 3), "linear, b and c cut"),
-        ("overlap", (1, 3), "linear, b and c cut"),
-        ("overlap", (4, 2), "linear, where they overlap: [2, 2] of [4, 2]"),
-    ],
+from tests.make.models import (
+    MemoryModel,
+    Tensors,
+    assert_same_bytes,
+    load_model,
+    make_tensors,
+    merge_to,
+    normal,
+    save_model,
 )
-def test_the_reason_says_what_was_done_to_whose(policy, layout, why):
-    made = merged({"a": header(x=layout), "b": header(x=(2, 3)), "c": header(x=(2, 3))}, on_shape_mismatch=policy)
-    assert [decision.why for decision in made.decisions] == [why]
+from tests.models.scaled_weights import FP8
+
+SHAPES = {"layers.0.weight": (6, 4), "layers.0.bias": (6,), "layers.1.weight": (3, 2)}
+CODED = {
+    "x.weight": (normal((6, 4), 1) * 50).to(FP8),
+    "x.weight_scale": torch.tensor(0.25),
+    "x.bias": normal((6,), 2, torch.float16),
+    "scaled_fp8": torch.zeros(0, dtype=FP8),
+}
+"""A weight with a scale, and the mark of such."""
+
+PACKED = {"y.weight": "U8 12 1", "y.weight.absmax": "F32 3", "y.weight.quant_map": "F32 16"}
+"""A weight that can't be decoded."""
 
 
-def test_an_overlap_reaches_the_files_through_a_nested_merge(tmp_path):
-    a, b = normal((6, 4), 1), normal((5, 4), 2)
-    paths = [save_model(tmp_path / f"{n}.safetensors", {"x": x, "y": torch.ones(2)}) for n, x in enumerate((a, b))]
-    inner = streammerge.linear(*paths, on_shape_mismatch="overlap")
-    outer = streammerge.scale(inner, alpha=2.0)
-    streammerge.merge(outer, output=tmp_path / "out.safetensors", sync=False)
-    made = load_model(tmp_path / "out.safetensors")["x"]
-    assert torch.allclose(made[:5], a[:5] + b, rtol=0, atol=1e-6)
-    assert torch.equal(made[5:], 2 * a[5:])
+def plain(seed: int, dtype: torch.dtype = torch.float32) -> Tensors:
+    return {**make_tensors(seed, dtype, SHAPES), "ids": torch.arange(3)}
+
+
+def save(folder: Path, tensors: Mapping[str, torch.Tensor], name: str = "a") -> Path:
+    return save_model(folder / f"{name}.safetensors", tensors)
+
+
+def told(model: Model) -> dict[str, str]:
+    return {name: str(info) for name, info in model.tensors.items()}
+
+
+def written(folder: Path, model: Model) -> Tensors:
+    return merge_to(folder / "out.safetensors", model)
+
+
+def whole(model: Model, name: str) -> torch.Tensor:
+    info = model.tensors[name]
+    return model.read(name, 0, info.elements).reshape(info.shape)
+
+
+# ── decoded ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_decoded_model_has_values_and_no_scales(tmp_path):
+    with streammerge.open_model(save(tmp_path, CODED)) as model:
+        view = Decoded(model)
+        assert told(view) == {"x.weight": "BF16 [6, 4]", "x.bias": "F16 [6]"}
+        values = (CODED["x.weight"].float() * 0.25).bfloat16()
+        assert torch.equal(whole(view, "x.weight"), values)
+        assert_same_bytes(written(tmp_path, view), {"x.weight": values, "x.bias": CODED["x.bias"]})
+
+
+def test_codes_that_can_not_be_decoded_stay_with_what_belongs_to_them():
+    model = header(**{name.replace(".", "__"): shape for name, shape in PACKED.items()}, scaled_fp8="F8_E4M3 0")
+    view = Decoded(model)
+    assert dict(view.tensors) == dict(model.tensors)
+    assert view.node("y.weight") is model.node("y.weight")
+    assert not view.has_values("y.weight")
+
+
+def test_what_has_no_codes_is_not_copied(tmp_path):
+    with streammerge.open_model(save(tmp_path, plain(1))) as model:
+        assert Decoded(model).tensors is model.tensors
+
+
+# ── cast ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp8_e4m3", "fp64", "keep"])
+def test_a_cast_model_is_what_a_recipe_with_that_dtype_makes_of_it(tmp_path, dtype):
+    for number, tensors in enumerate((plain(1), {**CODED, **plain(2)})):
+        path = save(tmp_path, tensors, str(number))
+        expected = merge_to(tmp_path / "cast.safetensors", streammerge.passthrough(path, dtype=dtype))
+        with streammerge.open_model(path) as model:
+            assert_same_bytes(written(tmp_path, Cast(model, dtype)), expected)
+
+
+def test_a_merge_of_a_cast_model_is_that_of_its_file(tmp_path):
+    a, b = save(tmp_path, plain(1)), save(tmp_path, plain(2), "b")
+    with streammerge.open_model(a) as model:
+        cast = save(tmp_path, written(tmp_path, Cast(model, "bf16")), "cast")
+        made = written(tmp_path, streammerge.slerp(Cast(model, "bf16"), b, t=0.3))
+        assert_same_bytes(made, written(tmp_path, streammerge.slerp(cast, b, t=0.3)))
+        assert torch.equal(whole(Cast(model, "bf16"), "layers.0.bias"), load_model(cast)["layers.0.bias"])
+        assert isinstance(Cast(model, "fp32").node("layers.0.bias"), Stored), "what is stored so is rounded by nobody"
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp8_e4m3"])
+def test_what_is_lost_by_a_cast_is_told(tmp_path, dtype):
+    tensors = {"x": torch.tensor([1e6, 1.0]), "y.weight": CODED["x.weight"], "y.weight_scale": torch.tensor(1e-3)}
+    with streammerge.open_model(save(tmp_path, tensors)) as model:
+        views = streammerge.passthrough(model, dtype=dtype), as_it_is(Cast(model, dtype))
+        findings = [
+            streammerge.merge(view, output=tmp_path / f"{number}.safetensors", sync=False).findings
+            for number, view in enumerate(views)
+        ]
+    assert findings[0] == findings[1]
+    assert findings[0]["x"].largest == 1e6
+
+
+def test_codes_are_not_numbers_to_be_cast():
+    model = header(**{name.replace(".", "__"): shape for name, shape in PACKED.items()}, z="F32 3")
+    assert told(Cast(model, "fp16")) == {**told(model), "z": "F16 [3]"}
+
+
+def test_a_model_that_is_none_of_ours_is_cast_as_it_is_read(tmp_path):
+    tensors = plain(1)
+    made = written(tmp_path, Cast(MemoryModel(tensors), "fp16"))
+    half = {name: values.half() if values.is_floating_point() else values for name, values in tensors.items()}
+    assert_same_bytes(made, half)
+
+
+def test_an_unknown_dtype_is_refused_at_once():
+    with pytest.raises(RecipeError, match="Cast: unknown dtype 'fp17'"):
+        Cast(header(x=(1,)), "fp17")
+
+
+# ── renamed ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_renamed_model_has_what_is_named_in_that_order(tmp_path):
+    tensors = plain(1, torch.float16)
+    with streammerge.open_model(save(tmp_path, tensors)) as model:
+        view = Renamed(model, {"b": "layers.1.weight", "ids": "ids", "a": "layers.0.bias"})
+        assert list(view.tensors) == ["b", "ids", "a"]
+        expected = {"b": tensors["layers.1.weight"], "ids": tensors["ids"], "a": tensors["layers.0.bias"]}
+        assert_same_bytes(written(tmp_path, view), expected)
+        assert torch.equal(view.read("b", 2, 5), tensors["layers.1.weight"].flatten()[2:5])
+        assert torch.equal(whole(view, "ids"), tensors["ids"])
+
+
+def test_codes_are_renamed_as_their_values(tmp_path):
+    with streammerge.open_model(save(tmp_path, CODED)) as model:
+        view = Renamed(model, {f"model.{name}": name for name in model.tensors})
+        assert set(view.tensors) == {"model.x.weight", "model.x.bias"}
+        assert torch.equal(whole(view, "model.x.weight"), whole(Decoded(model), "x.weight"))
+
+
+def as_it_is(model: Model) -> Renamed:
+    return Renamed(model, {name: name for name in model.tensors})
+
+
+def test_what_can_not_be_renamed_is_refused():
+    model = header(**{name.replace(".", "__"): shape for name, shape in PACKED.items()}, z="F32 3")
+    with pytest.raises(PlanError, match="1 tensor to be renamed is not in the model\n  x"):
+        Renamed(model, {"a": "z", "b": "x"})
+    with pytest.raises(PlanError, match="2 tensors to be renamed are quantised in a way that streammerge can't decode"):
+        Renamed(model, {"a": "y.weight", "b": "y.weight.absmax"})
+
+
+# ── one of the user's own ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, eq=False)
+class Prefixed(View):
+    """A model under names that begin with a prefix."""
+
+    model: Model
+    prefix: str
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return {self.prefix + name: info for name, info in self.values.tensors.items()}
+
+    def node(self, name: str) -> Node:
+        return self.values.node(name.removeprefix(self.prefix))
+
+
+class Reversed:
+    """A model of which nothing is known but what every model has: another's tensors under reversed names."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return {name[::-1]: info for name, info in self.model.tensors.items()}
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self.model.read(name[::-1], start, stop)
+
+
+OWN: dict[str, Any] = {
+    "a view": (lambda model: Prefixed(model, "model."), lambda name: f"model.{name}"),
+    "a model": (Reversed, lambda name: name[::-1]),
+    "a view of that of a view": (
+        lambda model: Prefixed(Reversed(as_it_is(model)), "x"),
+        lambda name: f"x{name[::-1]}",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_a_view_of_the_users_own_is_merged_with_a_checkpoint(tmp_path, kind):
+    see, rename = OWN[kind]
+    mine, other = plain(1, torch.float16), {rename(name): tensor for name, tensor in plain(2, torch.float16).items()}
+    renamed = save(tmp_path, {rename(name): tensor for name, tensor in mine.items()}, "renamed")
+    path = save(tmp_path, other, "other")
+    with streammerge.open_model(save(tmp_path, mine)) as model:
+        for method in (streammerge.linear, streammerge.slerp):
+            arguments = {"t": 0.3} if method.__name__ == "slerp" else {}
+            made = written(tmp_path, method(path, see(model), **arguments))
+            assert_same_bytes(made, written(tmp_path, method(path, renamed, **arguments)))
+        assert_same_bytes(written(tmp_path, see(model)), load_model(renamed))
+
+
+def test_expressions_are_seen_through_views():
+    """A tensor that is only renamed is the bytes of its file, and a model's that is none of ours is asked to read."""
+    model, other = header(x=(2, 3), z=(1,)), MemoryModel({"model.x": torch.ones(2, 3), "model.z": torch.ones(1)})
+    node = merged({"a": Prefixed(model, "model."), "b": other}).nodes["model.x"]
+    assert isinstance(node, Combined)
+    assert node.terms[0].node is model.node("x")
+
+
+# ── what is beneath ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_view_of_a_merge_tells_what_the_merge_tells(tmp_path):
+    a, b = save(tmp_path, {**plain(1), "own": torch.ones(2)}), save(tmp_path, plain(2), "b")
+    inner = streammerge.slerp(b, a, t=0.5, on_missing="keep")
+    view = Cast(Prefixed(inner, "m."), "fp16")
+    assert extent_of(view) == inner.extent
+    outer = streammerge.scale(view, alpha=2.0)
+    assert outer.extent.depth == inner.extent.depth
+    assert outer.left_out == {"0/1": ("own",)}
+    report = streammerge.merge(view, output=tmp_path / "out.safetensors", sync=False)
+    assert report.left_out == {"1": ("own",)}
+    assert_same_bytes(
+        {name.removeprefix("m."): tensor for name, tensor in load_model(tmp_path / "out.safetensors").items()},
+        merge_to(tmp_path / "same.safetensors", streammerge.slerp(b, a, t=0.5, on_missing="keep", dtype="fp16")),
+    )
+
+
+def test_a_gradient_goes_over_the_layers_that_the_config_beneath_speaks_of(tmp_path):
+    path = save(tmp_path, {f"model.layers.{number}.w": torch.ones(1) for number in range(3)})
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 5}')
+    with streammerge.open_model(path) as model:
+        view = Prefixed(model, "x.")
+        assert layers_of(view).counts == {"x.model.layers": 5}
+        assert layers_of(Prefixed(streammerge.scale(view, alpha=2.0), "y.")).counts == {"y.x.model.layers": 5}
+
+
+def test_views_share_the_names_of_what_they_see(tmp_path):
+    with streammerge.open_model(save(tmp_path, plain(1))) as model:
+        tensors = [model.tensors, Cast(model, "fp16").tensors, as_it_is(model).tensors]
+        assert all(isinstance(found, Column) for found in tensors)
+        assert len({id(found.names) for found in tensors if isinstance(found, Column)}) == 1
+
+
+def test_only_headers_are_needed():
+    """A header's file is never opened."""
+    view = Cast(Renamed(Decoded(header(x__weight="F8_E4M3 6 4", x__weight_scale="F32")), {"y": "x.weight"}), "fp16")
+    assert told(view) == {"y": "F16 [6, 4]"}
+    made = merged({"a": view, "b": header(y=(6, 4))}, "slerp", parameters={"t": 0.5})
+    assert [decision.why for decision in made.decisions] == ["slerp"]

@@ -177,8 +177,10 @@ def test_what_computes_loads_torch(folder):
 
 def test_the_public_names():
     assert streammerge.__all__ == [
+        "Cast",
         "Checkpoint",
         "CheckpointError",
+        "Decoded",
         "DeviceError",
         "MergeError",
         "MethodError",
@@ -186,7 +188,9 @@ def test_the_public_names():
         "OutputError",
         "PlanError",
         "RecipeError",
+        "Renamed",
         "TensorInfo",
+        "View",
         "load_methods",
         "make_plan",
         "merge",

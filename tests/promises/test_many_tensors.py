@@ -105,6 +105,13 @@ def compare(paths: list[Path]) -> None:
     compare_models(*opened(paths), threads=1)
 
 
+def view(paths: list[Path]) -> None:
+    """Rename, decode and cast a model, and plan a merge of it."""
+    model, other = opened(paths)
+    seen = streammerge.Cast(streammerge.Renamed(model, {name: name for name in model.tensors}), "bf16")
+    streammerge.make_plan(streammerge.linear(seen, other), output=paths[0].with_name("out.safetensors"))
+
+
 ACTIONS: dict[str, Callable[[list[Path]], Any]] = {
     "open": opened,
     "plan": plan,
@@ -113,6 +120,7 @@ ACTIONS: dict[str, Callable[[list[Path]], Any]] = {
     "copy": lambda paths: merge(paths[:1]),
     "inspect": inspect,
     "compare": compare,
+    "view": view,
     "write a header": lambda paths: build_header(opened(paths)[0].tensors, {}).encoded,
     "choose samples": lambda paths: sample(plan(paths).jobs),
     "copy, piece by piece": lambda paths: list(pieces(plan(paths[:1]).jobs, None, Ledger())),  # type: ignore[arg-type]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from streammerge.errors import RecipeError
+from streammerge.models.dtypes import STORED_DTYPES, parse_dtype
 from streammerge.recipe.parameters import Condition
 from streammerge.recipe.parse import MERGEKIT_ONLY, Input, Recipe
-from streammerge.recipe.spellings import STORED_DTYPES, parse_dtype
 from streammerge.tensors import DTYPES
 from tests.recipe.short_recipes import FOLDER, linear, names, parse
 
