@@ -55,7 +55,7 @@ MERGEKIT_PARAMETERS: Final = frozenset(
 
 @dataclass(frozen=True)
 class Method:
-    """A merge method: its name, its parameters, and how many inputs it takes.
+    """A merge method: its name, its parameters, how many inputs it takes, and the function that makes the output.
 
     `check(parameters, inputs)` raises a MethodError for parameters that don't go together, or not with so many inputs.
     """
@@ -66,6 +66,7 @@ class Method:
     models: tuple[int, int | None]
     doc: str
     check: Callable[[Mapping[str, ParameterValue], int], None] | None = None
+    function: Callable[..., Any] = lambda: None
 
     @property
     def kind(self) -> str:
@@ -75,7 +76,12 @@ class Method:
     @property
     def is_own(self) -> bool:
         """Whether it is a user's own method, not one that comes with the program."""
-        return not str(getattr(self, "function", self).__module__).startswith("streammerge.")
+        return not str(self.function.__module__).startswith("streammerge.")
+
+    @functools.cached_property
+    def wanted(self) -> frozenset[str]:
+        """Which of `place` and `statistics` the function asks for beside its parameters."""
+        return frozenset(inspect.signature(self.function).parameters) & frozenset(GIVEN)
 
     @property
     def formula(self) -> str:
@@ -131,9 +137,6 @@ class Method:
             )
 
 
-Coefficients = Callable[..., Sequence[float]]
-
-
 @dataclass(frozen=True, slots=True)
 class Quotient:
     """Σᵢ cᵢ θᵢ / divisor: a mean is its sum divided once, more exactly than with every weight divided beforehand."""
@@ -148,8 +151,6 @@ class LinearMethod(Method):
 
     The function returns them, one per input, or a Quotient of them.
     """
-
-    function: Callable[..., Sequence[float] | Quotient] = lambda: ()
 
     @property
     def kind(self) -> str:
@@ -172,13 +173,13 @@ class LinearMethod(Method):
 
 @dataclass(frozen=True)
 class GramMethod(Method):
-    """The output is a linear combination whose coefficients follow from the inputs' inner products.
+    """The output is a linear combination with coefficients that follow from the inputs' inner products.
 
-    `slices(parameters)` says whether they are those of the whole tensor (None), or those of each row, filter or column:
-    then every slice of the output is a combination of its own.
+    The function takes these as a Gram and returns one coefficient per input. `slices(parameters)` says whether they are
+    those of the whole tensor (None), or those of each row, filter or column: then every slice of the output is a
+    combination of its own.
     """
 
-    function: Coefficients = lambda: ()
     slices: Callable[[Mapping[str, ParameterValue]], Slices | None] | None = None
 
     @property
@@ -239,7 +240,6 @@ class BlockMethod(Method):
     The function may ask for the keywords `place`, where the block lies, and `statistics`.
     """
 
-    function: Callable[..., Tensor] = lambda: None  # type: ignore[assignment,return-value]
     statistics: Statistics | None = None
     needs: Needs = Needs()
 
@@ -263,11 +263,6 @@ class BlockMethod(Method):
         """What its statistics hold of a tensor, in bytes."""
         return self.statistics.held(target, parameters) if self.statistics and self.statistics.held else 0
 
-    @functools.cached_property
-    def wanted(self) -> frozenset[str]:
-        """What the function asks for beside its parameters."""
-        return keywords_wanted(self.function)
-
     def compute(
         self,
         place: Place,
@@ -289,7 +284,6 @@ class WholeMethod(Method):
     returns; `held(target, parameters)` what it takes in bytes beside these, where that is no multiple of the size.
     """
 
-    function: Callable[..., Tensor] = lambda: None  # type: ignore[assignment,return-value]
     temporaries: int = 6
     held: Callable[[Target, Mapping[str, ParameterValue]], int] | None = None
 
@@ -297,11 +291,6 @@ class WholeMethod(Method):
     def kind(self) -> str:
         """Holds whole tensors."""
         return "whole"
-
-    @functools.cached_property
-    def wanted(self) -> frozenset[str]:
-        """What the function asks for beside its parameters."""
-        return keywords_wanted(self.function)
 
     def compute(self, place: Place, inputs: Sequence[Tensor], parameters: Mapping[str, ParameterValue]) -> Tensor:
         """The output."""
@@ -343,13 +332,8 @@ class method(Generic[M]):  # noqa: N801  (it is used as a decorator)
             "doc": inspect.cleandoc(function.__doc__ or ""),
             **self.fields,
         }
-        made = METHODS[name] = self.kind(name=name, function=function, **fields)  # type: ignore[call-arg]
+        made = METHODS[name] = self.kind(name=name, function=function, **fields)
         return made
-
-
-def keywords_wanted(function: Callable[..., Any]) -> frozenset[str]:
-    """Which of `place` and `statistics` the function asks for."""
-    return frozenset(inspect.signature(function).parameters) & frozenset(GIVEN)
 
 
 def keywords(parameters: Mapping[str, ParameterValue]) -> dict[str, ParameterValue]:

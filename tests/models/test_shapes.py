@@ -16,7 +16,6 @@ from streammerge.compute.expressions import BLOCK
 from streammerge.errors import PlanError
 from streammerge.methods import METHODS
 from streammerge.models.shapes import common_shape, fit
-from streammerge.workers import windows as works
 from tests.make.headers import header, merged
 from tests.make.models import Tensors, assert_same_bytes, load_model, merge_to, normal, raw_bytes, save_model
 from tests.references.cases import ONE_CASE_EACH
@@ -91,7 +90,7 @@ def test_the_order_of_the_models_decides_only_whose_rest_is_left(tmp_path, metho
 
 @pytest.mark.parametrize("method", ONE_OF_A_KIND)
 def test_overlaps_of_many_blocks_are_streamed(tmp_path, monkeypatch, method):
-    for module in (compute, works):
+    for module in (compute, costs):
         monkeypatch.setattr(module, "BLOCK", 64)
     monkeypatch.setattr(costs, "PIECE", 32)
     shapes: Shapes = {"w": [(41, 23), (37, 29), (40, 19), (33, 31)], "x": [(150,), (140,), (130,), (129,)]}
