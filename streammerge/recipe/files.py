@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
@@ -118,6 +117,8 @@ def _is_text(node: Any) -> bool:  # noqa: ANN401
 
 def packaged_recipes() -> Mapping[str, str]:
     """The text of every recipe that comes with the package, by name."""
+    from importlib import resources
+
     folder = resources.files("streammerge.recipe.packaged")
     return {
         entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8")

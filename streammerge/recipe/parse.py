@@ -16,29 +16,11 @@ from typing import Any, Final
 from streammerge.errors import RecipeError, suggestion
 from streammerge.models.extent import MAX_DEPTH
 from streammerge.recipe.parameters import parse_settings
-from streammerge.recipe.recipe import (
-    MISSING_POLICIES,
-    SHAPE_POLICIES,
-    Input,
-    MissingPolicy,
-    Recipe,
-    Rule,
-    RuleAction,
-    ShapePolicy,
-    check_recipe,
-)
+from streammerge.recipe.policies import MISSING_POLICIES, SHAPE_POLICIES
+from streammerge.recipe.recipe import Input, Recipe, Rule, RuleAction, check_recipe
 from streammerge.recipe.spellings import parse_dtype, parse_flag, parse_key, parse_name, parse_seed
 
-__all__ = [
-    "MISSING_POLICIES",
-    "SHAPE_POLICIES",
-    "Input",
-    "MissingPolicy",
-    "Recipe",
-    "Rule",
-    "ShapePolicy",
-    "check_recipe",
-]
+__all__ = ["Input", "Recipe", "Rule", "check_recipe"]
 
 KEYS: Final = (
     *("merge_method", "models", "base_model", "parameters", "dtype", "out_dtype", "name"),

@@ -11,21 +11,10 @@ from streammerge.errors import SHOWN, RecipeError
 from streammerge.methods import find_method
 from streammerge.recipe.effects import Kind, Place
 from streammerge.recipe.parameters import Settings, describe_settings, holds_everywhere
+from streammerge.recipe.policies import MISSING_POLICIES, SHAPE_POLICIES, MissingPolicy, ShapePolicy
 from streammerge.tensors import DType
 
-ShapePolicy = Literal["error", "overlap", "keep", "pad", "slice"]
-
-
-MissingPolicy = Literal["error", "keep", "drop"]
-
-
 RuleAction = Literal["merge", "take", "keep", "drop"]
-
-
-SHAPE_POLICIES: Final = ("error", "overlap", "keep", "pad", "slice")
-
-
-MISSING_POLICIES: Final = ("error", "keep", "drop")
 
 
 MAX_INPUTS: Final = 1024
