@@ -122,3 +122,8 @@ def say(text: Any = "") -> None:  # noqa: ANN401
 def say_on_stderr(text: str) -> None:
     """Print to stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+def telling(*, quiet: bool) -> Callable[[str], None]:
+    """Says on stderr what is being done, or nothing."""
+    return (lambda _: None) if quiet else say_on_stderr
