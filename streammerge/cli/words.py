@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Any, Final
 
@@ -110,8 +110,19 @@ def _split_weight(word: str) -> tuple[str, float | None]:
     """`PATH:WEIGHT`; a path that exists with the `:` in it is one."""
     match = _WEIGHTED.fullmatch(word)
     if match is None or is_there(word):
+        _check_no_weight(word)
         return word, None
     return match["path"], float(number_of_text(match["weight"], word))
+
+
+def _check_no_weight(word: str) -> None:
+    """RecipeError if this is no file, and would be one but for what stands behind its last colon."""
+    path, colon, behind = word.rpartition(":")
+    if path and colon and not is_there(word) and is_there(path):
+        raise RecipeError(
+            f"{word}: there is no such file, and {behind!r} is no weight",
+            advice=f"A weight is a decimal number: {path}:0.5.",
+        )
 
 
 def _bindings(words: list[str]) -> tuple[dict[str, Path], dict[str, float]]:
@@ -162,7 +173,8 @@ def _changed(raw: dict[str, Any], arguments: argparse.Namespace) -> dict[str, An
         raw["dtype"] = arguments.dtype
     if arguments.parameter:
         raw["parameters"] = {**_map(raw.get("parameters")), **_parameters(arguments.parameter)}
-    rules = [*map(_take_rule, arguments.take)]
+    names = _names_of(raw)
+    rules = [_take_rule(word, names) for word in arguments.take]
     rules += [{"match": glob, "keep": True} for glob in arguments.keep]  # before what is dropped: '*' may be
     rules += [{"match": glob, "drop": True} for glob in arguments.drop]
     if rules:
@@ -225,8 +237,20 @@ def _added(before: Any, value: Any) -> Any:  # noqa: ANN401
     return {**before, **value, **both}
 
 
-def _take_rule(word: str) -> dict[str, Any]:
-    glob, equals, model = word.partition("=")
-    if not equals or not glob or not model:
+def _take_rule(word: str, names: Set[str]) -> dict[str, Any]:
+    """`GLOB=MODEL`. Tensors' names may have an `=` too, and so may paths: what is a model's name, is the model."""
+    splits = [(word[:at], word[at + 1 :]) for at, character in enumerate(word) if character == "="]
+    named = [split for split in reversed(splits) if split[1] in names]
+    glob, model = next(iter([*named, *(split for split in splits if is_there(split[1])), *splits]), ("", ""))
+    if not glob or not model:
         raise RecipeError(f"--take {word}: expected GLOB=MODEL")
     return {"match": glob, "take": _reference(model)}
+
+
+def _names_of(raw: dict[str, Any]) -> set[str]:
+    """What the models of a recipe's values are called: by themselves, or by their files."""
+    models = raw.get("models")
+    entries = [*(models if isinstance(models, list) else []), raw.get("base_model")]
+    named = [entry.get("name") or entry.get("model") if isinstance(entry, dict) else entry for entry in entries]
+    words = {name for name in named if isinstance(name, str)}
+    return {"base"} | words | {Path(word).stem for word in words}

@@ -11,6 +11,7 @@ from typing import Any, Final
 from streammerge.errors import RecipeError, suggestion
 from streammerge.recipe.options import RECIPE_KEYS
 from streammerge.recipe.parse import Recipe, parse_recipe
+from streammerge.recipe.plain import plain
 from streammerge.recipe.scalars import is_ambiguous
 from streammerge.tensors import Model
 
@@ -70,8 +71,12 @@ def parse_yaml(text: str, where: str) -> Any:  # noqa: ANN401
             return None
         _check_node(root, {}, where)
         return loader.construct_document(root)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise RecipeError(f"{where}: is not valid YAML: {place}{error.problem or error.context}") from None
     except yaml.YAMLError as error:
-        raise RecipeError(f"{where}: is not valid YAML: {error}") from None
+        raise RecipeError(f"{where}: is not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise RecipeError(f"{where}: is nested too deep to be a recipe") from None
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -147,9 +152,10 @@ def as_recipe(recipe: Mergeable, options: Mapping[str, Any]) -> Recipe | Model:
     changes = {key: options[key] for key in RECIPE_KEYS if key in options}
     if isinstance(recipe, str | os.PathLike):
         path = Path(recipe)
-        return parse_recipe({**read_recipe_file(path), **changes}, path.parent, where=str(path))
+        raw = read_recipe_file(path)
+        return parse_recipe({**raw, **changes} if isinstance(raw, dict) else raw, path.parent, where=str(path))
     if isinstance(recipe, Mapping):
-        return parse_recipe({**recipe, **changes}, Path())
+        return parse_recipe({**plain(recipe), **changes}, Path())
     if changes:
         raise TypeError(f"{', '.join(changes)} can be set for a recipe, not for a model that is made already")
     if not isinstance(recipe, Recipe | Model):

@@ -100,7 +100,16 @@ class Typed:
             raise RecipeError(f"{self.name} must be one of {', '.join(self.words)}, found {given!r}")
         if self.words:
             return self.words[given] if isinstance(given, str) else given
-        return self.parse(str(given)) if self.parse else given
+        return self._parsed(str(given)) if self.parse else given
+
+    def _parsed(self, text: str) -> Any:  # noqa: ANN401
+        """The value of a word; RecipeError, which names the option, if it has none."""
+        assert self.parse is not None
+        try:
+            return self.parse(text)
+        except RecipeError as error:
+            error.what = f"{self.name}: {error.what}"
+            raise
 
 
 def option(default: Any, help: str, group: Group = "how to run", **typed: Any) -> Any:  # noqa: ANN401

@@ -53,7 +53,8 @@ class Rule:
 class Recipe:
     """A merge as asked for. `base`, `layout` and rules name inputs; `others` are inputs that are only taken from.
 
-    A nested recipe without a seed has that of the recipe it is part of; the outermost one has 0.
+    `where` is what errors call the recipe: its file, if it has one. A nested recipe without a seed has that of the
+    recipe it is part of; the outermost one has 0.
     """
 
     method: str
@@ -67,6 +68,7 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     dtype: DType | None = None
     seed: int | None = None
+    where: str = field(default="recipe", compare=False)
 
     @property
     def named(self) -> dict[str, Input]:

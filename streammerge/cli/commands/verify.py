@@ -38,7 +38,7 @@ def verify(arguments: argparse.Namespace) -> int:
     from streammerge.tools.verification import check_files
 
     with open_model(arguments.merged) as found:
-        say(f"{found.path}: a valid model, {found.container}, {len(found.tensors):,} tensors")
+        say(one_line(f"{found.path}: a valid model, {found.container}, {len(found.tensors):,} tensors"))
         for line in check_files(found):
             say(one_line(line))
         recorded = has_recipe(found.metadata)
