@@ -89,11 +89,13 @@ def run_merge(
     written around the merge, which must be none of its files.
     """
     started = time.perf_counter()
-    with (
-        saying_what_is_on_disk(),
-        planned(recipe, output, options, beside=beside) as plan,
-        beginning(plan, tell) as begun,
-    ):
+    with saying_what_is_on_disk(), planned(recipe, output, options, beside=beside) as plan:
+        return carry_out(plan, started, watch, tell, beside)
+
+
+def carry_out(plan: Plan, started: float, watch: Watch | None, tell: Tell, beside: Claims) -> Report:
+    """Do what is planned, and say how it went since the time at which it was started."""
+    with beginning(plan, tell) as begun:
         return Run(begun, started, watch, tell, beside).to_report()
 
 

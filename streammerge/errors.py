@@ -53,7 +53,7 @@ class MergeError(Exception):
         if len(self.found) > SHOWN:
             shown.append(f"  … and {len(self.found) - SHOWN} more")
         closing = " ".join(part for part in (self.advice, self.state) if part)
-        return "\n".join([printable(self.what), *shown, *([f"  {printable(closing)}"] if closing else [])])
+        return "\n".join([one_line(self.what), *shown, *([f"  {one_line(closing)}"] if closing else [])])
 
 
 class RecipeError(MergeError):
@@ -118,16 +118,10 @@ def cannot_write(path: Path, error: OSError) -> OutputError:
     return OutputError(f"{path}: can't be written: {error.strerror or error}", advice=advice)
 
 
-def printable(text: str) -> str:
-    """The text with its control characters escaped, but for newlines: a stranger's file may hold terminal codes."""
-    return "".join(
-        character if character == "\n" or character.isprintable() else repr(character)[1:-1] for character in text
-    )
-
-
 def one_line(text: str) -> str:
-    """The text with all its control characters escaped, newlines too: a tensor's name must not look like our own."""
-    return printable(text).replace("\n", "\\n")
+    """The text with its control characters escaped, newlines too: a stranger's file may hold terminal codes, and no
+    name of a tensor or a file must look like a line of our own."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def too_large(error: BaseException | None) -> str:

@@ -143,9 +143,6 @@ def dump_json(value: Any) -> str:  # noqa: ANN401
 NonfinitePolicy = Literal["error", "warn", "ignore"]
 
 
-NONFINITE_POLICIES: Final = ("error", "warn", "ignore")
-
-
 NAMED: Final = 3
 """How many tensors a warning names."""
 

@@ -96,7 +96,8 @@ def show_report(report: Report, *, quiet: bool) -> None:
 
 
 def show_table(rows: Sequence[tuple[str, str]]) -> None:
-    """Two columns: a rich table on a terminal, aligned text elsewhere."""
+    """Two columns: a rich table on a terminal, aligned text elsewhere; a row stays one, whatever files are called."""
+    rows = [(label, one_line(text)) for label, text in rows]
     if not sys.stdout.isatty():
         width = max(len(label) for label, _ in rows)
         say("\n".join(f"{label:<{width}}  {text}" for label, text in rows))
@@ -120,3 +121,8 @@ def say(text: Any = "") -> None:  # noqa: ANN401
 def say_on_stderr(text: str) -> None:
     """Print to stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+def telling(*, quiet: bool) -> Callable[[str], None]:
+    """Says on stderr what is being done, or nothing."""
+    return (lambda _: None) if quiet else lambda line: say_on_stderr(one_line(line))

@@ -1,23 +1,21 @@
-"""The command line's words: what may be typed, and what recipe and options it comes to."""
+"""The command line's words: how models, parameters and rules are written, and what recipe they come to."""
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Any, Final
 
 from streammerge.errors import RecipeError
 from streammerge.methods import find_method
-from streammerge.methods.loading import load_methods
 from streammerge.recipe import blockwise
 from streammerge.recipe.files import packaged_recipe, parse_yaml, read_recipe_file
 from streammerge.recipe.metadata import Recorded, read_recorded
-from streammerge.recipe.options import Group, Options, Typed, typed_options
 from streammerge.recipe.parameters import WEIGHT
 from streammerge.recipe.parse import parse_recipe
-from streammerge.recipe.recipe import MISSING_POLICIES, SHAPE_POLICIES, Recipe, overridden
+from streammerge.recipe.recipe import Recipe, overridden
 from streammerge.recipe.scalars import number_of_text
 
 _WEIGHTED: Final = re.compile(r"(?P<path>.+):(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)")
@@ -26,169 +24,8 @@ _NAMED: Final = re.compile(r"(?P<name>[A-Za-z_]\w*)=(?P<path>.+)")
 RECIPE_SUFFIXES: Final = (".yaml", ".yml")
 
 
-def add_merge_arguments(parser: argparse.ArgumentParser, *, output: bool = True) -> None:
-    """What merge, plan and verify have in common."""
-    parser.add_argument(
-        "models", nargs="*", type=not_empty, metavar="RECIPE.yaml | MODEL[:WEIGHT] | NAME=MODEL[:WEIGHT]"
-    )
-    if output:
-        parser.add_argument("-o", "--output", type=a_path, metavar="OUT", help="the file (or folder) to write")
-    _add_recipe_arguments(parser.add_argument_group("what to merge"))
-    _add_run_arguments(parser.add_argument_group("how to run"))
-    _add_output_arguments(parser.add_argument_group("what to write and to show"))
-
-
-def add_methods_argument(group: argparse._ActionsContainer) -> None:
-    """The user's own methods. A recipe can't name such a file, because files that are shared must not run code."""
-    group.add_argument(
-        "--methods",
-        action="append",
-        default=[],
-        type=a_path,
-        metavar="FILE.py",
-        help="a Python file with merge methods of your own",
-    )
-
-
-def add_entry_argument(group: argparse._ActionsContainer) -> None:
-    """Which dict of a torch file is the model, where several could be."""
-    group.add_argument(
-        "--entry",
-        action="append",
-        default=[],
-        type=not_empty,
-        metavar="[NAME=]KEY",
-        help="which dict of torch files is the model, such as params_ema or model.state_dict; NAME= for one model only",
-    )
-
-
-def _add_recipe_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--recipe", metavar="NAME", help="a recipe that comes with streammerge (see: streammerge recipes)"
-    )
-    group.add_argument(
-        "--recipe-from-metadata",
-        action="store_true",
-        help="the first model is an earlier output: merge again what its metadata say",
-    )
-    group.add_argument(
-        "-m", "--method", metavar="M", help="the merge method (default: linear; see: streammerge methods)"
-    )
-    add_methods_argument(group)
-    add_entry_argument(group)
-    group.add_argument("--base", type=not_empty, metavar="MODEL", help="the method's base model")
-    group.add_argument(
-        "-p",
-        "--parameter",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a parameter of the method; by block: KEY=blocks:PRESET or KEY=blocks:IN00-IN05=0.3",
-    )
-    group.add_argument("--dtype", metavar="keep|fp32|fp16|bf16|fp8_e4m3|fp8_e5m2", help="how tensors are stored")
-    group.add_argument(
-        "--layout",
-        type=not_empty,
-        metavar="MODEL",
-        help="whose tensors, order and shapes the output has (default: first)",
-    )
-    group.add_argument(
-        "--take", action="append", default=[], metavar="GLOB=MODEL", help="copy matching tensors from it"
-    )
-    group.add_argument("--drop", action="append", default=[], metavar="GLOB", help="leave matching tensors out")
-    group.add_argument(
-        "--keep", action="append", default=[], metavar="GLOB", help="copy them from the layout model; wins over --drop"
-    )
-    group.add_argument("--on-shape-mismatch", choices=SHAPE_POLICIES, help="(default: error)")
-    group.add_argument("--on-missing", choices=MISSING_POLICIES, help="(default: error)")
-
-
-def _add_run_arguments(group: argparse._ArgumentGroup) -> None:
-    _add_group(group, "how to run")
-    group.add_argument("--seed", type=int, metavar="N", help="of methods that draw random numbers (default: 0)")
-
-
-def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
-    _add_group(group, "what to write and to show")
-    group.add_argument("--dry-run", action="store_true", help="show the plan and stop")
-    group.add_argument("--report", type=a_path, metavar="FILE.json", help="write how it went as JSON")
-    group.add_argument("--json", action="store_true", help="with plan: print it as JSON")
-    group.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
-    group.add_argument("-v", "--verbose", action="store_true", help="show the plan before the merge")
-
-
-def not_empty(text: str) -> str:
-    """A name, which an empty text is not: it would be taken for the folder that we are in."""
-    if not text:
-        raise argparse.ArgumentTypeError("expected a name, found an empty text")
-    return text
-
-
-def a_path(text: str) -> Path:
-    """A path that is no empty text."""
-    return Path(not_empty(text))
-
-
-def _add_group(group: argparse._ArgumentGroup, name: Group) -> None:
-    """The options of this group, as `Options` tells them."""
-    add_options(group, *(typed.name for typed in typed_options() if typed.group == name))
-
-
-def add_options(group: argparse._ActionsContainer, *names: str) -> None:
-    """Arguments for these options, in the order of `Options`."""
-    for typed in typed_options():
-        if typed.name in names:
-            _add_option(group, typed)
-
-
-def _add_option(group: argparse._ActionsContainer, typed: Typed) -> None:
-    """An argument for an option."""
-    if typed.is_flag:
-        action = "store_false" if typed.default else "store_true"
-        group.add_argument(typed.flag, dest=typed.name, action=action, default=typed.default, help=typed.help)
-    elif typed.words:
-        group.add_argument(typed.flag, choices=list(typed.words), default=_word(typed), help=typed.help)
-    else:
-        parse = worded(typed.parse or str)
-        group.add_argument(typed.flag, type=parse, default=typed.default, metavar=typed.metavar, help=typed.help)
-
-
-def _word(typed: Typed) -> str | None:
-    """The word for the option's default."""
-    return next((word for word, value in typed.words.items() if value == typed.default), None)
-
-
-def worded(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A parser for argparse, which has an error of its own for what can't be parsed."""
-
-    def parsed(text: str) -> Any:  # noqa: ANN401
-        try:
-            return parse(text)
-        except RecipeError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return parsed
-
-
-def options_from(arguments: argparse.Namespace) -> Options:
-    """How to run, from the command line; what is not asked for is as an output was made that is to be made again."""
-    options = Options(**{typed.name: typed.value(getattr(arguments, typed.name)) for typed in typed_options()})
-    return recorded_from(arguments).options(options) if arguments.recipe_from_metadata else options
-
-
-def recipe_from(arguments: argparse.Namespace) -> Recipe:
+def as_typed(arguments: argparse.Namespace) -> Recipe:
     """What to merge: a recipe file, a packaged recipe, or models; options change the recipe's keys."""
-    from streammerge.plan.entries import with_entries
-
-    for path in arguments.methods:
-        load_methods(path)
-    return with_entries(_recipe_as_named(arguments), arguments.entry)
-
-
-def _recipe_as_named(arguments: argparse.Namespace) -> Recipe:
-    """The recipe, whatever the entries of its models' files."""
-    if arguments.recipe_from_metadata:
-        return recorded_from(arguments).recipe
     words: list[str] = arguments.models
     first = Path(words[0]) if words else None
     if arguments.recipe is not None:
@@ -225,15 +62,13 @@ def _with_effect(recipe: Recipe, arguments: argparse.Namespace, weights: Iterabl
     return recipe
 
 
-def recorded_from(arguments: argparse.Namespace) -> Recorded:
+def read_from_metadata(arguments: argparse.Namespace) -> Recorded:
     """The recipe in the metadata of an earlier output, the first word; the other words say where its models are."""
     from streammerge.models.checkpoints import open_model
 
     words: list[str] = arguments.models
     if not words or arguments.recipe is not None:
         raise RecipeError("--recipe-from-metadata needs an earlier output, and no other recipe")
-    for path in arguments.methods:
-        load_methods(path)
     bindings = {}
     for word in words[1:]:
         name, equals, path = word.partition("=")
@@ -275,8 +110,19 @@ def _split_weight(word: str) -> tuple[str, float | None]:
     """`PATH:WEIGHT`; a path that exists with the `:` in it is one."""
     match = _WEIGHTED.fullmatch(word)
     if match is None or is_there(word):
+        _check_no_weight(word)
         return word, None
     return match["path"], float(number_of_text(match["weight"], word))
+
+
+def _check_no_weight(word: str) -> None:
+    """RecipeError if this is no file, and would be one but for what stands behind its last colon."""
+    path, colon, behind = word.rpartition(":")
+    if path and colon and not is_there(word) and is_there(path):
+        raise RecipeError(
+            f"{word}: there is no such file, and {behind!r} is no weight",
+            advice=f"A weight is a decimal number: {path}:0.5.",
+        )
 
 
 def _bindings(words: list[str]) -> tuple[dict[str, Path], dict[str, float]]:
@@ -327,7 +173,8 @@ def _changed(raw: dict[str, Any], arguments: argparse.Namespace) -> dict[str, An
         raw["dtype"] = arguments.dtype
     if arguments.parameter:
         raw["parameters"] = {**_map(raw.get("parameters")), **_parameters(arguments.parameter)}
-    rules = [*map(_take_rule, arguments.take)]
+    names = _names_of(raw)
+    rules = [_take_rule(word, names) for word in arguments.take]
     rules += [{"match": glob, "keep": True} for glob in arguments.keep]  # before what is dropped: '*' may be
     rules += [{"match": glob, "drop": True} for glob in arguments.drop]
     if rules:
@@ -390,8 +237,20 @@ def _added(before: Any, value: Any) -> Any:  # noqa: ANN401
     return {**before, **value, **both}
 
 
-def _take_rule(word: str) -> dict[str, Any]:
-    glob, equals, model = word.partition("=")
-    if not equals or not glob or not model:
+def _take_rule(word: str, names: Set[str]) -> dict[str, Any]:
+    """`GLOB=MODEL`. Tensors' names may have an `=` too, and so may paths: what is a model's name, is the model."""
+    splits = [(word[:at], word[at + 1 :]) for at, character in enumerate(word) if character == "="]
+    named = [split for split in reversed(splits) if split[1] in names]
+    glob, model = next(iter([*named, *(split for split in splits if is_there(split[1])), *splits]), ("", ""))
+    if not glob or not model:
         raise RecipeError(f"--take {word}: expected GLOB=MODEL")
     return {"match": glob, "take": _reference(model)}
+
+
+def _names_of(raw: dict[str, Any]) -> set[str]:
+    """What the models of a recipe's values are called: by themselves, or by their files."""
+    models = raw.get("models")
+    entries = [*(models if isinstance(models, list) else []), raw.get("base_model")]
+    named = [entry.get("name") or entry.get("model") if isinstance(entry, dict) else entry for entry in entries]
+    words = {name for name in named if isinstance(name, str)}
+    return {"base"} | words | {Path(word).stem for word in words}

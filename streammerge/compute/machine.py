@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-import psutil
-
 IoMode = Literal["auto", "mmap", "pread"]
 
 
@@ -98,6 +96,8 @@ def is_virtual_machine(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 def _file_system(path: Path) -> str:
     """The type of the file system that holds the path, "" where the system doesn't tell."""
+    import psutil
+
     resolved = path.resolve()
     try:
         mounts = [part for part in psutil.disk_partitions(all=True) if resolved.is_relative_to(part.mountpoint)]
@@ -115,6 +115,8 @@ def usable_cores() -> int:
 
 def resident_bytes() -> int:
     """The process's resident set size now."""
+    import psutil  # late: it takes a tenth of the time in which a plan is made
+
     return int(psutil.Process().memory_info().rss)
 
 
@@ -128,6 +130,8 @@ def peak_resident_bytes() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     if sys.platform == "win32":
+        import psutil
+
         return int(psutil.Process().memory_info().peak_wset)
     import resource
 

@@ -98,5 +98,6 @@ def _failure(file: Path, error: BaseException) -> MethodError:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
     where = f", line {frames[-1].lineno}" if frames else ""
     where += f", in {frames[-1].name}" if frames and frames[-1].name != "<module>" else ""
-    said = f": {error}" if str(error) else ""
-    return MethodError(f"{file}{where}: {type(error).__name__}{said}", advice="Mend the method.")
+    said, *more = str(error).splitlines() or [""]
+    what = f"{file}{where}: {type(error).__name__}{f': {said}' if said else ''}"
+    return MethodError(what, found=more, advice="Mend the method.")

@@ -5,6 +5,7 @@ Both are guesses by the names and shapes of a few telling tensors, for people to
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections import Counter, defaultdict
@@ -235,7 +236,12 @@ OTHER: Final = "other"
 """The component of the tensors that no known beginning fits."""
 
 _COMPONENT_OF: Final = {prefix: component for component, prefixes in COMPONENTS.items() for prefix in prefixes}
-_BEGINNING: Final = re.compile("|".join(re.escape(prefix) for prefix in sorted(_COMPONENT_OF, key=len, reverse=True)))
+
+
+@functools.cache
+def _beginnings() -> re.Pattern[str]:
+    """Finds the longest beginning of a name; made when it is wanted, for it takes longer than all else in here."""
+    return re.compile("|".join(re.escape(prefix) for prefix in sorted(_COMPONENT_OF, key=len, reverse=True)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +273,7 @@ def components(tensors: Mapping[str, TensorInfo]) -> tuple[Component, ...]:
 
 def component_of(name: str) -> str:
     """The name of the component to which a tensor of this name belongs."""
-    beginning = _BEGINNING.match(name)
+    beginning = _beginnings().match(name)
     return _COMPONENT_OF[beginning.group()] if beginning else OTHER
 
 

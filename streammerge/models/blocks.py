@@ -68,7 +68,7 @@ class Blocks:
         """The blocks of the model that has these tensors."""
         architecture = guess_architecture(tensors)
         for family in _FAMILIES:
-            if any(map(family.mark.match, tensors)):
+            if any(map(re.compile(family.mark).match, tensors)):
                 return family.blocks(tensors, family.title if architecture == UNKNOWN else architecture)
         return cls(architecture)
 
@@ -107,16 +107,19 @@ def abridged(names: Sequence[str]) -> str:
 # Where a tensor is, by how its name starts
 
 
+_Match = Callable[[str], "re.Match[str] | None"]
+
+
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Tensors whose names start in a certain way, and their block's names.
+    """Tensors whose names start in a certain way, an expression, and their block's names.
 
     `#` in these is a number, `start` + 3 `level` + `n`: diffusers counts the blocks of every resolution from 0, and
     there are three to a resolution. `$` is the number of the last block. No number has more than three digits: a
     stranger's file must not make us count further.
     """
 
-    start_of_name: re.Pattern[str]
+    start_of_name: str
     blocks: tuple[str, ...]
     first: int = 0
 
@@ -126,24 +129,28 @@ class _Place:
 
 
 def _denoiser(start: str, *blocks: str, first: int = 0) -> _Place:
-    return _Place(re.compile(_DENOISER + f"(?:{start})"), blocks, first)
+    return _Place(_DENOISER + f"(?:{start})", blocks, first)
 
 
 def _beside(start: str, *blocks: str) -> _Place:
-    return _Place(re.compile(start), blocks)
+    return _Place(start, blocks)
 
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """Models of one build: the mark by which they are known, where their tensors are, and which lists they take."""
+    """Models of one build: the mark by which they are known, where their tensors are, and which lists they take.
+
+    Expressions are compiled when a model is looked at: most merges have no values by block.
+    """
 
     title: str
-    mark: re.Pattern[str]
+    mark: str
     places: tuple[_Place, ...]
     forms: Callable[[Mapping[str, int]], tuple[ListForm, ...]]
 
     def blocks(self, names: Iterable[str], architecture: str) -> Blocks:
-        located = {name: self._locate(name) for name in names}
+        starts = [(re.compile(place.start_of_name).match, place) for place in self.places]
+        located = {name: _located(name, starts) for name in names}
         counts: defaultdict[str, int] = defaultdict(int)
         for blocks, number in located.values():
             for block in blocks:
@@ -157,12 +164,13 @@ class _Family:
         }
         return Blocks(architecture, forms, places)
 
-    def _locate(self, name: str) -> tuple[tuple[str, ...], int]:
-        for place in self.places:
-            match = place.start_of_name.match(name)
-            if match:
-                return place.blocks, place.number(match)
-        return (BASE,), 0
+
+def _located(name: str, starts: Iterable[tuple[_Match, _Place]]) -> tuple[tuple[str, ...], int]:
+    """The names of the tensor's block, by the first start that fits, and its number."""
+    for fits, place in starts:
+        if match := fits(name):
+            return place.blocks, place.number(match)
+    return (BASE,), 0
 
 
 # The families
@@ -220,7 +228,7 @@ _PARTS_OF_BASE: Final = (
 _FAMILIES: Final = (
     _Family(
         "a UNet",
-        re.compile(_DENOISER + r"(?:input_blocks|down_blocks)\.\d"),
+        _DENOISER + r"(?:input_blocks|down_blocks)\.\d",
         (
             *_PARTS_OF_BASE,
             _denoiser(r"time_embed\.|time_embedding\.", "TIME", "IN00"),
@@ -239,7 +247,7 @@ _FAMILIES: Final = (
     ),
     _Family(
         "a Flux",
-        re.compile(_DENOISER + r"(?:double_blocks|single_transformer_blocks)\.\d"),
+        _DENOISER + r"(?:double_blocks|single_transformer_blocks)\.\d",
         (
             _beside(r"text_encoders\.clip_l\.|text_encoder\.", "CLIP", BASE),
             *_PARTS_OF_BASE,
@@ -254,7 +262,7 @@ _FAMILIES: Final = (
     ),
     _Family(
         "a Stable Diffusion 3",
-        re.compile(_DENOISER + r"(?:joint_blocks\.\d|transformer_blocks\.\d+\.attn\.add_q_proj\.)"),
+        _DENOISER + r"(?:joint_blocks\.\d|transformer_blocks\.\d+\.attn\.add_q_proj\.)",
         (
             *_PARTS_OF_BASE,
             _denoiser(r"(?:joint|transformer)_blocks\.(?P<n>\d{1,3})\.", "IN#"),

@@ -32,9 +32,15 @@ def parse_dtype(raw: Any, where: str) -> DType | None:  # noqa: ANN401
     if spelling not in STORED_DTYPES:
         raise RecipeError(
             f"{where}: unknown dtype {raw!r}",
-            advice=f"{suggestion(spelling, list(STORED_DTYPES))}Known: {', '.join(STORED_DTYPES)}.",
+            advice=f"{_meant(spelling)}Known: {', '.join(STORED_DTYPES)}.",
         )
     return STORED_DTYPES[spelling]
+
+
+def _meant(spelling: str) -> str:
+    """'Did you mean …? ': the dtypes that begin so, for there are two of 8 bits; else one that comes near."""
+    longer = [known for known in STORED_DTYPES if spelling.endswith("8") and known.startswith(spelling)]
+    return f"Did you mean {' or '.join(map(repr, longer))}? " if longer else suggestion(spelling, list(STORED_DTYPES))
 
 
 def stored_as(info: TensorInfo, dtype: DType | None) -> TensorInfo:

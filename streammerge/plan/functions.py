@@ -15,7 +15,8 @@ from streammerge.models.dtypes import parse_dtype
 from streammerge.models.merged import Merged
 from streammerge.plan.decide import merge_models
 from streammerge.recipe.parameters import parse_settings
-from streammerge.recipe.parse import Input, MissingPolicy, Recipe, Rule, ShapePolicy, check_recipe
+from streammerge.recipe.parse import Input, Recipe, Rule, check_recipe
+from streammerge.recipe.policies import MissingPolicy, ShapePolicy
 from streammerge.recipe.spellings import parse_seed
 from streammerge.tensors import Model
 

@@ -89,7 +89,7 @@ class Tuning:
 
     def remarks(self) -> Iterator[str]:
         """What the user should know: parameters without effect, and filters that fit no name."""
-        places = list(self.recipe.places("recipe"))
+        places = list(self.recipe.places(self.recipe.where))
         yield from ignored_notes(places, self.method)
         names = "\n".join(self.layout.tensors)
         for place in places:
@@ -117,7 +117,7 @@ class Tuning:
         return self.by_rule[id(rule)]
 
     def _settings(self) -> Iterator[Setting]:
-        for place in self.recipe.places("recipe"):
+        for place in self.recipe.places(self.recipe.where):
             yield from place.settings.values()
 
     def _blocks(self) -> Blocks:
@@ -125,6 +125,6 @@ class Tuning:
         if not any(map(is_by_block, self._settings())):
             return NO_BLOCKS
         blocks = Blocks.of(self.layout.tensors)
-        for place in self.recipe.places("recipe"):
+        for place in self.recipe.places(self.recipe.where):
             check_blocks(place.settings, blocks, place.where)
         return blocks

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
 from streammerge.errors import RecipeError, suggestion
 from streammerge.recipe.options import RECIPE_KEYS
 from streammerge.recipe.parse import Recipe, parse_recipe
+from streammerge.recipe.plain import plain
 from streammerge.recipe.scalars import is_ambiguous
 from streammerge.tensors import Model
 
@@ -71,8 +71,12 @@ def parse_yaml(text: str, where: str) -> Any:  # noqa: ANN401
             return None
         _check_node(root, {}, where)
         return loader.construct_document(root)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise RecipeError(f"{where}: is not valid YAML: {place}{error.problem or error.context}") from None
     except yaml.YAMLError as error:
-        raise RecipeError(f"{where}: is not valid YAML: {error}") from None
+        raise RecipeError(f"{where}: is not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise RecipeError(f"{where}: is nested too deep to be a recipe") from None
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -118,6 +122,8 @@ def _is_text(node: Any) -> bool:  # noqa: ANN401
 
 def packaged_recipes() -> Mapping[str, str]:
     """The text of every recipe that comes with the package, by name."""
+    from importlib import resources
+
     folder = resources.files("streammerge.recipe.packaged")
     return {
         entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8")
@@ -146,9 +152,10 @@ def as_recipe(recipe: Mergeable, options: Mapping[str, Any]) -> Recipe | Model:
     changes = {key: options[key] for key in RECIPE_KEYS if key in options}
     if isinstance(recipe, str | os.PathLike):
         path = Path(recipe)
-        return parse_recipe({**read_recipe_file(path), **changes}, path.parent, where=str(path))
+        raw = read_recipe_file(path)
+        return parse_recipe({**raw, **changes} if isinstance(raw, dict) else raw, path.parent, where=str(path))
     if isinstance(recipe, Mapping):
-        return parse_recipe({**recipe, **changes}, Path())
+        return parse_recipe({**plain(recipe), **changes}, Path())
     if changes:
         raise TypeError(f"{', '.join(changes)} can be set for a recipe, not for a model that is made already")
     if not isinstance(recipe, Recipe | Model):

@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from streammerge.compute.machine import IoMode
 from streammerge.errors import RecipeError
-from streammerge.report import NONFINITE_POLICIES, NonfinitePolicy
 from streammerge.tensors import DTYPES, DType
+
+if TYPE_CHECKING:
+    from streammerge.compute.machine import IoMode
+    from streammerge.report import NonfinitePolicy
 
 COMPUTE_DTYPES: Final[Mapping[str, DType]] = {
     "fp32": DTYPES["F32"],
@@ -98,7 +100,16 @@ class Typed:
             raise RecipeError(f"{self.name} must be one of {', '.join(self.words)}, found {given!r}")
         if self.words:
             return self.words[given] if isinstance(given, str) else given
-        return self.parse(str(given)) if self.parse else given
+        return self._parsed(str(given)) if self.parse else given
+
+    def _parsed(self, text: str) -> Any:  # noqa: ANN401
+        """The value of a word; RecipeError, which names the option, if it has none."""
+        assert self.parse is not None
+        try:
+            return self.parse(text)
+        except RecipeError as error:
+            error.what = f"{self.name}: {error.what}"
+            raise
 
 
 def option(default: Any, help: str, group: Group = "how to run", **typed: Any) -> Any:  # noqa: ANN401
@@ -109,6 +120,11 @@ def option(default: Any, help: str, group: Group = "how to run", **typed: Any) -
 def written(default: Any, help: str, **typed: Any) -> Any:  # noqa: ANN401
     """A field of `Options` that is about the output."""
     return option(default, help, "what to write and to show", **typed)
+
+
+def same(*words: str) -> Mapping[str, str]:
+    """Words that are the values themselves."""
+    return {word: word for word in words}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +141,7 @@ class Options:
     threads: int | None = option(
         None, "workers (default: the cores, within the RAM)", parse=parse_positive, metavar="N"
     )
-    io: IoMode = option("auto", "how inputs are read", words={word: word for word in ("auto", "mmap", "pread")})
+    io: IoMode = option("auto", "how inputs are read", words=same("auto", "mmap", "pread"))
     sync: bool = option(True, "don't wait for the disk at the end")
     shard_size: int | None = written(
         None, "write shards of at most this size, and an index", parse=parse_size, metavar="SIZE"
@@ -141,7 +157,7 @@ class Options:
     metadata: bool = written(True, "don't write the recipe into the output's metadata")
     verify: bool = written(False, "read the output back and compute it again to compare")
     on_nonfinite: NonfinitePolicy = written(
-        "warn", "infinite values and NaN (default: warn)", words={word: word for word in NONFINITE_POLICIES}
+        "warn", "infinite values and NaN (default: warn)", words=same("error", "warn", "ignore")
     )
     hash: bool = written(False, "write the output's sha256 beside it, to OUT.sha256")
     hash_inputs: bool = written(False, "put the inputs' sha256 into the output's metadata")

@@ -7,6 +7,7 @@ The YAML is mergekit's (`merge_method`, `models`, `base_model`, `parameters`, `d
 from __future__ import annotations
 
 import contextlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,35 +18,23 @@ from streammerge.errors import RecipeError, suggestion
 from streammerge.models.dtypes import parse_dtype
 from streammerge.models.extent import MAX_DEPTH
 from streammerge.recipe.parameters import parse_settings
-from streammerge.recipe.recipe import (
-    MISSING_POLICIES,
-    SHAPE_POLICIES,
-    Input,
-    MissingPolicy,
-    Recipe,
-    Rule,
-    RuleAction,
-    ShapePolicy,
-    check_recipe,
-)
+from streammerge.recipe.policies import MISSING_POLICIES, SHAPE_POLICIES
+from streammerge.recipe.recipe import Input, Recipe, Rule, RuleAction, check_recipe
 from streammerge.recipe.spellings import parse_flag, parse_key, parse_name, parse_seed
 
-__all__ = [
-    "MISSING_POLICIES",
-    "SHAPE_POLICIES",
-    "Input",
-    "MissingPolicy",
-    "Recipe",
-    "Rule",
-    "ShapePolicy",
-    "check_recipe",
-]
+__all__ = ["Input", "Recipe", "Rule", "check_recipe"]
 
 KEYS: Final = (
     *("merge_method", "models", "base_model", "parameters", "dtype", "out_dtype", "name"),
     *("layout", "on_shape_mismatch", "on_missing", "rules", "inputs", "seed"),
 )
 """The keys of a recipe: mergekit's, then our own."""
+
+NEEDED: Final = {
+    "merge_method": "Name the method, as in merge_method: linear.",
+    "models": "List the models, as in models: [a.safetensors, b.safetensors].",
+}
+"""The keys that every recipe has, and what to do if one is missing."""
 
 MERGEKIT_ONLY: Final = {
     "slices": "layers of several models stacked into one",
@@ -87,24 +76,23 @@ class _RecipeParser:
     where: str = "recipe"
     known: dict[int, Recipe] = field(default_factory=dict)
     depth: int = 1
+    shared: set[str] = field(default_factory=set)
 
     def parse(self, raw: Any) -> Recipe:  # noqa: ANN401
         if not isinstance(raw, dict):
             raise RecipeError(f"{self.where}: expected a map with merge_method and models, found {type(raw).__name__}")
         self._check_keys(raw, KEYS, self.where)
-        for key in ("merge_method", "models"):
-            if raw.get(key) in (None, "", []):
-                raise RecipeError(f"{self.where}: the key {key!r} is missing")
+        self._check_needed(raw)
         if not isinstance(raw["models"], list):
             raise RecipeError(f"{self.where}: models must be a list, found {raw['models']!r}")
         self._check_bound(raw.get("inputs"))
         self._check_given_names(raw["models"])
-        inputs = distinct_names(
-            [self._input(entry, f"{self.where}: model {n}") for n, entry in enumerate(raw["models"], 1)]
-        )
+        inputs = [self._input(entry, f"{self.where}: model {n}") for n, entry in enumerate(raw["models"], 1)]
+        self.shared = {name for name, times in Counter(entry.name for entry in inputs).items() if times > 1}
         recipe = Recipe(
+            where=self.where,
             method=parse_name(raw["merge_method"], f"{self.where}: merge_method"),
-            inputs=tuple(inputs),
+            inputs=tuple(distinct_names(inputs)),
             parameters=parse_settings(raw.get("parameters"), self.where),
             on_shape_mismatch=self._choice(raw, "on_shape_mismatch", SHAPE_POLICIES),
             on_missing=self._choice(raw, "on_missing", MISSING_POLICIES),
@@ -118,7 +106,7 @@ class _RecipeParser:
         if raw.get("base_model") is not None:
             recipe = replace(recipe, base=self._base(recipe, raw["base_model"]))
         if raw.get("layout") is not None:
-            recipe, name = self._mention(recipe, raw["layout"], "layout")
+            recipe, name = self._mention(recipe, raw["layout"], f"{self.where}: layout")
             recipe = replace(recipe, layout=name)
         rules = [] if raw.get("rules") is None else raw["rules"]
         if not isinstance(rules, list):
@@ -148,6 +136,14 @@ class _RecipeParser:
                     f"{where}: unknown key {key!r}",
                     advice=f"{suggestion(str(key), list(known))}Known: {', '.join(known)}.",
                 )
+
+    def _check_needed(self, raw: dict[str, Any]) -> None:
+        """What no recipe can do without must be there, and must not be empty."""
+        for key, advice in NEEDED.items():
+            if key not in raw:
+                raise RecipeError(f"{self.where}: the key {key!r} is missing", advice=advice)
+            if raw[key] in (None, "", []):
+                raise RecipeError(f"{self.where}: {key} is empty", advice=advice)
 
     def _check_bound(self, wanted: Any) -> None:  # noqa: ANN401
         """Every name under `inputs` must be bound to a file."""
@@ -227,16 +223,28 @@ class _RecipeParser:
     def _reference(self, recipe: Recipe, raw: Any, where: str) -> Input:  # noqa: ANN401
         """The input that is meant: by its name, by its path, or a new one."""
         if isinstance(raw, str) and raw in recipe.named:
+            self._check_one_is_meant(raw, recipe, where)
             return recipe.named[raw]
-        entry = self._input(raw, f"{self.where}: {where}")
+        entry = self._input(raw, where)
         for known in recipe.named.values():
             if same_source(known, entry):
                 return known
         return replace(entry, name=unused_name(entry.name, recipe))
 
+    def _check_one_is_meant(self, name: str, recipe: Recipe, where: str) -> None:
+        """RecipeError if files of one name were given, which are told apart by numbers: the first need not be meant."""
+        numbered = re.compile(rf"{re.escape(name)}(#\d+)?")
+        called = [entry for entry in recipe.inputs if name in self.shared and numbered.fullmatch(entry.name)]
+        if not all(same_source(called[0], entry) for entry in called):
+            raise RecipeError(
+                f"{where}: {len(called)} models are called {name!r}",
+                found=[f"{each.name}   {_file_of(each)}".rstrip() for each in called],
+                advice="Say which by its path, or give them names of their own (NAME=MODEL, or name: in a recipe).",
+            )
+
     def _base(self, recipe: Recipe, raw: Any) -> Input:  # noqa: ANN401
         """The base: one of the models, or a new input that is called `base` unless it has a name of its own."""
-        base = self._reference(recipe, raw, "base_model")
+        base = self._reference(recipe, raw, f"{self.where}: base_model")
         named = raw in self.bindings if isinstance(raw, str) else raw.get("name") is not None
         if base.name in recipe.named or named:
             return base
@@ -284,6 +292,11 @@ def distinct_names(inputs: list[Input]) -> list[Input]:
             name = f"{entry.name}#{numbers[entry.name]}"
         named[name] = replace(entry, name=name)
     return list(named.values())
+
+
+def _file_of(entry: Input) -> str:
+    """The input's path; nothing for a nested recipe."""
+    return str(entry.source) if isinstance(entry.source, Path) else ""
 
 
 def same_source(one: Input, other: Input) -> bool:

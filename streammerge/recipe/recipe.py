@@ -11,21 +11,10 @@ from streammerge.errors import SHOWN, RecipeError
 from streammerge.methods import find_method
 from streammerge.recipe.effects import Kind, Place
 from streammerge.recipe.parameters import Settings, describe_settings, holds_everywhere
+from streammerge.recipe.policies import MISSING_POLICIES, SHAPE_POLICIES, MissingPolicy, ShapePolicy
 from streammerge.tensors import DType
 
-ShapePolicy = Literal["error", "overlap", "keep", "pad", "slice"]
-
-
-MissingPolicy = Literal["error", "keep", "drop"]
-
-
 RuleAction = Literal["merge", "take", "keep", "drop"]
-
-
-SHAPE_POLICIES: Final = ("error", "overlap", "keep", "pad", "slice")
-
-
-MISSING_POLICIES: Final = ("error", "keep", "drop")
 
 
 MAX_INPUTS: Final = 1024
@@ -64,7 +53,8 @@ class Rule:
 class Recipe:
     """A merge as asked for. `base`, `layout` and rules name inputs; `others` are inputs that are only taken from.
 
-    A nested recipe without a seed has that of the recipe it is part of; the outermost one has 0.
+    `where` is what errors call the recipe: its file, if it has one. A nested recipe without a seed has that of the
+    recipe it is part of; the outermost one has 0.
     """
 
     method: str
@@ -78,6 +68,7 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     dtype: DType | None = None
     seed: int | None = None
+    where: str = field(default="recipe", compare=False)
 
     @property
     def named(self) -> dict[str, Input]:

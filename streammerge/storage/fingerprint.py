@@ -6,7 +6,6 @@ Threads, windows, bounds of memory and the way of reading are not in it: they do
 
 from __future__ import annotations
 
-import importlib.metadata
 import inspect
 import itertools
 import marshal
@@ -57,6 +56,8 @@ def _tensors(plan: Plan) -> Iterator[tuple[str, str]]:
 
 def request_of(plan: Plan) -> Fingerprint:
     """What was asked for, and of which files: enough to tell finished outputs from each other, and told in no time."""
+    import importlib.metadata  # late: it takes a tenth of the time in which a plan is made
+
     return {
         "program": {
             "streammerge": __version__,

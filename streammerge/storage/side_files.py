@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from streammerge.errors import OutputError, output_errors
+from streammerge.formats.claims import Claim, Claims
 from streammerge.formats.descriptors import sync_folder
 from streammerge.formats.shards import is_index, is_model
 from streammerge.storage.placing import temporary_name
@@ -41,6 +42,17 @@ def check_side_file(path: Path | None, what: str) -> None:
         )
     if not os.access(path if _is_stream(path) else folder, os.W_OK):
         raise OutputError(f"{path}: can't be written: permission denied", advice="Name a file in another folder.")
+
+
+def side_file(path: Path | None, what: str) -> tuple[Claim, ...]:
+    """What tells of the work, to be written after it; OutputError if that is sure to fail."""
+    check_side_file(path, what)
+    return () if path is None else (Claim(path, what),)
+
+
+def reported(path: Path | None) -> Claims:
+    """The report, if one is wanted; OutputError if it could not be written."""
+    return Claims(written=side_file(path, "the report"))
 
 
 @contextlib.contextmanager

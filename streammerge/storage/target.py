@@ -104,7 +104,10 @@ def check_output(plan: Plan, older: Older, beside: Claims, *, may_exist: bool) -
         if not path.is_file():
             raise OutputError(f"{path}: there is something here that is no file", advice="Choose another name.")
         if not may_exist:
-            raise OutputError(f"{path}: the output exists", advice="Use --force to replace it, or choose another name.")
+            others = ", and is not this merge's, so there is nothing to resume" if plan.options.resume else ""
+            raise OutputError(
+                f"{path}: the output exists{others}", advice="Use --force to replace it, or choose another name."
+            )
 
 
 def check_name(path: Path) -> None:

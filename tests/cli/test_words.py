@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from streammerge.cli.words import _split_name, _split_weight, add_merge_arguments, options_from, recipe_from
+from streammerge.cli.arguments import add_merge_arguments
+from streammerge.cli.request import read_request
+from streammerge.cli.words import _split_name, _split_weight
 from streammerge.errors import RecipeError
 from streammerge.recipe.options import Options
 from streammerge.recipe.parse import Input
@@ -76,18 +78,18 @@ def test_a_file_that_is_called_so_is_that_file(tmp_path, monkeypatch, word):
 
 @pytest.mark.parametrize("word", ["x" * 5000 + ":0.5", "x=" + "y" * 5000])
 def test_words_that_no_file_can_be_called_are_taken_apart_all_the_same(word):
-    recipe_from(parsed(word, "b"))
-    recipe_from(parsed("a", "b", "--layout", word))
+    read_request(parsed(word, "b"))
+    read_request(parsed("a", "b", "--layout", word))
 
 
 def test_models_on_the_command_line_become_a_recipe(folder):
-    recipe = recipe_from(
+    recipe = read_request(
         parsed(
             *("x=a.safetensors:0.25", "b.safetensors", "-p", "weight=2", "-p", "normalize=no", "--dtype", "bf16"),
             *("--layout", "b.safetensors", "--on-missing", "keep", "--on-shape-mismatch", "pad"),
             *("--drop", "d.*", "--keep", "k.*", "--take", "t.*=base.safetensors", "--take", "u=x"),
         )
-    )
+    ).recipe
     assert recipe.inputs == (
         Input("x", Path("a.safetensors"), {"weight": 0.25}),
         Input("b", Path("b.safetensors")),
@@ -109,7 +111,7 @@ def test_options_become_options():
         *("--threads", "3", "--io", "pread", "--shard-size", "1.5G", "--force", "--no-sync"),
         *("--no-metadata", "--verify"),
     )
-    assert options_from(arguments) == Options(
+    assert read_request(arguments).options == Options(
         device="cuda:1",
         compute_dtype=DTYPES["F64"],
         max_ram=512_000_000,
@@ -122,9 +124,9 @@ def test_options_become_options():
         metadata=False,
         verify=True,
     )
-    assert options_from(parsed("a")) == Options()
+    assert read_request(parsed("a")).options == Options()
 
 
 def test_errors_are_known_to_the_caller_of_the_functions_too(folder):
     with pytest.raises(RecipeError, match="there is nothing to merge"):
-        recipe_from(parsed())
+        read_request(parsed())

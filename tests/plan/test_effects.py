@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from streammerge.cli.words import add_merge_arguments, recipe_from
+from streammerge.cli.arguments import add_merge_arguments
+from streammerge.cli.request import read_request
 from streammerge.compute.expressions import Combined
 from streammerge.errors import RecipeError
 from streammerge.methods import METHODS
@@ -164,7 +165,7 @@ def test_every_parameter_has_an_effect_from_the_command_line_and_in_a_nested_rec
     parser = argparse.ArgumentParser()
     add_merge_arguments(parser)
     words = [entry["model"] for entry in raw["models"]]
-    found = recipe_from(parser.parse_intermixed_args([*words, "-m", method.name, *base, *options]))
+    found = read_request(parser.parse_intermixed_args([*words, "-m", method.name, *base, *options])).recipe
     assert found.parameters == typed
     inner = {**raw, "parameters": typed}
     outer = parse_recipe({"merge_method": "linear", "models": [inner]}, Path())

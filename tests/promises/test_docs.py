@@ -16,7 +16,8 @@ from docs import make
 from streammerge.cli.main import COMMANDS
 from streammerge.methods import METHODS
 from streammerge.recipe.options import Options
-from streammerge.recipe.parse import KEYS, MERGEKIT_ONLY, MISSING_POLICIES, SHAPE_POLICIES
+from streammerge.recipe.parse import KEYS, MERGEKIT_ONLY
+from streammerge.recipe.policies import MISSING_POLICIES, SHAPE_POLICIES
 from tests.promises.pages import PAGES, anchors, links
 from tests.promises.rooms import ROOMS
 

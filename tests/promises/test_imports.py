@@ -96,7 +96,7 @@ def test_imports_are_found():
     assert "errors" in imported(modules()["cli.main"])
     assert {"compute.lanes", "storage.copying", "workers.windows"} <= imported(modules()["workers.schedule"])
     assert "methods" in imported(modules()["recipe.recipe"])
-    assert "engine" in imported(modules()["cli.commands"]), "one that is imported late"
+    assert "engine" in imported(modules()["cli.commands.merge"]), "one that is imported late"
 
 
 # ── what is imported when ────────────────────────────────────────────────────────────────────────────────────────────
@@ -107,16 +107,20 @@ try:
     {code}
 except SystemExit:
     pass
-print("loaded:", *sorted({{name.partition(".")[0] for name in sys.modules}}))
+print("loaded:", *sys.modules)
 """
 
 
 def loaded(code: str, folder: Path) -> set[str]:
-    """The packages that are loaded after this code ran in a fresh interpreter."""
+    """The modules that are loaded after this code ran in a fresh interpreter."""
     done = subprocess.run(
         [sys.executable, "-c", LISTING.format(code=code)], capture_output=True, text=True, check=True, cwd=folder
     )
     return set(done.stdout.rpartition("loaded:")[2].split())
+
+
+def loaded_packages(code: str, folder: Path) -> set[str]:
+    return {name.partition(".")[0] for name in loaded(code, folder)}
 
 
 def command(*words: str) -> str:
@@ -144,30 +148,52 @@ SLOW = {"torch", "numpy", "safetensors", "matplotlib"}
             {"rich"},
         ),
         ("import streammerge; streammerge.open_model('a.ckpt')", {"rich", "yaml", "psutil"}),
-        (command(), {"rich", "yaml"}),
+        (command(), {"rich", "yaml", "psutil"}),
         (command("--help"), {"rich", "yaml"}),
         (command("--version"), {"rich", "yaml"}),
         (command("plan", "--help"), {"rich", "yaml"}),
         (command("compare", "--help"), {"rich", "yaml"}),
-        (command("inspect", "a.safetensors"), {"rich", "yaml"}),
+        (command("inspect", "a.safetensors"), {"rich", "yaml", "psutil"}),
         (command("inspect", "a.ckpt", "--tensors"), {"rich", "yaml"}),
-        (command("methods"), {"rich", "yaml"}),
+        (command("methods"), {"rich", "yaml", "psutil"}),
         (command("methods", "ties"), {"rich", "yaml"}),
         (command("recipes"), {"rich"}),
         (command("recipes", "sd2-depth"), {"rich"}),
-        (command("plan", "a.safetensors", "b.ckpt"), {"rich", "yaml"}),
+        (command("plan", "a.safetensors", "b.ckpt"), {"rich", "yaml", "psutil"}),
         (command("plan", "recipe.yaml", "--json"), {"rich"}),
         (command("a.safetensors", "b.safetensors", "--dry-run"), {"rich", "yaml"}),
         (command("verify", "a.safetensors"), {"rich", "yaml"}),
     ],
 )
 def test_what_only_looks_at_headers_loads_nothing_slow(folder, code, without):
-    assert not loaded(code, folder) & (SLOW | without)
+    assert not loaded_packages(code, folder) & (SLOW | without)
+
+
+MERGING = {"engine", "workers", "storage", "plan"}
+
+
+@pytest.mark.parametrize(
+    ("code", "rooms"),
+    [
+        (command("--help"), {*MERGING, "tools", "models", "compute", "methods", "formats", "report"}),
+        (command("plan", "--help"), {*MERGING, "tools", "models", "compute", "methods", "formats", "report"}),
+        (command("inspect", "--help"), {*MERGING, "tools", "models", "compute", "methods", "formats", "report"}),
+        (command("inspect", "a.safetensors"), {*MERGING, "methods"}),
+        (command("inspect", "a.ckpt", "--json"), {*MERGING, "methods"}),
+        (command("methods"), {*MERGING, "tools", "models", "recipe.parse"}),
+        (command("methods", "ties", "--json"), {*MERGING, "tools", "models", "recipe.parse"}),
+        (command("plan", "a.safetensors", "b.safetensors"), {"tools", "cli.manual", "cli.commands.merge"}),
+    ],
+)
+def test_a_command_loads_no_room_that_it_has_no_use_for(folder, code, rooms):
+    found = {short(name) for name in loaded(code, folder) if name.startswith("streammerge.")}
+    assert {"cli.main", "recipe.options"} <= found
+    assert not {name for name in found if name in rooms or room(name) in rooms}
 
 
 def test_what_computes_loads_torch(folder):
     words = ("a.safetensors", "b.safetensors", "-o", "out.safetensors", "-q")
-    packages = loaded(command(*words), folder)
+    packages = loaded_packages(command(*words), folder)
     assert "torch" in packages
     assert not packages & {"matplotlib", "yaml"}
 

@@ -18,8 +18,28 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no map": ([], "recipe: expected a map with merge_method and models, found list"),
     "nothing": (None, "recipe: expected a map with merge_method and models, found NoneType"),
     "no method": ({"models": TWO}, "recipe: the key 'merge_method' is missing"),
-    "no models": ({"merge_method": "linear"}, "recipe: the key 'models' is missing"),
-    "empty models": ({"merge_method": "linear", "models": []}, "recipe: the key 'models' is missing"),
+    "no models": ({"merge_method": "linear"}, "recipe: the key 'models' is missing\n  List the models"),
+    "empty models": ({"merge_method": "linear", "models": []}, "recipe: models is empty\n  List the models"),
+    "an empty method": (
+        {"merge_method": "", "models": TWO},
+        "recipe: merge_method is empty\n  Name the method",
+    ),
+    "a dtype of eight bits": (
+        {"merge_method": "linear", "models": TWO, "dtype": "float8"},
+        "unknown dtype 'float8'\n  Did you mean 'float8_e4m3fn' or 'float8_e5m2'[?] Known",
+    ),
+    "a dtype of eight bits in short": (
+        {"merge_method": "linear", "models": TWO, "dtype": "fp8"},
+        "unknown dtype 'fp8'\n  Did you mean 'fp8_e4m3' or 'fp8_e5m2'[?] Known",
+    ),
+    "a name that two files have": (
+        {"merge_method": "linear", "models": ["x/a", "y/a"], "rules": [{"match": "*", "take": "a"}]},
+        r"recipe: rule 1: 2 models are called 'a'\n  a   .*x.a\n  a#2   .*y.a\n  Say which by its path",
+    ),
+    "a layout that two files are called": (
+        {"merge_method": "linear", "models": ["x/a", "y/a"], "layout": "a"},
+        "recipe: layout: 2 models are called 'a'",
+    ),
     "models that are a text": ({"merge_method": "linear", "models": "a"}, "models must be a list, found 'a'"),
     "models that are a map": ({"merge_method": "linear", "models": {"a": 1}}, "models must be a list"),
     "an unknown method": (

@@ -101,3 +101,15 @@ def test_a_file_that_is_mentioned_twice_is_one_input():
     recipe = linear(layout="c.ckpt", rules=rules)
     assert [rule.model for rule in recipe.rules] == ["c", "c", "c"]
     assert len(recipe.others) == 1
+
+
+def test_a_name_that_files_share_must_not_be_meant_by_chance():
+    models = ["x/a.ckpt", "y/a.ckpt", "c.ckpt"]
+    for meant, expected in (("a#2", "a#2"), ("x/a.ckpt", "a"), ("y/a.ckpt", "a#2"), ("c", "c")):
+        assert linear(models=models, rules=[{"match": "*", "take": meant}]).rules[0].model == expected
+    for keys in ({"rules": [{"match": "*", "take": "a"}]}, {"layout": "a"}, {"base_model": "a"}):
+        with pytest.raises(RecipeError, match=r"2 models are called 'a'\n  a  .*\n  a#2  .*\n  Say which"):
+            linear(models=models, **keys)
+    assert linear(models=["a.ckpt", "./a.ckpt"], layout="a").layout == "a"
+    told_apart = [{"model": "x/a.ckpt", "name": "a"}, {"model": "y/a.ckpt", "name": "a#2"}]
+    assert linear(models=told_apart, layout="a").layout == "a"

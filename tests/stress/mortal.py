@@ -69,7 +69,7 @@ def serve() -> None:
     """Fork for every line, and say how it ended."""
     import torch  # noqa: F401
 
-    import streammerge.cli.commands
+    import streammerge.cli.commands.merge
     import streammerge.cli.main
     import streammerge.storage.resume
     import streammerge.workers.schedule  # noqa: F401

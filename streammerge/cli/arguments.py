@@ -1,0 +1,164 @@
+"""The command line's arguments: what a merge, and a plan and a check of one, may be asked for."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from streammerge.errors import RecipeError
+from streammerge.recipe.options import Group, Typed, typed_options
+from streammerge.recipe.policies import MISSING_POLICIES, SHAPE_POLICIES
+
+
+def new_parser(command: str, usage: str | None, description: str | None) -> argparse.ArgumentParser:
+    """A parser for one command, which does not abbreviate options."""
+    options: dict[str, Any] = {"prog": f"streammerge {command}".strip(), "description": description, "usage": usage}
+    return argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+
+def add_merge_arguments(parser: argparse.ArgumentParser, *, output: bool = True) -> None:
+    """What merge, plan and verify have in common."""
+    parser.add_argument(
+        "models", nargs="*", type=not_empty, metavar="RECIPE.yaml | MODEL[:WEIGHT] | NAME=MODEL[:WEIGHT]"
+    )
+    if output:
+        parser.add_argument("-o", "--output", type=a_path, metavar="OUT", help="the file (or folder) to write")
+    else:
+        parser.set_defaults(output=None)
+    _add_recipe_arguments(parser.add_argument_group("what to merge"))
+    _add_run_arguments(parser.add_argument_group("how to run"))
+    _add_output_arguments(parser.add_argument_group("what to write and to show"))
+
+
+def add_methods_argument(group: argparse._ActionsContainer) -> None:
+    """The user's own methods. A recipe can't name such a file, because files that are shared must not run code."""
+    group.add_argument(
+        "--methods",
+        action="append",
+        default=[],
+        type=a_path,
+        metavar="FILE.py",
+        help="a Python file with merge methods of your own",
+    )
+
+
+def add_entry_argument(group: argparse._ActionsContainer) -> None:
+    """Which dict of a torch file is the model, where several could be."""
+    group.add_argument(
+        "--entry",
+        action="append",
+        default=[],
+        type=not_empty,
+        metavar="[NAME=]KEY",
+        help="which dict of torch files is the model, such as params_ema or model.state_dict; NAME= for one model only",
+    )
+
+
+def _add_recipe_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--recipe", metavar="NAME", help="a recipe that comes with streammerge (see: streammerge recipes)"
+    )
+    group.add_argument(
+        "--recipe-from-metadata",
+        action="store_true",
+        help="the first model is an earlier output: merge again what its metadata say",
+    )
+    group.add_argument(
+        "-m", "--method", metavar="M", help="the merge method (default: linear; see: streammerge methods)"
+    )
+    add_methods_argument(group)
+    add_entry_argument(group)
+    group.add_argument("--base", type=not_empty, metavar="MODEL", help="the method's base model")
+    group.add_argument(
+        "-p",
+        "--parameter",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a parameter of the method; by block: KEY=blocks:PRESET or KEY=blocks:IN00-IN05=0.3",
+    )
+    group.add_argument("--dtype", metavar="keep|fp32|fp16|bf16|fp8_e4m3|fp8_e5m2", help="how tensors are stored")
+    group.add_argument(
+        "--layout",
+        type=not_empty,
+        metavar="MODEL",
+        help="whose tensors, order and shapes the output has (default: first)",
+    )
+    group.add_argument(
+        "--take", action="append", default=[], metavar="GLOB=MODEL", help="copy matching tensors from it"
+    )
+    group.add_argument("--drop", action="append", default=[], metavar="GLOB", help="leave matching tensors out")
+    group.add_argument(
+        "--keep", action="append", default=[], metavar="GLOB", help="copy them from the layout model; wins over --drop"
+    )
+    group.add_argument("--on-shape-mismatch", choices=SHAPE_POLICIES, help="(default: error)")
+    group.add_argument("--on-missing", choices=MISSING_POLICIES, help="(default: error)")
+
+
+def _add_run_arguments(group: argparse._ArgumentGroup) -> None:
+    _add_group(group, "how to run")
+    group.add_argument("--seed", type=int, metavar="N", help="of methods that draw random numbers (default: 0)")
+
+
+def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
+    _add_group(group, "what to write and to show")
+    group.add_argument("--dry-run", action="store_true", help="show the plan and stop")
+    group.add_argument("--report", type=a_path, metavar="FILE.json", help="write how it went as JSON")
+    group.add_argument("--json", action="store_true", help="with plan: print it as JSON")
+    group.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    group.add_argument("-v", "--verbose", action="store_true", help="show the plan before the merge")
+
+
+def not_empty(text: str) -> str:
+    """A name, which an empty text is not: it would be taken for the folder that we are in."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a name, found an empty text")
+    return text
+
+
+def a_path(text: str) -> Path:
+    """A path that is no empty text."""
+    return Path(not_empty(text))
+
+
+def _add_group(group: argparse._ArgumentGroup, name: Group) -> None:
+    """The options of this group, as `Options` tells them."""
+    add_options(group, *(typed.name for typed in typed_options() if typed.group == name))
+
+
+def add_options(group: argparse._ActionsContainer, *names: str) -> None:
+    """Arguments for these options, in the order of `Options`."""
+    for typed in typed_options():
+        if typed.name in names:
+            _add_option(group, typed)
+
+
+def _add_option(group: argparse._ActionsContainer, typed: Typed) -> None:
+    """An argument for an option."""
+    if typed.is_flag:
+        action = "store_false" if typed.default else "store_true"
+        group.add_argument(typed.flag, dest=typed.name, action=action, default=typed.default, help=typed.help)
+    elif typed.words:
+        group.add_argument(typed.flag, choices=list(typed.words), default=_word(typed), help=typed.help)
+    else:
+        parse = worded(typed.parse or str)
+        group.add_argument(typed.flag, type=parse, default=typed.default, metavar=typed.metavar, help=typed.help)
+
+
+def _word(typed: Typed) -> str | None:
+    """The word for the option's default."""
+    return next((word for word, value in typed.words.items() if value == typed.default), None)
+
+
+def worded(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A parser for argparse, which has an error of its own for what can't be parsed."""
+
+    def parsed(text: str) -> Any:  # noqa: ANN401
+        try:
+            return parse(text)
+        except RecipeError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parsed

@@ -1,0 +1,75 @@
+"""`streammerge RECIPE.yaml -o OUT`, `streammerge MODEL[:WEIGHT] … -o OUT`: merge, and say how it went."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from streammerge.cli.arguments import add_merge_arguments, new_parser
+from streammerge.cli.screen import show_report, telling, watching
+from streammerge.errors import saying_what_is_on_disk
+from streammerge.version import __version__
+
+if TYPE_CHECKING:
+    from streammerge.cli.request import Request
+
+USAGE: Final = """\
+streammerge RECIPE.yaml -o OUT.safetensors [options]
+       streammerge MODEL[:WEIGHT] MODEL[:WEIGHT] ... -o OUT.safetensors [options]
+       streammerge --recipe NAME NAME=MODEL ... -o OUT.safetensors [options]
+       streammerge OLD.safetensors --recipe-from-metadata -o OUT.safetensors [NAME=MODEL ...] [options]
+       streammerge inspect|compare|plan|methods|recipes|verify|bench|clean|demo ... (--help tells more)"""
+
+
+def run(words: Sequence[str]) -> int:
+    """Merge as a recipe or the command line describes."""
+    parser = new_parser("", USAGE, "Merge model checkpoints of any size in a small, stated amount of RAM.")
+    parser.add_argument("--version", action="version", version=f"streammerge {__version__}")
+    add_merge_arguments(parser)
+    if not words:
+        parser.print_help()
+        return 2
+    arguments = parser.parse_intermixed_args(words)
+    if arguments.dry_run:
+        from streammerge.cli.commands.plan import plan
+
+        return plan(arguments)
+    if arguments.output is None:
+        parser.error("the output is missing: -o OUT.safetensors")
+    return merge(arguments.output, arguments)
+
+
+def merge(output: Path, arguments: argparse.Namespace) -> int:
+    """Merge, show progress and the final table, write the report."""
+    from streammerge.cli.commands.plan import show_plan
+    from streammerge.cli.request import read_request
+    from streammerge.engine import carry_out, planned
+    from streammerge.report import dump_json
+    from streammerge.storage.side_files import reported, write_text
+
+    with saying_what_is_on_disk():
+        request = read_request(arguments)
+        show, beside = request.show, request.named + reported(request.show.report)
+        check_recorded_inputs(request)
+        started = time.perf_counter()
+        with planned(request.recipe, output, request.options, beside=beside) as plan:
+            if show.verbose and not show.quiet:
+                show_plan(plan, every_tensor=True)
+            with watching("merge", quiet=show.quiet) as watch:
+                report = carry_out(plan, started, watch, telling(quiet=show.quiet), beside)
+    if show.report is not None:
+        with saying_what_is_on_disk(lambda: "The output is complete."):
+            write_text(show.report, dump_json(report.to_json()))
+    show_report(report, quiet=show.quiet)
+    return 0
+
+
+def check_recorded_inputs(request: Request) -> None:
+    """CheckpointError if a recipe in metadata comes with its inputs' hashes, and these are others."""
+    from streammerge.tools.verification import check_inputs
+
+    if request.recorded is not None and request.recorded.hashes:
+        check_inputs(request.recorded)

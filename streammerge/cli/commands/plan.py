@@ -1,0 +1,77 @@
+"""`streammerge plan`, and a merge with `--dry-run`: what would happen, from headers alone."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from streammerge.cli.arguments import add_merge_arguments, new_parser
+from streammerge.cli.screen import say, show_table
+from streammerge.errors import format_size, one_line, saying_what_is_on_disk
+
+if TYPE_CHECKING:
+    from streammerge.plan.plan import Plan
+
+
+def run(words: Sequence[str]) -> int:
+    """Show what a merge would do, from headers alone."""
+    parser = new_parser(
+        "plan", None, "Show what a merge would do to every tensor and what it costs. Reads headers only."
+    )
+    add_merge_arguments(parser)
+    return plan(parser.parse_intermixed_args(words))
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """Show what would happen."""
+    from streammerge.cli.request import read_request
+    from streammerge.engine import planned
+    from streammerge.report import dump_json
+
+    with saying_what_is_on_disk():
+        request = read_request(arguments)
+        show, options = request.show, replace(request.options, hash_inputs=False)
+        output = request.output or Path("merged.safetensors")
+        with planned(request.recipe, output, options, replacing=request.output is None) as made:
+            if show.as_json:
+                say(dump_json(made.to_json()).rstrip())
+            elif not show.quiet:
+                show_plan(made, every_tensor=show.verbose)
+            made.check_disk()
+    return 0
+
+
+def show_plan(plan: Plan, *, every_tensor: bool) -> None:
+    """The plan for people: the fates of the tensors, grouped by reason or one by one, and the costs."""
+    if every_tensor:
+        for name, fate in plan.decisions.told():
+            why = f"{fate.why}   {fate.detail}".rstrip()
+            say(one_line(f"{fate.action:<8} {fate.info!s:<28} {name}   {why}"))
+    else:
+        for outcome, number in plan.summary().items():
+            say(one_line(f"{number:>6,}  {outcome}"))
+    for note in plan.notes():
+        say(one_line(f"note: {note}"))
+    say()
+    show_table(
+        [
+            ("output", f"{plan.output.path}: {len(plan.jobs):,} tensors, {format_size(plan.output.nbytes)}"),
+            ("free disk", format_size(plan.free_disk)),
+            ("to read", f"{format_size(plan.bytes_to_read)}, {plan.passes} pass{'es' * (plan.passes > 1)}"),
+            *before_writing(plan),
+            ("peak RAM", f"{format_size(plan.work_bytes)} above import torch (about 220 MB)"),
+        ]
+    )
+
+
+def before_writing(plan: Plan) -> list[tuple[str, str]]:
+    """What has to be read of all tensors before the first is written, if anything."""
+    members = [member for together in plan.together for member in together.members]
+    if not members:
+        return []
+    passes = max(member.method.passes for member in members)
+    what = f"{format_size(plan.bytes_before_writing)} of these, {passes} pass{'es' * (passes > 1)} over the whole model"
+    return [("before writing", f"{what}, in which {len(members):,} tensors are measured together")]
