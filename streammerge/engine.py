@@ -303,6 +303,7 @@ def report_of(
         dtype=sorted({kind.info.dtype.name for kind in plan.jobs.kinds}),
         threads=machine.allotment.threads if machine else 0,
         io=machine.io if machine else plan.options.io,
+        loops=machine.loops if machine else "",
         resumed_bytes=ledger.found.spans.nbytes,
         inputs=[InputFile(str(file.path), file.nbytes) for file in plan.inputs],
         hashes=hashes_by_file(plan, hashes),

@@ -29,8 +29,9 @@ class Report:
     `stale_hashes` is a file of hashes that is not of this output, `resumed_bytes` what an interrupted run had put on
     the disk; no `threads` were at work if that was all.
 
-    Of the seconds, `plan` is all before the workers begin, `import torch` included, and `ahead` is how long of it
-    tensors were being copied already.
+    `loops` says what computed: compiled loops, torch, or both. `baseline_rss_bytes` is what a bare `import torch` takes,
+    0 where torch was not imported. Of the seconds, `plan` is all before the workers begin, `import torch` included, and
+    `ahead` is how long of it tensors were being copied already.
     """
 
     output: Sequence[str]
@@ -49,6 +50,7 @@ class Report:
     dtype: Sequence[str]
     threads: int
     io: str
+    loops: str
     inputs: Sequence[InputFile]
     version: str
     left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -88,6 +90,7 @@ class Report:
             "dtype": "+".join(self.dtype),
             "threads": self.threads,
             "io": self.io,
+            "loops": self.loops,
             "inputs": [{"path": file.path, "bytes": file.nbytes} for file in self.inputs],
             "hashes": {path: dict(found) for path, found in self.hashes.items()},
             "version": self.version,
@@ -112,14 +115,20 @@ class Report:
         moved = self.bytes_read + self.bytes_written
         moving = seconds["merge"] + seconds.get("ahead", 0.0)
         rate = moved / moving / 1e9 if moving else 0.0
-        above = self.peak_rss_bytes - self.baseline_rss_bytes
         return [
             ("bytes", f"{format_size(self.bytes_read)} read, {format_size(self.bytes_written)} written"),
             ("time", f"{seconds['total']:.1f} s: " + ", ".join(f"{seconds[part]:.1f} {part}" for part in PARTS)),
             ("rate", f"{rate:.1f} GB/s while merging"),
-            ("peak RAM", f"{format_size(self.peak_rss_bytes)}, {format_size(max(above, 0))} above import torch"),
-            ("run on", f"{self.device}, {self.threads} threads, {self.io}"),
+            ("peak RAM", f"{format_size(self.peak_rss_bytes)}, {self._above}"),
+            ("run on", ", ".join(filter(None, (self.device, f"{self.threads} threads", self.io, self.loops)))),
         ]
+
+    @property
+    def _above(self) -> str:
+        """How much of the peak is the merge's own."""
+        if not self.baseline_rss_bytes:
+            return "all of it: torch was not imported"
+        return f"{format_size(max(self.peak_rss_bytes - self.baseline_rss_bytes, 0))} above import torch"
 
     def warnings(self) -> list[str]:
         """What the user should look at."""

@@ -40,7 +40,16 @@ MAPPED_BYTES: Final = (6 * MIB, 2 * MIB)
 
 
 MAX_THREADS: Final = 8
-"""More workers than this wait for memory and disk rather than compute, unless the user asks for them."""
+"""More workers than this wait for memory, disk and the interpreter rather than compute by torch, unless the user asks
+for them."""
+
+
+MAX_COMPILED_THREADS: Final = 16
+"""The same of workers that compute by compiled loops, which hold no lock."""
+
+
+BARE_BYTES: Final = 40 * MIB
+"""What Python and this package take without torch, beside the workers' buffers and what is kept of headers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,19 +64,26 @@ class Allotment:
 
 
 def share_out(
-    lane_bytes: int, threads: int | None = None, limit: int | None = None, *, device_limit: int | None = None
+    lane_bytes: int,
+    threads: int | None = None,
+    limit: int | None = None,
+    *,
+    device_limit: int | None = None,
+    most_threads: int = MAX_THREADS,
+    mapped: tuple[int, int] = MAPPED_BYTES,
 ) -> Allotment:
-    """As many lanes of this size, and their mappings, as fit the limit and as there are cores for; one at the least.
+    """As many lanes of this size, and what they keep `mapped`, as fit the limit and as there are cores for; one at the
+    least.
 
     `device_limit` bounds the lanes' buffers on a device of its own, which are no larger than those in main memory.
     """
-    most, least = MAPPED_BYTES
+    most, least = mapped
     limit = max(limit or DEFAULT_WORK_BYTES, lane_bytes + least)
-    count = min(threads or min(usable_cores(), MAX_THREADS), limit // (lane_bytes + least))
+    count = min(threads or min(usable_cores(), most_threads), limit // max(lane_bytes + least, 1))
     if device_limit is not None:
         count = max(1, min(count, device_limit // max(lane_bytes, 1)))
-    mapped = min(most, limit // count - lane_bytes)
-    return Allotment(count, mapped, count * (lane_bytes + mapped))
+    kept = min(most, limit // count - lane_bytes)
+    return Allotment(count, kept, count * (lane_bytes + kept))
 
 
 def choose_io(io: IoMode, paths: Iterable[Path]) -> Literal["mmap", "pread"]:

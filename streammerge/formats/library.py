@@ -1,7 +1,8 @@
 """The format's own library, whose parser is audited, as a second judge of a file.
 
-It takes a kilobyte for every tensor while it has a file open, and the process keeps that. So files with long headers
-are shown to it in a process of their own, which is this module, run as a script by its path:
+It takes a kilobyte for every tensor while it has a file open, and the process keeps that; and it imports torch or
+NumPy. So files with long headers, and all as long as torch is not there, are shown to it in a process of their own,
+which is this module, run as a script by its path:
 
     python -I -S library.py FOLDER_OF_PACKAGES FILE
 """
@@ -41,8 +42,9 @@ def library_digest(path: Path) -> str:
     """
     with path.open("rb") as file:
         is_long = int.from_bytes(file.read(8), "little") > LONG_HEADER
+    is_apart = sys.executable and (is_long or "torch" not in sys.modules)
     # where it refuses, or can't be had, it is asked here: memory is no matter then
-    return (_asked_elsewhere(path) if is_long and sys.executable else None) or _ask(path)
+    return (_asked_elsewhere(path) if is_apart else None) or _ask(path)
 
 
 def _ask(path: Path) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
+from streammerge.compute.machine import usable_cores
 from streammerge.errors import CheckpointError, PlanError
 from streammerge.formats.claims import Claim, Claims
 from streammerge.formats.files import ByteFile, read_errors
@@ -144,15 +146,20 @@ def input_claims(files: Iterable[ByteFile]) -> Claims:
 
 def check_with_library(plan: Plan) -> None:
     """Open every safetensors input with the format's own library too, whose parser is audited."""
-    for file in plan.inputs:
-        with read_errors(file.path), file.path.open("rb") as opened:
-            if not is_safetensors(opened.read(9)):
-                continue
-        try:
-            with read_errors(file.path):
-                library_digest(file.path)
-        except RefusedError as error:
-            raise CheckpointError(f"{file.path}: safetensors refuses it: {error}", advice="Fetch it again.") from error
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for _ in pool.map(_check_with_library, (file.path for file in plan.inputs)):
+            pass
+
+
+def _check_with_library(path: Path) -> None:
+    with read_errors(path), path.open("rb") as opened:
+        if not is_safetensors(opened.read(9)):
+            return
+    try:
+        with read_errors(path):
+            library_digest(path)
+    except RefusedError as error:
+        raise CheckpointError(f"{path}: safetensors refuses it: {error}", advice="Fetch it again.") from error
 
 
 def output_metadata(

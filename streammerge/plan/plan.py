@@ -8,16 +8,20 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from streammerge.compute import costs
 from streammerge.compute.expressions import Together
 from streammerge.compute.machine import (
+    BARE_BYTES,
     DEFAULT_WORK_BYTES,
     MAPPED_BYTES,
+    MAX_COMPILED_THREADS,
+    MAX_THREADS,
     MIB,
     PROMISED_BYTES,
     Allotment,
+    choose_io,
     share_out,
 )
 from streammerge.errors import OutputError, PlanError, count, format_size, listed, plural
@@ -100,7 +104,7 @@ class Plan:
                 advice=f"Free {format_size(self.output.nbytes - free - present)}, or write to another disk.",
             )
 
-    @property
+    @functools.cached_property
     def needs_torch(self) -> bool:
         """Whether something is not done by compiled loops, or not on the CPU."""
         return self.options.device != "cpu" or not all(
@@ -123,9 +127,16 @@ class Plan:
         Whole tensors are held beside the lanes' buffers: one at a time, and more where the limit leaves room for them.
         """
         held, vram = self.held_bytes, vram_limit or self.options.max_vram
-        usual = min(DEFAULT_WORK_BYTES, max(PROMISED_BYTES - OVERHEAD_BYTES - self.described_bytes, MIB))
+        usual = min(DEFAULT_WORK_BYTES, max(PROMISED_BYTES - self._fixed_bytes - self.described_bytes, MIB))
         lanes_limit = usual if work_limit is None else work_limit - held
-        shared = share_out(self.lane_bytes, self.options.threads, lanes_limit, device_limit=vram)
+        shared = share_out(
+            self.lane_bytes,
+            self.options.threads,
+            lanes_limit,
+            device_limit=vram,
+            most_threads=MAX_THREADS if self.needs_torch else MAX_COMPILED_THREADS,
+            mapped=MAPPED_BYTES if self.needs_torch or self.io == "mmap" else (0, 0),
+        )
         if held and work_limit is not None:
             held = max(held, min(work_limit - shared.work_bytes, held * shared.threads))
         return replace(shared, held_bytes=held, work_bytes=shared.work_bytes + held)
@@ -174,8 +185,17 @@ class Plan:
 
     @property
     def work_bytes(self) -> int:
-        """The RAM that the merge takes above a bare `import torch`, at most."""
-        return OVERHEAD_BYTES + self.described_bytes + self.allot().work_bytes
+        """The RAM that the merge takes at most, above a bare `import torch` if it needs torch, else in all."""
+        return self._fixed_bytes + self.described_bytes + self.allot().work_bytes
+
+    @property
+    def _fixed_bytes(self) -> int:
+        return OVERHEAD_BYTES if self.needs_torch else BARE_BYTES
+
+    @functools.cached_property
+    def io(self) -> Literal["mmap", "pread"]:
+        """How files are read."""
+        return choose_io(self.options.io, [file.path for file in self.inputs])
 
     def summary(self) -> Counter[str]:
         """How many tensors share an action and its reason, as `merged: linear`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Literal
 from streammerge.compute.expressions import ModelStatistics, applications
 from streammerge.compute.kernels.library import kernels
 from streammerge.compute.kernels.maker import KernelMaker
-from streammerge.compute.machine import OWN_BYTES, choose_io, import_torch, resident_bytes
+from streammerge.compute.machine import OWN_BYTES, import_torch, resident_bytes
 from streammerge.compute.makers import Maker
 from streammerge.formats.readers import open_reader
 from streammerge.methods import METHODS
@@ -48,12 +49,14 @@ class Machine:
             import_torch()
             from streammerge.compute.devices import check_float64, find_device, vram_limit
 
-            # a bare import of torch would take as much without this package, and without what is kept of the models
-            self.baseline = resident_bytes() - OWN_BYTES - plan.described_bytes
             device = find_device(plan.options.device)
             check_float64(device, plan.jobs)
             self.device, vram = str(device), vram_limit(device, plan.options.max_vram)
-        self.allotment = allot_memory(plan, resident_bytes(), vram)
+        resident = resident_bytes()
+        if "torch" in sys.modules:
+            # a bare import of torch would take as much without this package, and without what is kept of the models
+            self.baseline = resident - OWN_BYTES - plan.described_bytes
+        self.allotment = allot_memory(plan, resident, vram)
         self.io = self._io()
 
     def _io(self) -> Literal["mmap", "pread"]:
@@ -62,7 +65,13 @@ class Machine:
             return "pread"  # straight into pinned memory
         if uses_own_methods(self.plan):
             return "pread"  # who writes to what is mapped, is killed
-        return choose_io(self.plan.options.io, [file.path for file in self.plan.inputs])
+        return self.plan.io
+
+    @property
+    def loops(self) -> str:
+        """What computes: compiled loops, torch, or both; "" where everything is copied."""
+        computed = {kind.is_compiled for kind in self.plan.jobs.kinds if kind.compute is not None}
+        return " and ".join("compiled loops" if is_compiled else "torch" for is_compiled in sorted(computed))
 
     def _makers(self) -> Sequence[Maker]:
         """As many as were allotted, each with a reader of its own."""

@@ -62,9 +62,14 @@ def show_plan(plan: Plan, *, every_tensor: bool) -> None:
             ("free disk", format_size(plan.free_disk)),
             ("to read", f"{format_size(plan.bytes_to_read)}, {plan.passes} pass{'es' * (plan.passes > 1)}"),
             *before_writing(plan),
-            ("peak RAM", f"{format_size(plan.work_bytes)} above import torch (about 220 MB)"),
+            ("peak RAM", f"{format_size(plan.work_bytes)} {above(plan)}"),
         ]
     )
+
+
+def above(plan: Plan) -> str:
+    """What the RAM is counted above."""
+    return "above import torch (about 220 MB)" if plan.needs_torch else "in all, without torch"
 
 
 def before_writing(plan: Plan) -> list[tuple[str, str]]:
