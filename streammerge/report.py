@@ -29,9 +29,11 @@ class Report:
     `stale_hashes` is a file of hashes that is not of this output, `resumed_bytes` what an interrupted run had put on
     the disk; no `threads` were at work if that was all.
 
-    `loops` says what computed: compiled loops, torch, or both. `baseline_rss_bytes` is what a bare `import torch` takes,
-    0 where torch was not imported. Of the seconds, `plan` is all before the workers begin, `import torch` included, and
-    `ahead` is how long of it tensors were being copied already.
+    `loops` says what computed: compiled loops, torch, or both. `baseline_rss_bytes` is what a bare `import torch`
+    takes, 0 where torch was not imported.
+
+    Of the seconds, `plan` is all before the workers begin, `import torch` included, and `ahead` is how long of it
+    tensors were being copied already.
     """
 
     output: Sequence[str]
