@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from streammerge.methods.contract import ParameterValue, PerModel, Share
 from streammerge.methods.linear import check_weights
-from streammerge.methods.registry import BlockMethod, Statistics, method
+from streammerge.methods.registry import BlockMethod, Statistics, Step, method, net
 from streammerge.methods.statistics.ranking import begin_ranking
 from streammerge.methods.statistics.ranks import Cut, Ranking
 from streammerge.methods.statistics.sums import SumPass, l1_norm
@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from streammerge.methods.place import Place, Target
 
 
+Parameters = Mapping[str, ParameterValue]
+
 Trim = tuple[Cut, float]
 """Which elements of a task vector stay, and the factor that makes up for the others."""
 
 
-def trim_to_density(target: Target, parameters: Mapping[str, ParameterValue]) -> Any:  # noqa: ANN401
+def trim_to_density(target: Target, parameters: Parameters) -> Any:  # noqa: ANN401
     """Find the `density` largest elements of every task vector, one at the least; with `rescale` its L1 norms too."""
     density: Any = parameters["density"]
     ranks = [[max(int(share * target.elements), 1) if share > 0 else 0] for share in density]
@@ -40,10 +42,36 @@ def trim_to_density(target: Target, parameters: Mapping[str, ParameterValue]) ->
     return begin_ranking(Ranking(target.elements, ranks, wide=target.wide, then=trims), len(ranks))
 
 
+def ties_steps(target: Target, parameters: Parameters, statistics: Sequence[Trim]) -> list[Step]:
+    """How compiled loops do it: every task vector is trimmed and weighted in its model's place, then all are merged."""
+    weight: Any = parameters["weight"]
+    trims = [
+        keep_step(i, (cut,), (share * factor, 1.0), target)
+        for i, ((cut, factor), share) in enumerate(zip(statistics, weight, strict=True))
+    ]
+    return [*trims, merge_step(weight, parameters, str(parameters["vote"]))]
+
+
+def keep_step(model: int, cuts: Sequence[Cut], factors: tuple[float, float], target: Target) -> Step:
+    """The step KEEP: what the first cut keeps of a task vector, without what a second one does, times two factors."""
+    return Step("KEEP", model + 1, (*factors, len(cuts), *(number for cut in cuts for number in cut.numbers(target))))
+
+
+def merge_step(weight: Sequence[float], parameters: Parameters, vote: str) -> Step:
+    """The step MERGE: the task vectors' sum, of those that agree with the elected sign if there is a vote."""
+    election, division, divisor = ("none", "sum", "count").index(vote), 0, 1.0
+    scale: Any = parameters["lambda"]
+    if parameters["normalize"]:
+        positive = all(share > 0 for share in weight)
+        division, divisor = (3 if positive else 2, min(weight)) if election else (1, net(*weight))
+    return Step("MERGE", 0, (len(weight), election, division, divisor, scale, *weight))
+
+
 @method(
     BlockMethod,
     base="required",
     check=check_weights,
+    kernel=ties_steps,
     statistics=Statistics(trim_to_density, passes=2, scope="scope", of=("density", "rescale")),
 )
 def ties(

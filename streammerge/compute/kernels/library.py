@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-VERSION: Final = 1
+VERSION: Final = 2
 """What the library has to say of itself: one of another version, left by an older build, is not used."""
 
 KINDS: Final[Mapping[str, int]] = {"F16": 0, "BF16": 1, "F8_E4M3": 2, "F8_E5M2": 3, "F32": 4, "F64": 5}
@@ -33,6 +33,8 @@ class Step(ctypes.Structure):
         ("source", ctypes.c_int32),
         ("kind", ctypes.c_int32),
         ("number", ctypes.c_double),
+        ("table", ctypes.POINTER(ctypes.c_double)),
+        ("seen", ctypes.c_int64 * 2),
     )
 
 
@@ -120,10 +122,10 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     """The library, with the types of what its functions take."""
     size, number, pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
     for run in (library.run_f32, library.run_f64):
-        run.argtypes = [pointer, size, pointer, size, pointer, number, pointer, pointer]
+        run.argtypes = [pointer, size, pointer, size, size, pointer, number, pointer, pointer]
         run.restype = ctypes.c_int
     for gram in (library.gram_f32, library.gram_wide, library.gram_f64):
-        gram.argtypes = [pointer, size, pointer, size, pointer, size, number, size, pointer, pointer, pointer]
+        gram.argtypes = [pointer, size, pointer, size, size, pointer, size, number, size, pointer, pointer, pointer]
         gram.restype = None
     library.nonfinite_in.argtypes = [number, pointer, size]
     library.nonfinite_in.restype = size

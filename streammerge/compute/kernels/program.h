@@ -15,28 +15,36 @@ enum code {
   ADD,    /* r[to] = number · r[from] + r[to], rounded once */
   DIVIDE, /* r[to] = r[to] / number */
   ROUND,  /* r[to] = r[from], rounded to this kind */
+  WATCH,  /* remembers whether one of so many registers from `from` on holds what isn't finite */
+  KEEP,   /* r[to] = what its cuts keep of r[to] − r[from], scaled: sparse.inc */
+  MERGE,  /* r[to] = r[to] + the sum of the registers behind it, of those that agree with the sign elected: sparse.inc */
 };
 
 typedef struct {
   int32_t code, to, from, kind;
   double number;
+  const double *table; /* numbers of which a step has many */
+  int64_t seen[2];     /* what it remembers from chunk to chunk */
 } step;
 
-/* All steps for n <= CHUNK elements, the first of which are `done` elements behind those that `inputs` point to. */
-void compute_f32(const step *steps, int64_t count, const void *const *inputs, size_t done, size_t n, float *room);
-void compute_f64(const step *steps, int64_t count, const void *const *inputs, size_t done, size_t n, double *room);
+/* All steps for n <= CHUNK elements, the first of which are `done` elements behind those that `inputs` point to; these
+   are the tensor's elements from `start` on. */
+void compute_f32(step *steps, int64_t count, const void *const *inputs, int64_t start, size_t done, size_t n,
+                 float *room);
+void compute_f64(step *steps, int64_t count, const void *const *inputs, int64_t start, size_t done, size_t n,
+                 double *room);
 
 /* The bits of the greatest magnitude, NaN above infinity: of magnitudes, bits compare as numbers do. */
 uint32_t greatest_bits_f32(const float *values, size_t n);
 uint64_t greatest_bits_f64(const double *values, size_t n);
 
-/* n elements of the tensor whose expression these steps are; `inputs` point to their first elements.
+/* Elements [start, start + n) of the tensor whose expression these steps are; `inputs` point to their first elements.
 
    What the last step leaves in register 0 is stored as `kind` in `out`. `room` has CHUNK elements for each register.
    Returned is whether something is infinite, no number, or beyond the kind's range; then `found` tells what. */
-EXPORT int run_f32(const step *steps, int64_t count, const void *const *inputs, int64_t n, float *room, int32_t kind,
-                   void *out, finding *found);
-EXPORT int run_f64(const step *steps, int64_t count, const void *const *inputs, int64_t n, double *room, int32_t kind,
-                   void *out, finding *found);
+EXPORT int run_f32(step *steps, int64_t count, const void *const *inputs, int64_t start, int64_t n, float *room,
+                   int32_t kind, void *out, finding *found);
+EXPORT int run_f64(step *steps, int64_t count, const void *const *inputs, int64_t start, int64_t n, double *room,
+                   int32_t kind, void *out, finding *found);
 
 #endif

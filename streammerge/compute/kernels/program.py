@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import enum
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from streammerge.compute.expressions import ByGram, Combined, Node, Rounded, Stored, Term
+from streammerge.compute.costs import piece_elements, target_of
+from streammerge.compute.expressions import ByBlock, ByGram, Combined, Node, Rounded, Stored, Term
 from streammerge.compute.kernels.library import CHUNK, KINDS, Found, Step, address
 from streammerge.formats.readers import page_aligned
 from streammerge.methods.statistics.passes import InnerProducts
@@ -27,21 +29,38 @@ class Code(enum.IntEnum):
     ADD = 3
     DIVIDE = 4
     ROUND = 5
+    WATCH = 6
+    KEEP = 7
+    MERGE = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """Steps that compute tensors into the first registers, and the stored tensors that they load, by their numbers."""
+    """Steps that compute tensors into the first registers, and the stored tensors that they load, by their numbers.
+
+    Ranges of the tensors begin at a multiple of `piece` elements. Steps remember what they have seen: a program is one
+    worker's.
+    """
 
     steps: ctypes.Array[Step]
     inputs: Sequence[Stored]
     registers: int
     compute: Compute
+    piece: int = 1
 
     @property
     def room_bytes(self) -> int:
         """What its registers take."""
         return self.registers * CHUNK * (8 if self.compute == "F64" else 4)
+
+    def take_suspicion(self) -> bool:
+        """Whether a method was given what is infinite or no number, of which its output may not tell, since this was
+        last asked."""
+        watching = [step for step in self.steps if step.code == Code.WATCH]
+        found = any(step.seen[0] for step in watching)
+        for step in watching:
+            step.seen[0] = 0
+        return found
 
 
 def can_be_compiled(node: Node) -> bool:
@@ -55,16 +74,19 @@ def can_be_compiled(node: Node) -> bool:
             return all(can_be_compiled(term.node) for term in node.terms)
         case ByGram():
             return node.slices is None and all(map(can_be_compiled, node.inputs))
+        case ByBlock():
+            return node.method.kernel is not None and all(map(can_be_compiled, node.inputs))
         case _:
             return False
 
 
 def compiled(nodes: Sequence[Node], compute: Compute, statistics: Mapping[int, Any]) -> Program:
-    """The program that leaves these expressions in the first registers; of ByGram nodes the coefficients are known."""
+    """The program that leaves these expressions in the first registers; what its methods want to know is known."""
     writer = _Writer(statistics)
     for register, node in enumerate(nodes):
         writer.write(node, register)
-    return Program((Step * len(writer.steps))(*writer.steps), writer.inputs, writer.registers, compute)
+    steps = (Step * len(writer.steps))(*writer.steps)
+    return Program(steps, writer.inputs, writer.registers, compute, writer.piece)
 
 
 class _Writer:
@@ -75,6 +97,7 @@ class _Writer:
         self.steps: list[Step] = []
         self.inputs: list[Stored] = []
         self.registers = 1
+        self.piece = 1
 
     def write(self, node: Node, to: int) -> None:
         """The steps that compute the node into this register, with those above it for what is on the way."""
@@ -93,8 +116,20 @@ class _Writer:
             case ByGram():
                 coefficients = zip(self.statistics[id(node)], node.inputs, strict=True)
                 self._combine([Term(coefficient, child) for coefficient, child in coefficients if coefficient], to)
+            case ByBlock():
+                self._apply(node, to)
             case _:
                 raise AssertionError(f"{type(node).__name__} has no steps")
+
+    def _apply(self, node: ByBlock, to: int) -> None:
+        """The method's own steps, over its inputs in neighbouring registers."""
+        assert node.method.kernel is not None
+        for place, child in enumerate(node.inputs):
+            self.write(child, to + place)
+        self._step(Code.WATCH, to, to, number=len(node.inputs))
+        for step in node.method.kernel(target_of(node), node.parameters, self.statistics.get(id(node))):
+            self._step(Code[step.code], to + step.of, to, table=step.numbers)
+        self.piece = math.lcm(self.piece, piece_elements(node))
 
     def _combine(self, terms: Iterable[Term], to: int) -> None:
         code = Code.SCALE
@@ -105,8 +140,10 @@ class _Writer:
         if code is Code.SCALE:
             self._step(Code.ZERO, to, to)
 
-    def _step(self, code: Code, to: int, source: int, kind: str = "F32", number: float = 0.0) -> None:
-        self.steps.append(Step(code, to, source, KINDS[kind], number))
+    def _step(
+        self, code: Code, to: int, source: int, kind: str = "F32", number: float = 0.0, table: Sequence[float] = ()
+    ) -> None:
+        self.steps.append(Step(code, to, source, KINDS[kind], number, (ctypes.c_double * len(table))(*table)))
 
 
 class Kernels:
@@ -117,16 +154,27 @@ class Kernels:
         self._room = page_aligned(0)
 
     def store(
-        self, program: Program, blocks: Sequence[memoryview], elements: int, kind: str, out: memoryview
+        self, program: Program, blocks: Sequence[memoryview], elements: int, kind: str, out: memoryview, start: int = 0
     ) -> Found | None:
-        """The first register into `out`, as this kind of element; what isn't finite or in its range, else None."""
+        """The first register into `out`, as this kind of element; what isn't finite or in its range, else None.
+
+        The blocks begin with the tensor's element `start`.
+        """
         found = Found()
         run = self._library.run_f64 if program.compute == "F64" else self._library.run_f32
-        flagged = run(*self._given(program, blocks, elements), KINDS[kind], address(out), ctypes.byref(found))
+        flagged = run(*self._given(program, blocks, elements, start), KINDS[kind], address(out), ctypes.byref(found))
         return found if flagged else None
 
     def products(
-        self, program: Program, blocks: Sequence[memoryview], elements: int, vectors: int, *, apart: bool, wide: bool
+        self,
+        program: Program,
+        blocks: Sequence[memoryview],
+        elements: int,
+        vectors: int,
+        *,
+        apart: bool,
+        wide: bool,
+        start: int = 0,
     ) -> InnerProducts:
         """⟨dᵢ, dⱼ⟩ for j ≤ i of the first registers: d₀ = x₀ and dᵢ = xᵢ − x₀ if they are taken `apart`, else dᵢ = xᵢ.
 
@@ -137,7 +185,7 @@ class Kernels:
         rows = 1 << max(-(-elements // CHUNK) - 1, 0).bit_length()
         sums = (ctypes.c_double * (vectors * (vectors + 1) // 2 * rows))()
         space, greatest = (ctypes.c_double * (vectors * CHUNK))(), (ctypes.c_double * vectors)()
-        gram(*self._given(program, blocks, elements), vectors, apart, rows, space, sums, greatest)
+        gram(*self._given(program, blocks, elements, start), vectors, apart, rows, space, sums, greatest)
         found = iter(sums[::rows])
         return InnerProducts([list(itertools.islice(found, i + 1)) for i in range(vectors)], list(greatest))
 
@@ -145,12 +193,14 @@ class Kernels:
         """How many elements of stored bytes are infinite or no numbers."""
         return int(self._library.nonfinite_in(KINDS[kind], address(block), elements))
 
-    def _given(self, program: Program, blocks: Sequence[memoryview], elements: int) -> tuple[Any, ...]:
+    def _given(self, program: Program, blocks: Sequence[memoryview], elements: int, start: int) -> tuple[Any, ...]:
         """What every function is given first: the program, its inputs, and room for its registers."""
+        if start % program.piece:
+            raise ValueError(f"element {start} is no beginning of a piece of {program.piece} elements")
         if len(self._room) < program.room_bytes:
             self._room = page_aligned(program.room_bytes)
         inputs = (ctypes.c_void_p * len(blocks))(*map(address, blocks))
-        return program.steps, len(program.steps), inputs, elements, address(self._room)
+        return program.steps, len(program.steps), inputs, start, elements, address(self._room)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +212,7 @@ class BlockOperands:
     blocks: Sequence[memoryview]
     elements: int
     vectors: int
+    start: int = 0
 
     @property
     def wide(self) -> bool:
@@ -170,4 +221,6 @@ class BlockOperands:
 
     def products(self, *, apart: bool, wide: bool) -> InnerProducts:
         """Inner products of the inputs, or of what they differ by from the first."""
-        return self.kernels.products(self.program, self.blocks, self.elements, self.vectors, apart=apart, wide=wide)
+        return self.kernels.products(
+            self.program, self.blocks, self.elements, self.vectors, apart=apart, wide=wide, start=self.start
+        )

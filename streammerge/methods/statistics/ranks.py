@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,13 +13,16 @@ from streammerge.methods.statistics.sums import Vectors, task_vectors
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from streammerge.methods.place import Target
+
 
 ALL: Final = -(2**63)
 """A key that no value is below, nor at it."""
 
 
 INFINITE: Final = 0x7F800000
-"""The key of infinity; those of what is no number are greater."""
+INFINITE_WIDE: Final = 0x7FF0000000000000
+"""The key of infinity, in float32 and in float64; that of what is no number is the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,18 @@ class Cut:
         if self.key == ALL:
             return float("-inf")
         return number_of(self.key, wide=self.wide)
+
+    def numbers(self, target: Target) -> tuple[float, float, float, float, float]:
+        """What the compiled loop `cut` asks for: of magnitudes, for a tensor in whose blocks these are counted."""
+        if self.key is None or self.key == ALL:
+            above = math.nan if self.key is None else -1.0
+            return above, above, math.inf, 0.0, math.inf
+        above = number_of(self.key, wide=self.wide)
+        equal = number_of(self.key - 1, wide=self.wide) if self.key else -1.0
+        if self.last_block is None:
+            return above, equal, math.inf, 0.0, math.inf
+        edge = (self.last_block - target.first_block) * target.step
+        return above, equal, float(edge), float(self.quota), float(edge + target.step)
 
     def mask(self, values: Tensor, block: int) -> Tensor:
         """Which of the block's values are among the k largest; `block` is the number statistics know it under."""
@@ -90,19 +106,21 @@ def number_of(key: int, *, wide: bool = False) -> float:
 
 
 def keys(values: Tensor, *, signed: bool, wide: bool = False) -> Tensor:
-    """int32 numbers that sort as the values do in float32, or as their magnitudes; what is no number sorts last.
+    """int32 numbers that sort as the values do in float32, or as their magnitudes; what is no number is one, the last.
 
     If `wide`, int64 numbers that sort as they do in float64.
     """
     import torch
 
-    number, whole, sign, rest = (
-        (torch.float64, torch.int64, 63, 2**63 - 1) if wide else (torch.float32, torch.int32, 31, 2**31 - 1)
+    number, whole, sign, rest, last = (
+        (torch.float64, torch.int64, 63, 2**63 - 1, INFINITE_WIDE + 1)
+        if wide
+        else (torch.float32, torch.int32, 31, 2**31 - 1, INFINITE + 1)
     )
     if not signed:
-        return values.abs().to(number).view(whole)
+        return values.abs().to(number).view(whole).clamp_(max=last)
     values = values.to(number) + 0.0  # −0 becomes 0
-    bits = torch.where(values.isnan(), values.abs(), values).view(whole)
+    bits = torch.where(values.isnan(), values.abs(), values).view(whole).clamp_(max=last)
     return bits ^ ((bits >> sign) & rest)
 
 
