@@ -10,7 +10,7 @@ from streammerge.methods.contract import ParameterValue, PerModel, Share
 from streammerge.methods.linear import check_weights
 from streammerge.methods.place import Place, Target
 from streammerge.methods.registry import BlockMethod, Needs, Statistics, method, net
-from streammerge.methods.sparse import divided, elect_and_sum, l1_pass
+from streammerge.methods.sparse import banded_kernel, divided, elect_and_sum, l1_pass
 from streammerge.methods.statistics.ranking import begin_ranking
 from streammerge.methods.statistics.ranks import Cut, Ranking
 
@@ -194,7 +194,7 @@ BANDED: Any = {
 }
 
 
-@method(BlockMethod, **BANDED)
+@method(BlockMethod, **BANDED, kernel=banded_kernel("none"))
 def breadcrumbs(
     base: Tensor,
     *models: Tensor,
@@ -218,7 +218,7 @@ def breadcrumbs(
     return add_deltas(base, deltas, weight, normalize=normalize, scale=lambda_, elect=False)
 
 
-@method(BlockMethod, **BANDED)
+@method(BlockMethod, **BANDED, kernel=banded_kernel("sum"))
 def breadcrumbs_ties(
     base: Tensor,
     *models: Tensor,

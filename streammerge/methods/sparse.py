@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from streammerge.methods.contract import ParameterValue, PerModel, Share
 from streammerge.methods.linear import check_weights
-from streammerge.methods.registry import BlockMethod, Statistics, Step, method, net
+from streammerge.methods.registry import BlockMethod, Kernel, Statistics, Step, method, net
 from streammerge.methods.statistics.ranking import begin_ranking
 from streammerge.methods.statistics.ranks import Cut, Ranking
 from streammerge.methods.statistics.sums import SumPass, l1_norm
@@ -50,6 +50,20 @@ def ties_steps(target: Target, parameters: Parameters, statistics: Sequence[Trim
         for i, ((cut, factor), share) in enumerate(zip(statistics, weight, strict=True))
     ]
     return [*trims, merge_step(weight, parameters, str(parameters["vote"]))]
+
+
+def banded_kernel(vote: str) -> Kernel:
+    """The steps of methods that keep of each task vector what lies between two cuts."""
+
+    def steps(target: Target, parameters: Parameters, statistics: Sequence[tuple[Sequence[Cut], float]]) -> list[Step]:
+        weight: Any = parameters["weight"]
+        kept = [
+            keep_step(i, (both, outliers), (factor, share), target)
+            for i, (((outliers, both), factor), share) in enumerate(zip(statistics, weight, strict=True))
+        ]
+        return [*kept, merge_step(weight, parameters, vote)]
+
+    return steps
 
 
 def keep_step(model: int, cuts: Sequence[Cut], factors: tuple[float, float], target: Target) -> Step:

@@ -149,7 +149,7 @@ def problems(draw: st.DrawFn) -> tuple[list[Stored], dict[str, Any], str]:
     return inputs, parameters, "F64" if wide else "F32"
 
 
-@pytest.mark.parametrize("name", ["ties"])
+@pytest.mark.parametrize("name", ["ties", "breadcrumbs", "breadcrumbs_ties"])
 @given(problem=problems())
 @settings(max_examples=150, deadline=None)
 def test_every_option_of_every_method(small_pieces_for_all, name, problem):
