@@ -174,7 +174,8 @@ def breadcrumbs_cuts(target: Target, parameters: Parameters) -> Any:  # noqa: AN
 
         if not parameters["rescale"]:
             return list(zip(bands, [1.0] * len(bands), strict=True))
-        return l1_pass(target, kept, lambda factors: list(zip(bands, factors, strict=True)))
+        cuts = [(both, outliers) for outliers, both in bands]
+        return l1_pass(target, kept, lambda factors: list(zip(bands, factors, strict=True)), cuts)
 
     return begin_ranking(Ranking(elements, ranks, wide=target.wide, then=with_factors), len(ranks))
 

@@ -245,16 +245,16 @@ class Step:
 
 
 Kernel = Callable[["Target", Mapping[str, ParameterValue], Any], Sequence[Step]]
-"""The steps by which compiled loops do to the last bit what a block method's function does: for a tensor, parameters and
-statistics. What they leave in the place of the first input is the output."""
+"""The steps by which compiled loops do to the last bit what a block method's function does: for a tensor, parameters
+and statistics. What they leave in the place of the first input is the output."""
 
 
 @dataclass(frozen=True)
 class BlockMethod(Method):
     """The output's block is a function of the inputs' blocks, and of statistics if the method wants them.
 
-    The function may ask for the keywords `place`, where the block lies, and `statistics`. With a `kernel` compiled loops
-    can do its work, and that of the passes of its statistics.
+    The function may ask for the keywords `place`, where the block lies, and `statistics`. With a `kernel`
+    compiled loops can do its work, and that of the passes of its statistics.
     """
 
     function: Callable[..., Tensor] = lambda: None  # type: ignore[assignment,return-value]

@@ -10,7 +10,7 @@ from streammerge.methods.linear import check_weights
 from streammerge.methods.registry import BlockMethod, Kernel, Statistics, Step, method, net
 from streammerge.methods.statistics.ranking import begin_ranking
 from streammerge.methods.statistics.ranks import Cut, Ranking
-from streammerge.methods.statistics.sums import SumPass, l1_norm
+from streammerge.methods.statistics.sums import L1Pass, l1_norm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,8 @@ def trim_to_density(target: Target, parameters: Parameters) -> Any:  # noqa: ANN
 
         if not parameters["rescale"]:
             return [(cut, 1.0) for cut in first]
-        return l1_pass(target, kept, lambda factors: list(zip(first, factors, strict=True)))
+        cuts = [(cut,) for cut in first]
+        return l1_pass(target, kept, lambda factors: list(zip(first, factors, strict=True)), cuts)
 
     return begin_ranking(Ranking(target.elements, ranks, wide=target.wide, then=trims), len(ranks))
 
@@ -157,9 +158,15 @@ def divided(total: Tensor, weights: Tensor, weight: Sequence[float]) -> Tensor:
 
 
 def l1_pass(
-    target: Target, kept: Callable[[Tensor, int, Place], Tensor], then: Callable[[Sequence[float]], Any] = tuple
-) -> SumPass:
-    """A pass for ‖d‖₁ / ‖kept d‖₁ of each task vector, 1 where nothing is kept; `then` makes these the statistics."""
+    target: Target,
+    kept: Callable[[Tensor, int, Place], Tensor],
+    then: Callable[[Sequence[float]], Any] = tuple,
+    cuts: Sequence[Sequence[Cut]] = (),
+) -> L1Pass:
+    """A pass for ‖d‖₁ / ‖kept d‖₁ of each task vector, 1 where nothing is kept; `then` makes these the statistics.
+
+    Compiled loops need the cuts that say what is kept: what the first of them keeps, but not a second one.
+    """
 
     def sums(block: int, inputs: Sequence[Tensor]) -> list[float]:
         place, found = target.place(block), []
@@ -172,4 +179,5 @@ def l1_pass(
     def factors(found: Sequence[float]) -> Any:  # noqa: ANN401
         return then([whole / left if left > 0 else 1.0 for whole, left in zip(found[::2], found[1::2], strict=True)])
 
-    return SumPass(2 * (target.inputs - 1), sums, factors)
+    numbers = [[cut.numbers(target) for cut in each] for each in cuts]
+    return L1Pass(target.step, numbers, 2 * (target.inputs - 1), sums, factors)

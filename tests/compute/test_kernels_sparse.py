@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,12 +19,15 @@ from streammerge.compute.costs import compute_dtype, piece_elements
 from streammerge.compute.evaluate import Evaluator
 from streammerge.compute.expressions import BLOCK, ByBlock, Combined, Node, Stored, Term
 from streammerge.compute.kernels.library import CHUNK, kernels
-from streammerge.compute.kernels.program import Kernels, can_be_compiled, compiled
+from streammerge.compute.kernels.program import BlockOperands, Kernels, can_be_compiled, compiled
 from streammerge.compute.lanes import Lane, torch_dtype
 from streammerge.compute.rounding import rounded
 from streammerge.compute.survey import Survey, carry_out
 from streammerge.methods import find_method
 from streammerge.methods.registry import BlockMethod
+from streammerge.methods.statistics.brackets import Gathering, Sample
+from streammerge.methods.statistics.histograms import Equals, LowerBits, UpperBits
+from streammerge.methods.statistics.sums import L1Pass
 from streammerge.tensors import DTYPES, TensorInfo
 from tests.make.models import raw_bytes
 
@@ -80,7 +86,9 @@ def by_kernels(node: Node, known: dict[int, Any], dtype: torch.dtype, step: int)
             memoryview(leaf.file)[start * leaf.info.dtype.bits // 8 : stop * leaf.info.dtype.bits // 8]  # type: ignore[arg-type]
             for leaf in program.inputs
         ]
-        loops.store(program, blocks, stop - start, node.info.dtype.name, memoryview(out)[start * size : stop * size], start)
+        loops.store(
+            program, blocks, stop - start, node.info.dtype.name, memoryview(out)[start * size : stop * size], start
+        )
     return torch.frombuffer(out, dtype=torch_dtype(node.info.dtype)) if out else torch.empty(0)
 
 
@@ -119,11 +127,13 @@ def tensors(draw: st.DrawFn, count: int, dtypes: Sequence[str]) -> list[Stored]:
     return found
 
 
-@pytest.fixture
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(costs, "PIECE", SMALL_PIECE)
-    monkeypatch.setattr(costs, "BLOCK", 2 * SMALL_PIECE)
-    yield
+@contextlib.contextmanager
+def small_pieces() -> Iterator[None]:
+    """Pieces of which a few thousand elements are several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(costs, "PIECE", SMALL_PIECE)
+        patch.setattr(costs, "BLOCK", 2 * SMALL_PIECE)
+        yield
 
 
 shares = st.sampled_from([0.0, 0.001, 0.2, 0.5, 0.9, 1.0])
@@ -152,18 +162,10 @@ def problems(draw: st.DrawFn) -> tuple[list[Stored], dict[str, Any], str]:
 @pytest.mark.parametrize("name", ["ties", "breadcrumbs", "breadcrumbs_ties"])
 @given(problem=problems())
 @settings(max_examples=150, deadline=None)
-def test_every_option_of_every_method(small_pieces_for_all, name, problem):
+def test_every_option_of_every_method(name, problem):
     inputs, parameters, compute = problem
-    node = applied(name, inputs, **{key: value for key, value in parameters.items()})
-    check(node, compute=compute)
-
-
-@pytest.fixture(scope="module")
-def small_pieces_for_all() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(costs, "PIECE", SMALL_PIECE)
-        patch.setattr(costs, "BLOCK", 2 * SMALL_PIECE)
-        yield
+    with small_pieces():
+        check(applied(name, inputs, **parameters), compute=compute)
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -190,7 +192,11 @@ def test_programs_remember_what_is_not_finite():
     library = kernels()
     assert library
     run = lambda: Kernels(library).store(  # noqa: E731
-        program, [memoryview(leaf.file) for leaf in program.inputs], 5000, "F16", memoryview(bytearray(10_000))  # type: ignore[arg-type]
+        program,
+        [memoryview(leaf.file) for leaf in program.inputs],
+        5000,
+        "F16",
+        memoryview(bytearray(10_000)),  # type: ignore[arg-type]
     )
     run()
     assert not program.take_suspicion()
@@ -208,4 +214,111 @@ def test_statistics_of_a_whole_model_count_its_blocks_through():
     kernel = node.method.kernel
     assert kernel
     target = replace(costs.target_of(node), first_block=4)
-    assert kernel(target, node.parameters, trims)[0].numbers[5:8] == (float(target.step), float(trims[0][0].quota), 2.0 * target.step)
+    assert kernel(target, node.parameters, trims)[0].numbers[5:8] == (
+        float(target.step),
+        float(trims[0][0].quota),
+        2.0 * target.step,
+    )
+
+
+def measured(node: ByBlock, dtype: torch.dtype) -> list[type]:
+    """Which passes there were, each of which finds the same by both."""
+    library = kernels()
+    assert library
+    loops, lane = Kernels(library), Lane(Memory())  # type: ignore[arg-type]
+    survey, other = Survey(node, dtype), Survey(node, dtype)
+    found = []
+    while not survey.complete:
+        (_, by_torch), (_, by_loops) = survey.passes[id(node)], other.passes[id(node)]
+        found.append(type(by_torch))
+        assert type(by_loops) is type(by_torch)
+        program = compiled(node.inputs, "F64" if dtype == torch.float64 else "F32", {})
+        evaluator = Evaluator(lane, dtype, {})
+        step = piece_elements(node)
+        for block in range(survey.blocks):
+            start, stop = block * step, min((block + 1) * step, node.info.elements)
+            sizes = [leaf.info.dtype.bits // 8 for leaf in program.inputs]
+            blocks = [
+                memoryview(leaf.file)[start * size : stop * size]  # type: ignore[arg-type]
+                for leaf, size in zip(program.inputs, sizes, strict=True)
+            ]
+            operands = BlockOperands(loops, program, blocks, stop - start, len(node.inputs), start)
+            one = by_torch.measure(block, evaluator.inputs(node, block, by_torch.part))
+            two = by_loops.measure_compiled(block, operands)
+            assert repr(plainly(one)) == repr(plainly(two))
+            by_torch.add(block, one)
+            by_loops.add(block, two)
+        survey.finish_pass()
+        other.finish_pass()
+    assert repr(survey.known) == repr(other.known)
+    return found
+
+
+def plainly(measured: Any) -> Any:
+    """A measure with its memory as lists."""
+    if isinstance(measured, memoryview):
+        return measured.tolist()
+    if isinstance(measured, list | tuple):
+        return [plainly(part) for part in measured]
+    if isinstance(measured, dict):
+        return {key: plainly(part) for key, part in measured.items()}
+    return measured
+
+
+@pytest.mark.parametrize("name", ["ties", "breadcrumbs"])
+@given(problem=problems())
+@settings(max_examples=80, deadline=None)
+def test_passes_measure_the_same(name, problem):
+    inputs, parameters, compute = problem
+    with small_pieces():
+        measured(applied(name, inputs, **parameters), torch_dtype(DTYPES[compute]))
+
+
+def test_passes_over_many_pieces_measure_the_same():
+    inputs = [stored(torch.randn(400_000) / 8, "F16") for _ in range(3)]
+    node = applied("ties", inputs, density=(0.3, 0.01), rescale=True)
+    assert measured(node, torch.float32) == [Sample, Gathering, L1Pass]
+    assert measured(node, torch.float64)[:2] == [UpperBits, LowerBits]
+
+
+def test_a_sample_that_tells_nothing_true_sends_both_to_the_histograms():
+    values = torch.cat([torch.zeros(2**14), torch.randn(2**17 - 2**14)])
+    inputs = [stored(torch.zeros(2**17), "F32"), stored(values, "F32"), stored(values.round(), "F16")]
+    node = applied("ties", inputs, density=0.2)
+    assert measured(node, torch.float32) == [Sample, Gathering, UpperBits, LowerBits, Equals]
+
+
+TORCHLESS = """
+import sys
+sys.modules["torch"] = None  # importing it is an error
+from array import array
+from streammerge.compute.costs import target_of
+from streammerge.compute.expressions import ByBlock, Stored
+from streammerge.compute.kernels.library import kernels
+from streammerge.compute.kernels.program import BlockOperands, Kernels, can_be_compiled, compiled
+from streammerge.methods import find_method
+from streammerge.tensors import DTYPES, TensorInfo
+
+n = 100_000
+info = TensorInfo(DTYPES["F32"], (n,))
+inputs = tuple(Stored(info, memoryview(array("f", [(i * s) % 997 for i in range(n)])).cast("B"), 0) for s in (0, 7, 31))
+blocks = [node.file for node in inputs]
+for name, more in (("ties", {"vote": "count"}), ("breadcrumbs", {"gamma": (0.01, 0.01)})):
+    parameters = {"weight": (1.0, 0.5), "density": (0.3, 0.2), "normalize": True, "lambda": 1.0, "rescale": True, **more}
+    node = ByBlock(info, find_method(name), parameters, inputs, "a tensor")
+    assert can_be_compiled(node)
+    loops, program = Kernels(kernels()), compiled(inputs, "F32", {})
+    step, passes = node.method.statistics.begin(target_of(node), parameters), []
+    while hasattr(step, "finish"):
+        passes.append(type(step).__name__)
+        step.add(0, step.measure_compiled(0, BlockOperands(loops, program, blocks, n, 3)))
+        step = step.finish()
+    loops.store(compiled([node], "F32", {id(node): step}), blocks, n, "F32", memoryview(bytearray(4 * n)))
+    print(name, *passes)
+"""
+
+
+def test_torch_is_not_needed():
+    told = subprocess.run([sys.executable, "-c", TORCHLESS], capture_output=True, text=True, check=False)
+    assert told.stderr == ""
+    assert told.stdout.split("\n")[:2] == ["ties Sample Gathering L1Pass", "breadcrumbs Sample Gathering L1Pass"]

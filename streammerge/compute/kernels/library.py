@@ -49,6 +49,28 @@ class Found(ctypes.Structure):
     )
 
 
+class Question(ctypes.Structure):
+    """What is asked of the magnitudes of a vector, and the answer: `question` in magnitudes.h."""
+
+    _fields_ = (
+        ("code", ctypes.c_int32),
+        ("vector", ctypes.c_int32),
+        ("apart", ctypes.c_int32),
+        ("wide", ctypes.c_int32),
+        ("shift", ctypes.c_int32),
+        ("count", ctypes.c_int32),
+        ("low", ctypes.c_int64),
+        ("high", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("cuts", ctypes.POINTER(ctypes.c_double)),
+        ("out", ctypes.c_void_p),
+        ("start", ctypes.c_int64),
+        ("above", ctypes.c_int64),
+        ("inside", ctypes.c_int64),
+        ("seen", ctypes.c_int64 * 2),
+    )
+
+
 def kernels() -> ctypes.CDLL | None:
     """The library; None where it isn't there, can't run on this CPU, or is switched off."""
     return None if os.environ.get(SWITCH) == "off" else _found()[0]
@@ -127,6 +149,13 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     for gram in (library.gram_f32, library.gram_wide, library.gram_f64):
         gram.argtypes = [pointer, size, pointer, size, size, pointer, size, number, size, pointer, pointer, pointer]
         gram.restype = None
+    for ask in (library.ask_f32, library.ask_f64):
+        ask.argtypes = [pointer, size, pointer, size, size, pointer, pointer, size]
+        ask.restype = None
+    library.kth.argtypes, library.kth.restype = [pointer, size, size], number
+    library.count_at.argtypes, library.count_at.restype = [pointer, size, number, pointer], None
+    library.add_counts.argtypes, library.add_counts.restype = [pointer, pointer, size], None
+    library.bin_from_top.argtypes, library.bin_from_top.restype = [pointer, size, size, pointer], size
     library.nonfinite_in.argtypes = [number, pointer, size]
     library.nonfinite_in.restype = size
     return library

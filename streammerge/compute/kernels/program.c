@@ -1,4 +1,4 @@
-#include "program.h"
+#include "magnitudes.h"
 
 #include <float.h>
 #include <math.h>
@@ -7,6 +7,10 @@
 /* How signs are elected, and what a sum is divided by: tables of the step MERGE have these as numbers. */
 enum election { BY_NONE, BY_SUM, BY_COUNT };
 enum division { NEVER, BY_NUMBER, BY_WEIGHTS, BY_POSITIVE_WEIGHTS };
+
+/* The greatest keys: those of what is no number. */
+#define LAST 0x7f800001
+#define LAST_WIDE 0x7ff0000000000001
 
 /* Numbers of a cut, and elements that are merged at once. */
 #define CUT 5
@@ -22,6 +26,7 @@ enum division { NEVER, BY_NUMBER, BY_WEIGHTS, BY_POSITIVE_WEIGHTS };
 #define NAME(name) name##_f32
 #include "sparse.inc"
 #include "program.inc"
+#include "magnitudes.inc"
 #undef REAL
 #undef BITS
 #undef WHOLE
@@ -39,3 +44,4 @@ enum division { NEVER, BY_NUMBER, BY_WEIGHTS, BY_POSITIVE_WEIGHTS };
 #define NAME(name) name##_f64
 #include "sparse.inc"
 #include "program.inc"
+#include "magnitudes.inc"

@@ -47,4 +47,7 @@ EXPORT int run_f32(step *steps, int64_t count, const void *const *inputs, int64_
 EXPORT int run_f64(step *steps, int64_t count, const void *const *inputs, int64_t start, int64_t n, double *room,
                    int32_t kind, void *out, finding *found);
 
+/* The sum of n = 2ᵏ values, the second half added to the first until one is left. */
+double halved(double *values, size_t n);
+
 #endif

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from streammerge.compute.costs import piece_elements, target_of
 from streammerge.compute.expressions import ByBlock, ByGram, Combined, Node, Rounded, Stored, Term
-from streammerge.compute.kernels.library import CHUNK, KINDS, Found, Step, address
+from streammerge.compute.kernels.library import CHUNK, KINDS, Found, Question, Step, address
+from streammerge.compute.kernels.magnitudes import Asked, CompiledCounting
 from streammerge.formats.readers import page_aligned
 from streammerge.methods.statistics.passes import InnerProducts
 
@@ -151,6 +152,7 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
+        self.counting = CompiledCounting(library)
         self._room = page_aligned(0)
 
     def store(
@@ -189,6 +191,18 @@ class Kernels:
         found = iter(sums[::rows])
         return InnerProducts([list(itertools.islice(found, i + 1)) for i in range(vectors)], list(greatest))
 
+    def ask(
+        self,
+        program: Program,
+        blocks: Sequence[memoryview],
+        elements: int,
+        questions: ctypes.Array[Question],
+        start: int = 0,
+    ) -> None:
+        """Have questions about the first registers answered."""
+        ask = self._library.ask_f64 if program.compute == "F64" else self._library.ask_f32
+        ask(*self._given(program, blocks, elements, start), questions, len(questions))
+
     def nonfinite(self, block: memoryview, kind: str, elements: int) -> int:
         """How many elements of stored bytes are infinite or no numbers."""
         return int(self._library.nonfinite_in(KINDS[kind], address(block), elements))
@@ -204,7 +218,7 @@ class Kernels:
 
 
 @dataclass(frozen=True, slots=True)
-class BlockOperands:
+class BlockOperands(Asked):
     """A block of so many elements of every input of a pass: of the program's first registers."""
 
     kernels: Kernels
@@ -218,6 +232,15 @@ class BlockOperands:
     def wide(self) -> bool:
         """Whether it is computed in float64."""
         return self.program.compute == "F64"
+
+    @property
+    def counting(self) -> CompiledCounting:
+        """What counts the answers to what they are asked."""
+        return self.kernels.counting
+
+    def ask(self, questions: ctypes.Array[Question], elements: int) -> None:
+        """Have the questions about so many of the first elements answered."""
+        self.kernels.ask(self.program, self.blocks, elements, questions, self.start)
 
     def products(self, *, apart: bool, wide: bool) -> InnerProducts:
         """Inner products of the inputs, or of what they differ by from the first."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+from streammerge.methods.statistics.passes import CutNumbers, Magnitudes
 from streammerge.methods.statistics.sums import Vectors, task_vectors
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Cut:
             return float("-inf")
         return number_of(self.key, wide=self.wide)
 
-    def numbers(self, target: Target) -> tuple[float, float, float, float, float]:
+    def numbers(self, target: Target) -> CutNumbers:
         """What the compiled loop `cut` asks for: of magnitudes, for a tensor in whose blocks these are counted."""
         if self.key is None or self.key == ALL:
             above = math.nan if self.key is None else -1.0
@@ -195,6 +196,12 @@ class Ranking:
         """The sortable patterns of each vector's block, one vector at a time."""
         vectors = self.vectors(block, inputs)
         return (keys(vector.reshape(-1), signed=self.signed, wide=self.wide) for vector in vectors)
+
+    def measurable(self, operands: Magnitudes) -> Magnitudes:
+        """The operands, where compiled loops can measure what is ranked."""
+        if self.vectors is not task_vectors or self.signed:
+            raise NotImplementedError("compiled loops rank magnitudes of task vectors")
+        return operands
 
     def result(self) -> Any:  # noqa: ANN401
         """What follows from the finished searches."""

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from streammerge.methods.statistics.passes import Pass
+from streammerge.methods.statistics.gram import ROW, halved, padded
+from streammerge.methods.statistics.passes import CutNumbers, Magnitudes, Pass
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,8 +34,12 @@ def pieces(inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def l1_norm(values: Tensor) -> float:
-    """Σ|x| in float64, on the CPU where the device has none."""
-    return float((values.cpu() if values.device.type == "mps" else values).double().abs().sum())
+    """Σ|x| in float64, on the CPU where the device has none; rows are added up by halves, then what they come to."""
+    from torch.nn.functional import pad
+
+    sizes = (values.cpu() if values.device.type == "mps" else values).reshape(-1).double().abs()
+    rows = pad(sizes, (0, -len(sizes) % ROW)).view(-1, ROW)
+    return float(halved(padded(halved(rows).view(1, -1))))
 
 
 class SumPass(Pass[Any]):
@@ -67,6 +72,28 @@ class SumPass(Pass[Any]):
     def finish(self) -> Any:  # noqa: ANN401
         """What follows from the sums."""
         return self.then(tuple(self.totals))
+
+
+class L1Pass(SumPass):
+    """A pass for ‖d‖₁ and ‖kept d‖₁ of each task vector, which compiled loops measure where cuts say what is kept."""
+
+    def __init__(
+        self,
+        step: int,
+        cuts: Sequence[Sequence[CutNumbers]],
+        count: int,
+        measure: Callable[[int, Sequence[Tensor]], Sequence[float]],
+        then: Callable[[tuple[float, ...]], Any],
+    ) -> None:
+        super().__init__(count, measure, then)
+        self.step = step
+        self.cuts = cuts
+
+    def measure_compiled(self, block: int, operands: Magnitudes) -> list[float]:
+        """The norms by compiled loops."""
+        if len(self.cuts) * 2 != len(self.totals):
+            raise NotImplementedError("no cuts say what is kept")
+        return operands.norms(self.cuts, block * self.step)
 
 
 @dataclass(frozen=True, slots=True)
