@@ -191,13 +191,12 @@ def test_programs_remember_what_is_not_finite():
     program = compiled([node], "F32", known)
     library = kernels()
     assert library
-    run = lambda: Kernels(library).store(  # noqa: E731
-        program,
-        [memoryview(leaf.file) for leaf in program.inputs],
-        5000,
-        "F16",
-        memoryview(bytearray(10_000)),  # type: ignore[arg-type]
-    )
+    out = memoryview(bytearray(10_000))
+
+    def run() -> None:
+        blocks = [memoryview(leaf.file) for leaf in program.inputs]  # type: ignore[arg-type]
+        Kernels(library).store(program, blocks, 5000, "F16", out)
+
     run()
     assert not program.take_suspicion()
     model.file[9998:] = raw_bytes(torch.tensor([float("nan")], dtype=torch.float16))  # type: ignore[index]
@@ -304,7 +303,8 @@ info = TensorInfo(DTYPES["F32"], (n,))
 inputs = tuple(Stored(info, memoryview(array("f", [(i * s) % 997 for i in range(n)])).cast("B"), 0) for s in (0, 7, 31))
 blocks = [node.file for node in inputs]
 for name, more in (("ties", {"vote": "count"}), ("breadcrumbs", {"gamma": (0.01, 0.01)})):
-    parameters = {"weight": (1.0, 0.5), "density": (0.3, 0.2), "normalize": True, "lambda": 1.0, "rescale": True, **more}
+    parameters = {"weight": (1.0, 0.5), "density": (0.3, 0.2), "lambda": 1.0, **more}
+    parameters |= {"normalize": True, "rescale": True}
     node = ByBlock(info, find_method(name), parameters, inputs, "a tensor")
     assert can_be_compiled(node)
     loops, program = Kernels(kernels()), compiled(inputs, "F32", {})
