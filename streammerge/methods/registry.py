@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from streammerge.methods.place import Place, Target
     from streammerge.methods.statistics.gram import Gram
     from streammerge.methods.statistics.slices import Slices
+    from streammerge.methods.steps import Step
 
 
 BaseUse = Literal["required", "optional", "first", "none"]
@@ -232,19 +233,7 @@ class Needs:
     float64: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What a compiled loop does with inputs: its name, of those in `enum code`, and the numbers that it is given.
-
-    Its result takes the place of the input numbered `of`.
-    """
-
-    code: str
-    of: int
-    numbers: Sequence[float]
-
-
-Kernel = Callable[["Target", Mapping[str, ParameterValue], Any], Sequence[Step]]
+Kernel = Callable[["Target", Mapping[str, ParameterValue], Any], Sequence["Step"]]
 """The steps by which compiled loops do to the last bit what a block method's function does: for a tensor, parameters
 and statistics. What they leave in the place of the first input is the output."""
 

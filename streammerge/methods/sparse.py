@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from streammerge.methods.contract import ParameterValue, PerModel, Share
 from streammerge.methods.linear import check_weights
-from streammerge.methods.registry import BlockMethod, Kernel, Statistics, Step, method, net
+from streammerge.methods.registry import BlockMethod, Kernel, Statistics, method, net
 from streammerge.methods.statistics.ranking import begin_ranking
 from streammerge.methods.statistics.ranks import Cut, Ranking
 from streammerge.methods.statistics.sums import L1Pass, l1_norm
+from streammerge.methods.steps import Step
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -153,13 +153,14 @@ def problems(draw: st.DrawFn) -> tuple[list[Stored], dict[str, Any], str]:
         "gamma": tuple(draw(st.sampled_from([0.0, 0.01, 0.3])) for _ in range(models)),
         "normalize": draw(st.booleans()),
         "rescale": draw(st.booleans()),
+        "select_topk": draw(shares),
         "lambda": draw(st.sampled_from([1.0, 0.3, -2.0])),
         "vote": draw(st.sampled_from(["sum", "count"])),
     }
     return inputs, parameters, "F64" if wide else "F32"
 
 
-@pytest.mark.parametrize("name", ["ties", "breadcrumbs", "breadcrumbs_ties"])
+@pytest.mark.parametrize("name", ["ties", "breadcrumbs", "breadcrumbs_ties", "sce"])
 @given(problem=problems())
 @settings(max_examples=150, deadline=None)
 def test_every_option_of_every_method(name, problem):
@@ -264,7 +265,7 @@ def plainly(measured: Any) -> Any:
     return measured
 
 
-@pytest.mark.parametrize("name", ["ties", "breadcrumbs"])
+@pytest.mark.parametrize("name", ["ties", "breadcrumbs", "sce"])
 @given(problem=problems())
 @settings(max_examples=80, deadline=None)
 def test_passes_measure_the_same(name, problem):

@@ -8,7 +8,8 @@ enum asked {
   BETWEEN, /* how many keys are no less than `high`, and which are above `low` and less than that: int32 */
   BINS,    /* how many keys have each value of the 16 bits above `shift`, counted from `low`, and how many are not 0 */
   EQUAL,   /* how many keys are `low` */
-  NORMS,   /* Σ |x| of each row of CHUNK, and of what cuts keep of it; of all of them in the end */
+  SQUARES, /* Σ x² of each row of CHUNK, of all of them in the end */
+  NORMS,   /* Σ |x| likewise, and of what cuts keep of it */
 };
 
 typedef struct {
@@ -16,7 +17,7 @@ typedef struct {
   int32_t apart, wide, shift, count;
   int64_t low, high, rows; /* rows: 2ᵏ ≥ n / CHUNK */
   const double *cuts;      /* so many as `count` says */
-  void *out;               /* int32 for n + 1 keys; int64 for 2¹⁶ counts; double for two sums of every row */
+  void *out;               /* int32 for n + 1 keys; int64 for 2¹⁶ counts; double for a sum of every row, of norms two */
   int64_t start; /* the number under which cuts know the first element */
   int64_t above, inside, seen[2];
 } question;

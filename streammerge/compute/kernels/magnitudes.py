@@ -12,7 +12,7 @@ from streammerge.compute.kernels.library import CHUNK, Question, address
 from streammerge.methods.statistics.counting import room_for
 from streammerge.methods.statistics.passes import CutNumbers, Span
 
-BETWEEN, BINS, EQUAL, NORMS = range(4)
+BETWEEN, BINS, EQUAL, SQUARES, NORMS = range(5)
 """What can be asked: `enum asked` in magnitudes.h."""
 
 COUNTS: Final = 2**16
@@ -47,38 +47,43 @@ class CompiledCounting:
 
 
 class Asked(abc.ABC):
-    """A block of task vectors, which can be asked for their magnitudes."""
+    """A block of vectors, which can be asked for their magnitudes: in registers from `first` on, or if they are taken
+    `apart` what these differ by from register 0."""
 
     elements: int
+    first: int
+    apart: bool
 
     @abc.abstractmethod
     def ask(self, questions: ctypes.Array[Question], elements: int) -> None:
         """Have the questions about so many of the first elements answered."""
 
     def between(self, spans: Sequence[Sequence[Span]], part: int | None = None) -> list[list[tuple[int, memoryview]]]:
-        """For each span of each task vector how many keys are beyond it, and those in it; of `part` elements or all."""
+        """For each span of each vector how many keys are beyond it, and those in it; of `part` elements or all."""
         elements = min(part or self.elements, self.elements)
-        asked = [about(BETWEEN, vector, low=low, high=high) for vector, of in enumerate(spans) for low, high in of]
+        asked = [
+            self._about(BETWEEN, vector, low=low, high=high) for vector, of in enumerate(spans) for low, high in of
+        ]
         rooms = [room_for(elements + 1, 4) for _ in asked]
         questions = self._answered(asked, rooms, elements)
         found = iter([(the.above, room[: the.inside]) for the, room in zip(questions, rooms, strict=True)])
         return [[next(found) for _ in of] for of in spans]
 
     def bins(self, wanted: Sequence[tuple[int, int]], shift: int, *, wide: bool) -> list[tuple[memoryview, int]]:
-        """How many keys of a task vector, shifted, are each of 2¹⁶ numbers from the wanted on; how many are not 0."""
-        asked = [about(BINS, vector, wide=wide, shift=shift, low=low) for vector, low in wanted]
+        """How many keys of a vector, shifted, are each of 2¹⁶ numbers from the wanted on; how many are not 0."""
+        asked = [self._about(BINS, vector, wide=wide, shift=shift, low=low) for vector, low in wanted]
         rooms = [room_for(COUNTS, 8) for _ in asked]
         return [(room, the.above) for the, room in zip(self._answered(asked, rooms), rooms, strict=True)]
 
     def equals(self, wanted: Sequence[tuple[int, int]], *, wide: bool) -> list[int]:
-        """How many keys of a task vector are the wanted one."""
-        asked = [about(EQUAL, vector, wide=wide, low=key) for vector, key in wanted]
+        """How many keys of a vector are the wanted one."""
+        asked = [self._about(EQUAL, vector, wide=wide, low=key) for vector, key in wanted]
         return [the.inside for the in self._answered(asked, [])]
 
     def norms(self, cuts: Sequence[Sequence[CutNumbers]], start: int) -> list[float]:
-        """‖dᵢ‖₁ and ‖kept dᵢ‖₁ of every task vector; cuts count elements from `start` on."""
-        rows = 1 << max(-(-self.elements // CHUNK) - 1, 0).bit_length()
-        asked = [about(NORMS, vector, count=len(of), rows=rows, start=start) for vector, of in enumerate(cuts)]
+        """‖dᵢ‖₁ and ‖kept dᵢ‖₁ of every vector; cuts count elements from `start` on."""
+        rows = rows_of(self.elements)
+        asked = [self._about(NORMS, vector, count=len(of), rows=rows, start=start) for vector, of in enumerate(cuts)]
         for the, of in zip(asked, cuts, strict=True):
             numbers = [number for cut in of for number in cut]
             the.cuts = (ctypes.c_double * len(numbers))(*numbers)
@@ -86,6 +91,17 @@ class Asked(abc.ABC):
         self._answered(asked, rooms)
         sums = [room.cast("B").cast("d") for room in rooms]
         return [norm for found in sums for norm in (found[0], found[rows])]
+
+    def squares(self, count: int) -> list[float]:
+        """The sums of the squares of so many vectors."""
+        rows = rows_of(self.elements)
+        asked = [self._about(SQUARES, vector, rows=rows) for vector in range(count)]
+        rooms = [room_for(rows, 8) for _ in asked]
+        self._answered(asked, rooms)
+        return [room.cast("B").cast("d")[0] for room in rooms]
+
+    def _about(self, code: int, vector: int, **details: int) -> Question:
+        return Question(code, vector + self.first, self.apart, **details)
 
     def _answered(
         self, asked: Sequence[Question], rooms: Sequence[memoryview], elements: int | None = None
@@ -98,6 +114,6 @@ class Asked(abc.ABC):
         return questions
 
 
-def about(code: int, vector: int, **details: int) -> Question:
-    """A question about a task vector, of which the first is behind the base."""
-    return Question(code, vector + 1, 1, **details)
+def rows_of(elements: int) -> int:
+    """2ᵏ rows of CHUNK that hold so many elements."""
+    return 1 << max(-(-elements // CHUNK) - 1, 0).bit_length()

@@ -18,6 +18,10 @@ enum code {
   WATCH,  /* remembers whether one of so many registers from `from` on holds what isn't finite */
   KEEP,   /* r[to] = what its cuts keep of r[to] − r[from], scaled: sparse.inc */
   MERGE,  /* r[to] = r[to] + the sum of the registers behind it, of those that agree with the sign elected: sparse.inc */
+  DEVIATE, /* r[to] = the standard deviation of the registers behind `from`: sparse.inc */
+  MASK,    /* r[to] = whether a cut keeps it: sparse.inc */
+  SELECT,  /* r[to] = (r[to] − r[from]) · r[from + the table's number] */
+  AGREE,   /* r[to] = r[to] + a mean of what agrees of the registers behind it: sparse.inc */
 };
 
 typedef struct {

@@ -7,7 +7,7 @@ import enum
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from streammerge.compute.costs import piece_elements, target_of
@@ -16,6 +16,7 @@ from streammerge.compute.kernels.library import CHUNK, KINDS, Found, Question, S
 from streammerge.compute.kernels.magnitudes import Asked, CompiledCounting
 from streammerge.formats.readers import page_aligned
 from streammerge.methods.statistics.passes import InnerProducts
+from streammerge.methods.steps import Step as MethodStep
 
 Compute = Literal["F32", "F64"]
 """The dtypes in which programs compute."""
@@ -33,6 +34,10 @@ class Code(enum.IntEnum):
     WATCH = 6
     KEEP = 7
     MERGE = 8
+    DEVIATE = 9
+    MASK = 10
+    SELECT = 11
+    AGREE = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,17 @@ class Program:
     def room_bytes(self) -> int:
         """What its registers take."""
         return self.registers * CHUNK * (8 if self.compute == "F64" else 4)
+
+    def followed_by(self, steps: Sequence[MethodStep]) -> Program:
+        """The program with these steps behind it, for which its first registers are the inputs."""
+        writer = _Writer({})
+        writer.steps += self.steps
+        writer.take(steps, 0)
+        return replace(
+            self,
+            steps=(Step * len(writer.steps))(*writer.steps),
+            registers=max(self.registers, writer.registers),
+        )
 
     def take_suspicion(self) -> bool:
         """Whether a method was given what is infinite or no number, of which its output may not tell, since this was
@@ -128,9 +144,14 @@ class _Writer:
         for place, child in enumerate(node.inputs):
             self.write(child, to + place)
         self._step(Code.WATCH, to, to, number=len(node.inputs))
-        for step in node.method.kernel(target_of(node), node.parameters, self.statistics.get(id(node))):
-            self._step(Code[step.code], to + step.of, to, table=step.numbers)
+        self.take(node.method.kernel(target_of(node), node.parameters, self.statistics.get(id(node))), to)
         self.piece = math.lcm(self.piece, piece_elements(node))
+
+    def take(self, steps: Sequence[MethodStep], to: int) -> None:
+        """Steps of a method whose inputs are in registers from this one on."""
+        for step in steps:
+            self.registers = max(self.registers, to + step.of + 1)
+            self._step(Code[step.code], to + step.of, to, table=step.numbers)
 
     def _combine(self, terms: Iterable[Term], to: int) -> None:
         code = Code.SCALE
@@ -227,6 +248,8 @@ class BlockOperands(Asked):
     elements: int
     vectors: int
     start: int = 0
+    first: int = 1
+    apart: bool = True
 
     @property
     def wide(self) -> bool:
@@ -237,6 +260,10 @@ class BlockOperands(Asked):
     def counting(self) -> CompiledCounting:
         """What counts the answers to what they are asked."""
         return self.kernels.counting
+
+    def made_by(self, steps: Sequence[MethodStep], first: int) -> BlockOperands:
+        """What these steps make of the inputs, in registers from `first` on."""
+        return replace(self, program=self.program.followed_by(steps), first=first, apart=False)
 
     def ask(self, questions: ctypes.Array[Question], elements: int) -> None:
         """Have the questions about so many of the first elements answered."""

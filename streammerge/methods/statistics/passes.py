@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from streammerge.methods.statistics.counting import Counting
+    from streammerge.methods.steps import Step
 
 Result = TypeVar("Result", covariant=True)
 
@@ -46,6 +47,14 @@ class Magnitudes(Operands, Protocol):
 
     def equals(self, wanted: Sequence[tuple[int, int]], *, wide: bool) -> list[int]:
         """How many keys of a task vector are the wanted one."""
+        ...
+
+    def squares(self, count: int) -> list[float]:
+        """Σ dᵢ² of so many vectors."""
+        ...
+
+    def made_by(self, steps: Sequence[Step], first: int) -> Magnitudes:
+        """The same of vectors that these steps make of the inputs: in place of input `first`, and behind it."""
         ...
 
     def norms(self, cuts: Sequence[Sequence[CutNumbers]], start: int) -> list[float]:

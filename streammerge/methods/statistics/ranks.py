@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from streammerge.methods.place import Target
+    from streammerge.methods.steps import Step
 
 
 ALL: Final = -(2**63)
@@ -152,6 +153,7 @@ class Ranking:
     each vector, a Cut for each of its k; `then` makes it into the method's statistics or into the next pass.
     Without `gather`, histograms alone are used: for many ranks at once, what is gathered would be much. Values are
     ranked as they are in float32, or if `wide` in float64, by histograms too.
+    Compiled loops rank task vectors, or what `steps` make of the inputs behind them.
     With `exact`, exactly k elements are in a cut; without, those that equal the k-th all are.
     """
 
@@ -162,6 +164,7 @@ class Ranking:
     exact: bool = True
     gather: bool = True
     wide: bool = False
+    steps: Sequence[Step] | None = None
     then: Callable[[tuple[tuple[Cut, ...], ...]], Any] = tuple
     searches: list[list[Search]] = field(default_factory=list)
 
@@ -199,9 +202,9 @@ class Ranking:
 
     def measurable(self, operands: Magnitudes) -> Magnitudes:
         """The operands, where compiled loops can measure what is ranked."""
-        if self.vectors is not task_vectors or self.signed:
-            raise NotImplementedError("compiled loops rank magnitudes of task vectors")
-        return operands
+        if self.signed or (self.vectors is not task_vectors and self.steps is None):
+            raise NotImplementedError("compiled loops don't make what is ranked")
+        return operands if self.steps is None else operands.made_by(self.steps, self.steps[0].of)
 
     def result(self) -> Any:  # noqa: ANN401
         """What follows from the finished searches."""

@@ -13,6 +13,8 @@ from streammerge.methods.statistics.passes import CutNumbers, Magnitudes, Pass
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from streammerge.methods.steps import Step
+
 Vectors = Callable[[int, Sequence["Tensor"]], Sequence["Tensor"]]
 """From a block's number and the inputs' blocks to the blocks of what is measured, such as task vectors."""
 
@@ -34,12 +36,27 @@ def pieces(inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def l1_norm(values: Tensor) -> float:
-    """Σ|x| in float64, on the CPU where the device has none; rows are added up by halves, then what they come to."""
+    """Σ|x| in float64, on the CPU where the device has none."""
+    return total(in_float64(values).abs())
+
+
+def square(values: Tensor) -> float:
+    """Σ x² likewise."""
+    wide = in_float64(values)
+    return total(wide * wide)
+
+
+def in_float64(values: Tensor) -> Tensor:
+    """The values in a row, where there is float64."""
+    return (values.cpu() if values.device.type == "mps" else values).reshape(-1).double()
+
+
+def total(values: Tensor) -> float:
+    """Σ x of numbers of float64: rows are added up by halves, then what they come to."""
     from torch.nn.functional import pad
 
-    sizes = (values.cpu() if values.device.type == "mps" else values).reshape(-1).double().abs()
-    rows = pad(sizes, (0, -len(sizes) % ROW)).view(-1, ROW)
-    return float(halved(padded(halved(rows).view(1, -1))))
+    rows = halved(pad(values, (0, -len(values) % ROW)).view(-1, ROW))
+    return float(halved(padded(rows.view(1, -1))))
 
 
 class SumPass(Pass[Any]):
@@ -72,6 +89,24 @@ class SumPass(Pass[Any]):
     def finish(self) -> Any:  # noqa: ANN401
         """What follows from the sums."""
         return self.then(tuple(self.totals))
+
+
+class SquarePass(SumPass):
+    """A pass for the squares of vectors, which compiled loops measure as `steps` make them of the inputs."""
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        count: int,
+        measure: Callable[[int, Sequence[Tensor]], Sequence[float]],
+        then: Callable[[tuple[float, ...]], Any],
+    ) -> None:
+        super().__init__(count, measure, then)
+        self.steps = steps
+
+    def measure_compiled(self, block: int, operands: Magnitudes) -> list[float]:
+        """The squares by compiled loops."""
+        return operands.made_by(self.steps, 1).squares(len(self.totals))
 
 
 class L1Pass(SumPass):
