@@ -149,7 +149,7 @@ def sce(
 # RAM
 
 
-@method(BlockMethod, base="required", needs=Needs(temporaries=6))
+@method(BlockMethod, base="required", elementwise=True, needs=Needs(temporaries=6))
 def ram(base: Tensor, *models: Tensor, epsilon: Positive = 1e-5) -> Tensor:
     """θ = θ₀ + Σᵢ nᵢ (θᵢ − θ₀) / max(Σᵢ nᵢ, 1),   nᵢ = [|θᵢ − θ₀| > ε]
 
@@ -213,7 +213,7 @@ def ramplus_tl(
 # the largest
 
 
-@method(BlockMethod, base="required", needs=Needs(temporaries=6))
+@method(BlockMethod, base="required", elementwise=True, needs=Needs(temporaries=6))
 def magmax(base: Tensor, *models: Tensor, lambda_: float = 0.5) -> Tensor:
     """θ = θ₀ + λ (θⱼ − θ₀),   j = argmaxᵢ |θᵢ − θ₀|
 
@@ -280,7 +280,7 @@ def tall_masks(deltas: Sequence[Tensor], threshold: float) -> tuple[Tensor, list
     return total, [delta.abs() > (total - delta).abs().mul_(threshold) for delta in deltas]
 
 
-@method(BlockMethod, base="required", check=check_task, needs=Needs(temporaries=6))
+@method(BlockMethod, base="required", check=check_task, elementwise=True, needs=Needs(temporaries=6))
 def tall_mask(
     base: Tensor,
     *models: Tensor,
@@ -296,7 +296,7 @@ def tall_mask(
     return total.mul_(masks[task - 1]).mul_(lambda_).add_(base)
 
 
-@method(BlockMethod, base="required", needs=Needs(temporaries=6))
+@method(BlockMethod, base="required", elementwise=True, needs=Needs(temporaries=6))
 def consensus_ta(
     base: Tensor, *models: Tensor, k: Count = 2, threshold: Positive = 0.6, lambda_: float = 1.0
 ) -> Tensor:

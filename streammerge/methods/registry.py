@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
 from streammerge.errors import MethodError, RecipeError, suggestion
 from streammerge.methods.contract import GIVEN, Parameter, ParameterValue, parameters_of
 from streammerge.methods.results import checked_coefficients, checked_tensor
+from streammerge.methods.tracing import traced
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -243,13 +244,15 @@ class BlockMethod(Method):
     """The output's block is a function of the inputs' blocks, and of statistics if the method wants them.
 
     The function may ask for the keywords `place`, where the block lies, and `statistics`. With a `kernel`
-    compiled loops can do its work, and that of the passes of its statistics.
+    compiled loops can do its work, and that of the passes of its statistics. One that is `elementwise` computes with
+    tensors as if they were numbers, by the operators and methods that `traced` knows: its kernel follows from that.
     """
 
     function: Callable[..., Tensor] = lambda: None  # type: ignore[assignment,return-value]
     statistics: Statistics | None = None
     needs: Needs = Needs()
     kernel: Kernel | None = None
+    elementwise: bool = False
 
     @property
     def kind(self) -> str:
@@ -275,6 +278,22 @@ class BlockMethod(Method):
     def wanted(self) -> frozenset[str]:
         """What the function asks for beside its parameters."""
         return keywords_wanted(self.function)
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether compiled loops can do its work."""
+        return self.elementwise or self.kernel is not None
+
+    def steps(
+        self,
+        target: Target,
+        parameters: Mapping[str, ParameterValue],
+        statistics: Any,  # noqa: ANN401
+    ) -> Sequence[Step]:
+        """How compiled loops do its work."""
+        if self.kernel is not None:
+            return self.kernel(target, parameters, statistics)
+        return traced(lambda inputs: self.function(*inputs, **keywords(parameters)), target.inputs)
 
     def compute(
         self,

@@ -25,6 +25,7 @@ enum division { NEVER, BY_NUMBER, BY_WEIGHTS, BY_POSITIVE_WEIGHTS };
 #define NEXT nextafterf
 #define NAME(name) name##_f32
 #include "sparse.inc"
+#include "elementwise.inc"
 #include "program.inc"
 #include "magnitudes.inc"
 #undef REAL
@@ -43,5 +44,6 @@ enum division { NEVER, BY_NUMBER, BY_WEIGHTS, BY_POSITIVE_WEIGHTS };
 #define NEXT nextafter
 #define NAME(name) name##_f64
 #include "sparse.inc"
+#include "elementwise.inc"
 #include "program.inc"
 #include "magnitudes.inc"

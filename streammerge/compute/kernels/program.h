@@ -22,6 +22,22 @@ enum code {
   MASK,    /* r[to] = whether a cut keeps it: sparse.inc */
   SELECT,  /* r[to] = (r[to] − r[from]) · r[from + the table's number] */
   AGREE,   /* r[to] = r[to] + a mean of what agrees of the registers behind it: sparse.inc */
+  /* r[to] of elements a and b of the registers that the table numbers, counted from `from` on: elementwise.inc */
+  FILL,    /* the table's number */
+  COPY,    /* a */
+  PLUS,    /* a + b */
+  FUSE,    /* a + number · b, rounded once; the number is the table's third */
+  MINUS,   /* a − b */
+  TIMES,   /* a · b */
+  OVER,    /* a / b */
+  LESSER,  /* the lesser; what is no number if one of them is; a if they are equal */
+  GREATER, /* likewise */
+  SIZE,    /* |a| */
+  SIGN,    /* 1, 0 or −1; of what is no number 0 */
+  ABOVE,   /* 1 where a > b, else 0 */
+  REACHES, /* 1 where a ≥ b, else 0 */
+  SAME,    /* 1 where a = b, else 0 */
+  CHOOSE,  /* a where the third register is not 0, else b */
 };
 
 typedef struct {

@@ -38,6 +38,21 @@ class Code(enum.IntEnum):
     MASK = 10
     SELECT = 11
     AGREE = 12
+    FILL = 13
+    COPY = 14
+    PLUS = 15
+    FUSE = 16
+    MINUS = 17
+    TIMES = 18
+    OVER = 19
+    LESSER = 20
+    GREATER = 21
+    SIZE = 22
+    SIGN = 23
+    ABOVE = 24
+    REACHES = 25
+    SAME = 26
+    CHOOSE = 27
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +107,7 @@ def can_be_compiled(node: Node) -> bool:
         case ByGram():
             return node.slices is None and all(map(can_be_compiled, node.inputs))
         case ByBlock():
-            return node.method.kernel is not None and all(map(can_be_compiled, node.inputs))
+            return node.method.has_kernel and all(map(can_be_compiled, node.inputs))
         case _:
             return False
 
@@ -140,11 +155,10 @@ class _Writer:
 
     def _apply(self, node: ByBlock, to: int) -> None:
         """The method's own steps, over its inputs in neighbouring registers."""
-        assert node.method.kernel is not None
         for place, child in enumerate(node.inputs):
             self.write(child, to + place)
         self._step(Code.WATCH, to, to, number=len(node.inputs))
-        self.take(node.method.kernel(target_of(node), node.parameters, self.statistics.get(id(node))), to)
+        self.take(node.method.steps(target_of(node), node.parameters, self.statistics.get(id(node))), to)
         self.piece = math.lcm(self.piece, piece_elements(node))
 
     def take(self, steps: Sequence[MethodStep], to: int) -> None:
