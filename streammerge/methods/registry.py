@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
 from streammerge.errors import MethodError, RecipeError, suggestion
 from streammerge.methods.contract import GIVEN, Parameter, ParameterValue, parameters_of
 from streammerge.methods.results import checked_coefficients, checked_tensor
+from streammerge.methods.tracing import traced
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from streammerge.methods.place import Place, Target
     from streammerge.methods.statistics.gram import Gram
     from streammerge.methods.statistics.slices import Slices
+    from streammerge.methods.steps import Step
 
 
 BaseUse = Literal["required", "optional", "first", "none"]
@@ -233,15 +235,24 @@ class Needs:
     float64: bool = False
 
 
+Kernel = Callable[["Target", Mapping[str, ParameterValue], Any], Sequence["Step"]]
+"""The steps by which compiled loops do to the last bit what a block method's function does: for a tensor, parameters
+and statistics. What they leave in the place of the first input is the output."""
+
+
 @dataclass(frozen=True)
 class BlockMethod(Method):
     """The output's block is a function of the inputs' blocks, and of statistics if the method wants them.
 
-    The function may ask for the keywords `place`, where the block lies, and `statistics`.
+    The function may ask for the keywords `place`, where the block lies, and `statistics`. With a `kernel`
+    compiled loops can do its work, and that of the passes of its statistics. One that is `elementwise` computes with
+    tensors as if they were numbers, by the operators and methods that `traced` knows: its kernel follows from that.
     """
 
     statistics: Statistics | None = None
     needs: Needs = Needs()
+    kernel: Kernel | None = None
+    elementwise: bool = False
 
     @property
     def kind(self) -> str:
@@ -262,6 +273,22 @@ class BlockMethod(Method):
     def held(self, target: Target, parameters: Mapping[str, ParameterValue]) -> int:
         """What its statistics hold of a tensor, in bytes."""
         return self.statistics.held(target, parameters) if self.statistics and self.statistics.held else 0
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether compiled loops can do its work."""
+        return self.elementwise or self.kernel is not None
+
+    def steps(
+        self,
+        target: Target,
+        parameters: Mapping[str, ParameterValue],
+        statistics: Any,  # noqa: ANN401
+    ) -> Sequence[Step]:
+        """How compiled loops do its work."""
+        if self.kernel is not None:
+            return self.kernel(target, parameters, statistics)
+        return traced(lambda inputs: self.function(*inputs, **keywords(parameters)), target.inputs)
 
     def compute(
         self,

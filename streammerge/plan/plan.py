@@ -127,7 +127,7 @@ class Plan:
         Whole tensors are held beside the lanes' buffers: one at a time, and more where the limit leaves room for them.
         """
         held, vram = self.held_bytes, vram_limit or self.options.max_vram
-        usual = min(DEFAULT_WORK_BYTES, max(PROMISED_BYTES - self._fixed_bytes - self.described_bytes, MIB))
+        usual = min(DEFAULT_WORK_BYTES, max(PROMISED_BYTES - self.fixed_bytes - self.described_bytes, MIB))
         lanes_limit = usual if work_limit is None else work_limit - held
         shared = share_out(
             self.lane_bytes,
@@ -186,10 +186,11 @@ class Plan:
     @property
     def work_bytes(self) -> int:
         """The RAM that the merge takes at most, above a bare `import torch` if it needs torch, else in all."""
-        return self._fixed_bytes + self.described_bytes + self.allot().work_bytes
+        return self.fixed_bytes + self.described_bytes + self.allot().work_bytes
 
     @property
-    def _fixed_bytes(self) -> int:
+    def fixed_bytes(self) -> int:
+        """What of that is the process's own, whatever the plan."""
         return OVERHEAD_BYTES if self.needs_torch else BARE_BYTES
 
     @functools.cached_property

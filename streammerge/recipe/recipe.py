@@ -68,7 +68,7 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     dtype: DType | None = None
     seed: int | None = None
-    where: str = field(default="recipe", compare=False)
+    where: str = field(default="recipe", compare=False, repr=False)
 
     @property
     def named(self) -> dict[str, Input]:

@@ -12,10 +12,11 @@ import torch
 
 import streammerge
 from streammerge.compute.expressions import BLOCK
+from streammerge.compute.kernels.library import kernels
 from streammerge.compute.machine import DEFAULT_WORK_BYTES, MAPPED_BYTES, MIB, share_out
 from streammerge.engine import planned, run_merge
 from streammerge.errors import OutputError
-from streammerge.plan.plan import OVERHEAD_BYTES, Plan, by_component, existing_folder, plan_merge
+from streammerge.plan.plan import Plan, by_component, existing_folder, plan_merge
 from streammerge.recipe.options import Options
 from streammerge.recipe.parse import parse_recipe
 from streammerge.tensors import DTYPES
@@ -183,13 +184,22 @@ def test_what_is_read_is_what_was_planned(tmp_path, raw, io):
 # ── memory ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_lane_holds_a_block_of_everything_and_no_more_for_large_tensors():
+def test_a_lane_holds_a_block_of_everything_and_no_more_for_large_tensors(monkeypatch):
+    monkeypatch.setenv("STREAMMERGE_KERNELS", "off")
     small, large = (plan(pair(x=(size,))).lane_bytes for size in (BLOCK, 1000 * BLOCK))
     assert small == large
     two_slots, stored, output = 2 * 4 * BLOCK, 2 * 2 * BLOCK, 2 * BLOCK
     assert large == two_slots + stored + output
     assert plan(pair(x=(10,))).lane_bytes == large * 10 // BLOCK
     assert plan({"a": header()}).lane_bytes == 0
+
+
+@pytest.mark.skipif(kernels() is None, reason="compiled loops were not built")
+def test_compiled_loops_hold_what_is_read_and_written_and_little_beside():
+    small, large = (plan(pair(x=(size,))).lane_bytes for size in (BLOCK, 1000 * BLOCK))
+    assert small == large
+    assert 0 < large - 3 * 2 * BLOCK <= 64 * 1024
+    assert not plan(pair(x=(BLOCK,))).needs_torch
 
 
 def test_the_largest_lane_is_that_of_the_hungriest_tensor():
@@ -221,7 +231,7 @@ def test_what_is_allotted_stays_within_its_limit(threads, limit):
     assert 1 <= allotted.threads <= threads
     assert allotted.work_bytes <= (limit or DEFAULT_WORK_BYTES)
     assert allotted.work_bytes == allotted.threads * (made.lane_bytes + allotted.mapped_bytes)
-    assert made.work_bytes == OVERHEAD_BYTES + made.described_bytes + made.allot().work_bytes
+    assert made.work_bytes == made.fixed_bytes + made.described_bytes + made.allot().work_bytes
 
 
 # ── disk ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import streammerge
+from streammerge.compute.kernels.library import kernels
 from tests.promises.rooms import ROOMS
 
 PACKAGE = Path(streammerge.__file__).parent
@@ -94,7 +95,7 @@ def test_torch_is_reached_only_where_something_is_computed(name):
 def test_imports_are_found():
     """The tests above would pass with nothing found."""
     assert "errors" in imported(modules()["cli.main"])
-    assert {"compute.lanes", "storage.copying", "workers.windows"} <= imported(modules()["workers.schedule"])
+    assert {"compute.makers", "storage.copying", "workers.windows"} <= imported(modules()["workers.schedule"])
     assert "methods" in imported(modules()["recipe.recipe"])
     assert "engine" in imported(modules()["cli.commands.merge"]), "one that is imported late"
 
@@ -191,10 +192,11 @@ def test_a_command_loads_no_room_that_it_has_no_use_for(folder, code, rooms):
     assert not {name for name in found if name in rooms or room(name) in rooms}
 
 
-def test_what_computes_loads_torch(folder):
-    words = ("a.safetensors", "b.safetensors", "-o", "out.safetensors", "-q")
+@pytest.mark.parametrize("method", ["linear", "crossover"])
+def test_torch_is_loaded_where_there_are_no_loops(folder, method):
+    words = ("a.safetensors", "b.safetensors", "-m", method, "-o", "out.safetensors", "-q")
     packages = loaded_packages(command(*words), folder)
-    assert "torch" in packages
+    assert ("torch" in packages) == (method == "crossover" or kernels() is None)
     assert not packages & {"matplotlib", "yaml"}
 
 

@@ -14,7 +14,7 @@ from streammerge.compute.expressions import Node
 
 PACKAGE = Path(streammerge.__file__).parent
 KINDS = {kind.__name__ for kind in get_args(Node)} | {"Applied"}
-OUTSIDE = [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent != PACKAGE / "compute"]
+OUTSIDE = [path for path in sorted(PACKAGE.rglob("*.py")) if PACKAGE / "compute" not in path.parents]
 
 
 def matched(code: str) -> list[str]:

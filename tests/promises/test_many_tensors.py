@@ -19,7 +19,6 @@ from streammerge.compute.machine import MIB, PROMISED_BYTES
 from streammerge.formats.safetensors import build_header
 from streammerge.formats.tables import Column, Names
 from streammerge.models.checkpoints import Checkpoint
-from streammerge.plan.plan import OVERHEAD_BYTES
 from streammerge.storage.copying import PIECE_RANGES, pieces
 from streammerge.storage.ledger import Coverage, Ledger, Span
 from streammerge.tensors import DTYPES, TensorInfo
@@ -212,15 +211,16 @@ def report_of_merge(folder: Path, *words: object) -> dict[str, Any]:
 
 
 def check_memory(folder: Path, count: int, most: int, *options: str) -> None:
-    """Merge two models of so many tensors: within this much above a bare import, and what the plan says."""
+    """Merge two models of so many tensors: within this much above what it is counted from, and what the plan says."""
     models = [write_shards(folder / name, count, fill) for name, fill in (("a", 60), ("b", 61))]
     bare, planned = bare_import(), json.loads(run("plan", *models, "-o", folder / "out", *options, "--json"))
     report = report_of_merge(folder, *models, *options)
-    above = report["peak_rss_bytes"] - bare
+    is_torch_there = report["baseline_rss_bytes"] > 0
+    above = report["peak_rss_bytes"] - bare * is_torch_there
     assert report["tensors"]["merged"] == count
-    assert above <= min(most, planned["work_ram_bytes"])
+    assert above <= min(most if is_torch_there else PROMISED_BYTES, planned["work_ram_bytes"])
     assert planned["work_ram_bytes"] <= PROMISED_BYTES
-    assert abs(report["baseline_rss_bytes"] - bare) <= BASE_LINE
+    assert not is_torch_there or abs(report["baseline_rss_bytes"] - bare) <= BASE_LINE
 
 
 def test_a_merge_of_many_tensors_takes_little_above_a_bare_import_of_torch(tmp_path):
@@ -243,6 +243,6 @@ def test_the_plan_counts_what_it_keeps_of_the_models(tmp_path):
 
 def test_less_is_left_for_workers_where_much_is_kept_of_the_models(tmp_path):
     made = plan([write_model(tmp_path / "a.safetensors", names(10), 60)])
-    kept = PROMISED_BYTES - OVERHEAD_BYTES - made.lane_bytes - 2 * MIB
+    kept = PROMISED_BYTES - made.fixed_bytes - made.lane_bytes - 2 * MIB
     assert replace(made, described_bytes=kept).work_bytes <= PROMISED_BYTES
-    assert replace(made, described_bytes=2 * kept).allot().threads == 1
+    assert replace(made, described_bytes=2 * kept).allot().work_bytes <= 3 * MIB

@@ -198,4 +198,4 @@ def test_a_limit_on_memory_is_kept(make_models, tmp_path, method):
     limit = int(found[1]) + 2  # the base line is not the same to the page in every process
     report = run_merge(models, method, tmp_path, "--max-ram", f"{limit}MiB")
     assert report["peak_rss_bytes"] <= limit * MIB
-    assert report["threads"] == 1
+    assert report["threads"] <= 2

@@ -170,7 +170,8 @@ def test_what_goes_wrong_meanwhile_comes_first(leaf):
 
 
 COPIES_BEFORE_TORCH = """
-import sys
+import os, sys
+os.environ["STREAMMERGE_KERNELS"] = "off"
 from streammerge.storage.writer import OutputWriter
 
 copy, before = OutputWriter.copy, []
@@ -181,7 +182,8 @@ def noting(*given):
 
 OutputWriter.copy = noting
 import streammerge
-streammerge.merge({{"merge_method": "passthrough", "models": [{model!r}]}}, output={output!r}, **{options!r})
+streammerge.merge({{"merge_method": "passthrough", "models": [{model!r}]}}, output={output!r},
+                  dtype="fp16", **{options!r})
 print(*before)
 """
 
