@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from streammerge.methods.contract import ParameterValue, PerModel, Share
+from streammerge.methods.contract import Parameters, PerModel, Share
 from streammerge.methods.linear import check_weights
-from streammerge.methods.registry import BlockMethod, Kernel, Statistics, method, net
+from streammerge.methods.registry import BlockMethod, Statistics, method, net
 from streammerge.methods.statistics.ranking import begin_ranking
 from streammerge.methods.statistics.ranks import Cut, Ranking
 from streammerge.methods.statistics.sums import L1Pass, l1_norm
-from streammerge.methods.steps import Step
+from streammerge.methods.steps import Kernel, Step
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from streammerge.methods.place import Place, Target
 
-
-Parameters = Mapping[str, ParameterValue]
 
 Trim = tuple[Cut, float]
 """Which elements of a task vector stay, and the factor that makes up for the others."""

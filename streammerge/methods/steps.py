@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from streammerge.methods.contract import Parameters
+    from streammerge.methods.place import Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,3 +21,8 @@ class Step:
     code: str
     of: int
     numbers: Sequence[float]
+
+
+Kernel = Callable[["Target", "Parameters", Any], Sequence[Step]]
+"""The steps by which compiled loops do to the last bit what a block method's function does: for a tensor, parameters
+and statistics. What they leave in the place of the first input is the output."""

@@ -56,6 +56,9 @@ class Elements:
         if not self.is_input:
             self.trace.free.append(self.place)
 
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        raise AttributeError(f"methods that use {name!r} are not elementwise")
+
     def _made(self, code: str, *numbers: float) -> Elements:
         made = Elements(self.trace, self.trace.place())
         self.trace.steps.append(Step(code, made.place, numbers))

@@ -59,6 +59,11 @@ def test_an_input_is_not_written_to():
         traced(lambda inputs: inputs[0].mul_(2.0), 1)
 
 
+def test_what_has_no_step_is_named():
+    with pytest.raises(AttributeError, match="methods that use 'exp' are not elementwise"):
+        traced(lambda inputs: inputs[0].exp(), 1)
+
+
 def test_negative_zero_is_no_less_than_zero():
     values = stored(torch.tensor([-0.0] * 40), "F32")
     check(applied("nearswap", [values, values], t=0.0), compute="F32")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,21 +12,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streammerge.compute import costs
-from streammerge.compute.costs import piece_elements
+from streammerge.compute.application import measured_with
+from streammerge.compute.costs import compute_dtype, piece_count, piece_elements
 from streammerge.compute.evaluate import Evaluator
-from streammerge.compute.expressions import BLOCK, ByBlock, Combined, Stored, Term
+from streammerge.compute.expressions import BLOCK, ByBlock, Combined, Stored, Term, Together
 from streammerge.compute.kernels.library import CHUNK, kernels
-from streammerge.compute.kernels.program import BlockOperands, Kernels, compiled
+from streammerge.compute.kernels.program import BlockOperands, Kernels, Program, compiled
 from streammerge.compute.lanes import Lane, torch_dtype
-from streammerge.compute.survey import Survey
+from streammerge.compute.survey import Survey, TogetherSurvey
+from streammerge.compute.tensor_maker import TensorMaker
 from streammerge.methods.statistics.brackets import Gathering, Sample
 from streammerge.methods.statistics.histograms import Equals, LowerBits, UpperBits
+from streammerge.methods.statistics.passes import Pass
 from streammerge.methods.statistics.sums import L1Pass
 from streammerge.tensors import DTYPES
 from tests.make.models import raw_bytes
 from tests.make.programs import (
     NARROW,
+    SMALL_PIECE,
     Memory,
     applied,
     assert_same,
@@ -110,19 +113,45 @@ def test_programs_remember_what_is_not_finite():
     assert not program.take_suspicion()
 
 
-def test_statistics_of_a_whole_model_count_its_blocks_through():
-    inputs = [stored(torch.randn(2 * CHUNK).round(), "F16") for _ in range(3)]
-    node = applied("ties", inputs, density=0.5)
-    known = surveyed(node, "F32")
-    trims = [(replace(cut, last_block=5), factor) for cut, factor in known[id(node)]]
-    kernel = node.method.kernel
-    assert kernel
-    target = replace(costs.target_of(node), first_block=4)
-    assert kernel(target, node.parameters, trims)[0].numbers[5:8] == (
-        float(target.step),
-        float(trims[0][0].quota),
-        2.0 * target.step,
-    )
+@pytest.mark.parametrize("dtypes", [("F16", "F16"), ("F16", "F64"), ("F64", "BF16")])
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("density", [0.05, 0.6])
+def test_statistics_of_a_whole_model_count_its_blocks_through(dtypes, rescale, density):
+    with small_pieces():
+        together, nodes = Together(), []
+        for dtype in dtypes:
+            inputs = [stored((torch.randn(5 * CHUNK + 3) * 3).round() / 3, dtype) for _ in range(3)]
+            node = applied("ties", inputs, density=density, rescale=rescale, scope="model")
+            nodes.append(measured_with(together, node))
+        survey, maker = TogetherSurvey(together), TensorMaker(Lane(Memory()))  # type: ignore[arg-type]
+        while not survey.complete:
+            assert survey.step
+            for block in range(survey.blocks):
+                found = survey.measure(maker, block)
+                assert repr(plainly(found)) == repr(plainly(measured_of(nodes, survey.step, block)))
+                survey.add(block, found)
+            survey.finish_pass()
+        for node in nodes:
+            known, compute = {id(node): survey.result}, compute_dtype(node, node.info.dtype).name
+            assert_same(by_torch(node, known, compute), by_kernels(node, known, compute, SMALL_PIECE))
+
+
+def measured_of(nodes: Sequence[ByBlock], step: Pass[Any], block: int) -> Any:
+    """What compiled loops measure of a block of the nodes, which are of one length."""
+    library = kernels()
+    assert library
+    number, own = divmod(block, piece_count(nodes[0]))
+    node, start = nodes[number], own * SMALL_PIECE
+    stop = min(start + SMALL_PIECE, node.info.elements)
+    program = compiled(node.inputs, compute_dtype(node, node.info.dtype), {})
+    return step.measure_compiled(block, operands_of(Kernels(library), program, start, stop))
+
+
+def operands_of(loops: Kernels, program: Program, start: int, stop: int) -> BlockOperands:
+    sizes = [leaf.info.dtype.bits // 8 for leaf in program.inputs]
+    pairs = zip(program.inputs, sizes, strict=True)
+    blocks = [memoryview(leaf.file)[start * size : stop * size] for leaf, size in pairs]  # type: ignore[arg-type]
+    return BlockOperands(loops, program, blocks, stop - start, len(blocks), start)
 
 
 def measured(node: ByBlock, compute: str) -> list[type]:
@@ -141,12 +170,7 @@ def measured(node: ByBlock, compute: str) -> list[type]:
         step = piece_elements(node)
         for block in range(survey.blocks):
             start, stop = block * step, min((block + 1) * step, node.info.elements)
-            sizes = [leaf.info.dtype.bits // 8 for leaf in program.inputs]
-            blocks = [
-                memoryview(leaf.file)[start * size : stop * size]  # type: ignore[arg-type]
-                for leaf, size in zip(program.inputs, sizes, strict=True)
-            ]
-            operands = BlockOperands(loops, program, blocks, stop - start, len(node.inputs), start)
+            operands = operands_of(loops, program, start, stop)
             one = by_torch.measure(block, evaluator.inputs(node, block, by_torch.part))
             two = by_loops.measure_compiled(block, operands)
             assert repr(plainly(one)) == repr(plainly(two))

@@ -58,15 +58,21 @@ class Asked(abc.ABC):
     def ask(self, questions: ctypes.Array[Question], elements: int) -> None:
         """Have the questions about so many of the first elements answered."""
 
+    @abc.abstractmethod
+    def scratch(self, nbytes: int) -> memoryview:
+        """Memory that is this worker's until it is asked for again."""
+
     def between(self, spans: Sequence[Sequence[Span]], part: int | None = None) -> list[list[tuple[int, memoryview]]]:
         """For each span of each vector how many keys are beyond it, and those in it; of `part` elements or all."""
         elements = min(part or self.elements, self.elements)
         asked = [
             self._about(BETWEEN, vector, low=low, high=high) for vector, of in enumerate(spans) for low, high in of
         ]
-        rooms = [room_for(elements + 1, 4) for _ in asked]
+        size = 4 * (elements + 1)
+        scratch = self.scratch(size * len(asked))
+        rooms = [scratch[place * size : (place + 1) * size].cast("i") for place in range(len(asked))]
         questions = self._answered(asked, rooms, elements)
-        found = iter([(the.above, room[: the.inside]) for the, room in zip(questions, rooms, strict=True)])
+        found = iter([(the.above, copied(room[: the.inside])) for the, room in zip(questions, rooms, strict=True)])
         return [[next(found) for _ in of] for of in spans]
 
     def bins(self, wanted: Sequence[tuple[int, int]], shift: int, *, wide: bool) -> list[tuple[memoryview, int]]:
@@ -112,6 +118,11 @@ class Asked(abc.ABC):
         questions = (Question * len(asked))(*asked)
         self.ask(questions, self.elements if elements is None else elements)
         return questions
+
+
+def copied(keys: memoryview) -> memoryview:
+    """The same keys in memory of their own."""
+    return memoryview(bytearray(keys)).cast("i")
 
 
 def rows_of(elements: int) -> int:

@@ -14,7 +14,7 @@ enum division { NEVER, BY_NUMBER, BY_WEIGHTS, BY_POSITIVE_WEIGHTS };
 
 /* Numbers of a cut, and elements that are merged at once. */
 #define CUT 5
-#define TILE 64
+#define TILE 256
 
 /* The same in float32 and in float64: REAL, its BITS, as a WHOLE number, its FUSED multiply and add, its MOST, what is NEXT. */
 #define REAL float

@@ -199,6 +199,7 @@ class Kernels:
         self._library = library
         self.counting = CompiledCounting(library)
         self._room = page_aligned(0)
+        self._scratch = page_aligned(0)
 
     def store(
         self, program: Program, blocks: Sequence[memoryview], elements: int, kind: str, out: memoryview, start: int = 0
@@ -252,6 +253,12 @@ class Kernels:
         ask = self._library.ask_f64 if program.compute == "F64" else self._library.ask_f32
         ask(*self._given(program, blocks, elements, start), questions, len(questions))
 
+    def scratch(self, nbytes: int) -> memoryview:
+        """Memory that is made once, for what is told on the way."""
+        if len(self._scratch) < nbytes:
+            self._scratch = page_aligned(nbytes)
+        return self._scratch[:nbytes]
+
     def nonfinite(self, block: memoryview, kind: str, elements: int) -> int:
         """How many elements of stored bytes are infinite or no numbers."""
         return int(self._library.nonfinite_in(KINDS[kind], address(block), elements))
@@ -288,6 +295,10 @@ class BlockOperands(Asked):
     def counting(self) -> CompiledCounting:
         """What counts the answers to what they are asked."""
         return self.kernels.counting
+
+    def scratch(self, nbytes: int) -> memoryview:
+        """Memory that is this worker's until it is asked for again."""
+        return self.kernels.scratch(nbytes)
 
     def made_by(self, steps: Sequence[MethodStep], first: int) -> BlockOperands:
         """What these steps make of the inputs, in registers from `first` on."""
