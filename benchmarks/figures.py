@@ -77,9 +77,19 @@ def peak_anonymous(tool: ToolResult) -> int:
     return max((run.process.peak_anonymous for run in (*tool.good(), *tool.good("cold"))), default=0)
 
 
-def above_torch(result: CaseResult, tool: ToolResult) -> float:
-    """MiB of the peak above a bare import of torch."""
-    return max(0.0, (peak_rss(tool) - result.import_torch_rss) / MIB)
+def own_memory(result: CaseResult, tool: ToolResult) -> float:
+    """MiB of the peak: all of it where torch was not imported, else what is above a bare import of it."""
+    return (peak_rss(tool) - (result.import_torch_rss if has_torch(tool) else 0)) / MIB
+
+
+def has_torch(tool: ToolResult) -> bool:
+    """Whether a run of streammerge imported torch, as its report says."""
+    return any(run.own.get("baseline_rss_bytes", 1) for run in (*tool.good(), *tool.good("cold")))
+
+
+def memory_text(result: CaseResult, tool: ToolResult) -> str:
+    """The same in words."""
+    return f"{own_memory(result, tool):.0f} MiB " + ("above `import torch`" if has_torch(tool) else "in all")
 
 
 def fits_cache(result: CaseResult) -> bool:

@@ -142,7 +142,7 @@ def tool_row(result: CaseResult, tool: ToolResult) -> tuple[str, ...]:
     ratio = figures.ratio(result, tool.name, NAME, figures.wall) if tool.name != NAME else None
     process = runs[len(runs) // 2].process
     own = tool.name.startswith(NAME)
-    above = f", {figures.above_torch(result, tool):.0f} MiB above `import torch`" if own else ""
+    above = f", {figures.memory_text(result, tool)}" if own else ""
     return (
         name,
         shown(figures.spread(tool, figures.wall)),
@@ -266,7 +266,7 @@ def methods_section(result: CaseResult | None) -> str:
         return ""
     if result.skipped:
         return f"## Methods\n\nSkipped: {result.skipped}."
-    head = ("method", "loop, s", "against linear", "passes", "GB/s of inputs", "peak RSS above `import torch`", "runs")
+    head = ("method", "loop, s", "against linear", "passes", "GB/s of inputs", "peak RSS", "runs")
     rows = [methods_row(result, tool) for tool in result.tools if ":" in tool.name]
     return f"## Methods\n\n{result.title}; {facts(result)}\n\n{table(head, rows)}"
 
@@ -285,7 +285,7 @@ def methods_row(result: CaseResult, tool: ToolResult) -> tuple[str, ...]:
         f"{ratio.median:.1f}x" if ratio else "",
         f"{figures.passes(result, tool):.1f}",
         f"{once / loop.median / 1e9:.2f}",
-        f"{figures.above_torch(result, tool):.0f} MiB",
+        figures.memory_text(result, tool),
         str(len(tool.good())),
     )
 
@@ -320,7 +320,7 @@ def readme_row(result: CaseResult, tool: ToolResult) -> tuple[str, ...]:
     """One tool in the README."""
     wall, loop = figures.spread(tool, figures.wall), figures.spread(tool, figures.loop)
     own = tool.name.startswith(NAME)
-    above = f", {figures.above_torch(result, tool):.0f} MiB above `import torch`" if own else ""
+    above = f", {figures.memory_text(result, tool)}" if own else ""
     return (
         f"**{tool.title}**" if tool.name == NAME else tool.title,
         f"{wall.median:.1f} s" if wall else "",

@@ -38,7 +38,7 @@ def test_memory_is_told_above_the_import_of_torch():
     result = case_result()
     tool = result.tool("streammerge")
     assert tool is not None
-    assert figures.above_torch(result, tool) == 30
+    assert figures.own_memory(result, tool) == 30
     assert targets.most_memory({"article-fp16": result}) == 30
 
 
