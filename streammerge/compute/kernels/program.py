@@ -192,7 +192,13 @@ class Kernels:
         self._scratch = page_aligned(0)
 
     def store(
-        self, program: Program, blocks: Sequence[memoryview], elements: int, kind: str, out: memoryview, start: int = 0
+        self,
+        program: Program,
+        blocks: Sequence[memoryview],
+        elements: int,
+        kind: str,
+        out: memoryview,
+        start: int | None = None,
     ) -> Found | None:
         """The first register into `out`, as this kind of element; what isn't finite or in its range, else None.
 
@@ -212,7 +218,7 @@ class Kernels:
         *,
         apart: bool,
         wide: bool,
-        start: int = 0,
+        start: int | None = None,
     ) -> InnerProducts:
         """⟨dᵢ, dⱼ⟩ for j ≤ i of the first registers: d₀ = x₀ and dᵢ = xᵢ − x₀ if they are taken `apart`, else dᵢ = xᵢ.
 
@@ -233,7 +239,7 @@ class Kernels:
         blocks: Sequence[memoryview],
         elements: int,
         questions: ctypes.Array[Question],
-        start: int = 0,
+        start: int | None = None,
     ) -> None:
         """Have questions about the first registers answered."""
         ask = self._library.ask_f64 if program.compute == "F64" else self._library.ask_f32
@@ -249,14 +255,19 @@ class Kernels:
         """How many elements of stored bytes are infinite or no numbers."""
         return int(self._library.nonfinite_in(KINDS[kind], address(block), elements))
 
-    def _given(self, program: Program, blocks: Sequence[memoryview], elements: int, start: int) -> tuple[Any, ...]:
-        """What every function is given first: the program, its inputs, and room for its registers."""
-        if start % program.piece:
+    def _given(
+        self, program: Program, blocks: Sequence[memoryview], elements: int, start: int | None
+    ) -> tuple[Any, ...]:
+        """What every function is given first: the program, its inputs, and room for its registers.
+
+        Without methods in it, a program need not know with which element the blocks begin.
+        """
+        if program.piece > 1 and (start is None or start % program.piece):
             raise ValueError(f"element {start} is no beginning of a piece of {program.piece} elements")
         if len(self._room) < program.room_bytes:
             self._room = page_aligned(program.room_bytes)
         inputs = (ctypes.c_void_p * len(blocks))(*map(address, blocks))
-        return program.steps, len(program.steps), inputs, start, elements, address(self._room)
+        return program.steps, len(program.steps), inputs, start or 0, elements, address(self._room)
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +279,7 @@ class BlockOperands(Asked):
     blocks: Sequence[memoryview]
     elements: int
     vectors: int
-    start: int = 0
+    start: int | None = None
     first: int = 1
     apart: bool = True
 
