@@ -7,7 +7,7 @@ import enum
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from streammerge.compute.costs import piece_elements, target_of
@@ -68,6 +68,7 @@ class Program:
     registers: int
     compute: Compute
     piece: int = 1
+    longer: dict[int, tuple[Sequence[MethodStep], Program]] = field(default_factory=dict)
 
     @property
     def room_bytes(self) -> int:
@@ -75,21 +76,21 @@ class Program:
         return self.registers * CHUNK * (8 if self.compute == "F64" else 4)
 
     def followed_by(self, steps: Sequence[MethodStep]) -> Program:
-        """The program with these steps behind it, for which its first registers are the inputs."""
-        writer = _Writer({})
-        writer.steps += self.steps
-        writer.take(steps, 0)
-        return replace(
-            self,
-            steps=(Step * len(writer.steps))(*writer.steps),
-            registers=max(self.registers, writer.registers),
-        )
+        """The program with these steps behind it, for which its first registers are the inputs; it is kept."""
+        kept = self.longer.get(id(steps))
+        if kept is None or kept[0] is not steps:
+            writer = _Writer({})
+            writer.registers = self.registers
+            writer.take(steps, 0)
+            both = (Step * (len(self.steps) + len(writer.steps)))(*self.steps, *writer.steps)
+            kept = self.longer[id(steps)] = steps, replace(self, steps=both, registers=writer.registers, longer={})
+        return kept[1]
 
     def take_suspicion(self) -> bool:
         """Whether a method was given what is infinite or no number, of which its output may not tell, since this was
         last asked."""
         watching = [step for step in self.steps if step.code == Code.WATCH]
-        found = any(step.seen[0] for step in watching)
+        found = any([step.seen[0] for step in watching] + [own.take_suspicion() for _, own in self.longer.values()])
         for step in watching:
             step.seen[0] = 0
         return found
