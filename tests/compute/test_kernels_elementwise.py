@@ -7,11 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streammerge.compute.expressions import ByBlock
 from streammerge.compute.kernels.library import kernels
 from streammerge.methods import METHODS
 from streammerge.methods.registry import BlockMethod
 from streammerge.methods.tracing import traced
-from tests.make.programs import NARROW, applied, check, small_pieces, stored, tensors
+from tests.make.programs import NARROW, applied, check, measured, small_pieces, stored, tensors
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="the library is not built")
 
@@ -35,11 +36,14 @@ def test_elementwise_methods(name, data):
         "epsilon": data.draw(st.sampled_from([1e-5, 0.3])),
         "threshold": data.draw(numbers),
         "k": data.draw(st.integers(0, models)),
-        "task": data.draw(st.integers(1, models)),
+        "task": data.draw(st.integers(0 if name == "emr" else 1, models)),
+        "r": data.draw(numbers),
         "t": data.draw(numbers),
     }
     with small_pieces():
-        check(applied(name, inputs, **given), compute="F64" if wide else "F32")
+        node = applied(name, inputs, **given)
+        measured(node, "F64" if wide else "F32")
+        check(node, compute="F64" if wide else "F32")
 
 
 def test_a_method_within_a_method_has_registers_of_its_own():
@@ -52,6 +56,19 @@ def test_places_are_used_again():
     steps = traced(lambda inputs: (inputs[0] + inputs[1]) * (inputs[0] + inputs[1] + 1.0) + 2.0, 2)
     assert [step.code for step in steps] == ["PLUS", "PLUS", "FILL", "PLUS", "TIMES", "FILL", "PLUS", "COPY"]
     assert max(step.of for step in steps) <= 5
+
+
+def test_numbers_may_stand_first():
+    def function(inputs):
+        made = 1.0 - inputs[0] + 2.0 * inputs[1]
+        made -= inputs[0]
+        made *= 0.3
+        made /= 0.7
+        return 1.0 / (0.5 + made) + -made
+
+    method = BlockMethod("own", (), "none", (2, 2), "", function=lambda *inputs: function(inputs), elementwise=True)
+    inputs = (stored(torch.randn(3000), "F32"), stored(torch.randn(3000), "BF16"))
+    check(ByBlock(inputs[0].info, method, {}, inputs, "a tensor"), compute="F32")
 
 
 def test_an_input_is_not_written_to():

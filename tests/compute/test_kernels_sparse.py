@@ -13,13 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streammerge.compute.application import measured_with
-from streammerge.compute.costs import compute_dtype, piece_count, piece_elements
-from streammerge.compute.evaluate import Evaluator
+from streammerge.compute.costs import compute_dtype, piece_count
 from streammerge.compute.expressions import BLOCK, ByBlock, Combined, Stored, Term, Together
 from streammerge.compute.kernels.library import CHUNK, kernels
-from streammerge.compute.kernels.program import BlockOperands, Kernels, Program, compiled
-from streammerge.compute.lanes import Lane, torch_dtype
-from streammerge.compute.survey import Survey, TogetherSurvey
+from streammerge.compute.kernels.program import Kernels, compiled
+from streammerge.compute.lanes import Lane
+from streammerge.compute.survey import TogetherSurvey
 from streammerge.compute.tensor_maker import TensorMaker
 from streammerge.methods.statistics.brackets import Gathering, Sample
 from streammerge.methods.statistics.histograms import Equals, LowerBits, UpperBits
@@ -36,6 +35,9 @@ from tests.make.programs import (
     by_kernels,
     by_torch,
     check,
+    measured,
+    operands_of,
+    plainly,
     small_pieces,
     stored,
     surveyed,
@@ -103,7 +105,7 @@ def test_programs_remember_what_is_not_finite():
 
     def run() -> None:
         blocks = [memoryview(leaf.file) for leaf in program.inputs]  # type: ignore[arg-type]
-        Kernels(library).store(program, blocks, 5000, "F16", out)
+        Kernels(library).store(program, blocks, 5000, "F16", out, 0)
 
     run()
     assert not program.take_suspicion()
@@ -145,52 +147,6 @@ def measured_of(nodes: Sequence[ByBlock], step: Pass[Any], block: int) -> Any:
     stop = min(start + SMALL_PIECE, node.info.elements)
     program = compiled(node.inputs, compute_dtype(node, node.info.dtype), {})
     return step.measure_compiled(block, operands_of(Kernels(library), program, start, stop))
-
-
-def operands_of(loops: Kernels, program: Program, start: int, stop: int) -> BlockOperands:
-    sizes = [leaf.info.dtype.bits // 8 for leaf in program.inputs]
-    pairs = zip(program.inputs, sizes, strict=True)
-    blocks = [memoryview(leaf.file)[start * size : stop * size] for leaf, size in pairs]  # type: ignore[arg-type]
-    return BlockOperands(loops, program, blocks, stop - start, len(blocks), start)
-
-
-def measured(node: ByBlock, compute: str) -> list[type]:
-    """Which passes there were, each of which finds the same by both."""
-    library = kernels()
-    assert library
-    loops, lane = Kernels(library), Lane(Memory())  # type: ignore[arg-type]
-    survey, other = Survey(node, DTYPES[compute]), Survey(node, DTYPES[compute])
-    found = []
-    while not survey.complete:
-        (_, by_torch), (_, by_loops) = survey.passes[id(node)], other.passes[id(node)]
-        found.append(type(by_torch))
-        assert type(by_loops) is type(by_torch)
-        program = compiled(node.inputs, DTYPES[compute], {})
-        evaluator = Evaluator(lane, torch_dtype(DTYPES[compute]), {})
-        step = piece_elements(node)
-        for block in range(survey.blocks):
-            start, stop = block * step, min((block + 1) * step, node.info.elements)
-            operands = operands_of(loops, program, start, stop)
-            one = by_torch.measure(block, evaluator.inputs(node, block, by_torch.part))
-            two = by_loops.measure_compiled(block, operands)
-            assert repr(plainly(one)) == repr(plainly(two))
-            by_torch.add(block, one)
-            by_loops.add(block, two)
-        survey.finish_pass()
-        other.finish_pass()
-    assert repr(survey.known) == repr(other.known)
-    return found
-
-
-def plainly(measured: Any) -> Any:
-    """A measure with its memory as lists."""
-    if isinstance(measured, memoryview):
-        return measured.tolist()
-    if isinstance(measured, list | tuple):
-        return [plainly(part) for part in measured]
-    if isinstance(measured, dict):
-        return {key: plainly(part) for key, part in measured.items()}
-    return measured
 
 
 @pytest.mark.parametrize("name", ["ties", "breadcrumbs", "sce"])
@@ -242,7 +198,7 @@ for name, more in (("ties", {"vote": "count"}), ("breadcrumbs", {"gamma": (0.01,
         passes.append(type(step).__name__)
         step.add(0, step.measure_compiled(0, BlockOperands(loops, program, blocks, n, 3)))
         step = step.finish()
-    loops.store(compiled([node], DTYPES["F32"], {id(node): step}), blocks, n, "F32", memoryview(bytearray(4 * n)))
+    loops.store(compiled([node], "F32", {id(node): step}), blocks, n, "F32", memoryview(bytearray(4 * n)), 0)
     print(name, *passes)
 """
 
