@@ -276,7 +276,8 @@ class BlockMethod(Method):
     def steps(self, target: Target, parameters: Parameters, statistics: Any) -> Sequence[Step]:  # noqa: ANN401
         """How compiled loops do its work."""
         if self.kernel:
-            return self.kernel(target, parameters, statistics)
+            defaults: dict[str, Any] = {parameter.name: parameter.default for parameter in self.parameters}
+            return self.kernel(target, {**defaults, **parameters}, statistics)
         given = {"statistics": statistics} if "statistics" in self.wanted else {}
         return traced(lambda inputs: self.function(*inputs, **keywords(parameters), **given), target.inputs)
 

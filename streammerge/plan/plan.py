@@ -135,11 +135,16 @@ class Plan:
             lanes_limit,
             device_limit=vram,
             most_threads=MAX_THREADS if self.needs_torch else MAX_COMPILED_THREADS,
-            mapped=MAPPED_BYTES if self.needs_torch or self.io == "mmap" else (0, 0),
+            mapped=self.mapped_bytes,
         )
         if held and work_limit is not None:
             held = max(held, min(work_limit - shared.work_bytes, held * shared.threads))
         return replace(shared, held_bytes=held, work_bytes=shared.work_bytes + held)
+
+    @property
+    def mapped_bytes(self) -> tuple[int, int]:
+        """The most and the least that a worker keeps mapped; none is counted for what reads into its own buffers."""
+        return MAPPED_BYTES if self.needs_torch or self.io == "mmap" else (0, 0)
 
     @functools.cached_property
     def together(self) -> Mapping[Together, Mapping[int, DType]]:
@@ -285,7 +290,7 @@ def allot_memory(plan: Plan, resident: int, vram: int | None) -> Allotment:
         )
     if limit is None:
         return plan.allot(vram_limit=vram)
-    needed = plan.lane_bytes + MAPPED_BYTES[1] + plan.held_bytes
+    needed = plan.lane_bytes + plan.mapped_bytes[1] + plan.held_bytes
     fixed = resident + OVERHEAD_BYTES
     if limit < fixed + needed:
         raise PlanError(

@@ -198,7 +198,7 @@ for name, more in (("ties", {"vote": "count"}), ("breadcrumbs", {"gamma": (0.01,
         passes.append(type(step).__name__)
         step.add(0, step.measure_compiled(0, BlockOperands(loops, program, blocks, n, 3)))
         step = step.finish()
-    loops.store(compiled([node], "F32", {id(node): step}), blocks, n, "F32", memoryview(bytearray(4 * n)), 0)
+    loops.store(compiled([node], DTYPES["F32"], {id(node): step}), blocks, n, "F32", memoryview(bytearray(4 * n)), 0)
     print(name, *passes)
 """
 

@@ -125,7 +125,9 @@ def is_shown(shown: str, found: str) -> bool:
     return re.fullmatch(r"(?:.*\n)*".join(parts), without_numbers(found)) is not None
 
 
-MEMORY = re.compile(r"above import torch( \(about 0 MB\))?|in all, without torch|all of it: torch was not imported")
+MEMORY = re.compile(
+    r"0(, 0)? above import torch( \(about 0\))?|0 in all, without torch|0, all of it: torch was not imported"
+)
 LOOPS = re.compile(r"compiled loops( and torch)?")
 """What differs where there is no compiler, or where torch had been imported before."""
 
@@ -133,7 +135,7 @@ LOOPS = re.compile(r"compiled loops( and torch)?")
 def without_numbers(text: str) -> str:
     """The text with every number the same, in the same unit, without blanks that only align, whatever computed it."""
     text = re.sub(r"\b\d[\d.,]*( ?([kMGT]?B|[kMGT])\b)?", "0", text)
-    text = MEMORY.sub("above import torch", LOOPS.sub("torch", text))
+    text = MEMORY.sub("0 of memory", LOOPS.sub("torch", text))
     text = re.sub(r"\b(mmap|pread)\b", "mmap", re.sub(r"[▏▎▍▌▋▊▉█]+", "█", text))
     return re.sub(r"[ \t]+", " ", "".join(line.strip() + "\n" for line in text.strip("\n").splitlines()))
 

@@ -137,7 +137,7 @@ def test_the_least_memory_that_works_works(paths, plain, tmp_path, method):
     with pytest.raises(PlanError, match=rf"--max-ram .* is too small.*\n  The least that works is {least}"):
         streammerge.merge(merge, output=tmp_path / "out.safetensors", max_ram=f"{size - 2}MiB")
     report = streammerge.merge(merge, output=tmp_path / "out.safetensors", max_ram=least, threads=8, sync=False)
-    assert report.threads == 1
+    assert report.threads == 1 or "torch" not in report.loops  # else buffers may be smaller than what is to spare
     assert_same_bytes(load_model(tmp_path / "out.safetensors"), plain(method))
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from streammerge.cli.arguments import add_merge_arguments, new_parser
-from streammerge.cli.screen import say, show_report, telling, watching
+from streammerge.cli.screen import show_report, telling, watching
 from streammerge.errors import saying_what_is_on_disk
 from streammerge.version import __version__
 
@@ -27,14 +28,13 @@ streammerge RECIPE.yaml -o OUT.safetensors [options]
 def run(words: Sequence[str]) -> int:
     """Merge as a recipe or the command line describes."""
     parser = new_parser("", USAGE, "Merge model checkpoints of any size in a small, stated amount of RAM.")
-    parser.add_argument("--version", action="store_true", help="say the version, and whether loops are compiled; exit")
+    told = "say the version, and whether loops are compiled; exit"
+    parser.add_argument("--version", action=Version, nargs=0, help=told)
     add_merge_arguments(parser)
     if not words:
         parser.print_help()
         return 2
     arguments = parser.parse_intermixed_args(words)
-    if arguments.version:
-        return say_version()
     if arguments.dry_run:
         from streammerge.cli.commands.plan import plan
 
@@ -44,12 +44,16 @@ def run(words: Sequence[str]) -> int:
     return merge(arguments.output, arguments)
 
 
-def say_version() -> int:
-    """Say the version, and what computes on this machine."""
-    from streammerge.compute.kernels.library import kernels, kernels_in_use
+class Version(argparse.Action):
+    """Says the version, and what computes on this machine."""
 
-    say(f"streammerge {__version__}, loops: {kernels_in_use() if kernels() else f'torch ({kernels_in_use()})'}")
-    return 0
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        """Say it, and exit."""
+        from streammerge.compute.kernels.library import kernels, kernels_in_use
+
+        loops = kernels_in_use() if kernels() else f"torch ({kernels_in_use()})"
+        parser._print_message(f"streammerge {__version__}, loops: {loops}\n", sys.stdout)
+        parser.exit()
 
 
 def merge(output: Path, arguments: argparse.Namespace) -> int:

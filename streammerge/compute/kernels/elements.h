@@ -34,6 +34,11 @@ void load_f64(enum element kind, const void *from, size_t n, double *to);
 void store_f32(const float *from, size_t n, enum element kind, void *to);
 void store_f64(const double *from, size_t n, enum element kind, void *to);
 
+/* to[i] = Σ numbers[j] · xⱼ[i], or if it goes `on`, to[i] and that, of the float16 numbers that begin so many bytes
+   behind `from[j]`; added one after the other, each product rounded once with the sum. */
+void combine_f16(const void *const *from, size_t skipped, const float *numbers, size_t count, int on, size_t n,
+                 float *to);
+
 /* The greatest finite number. */
 double limit_of(enum element kind);
 

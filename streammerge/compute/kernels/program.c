@@ -17,6 +17,8 @@ enum division { NEVER, BY_NUMBER, BY_WEIGHTS, BY_POSITIVE_WEIGHTS };
 #define TILE 256
 
 /* The same in float32 and in float64: REAL, its BITS, as a WHOLE number, its FUSED multiply and add, its MOST, what is NEXT. */
+#define COMBINE_F16
+#define MOST_COMBINED 64
 #define REAL float
 #define BITS uint32_t
 #define WHOLE int32_t
@@ -28,6 +30,7 @@ enum division { NEVER, BY_NUMBER, BY_WEIGHTS, BY_POSITIVE_WEIGHTS };
 #include "elementwise.inc"
 #include "program.inc"
 #include "magnitudes.inc"
+#undef COMBINE_F16
 #undef REAL
 #undef BITS
 #undef WHOLE

@@ -38,6 +38,8 @@ enum code {
   REACHES, /* 1 where a ≥ b, else 0 */
   SAME,    /* 1 where a = b, else 0 */
   CHOOSE,  /* a where the third register is not 0, else b */
+  COMBINE, /* r[to] = Σ cⱼ xⱼ of so many inputs from `from` on, which are of this kind, added one after the other, each
+              product rounded once with the sum; to what r[to] is, where the table's first number, before cⱼ, is not 0 */
 };
 
 typedef struct {

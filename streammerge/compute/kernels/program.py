@@ -54,6 +54,7 @@ class Code(enum.IntEnum):
     REACHES = 25
     SAME = 26
     CHOOSE = 27
+    COMBINE = 28
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,18 +180,34 @@ class _Writer:
             self._step(Code[step.code], to + step.of, to, table=step.numbers)
 
     def _combine(self, terms: Iterable[Term], to: int) -> None:
-        code = Code.SCALE
-        for term in terms:
-            self.write(term.node, to + 1)
-            self._step(code, to, to + 1, number=term.coefficient)
-            code = Code.ADD
-        if code is Code.SCALE:
+        """Term after term; stored ones of one kind, one after the other, in one step."""
+        goes_on = False
+        for kind, group in itertools.groupby(terms, stored_kind):
+            if kind:
+                self._combine_stored(kind, list(group), to, goes_on=goes_on)
+                goes_on = True
+            else:
+                for term in group:
+                    self.write(term.node, to + 1)
+                    self._step(Code.ADD if goes_on else Code.SCALE, to, to + 1, number=term.coefficient)
+                    goes_on = True
+        if not goes_on:
             self._step(Code.ZERO, to, to)
+
+    def _combine_stored(self, kind: str, terms: Sequence[Term], to: int, *, goes_on: bool) -> None:
+        numbers = [float(goes_on), *(term.coefficient for term in terms)]
+        self._step(Code.COMBINE, to, len(self.inputs), kind, len(terms), numbers)
+        self.inputs += [term.node for term in terms if isinstance(term.node, Stored)]
 
     def _step(
         self, code: Code, to: int, source: int, kind: str = "F32", number: float = 0.0, table: Sequence[float] = ()
     ) -> None:
         self.steps.append(Step(code, to, source, KINDS[kind], number, (ctypes.c_double * len(table))(*table)))
+
+
+def stored_kind(term: Term) -> str:
+    """What the term's elements are in the file, "" if they are not as they lie there."""
+    return term.node.info.dtype.name if isinstance(term.node, Stored) else ""
 
 
 class Kernels:

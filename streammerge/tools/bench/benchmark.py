@@ -94,7 +94,6 @@ class Benchmark:
         """The short table."""
         rounds = self.rounds
         peak = max(one.process.peak_rss for one in rounds)
-        above = max(0, peak - self.import_torch_rss)
         anonymous = max(one.process.peak_anonymous for one in rounds)
         floor = Spread.of(one.floor.seconds for one in rounds)
         rows = [
@@ -104,7 +103,7 @@ class Benchmark:
             ("loop / floor", f"{Spread.of(one.over_floor for one in rounds)}"),
             ("process", f"{Spread.of(one.process.wall for one in rounds)} s{', with the final sync' * self.synced}"),
             ("CPU", f"{Spread.of(one.process.cpu for one in rounds)} s"),
-            ("peak RAM", f"{format_size(peak)}, {above / MIB:.0f} MiB above import torch"),
+            ("peak RAM", f"{format_size(peak)}, {self._above(peak)}"),
             *([("anonymous", format_size(anonymous))] if anonymous else []),
             ("disk", f"{format_size(self.disk.write)}/s written, {_rate(self.disk.read)} read, sequentially"),
         ]
@@ -113,6 +112,11 @@ class Benchmark:
             rows.append(("cold loop", f"{Spread.of(one.loop for one in self.cold)} s"))
             rows.append(("of disk's rate", f"{share} while cold"))
         return [*rows, ("rounds", f"{len(rounds)}; median (least to most); machine: {machine_line()}")]
+
+    def _above(self, peak: int) -> str:
+        """How much of the peak is the merge's own."""
+        above = peak - self.import_torch_rss
+        return f"{above / MIB:.0f} MiB above import torch" if above > 0 else "all of it: torch was not imported"
 
 
 def _rate(rate: float) -> str:
