@@ -13,7 +13,8 @@ from streammerge.methods.registry import BlockMethod, Needs, Statistics, method
 from streammerge.methods.sparse import summed
 from streammerge.methods.statistics.ranking import begin_ranking
 from streammerge.methods.statistics.ranks import Cut, Ranking
-from streammerge.methods.statistics.sums import SumPass, l1_norm, pieces, task_vectors
+from streammerge.methods.statistics.sums import SquarePass, SumPass, l1_norm, pieces, square, task_vectors
+from streammerge.methods.steps import Step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,26 +68,47 @@ def _deviation(models: Sequence[Tensor]) -> Tensor:
 def sce_statistics(target: Target, parameters: Parameters) -> Any:  # noqa: ANN401
     """The cut of the elements that vary most, and what each model counts."""
     topk = float(parameters["select_topk"])  # type: ignore[arg-type]
+    models = target.inputs - 1
 
     def weigh(cut: Cut) -> SumPass:
         def squares(block: int, inputs: Sequence[Tensor]) -> list[float]:
             mask = selected(cut, block, inputs)
             base, *models = inputs
-            return [float(((model - base) * mask).double().square_().sum()) for model in models]
+            return [square((model - base) * mask) for model in models]
 
         def shares(sums: Sequence[float]) -> tuple[Cut, list[float]]:
             total = sum(sums)
             return cut, [share / total if total else 1.0 / len(sums) for share in sums]
 
-        return SumPass(target.inputs - 1, squares, shares)
+        return SquarePass(select_steps(target, cut), models, squares, shares)
 
     def ranks(nonzero: Sequence[int]) -> list[list[int]]:
         return [[max(int(topk * count), 1) if topk and count else 0] for count in nonzero]
 
     if topk >= 1:
         return weigh(begin_ranking(Ranking(target.elements, [[target.elements]]), 1)[0][0])
-    ranking = Ranking(target.elements, ranks, deviation, wide=target.wide, then=lambda cuts: weigh(cuts[0][0]))
+    ranking = Ranking(
+        target.elements,
+        ranks,
+        deviation,
+        wide=target.wide,
+        steps=[Step("DEVIATE", target.inputs, (models,))],
+        then=lambda cuts: weigh(cuts[0][0]),
+    )
     return begin_ranking(ranking, 1)
+
+
+def select_steps(target: Target, cut: Cut) -> list[Step]:
+    """The task vectors of what varies most, in their models' places; the mask is behind the inputs."""
+    mask = target.inputs
+    select = [Step("SELECT", model, (mask,)) for model in range(1, target.inputs)]
+    return [Step("DEVIATE", mask, (target.inputs - 1,)), Step("MASK", mask, cut.numbers(target)), *select]
+
+
+def sce_steps(target: Target, parameters: Parameters, statistics: tuple[Cut, Sequence[float]]) -> list[Step]:
+    """How compiled loops do it: what is selected of every task vector is added where it agrees."""
+    cut, shares = statistics
+    return [*select_steps(target, cut), Step("AGREE", 0, (len(shares), *shares))]
 
 
 def selected(cut: Cut, block: int, inputs: Sequence[Tensor]) -> Tensor:
@@ -98,6 +120,7 @@ def selected(cut: Cut, block: int, inputs: Sequence[Tensor]) -> Tensor:
     BlockMethod,
     base="required",
     statistics=Statistics(sce_statistics, passes=4),
+    kernel=sce_steps,
     needs=Needs(temporaries=8, float64=True),
 )
 def sce(
@@ -126,7 +149,7 @@ def sce(
 # RAM
 
 
-@method(BlockMethod, base="required", needs=Needs(temporaries=6))
+@method(BlockMethod, base="required", elementwise=True, needs=Needs(temporaries=6))
 def ram(base: Tensor, *models: Tensor, epsilon: Positive = 1e-5) -> Tensor:
     """θ = θ₀ + Σᵢ nᵢ (θᵢ − θ₀) / max(Σᵢ nᵢ, 1),   nᵢ = [|θᵢ − θ₀| > ε]
 
@@ -190,7 +213,7 @@ def ramplus_tl(
 # the largest
 
 
-@method(BlockMethod, base="required", needs=Needs(temporaries=6))
+@method(BlockMethod, base="required", elementwise=True, needs=Needs(temporaries=6))
 def magmax(base: Tensor, *models: Tensor, lambda_: float = 0.5) -> Tensor:
     """θ = θ₀ + λ (θⱼ − θ₀),   j = argmaxᵢ |θᵢ − θ₀|
 
@@ -257,7 +280,7 @@ def tall_masks(deltas: Sequence[Tensor], threshold: float) -> tuple[Tensor, list
     return total, [delta.abs() > (total - delta).abs().mul_(threshold) for delta in deltas]
 
 
-@method(BlockMethod, base="required", check=check_task, needs=Needs(temporaries=6))
+@method(BlockMethod, base="required", check=check_task, elementwise=True, needs=Needs(temporaries=6))
 def tall_mask(
     base: Tensor,
     *models: Tensor,
@@ -273,7 +296,7 @@ def tall_mask(
     return total.mul_(masks[task - 1]).mul_(lambda_).add_(base)
 
 
-@method(BlockMethod, base="required", needs=Needs(temporaries=6))
+@method(BlockMethod, base="required", elementwise=True, needs=Needs(temporaries=6))
 def consensus_ta(
     base: Tensor, *models: Tensor, k: Count = 2, threshold: Positive = 0.6, lambda_: float = 1.0
 ) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import math
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_type_hints
 
@@ -25,6 +25,9 @@ PerModel = Sequence[float]
 """One value per model, in the recipe's order, the base left out."""
 
 ParameterValue = float | bool | str | tuple[Any, ...]
+
+Parameters = Mapping[str, ParameterValue]
+"""A method's parameters by their names."""
 
 GIVEN: Final = ("place", "statistics")
 """Keywords that a function is given beside its parameters."""

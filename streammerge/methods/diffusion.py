@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from streammerge.methods.place import Target
 
 
-@method(BlockMethod, base="required", models=(2, 2))
+@method(BlockMethod, base="required", models=(2, 2), elementwise=True)
 def train_difference(base: Tensor, first: Tensor, second: Tensor, *, alpha: float = 1.0) -> Tensor:
     """θ = θ₁ + 1.8 α s (θ₂ − θ₀),   s = |θ₂ − θ₁| / (|θ₂ − θ₁| + |θ₂ − θ₀|)
 
@@ -27,7 +27,7 @@ def train_difference(base: Tensor, first: Tensor, second: Tensor, *, alpha: floa
     return share.mul_(1.8 * alpha).mul_(delta).add_(first)
 
 
-@method(BlockMethod, base="required", models=(2, 2))
+@method(BlockMethod, base="required", models=(2, 2), elementwise=True)
 def add_opposite(base: Tensor, first: Tensor, second: Tensor, *, alpha: float = 1.0) -> Tensor:
     """θ = θ₁ + 2 α s (θ₂ − θ₀),   s = |θ₁ − θ₂| / (|θ₁ − θ₂| + |θ₁ + θ₂ − 2 θ₀|)
 
@@ -39,7 +39,7 @@ def add_opposite(base: Tensor, first: Tensor, second: Tensor, *, alpha: float = 
     return share.mul_(2.0 * alpha).mul_(other).add_(first)
 
 
-@method(BlockMethod, base="required", models=(2, 2))
+@method(BlockMethod, base="required", models=(2, 2), elementwise=True)
 def add_strict_opposite(base: Tensor, first: Tensor, second: Tensor, *, alpha: float = 1.0) -> Tensor:
     """θ = θ₁ + 2 α s (θ₂ − θ₀),   s = max(0, −δ₁ δ₂) / max(|δ₁|, |δ₂|)²,   δᵢ = θᵢ − θ₀
 
@@ -94,7 +94,7 @@ def euclidean_add_difference(
     return torch.copysign(size, along).add_(base)
 
 
-@method(BlockMethod, base="required", models=(2, 2))
+@method(BlockMethod, base="required", models=(2, 2), elementwise=True)
 def similarity_add_difference(
     base: Tensor, first: Tensor, second: Tensor, *, alpha: float = 1.0, beta: float = 1.0
 ) -> Tensor:
@@ -103,9 +103,7 @@ def similarity_add_difference(
     sd-meh's similarity add difference: adds where the models differ, averages where they are alike. s is β where both
     are zero.
     """
-    import torch
-
-    alike = ratio_of_magnitudes(first, second).mul_(torch.sign(first)).mul_(torch.sign(second))
+    alike = ratio_of_magnitudes(first, second).mul_(first.sign()).mul_(second.sign())
     alike.masked_fill_((first == 0) & (second == 0), 1.0)
     share = alike.add_(1.0).mul_(0.5 * beta)
     added = (second - base).mul_(alpha)
@@ -195,10 +193,8 @@ def quotient(part: Tensor, whole: Tensor) -> Tensor:
 
 def ratio_of_magnitudes(one: Tensor, other: Tensor) -> Tensor:
     """min(|a|, |b|) / max(|a|, |b|), which is |a b| / max(|a|, |b|)² without its overflow; 0 where both are 0."""
-    import torch
-
-    sizes = one.abs(), other.abs()
-    return quotient(torch.minimum(*sizes), torch.maximum(*sizes))
+    size, other_size = one.abs(), other.abs()
+    return quotient(size.minimum(other_size), size.maximum(other_size))
 
 
 def opposite_signs(one: Tensor, other: Tensor) -> Tensor:

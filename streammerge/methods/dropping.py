@@ -10,7 +10,7 @@ from streammerge.methods.contract import ParameterValue, PerModel, Share
 from streammerge.methods.linear import check_weights
 from streammerge.methods.place import Place, Target
 from streammerge.methods.registry import BlockMethod, Needs, Statistics, method, net
-from streammerge.methods.sparse import divided, elect_and_sum, l1_pass
+from streammerge.methods.sparse import banded_kernel, divided, elect_and_sum, l1_pass
 from streammerge.methods.statistics.ranking import begin_ranking
 from streammerge.methods.statistics.ranks import Cut, Ranking
 
@@ -177,7 +177,8 @@ def breadcrumbs_cuts(target: Target, parameters: Parameters) -> Any:  # noqa: AN
 
         if not parameters["rescale"]:
             return list(zip(bands, [1.0] * len(bands), strict=True))
-        return l1_pass(target, kept, lambda factors: list(zip(bands, factors, strict=True)))
+        cuts = [(both, outliers) for outliers, both in bands]
+        return l1_pass(target, kept, lambda factors: list(zip(bands, factors, strict=True)), cuts)
 
     return begin_ranking(Ranking(elements, ranks, wide=target.wide, then=with_factors), len(ranks))
 
@@ -197,7 +198,7 @@ BANDED: Any = {
 }
 
 
-@method(BlockMethod, **BANDED)
+@method(BlockMethod, **BANDED, kernel=banded_kernel("none"))
 def breadcrumbs(
     base: Tensor,
     *models: Tensor,
@@ -221,7 +222,7 @@ def breadcrumbs(
     return add_deltas(base, deltas, weight, normalize=normalize, scale=lambda_, elect=False)
 
 
-@method(BlockMethod, **BANDED)
+@method(BlockMethod, **BANDED, kernel=banded_kernel("sum"))
 def breadcrumbs_ties(
     base: Tensor,
     *models: Tensor,

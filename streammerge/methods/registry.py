@@ -17,13 +17,14 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
 
 from streammerge.errors import MethodError, RecipeError, suggestion
-from streammerge.methods.contract import GIVEN, Parameter, ParameterValue, parameters_of
+from streammerge.methods.contract import GIVEN, Parameter, Parameters, ParameterValue, parameters_of
 from streammerge.methods.results import checked_coefficients, checked_tensor
+from streammerge.methods.tracing import traced
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from streammerge.methods.place import Place, Target
     from streammerge.methods.statistics.gram import Gram
     from streammerge.methods.statistics.slices import Slices
+    from streammerge.methods.steps import Kernel, Step
 
 
 BaseUse = Literal["required", "optional", "first", "none"]
@@ -65,7 +67,7 @@ class Method:
     base: BaseUse
     models: tuple[int, int | None]
     doc: str
-    check: Callable[[Mapping[str, ParameterValue], int], None] | None = None
+    check: Callable[[Parameters, int], None] | None = None
     function: Callable[..., Any] = lambda: None
 
     @property
@@ -157,7 +159,7 @@ class LinearMethod(Method):
         """Streams in one pass."""
         return "linear"
 
-    def quotient(self, parameters: Mapping[str, ParameterValue]) -> Quotient:
+    def quotient(self, parameters: Parameters) -> Quotient:
         """One finite coefficient per input, and what their sum is divided by; MethodError where there is none."""
         made = self.function(**keywords(parameters))
         found = made if isinstance(made, Quotient) else Quotient(made)
@@ -180,14 +182,14 @@ class GramMethod(Method):
     combination of its own.
     """
 
-    slices: Callable[[Mapping[str, ParameterValue]], Slices | None] | None = None
+    slices: Callable[[Parameters], Slices | None] | None = None
 
     @property
     def kind(self) -> str:
         """Streams in two passes."""
         return "gram"
 
-    def coefficients(self, gram: Gram, parameters: Mapping[str, ParameterValue]) -> Sequence[float]:
+    def coefficients(self, gram: Gram, parameters: Parameters) -> Sequence[float]:
         """One finite coefficient per input.
 
         Inputs with infinite values or NaNs count as tensors without direction: methods combine such linearly, with no
@@ -207,9 +209,9 @@ class Statistics:
     if they were one; or it names a parameter that is "model" or "tensor".
     """
 
-    begin: Callable[[Target, Mapping[str, ParameterValue]], Any]
+    begin: Callable[[Target, Parameters], Any]
     passes: int = 0
-    held: Callable[[Target, Mapping[str, ParameterValue]], int] | None = None
+    held: Callable[[Target, Parameters], int] | None = None
     scope: str = "tensor"
     of: tuple[str, ...] = ()
 
@@ -237,18 +239,21 @@ class Needs:
 class BlockMethod(Method):
     """The output's block is a function of the inputs' blocks, and of statistics if the method wants them.
 
-    The function may ask for the keywords `place`, where the block lies, and `statistics`.
+    The function may ask for the keywords `place`, where the block lies, and `statistics`. With a `kernel` compiled
+    loops do its work and its passes'; one that is `elementwise` is told by having it compute with what `traced` gives.
     """
 
     statistics: Statistics | None = None
     needs: Needs = Needs()
+    kernel: Kernel | None = None
+    elementwise: bool = False
 
     @property
     def kind(self) -> str:
         """Streams in one pass, and those of its statistics."""
         return "block"
 
-    def is_of_model(self, parameters: Mapping[str, ParameterValue]) -> bool:
+    def is_of_model(self, parameters: Parameters) -> bool:
         """Whether there are statistics, and they are taken of the whole model."""
         if self.statistics is None:
             return False
@@ -259,18 +264,23 @@ class BlockMethod(Method):
         """How many passes its statistics take as a rule."""
         return self.statistics.passes if self.statistics else 0
 
-    def held(self, target: Target, parameters: Mapping[str, ParameterValue]) -> int:
+    def held(self, target: Target, parameters: Parameters) -> int:
         """What its statistics hold of a tensor, in bytes."""
         return self.statistics.held(target, parameters) if self.statistics and self.statistics.held else 0
 
-    def compute(
-        self,
-        place: Place,
-        inputs: Sequence[Tensor],
-        parameters: Mapping[str, ParameterValue],
-        statistics: Any,  # noqa: ANN401  (whatever the method's last pass gave)
-    ) -> Tensor:
-        """The output's block at this place."""
+    @property
+    def has_kernel(self) -> bool:
+        """Whether compiled loops can do its work."""
+        return self.elementwise or self.kernel is not None
+
+    def steps(self, target: Target, parameters: Parameters, statistics: Any) -> Sequence[Step]:  # noqa: ANN401
+        """How compiled loops do its work."""
+        if self.kernel:
+            return self.kernel(target, parameters, statistics)
+        return traced(lambda inputs: self.function(*inputs, **keywords(parameters)), target.inputs)
+
+    def compute(self, place: Place, inputs: Sequence[Tensor], parameters: Parameters, statistics: Any) -> Tensor:  # noqa: ANN401
+        """The output's block at this place; statistics are whatever the method's last pass gave."""
         given = {"place": place, "statistics": statistics}
         made = self.function(*inputs, **keywords(parameters), **{name: given[name] for name in self.wanted})
         return checked_tensor(self.name, made, inputs[0])
@@ -285,14 +295,14 @@ class WholeMethod(Method):
     """
 
     temporaries: int = 6
-    held: Callable[[Target, Mapping[str, ParameterValue]], int] | None = None
+    held: Callable[[Target, Parameters], int] | None = None
 
     @property
     def kind(self) -> str:
         """Holds whole tensors."""
         return "whole"
 
-    def compute(self, place: Place, inputs: Sequence[Tensor], parameters: Mapping[str, ParameterValue]) -> Tensor:
+    def compute(self, place: Place, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
         """The output."""
         given = {"place": place} if "place" in self.wanted else {}
         return checked_tensor(self.name, self.function(*inputs, **keywords(parameters), **given), inputs[0])
@@ -336,7 +346,7 @@ class method(Generic[M]):  # noqa: N801  (it is used as a decorator)
         return made
 
 
-def keywords(parameters: Mapping[str, ParameterValue]) -> dict[str, ParameterValue]:
+def keywords(parameters: Parameters) -> dict[str, ParameterValue]:
     """The parameters as a function takes them: names that Python reserves get their underscore back."""
     return {f"{name}_" if name in ("lambda",) else name: value for name, value in parameters.items()}
 

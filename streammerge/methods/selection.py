@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from streammerge.methods.place import Place, Target
 
 
-@method(BlockMethod, base="required", models=(1, 1), needs=Needs(temporaries=2))
+@method(BlockMethod, base="required", models=(1, 1), elementwise=True, needs=Needs(temporaries=2))
 def nearswap(base: Tensor, model: Tensor, *, t: Annotated[float, Between(0)]) -> Tensor:
     """θ = θ₀ + g (θ₁ − θ₀),   g = min(t / |θ₁ − θ₀|, 1)
 

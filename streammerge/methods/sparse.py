@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from streammerge.methods.contract import ParameterValue, PerModel, Share
+from streammerge.methods.contract import Parameters, PerModel, Share
 from streammerge.methods.linear import check_weights
-from streammerge.methods.registry import BlockMethod, Statistics, method
+from streammerge.methods.registry import BlockMethod, Statistics, method, net
 from streammerge.methods.statistics.ranking import begin_ranking
 from streammerge.methods.statistics.ranks import Cut, Ranking
-from streammerge.methods.statistics.sums import SumPass, l1_norm
+from streammerge.methods.statistics.sums import L1Pass, l1_norm
+from streammerge.methods.steps import Kernel, Step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +23,7 @@ Trim = tuple[Cut, float]
 """Which elements of a task vector stay, and the factor that makes up for the others."""
 
 
-def trim_to_density(target: Target, parameters: Mapping[str, ParameterValue]) -> Any:  # noqa: ANN401
+def trim_to_density(target: Target, parameters: Parameters) -> Any:  # noqa: ANN401
     """Find the `density` largest elements of every task vector, one at the least; with `rescale` its L1 norms too."""
     density: Any = parameters["density"]
     ranks = [[max(int(share * target.elements), 1) if share > 0 else 0] for share in density]
@@ -35,15 +36,56 @@ def trim_to_density(target: Target, parameters: Mapping[str, ParameterValue]) ->
 
         if not parameters["rescale"]:
             return [(cut, 1.0) for cut in first]
-        return l1_pass(target, kept, lambda factors: list(zip(first, factors, strict=True)))
+        cuts = [(cut,) for cut in first]
+        return l1_pass(target, kept, lambda factors: list(zip(first, factors, strict=True)), cuts)
 
     return begin_ranking(Ranking(target.elements, ranks, wide=target.wide, then=trims), len(ranks))
+
+
+def ties_steps(target: Target, parameters: Parameters, statistics: Sequence[Trim]) -> list[Step]:
+    """How compiled loops do it: every task vector is trimmed and weighted in its model's place, then all are merged."""
+    weight: Any = parameters["weight"]
+    trims = [
+        keep_step(i, (cut,), (share * factor, 1.0), target)
+        for i, ((cut, factor), share) in enumerate(zip(statistics, weight, strict=True))
+    ]
+    return [*trims, merge_step(weight, parameters, str(parameters["vote"]))]
+
+
+def banded_kernel(vote: str) -> Kernel:
+    """The steps of methods that keep of each task vector what lies between two cuts."""
+
+    def steps(target: Target, parameters: Parameters, statistics: Sequence[tuple[Sequence[Cut], float]]) -> list[Step]:
+        weight: Any = parameters["weight"]
+        kept = [
+            keep_step(i, (both, outliers), (factor, share), target)
+            for i, (((outliers, both), factor), share) in enumerate(zip(statistics, weight, strict=True))
+        ]
+        return [*kept, merge_step(weight, parameters, vote)]
+
+    return steps
+
+
+def keep_step(model: int, cuts: Sequence[Cut], factors: tuple[float, float], target: Target) -> Step:
+    """The step KEEP: what the first cut keeps of a task vector, without what a second one does, times two factors."""
+    return Step("KEEP", model + 1, (*factors, len(cuts), *(number for cut in cuts for number in cut.numbers(target))))
+
+
+def merge_step(weight: Sequence[float], parameters: Parameters, vote: str) -> Step:
+    """The step MERGE: the task vectors' sum, of those that agree with the elected sign if there is a vote."""
+    election, division, divisor = ("none", "sum", "count").index(vote), 0, 1.0
+    scale: Any = parameters["lambda"]
+    if parameters["normalize"]:
+        positive = all(share > 0 for share in weight)
+        division, divisor = (3 if positive else 2, min(weight)) if election else (1, net(*weight))
+    return Step("MERGE", 0, (len(weight), election, division, divisor, scale, *weight))
 
 
 @method(
     BlockMethod,
     base="required",
     check=check_weights,
+    kernel=ties_steps,
     statistics=Statistics(trim_to_density, passes=2, scope="scope", of=("density", "rescale")),
 )
 def ties(
@@ -115,9 +157,15 @@ def divided(total: Tensor, weights: Tensor, weight: Sequence[float]) -> Tensor:
 
 
 def l1_pass(
-    target: Target, kept: Callable[[Tensor, int, Place], Tensor], then: Callable[[Sequence[float]], Any] = tuple
-) -> SumPass:
-    """A pass for ‖d‖₁ / ‖kept d‖₁ of each task vector, 1 where nothing is kept; `then` makes these the statistics."""
+    target: Target,
+    kept: Callable[[Tensor, int, Place], Tensor],
+    then: Callable[[Sequence[float]], Any] = tuple,
+    cuts: Sequence[Sequence[Cut]] = (),
+) -> L1Pass:
+    """A pass for ‖d‖₁ / ‖kept d‖₁ of each task vector, 1 where nothing is kept; `then` makes these the statistics.
+
+    Compiled loops need the cuts that say what is kept: what the first of them keeps, but not a second one.
+    """
 
     def sums(block: int, inputs: Sequence[Tensor]) -> list[float]:
         place, found = target.place(block), []
@@ -130,4 +178,5 @@ def l1_pass(
     def factors(found: Sequence[float]) -> Any:  # noqa: ANN401
         return then([whole / left if left > 0 else 1.0 for whole, left in zip(found[::2], found[1::2], strict=True)])
 
-    return SumPass(2 * (target.inputs - 1), sums, factors)
+    numbers = [[cut.numbers(target) for cut in each] for each in cuts]
+    return L1Pass(target.step, numbers, 2 * (target.inputs - 1), sums, factors)

@@ -6,7 +6,7 @@
    second half added to the first, until LANES numbers are left; these likewise, as float64; then the rows likewise. */
 #define LANES 32
 
-static double halved(double *values, size_t n) {
+double halved(double *values, size_t n) {
   while (n > 1) {
     n /= 2;
     for (size_t i = 0; i < n; i++) values[i] += values[n + i];

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-VERSION: Final = 1
+VERSION: Final = 2
 """What the library has to say of itself: one of another version, left by an older build, is not used."""
 
 KINDS: Final[Mapping[str, int]] = {"F16": 0, "BF16": 1, "F8_E4M3": 2, "F8_E5M2": 3, "F32": 4, "F64": 5}
@@ -43,6 +43,8 @@ class Step(ctypes.Structure):
         ("source", ctypes.c_int32),
         ("kind", ctypes.c_int32),
         ("number", ctypes.c_double),
+        ("table", ctypes.POINTER(ctypes.c_double)),
+        ("seen", ctypes.c_int64 * 2),
     )
 
 
@@ -54,6 +56,28 @@ class Found(ctypes.Structure):
         ("overflowed", ctypes.c_int64),
         ("saturated", ctypes.c_int64),
         ("largest", ctypes.c_double),
+    )
+
+
+class Question(ctypes.Structure):
+    """What is asked of the magnitudes of a vector, and the answer: `question` in magnitudes.h."""
+
+    _fields_ = (
+        ("code", ctypes.c_int32),
+        ("vector", ctypes.c_int32),
+        ("apart", ctypes.c_int32),
+        ("wide", ctypes.c_int32),
+        ("shift", ctypes.c_int32),
+        ("count", ctypes.c_int32),
+        ("low", ctypes.c_int64),
+        ("high", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("cuts", ctypes.POINTER(ctypes.c_double)),
+        ("out", ctypes.c_void_p),
+        ("start", ctypes.c_int64),
+        ("above", ctypes.c_int64),
+        ("inside", ctypes.c_int64),
+        ("seen", ctypes.c_int64 * 2),
     )
 
 
@@ -130,11 +154,18 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     """The library, with the types of what its functions take."""
     size, number, pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
     for run in (library.run_f32, library.run_f64):
-        run.argtypes = [pointer, size, pointer, size, pointer, number, pointer, pointer]
+        run.argtypes = [pointer, size, pointer, size, size, pointer, number, pointer, pointer]
         run.restype = ctypes.c_int
     for gram in (library.gram_f32, library.gram_wide, library.gram_f64):
-        gram.argtypes = [pointer, size, pointer, size, pointer, size, number, size, pointer, pointer, pointer]
+        gram.argtypes = [pointer, size, pointer, size, size, pointer, size, number, size, pointer, pointer, pointer]
         gram.restype = None
+    for ask in (library.ask_f32, library.ask_f64):
+        ask.argtypes = [pointer, size, pointer, size, size, pointer, pointer, size]
+        ask.restype = None
+    library.kth.argtypes, library.kth.restype = [pointer, size, size], number
+    library.count_at.argtypes, library.count_at.restype = [pointer, size, number, pointer], None
+    library.add_counts.argtypes, library.add_counts.restype = [pointer, pointer, size], None
+    library.bin_from_top.argtypes, library.bin_from_top.restype = [pointer, size, size, pointer], size
     library.nonfinite_in.argtypes = [number, pointer, size]
     library.nonfinite_in.restype = size
     return library

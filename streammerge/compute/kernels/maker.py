@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from streammerge.compute.costs import piece_elements
-from streammerge.compute.expressions import BLOCK, Applied, ByGram, Node, Stored, applications, stored_leaves
+from streammerge.compute.expressions import BLOCK, Applied, ByBlock, ByGram, Node, Stored, applications, stored_leaves
 from streammerge.compute.kernels.library import CHUNK, KINDS, LIMITS, Found, kernels
 from streammerge.compute.kernels.program import (
     COMPUTES,
@@ -42,7 +42,7 @@ def is_compiled(node: Node, stored: DType, compute: DType) -> bool:
 
 def maker_bytes(node: Node, info: TensorInfo) -> int:
     """What a maker's buffers take for a tensor: of the inputs, of the stored block, and its registers."""
-    whole = any(isinstance(part, ByGram) for part in applications(node))
+    whole = any(isinstance(part, ByGram | ByBlock) for part in applications(node))
     elements = min(BLOCK if whole else at_once(list(stored_leaves(node))), info.elements)
     return elements * element_bytes(stored_leaves(node)) + BLOCK * info.dtype.bits // 8 + registers(node) * CHUNK * 16
 
@@ -165,8 +165,8 @@ class KernelBlocks:
 
     def make(self, start: int, stop: int) -> Block:
         """Elements [start, stop), as many at once as lie side by side in the cache."""
-        size, finding = self.wanted.stored.bits // 8, Finding()
-        out, step = self.maker.out((stop - start) * size), at_once(self.program.inputs)
+        size, finding, piece = self.wanted.stored.bits // 8, Finding(), self.program.piece
+        out, step = self.maker.out((stop - start) * size), -(-at_once(self.program.inputs) // piece) * piece
         for first in range(start, stop, step):
             last = min(first + step, stop)
             self._make(first, last, out[(first - start) * size : (last - start) * size], finding)
@@ -175,10 +175,10 @@ class KernelBlocks:
     def _make(self, start: int, stop: int, out: memoryview, finding: Finding) -> None:
         maker, kind = self.maker, self.wanted.stored.name
         blocks = maker.read(self.program.inputs, start, stop)
-        found = maker.kernels.store(self.program, blocks, stop - start, kind, out)
+        found = maker.kernels.store(self.program, blocks, stop - start, kind, out, start)
         if found:
             finding.add(finding_of(found, self.wanted.stored))
-        if self.suspicious or (found and found.nonfinite):
+        if self.program.take_suspicion() or self.suspicious or (found and found.nonfinite):
             for leaf in stored_leaves(self.wanted.node):  # those too that turned out not to be needed
                 (block,) = maker.read([leaf], start, stop)
                 if bad := maker.kernels.nonfinite(block, leaf.info.dtype.name, stop - start):
@@ -215,5 +215,5 @@ class KernelMeasurer:
         start, stop = piece * size, min((piece + 1) * size, node.info.elements)
         stop = min(start + step.part, stop) if step.part else stop
         blocks = self.maker.read(program.inputs, start, stop)
-        operands = BlockOperands(self.maker.kernels, program, blocks, stop - start, len(node.inputs))
+        operands = BlockOperands(self.maker.kernels, program, blocks, stop - start, len(node.inputs), start)
         return step.measure_compiled(block, operands)

@@ -1,25 +1,49 @@
-#include "program.h"
+#include "magnitudes.h"
 
 #include <float.h>
 #include <math.h>
 #include <string.h>
 
-/* The same in float32 and in float64. */
+/* How signs are elected, and what a sum is divided by: tables of the step MERGE have these as numbers. */
+enum election { BY_NONE, BY_SUM, BY_COUNT };
+enum division { NEVER, BY_NUMBER, BY_WEIGHTS, BY_POSITIVE_WEIGHTS };
+
+/* The greatest keys: those of what is no number. */
+#define LAST 0x7f800001
+#define LAST_WIDE 0x7ff0000000000001
+
+/* Numbers of a cut, and elements that are merged at once. */
+#define CUT 5
+#define TILE 256
+
+/* The same in float32 and in float64: REAL, its BITS, as a WHOLE number, its FUSED multiply and add, its MOST, what is NEXT. */
 #define REAL float
 #define BITS uint32_t
+#define WHOLE int32_t
 #define FUSED fmaf
 #define MOST FLT_MAX
+#define NEXT nextafterf
 #define NAME(name) name##_f32
+#include "sparse.inc"
+#include "elementwise.inc"
 #include "program.inc"
+#include "magnitudes.inc"
 #undef REAL
 #undef BITS
+#undef WHOLE
 #undef FUSED
 #undef MOST
+#undef NEXT
 #undef NAME
 
 #define REAL double
 #define BITS uint64_t
+#define WHOLE int64_t
 #define FUSED fma
 #define MOST DBL_MAX
+#define NEXT nextafter
 #define NAME(name) name##_f64
+#include "sparse.inc"
+#include "elementwise.inc"
 #include "program.inc"
+#include "magnitudes.inc"

@@ -5,15 +5,18 @@ from __future__ import annotations
 import ctypes
 import enum
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from streammerge.compute.costs import slots
-from streammerge.compute.expressions import ByGram, Combined, Node, Rounded, Stored, Term
-from streammerge.compute.kernels.library import CHUNK, KINDS, Found, Step, address
+from streammerge.compute.costs import piece_elements, slots, target_of
+from streammerge.compute.expressions import ByBlock, ByGram, Combined, Node, Rounded, Stored, Term
+from streammerge.compute.kernels.library import CHUNK, KINDS, Found, Question, Step, address
+from streammerge.compute.kernels.magnitudes import Asked, CompiledCounting
 from streammerge.formats.readers import page_aligned
 from streammerge.methods.statistics.passes import InnerProducts
+from streammerge.methods.steps import Step as MethodStep
 from streammerge.tensors import DType
 
 COMPUTES: Final = ("F32", "F64")
@@ -29,21 +32,68 @@ class Code(enum.IntEnum):
     ADD = 3
     DIVIDE = 4
     ROUND = 5
+    WATCH = 6
+    KEEP = 7
+    MERGE = 8
+    DEVIATE = 9
+    MASK = 10
+    SELECT = 11
+    AGREE = 12
+    FILL = 13
+    COPY = 14
+    PLUS = 15
+    FUSE = 16
+    MINUS = 17
+    TIMES = 18
+    OVER = 19
+    LESSER = 20
+    GREATER = 21
+    SIZE = 22
+    SIGN = 23
+    ABOVE = 24
+    REACHES = 25
+    SAME = 26
+    CHOOSE = 27
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """Steps that compute tensors into the first registers, and the stored tensors that they load, by their numbers."""
+    """Steps that compute tensors into the first registers, and the stored tensors that they load, by their numbers.
+
+    Ranges of the tensors begin at a multiple of `piece` elements. Steps remember what they have seen: a program is one
+    worker's.
+    """
 
     steps: ctypes.Array[Step]
     inputs: Sequence[Stored]
     registers: int
     compute: str
+    piece: int = 1
 
     @property
     def room_bytes(self) -> int:
         """What its registers take."""
         return self.registers * CHUNK * (8 if self.compute == "F64" else 4)
+
+    def followed_by(self, steps: Sequence[MethodStep]) -> Program:
+        """The program with these steps behind it, for which its first registers are the inputs."""
+        writer = _Writer({})
+        writer.steps += self.steps
+        writer.take(steps, 0)
+        return replace(
+            self,
+            steps=(Step * len(writer.steps))(*writer.steps),
+            registers=max(self.registers, writer.registers),
+        )
+
+    def take_suspicion(self) -> bool:
+        """Whether a method was given what is infinite or no number, of which its output may not tell, since this was
+        last asked."""
+        watching = [step for step in self.steps if step.code == Code.WATCH]
+        found = any(step.seen[0] for step in watching)
+        for step in watching:
+            step.seen[0] = 0
+        return found
 
 
 def can_be_compiled(node: Node) -> bool:
@@ -57,6 +107,8 @@ def can_be_compiled(node: Node) -> bool:
             return all(can_be_compiled(term.node) for term in node.terms)
         case ByGram():
             return node.slices is None and all(map(can_be_compiled, node.inputs))
+        case ByBlock():
+            return node.method.has_kernel and all(map(can_be_compiled, node.inputs))
         case _:
             return False
 
@@ -67,11 +119,12 @@ def registers(node: Node) -> int:
 
 
 def compiled(nodes: Sequence[Node], compute: DType, statistics: Mapping[int, Any]) -> Program:
-    """The program that leaves these expressions in the first registers; of ByGram nodes the coefficients are known."""
+    """The program that leaves these expressions in the first registers; what its methods want to know is known."""
     writer = _Writer(statistics)
     for register, node in enumerate(nodes):
         writer.write(node, register)
-    return Program((Step * len(writer.steps))(*writer.steps), writer.inputs, writer.registers, compute.name)
+    steps = (Step * len(writer.steps))(*writer.steps)
+    return Program(steps, writer.inputs, writer.registers, compute.name, writer.piece)
 
 
 class _Writer:
@@ -82,6 +135,7 @@ class _Writer:
         self.steps: list[Step] = []
         self.inputs: list[Stored] = []
         self.registers = 1
+        self.piece = 1
 
     def write(self, node: Node, to: int) -> None:
         """The steps that compute the node into this register, with those above it for what is on the way."""
@@ -100,8 +154,24 @@ class _Writer:
             case ByGram():
                 coefficients = zip(self.statistics[id(node)], node.inputs, strict=True)
                 self._combine([Term(coefficient, child) for coefficient, child in coefficients if coefficient], to)
+            case ByBlock():
+                self._apply(node, to)
             case _:
                 raise AssertionError(f"{type(node).__name__} has no steps")
+
+    def _apply(self, node: ByBlock, to: int) -> None:
+        """The method's own steps, over its inputs in neighbouring registers."""
+        for place, child in enumerate(node.inputs):
+            self.write(child, to + place)
+        self._step(Code.WATCH, to, to, number=len(node.inputs))
+        self.take(node.method.steps(target_of(node), node.parameters, self.statistics.get(id(node))), to)
+        self.piece = math.lcm(self.piece, piece_elements(node))
+
+    def take(self, steps: Sequence[MethodStep], to: int) -> None:
+        """Steps of a method whose inputs are in registers from this one on."""
+        for step in steps:
+            self.registers = max(self.registers, to + step.of + 1)
+            self._step(Code[step.code], to + step.of, to, table=step.numbers)
 
     def _combine(self, terms: Iterable[Term], to: int) -> None:
         code = Code.SCALE
@@ -112,8 +182,10 @@ class _Writer:
         if code is Code.SCALE:
             self._step(Code.ZERO, to, to)
 
-    def _step(self, code: Code, to: int, source: int, kind: str = "F32", number: float = 0.0) -> None:
-        self.steps.append(Step(code, to, source, KINDS[kind], number))
+    def _step(
+        self, code: Code, to: int, source: int, kind: str = "F32", number: float = 0.0, table: Sequence[float] = ()
+    ) -> None:
+        self.steps.append(Step(code, to, source, KINDS[kind], number, (ctypes.c_double * len(table))(*table)))
 
 
 class Kernels:
@@ -121,19 +193,32 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
+        self.counting = CompiledCounting(library)
         self._room = page_aligned(0)
+        self._scratch = page_aligned(0)
 
     def store(
-        self, program: Program, blocks: Sequence[memoryview], elements: int, kind: str, out: memoryview
+        self, program: Program, blocks: Sequence[memoryview], elements: int, kind: str, out: memoryview, start: int = 0
     ) -> Found | None:
-        """The first register into `out`, as this kind of element; what isn't finite or in its range, else None."""
+        """The first register into `out`, as this kind of element; what isn't finite or in its range, else None.
+
+        The blocks begin with the tensor's element `start`.
+        """
         found = Found()
         run = self._library.run_f64 if program.compute == "F64" else self._library.run_f32
-        flagged = run(*self._given(program, blocks, elements), KINDS[kind], address(out), ctypes.byref(found))
+        flagged = run(*self._given(program, blocks, elements, start), KINDS[kind], address(out), ctypes.byref(found))
         return found if flagged else None
 
     def products(
-        self, program: Program, blocks: Sequence[memoryview], elements: int, vectors: int, *, apart: bool, wide: bool
+        self,
+        program: Program,
+        blocks: Sequence[memoryview],
+        elements: int,
+        vectors: int,
+        *,
+        apart: bool,
+        wide: bool,
+        start: int = 0,
     ) -> InnerProducts:
         """⟨dᵢ, dⱼ⟩ for j ≤ i of the first registers: d₀ = x₀ and dᵢ = xᵢ − x₀ if they are taken `apart`, else dᵢ = xᵢ.
 
@@ -144,9 +229,27 @@ class Kernels:
         rows = 1 << max(-(-elements // CHUNK) - 1, 0).bit_length()
         sums = (ctypes.c_double * (vectors * (vectors + 1) // 2 * rows))()
         space, greatest = (ctypes.c_double * (vectors * CHUNK))(), (ctypes.c_double * vectors)()
-        gram(*self._given(program, blocks, elements), vectors, apart, rows, space, sums, greatest)
+        gram(*self._given(program, blocks, elements, start), vectors, apart, rows, space, sums, greatest)
         found = iter(sums[::rows])
         return InnerProducts([list(itertools.islice(found, i + 1)) for i in range(vectors)], list(greatest))
+
+    def ask(
+        self,
+        program: Program,
+        blocks: Sequence[memoryview],
+        elements: int,
+        questions: ctypes.Array[Question],
+        start: int = 0,
+    ) -> None:
+        """Have questions about the first registers answered."""
+        ask = self._library.ask_f64 if program.compute == "F64" else self._library.ask_f32
+        ask(*self._given(program, blocks, elements, start), questions, len(questions))
+
+    def scratch(self, nbytes: int) -> memoryview:
+        """Memory that is made once, for what is told on the way."""
+        if len(self._scratch) < nbytes:
+            self._scratch = page_aligned(nbytes)
+        return self._scratch[:nbytes]
 
     def release(self) -> None:
         """Give the registers' room back."""
@@ -156,16 +259,18 @@ class Kernels:
         """How many elements of stored bytes are infinite or no numbers."""
         return int(self._library.nonfinite_in(KINDS[kind], address(block), elements))
 
-    def _given(self, program: Program, blocks: Sequence[memoryview], elements: int) -> tuple[Any, ...]:
+    def _given(self, program: Program, blocks: Sequence[memoryview], elements: int, start: int) -> tuple[Any, ...]:
         """What every function is given first: the program, its inputs, and room for its registers."""
+        if start % program.piece:
+            raise ValueError(f"element {start} is no beginning of a piece of {program.piece} elements")
         if len(self._room) < program.room_bytes:
             self._room = page_aligned(program.room_bytes)
         inputs = (ctypes.c_void_p * len(blocks))(*map(address, blocks))
-        return program.steps, len(program.steps), inputs, elements, address(self._room)
+        return program.steps, len(program.steps), inputs, start, elements, address(self._room)
 
 
 @dataclass(frozen=True, slots=True)
-class BlockOperands:
+class BlockOperands(Asked):
     """A block of so many elements of every input of a pass: of the program's first registers."""
 
     kernels: Kernels
@@ -173,12 +278,34 @@ class BlockOperands:
     blocks: Sequence[memoryview]
     elements: int
     vectors: int
+    start: int = 0
+    first: int = 1
+    apart: bool = True
 
     @property
     def wide(self) -> bool:
         """Whether it is computed in float64."""
         return self.program.compute == "F64"
 
+    @property
+    def counting(self) -> CompiledCounting:
+        """What counts the answers to what they are asked."""
+        return self.kernels.counting
+
+    def scratch(self, nbytes: int) -> memoryview:
+        """Memory that is this worker's until it is asked for again."""
+        return self.kernels.scratch(nbytes)
+
+    def made_by(self, steps: Sequence[MethodStep], first: int) -> BlockOperands:
+        """What these steps make of the inputs, in registers from `first` on."""
+        return replace(self, program=self.program.followed_by(steps), first=first, apart=False)
+
+    def ask(self, questions: ctypes.Array[Question], elements: int) -> None:
+        """Have the questions about so many of the first elements answered."""
+        self.kernels.ask(self.program, self.blocks, elements, questions, self.start)
+
     def products(self, *, apart: bool, wide: bool) -> InnerProducts:
         """Inner products of the inputs, or of what they differ by from the first."""
-        return self.kernels.products(self.program, self.blocks, self.elements, self.vectors, apart=apart, wide=wide)
+        return self.kernels.products(
+            self.program, self.blocks, self.elements, self.vectors, apart=apart, wide=wide, start=self.start
+        )

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from streammerge.formats.readers import page_aligned
+from streammerge.methods.statistics.counting import ByTorch, Counting, plain
 from streammerge.methods.statistics.histograms import UpperBits
-from streammerge.methods.statistics.passes import Pass
+from streammerge.methods.statistics.passes import Magnitudes, Pass, Span
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,9 +40,6 @@ UNEVEN: Final = 0.05
 
 ROOM: Final = 2**19
 """Values that are gathered for a rank at the most."""
-
-COARSE: Final = 12
-"""Upper bits of what was gathered by which it is divided into bins."""
 
 BOTTOM: Final = -(2**31)
 TOP: Final = 2**31 - 1
@@ -67,18 +65,23 @@ class Bracket:
         middle = max(BOTTOM, (low + high) // 2 - 2 ** (bits - 1))
         return cls(middle, bits) if middle + 2**bits <= TOP else cls()
 
-    def part(self, found: Tensor) -> tuple[int, Tensor]:
+    @property
+    def span(self) -> Span:
+        """Its ends."""
+        return (self.low, self.low + 2**self.bits) if self.bits < 31 else (BOTTOM - 1, TOP + 1)
+
+    def part(self, found: Tensor) -> tuple[int, memoryview]:
         """How many of the keys lie above, and which lie inside.
 
         By sums of numbers rather than by masks, for truth values are four times slower to make and to count.
         """
         if self.bits >= 31:
-            return 0, found
+            return 0, plain(found)
         size = 2**self.bits
         offset = found.clamp(self.low, self.low + size).sub_(self.low)  # 0 below, 2 ** bits above
         not_below = int(offset.count_nonzero())
         inside = offset.bitwise_and_(size - 1).nonzero().view(-1)
-        return not_below - inside.numel(), found[inside]
+        return not_below - inside.numel(), plain(found[inside])
 
 
 class Sample(Pass[Any]):
@@ -87,36 +90,41 @@ class Sample(Pass[Any]):
     def __init__(self, ranking: Ranking) -> None:
         self.ranking = ranking
         self.part = max(LEAST, SAMPLE * SMALL // ranking.elements)
-        self.found: dict[int, list[Tensor]] = {}
+        self.found: dict[int, list[memoryview]] = {}
+        self.counting: Counting = ByTorch()
 
-    def measure(self, block: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def measure(self, block: int, inputs: Sequence[Tensor]) -> list[memoryview]:
         """The keys of the block's beginning, of which rows may be more than was asked for."""
-        return [found[: self.part].clone().cpu() for found in self.ranking.keys(block, inputs)]
+        return [plain(found[: self.part]) for found in self.ranking.keys(block, inputs)]
 
-    def add(self, block: int, measured: list[Tensor]) -> None:
+    def measure_compiled(self, block: int, operands: Magnitudes) -> list[memoryview]:
+        """The same by compiled loops."""
+        self.counting = operands.counting
+        spans = [[Bracket().span]] * len(self.ranking.searches)
+        return [found for ((_, found),) in self.ranking.measurable(operands).between(spans, self.part)]
+
+    def add(self, block: int, measured: list[memoryview]) -> None:
         """Keep them."""
         self.found[block] = measured
 
     def finish(self) -> Gathering:
         """The pass that gathers what lies between the brackets."""
-        import torch
-
         brackets: dict[int, Bracket] = {}
         for vector in range(len(self.ranking.searches)):
             searches = self.ranking.open_searches(vector)
             if searches:
-                sample = torch.cat([found[vector] for found in self.found.values()])
+                sample = memoryview(bytearray().join(found[vector] for found in self.found.values())).cast("i")
                 brackets |= {id(search): self._bracket(search, sample) for search in searches}
         return Gathering(self.ranking, brackets)
 
-    def _bracket(self, search: Search, sample: Tensor) -> Bracket:
-        count, share = sample.numel(), 1 - search.k / self.ranking.elements
+    def _bracket(self, search: Search, sample: memoryview) -> Bracket:
+        count, share = len(sample), 1 - search.k / self.ranking.elements
         spread = share * (1 - share)
         doubt = DEVIATIONS * math.sqrt(spread / count) + UNEVEN * spread / math.sqrt(len(self.found))
         low, high = math.floor((share - doubt) * count) - 1, math.ceil((share + doubt) * count) + 1
         return Bracket.around(
-            int(sample.kthvalue(low).values) if low >= 1 else BOTTOM + 1,
-            int(sample.kthvalue(high).values) if high <= count else TOP,
+            self.counting.kth(sample, low) if low >= 1 else BOTTOM + 1,
+            self.counting.kth(sample, high) if high <= count else TOP,
         )
 
 
@@ -127,45 +135,33 @@ class Gathered:
     """
 
     def __init__(self, bracket: Bracket, most: int) -> None:
-        import torch
-
         self.bracket = bracket
         self.above = 0
         self.count = 0
-        self.room = torch.frombuffer(page_aligned(4 * min(most, ROOM)), dtype=torch.int32)
+        self.room = page_aligned(4 * min(most, ROOM)).cast("i")
         self.blocks: dict[int, slice] = {}
 
-    def add(self, block: int, above: int, between: Tensor) -> None:
+    def add(self, block: int, above: int, between: memoryview) -> None:
         """Take in a block's share, as long as there is room."""
         self.above += above
-        part = slice(self.count, self.count + between.numel())
+        part = slice(self.count, self.count + len(between))
         self.count = part.stop
-        if self.count <= self.room.numel():
-            self.room[part] = between.to("cpu")
+        if self.count <= len(self.room):
+            self.room[part] = between
             self.blocks[block] = part
 
-    def settle(self, search: Search) -> bool:
+    def settle(self, search: Search, counting: Counting) -> bool:
         """Find the rank among what was gathered; false if it is not there."""
         wanted = search.k - self.above
-        if self.count > self.room.numel() or not 0 < wanted <= self.count:
+        if self.count > len(self.room) or not 0 < wanted <= self.count:
             return False
         values = self.room[: self.count]
-        search.key = self._kth_largest(values, wanted)
-        search.above = self.above + int((values > search.key).sum())
-        search.equal = int((values == search.key).sum())
+        search.key = counting.kth(values, self.count - wanted + 1)
+        above, search.equal = counting.at(values, search.key)
+        search.above = self.above + above
         if search.equal > search.k - search.above:
-            search.equals = {block: int((values[part] == search.key).sum()) for block, part in self.blocks.items()}
+            search.equals = {block: counting.at(values[part], search.key)[1] for block, part in self.blocks.items()}
         return True
-
-    def _kth_largest(self, values: Tensor, k: int) -> int:
-        """The key of this rank, sought in its bin alone: to select takes three times the memory of what there is."""
-        if values.numel() > SMALL and self.bracket.bits < 31:
-            bins = (values - self.bracket.low) >> max(self.bracket.bits - COARSE, 0)
-            counts = bins.bincount(minlength=1).flip(0)
-            from_the_top = int((counts.cumsum(0) >= k).int().argmax())
-            k -= int(counts[:from_the_top].sum())
-            values = values[bins == counts.numel() - 1 - from_the_top]
-        return int(values.kthvalue(values.numel() - k + 1).values)
 
 
 class Gathering(Pass[Any]):
@@ -173,6 +169,7 @@ class Gathering(Pass[Any]):
 
     def __init__(self, ranking: Ranking, brackets: dict[int, Bracket]) -> None:
         self.ranking = ranking
+        self.counting: Counting = ByTorch()
         self.gathered = [
             [self._gathered(search, brackets) for search in ranking.open_searches(vector)]
             for vector in range(len(ranking.searches))
@@ -181,7 +178,7 @@ class Gathering(Pass[Any]):
     def _gathered(self, search: Search, brackets: Mapping[int, Bracket]) -> tuple[Search, Gathered]:
         return search, Gathered(brackets.get(id(search), Bracket()), self.ranking.elements)
 
-    def measure(self, block: int, inputs: Sequence[Tensor]) -> list[list[tuple[int, Tensor]]]:
+    def measure(self, block: int, inputs: Sequence[Tensor]) -> list[list[tuple[int, memoryview]]]:
         """For each search of each vector: how many are above, and what is between the brackets."""
         vectors = self.ranking.keys(block, inputs)
         return [
@@ -189,7 +186,13 @@ class Gathering(Pass[Any]):
             for found, searches in zip(vectors, self.gathered, strict=True)
         ]
 
-    def add(self, block: int, measured: list[list[tuple[int, Tensor]]]) -> None:
+    def measure_compiled(self, block: int, operands: Magnitudes) -> list[list[tuple[int, memoryview]]]:
+        """The same by compiled loops."""
+        self.counting = operands.counting
+        spans = [[gathered.bracket.span for _, gathered in searches] for searches in self.gathered]
+        return self.ranking.measurable(operands).between(spans)
+
+    def add(self, block: int, measured: list[list[tuple[int, memoryview]]]) -> None:
         """Take in a block's shares."""
         for searches, shares in zip(self.gathered, measured, strict=True):
             for (_, gathered), (above, between) in zip(searches, shares, strict=True):
@@ -197,7 +200,9 @@ class Gathering(Pass[Any]):
 
     def finish(self) -> Any:  # noqa: ANN401
         """The result; or histograms for all, if a rank is not where it should be."""
-        settled = [gathered.settle(search) for searches in self.gathered for search, gathered in searches]
+        settled = [
+            gathered.settle(search, self.counting) for searches in self.gathered for search, gathered in searches
+        ]
         if all(settled):
             return self.ranking.result()
         self.ranking.look_for([[search.k for search in searches] for searches in self.ranking.searches])

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from streammerge.methods.statistics.passes import Pass
+from streammerge.methods.statistics.counting import ByTorch, Counting, plain, room_for
+from streammerge.methods.statistics.passes import Magnitudes, Pass
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,12 +20,11 @@ if TYPE_CHECKING:
 BINS: Final = 2**16
 
 
-def settle(search: Search, counts: Tensor) -> int:
+def settle(search: Search, counts: memoryview, counting: Counting) -> int:
     """The bin in which the rank lies, the largest first; what lies above it is counted."""
-    reached = counts.flip(0).cumsum(0) >= search.k - search.above
-    from_the_top = int(reached.int().argmax())
-    search.above += int(counts[counts.numel() - from_the_top :].sum())
-    return counts.numel() - 1 - from_the_top
+    found, above = counting.bin_from_top(counts, search.k - search.above)
+    search.above += above
+    return found
 
 
 class UpperBits(Pass[Any]):
@@ -32,23 +32,36 @@ class UpperBits(Pass[Any]):
 
     def __init__(self, ranking: Ranking, count: int) -> None:
         self.ranking = ranking
-        self.counts: list[Tensor] = []  # the first block's at first: many tensors stand in line with nothing counted
+        self.counts: list[
+            memoryview
+        ] = []  # the first block's at first: many tensors stand in line with nothing counted
         self.nonzero = [0] * count
+        self.counting: Counting = ByTorch()
 
-    def measure(self, block: int, inputs: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
+    @property
+    def shift(self) -> int:
+        """How many bits are below the upper ones."""
+        return 48 if self.ranking.wide else 16
+
+    def measure(self, block: int, inputs: Sequence[Tensor]) -> list[tuple[memoryview, int]]:
         """The block's counts of each vector."""
-        shift = 48 if self.ranking.wide else 16
         return [
-            (((found >> shift) + BINS // 2).bincount(minlength=BINS), int(found.count_nonzero()))
+            (plain(((found >> self.shift) + BINS // 2).bincount(minlength=BINS)), int(found.count_nonzero()))
             for found in self.ranking.keys(block, inputs)
         ]
 
-    def add(self, block: int, measured: list[tuple[Tensor, int]]) -> None:
+    def measure_compiled(self, block: int, operands: Magnitudes) -> list[tuple[memoryview, int]]:
+        """The same by compiled loops."""
+        self.counting = operands.counting
+        wanted = [(vector, -BINS // 2) for vector in range(len(self.nonzero))]
+        return self.ranking.measurable(operands).bins(wanted, self.shift, wide=self.ranking.wide)
+
+    def add(self, block: int, measured: list[tuple[memoryview, int]]) -> None:
         """Add a block's counts."""
-        found = [counts.to("cpu") for counts, _ in measured]
-        self.counts = (
-            [total.add_(counts) for total, counts in zip(self.counts, found, strict=True)] if self.counts else found
-        )
+        found = [counts for counts, _ in measured]
+        for total, counts in zip(self.counts, found, strict=False):
+            self.counting.add(total, counts)
+        self.counts = self.counts or found
         self.nonzero = [total + nonzero for total, (_, nonzero) in zip(self.nonzero, measured, strict=True)]
 
     def finish(self) -> Any:  # noqa: ANN401
@@ -58,7 +71,7 @@ class UpperBits(Pass[Any]):
             ranking.look_for(ranking.ranks(self.nonzero))
         for vector, counts in enumerate(self.counts):
             for search in ranking.open_searches(vector):
-                search.upper = settle(search, counts) - BINS // 2
+                search.upper = settle(search, counts, self.counting) - BINS // 2
         return LowerBits(ranking, 32 if ranking.wide else 0) if ranking.unsettled else ranking.result()
 
 
@@ -69,28 +82,36 @@ class LowerBits(Pass[Any]):
     """
 
     def __init__(self, ranking: Ranking, shift: int = 0) -> None:
-        import torch
-
         self.ranking = ranking
         self.shift = shift
+        self.counting: Counting = ByTorch()
         self.counts = {
-            (vector, search.upper): torch.zeros(BINS, dtype=torch.int64)
+            (vector, search.upper): room_for(BINS, 8)
             for vector in range(len(ranking.searches))
             for search in ranking.open_searches(vector)
         }
 
-    def measure(self, block: int, inputs: Sequence[Tensor]) -> dict[tuple[int, int], Tensor]:
+    def measure(self, block: int, inputs: Sequence[Tensor]) -> dict[tuple[int, int], memoryview]:
         """The block's counts in each bin."""
         found = [keys >> self.shift if self.shift else keys for keys in self.ranking.keys(block, inputs)]
         return {
-            (vector, upper): (found[vector][(found[vector] >> 16) == upper] & (BINS - 1)).bincount(minlength=BINS)
+            (vector, upper): plain(
+                (found[vector][(found[vector] >> 16) == upper] & (BINS - 1)).bincount(minlength=BINS)
+            )
             for vector, upper in self.counts
         }
 
-    def add(self, block: int, measured: dict[tuple[int, int], Tensor]) -> None:
+    def measure_compiled(self, block: int, operands: Magnitudes) -> dict[tuple[int, int], memoryview]:
+        """The same by compiled loops."""
+        self.counting = operands.counting
+        wanted = [(vector, upper << 16) for vector, upper in self.counts]
+        found = self.ranking.measurable(operands).bins(wanted, self.shift, wide=self.ranking.wide)
+        return {key: counts for key, (counts, _) in zip(self.counts, found, strict=True)}
+
+    def add(self, block: int, measured: dict[tuple[int, int], memoryview]) -> None:
         """Add a block's counts."""
         for key, counts in measured.items():
-            self.counts[key] += counts.to("cpu")
+            self.counting.add(self.counts[key], counts)
 
     def finish(self) -> Any:  # noqa: ANN401
         """The pass over the bits behind, or the one that counts equals, or the result."""
@@ -98,9 +119,9 @@ class LowerBits(Pass[Any]):
         for vector in range(len(ranking.searches)):
             for search in ranking.open_searches(vector):
                 counts = self.counts[vector, search.upper]
-                lower = settle(search, counts)
+                lower = settle(search, counts, self.counting)
                 search.key = search.upper = search.upper << 16 | lower
-                search.equal = int(counts[lower])
+                search.equal = counts[lower]
         if self.shift:
             return LowerBits(ranking, self.shift - 16)
         return Equals(ranking) if ranking.exact and any(map(is_split, ranking.all())) else ranking.result()
@@ -123,6 +144,17 @@ class Equals(Pass[Any]):
             [int((found == search.key).sum()) if is_split(search) else 0 for search in searches]
             for found, searches in zip(self.ranking.keys(block, inputs), self.ranking.searches, strict=True)
         ]
+
+    def measure_compiled(self, block: int, operands: Magnitudes) -> list[list[int]]:
+        """The same by compiled loops."""
+        split = [
+            (vector, search.key)
+            for vector, searches in enumerate(self.ranking.searches)
+            for search in searches
+            if is_split(search)
+        ]
+        found = iter(self.ranking.measurable(operands).equals(split, wide=self.ranking.wide))
+        return [[next(found) if is_split(search) else 0 for search in searches] for searches in self.ranking.searches]
 
     def add(self, block: int, measured: list[list[int]]) -> None:
         """Note a block's equals."""

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from streammerge.methods.statistics.counting import Counting
+    from streammerge.methods.steps import Step
+
 Result = TypeVar("Result", covariant=True)
 
 
@@ -24,6 +27,46 @@ class Operands(Protocol):
     def products(self, *, apart: bool, wide: bool) -> InnerProducts:
         """⟨dᵢ, dⱼ⟩ for j ≤ i, with d₀ = x₀ and dᵢ = xᵢ − x₀ if they are taken `apart`, else dᵢ = xᵢ."""
         ...
+
+
+class Magnitudes(Operands, Protocol):
+    """The same, where task vectors dᵢ = xᵢ − x₀ are asked for their magnitudes' keys: int32, or if `wide` int64."""
+
+    @property
+    def counting(self) -> Counting:
+        """What counts the answers."""
+        ...
+
+    def between(self, spans: Sequence[Sequence[Span]], part: int | None = None) -> list[list[tuple[int, memoryview]]]:
+        """For each span of each task vector how many keys are beyond it, and those in it; of `part` elements or all."""
+        ...
+
+    def bins(self, wanted: Sequence[tuple[int, int]], shift: int, *, wide: bool) -> list[tuple[memoryview, int]]:
+        """How many keys of a task vector, shifted, are each of 2¹⁶ numbers from the wanted on; how many are not 0."""
+        ...
+
+    def equals(self, wanted: Sequence[tuple[int, int]], *, wide: bool) -> list[int]:
+        """How many keys of a task vector are the wanted one."""
+        ...
+
+    def squares(self, count: int) -> list[float]:
+        """Σ dᵢ² of so many vectors."""
+        ...
+
+    def made_by(self, steps: Sequence[Step], first: int) -> Magnitudes:
+        """The same of vectors that these steps make of the inputs: in place of input `first`, and behind it."""
+        ...
+
+    def norms(self, cuts: Sequence[Sequence[CutNumbers]], start: int) -> list[float]:
+        """‖dᵢ‖₁ and ‖kept dᵢ‖₁ of every task vector; cuts count elements from `start` on."""
+        ...
+
+
+Span = tuple[int, int]
+"""Keys between these two."""
+
+CutNumbers = tuple[float, float, float, float, float]
+"""A cut as compiled loops are given it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +97,7 @@ class Pass(abc.ABC, Generic[Result]):
     def measure(self, block: int, inputs: Sequence[Tensor]) -> Any:  # noqa: ANN401  (the pass's own affair)
         """What this pass wants to know of one block of every input."""
 
-    def measure_compiled(self, block: int, operands: Operands) -> Any:  # noqa: ANN401
+    def measure_compiled(self, block: int, operands: Magnitudes) -> Any:  # noqa: ANN401
         """The same, to the last bit, by compiled loops; only of passes that begin with a method that has a kernel."""
         raise NotImplementedError(f"{type(self).__name__} has no compiled loop")
 

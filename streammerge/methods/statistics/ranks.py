@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+from streammerge.methods.statistics.passes import CutNumbers, Magnitudes
 from streammerge.methods.statistics.sums import Vectors, task_vectors
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from streammerge.methods.place import Target
+    from streammerge.methods.steps import Step
 
 
 ALL: Final = -(2**63)
@@ -18,7 +23,8 @@ ALL: Final = -(2**63)
 
 
 INFINITE: Final = 0x7F800000
-"""The key of infinity; those of what is no number are greater."""
+INFINITE_WIDE: Final = 0x7FF0000000000000
+"""The key of infinity, in float32 and in float64; that of what is no number is the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,18 @@ class Cut:
         if self.key == ALL:
             return float("-inf")
         return number_of(self.key, wide=self.wide)
+
+    def numbers(self, target: Target) -> CutNumbers:
+        """What the compiled loop `cut` asks for: of magnitudes, for a tensor in whose blocks these are counted."""
+        if self.key is None or self.key == ALL:
+            above = math.nan if self.key is None else -1.0
+            return above, above, math.inf, 0.0, math.inf
+        above = number_of(self.key, wide=self.wide)
+        equal = number_of(self.key - 1, wide=self.wide) if self.key else -1.0
+        if self.last_block is None:
+            return above, equal, math.inf, 0.0, math.inf
+        edge = (self.last_block - target.first_block) * target.step
+        return above, equal, float(edge), float(self.quota), float(edge + target.step)
 
     def mask(self, values: Tensor, block: int) -> Tensor:
         """Which of the block's values are among the k largest; `block` is the number statistics know it under."""
@@ -90,19 +108,21 @@ def number_of(key: int, *, wide: bool = False) -> float:
 
 
 def keys(values: Tensor, *, signed: bool, wide: bool = False) -> Tensor:
-    """int32 numbers that sort as the values do in float32, or as their magnitudes; what is no number sorts last.
+    """int32 numbers that sort as the values do in float32, or as their magnitudes; what is no number is one, the last.
 
     If `wide`, int64 numbers that sort as they do in float64.
     """
     import torch
 
-    number, whole, sign, rest = (
-        (torch.float64, torch.int64, 63, 2**63 - 1) if wide else (torch.float32, torch.int32, 31, 2**31 - 1)
+    number, whole, sign, rest, last = (
+        (torch.float64, torch.int64, 63, 2**63 - 1, INFINITE_WIDE + 1)
+        if wide
+        else (torch.float32, torch.int32, 31, 2**31 - 1, INFINITE + 1)
     )
     if not signed:
-        return values.abs().to(number).view(whole)
+        return values.abs().to(number).view(whole).clamp_(max=last)
     values = values.to(number) + 0.0  # −0 becomes 0
-    bits = torch.where(values.isnan(), values.abs(), values).view(whole)
+    bits = torch.where(values.isnan(), values.abs(), values).view(whole).clamp_(max=last)
     return bits ^ ((bits >> sign) & rest)
 
 
@@ -133,6 +153,7 @@ class Ranking:
     each vector, a Cut for each of its k; `then` makes it into the method's statistics or into the next pass.
     Without `gather`, histograms alone are used: for many ranks at once, what is gathered would be much. Values are
     ranked as they are in float32, or if `wide` in float64, by histograms too.
+    Compiled loops rank task vectors, or what `steps` make of the inputs behind them.
     With `exact`, exactly k elements are in a cut; without, those that equal the k-th all are.
     """
 
@@ -143,6 +164,7 @@ class Ranking:
     exact: bool = True
     gather: bool = True
     wide: bool = False
+    steps: Sequence[Step] | None = None
     then: Callable[[tuple[tuple[Cut, ...], ...]], Any] = tuple
     searches: list[list[Search]] = field(default_factory=list)
 
@@ -177,6 +199,12 @@ class Ranking:
         """The sortable patterns of each vector's block, one vector at a time."""
         vectors = self.vectors(block, inputs)
         return (keys(vector.reshape(-1), signed=self.signed, wide=self.wide) for vector in vectors)
+
+    def measurable(self, operands: Magnitudes) -> Magnitudes:
+        """The operands, where compiled loops can measure what is ranked."""
+        if self.signed or (self.vectors is not task_vectors and self.steps is None):
+            raise NotImplementedError("compiled loops don't make what is ranked")
+        return operands if self.steps is None else operands.made_by(self.steps, self.steps[0].of)
 
     def result(self) -> Any:  # noqa: ANN401
         """What follows from the finished searches."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from streammerge.methods.statistics.passes import Pass
+from streammerge.methods.statistics.gram import ROW, halved, padded
+from streammerge.methods.statistics.passes import CutNumbers, Magnitudes, Pass
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from streammerge.methods.steps import Step
 
 Vectors = Callable[[int, Sequence["Tensor"]], Sequence["Tensor"]]
 """From a block's number and the inputs' blocks to the blocks of what is measured, such as task vectors."""
@@ -32,7 +35,26 @@ def pieces(inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 def l1_norm(values: Tensor) -> float:
     """Σ|x| in float64, on the CPU where the device has none."""
-    return float((values.cpu() if values.device.type == "mps" else values).double().abs().sum())
+    return total(in_float64(values).abs())
+
+
+def square(values: Tensor) -> float:
+    """Σ x² likewise."""
+    wide = in_float64(values)
+    return total(wide * wide)
+
+
+def in_float64(values: Tensor) -> Tensor:
+    """The values in a row, where there is float64."""
+    return (values.cpu() if values.device.type == "mps" else values).reshape(-1).double()
+
+
+def total(values: Tensor) -> float:
+    """Σ x of numbers of float64: rows are added up by halves, then what they come to."""
+    from torch.nn.functional import pad
+
+    rows = halved(pad(values, (0, -len(values) % ROW)).view(-1, ROW))
+    return float(halved(padded(rows.view(1, -1))))
 
 
 class SumPass(Pass[Any]):
@@ -65,3 +87,43 @@ class SumPass(Pass[Any]):
     def finish(self) -> Any:  # noqa: ANN401
         """What follows from the sums."""
         return self.then(tuple(self.totals))
+
+
+class SquarePass(SumPass):
+    """A pass for the squares of vectors, which compiled loops measure as `steps` make them of the inputs."""
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        count: int,
+        measure: Callable[[int, Sequence[Tensor]], Sequence[float]],
+        then: Callable[[tuple[float, ...]], Any],
+    ) -> None:
+        super().__init__(count, measure, then)
+        self.steps = steps
+
+    def measure_compiled(self, block: int, operands: Magnitudes) -> list[float]:
+        """The squares by compiled loops."""
+        return operands.made_by(self.steps, 1).squares(len(self.totals))
+
+
+class L1Pass(SumPass):
+    """A pass for ‖d‖₁ and ‖kept d‖₁ of each task vector, which compiled loops measure where cuts say what is kept."""
+
+    def __init__(
+        self,
+        step: int,
+        cuts: Sequence[Sequence[CutNumbers]],
+        count: int,
+        measure: Callable[[int, Sequence[Tensor]], Sequence[float]],
+        then: Callable[[tuple[float, ...]], Any],
+    ) -> None:
+        super().__init__(count, measure, then)
+        self.step = step
+        self.cuts = cuts
+
+    def measure_compiled(self, block: int, operands: Magnitudes) -> list[float]:
+        """The norms by compiled loops."""
+        if len(self.cuts) * 2 != len(self.totals):
+            raise NotImplementedError("no cuts say what is kept")
+        return operands.norms(self.cuts, block * self.step)
