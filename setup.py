@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -40,11 +40,16 @@ class AnyPython(bdist_wheel):
 
 def flags(compiler: str) -> list[str]:
     """What makes vectors of the loops, and leaves every multiplication and addition as it is written."""
-    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    target = sysconfig.get_platform()
+    is_x86 = target.endswith(("x86_64", "amd64"))
     if compiler == "msvc":
         return ["/O2", "/fp:precise", "/std:c11", *(["/arch:AVX2"] if is_x86 else [])]
     exact = ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
-    vectors = ["-mavx2", "-mfma", "-mf16c"] if is_x86 else []
+    vectors = ["-mavx2", "-mfma", "-mf16c"]
+    if target.startswith("macosx"):  # where one library may be for both kinds of processors
+        vectors = [word for flag in vectors for word in ("-Xarch_x86_64", flag)]
+    elif not is_x86:
+        vectors = []
     return ["-std=c11", "-O3", "-fvisibility=hidden", *exact, *vectors]
 
 

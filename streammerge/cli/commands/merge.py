@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from streammerge.cli.arguments import add_merge_arguments, new_parser
-from streammerge.cli.screen import show_report, telling, watching
+from streammerge.cli.screen import say, show_report, telling, watching
 from streammerge.errors import saying_what_is_on_disk
 from streammerge.version import __version__
 
@@ -27,12 +27,14 @@ streammerge RECIPE.yaml -o OUT.safetensors [options]
 def run(words: Sequence[str]) -> int:
     """Merge as a recipe or the command line describes."""
     parser = new_parser("", USAGE, "Merge model checkpoints of any size in a small, stated amount of RAM.")
-    parser.add_argument("--version", action="version", version=f"streammerge {__version__}")
+    parser.add_argument("--version", action="store_true", help="say the version, and whether loops are compiled; exit")
     add_merge_arguments(parser)
     if not words:
         parser.print_help()
         return 2
     arguments = parser.parse_intermixed_args(words)
+    if arguments.version:
+        return say_version()
     if arguments.dry_run:
         from streammerge.cli.commands.plan import plan
 
@@ -40,6 +42,14 @@ def run(words: Sequence[str]) -> int:
     if arguments.output is None:
         parser.error("the output is missing: -o OUT.safetensors")
     return merge(arguments.output, arguments)
+
+
+def say_version() -> int:
+    """Say the version, and what computes on this machine."""
+    from streammerge.compute.kernels.library import kernels, kernels_in_use
+
+    say(f"streammerge {__version__}, loops: {kernels_in_use() if kernels() else f'torch ({kernels_in_use()})'}")
+    return 0
 
 
 def merge(output: Path, arguments: argparse.Namespace) -> int:

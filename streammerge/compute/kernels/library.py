@@ -88,7 +88,7 @@ def kernels() -> ctypes.CDLL | None:
 
 def kernels_in_use() -> str:
     """`compiled`, or why torch computes everything."""
-    return f"off ({SWITCH}=off)" if os.environ.get(SWITCH) == "off" else _found()[1]
+    return f"switched off by {SWITCH}" if os.environ.get(SWITCH) == "off" else _found()[1]
 
 
 @functools.cache
