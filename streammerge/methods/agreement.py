@@ -13,8 +13,9 @@ from streammerge.methods.registry import BlockMethod, Needs, Statistics, method
 from streammerge.methods.sparse import summed
 from streammerge.methods.statistics.ranking import begin_ranking
 from streammerge.methods.statistics.ranks import Cut, Ranking
-from streammerge.methods.statistics.sums import SquarePass, SumPass, l1_norm, pieces, square, task_vectors
+from streammerge.methods.statistics.sums import SumPass, VectorPass, l1_norm, pieces, square, task_vectors
 from streammerge.methods.steps import Step
+from streammerge.methods.tracing import traced_vectors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,7 +81,7 @@ def sce_statistics(target: Target, parameters: Parameters) -> Any:  # noqa: ANN4
             total = sum(sums)
             return cut, [share / total if total else 1.0 / len(sums) for share in sums]
 
-        return SquarePass(select_steps(target, cut), models, squares, shares)
+        return VectorPass(select_steps(target, cut), 1, models, squares, shares, squared=True)
 
     def ranks(nonzero: Sequence[int]) -> list[list[int]]:
         return [[max(int(topk * count), 1) if topk and count else 0] for count in nonzero]
@@ -170,13 +171,16 @@ def changes(inputs: Sequence[Tensor], epsilon: float) -> tuple[list[Tensor], Ten
     return changed, summed([mask.to(inputs[0].dtype) for mask in changed])
 
 
-def ram_boosts(target: Target, parameters: Parameters) -> SumPass:
+def ram_boosts(target: Target, parameters: Parameters) -> VectorPass:
     """A pass for how much each model's own changes are amplified: by the ratio of shared to own changes."""
     epsilon, r, alpha = (float(parameters[name]) for name in ("epsilon", "r", "alpha"))  # type: ignore[arg-type]
 
-    def counts(block: int, inputs: Sequence[Tensor]) -> list[float]:
+    def masks(inputs: Sequence[Tensor]) -> list[Tensor]:
         changed, count = changes(inputs, epsilon)
-        return [float((mask & which).sum()) for mask in changed for which in (count > 1, count == 1)]
+        return [mask & which for mask in changed for which in (count > 1, count == 1)]
+
+    def counts(block: int, inputs: Sequence[Tensor]) -> list[float]:
+        return [float(mask.sum()) for mask in masks(inputs)]
 
     def boosts(found: Sequence[float]) -> list[float]:
         ratios = [
@@ -184,10 +188,16 @@ def ram_boosts(target: Target, parameters: Parameters) -> SumPass:
         ]
         return [1.0 + r * min(ratio, alpha) for ratio in ratios]
 
-    return SumPass(2 * (target.inputs - 1), counts, boosts)
+    return VectorPass(*traced_vectors(masks, target.inputs), 2 * (target.inputs - 1), counts, boosts)
 
 
-@method(BlockMethod, base="required", statistics=Statistics(ram_boosts, passes=1), needs=Needs(temporaries=6))
+@method(
+    BlockMethod,
+    base="required",
+    statistics=Statistics(ram_boosts, passes=1),
+    elementwise=True,
+    needs=Needs(temporaries=6),
+)
 def ramplus_tl(
     base: Tensor,
     *models: Tensor,
@@ -240,16 +250,18 @@ def emr_scales(target: Target, parameters: Parameters) -> Any:  # noqa: ANN401
     if not parameters["task"]:
         return None
 
-    def sums(block: int, inputs: Sequence[Tensor]) -> list[float]:
-        deltas = task_vectors(block, inputs)
+    def vectors(inputs: Sequence[Tensor]) -> list[Tensor]:
+        deltas = task_vectors(0, inputs)
         union, agree = unified(deltas)
-        pairs = zip(deltas, agree, strict=True)
-        return [norm for delta, mask in pairs for norm in (l1_norm(delta), l1_norm(union * mask))]
+        return [made for delta, mask in zip(deltas, agree, strict=True) for made in (delta, union * mask)]
+
+    def sums(block: int, inputs: Sequence[Tensor]) -> list[float]:
+        return list(map(l1_norm, vectors(inputs)))
 
     def scales(found: Sequence[float]) -> list[float]:
         return [own / left if left else 1.0 for own, left in zip(found[::2], found[1::2], strict=True)]
 
-    return SumPass(2 * (target.inputs - 1), sums, scales)
+    return VectorPass(*traced_vectors(vectors, target.inputs), 2 * (target.inputs - 1), sums, scales)
 
 
 @method(
@@ -257,6 +269,7 @@ def emr_scales(target: Target, parameters: Parameters) -> Any:  # noqa: ANN401
     base="required",
     check=check_task,
     statistics=Statistics(emr_scales, passes=1, scope="model", of=("task",)),
+    elementwise=True,
     needs=Needs(temporaries=7),
 )
 def emr(base: Tensor, *models: Tensor, task: Count = 0, statistics: Sequence[float] | None) -> Tensor:

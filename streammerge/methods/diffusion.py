@@ -147,17 +147,15 @@ def multiply_quotient(base: Tensor, first: Tensor, second: Tensor, *, alpha: flo
     return torch.where(defined, factor.mul_(first), first)
 
 
-@method(BlockMethod)
+@method(BlockMethod, elementwise=True)
 def max_(*models: Tensor) -> Tensor:
     """θ = max(θ₁, …, θₙ)
 
     Chattiori's MAX, for any number of models: the greatest of each element, not the one of the greatest magnitude.
     """
-    import torch
-
     greatest = models[0].clone()
     for model in models[1:]:
-        torch.maximum(greatest, model, out=greatest)
+        greatest = model.where((model > greatest) | (model != model), greatest)  # of equal zeros the first
     return greatest
 
 

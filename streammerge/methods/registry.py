@@ -277,7 +277,8 @@ class BlockMethod(Method):
         """How compiled loops do its work."""
         if self.kernel:
             return self.kernel(target, parameters, statistics)
-        return traced(lambda inputs: self.function(*inputs, **keywords(parameters)), target.inputs)
+        given = {"statistics": statistics} if "statistics" in self.wanted else {}
+        return traced(lambda inputs: self.function(*inputs, **keywords(parameters), **given), target.inputs)
 
     def compute(self, place: Place, inputs: Sequence[Tensor], parameters: Parameters, statistics: Any) -> Tensor:  # noqa: ANN401
         """The output's block at this place; statistics are whatever the method's last pass gave."""

@@ -23,6 +23,15 @@ def traced(function: Callable[[Sequence[Tensor]], Tensor], inputs: int) -> list[
     return [*trace.steps, Step("COPY", 0, (result.place,))]
 
 
+def traced_vectors(function: Callable[[Sequence[Tensor]], Sequence[Tensor]], inputs: int) -> tuple[list[Step], int]:
+    """The steps by which the function's results are left in neighbouring places, and the first of these."""
+    trace = Trace(inputs)
+    given: Any = [Elements(trace, place, is_input=True) for place in range(inputs)]
+    results: Any = function(given)
+    first = trace.taken
+    return [*trace.steps, *(Step("COPY", first + i, (made.place,)) for i, made in enumerate(results))], first
+
+
 class Trace:
     """What was done so far, and the places that are free."""
 
@@ -110,6 +119,9 @@ class Elements:
     def __eq__(self, other: object) -> Elements:  # type: ignore[override]
         return self._of("SAME", other)
 
+    def __ne__(self, other: object) -> Elements:  # type: ignore[override]
+        return ~(self == other)
+
     __hash__ = None  # type: ignore[assignment]
 
     def __and__(self, other: Elements) -> Elements:
@@ -117,6 +129,9 @@ class Elements:
 
     def __or__(self, other: Elements) -> Elements:
         return self._of("GREATER", other)
+
+    def __neg__(self) -> Elements:
+        return self._of("TIMES", -1.0)
 
     def __invert__(self) -> Elements:
         return self._of("SAME", 0.0)
@@ -171,6 +186,10 @@ class Elements:
             if bound is not None:
                 self._with(code, bound)
         return self
+
+    def clamp(self, min: float) -> Elements:
+        """No less than this."""
+        return self._of("GREATER", min)
 
     def where(self, condition: Elements, other: Operand) -> Elements:
         """Itself where it holds, elsewhere the other."""

@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streammerge.compute.kernels.library import kernels
+from streammerge.compute.lanes import torch_dtype
 from streammerge.methods import METHODS
 from streammerge.methods.registry import BlockMethod
 from streammerge.methods.tracing import traced
-from tests.make.programs import NARROW, applied, check, small_pieces, stored, tensors
+from streammerge.tensors import DTYPES
+from tests.make.programs import NARROW, applied, check, measured, small_pieces, stored, tensors
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="the library is not built")
 
@@ -35,11 +37,14 @@ def test_elementwise_methods(name, data):
         "epsilon": data.draw(st.sampled_from([1e-5, 0.3])),
         "threshold": data.draw(numbers),
         "k": data.draw(st.integers(0, models)),
-        "task": data.draw(st.integers(1, models)),
+        "task": data.draw(st.integers(0 if name == "emr" else 1, models)),
+        "r": data.draw(numbers),
         "t": data.draw(numbers),
     }
     with small_pieces():
-        check(applied(name, inputs, **given), compute="F64" if wide else "F32")
+        node = applied(name, inputs, **given)
+        measured(node, torch_dtype(DTYPES["F64" if wide else "F32"]))
+        check(node, compute="F64" if wide else "F32")
 
 
 def test_a_method_within_a_method_has_registers_of_its_own():

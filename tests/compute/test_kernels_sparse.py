@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,28 +12,32 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streammerge.compute import costs
-from streammerge.compute.costs import piece_elements
-from streammerge.compute.evaluate import Evaluator
-from streammerge.compute.expressions import BLOCK, ByBlock, Combined, Stored, Term
+from streammerge.compute.application import measured_with
+from streammerge.compute.costs import compute_dtype, piece_count
+from streammerge.compute.expressions import BLOCK, ByBlock, Combined, Stored, Term, Together
 from streammerge.compute.kernels.library import CHUNK, kernels
-from streammerge.compute.kernels.program import BlockOperands, Kernels, compiled
+from streammerge.compute.kernels.program import Kernels, compiled
 from streammerge.compute.lanes import Lane, torch_dtype
-from streammerge.compute.survey import Survey
+from streammerge.compute.survey import TogetherSurvey
+from streammerge.compute.tensor_maker import TensorMaker
 from streammerge.methods.statistics.brackets import Gathering, Sample
 from streammerge.methods.statistics.histograms import Equals, LowerBits, UpperBits
+from streammerge.methods.statistics.passes import Pass
 from streammerge.methods.statistics.sums import L1Pass
 from streammerge.tensors import DTYPES
 from tests.make.models import raw_bytes
 from tests.make.programs import (
     NARROW,
+    SMALL_PIECE,
     Memory,
     applied,
     assert_same,
     by_kernels,
     by_torch,
     check,
-    dtype_of,
+    measured,
+    operands_of,
+    plainly,
     small_pieces,
     stored,
     surveyed,
@@ -111,63 +115,39 @@ def test_programs_remember_what_is_not_finite():
     assert not program.take_suspicion()
 
 
-def test_statistics_of_a_whole_model_count_its_blocks_through():
-    inputs = [stored(torch.randn(2 * CHUNK).round(), "F16") for _ in range(3)]
-    node = applied("ties", inputs, density=0.5)
-    known = surveyed(node, torch.float32)
-    trims = [(replace(cut, last_block=5), factor) for cut, factor in known[id(node)]]
-    kernel = node.method.kernel
-    assert kernel
-    target = replace(costs.target_of(node), first_block=4)
-    assert kernel(target, node.parameters, trims)[0].numbers[5:8] == (
-        float(target.step),
-        float(trims[0][0].quota),
-        2.0 * target.step,
-    )
+@pytest.mark.parametrize("dtypes", [("F16", "F16"), ("F16", "F64"), ("F64", "BF16")])
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("density", [0.05, 0.6])
+def test_statistics_of_a_whole_model_count_its_blocks_through(dtypes, rescale, density):
+    with small_pieces():
+        together, nodes = Together(), []
+        for dtype in dtypes:
+            inputs = [stored((torch.randn(5 * CHUNK + 3) * 3).round() / 3, dtype) for _ in range(3)]
+            node = applied("ties", inputs, density=density, rescale=rescale, scope="model")
+            nodes.append(measured_with(together, node))
+        survey, maker = TogetherSurvey(together), TensorMaker(Lane(Memory()))  # type: ignore[arg-type]
+        while not survey.complete:
+            assert survey.step
+            for block in range(survey.blocks):
+                found = survey.measure(maker, block)
+                assert repr(plainly(found)) == repr(plainly(measured_of(nodes, survey.step, block)))
+                survey.add(block, found)
+            survey.finish_pass()
+        for node in nodes:
+            dtype = torch_dtype(compute_dtype(node, node.info.dtype))
+            known = {id(node): survey.result}
+            assert_same(by_torch(node, known, dtype), by_kernels(node, known, dtype, SMALL_PIECE))
 
 
-def measured(node: ByBlock, dtype: torch.dtype) -> list[type]:
-    """Which passes there were, each of which finds the same by both."""
+def measured_of(nodes: Sequence[ByBlock], step: Pass[Any], block: int) -> Any:
+    """What compiled loops measure of a block of the nodes, which are of one length."""
     library = kernels()
     assert library
-    loops, lane = Kernels(library), Lane(Memory())  # type: ignore[arg-type]
-    survey, other = Survey(node, dtype_of(dtype)), Survey(node, dtype_of(dtype))
-    found = []
-    while not survey.complete:
-        (_, by_torch), (_, by_loops) = survey.passes[id(node)], other.passes[id(node)]
-        found.append(type(by_torch))
-        assert type(by_loops) is type(by_torch)
-        program = compiled(node.inputs, dtype_of(dtype), {})
-        evaluator = Evaluator(lane, dtype, {})
-        step = piece_elements(node)
-        for block in range(survey.blocks):
-            start, stop = block * step, min((block + 1) * step, node.info.elements)
-            sizes = [leaf.info.dtype.bits // 8 for leaf in program.inputs]
-            blocks = [
-                memoryview(leaf.file)[start * size : stop * size]  # type: ignore[arg-type]
-                for leaf, size in zip(program.inputs, sizes, strict=True)
-            ]
-            operands = BlockOperands(loops, program, blocks, stop - start, len(node.inputs), start)
-            one = by_torch.measure(block, evaluator.inputs(node, block, by_torch.part))
-            two = by_loops.measure_compiled(block, operands)
-            assert repr(plainly(one)) == repr(plainly(two))
-            by_torch.add(block, one)
-            by_loops.add(block, two)
-        survey.finish_pass()
-        other.finish_pass()
-    assert repr(survey.known) == repr(other.known)
-    return found
-
-
-def plainly(measured: Any) -> Any:
-    """A measure with its memory as lists."""
-    if isinstance(measured, memoryview):
-        return measured.tolist()
-    if isinstance(measured, list | tuple):
-        return [plainly(part) for part in measured]
-    if isinstance(measured, dict):
-        return {key: plainly(part) for key, part in measured.items()}
-    return measured
+    number, own = divmod(block, piece_count(nodes[0]))
+    node, start = nodes[number], own * SMALL_PIECE
+    stop = min(start + SMALL_PIECE, node.info.elements)
+    program = compiled(node.inputs, DTYPES["F64" if node.info.dtype.name == "F64" else "F32"], {})
+    return step.measure_compiled(block, operands_of(Kernels(library), program, start, stop))
 
 
 @pytest.mark.parametrize("name", ["ties", "breadcrumbs", "sce"])
@@ -197,6 +177,7 @@ TORCHLESS = """
 import sys
 sys.modules["torch"] = None  # importing it is an error
 from array import array
+from streammerge.compute.application import measured_with
 from streammerge.compute.costs import target_of
 from streammerge.compute.expressions import ByBlock, Stored
 from streammerge.compute.kernels.library import kernels

@@ -15,7 +15,7 @@ from streammerge.compute.costs import compute_dtype, piece_elements
 from streammerge.compute.evaluate import Evaluator
 from streammerge.compute.expressions import ByBlock, Node, Stored
 from streammerge.compute.kernels.library import CHUNK, kernels
-from streammerge.compute.kernels.program import Kernels, can_be_compiled, compiled
+from streammerge.compute.kernels.program import BlockOperands, Kernels, Program, can_be_compiled, compiled
 from streammerge.compute.lanes import Lane, torch_dtype
 from streammerge.compute.reading import carry_out
 from streammerge.compute.rounding import rounded
@@ -105,6 +105,52 @@ def check(node: ByBlock, *, compute: str | None = None) -> None:
     known = surveyed(node, dtype)
     step = max(piece_elements(node), CHUNK)
     assert_same(by_torch(node, known, dtype), by_kernels(node, known, dtype, step))
+
+
+def operands_of(loops: Kernels, program: Program, start: int, stop: int) -> BlockOperands:
+    sizes = [leaf.info.dtype.bits // 8 for leaf in program.inputs]
+    pairs = zip(program.inputs, sizes, strict=True)
+    blocks = [memoryview(leaf.file)[start * size : stop * size] for leaf, size in pairs]  # type: ignore[arg-type]
+    return BlockOperands(loops, program, blocks, stop - start, len(blocks), start)
+
+
+def measured(node: ByBlock, dtype: torch.dtype) -> list[type]:
+    """Which passes there were, each of which finds the same by both."""
+    library = kernels()
+    assert library
+    loops, lane = Kernels(library), Lane(Memory())  # type: ignore[arg-type]
+    survey, other = Survey(node, dtype_of(dtype)), Survey(node, dtype_of(dtype))
+    found = []
+    while not survey.complete:
+        (_, by_torch), (_, by_loops) = survey.passes[id(node)], other.passes[id(node)]
+        found.append(type(by_torch))
+        assert type(by_loops) is type(by_torch)
+        program = compiled(node.inputs, dtype_of(dtype), {})
+        evaluator = Evaluator(lane, dtype, {})
+        step = piece_elements(node)
+        for block in range(survey.blocks):
+            start, stop = block * step, min((block + 1) * step, node.info.elements)
+            operands = operands_of(loops, program, start, stop)
+            one = by_torch.measure(block, evaluator.inputs(node, block, by_torch.part))
+            two = by_loops.measure_compiled(block, operands)
+            assert repr(plainly(one)) == repr(plainly(two))
+            by_torch.add(block, one)
+            by_loops.add(block, two)
+        survey.finish_pass()
+        other.finish_pass()
+    assert repr(survey.known) == repr(other.known)
+    return found
+
+
+def plainly(measured: Any) -> Any:
+    """A measure with its memory as lists."""
+    if isinstance(measured, memoryview):
+        return measured.tolist()
+    if isinstance(measured, list | tuple):
+        return [plainly(part) for part in measured]
+    if isinstance(measured, dict):
+        return {key: plainly(part) for key, part in measured.items()}
+    return measured
 
 
 @st.composite

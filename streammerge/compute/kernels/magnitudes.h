@@ -9,6 +9,7 @@ enum asked {
   BINS,    /* how many keys have each value of the 16 bits above `shift`, counted from `low`, and how many are not 0 */
   EQUAL,   /* how many keys are `low` */
   SQUARES, /* Σ x² of each row of CHUNK, of all of them in the end */
+  SIZES,   /* Σ |x| likewise */
   NORMS,   /* Σ |x| likewise, and of what cuts keep of it */
 };
 

@@ -12,7 +12,7 @@ from streammerge.compute.kernels.library import CHUNK, Question, address
 from streammerge.methods.statistics.counting import room_for
 from streammerge.methods.statistics.passes import CutNumbers, Span
 
-BETWEEN, BINS, EQUAL, SQUARES, NORMS = range(5)
+BETWEEN, BINS, EQUAL, SQUARES, SIZES, NORMS = range(6)
 """What can be asked: `enum asked` in magnitudes.h."""
 
 COUNTS: Final = 2**16
@@ -99,9 +99,16 @@ class Asked(abc.ABC):
         return [norm for found in sums for norm in (found[0], found[rows])]
 
     def squares(self, count: int) -> list[float]:
-        """The sums of the squares of so many vectors."""
+        """Σ x² of each of so many vectors."""
+        return self._sums(SQUARES, count)
+
+    def sizes(self, count: int) -> list[float]:
+        """Σ |x| likewise."""
+        return self._sums(SIZES, count)
+
+    def _sums(self, code: int, count: int) -> list[float]:
         rows = rows_of(self.elements)
-        asked = [self._about(SQUARES, vector, rows=rows) for vector in range(count)]
+        asked = [self._about(code, vector, rows=rows) for vector in range(count)]
         rooms = [room_for(rows, 8) for _ in asked]
         self._answered(asked, rooms)
         return [room.cast("B").cast("d")[0] for room in rooms]

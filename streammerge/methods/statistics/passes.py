@@ -53,6 +53,10 @@ class Magnitudes(Operands, Protocol):
         """Σ dᵢ² of so many vectors."""
         ...
 
+    def sizes(self, count: int) -> list[float]:
+        """Σ |dᵢ| likewise."""
+        ...
+
     def made_by(self, steps: Sequence[Step], first: int) -> Magnitudes:
         """The same of vectors that these steps make of the inputs: in place of input `first`, and behind it."""
         ...

@@ -89,22 +89,31 @@ class SumPass(Pass[Any]):
         return self.then(tuple(self.totals))
 
 
-class SquarePass(SumPass):
-    """A pass for the squares of vectors, which compiled loops measure as `steps` make them of the inputs."""
+class VectorPass(SumPass):
+    """A pass that adds up the sizes or the squares of vectors, which compiled loops make of the inputs by `steps`.
+
+    They leave them in registers from `first` on.
+    """
 
     def __init__(
         self,
         steps: Sequence[Step],
+        first: int,
         count: int,
         measure: Callable[[int, Sequence[Tensor]], Sequence[float]],
         then: Callable[[tuple[float, ...]], Any],
+        *,
+        squared: bool = False,
     ) -> None:
         super().__init__(count, measure, then)
         self.steps = steps
+        self.first = first
+        self.squared = squared
 
     def measure_compiled(self, block: int, operands: Magnitudes) -> list[float]:
-        """The squares by compiled loops."""
-        return operands.made_by(self.steps, 1).squares(len(self.totals))
+        """The sums by compiled loops."""
+        made, count = operands.made_by(self.steps, self.first), len(self.totals)
+        return made.squares(count) if self.squared else made.sizes(count)
 
 
 class L1Pass(SumPass):
