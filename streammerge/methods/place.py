@@ -47,6 +47,18 @@ class Target:
         """The place of a block of it."""
         return Place(self, block)
 
+    def stream(self, model: int) -> Stream:
+        """Random numbers for one of the models (0: the first beside the base), one for each element of the tensor.
+
+        They depend on the seed, the tensor's name, the merge's place in the recipe and the model, on nothing else:
+        not on the device, nor on what is computed at once.
+        """
+        return Stream.of(self.key(model))
+
+    def key(self, *numbers: int) -> bytes:
+        """What random numbers follow from."""
+        return repr((self.seed, self.name, *numbers, *self.within)).encode()
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -69,25 +81,18 @@ class Place:
         """torch's random numbers for one of the models, on the CPU: for methods that are given whole tensors."""
         import torch
 
-        digest = hashlib.blake2b(self._key(model, self.block), digest_size=8).digest()
+        digest = hashlib.blake2b(self.tensor.key(model, self.block), digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-
-    def stream(self, model: int) -> Stream:
-        """Random numbers of the whole tensor for one of the models (0: the first beside the base), by element.
-
-        They depend on the seed, the tensor's name, the merge's place in the recipe and the model, on nothing else:
-        not on the device, nor on what is computed at once.
-        """
-        return Stream.of(self._key(model))
 
     def uniform(self, model: int, like: Tensor) -> Tensor:
         """A number of [0, 1) for each element of the block, in float32, where and in the shape that `like` has."""
-        return self.stream(model).uniform(self.start, like.numel(), like.device).reshape(like.shape)
+        return self.tensor.stream(model).uniform(self.start, like.numel(), like.device).reshape(like.shape)
+
+    def drawn(self, model: int, like: Tensor, share: float) -> Tensor:
+        """For each element of the block whether it is drawn, with this probability."""
+        return self.uniform(model, like) < share
 
     def normal(self, model: int, like: Tensor) -> Tensor:
         """A normally distributed number for each element of the block, where and in the shape that `like` has."""
-        return self.stream(model).normal(self.start, like.numel(), like.device, like.dtype).reshape(like.shape)
-
-    def _key(self, *numbers: int) -> bytes:
-        target = self.tensor
-        return repr((target.seed, target.name, *numbers, *target.within)).encode()
+        stream = self.tensor.stream(model)
+        return stream.normal(self.start, like.numel(), like.device, like.dtype).reshape(like.shape)

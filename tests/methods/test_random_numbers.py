@@ -20,7 +20,7 @@ GOLDEN = 0x9E3779B97F4A7C15
 
 
 def stream(seed: int = 0, name: str = "w", model: int = 0) -> Stream:
-    return Target(name, (1,), 2, seed=seed).place(0).stream(model)
+    return Target(name, (1,), 2, seed=seed).stream(model)
 
 
 def uniform(count: int, seed: int = 0, layer: int = 0, model: int = 0) -> torch.Tensor:

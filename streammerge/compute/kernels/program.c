@@ -1,4 +1,5 @@
 #include "magnitudes.h"
+#include "random.h"
 
 #include <float.h>
 #include <math.h>
@@ -26,6 +27,7 @@ enum division { NEVER, BY_NUMBER, BY_WEIGHTS, BY_POSITIVE_WEIGHTS };
 #define NAME(name) name##_f32
 #include "sparse.inc"
 #include "elementwise.inc"
+#include "random.inc"
 #include "program.inc"
 #include "magnitudes.inc"
 #undef REAL
@@ -45,5 +47,6 @@ enum division { NEVER, BY_NUMBER, BY_WEIGHTS, BY_POSITIVE_WEIGHTS };
 #define NAME(name) name##_f64
 #include "sparse.inc"
 #include "elementwise.inc"
+#include "random.inc"
 #include "program.inc"
 #include "magnitudes.inc"

@@ -38,6 +38,10 @@ enum code {
   REACHES, /* 1 where a ≥ b, else 0 */
   SAME,    /* 1 where a = b, else 0 */
   CHOOSE,  /* a where the third register is not 0, else b */
+  /* of numbers that are drawn for the tensor's elements: random.inc */
+  DRAW,    /* r[to] = 1 with the probability that the table begins with, else 0 */
+  NORMAL,  /* r[to] = normally distributed numbers */
+  DROP,    /* r[to] = what is kept of r[to] − r[from] at random, scaled */
 };
 
 typedef struct {

@@ -54,6 +54,9 @@ class Code(enum.IntEnum):
     REACHES = 25
     SAME = 26
     CHOOSE = 27
+    DRAW = 28
+    NORMAL = 29
+    DROP = 30
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,135 @@
+"""Methods that draw random numbers, by compiled loops and by torch: the same numbers, and the same bytes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streammerge.compute.expressions import BLOCK, Combined, Stored, Term
+from streammerge.compute.kernels.library import CHUNK, kernels
+from streammerge.compute.kernels.program import can_be_compiled
+from streammerge.compute.lanes import torch_dtype
+from streammerge.methods.place import Target
+from streammerge.methods.statistics.sums import VectorPass
+from streammerge.tensors import DTYPES
+from tests.make.programs import (
+    NARROW,
+    applied,
+    assert_same,
+    by_kernels,
+    by_torch,
+    check,
+    measured,
+    small_pieces,
+    stored,
+    surveyed,
+    tensors,
+)
+
+pytestmark = pytest.mark.skipif(kernels() is None, reason="the library is not built")
+
+shares = st.sampled_from([0.0, 0.001, 0.3, 0.5, 0.7, 0.999, 1.0])
+weights = st.sampled_from([1.0, 0.3, -0.7, 2.5, 1e-3])
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[list[Stored], dict[str, Any], str]:
+    """Inputs, the parameters of any method that drops at random, and the dtype to compute in."""
+    wide = draw(st.booleans())
+    inputs = draw(tensors(draw(st.integers(2, 6)), [*NARROW, "F64"] if wide else NARROW))
+    models = len(inputs) - 1
+    parameters = {
+        "weight": tuple(draw(weights) for _ in range(models)),
+        "density": tuple(draw(shares) for _ in range(models)),
+        "normalize": draw(st.booleans()),
+        "rescale": draw(st.booleans()),
+        "rescale_by": draw(st.sampled_from(["density", "l1"])),
+        "lambda": draw(st.sampled_from([1.0, 0.3, -2.0])),
+    }
+    return inputs, parameters, "F64" if wide else "F32"
+
+
+@pytest.mark.parametrize("name", ["dare_linear", "dare_ties"])
+@given(problem=problems(), seed=st.integers(-(2**63), 2**63))
+@settings(max_examples=150, deadline=None)
+def test_every_option_of_dare(name, problem, seed):
+    inputs, parameters, compute = problem
+    with small_pieces():
+        check(replace(applied(name, inputs, **parameters), seed=seed), compute=compute)
+
+
+@given(problem=problems(), rescale=st.sampled_from([0.0, 0.5, 1.0]))
+@settings(max_examples=100, deadline=None)
+def test_every_option_of_dropout(problem, rescale):
+    inputs, parameters, compute = problem
+    with small_pieces():
+        check(applied("dropout", inputs, **{**parameters, "rescale": rescale}), compute=compute)
+
+
+@given(data=st.data(), wide=st.booleans(), alpha=st.sampled_from([0.0, 0.3, -1.0, 1e-4]))
+@settings(max_examples=60, deadline=None)
+def test_plus_random(data, wide, alpha):
+    inputs = data.draw(tensors(1, [*NARROW, "F64"] if wide else NARROW))
+    with small_pieces():
+        check(applied("plus_random", inputs, alpha=alpha), compute="F64" if wide else "F32")
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F64"])
+def test_normal_numbers_are_the_same_to_the_last_bit(dtype):
+    """Of 2²⁰ numbers many lie in the tails."""
+    zeros = stored(torch.zeros(2**20, dtype=torch.float64), dtype)
+    check(applied("plus_random", [zeros], alpha=1.0), compute=dtype)
+
+
+@pytest.mark.parametrize("name", ["dare_linear", "dropout"])
+@pytest.mark.parametrize("compute", ["F32", "F64"])
+def test_a_density_between_two_numbers_draws_the_same(name, compute):
+    """Numbers are whole 2⁻²⁴, densities need not be: both ways round them to float32 first."""
+    inputs = [stored(torch.zeros(2**18), "F32"), stored(torch.ones(2**18), "F32")]
+    drawn = Target("a tensor", (2**18,), 2).stream(0).uniform(0, 2**18, torch.device("cpu")).double()
+    for number in drawn[(drawn > 0.5) & (drawn < 0.9)][:6].tolist():
+        for density in (number, number + 2.0**-26, number + 2.0**-25, number + 2.0**-24, number - 2.0**-26):
+            check(applied(name, inputs, density=density), compute=compute)
+
+
+@pytest.mark.parametrize("step", [CHUNK, 3 * CHUNK, BLOCK])
+def test_any_piece_has_the_numbers_of_the_whole(step):
+    inputs = [stored(torch.randn(BLOCK + 9), "F16") for _ in range(3)]
+    inner = applied("dare_ties", inputs, density=0.5)
+    node = Combined(inner.info, (Term(0.5, inner), Term(0.25, inputs[0])))
+    known = surveyed(node, torch.float32)
+    program = replace_piece(node, known, step)
+    assert_same(by_torch(node, known, torch.float32), program)
+
+
+def replace_piece(node: Combined, known: dict[int, Any], step: int) -> torch.Tensor:
+    """By compiled loops, whatever the method's pieces are."""
+    assert can_be_compiled(node)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("streammerge.compute.kernels.program.piece_elements", lambda _: 1)
+        return by_kernels(node, known, torch.float32, step)
+
+
+@pytest.mark.parametrize("name", ["dare_linear", "dare_ties"])
+@given(problem=problems())
+@settings(max_examples=60, deadline=None)
+def test_passes_measure_the_same(name, problem):
+    inputs, parameters, compute = problem
+    parameters |= {"rescale": True, "rescale_by": "l1"}
+    with small_pieces():
+        found = measured(applied(name, inputs, **parameters), torch_dtype(DTYPES[compute]))
+    assert set(found) <= {VectorPass}
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 1023, 2**33 + 1])
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 1023, 1024])
+def test_ranges_begin_and_end_anywhere(start, count):
+    target = Target("a tensor", (2**34,), 2)
+    device = torch.device("cpu")
+    whole = target.stream(0).uniform(start - start % 2, count + start % 2, device)
+    assert torch.equal(target.stream(0).uniform(start, count, device), whole[start % 2 :])
