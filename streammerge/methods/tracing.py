@@ -123,6 +123,27 @@ class Elements:
     def __truediv__(self, other: Operand) -> Elements:
         return self._of("OVER", other)
 
+    def __radd__(self, other: float) -> Elements:
+        return self._elements(other) + self
+
+    def __rsub__(self, other: float) -> Elements:
+        return self._elements(other) - self
+
+    def __rmul__(self, other: float) -> Elements:
+        return self._elements(other) * self
+
+    def __rtruediv__(self, other: float) -> Elements:
+        return self._elements(other) / self
+
+    def __isub__(self, other: Operand) -> Elements:
+        return self._with("MINUS", other)
+
+    def __imul__(self, other: Operand) -> Elements:
+        return self._with("TIMES", other)
+
+    def __itruediv__(self, other: Operand) -> Elements:
+        return self._with("OVER", other)
+
     def __iadd__(self, other: Operand) -> Elements:
         return self._with("PLUS", other)
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streammerge.compute.expressions import ByBlock
 from streammerge.compute.kernels.library import kernels
 from streammerge.compute.lanes import torch_dtype
 from streammerge.methods import METHODS
@@ -57,6 +58,19 @@ def test_places_are_used_again():
     steps = traced(lambda inputs: (inputs[0] + inputs[1]) * (inputs[0] + inputs[1] + 1.0) + 2.0, 2)
     assert [step.code for step in steps] == ["PLUS", "PLUS", "FILL", "PLUS", "TIMES", "FILL", "PLUS", "COPY"]
     assert max(step.of for step in steps) <= 5
+
+
+def test_numbers_may_stand_first():
+    def function(inputs):
+        made = 1.0 - inputs[0] + 2.0 * inputs[1]
+        made -= inputs[0]
+        made *= 0.3
+        made /= 0.7
+        return 1.0 / (0.5 + made) + -made
+
+    method = BlockMethod("own", (), "none", (2, 2), "", function=lambda *inputs: function(inputs), elementwise=True)
+    inputs = (stored(torch.randn(3000), "F32"), stored(torch.randn(3000), "BF16"))
+    check(ByBlock(inputs[0].info, method, {}, inputs, "a tensor"), compute="F32")
 
 
 def test_an_input_is_not_written_to():

@@ -105,7 +105,7 @@ def test_programs_remember_what_is_not_finite():
 
     def run() -> None:
         blocks = [memoryview(leaf.file) for leaf in program.inputs]  # type: ignore[arg-type]
-        Kernels(library).store(program, blocks, 5000, "F16", out)
+        Kernels(library).store(program, blocks, 5000, "F16", out, 0)
 
     run()
     assert not program.take_suspicion()
@@ -200,7 +200,8 @@ for name, more in (("ties", {"vote": "count"}), ("breadcrumbs", {"gamma": (0.01,
         passes.append(type(step).__name__)
         step.add(0, step.measure_compiled(0, BlockOperands(loops, program, blocks, n, 3)))
         step = step.finish()
-    loops.store(compiled([node], DTYPES["F32"], {id(node): step}), blocks, n, "F32", memoryview(bytearray(4 * n)))
+    done = compiled([node], DTYPES["F32"], {id(node): step})
+    loops.store(done, blocks, n, "F32", memoryview(bytearray(4 * n)), 0)
     print(name, *passes)
 """
 

@@ -9,13 +9,21 @@ void answer(question *the, const int64_t *restrict keys, size_t n) {
   const uint64_t first = (uint64_t)the->low + 1, size = (uint64_t)the->high - first; /* no branch to be guessed */
   int32_t *restrict found = the->out;
   int64_t *restrict counts = the->out;
+  uint8_t is_inside[CHUNK];
   switch (the->code) {
     case BETWEEN:
       found += the->inside;
       for (size_t i = 0; i < n; i++) above += keys[i] >= the->high;
-      for (size_t i = 0; i < n; i++) {
-        found[inside] = (int32_t)keys[i];
-        inside += (uint64_t)keys[i] - first < size;
+      for (size_t i = 0; i < n; i++) is_inside[i] = (uint64_t)keys[i] - first < size;
+      for (size_t i = n; i < CHUNK; i++) is_inside[i] = 0;
+      for (size_t start = 0; start < n; start += 8) {
+        uint64_t any;
+        memcpy(&any, is_inside + start, 8); /* few are, so that most eights have none */
+        if (!any) continue;
+        for (size_t i = start; i < start + 8; i++) {
+          found[inside] = (int32_t)keys[i];
+          inside += is_inside[i];
+        }
       }
       break;
     case BINS:

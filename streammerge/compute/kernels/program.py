@@ -7,7 +7,7 @@ import enum
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from streammerge.compute.costs import piece_elements, slots, target_of
@@ -72,6 +72,7 @@ class Program:
     registers: int
     compute: str
     piece: int = 1
+    longer: dict[int, tuple[Sequence[MethodStep], Program]] = field(default_factory=dict)
 
     @property
     def room_bytes(self) -> int:
@@ -79,21 +80,21 @@ class Program:
         return self.registers * CHUNK * (8 if self.compute == "F64" else 4)
 
     def followed_by(self, steps: Sequence[MethodStep]) -> Program:
-        """The program with these steps behind it, for which its first registers are the inputs."""
-        writer = _Writer({})
-        writer.steps += self.steps
-        writer.take(steps, 0)
-        return replace(
-            self,
-            steps=(Step * len(writer.steps))(*writer.steps),
-            registers=max(self.registers, writer.registers),
-        )
+        """The program with these steps behind it, for which its first registers are the inputs; it is kept."""
+        kept = self.longer.get(id(steps))
+        if kept is None or kept[0] is not steps:
+            writer = _Writer({})
+            writer.registers = self.registers
+            writer.take(steps, 0)
+            both = (Step * (len(self.steps) + len(writer.steps)))(*self.steps, *writer.steps)
+            kept = self.longer[id(steps)] = steps, replace(self, steps=both, registers=writer.registers, longer={})
+        return kept[1]
 
     def take_suspicion(self) -> bool:
         """Whether a method was given what is infinite or no number, of which its output may not tell, since this was
         last asked."""
         watching = [step for step in self.steps if step.code == Code.WATCH]
-        found = any(step.seen[0] for step in watching)
+        found = any([step.seen[0] for step in watching] + [own.take_suspicion() for _, own in self.longer.values()])
         for step in watching:
             step.seen[0] = 0
         return found
@@ -201,7 +202,13 @@ class Kernels:
         self._scratch = page_aligned(0)
 
     def store(
-        self, program: Program, blocks: Sequence[memoryview], elements: int, kind: str, out: memoryview, start: int = 0
+        self,
+        program: Program,
+        blocks: Sequence[memoryview],
+        elements: int,
+        kind: str,
+        out: memoryview,
+        start: int | None = None,
     ) -> Found | None:
         """The first register into `out`, as this kind of element; what isn't finite or in its range, else None.
 
@@ -221,7 +228,7 @@ class Kernels:
         *,
         apart: bool,
         wide: bool,
-        start: int = 0,
+        start: int | None = None,
     ) -> InnerProducts:
         """⟨dᵢ, dⱼ⟩ for j ≤ i of the first registers: d₀ = x₀ and dᵢ = xᵢ − x₀ if they are taken `apart`, else dᵢ = xᵢ.
 
@@ -242,7 +249,7 @@ class Kernels:
         blocks: Sequence[memoryview],
         elements: int,
         questions: ctypes.Array[Question],
-        start: int = 0,
+        start: int | None = None,
     ) -> None:
         """Have questions about the first registers answered."""
         ask = self._library.ask_f64 if program.compute == "F64" else self._library.ask_f32
@@ -262,14 +269,19 @@ class Kernels:
         """How many elements of stored bytes are infinite or no numbers."""
         return int(self._library.nonfinite_in(KINDS[kind], address(block), elements))
 
-    def _given(self, program: Program, blocks: Sequence[memoryview], elements: int, start: int) -> tuple[Any, ...]:
-        """What every function is given first: the program, its inputs, and room for its registers."""
-        if start % program.piece:
+    def _given(
+        self, program: Program, blocks: Sequence[memoryview], elements: int, start: int | None
+    ) -> tuple[Any, ...]:
+        """What every function is given first: the program, its inputs, and room for its registers.
+
+        Without methods in it, a program need not know with which element the blocks begin.
+        """
+        if program.piece > 1 and (start is None or start % program.piece):
             raise ValueError(f"element {start} is no beginning of a piece of {program.piece} elements")
         if len(self._room) < program.room_bytes:
             self._room = page_aligned(program.room_bytes)
         inputs = (ctypes.c_void_p * len(blocks))(*map(address, blocks))
-        return program.steps, len(program.steps), inputs, start, elements, address(self._room)
+        return program.steps, len(program.steps), inputs, start or 0, elements, address(self._room)
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +293,7 @@ class BlockOperands(Asked):
     blocks: Sequence[memoryview]
     elements: int
     vectors: int
-    start: int = 0
+    start: int | None = None
     first: int = 1
     apart: bool = True
 
