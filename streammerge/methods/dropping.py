@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from streammerge.errors import MethodError
@@ -10,9 +10,11 @@ from streammerge.methods.contract import ParameterValue, PerModel, Share
 from streammerge.methods.linear import check_weights
 from streammerge.methods.place import Place, Target
 from streammerge.methods.registry import BlockMethod, Needs, Statistics, method, net
-from streammerge.methods.sparse import banded_kernel, divided, elect_and_sum, l1_pass
+from streammerge.methods.sparse import banded_kernel, divided, elect_and_sum, l1_pass, merge_step
 from streammerge.methods.statistics.ranking import begin_ranking
 from streammerge.methods.statistics.ranks import Cut, Ranking
+from streammerge.methods.statistics.slices import Slicing
+from streammerge.methods.steps import Kernel, Step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -153,10 +155,14 @@ def keep_probability(delta: Tensor, density: float, epsilon: float) -> Tensor:
     whole_numbers = torch.int64 if delta.dtype == torch.float64 else torch.int32
     bits = delta.abs().view(whole_numbers)  # which sort as the magnitudes do, in less time
     order = bits.argsort(dim=1, stable=True)
-    step = 2 * epsilon / (width - 1) if width > 1 else 0.0
-    by_rank = torch.arange(width, dtype=torch.float64, device=delta.device).mul_(step)
-    by_rank += density - epsilon if width > 1 else density
+    least, step = chances(width, density, epsilon)
+    by_rank = torch.arange(width, dtype=torch.float64, device=delta.device).mul_(step).add_(least)
     return by_rank.new_empty(delta.shape).scatter_(1, order, by_rank.expand(delta.shape))
+
+
+def chances(width: int, density: float, epsilon: float) -> tuple[float, float]:
+    """The probability of the smallest element of a row, and by how much more likely the next one is."""
+    return (density - epsilon, 2 * epsilon / (width - 1)) if width > 1 else (density, 0.0)
 
 
 def drop_smaller(delta: Tensor, model: int, place: Place, density: float, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -195,7 +201,46 @@ def della_factors(target: Target, parameters: Parameters) -> Any:  # noqa: ANN40
     def kept(delta: Tensor, model: int, place: Place) -> Tensor:
         return drop_smaller(delta, model, place, density[model], epsilon[model])[0]
 
-    return l1_pass(target, kept)
+    return l1_pass(target, kept, steps=list(whole_and_sifted(target, density, epsilon)))
+
+
+def sift_step(
+    target: Target,
+    model: int,
+    chance: tuple[float, float],
+    factors: tuple[float | None, float] = (1.0, 1.0),
+    of: int | None = None,
+) -> Step:
+    """The step SIFT: what is kept of a task vector by its rank, times two factors; DROP if ranks don't count."""
+    (density, epsilon), (factor, share) = chance, factors
+    place, numbers = model + 1 if of is None else of, target.stream(model).numbers
+    if density >= 1 or density <= 0:
+        return Step("DROP", place, (1.0 if factor is None else factor, share, density, *numbers))
+    width = Slicing.of(target.shape, "rows").width
+    return Step("SIFT", place, (factor or 0.0, share, *chances(width, density, epsilon), width, *numbers))
+
+
+def whole_and_sifted(target: Target, density: Sequence[float], epsilon: Sequence[float]) -> Iterator[Step]:
+    """Each task vector, and what is kept of it, one after the other behind the inputs."""
+    for i, chance in enumerate(zip(density, epsilon, strict=True)):
+        place = target.inputs + 2 * i
+        yield Step("MINUS", place, (i + 1, 0))
+        yield Step("COPY", place + 1, (i + 1,))
+        yield sift_step(target, i, chance, of=place + 1)
+
+
+def della_kernel(vote: str) -> Kernel:
+    """How compiled loops do it: every task vector becomes sparse in its model's place, then all are merged."""
+
+    def steps(target: Target, parameters: Parameters, statistics: Sequence[float | None]) -> list[Step]:
+        weight: Any = parameters["weight"]
+        density: Any = parameters["density"]
+        epsilon: Any = parameters["epsilon"]
+        each = enumerate(zip(density, epsilon, statistics, weight, strict=True))
+        sifted = [sift_step(target, i, (share, spread), (factor, part)) for i, (share, spread, factor, part) in each]
+        return [*sifted, merge_step(weight, parameters, vote)]
+
+    return steps
 
 
 def della_deltas(
@@ -222,7 +267,7 @@ DELLA: Any = {
 }
 
 
-@method(BlockMethod, **DELLA)
+@method(BlockMethod, **DELLA, kernel=della_kernel("sum"))
 def della(
     base: Tensor,
     *models: Tensor,
@@ -247,7 +292,7 @@ def della(
     return add_deltas(base, deltas, weight, normalize=normalize, scale=lambda_, elect=True)
 
 
-@method(BlockMethod, **DELLA)
+@method(BlockMethod, **DELLA, kernel=della_kernel("none"))
 def della_linear(
     base: Tensor,
     *models: Tensor,

@@ -14,9 +14,12 @@ from streammerge.compute.expressions import BLOCK, Combined, Stored, Term
 from streammerge.compute.kernels.library import CHUNK, kernels
 from streammerge.compute.kernels.program import can_be_compiled
 from streammerge.compute.lanes import torch_dtype
+from streammerge.compute.makers import Wanted
 from streammerge.methods.place import Target
 from streammerge.methods.statistics.sums import VectorPass
 from streammerge.tensors import DTYPES
+from tests.compute.test_kernels import assert_same as compared
+from tests.compute.test_kernels import store
 from tests.make.programs import (
     NARROW,
     applied,
@@ -61,6 +64,85 @@ def test_every_option_of_dare(name, problem, seed):
     inputs, parameters, compute = problem
     with small_pieces():
         check(replace(applied(name, inputs, **parameters), seed=seed), compute=compute)
+
+
+SHAPES = [
+    (0,),
+    (),
+    (1,),
+    (5000,),
+    (40, 1),
+    (7, 300),
+    (300, 7),
+    (3, 1024),
+    (2, 1025),
+    (70, 64, 3, 3),
+    (1, 4097),
+    (3, 9001),
+]
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> tuple[list[Stored], dict[str, Any], str]:
+    """Matrices of many shapes with equal magnitudes in them, and DELLA's parameters."""
+    wide, shape = draw(st.booleans()), draw(st.sampled_from(SHAPES))
+    count, steps = draw(st.integers(2, 4)), draw(st.sampled_from([1, 8, 10**6]))
+    odd = draw(st.booleans())
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    inputs = []
+    for _ in range(count):
+        values = (torch.randn(shape, generator=generator, dtype=torch.float64) * steps).round() / steps
+        if odd:
+            values = torch.where(values > 2.2, torch.inf, torch.where(values < -2.4, torch.nan, values))
+        inputs.append(stored(values, draw(st.sampled_from([*NARROW, "F64"] if wide else NARROW))))
+    chances = [draw(st.sampled_from([(0.5, 0.3), (0.2, 0.1), (0.7, 0.29), (0.0, 0.1), (1.0, 0.1)])) for _ in inputs[1:]]
+    parameters = {
+        "weight": tuple(draw(weights) for _ in chances),
+        "density": tuple(density for density, _ in chances),
+        "epsilon": tuple(epsilon for _, epsilon in chances),
+        "normalize": draw(st.booleans()),
+        "rescale": draw(st.booleans()),
+        "rescale_by": draw(st.sampled_from(["l1", "probability"])),
+        "lambda": draw(st.sampled_from([1.0, -0.3])),
+    }
+    return inputs, parameters, "F64" if wide else "F32"
+
+
+@pytest.mark.parametrize("name", ["della", "della_linear"])
+@given(problem=rows())
+@settings(max_examples=150, deadline=None)
+def test_every_option_of_della(name, problem):
+    inputs, parameters, compute = problem
+    with small_pieces():
+        check(applied(name, inputs, **parameters), compute=compute)
+
+
+@given(problem=rows())
+@settings(max_examples=80, deadline=None)
+def test_dellas_pass_measures_the_same(problem):
+    inputs, parameters, compute = problem
+    parameters |= {"rescale": True, "rescale_by": "l1"}
+    with small_pieces():
+        found = measured(applied("della", inputs, **parameters), torch_dtype(DTYPES[compute]))
+    assert set(found) <= {VectorPass}
+
+
+def test_what_goes_through_rows_is_not_gone_through_otherwise():
+    inputs = [stored(torch.randn(40, 50), "F16") for _ in range(3)]
+    della, ties = applied("della", inputs), applied("ties", inputs)
+    assert can_be_compiled(della)
+    assert can_be_compiled(Combined(della.info, (Term(0.5, della), Term(0.5, inputs[0]))))
+    assert not can_be_compiled(Combined(della.info, (Term(0.5, della), Term(0.5, ties))))
+    assert not can_be_compiled(applied("dare_ties", [inputs[0], della]))
+    assert not can_be_compiled(applied("della", [inputs[0], ties]))
+
+
+@pytest.mark.parametrize("shape", [(1300, 401), (3, 200_001), (600_001,)])
+def test_blocks_cut_rows_anywhere(tmp_path, shape):
+    leaves = [store(tmp_path, f"{n}", torch.randn(shape).half()) for n in range(3)]
+    node = applied("della", leaves, density=0.6, epsilon=0.2)
+    compared(Wanted(node, DTYPES["F32"], DTYPES["F16"]))
+    compared(Wanted(Combined(node.info, (Term(0.5, node), Term(2.0, leaves[1]))), DTYPES["F64"], DTYPES["F32"]))
 
 
 @given(problem=problems(), rescale=st.sampled_from([0.0, 0.5, 1.0]))

@@ -29,6 +29,7 @@ enum division { NEVER, BY_NUMBER, BY_WEIGHTS, BY_POSITIVE_WEIGHTS };
 #include "elementwise.inc"
 #include "random.inc"
 #include "program.inc"
+#include "ranks.inc"
 #include "magnitudes.inc"
 #undef REAL
 #undef BITS
@@ -49,4 +50,5 @@ enum division { NEVER, BY_NUMBER, BY_WEIGHTS, BY_POSITIVE_WEIGHTS };
 #include "elementwise.inc"
 #include "random.inc"
 #include "program.inc"
+#include "ranks.inc"
 #include "magnitudes.inc"
