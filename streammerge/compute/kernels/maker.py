@@ -47,7 +47,7 @@ def maker_bytes(node: Node, info: TensorInfo) -> int:
     elements = min(BLOCK if whole else at_once(list(stored_leaves(node))), info.elements)
     elements = max([elements, *(row for row, _ in rows)])
     beside = BLOCK * info.dtype.bits // 8 + registers(node) * CHUNK * 16
-    return elements * element_bytes(stored_leaves(node)) + sum(row * (4 * count + 24) for row, count in rows) + beside
+    return elements * element_bytes(stored_leaves(node)) + sum(row * (4 * count + 32) for row, count in rows) + beside
 
 
 def element_bytes(leaves: Iterator[Stored] | Sequence[Stored]) -> int:

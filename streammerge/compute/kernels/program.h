@@ -73,7 +73,7 @@ EXPORT int run_f64(step *steps, int64_t count, const void *const *inputs, int64_
                    int32_t kind, void *out, finding *found);
 
 /* Before steps SIFT are run for elements of [start, start + n), which are whole rows: how they rank. There is room for n
-   ranks for each of these steps, and space for 2 n keys of the program's type and 2 n ranks. */
+   ranks for each of these steps, and 4 times as much space as n numbers of the program's type take. */
 EXPORT void rank_f32(step *steps, int64_t count, const void *const *inputs, int64_t start, int64_t n, float *room,
                      uint32_t *ranks, void *space);
 EXPORT void rank_f64(step *steps, int64_t count, const void *const *inputs, int64_t start, int64_t n, double *room,

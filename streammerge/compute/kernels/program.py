@@ -223,7 +223,7 @@ class Kernels:
         It does so until the memory that is returned, `room` if that is large enough, is given back.
         """
         rank, size = (self._library.rank_f64, 8) if program.compute == "F64" else (self._library.rank_f32, 4)
-        found, space = 4 * program.ranks * elements, 2 * (size + 4) * elements
+        found, space = 4 * program.ranks * elements, 4 * size * elements
         room = room if len(room) >= found + space else page_aligned(found + space)
         given = self._given(program, blocks, elements, start)
         rank(*given, address(room[space:]), address(room))
