@@ -140,6 +140,7 @@ def test_what_goes_through_rows_is_not_gone_through_otherwise():
 @pytest.mark.parametrize("shape", [(1300, 401), (3, 200_001), (600_001,)])
 def test_blocks_cut_rows_anywhere(tmp_path, shape):
     leaves = [store(tmp_path, f"{n}", torch.randn(shape).half()) for n in range(3)]
+    compared(Wanted(applied("della", leaves), DTYPES["F32"], DTYPES["F16"]))  # of which nothing is dropped
     node = applied("della", leaves, density=0.6, epsilon=0.2)
     compared(Wanted(node, DTYPES["F32"], DTYPES["F16"]))
     compared(Wanted(Combined(node.info, (Term(0.5, node), Term(2.0, leaves[1]))), DTYPES["F64"], DTYPES["F32"]))

@@ -181,8 +181,10 @@ class _Writer:
         for place, child in enumerate(node.inputs):
             self.write(child, to + place)
         self._step(Code.WATCH, to, to, number=len(node.inputs))
-        self.take(node.method.steps(target_of(node), node.parameters, self.statistics.get(id(node))), to)
-        self.piece = math.lcm(self.piece, piece_elements(node))
+        steps = node.method.steps(target_of(node), node.parameters, self.statistics.get(id(node)))
+        self.take(steps, to)
+        if not node.method.needs.rows or any(step.code == Code.SIFT.name for step in steps):
+            self.piece = math.lcm(self.piece, piece_elements(node))
 
     def take(self, steps: Sequence[MethodStep], to: int) -> None:
         """Steps of a method whose inputs are in registers from this one on."""
