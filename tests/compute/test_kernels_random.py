@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +22,7 @@ from streammerge.methods.statistics.sums import VectorPass
 from streammerge.tensors import DTYPES
 from tests.compute.test_kernels import assert_same as compared
 from tests.compute.test_kernels import store
+from tests.make.models import save_model
 from tests.make.programs import (
     NARROW,
     applied,
@@ -216,3 +219,28 @@ def test_ranges_begin_and_end_anywhere(start, count):
     device = torch.device("cpu")
     whole = target.stream(0).uniform(start - start % 2, count + start % 2, device)
     assert torch.equal(target.stream(0).uniform(start, count, device), whole[start % 2 :])
+
+
+TORCHLESS = """
+import sys
+import streammerge
+
+base, *models = sys.argv[1:4]
+at_random = {"density": 0.5, "rescale_by": "l1"}
+for merge in (
+    streammerge.dare_ties(*models, base=base, **at_random),
+    streammerge.della(*models, base=base, **at_random),
+    streammerge.dropout(*models, base=base, density=0.5),
+    streammerge.plus_random(base, alpha=0.5),
+):
+    streammerge.merge(merge, output=sys.argv[4], force=True, sync=False)
+    print("torch" in sys.modules)
+"""
+
+
+def test_torch_is_not_needed(tmp_path):
+    paths = [str(save_model(tmp_path / f"{n}.safetensors", {"w": torch.randn(64, 48).half()})) for n in range(3)]
+    words = [sys.executable, "-c", TORCHLESS, *paths, str(tmp_path / "out.safetensors")]
+    told = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert told.stderr == ""
+    assert told.stdout.split() == ["False"] * 4
