@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from streammerge.errors import MethodError
@@ -10,9 +10,11 @@ from streammerge.methods.contract import ParameterValue, PerModel, Share
 from streammerge.methods.linear import check_weights
 from streammerge.methods.place import Place, Target
 from streammerge.methods.registry import BlockMethod, Needs, Statistics, method, net
-from streammerge.methods.sparse import banded_kernel, divided, elect_and_sum, l1_pass
+from streammerge.methods.sparse import banded_kernel, divided, elect_and_sum, l1_pass, merge_step
 from streammerge.methods.statistics.ranking import begin_ranking
 from streammerge.methods.statistics.ranks import Cut, Ranking
+from streammerge.methods.statistics.slices import Slicing
+from streammerge.methods.steps import Kernel, Step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,107 +41,6 @@ def add_deltas(
         if normalize:
             total = total / net(*weight)
     return total.mul_(scale).add_(base)
-
-
-# DARE: at random
-
-
-def drop_at_random(delta: Tensor, model: int, place: Place, density: float) -> Tensor:
-    """The task vector of which each element is kept with the probability `density`."""
-    return delta if density >= 1 else delta * (place.uniform(model, delta) < density)
-
-
-def dare_factors(target: Target, parameters: Parameters) -> Any:  # noqa: ANN401
-    """What makes up for the dropped elements: 1/density at once, or the L1 norms' ratio after a pass."""
-    density: Any = parameters["density"]
-    if not parameters["rescale"]:
-        return [1.0] * len(density)
-    if parameters["rescale_by"] == "density" or all(share >= 1 for share in density):
-        return [1.0 / share if share else 1.0 for share in density]
-    return l1_pass(target, lambda delta, model, place: drop_at_random(delta, model, place, density[model]))
-
-
-DARE: Any = {
-    **GTA,
-    "statistics": Statistics(dare_factors, passes=1),
-    "needs": Needs(temporaries=4, temporaries_each=2),
-}
-
-
-def dropped_at_random(
-    base: Tensor, models: Sequence[Tensor], density: Sequence[float], place: Place, factors: Factors
-) -> list[Tensor]:
-    """The task vectors after DARE."""
-    return [
-        drop_at_random(model - base, i, place, density[i]) * factor
-        for i, (model, factor) in enumerate(zip(models, factors, strict=True))
-    ]
-
-
-@method(BlockMethod, **DARE)
-def dare_linear(
-    base: Tensor,
-    *models: Tensor,
-    weight: PerModel = (1.0,),
-    density: Sequence[Share] = (1.0,),
-    normalize: bool = False,
-    lambda_: float = 1.0,
-    rescale: bool = True,
-    rescale_by: Literal["density", "l1"] = "density",
-    place: Place,
-    statistics: Factors,
-) -> Tensor:
-    """θ = θ₀ + λ Σᵢ wᵢ drop(θᵢ − θ₀) / density, divided by Σᵢ wᵢ if `normalize`; drop keeps elements at random
-
-    DARE, Yu et al. 2023, arXiv:2311.03099. Each element is kept with the probability `density`, from the seed. What is
-    kept is divided by the density as in the paper; mergekit scales it to the L1 norm of the whole task vector instead,
-    which `rescale_by: l1` does.
-    """
-    deltas = dropped_at_random(base, models, density, place, statistics)
-    return add_deltas(base, deltas, weight, normalize=normalize, scale=lambda_, elect=False)
-
-
-@method(BlockMethod, **DARE)
-def dare_ties(
-    base: Tensor,
-    *models: Tensor,
-    weight: PerModel = (1.0,),
-    density: Sequence[Share] = (1.0,),
-    normalize: bool = False,
-    lambda_: float = 1.0,
-    rescale: bool = True,
-    rescale_by: Literal["density", "l1"] = "density",
-    place: Place,
-    statistics: Factors,
-) -> Tensor:
-    """θ = θ₀ + λ Σᵢ mᵢ wᵢ drop(θᵢ − θ₀) / density, divided by Σᵢ mᵢ wᵢ if `normalize`; mᵢ: agrees with the elected sign
-
-    DARE (arXiv:2311.03099) as in `dare_linear`, with TIES' election of signs (arXiv:2306.01708).
-    """
-    deltas = dropped_at_random(base, models, density, place, statistics)
-    return add_deltas(base, deltas, weight, normalize=normalize, scale=lambda_, elect=True)
-
-
-@method(BlockMethod, base="required", needs=Needs(temporaries=6))
-def dropout(
-    base: Tensor,
-    *models: Tensor,
-    density: Sequence[Share] = (0.1,),
-    lambda_: float = 1.0,
-    rescale: Share = 1.0,
-    place: Place,
-) -> Tensor:
-    """θ = θ₀ + λ Σᵢ mᵢ densityᵢ⁻ʳ (θᵢ − θ₀) / max(Σᵢ mᵢ, 1),   mᵢ: 1 with the probability densityᵢ, else 0
-
-    sd-mecha's dropout (its probability is 1 − density): elements that several task vectors keep are averaged. r is
-    `rescale`. Task vectors are dropped independently; sd-mecha's other overlaps raise errors, but for odd ones.
-    """
-    total, kept = base * 0.0, base * 0.0
-    for i, (model, share) in enumerate(zip(models, density, strict=True)):
-        mask = (place.uniform(i, model) < share).to(base.dtype)
-        kept += mask
-        total.addcmul_(model - base, mask, value=share**-rescale if share else 0.0)
-    return total.div_(kept.clamp_(min=1.0)).mul_(lambda_).add_(base)
 
 
 # Breadcrumbs: the smallest and the largest
@@ -254,10 +155,14 @@ def keep_probability(delta: Tensor, density: float, epsilon: float) -> Tensor:
     whole_numbers = torch.int64 if delta.dtype == torch.float64 else torch.int32
     bits = delta.abs().view(whole_numbers)  # which sort as the magnitudes do, in less time
     order = bits.argsort(dim=1, stable=True)
-    step = 2 * epsilon / (width - 1) if width > 1 else 0.0
-    by_rank = torch.arange(width, dtype=torch.float64, device=delta.device).mul_(step)
-    by_rank += density - epsilon if width > 1 else density
+    least, step = chances(width, density, epsilon)
+    by_rank = torch.arange(width, dtype=torch.float64, device=delta.device).mul_(step).add_(least)
     return by_rank.new_empty(delta.shape).scatter_(1, order, by_rank.expand(delta.shape))
+
+
+def chances(width: int, density: float, epsilon: float) -> tuple[float, float]:
+    """The probability of the smallest element of a row, and by how much more likely the next one is."""
+    return (density - epsilon, 2 * epsilon / (width - 1)) if width > 1 else (density, 0.0)
 
 
 def drop_smaller(delta: Tensor, model: int, place: Place, density: float, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -296,7 +201,46 @@ def della_factors(target: Target, parameters: Parameters) -> Any:  # noqa: ANN40
     def kept(delta: Tensor, model: int, place: Place) -> Tensor:
         return drop_smaller(delta, model, place, density[model], epsilon[model])[0]
 
-    return l1_pass(target, kept)
+    return l1_pass(target, kept, steps=list(whole_and_sifted(target, density, epsilon)))
+
+
+def sift_step(
+    target: Target,
+    model: int,
+    chance: tuple[float, float],
+    factors: tuple[float | None, float] = (1.0, 1.0),
+    of: int | None = None,
+) -> Step:
+    """The step SIFT: what is kept of a task vector by its rank, times two factors; DROP if ranks don't count."""
+    (density, epsilon), (factor, share) = chance, factors
+    place, numbers = model + 1 if of is None else of, target.stream(model).numbers
+    if density >= 1 or density <= 0:
+        return Step("DROP", place, (1.0 if factor is None else factor, share, density, *numbers))
+    width = Slicing.of(target.shape, "rows").width
+    return Step("SIFT", place, (factor or 0.0, share, *chances(width, density, epsilon), width, *numbers))
+
+
+def whole_and_sifted(target: Target, density: Sequence[float], epsilon: Sequence[float]) -> Iterator[Step]:
+    """Each task vector, and what is kept of it, one after the other behind the inputs."""
+    for i, chance in enumerate(zip(density, epsilon, strict=True)):
+        place = target.inputs + 2 * i
+        yield Step("MINUS", place, (i + 1, 0))
+        yield Step("COPY", place + 1, (i + 1,))
+        yield sift_step(target, i, chance, of=place + 1)
+
+
+def della_kernel(vote: str) -> Kernel:
+    """How compiled loops do it: every task vector becomes sparse in its model's place, then all are merged."""
+
+    def steps(target: Target, parameters: Parameters, statistics: Sequence[float | None]) -> list[Step]:
+        weight: Any = parameters["weight"]
+        density: Any = parameters["density"]
+        epsilon: Any = parameters["epsilon"]
+        each = enumerate(zip(density, epsilon, statistics, weight, strict=True))
+        sifted = [sift_step(target, i, (share, spread), (factor, part)) for i, (share, spread, factor, part) in each]
+        return [*sifted, merge_step(weight, parameters, vote)]
+
+    return steps
 
 
 def della_deltas(
@@ -323,7 +267,7 @@ DELLA: Any = {
 }
 
 
-@method(BlockMethod, **DELLA)
+@method(BlockMethod, **DELLA, kernel=della_kernel("sum"))
 def della(
     base: Tensor,
     *models: Tensor,
@@ -348,7 +292,7 @@ def della(
     return add_deltas(base, deltas, weight, normalize=normalize, scale=lambda_, elect=True)
 
 
-@method(BlockMethod, **DELLA)
+@method(BlockMethod, **DELLA, kernel=della_kernel("none"))
 def della_linear(
     base: Tensor,
     *models: Tensor,

@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from streammerge.methods.random_numbers import Stream
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -45,6 +47,18 @@ class Target:
         """The place of a block of it."""
         return Place(self, block)
 
+    def stream(self, model: int) -> Stream:
+        """Random numbers for one of the models (0: the first beside the base), one for each element of the tensor.
+
+        They depend on the seed, the tensor's name, the merge's place in the recipe and the model, on nothing else:
+        not on the device, nor on what is computed at once.
+        """
+        return Stream.of(self.key(model))
+
+    def key(self, *numbers: int) -> bytes:
+        """What random numbers follow from."""
+        return repr((self.seed, self.name, *numbers, *self.within)).encode()
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -64,27 +78,21 @@ class Place:
         return self.tensor.first_block + self.block
 
     def generator(self, model: int) -> torch.Generator:
-        """Random numbers for one of the models (0: the first beside the base), the same on every machine.
-
-        They are made on the CPU and depend on the seed, the tensor's name, the merge's place in the recipe, the model
-        and the block, on nothing else.
-        """
+        """torch's random numbers for one of the models, on the CPU: for methods that are given whole tensors."""
         import torch
 
-        target = self.tensor
-        key = repr((target.seed, target.name, model, self.block, *target.within)).encode()
-        number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
-        return torch.Generator().manual_seed(number >> 1)
+        digest = hashlib.blake2b(self.tensor.key(model, self.block), digest_size=8).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
     def uniform(self, model: int, like: Tensor) -> Tensor:
         """A number of [0, 1) for each element of the block, in float32, where and in the shape that `like` has."""
-        import torch
+        return self.tensor.stream(model).uniform(self.start, like.numel(), like.device).reshape(like.shape)
 
-        return torch.rand(like.numel(), generator=self.generator(model)).to(like.device).reshape(like.shape)
+    def drawn(self, model: int, like: Tensor, share: float) -> Tensor:
+        """For each element of the block whether it is drawn, with this probability."""
+        return self.uniform(model, like) < share
 
     def normal(self, model: int, like: Tensor) -> Tensor:
         """A normally distributed number for each element of the block, where and in the shape that `like` has."""
-        import torch
-
-        numbers = torch.randn(like.numel(), generator=self.generator(model))
-        return numbers.to(like.device, like.dtype).reshape(like.shape)
+        stream = self.tensor.stream(model)
+        return stream.normal(self.start, like.numel(), like.device, like.dtype).reshape(like.shape)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from streammerge.methods.contract import Between
-from streammerge.methods.registry import BlockMethod, WholeMethod, method
+from streammerge.methods.registry import BlockMethod, Needs, WholeMethod, method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,7 +89,7 @@ def top_k_tensor_sum(first: Tensor, second: Tensor, *, width: float = 0.5, offse
     return out
 
 
-@method(BlockMethod, models=(1, 1))
+@method(BlockMethod, models=(1, 1), needs=Needs(float64=True), elementwise=True)
 def plus_random(model: Tensor, *, alpha: float, place: Place) -> Tensor:
     """θ = θ₁ + α ε,   ε: normally distributed random numbers
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
 from streammerge.errors import MethodError, RecipeError, suggestion
 from streammerge.methods.contract import GIVEN, Parameter, Parameters, ParameterValue, parameters_of
 from streammerge.methods.results import checked_coefficients, checked_tensor
-from streammerge.methods.tracing import traced
+from streammerge.methods.tracing import TracedPlace, traced
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -278,14 +278,23 @@ class BlockMethod(Method):
         if self.kernel:
             defaults: dict[str, Any] = {parameter.name: parameter.default for parameter in self.parameters}
             return self.kernel(target, {**defaults, **parameters}, statistics)
-        given = {"statistics": statistics} if "statistics" in self.wanted else {}
-        return traced(lambda inputs: self.function(*inputs, **keywords(parameters), **given), target.inputs)
+        return traced(lambda inputs: self.made(TracedPlace(target), inputs, parameters, statistics), target.inputs)
 
     def compute(self, place: Place, inputs: Sequence[Tensor], parameters: Parameters, statistics: Any) -> Tensor:  # noqa: ANN401
         """The output's block at this place; statistics are whatever the method's last pass gave."""
+        return checked_tensor(self.name, self.made(place, inputs, parameters, statistics), inputs[0])
+
+    def made(
+        self,
+        place: Place | TracedPlace,
+        inputs: Sequence[Tensor],
+        parameters: Parameters,
+        statistics: Any,  # noqa: ANN401
+    ) -> Tensor:
+        """What the function makes."""
         given = {"place": place, "statistics": statistics}
-        made = self.function(*inputs, **keywords(parameters), **{name: given[name] for name in self.wanted})
-        return checked_tensor(self.name, made, inputs[0])
+        made: Tensor = self.function(*inputs, **keywords(parameters), **{name: given[name] for name in self.wanted})
+        return made
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from streammerge.methods.linear import check_weights
 from streammerge.methods.registry import BlockMethod, Statistics, method, net
 from streammerge.methods.statistics.ranking import begin_ranking
 from streammerge.methods.statistics.ranks import Cut, Ranking
-from streammerge.methods.statistics.sums import L1Pass, l1_norm
+from streammerge.methods.statistics.sums import L1Pass, SumPass, VectorPass, l1_norm
 from streammerge.methods.steps import Kernel, Step
 
 if TYPE_CHECKING:
@@ -161,10 +161,12 @@ def l1_pass(
     kept: Callable[[Tensor, int, Place], Tensor],
     then: Callable[[Sequence[float]], Any] = tuple,
     cuts: Sequence[Sequence[Cut]] = (),
-) -> L1Pass:
+    steps: Sequence[Step] = (),
+) -> SumPass:
     """A pass for ‖d‖₁ / ‖kept d‖₁ of each task vector, 1 where nothing is kept; `then` makes these the statistics.
 
-    Compiled loops need the cuts that say what is kept: what the first of them keeps, but not a second one.
+    Compiled loops need the cuts that say what is kept: what the first of them keeps, but not a second one. Or the steps
+    that make each d and kept d, one after the other behind the inputs.
     """
 
     def sums(block: int, inputs: Sequence[Tensor]) -> list[float]:
@@ -178,5 +180,7 @@ def l1_pass(
     def factors(found: Sequence[float]) -> Any:  # noqa: ANN401
         return then([whole / left if left > 0 else 1.0 for whole, left in zip(found[::2], found[1::2], strict=True)])
 
-    numbers = [[cut.numbers(target) for cut in each] for each in cuts]
-    return L1Pass(target.step, numbers, 2 * (target.inputs - 1), sums, factors)
+    count = 2 * (target.inputs - 1)
+    if steps:
+        return VectorPass(steps, target.inputs, count, sums, factors)
+    return L1Pass(target.step, [[cut.numbers(target) for cut in each] for each in cuts], count, sums, factors)

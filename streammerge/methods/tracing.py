@@ -7,12 +7,15 @@ once, in its own words, and compiled loops do the same in the same order.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from streammerge.methods.steps import Step
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from streammerge.methods.place import Target
 
 
 def traced(function: Callable[[Sequence[Tensor]], Tensor], inputs: int) -> list[Step]:
@@ -30,6 +33,21 @@ def traced_vectors(function: Callable[[Sequence[Tensor]], Sequence[Tensor]], inp
     results: Any = function(given)
     first = trace.taken
     return [*trace.steps, *(Step("COPY", first + i, (made.place,)) for i, made in enumerate(results))], first
+
+
+@dataclass(frozen=True, slots=True)
+class TracedPlace:
+    """A place in a trace: random numbers are made by steps."""
+
+    tensor: Target
+
+    def drawn(self, model: int, like: Elements, share: float) -> Elements:
+        """What is 1 with this probability."""
+        return like.made_at_random("DRAW", share, *self.tensor.stream(model).numbers)
+
+    def normal(self, model: int, like: Elements) -> Elements:
+        """Normally distributed numbers."""
+        return like.made_at_random("NORMAL", *self.tensor.stream(model).numbers)
 
 
 class Trace:
@@ -67,6 +85,10 @@ class Elements:
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         raise AttributeError(f"methods that use {name!r} are not elementwise")
+
+    def made_at_random(self, code: str, *numbers: float) -> Elements:
+        """What a step makes of random numbers."""
+        return self._made(code, *numbers)
 
     def _made(self, code: str, *numbers: float) -> Elements:
         made = Elements(self.trace, self.trace.place())

@@ -19,6 +19,7 @@ from streammerge.compute.expressions import BLOCK
 from streammerge.errors import PlanError
 from streammerge.formats.readers import MappedReader, PositionalReader
 from streammerge.methods import METHODS
+from streammerge.methods.place import Target
 from tests.make.models import assert_same_bytes, merge_to, normal, raw_bytes, store_tensors
 from tests.references.cases import CASES, ONE_CASE_EACH
 from tests.references.closeness import relative_error, ulps_apart
@@ -56,6 +57,18 @@ def test_cuda_gives_the_same_bytes_however_it_is_run(families, tmp_path, case):
     variants: list[dict[str, Any]] = [{"threads": 1}, {"threads": 4}, {"io": "pread"}, {"max_vram": "64MiB"}]
     for number, options in enumerate(variants):
         assert_same_bytes(merge_on_cuda(tmp_path / f"{number}.safetensors", case.merge(paths), **options), once)
+
+
+@pytest.mark.cuda
+@needs_cuda
+@pytest.mark.parametrize("first", [0, 1, 2**33 + 1])
+def test_cuda_draws_the_cpus_random_numbers(first):
+    """To the last bit, by whole numbers and by operations that are rounded once."""
+    stream, count = Target("w", (1,), 2).stream(0), 2**20 + 3
+    cpu, card = torch.device("cpu"), torch.device("cuda")
+    assert torch.equal(stream.uniform(first, count, card).cpu(), stream.uniform(first, count, cpu))
+    for dtype in (torch.float32, torch.float64):
+        assert torch.equal(stream.normal(first, count, card, dtype).cpu(), stream.normal(first, count, cpu, dtype))
 
 
 @pytest.mark.cuda

@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 
 from streammerge.compute.expressions import ByBlock
 from streammerge.compute.kernels.library import kernels
+from streammerge.compute.lanes import torch_dtype
 from streammerge.methods import METHODS
 from streammerge.methods.registry import BlockMethod
 from streammerge.methods.tracing import traced
+from streammerge.tensors import DTYPES
 from tests.make.programs import NARROW, applied, check, measured, small_pieces, stored, tensors
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="the library is not built")
@@ -42,7 +44,7 @@ def test_elementwise_methods(name, data):
     }
     with small_pieces():
         node = applied(name, inputs, **given)
-        measured(node, "F64" if wide else "F32")
+        measured(node, torch_dtype(DTYPES["F64" if wide else "F32"]))
         check(node, compute="F64" if wide else "F32")
 
 

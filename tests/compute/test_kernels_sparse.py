@@ -17,7 +17,7 @@ from streammerge.compute.costs import compute_dtype, piece_count
 from streammerge.compute.expressions import BLOCK, ByBlock, Combined, Stored, Term, Together
 from streammerge.compute.kernels.library import CHUNK, kernels
 from streammerge.compute.kernels.program import Kernels, compiled
-from streammerge.compute.lanes import Lane
+from streammerge.compute.lanes import Lane, torch_dtype
 from streammerge.compute.survey import TogetherSurvey
 from streammerge.compute.tensor_maker import TensorMaker
 from streammerge.methods.statistics.brackets import Gathering, Sample
@@ -88,16 +88,16 @@ def test_what_is_made_of_a_method_begins_with_its_pieces():
     inputs = [stored(torch.randn(BLOCK + 9).round(), "F16") for _ in range(3)]
     inner = applied("ties", inputs, density=0.5)
     node = Combined(inner.info, (Term(0.5, inner), Term(0.25, inputs[0])))
-    known = surveyed(node, "F32")
-    assert_same(by_torch(node, known, "F32"), by_kernels(node, known, "F32", BLOCK))
+    known = surveyed(node, torch.float32)
+    assert_same(by_torch(node, known, torch.float32), by_kernels(node, known, torch.float32, BLOCK))
     with pytest.raises(ValueError, match="no beginning of a piece"):
-        by_kernels(node, known, "F32", CHUNK)
+        by_kernels(node, known, torch.float32, CHUNK)
 
 
 def test_programs_remember_what_is_not_finite():
     base, model = stored(torch.zeros(5000), "F16"), stored(torch.arange(5000.0), "F16")
     node = applied("ties", [base, model], density=0.0)
-    known = surveyed(node, "F32")
+    known = surveyed(node, torch.float32)
     program = compiled([node], DTYPES["F32"], known)
     library = kernels()
     assert library
@@ -134,8 +134,9 @@ def test_statistics_of_a_whole_model_count_its_blocks_through(dtypes, rescale, d
                 survey.add(block, found)
             survey.finish_pass()
         for node in nodes:
-            known, compute = {id(node): survey.result}, compute_dtype(node, node.info.dtype).name
-            assert_same(by_torch(node, known, compute), by_kernels(node, known, compute, SMALL_PIECE))
+            dtype = torch_dtype(compute_dtype(node, node.info.dtype))
+            known = {id(node): survey.result}
+            assert_same(by_torch(node, known, dtype), by_kernels(node, known, dtype, SMALL_PIECE))
 
 
 def measured_of(nodes: Sequence[ByBlock], step: Pass[Any], block: int) -> Any:
@@ -145,7 +146,7 @@ def measured_of(nodes: Sequence[ByBlock], step: Pass[Any], block: int) -> Any:
     number, own = divmod(block, piece_count(nodes[0]))
     node, start = nodes[number], own * SMALL_PIECE
     stop = min(start + SMALL_PIECE, node.info.elements)
-    program = compiled(node.inputs, compute_dtype(node, node.info.dtype), {})
+    program = compiled(node.inputs, DTYPES["F64" if node.info.dtype.name == "F64" else "F32"], {})
     return step.measure_compiled(block, operands_of(Kernels(library), program, start, stop))
 
 
@@ -155,27 +156,28 @@ def measured_of(nodes: Sequence[ByBlock], step: Pass[Any], block: int) -> Any:
 def test_passes_measure_the_same(name, problem):
     inputs, parameters, compute = problem
     with small_pieces():
-        measured(applied(name, inputs, **parameters), compute)
+        measured(applied(name, inputs, **parameters), torch_dtype(DTYPES[compute]))
 
 
 def test_passes_over_many_pieces_measure_the_same():
     inputs = [stored(torch.randn(400_000) / 8, "F16") for _ in range(3)]
     node = applied("ties", inputs, density=(0.3, 0.01), rescale=True)
-    assert measured(node, "F32") == [Sample, Gathering, L1Pass]
-    assert measured(node, "F64")[:2] == [UpperBits, LowerBits]
+    assert measured(node, torch.float32) == [Sample, Gathering, L1Pass]
+    assert measured(node, torch.float64)[:2] == [UpperBits, LowerBits]
 
 
 def test_a_sample_that_tells_nothing_true_sends_both_to_the_histograms():
     values = torch.cat([torch.zeros(2**14), torch.randn(2**17 - 2**14)])
     inputs = [stored(torch.zeros(2**17), "F32"), stored(values, "F32"), stored(values.round(), "F16")]
     node = applied("ties", inputs, density=0.2)
-    assert measured(node, "F32") == [Sample, Gathering, UpperBits, LowerBits, Equals]
+    assert measured(node, torch.float32) == [Sample, Gathering, UpperBits, LowerBits, Equals]
 
 
 TORCHLESS = """
 import sys
 sys.modules["torch"] = None  # importing it is an error
 from array import array
+from streammerge.compute.application import measured_with
 from streammerge.compute.costs import target_of
 from streammerge.compute.expressions import ByBlock, Stored
 from streammerge.compute.kernels.library import kernels
@@ -198,7 +200,8 @@ for name, more in (("ties", {"vote": "count"}), ("breadcrumbs", {"gamma": (0.01,
         passes.append(type(step).__name__)
         step.add(0, step.measure_compiled(0, BlockOperands(loops, program, blocks, n, 3)))
         step = step.finish()
-    loops.store(compiled([node], DTYPES["F32"], {id(node): step}), blocks, n, "F32", memoryview(bytearray(4 * n)), 0)
+    done = compiled([node], DTYPES["F32"], {id(node): step})
+    loops.store(done, blocks, n, "F32", memoryview(bytearray(4 * n)), 0)
     print(name, *passes)
 """
 

@@ -23,7 +23,7 @@ from streammerge.compute.survey import Survey
 from streammerge.compute.tensor_maker import TensorMaker
 from streammerge.methods import find_method
 from streammerge.methods.registry import BlockMethod
-from streammerge.tensors import DTYPES, TensorInfo
+from streammerge.tensors import DTYPES, DType, TensorInfo
 from tests.make.models import raw_bytes
 
 SMALL_PIECE = 2 * CHUNK
@@ -55,20 +55,26 @@ def applied(name: str, inputs: Sequence[Node], **parameters: Any) -> ByBlock:
     return ByBlock(inputs[0].info, method, given, tuple(inputs), "a tensor")
 
 
-def surveyed(node: Node, compute: str) -> dict[int, Any]:
-    return carry_out(Survey(node, DTYPES[compute]), TensorMaker(Lane(Memory()))).known  # type: ignore[arg-type]
+def dtype_of(dtype: torch.dtype) -> DType:
+    return DTYPES["F64" if dtype == torch.float64 else "F32"]
 
 
-def by_torch(node: Node, known: dict[int, Any], compute: str) -> torch.Tensor:
-    evaluator = Evaluator(Lane(Memory()), torch_dtype(DTYPES[compute]), known)  # type: ignore[arg-type]
+def surveyed(node: Node, dtype: torch.dtype) -> dict[int, Any]:
+    survey = Survey(node, dtype_of(dtype))
+    carry_out(survey, TensorMaker(Lane(Memory())))  # type: ignore[arg-type]
+    return survey.known
+
+
+def by_torch(node: Node, known: dict[int, Any], dtype: torch.dtype) -> torch.Tensor:
+    evaluator = Evaluator(Lane(Memory()), dtype, known)  # type: ignore[arg-type]
     return rounded(evaluator.copy(node, 0, node.info.elements), torch_dtype(node.info.dtype))
 
 
-def by_kernels(node: Node, known: dict[int, Any], compute: str, step: int) -> torch.Tensor:
+def by_kernels(node: Node, known: dict[int, Any], dtype: torch.dtype, step: int) -> torch.Tensor:
     library = kernels()
     assert library
     assert can_be_compiled(node)
-    program = compiled([node], DTYPES[compute], known)
+    program = compiled([node], dtype_of(dtype), known)
     size, loops = node.info.dtype.bits // 8, Kernels(library)
     out = bytearray(node.info.nbytes)
     for start in range(0, node.info.elements, step):
@@ -77,6 +83,9 @@ def by_kernels(node: Node, known: dict[int, Any], compute: str, step: int) -> to
             memoryview(leaf.file)[start * leaf.info.dtype.bits // 8 : stop * leaf.info.dtype.bits // 8]  # type: ignore[arg-type]
             for leaf in program.inputs
         ]
+        if program.ranks:
+            held = loops.rank(program, blocks, stop - start, start, memoryview(b""))
+            assert len(held)
         loops.store(
             program, blocks, stop - start, node.info.dtype.name, memoryview(out)[start * size : stop * size], start
         )
@@ -95,9 +104,10 @@ def assert_same(one: torch.Tensor, other: torch.Tensor) -> None:
 
 
 def check(node: ByBlock, *, compute: str | None = None) -> None:
-    found = compute or compute_dtype(node, node.info.dtype).name
-    known = surveyed(node, found)
-    assert_same(by_torch(node, known, found), by_kernels(node, known, found, max(piece_elements(node), CHUNK)))
+    dtype = torch_dtype(DTYPES[compute] if compute else compute_dtype(node, node.info.dtype))
+    known = surveyed(node, dtype)
+    step = max(piece_elements(node), CHUNK)
+    assert_same(by_torch(node, known, dtype), by_kernels(node, known, dtype, step))
 
 
 def operands_of(loops: Kernels, program: Program, start: int, stop: int) -> BlockOperands:
@@ -107,19 +117,19 @@ def operands_of(loops: Kernels, program: Program, start: int, stop: int) -> Bloc
     return BlockOperands(loops, program, blocks, stop - start, len(blocks), start)
 
 
-def measured(node: ByBlock, compute: str) -> list[type]:
+def measured(node: ByBlock, dtype: torch.dtype) -> list[type]:
     """Which passes there were, each of which finds the same by both."""
     library = kernels()
     assert library
     loops, lane = Kernels(library), Lane(Memory())  # type: ignore[arg-type]
-    survey, other = Survey(node, DTYPES[compute]), Survey(node, DTYPES[compute])
+    survey, other = Survey(node, dtype_of(dtype)), Survey(node, dtype_of(dtype))
     found = []
     while not survey.complete:
         (_, by_torch), (_, by_loops) = survey.passes[id(node)], other.passes[id(node)]
         found.append(type(by_torch))
         assert type(by_loops) is type(by_torch)
-        program = compiled(node.inputs, DTYPES[compute], {})
-        evaluator = Evaluator(lane, torch_dtype(DTYPES[compute]), {})
+        program = compiled(node.inputs, dtype_of(dtype), {})
+        evaluator = Evaluator(lane, dtype, {})
         step = piece_elements(node)
         for block in range(survey.blocks):
             start, stop = block * step, min((block + 1) * step, node.info.elements)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 if TYPE_CHECKING:
     from tests.references.linear import Context
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Inputs = Sequence[Array]
 Numbers = float | Sequence[float]
-
-BLOCK = 2**17
 
 
 def each(value: Numbers, count: int) -> list[float]:
@@ -27,14 +25,26 @@ def deltas_of(inputs: Inputs) -> list[Array]:
     return [model - inputs[0] for model in inputs[1:]]
 
 
-def uniform(name: str, model: int, shape: tuple[int, ...], step: int = BLOCK, seed: int = 0) -> Array:
-    """The random numbers of a tensor: blocks of `step`, each from the digest of what names it."""
-    elements, parts = int(np.prod(shape)), []
-    for block, start in enumerate(range(0, elements, step)):
-        digest = hashlib.blake2b(repr((seed, name, model, block)).encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        parts.append(torch.rand(min(step, elements - start), generator=generator).double().numpy())
-    return np.concatenate(parts).reshape(shape) if parts else np.zeros(shape)
+Words = np.ndarray[Any, np.dtype[np.uint64]]
+
+
+def half_words(name: str, model: int, count: int, seed: int = 0) -> Words:
+    """SplitMix64 (Steele, Lea, Flood 2014) from the digest of what names the numbers; of words the lower half first."""
+    start, step = struct.unpack("<QQ", hashlib.blake2b(repr((seed, name, model)).encode(), digest_size=16).digest())
+    step |= 1
+    if (step ^ (step >> 1)).bit_count() < 24:
+        step ^= 0xAAAAAAAAAAAAAAAA
+    z = np.uint64(start) + np.uint64(step) * np.arange(1, count // 2 + 2, dtype=np.uint64)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    return np.stack([z & np.uint64(0xFFFFFFFF), z >> np.uint64(32)], axis=1).reshape(-1)[:count]
+
+
+def uniform(name: str, model: int, shape: tuple[int, ...], seed: int = 0) -> Array:
+    """The random numbers of a tensor."""
+    elements = int(np.prod(shape))
+    return (half_words(name, model, elements, seed) >> np.uint64(8)).reshape(shape) / 2.0**24
 
 
 def total(
@@ -153,7 +163,6 @@ def magprune(
         return inputs[0]
     count = len(inputs) - 1
     height, width = as_rows(inputs[0].shape)
-    step = max(BLOCK // width, 1) * width
     dropped = []
     for i, (delta, share, spread) in enumerate(
         zip(deltas_of(inputs), each(density, count), each(epsilon, count), strict=True)
@@ -163,7 +172,7 @@ def magprune(
         if 0 < share < 1:
             ranks = np.argsort(np.argsort(np.abs(rows), axis=1, kind="stable"), axis=1, kind="stable")
             chance = share - spread + 2 * spread * ranks / (width - 1) if width > 1 else np.full(rows.shape, share)
-            kept = rows * (uniform(context.name, i, rows.shape, step) < chance)
+            kept = rows * (uniform(context.name, i, rows.shape) < chance)
             if rescale:
                 kept = kept * l1_factor(rows, kept) if rescale_by == "l1" else kept / chance
         dropped.append(kept.reshape(delta.shape))

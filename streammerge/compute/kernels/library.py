@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-VERSION: Final = 3
+VERSION: Final = 4
 """What the library has to say of itself: one of another version, left by an older build, is not used."""
 
 KINDS: Final[Mapping[str, int]] = {"F16": 0, "BF16": 1, "F8_E4M3": 2, "F8_E5M2": 3, "F32": 4, "F64": 5}
@@ -162,6 +162,8 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     for ask in (library.ask_f32, library.ask_f64):
         ask.argtypes = [pointer, size, pointer, size, size, pointer, pointer, size]
         ask.restype = None
+    for rank in (library.rank_f32, library.rank_f64):
+        rank.argtypes, rank.restype = [pointer, size, pointer, size, size, pointer, pointer, pointer], None
     library.kth.argtypes, library.kth.restype = [pointer, size, size], number
     library.count_at.argtypes, library.count_at.restype = [pointer, size, number, pointer], None
     library.add_counts.argtypes, library.add_counts.restype = [pointer, pointer, size], None

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from streammerge.compute.costs import piece_elements
+from streammerge.compute.costs import piece_elements, row_elements
 from streammerge.compute.expressions import BLOCK, Applied, ByBlock, ByGram, Node, Stored, applications, stored_leaves
 from streammerge.compute.kernels.library import CHUNK, KINDS, LIMITS, Found, kernels
 from streammerge.compute.kernels.program import (
@@ -41,10 +41,13 @@ def is_compiled(node: Node, stored: DType, compute: DType) -> bool:
 
 
 def maker_bytes(node: Node, info: TensorInfo) -> int:
-    """What a maker's buffers take for a tensor: of the inputs, of the stored block, and its registers."""
+    """What a maker holds for a tensor: its inputs, the stored block, registers, and ranks in rows."""
     whole = any(isinstance(part, ByGram | ByBlock) for part in applications(node))
+    rows = [(row_elements(part), len(part.inputs)) for part in applications(node) if isinstance(part, ByBlock)]
     elements = min(BLOCK if whole else at_once(list(stored_leaves(node))), info.elements)
-    return elements * element_bytes(stored_leaves(node)) + BLOCK * info.dtype.bits // 8 + registers(node) * CHUNK * 16
+    elements = max([elements, *(row for row, _ in rows)])
+    beside = BLOCK * info.dtype.bits // 8 + registers(node) * CHUNK * 16
+    return elements * element_bytes(stored_leaves(node)) + sum(row * (4 * count + 32) for row, count in rows) + beside
 
 
 def element_bytes(leaves: Iterator[Stored] | Sequence[Stored]) -> int:
@@ -113,12 +116,12 @@ class KernelMaker:
             self._measured = node, compute, compiled(node.inputs, compute, known)
         return self._measured[2]
 
-    def read(self, inputs: Sequence[Stored], start: int, stop: int) -> list[memoryview]:
-        """Elements [start, stop) of every input, as they are stored."""
+    def read(self, inputs: Sequence[Stored], start: int, stop: int, *, is_again: bool = False) -> list[memoryview]:
+        """Elements [start, stop) of every input, as they are stored. What is read again is counted once."""
         blocks = []
         for slot, leaf in enumerate(inputs):
             size = leaf.info.dtype.bits // 8
-            self._bytes_read += (stop - start) * size
+            self._bytes_read += 0 if is_again else (stop - start) * size
             blocks.append(self.reader.read(leaf.file, leaf.start + start * size, leaf.start + stop * size, slot))
         return blocks
 
@@ -162,16 +165,30 @@ class KernelBlocks:
         self.wanted = wanted
         self.program = program
         self.suspicious = suspicious
+        self.ranked, self.ranks = -1, memoryview(b"")
 
     def make(self, start: int, stop: int) -> Block:
         """Elements [start, stop), as many at once as lie side by side in the cache."""
-        size, finding = self.wanted.stored.bits // 8, Finding()
-        out, piece = self.maker.out((stop - start) * size), self.program.piece
-        step = max(at_once(self.program.inputs) // piece, 1) * piece
-        for first in range(start, stop, step):
-            last = min(first + step, stop)
+        size, finding, step = self.wanted.stored.bits // 8, Finding(), self.program.piece
+        by_ranks = self.program.ranks > 0
+        if not by_ranks:
+            step *= -(-at_once(self.program.inputs) // step)
+        out = self.maker.out((stop - start) * size)
+        for part in range(start // step, -(-stop // step)):
+            first, last = max(part * step, start), min((part + 1) * step, stop)
+            if by_ranks:
+                self._rank(part)
             self._make(first, last, out[(first - start) * size : (last - start) * size], finding)
         return Block(out, finding if finding.is_any else None)
+
+    def _rank(self, piece: int) -> None:
+        """Rank the elements of a piece, unless they are what was ranked last: it may go on in the next block."""
+        if piece == self.ranked:
+            return
+        maker, program, step = self.maker, self.program, self.program.piece
+        start, stop = piece * step, min((piece + 1) * step, self.wanted.node.info.elements)
+        blocks = maker.read(program.inputs, start, stop, is_again=True)
+        self.ranks, self.ranked = maker.kernels.rank(program, blocks, stop - start, start, self.ranks), piece
 
     def _make(self, start: int, stop: int, out: memoryview, finding: Finding) -> None:
         maker, kind = self.maker, self.wanted.stored.name

@@ -1,4 +1,5 @@
 #include "magnitudes.h"
+#include "random.h"
 
 #include <float.h>
 #include <math.h>
@@ -28,7 +29,9 @@ enum division { NEVER, BY_NUMBER, BY_WEIGHTS, BY_POSITIVE_WEIGHTS };
 #define NAME(name) name##_f32
 #include "sparse.inc"
 #include "elementwise.inc"
+#include "random.inc"
 #include "program.inc"
+#include "ranks.inc"
 #include "magnitudes.inc"
 #undef COMBINE_F16
 #undef REAL
@@ -48,5 +51,7 @@ enum division { NEVER, BY_NUMBER, BY_WEIGHTS, BY_POSITIVE_WEIGHTS };
 #define NAME(name) name##_f64
 #include "sparse.inc"
 #include "elementwise.inc"
+#include "random.inc"
 #include "program.inc"
+#include "ranks.inc"
 #include "magnitudes.inc"

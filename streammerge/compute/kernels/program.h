@@ -40,6 +40,11 @@ enum code {
   CHOOSE,  /* a where the third register is not 0, else b */
   COMBINE, /* r[to] = Σ cⱼ xⱼ of so many inputs from `from` on, which are of this kind, added one after the other, each
               product rounded once with the sum; to what r[to] is, where the table's first number, before cⱼ, is not 0 */
+  /* of numbers that are drawn for the tensor's elements: random.inc */
+  DRAW,    /* r[to] = 1 with the probability that the table begins with, else 0 */
+  NORMAL,  /* r[to] = normally distributed numbers */
+  DROP,    /* r[to] = what is kept of r[to] − r[from] at random, scaled */
+  SIFT,    /* likewise, by the rank in the row: ranks.inc */
 };
 
 typedef struct {
@@ -68,6 +73,13 @@ EXPORT int run_f32(step *steps, int64_t count, const void *const *inputs, int64_
                    int32_t kind, void *out, finding *found);
 EXPORT int run_f64(step *steps, int64_t count, const void *const *inputs, int64_t start, int64_t n, double *room,
                    int32_t kind, void *out, finding *found);
+
+/* Before steps SIFT are run for elements of [start, start + n), which are whole rows: how they rank. There is room for n
+   ranks for each of these steps, and 4 times as much space as n numbers of the program's type take. */
+EXPORT void rank_f32(step *steps, int64_t count, const void *const *inputs, int64_t start, int64_t n, float *room,
+                     uint32_t *ranks, void *space);
+EXPORT void rank_f64(step *steps, int64_t count, const void *const *inputs, int64_t start, int64_t n, double *room,
+                     uint32_t *ranks, void *space);
 
 /* The sum of n = 2ᵏ values, the second half added to the first until one is left. */
 double halved(double *values, size_t n);

@@ -55,13 +55,18 @@ class Code(enum.IntEnum):
     SAME = 26
     CHOOSE = 27
     COMBINE = 28
+    DRAW = 29
+    NORMAL = 30
+    DROP = 31
+    SIFT = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
     """Steps that compute tensors into the first registers, and the stored tensors that they load, by their numbers.
 
-    Ranges of the tensors begin at a multiple of `piece` elements. Steps remember what they have seen: a program is one
+    Ranges of the tensors begin at a multiple of `piece` elements; but where elements are ranked in rows they begin
+    anywhere in a piece of which `Kernels.rank` has been told all. Steps remember what they have seen: a program is one
     worker's.
     """
 
@@ -76,6 +81,11 @@ class Program:
     def room_bytes(self) -> int:
         """What its registers take."""
         return self.registers * CHUNK * (8 if self.compute == "F64" else 4)
+
+    @property
+    def ranks(self) -> int:
+        """How many of its steps go by how elements rank in their rows."""
+        return sum(step.code == Code.SIFT for step in self.steps)
 
     def followed_by(self, steps: Sequence[MethodStep]) -> Program:
         """The program with these steps behind it, for which its first registers are the inputs; it is kept."""
@@ -99,18 +109,24 @@ class Program:
 
 
 def can_be_compiled(node: Node) -> bool:
-    """Whether there are steps for all of the expression."""
+    """Whether there are steps for all of the expression, and methods in it that go through it in the same pieces."""
+    methods = list(applications(node))
+    by_rows = any(isinstance(part, ByBlock) and part.method.needs.rows for part in methods)
+    return _has_steps(node) and (len(methods) == 1 or not by_rows)
+
+
+def _has_steps(node: Node) -> bool:
     match node:
         case Stored():
             return node.info.dtype.name in KINDS
         case Rounded():
-            return node.info.dtype.name in KINDS and can_be_compiled(node.source)
+            return node.info.dtype.name in KINDS and _has_steps(node.source)
         case Combined():
-            return all(can_be_compiled(term.node) for term in node.terms)
+            return all(_has_steps(term.node) for term in node.terms)
         case ByGram():
-            return node.slices is None and all(map(can_be_compiled, node.inputs))
+            return node.slices is None and all(map(_has_steps, node.inputs))
         case ByBlock():
-            return node.method.has_kernel and all(map(can_be_compiled, node.inputs))
+            return node.method.has_kernel and all(map(_has_steps, node.inputs))
         case _:
             return False
 
@@ -170,8 +186,10 @@ class _Writer:
         for place, child in enumerate(node.inputs):
             self.write(child, to + place)
         self._step(Code.WATCH, to, to, number=len(node.inputs))
-        self.take(node.method.steps(target_of(node), node.parameters, self.statistics.get(id(node))), to)
-        self.piece = math.lcm(self.piece, piece_elements(node))
+        steps = node.method.steps(target_of(node), node.parameters, self.statistics.get(id(node)))
+        self.take(steps, to)
+        if not node.method.needs.rows or any(step.code == Code.SIFT.name for step in steps):
+            self.piece = math.lcm(self.piece, piece_elements(node))
 
     def take(self, steps: Sequence[MethodStep], to: int) -> None:
         """Steps of a method whose inputs are in registers from this one on."""
@@ -218,6 +236,21 @@ class Kernels:
         self.counting = CompiledCounting(library)
         self._room = page_aligned(0)
         self._scratch = page_aligned(0)
+        self._ranks = page_aligned(0)
+
+    def rank(
+        self, program: Program, blocks: Sequence[memoryview], elements: int, start: int, room: memoryview
+    ) -> memoryview:
+        """Find out how the elements of these whole rows rank, for a program that goes by it.
+
+        It does so until the memory that is returned, `room` if that is large enough, is given back.
+        """
+        rank, size = (self._library.rank_f64, 8) if program.compute == "F64" else (self._library.rank_f32, 4)
+        found, space = 4 * program.ranks * elements, 4 * size * elements
+        room = room if len(room) >= found + space else page_aligned(found + space)
+        given = self._given(program, blocks, elements, start)
+        rank(*given, address(room[space:]), address(room))
+        return room
 
     def store(
         self,
@@ -261,10 +294,6 @@ class Kernels:
         found = iter(sums[::rows])
         return InnerProducts([list(itertools.islice(found, i + 1)) for i in range(vectors)], list(greatest))
 
-    def release(self) -> None:
-        """Give the registers' room back."""
-        self._room = page_aligned(0)
-
     def ask(
         self,
         program: Program,
@@ -274,6 +303,8 @@ class Kernels:
         start: int | None = None,
     ) -> None:
         """Have questions about the first registers answered."""
+        if program.ranks:
+            self._ranks = self.rank(program, blocks, elements, start or 0, self._ranks)
         ask = self._library.ask_f64 if program.compute == "F64" else self._library.ask_f32
         ask(*self._given(program, blocks, elements, start), questions, len(questions))
 
@@ -282,6 +313,10 @@ class Kernels:
         if len(self._scratch) < nbytes:
             self._scratch = page_aligned(nbytes)
         return self._scratch[:nbytes]
+
+    def release(self) -> None:
+        """Give all room back."""
+        self._room = self._scratch = self._ranks = page_aligned(0)
 
     def nonfinite(self, block: memoryview, kind: str, elements: int) -> int:
         """How many elements of stored bytes are infinite or no numbers."""
@@ -294,7 +329,7 @@ class Kernels:
 
         Without methods in it, a program need not know with which element the blocks begin.
         """
-        if program.piece > 1 and (start is None or start % program.piece):
+        if program.piece > 1 and (start is None or (start % program.piece and not program.ranks)):
             raise ValueError(f"element {start} is no beginning of a piece of {program.piece} elements")
         if len(self._room) < program.room_bytes:
             self._room = page_aligned(program.room_bytes)
