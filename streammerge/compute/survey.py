@@ -81,7 +81,7 @@ class Survey:
         found = {
             key: measurer.measure(step, node, block, block)
             for key, (node, step) in self.passes.items()
-            if block < piece_count(node)
+            if block < piece_count(node) and step.wants(block)
         }
         if measurer.suspicious:
             self.suspicious = True
@@ -245,7 +245,8 @@ class TogetherSurvey:
         number = bisect.bisect_right(self.first_blocks, block) - 1
         member = self.members[number]
         measurer = maker.measurer(self._dtype(member), self.known)
-        return measurer.measure(self.step, member, block - member.first_block, block)
+        wants = self.step.wants(block)
+        return measurer.measure(self.step, member, block - member.first_block, block) if wants else None
 
     def _dtype(self, member: ByBlock) -> DType:
         """What the tensor is computed in."""
@@ -254,7 +255,8 @@ class TogetherSurvey:
     def add(self, block: int, measured: Any) -> None:  # noqa: ANN401
         """Take in the measure of one block."""
         assert self.step is not None
-        self.step.add(block, measured)
+        if measured is not None:
+            self.step.add(block, measured)
 
     def finish_pass(self) -> None:
         """After the last block: go on to the next pass, if there is one."""

@@ -202,6 +202,46 @@ void combine_f16(const void *const *from, size_t skipped, const float *numbers, 
   }
 }
 
+#if defined(HAS_F16C)
+static inline size_t round_eights(const char *const *from, const float *numbers, size_t count, size_t n, uint16_t *to,
+                                  uint32_t *greatest) {
+  const __m256i rest = _mm256_set1_epi32(0x7fffffff);
+  const size_t whole = n & ~(size_t)7;
+  __m256i most = _mm256_setzero_si256();
+  uint32_t found[8];
+  for (size_t i = 0; i < whole; i += 8) {
+    __m256 sum = _mm256_setzero_ps();
+    for (size_t j = 0; j < count; j++) {
+      __m256 values = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from[j] + 2 * i)));
+      sum = j ? _mm256_fmadd_ps(_mm256_set1_ps(numbers[j]), values, sum) : _mm256_mul_ps(_mm256_set1_ps(numbers[j]), values);
+    }
+    most = _mm256_max_epu32(most, _mm256_and_si256(_mm256_castps_si256(sum), rest));
+    _mm_storeu_si128((__m128i *)(to + i), _mm256_cvtps_ph(sum, _MM_FROUND_TO_NEAREST_INT));
+  }
+  _mm256_storeu_si256((__m256i *)found, most);
+  for (int i = 0; i < 8; i++) *greatest = found[i] > *greatest ? found[i] : *greatest;
+  return whole;
+}
+#endif
+
+size_t combine_to_f16(const void *const *from, size_t skipped, const float *numbers, size_t count, size_t n, void *to,
+                      uint32_t *greatest) {
+#if defined(HAS_F16C)
+  const char *starts[MOST_AT_ONCE];
+  if (count > MOST_AT_ONCE) return 0;
+  for (size_t j = 0; j < count; j++) starts[j] = (const char *)from[j] + skipped;
+  switch (count) {
+    case 1: return round_eights(starts, numbers, 1, n, to, greatest);
+    case 2: return round_eights(starts, numbers, 2, n, to, greatest);
+    case 3: return round_eights(starts, numbers, 3, n, to, greatest);
+    case 4: return round_eights(starts, numbers, 4, n, to, greatest);
+  }
+#else
+  (void)from, (void)skipped, (void)numbers, (void)count, (void)n, (void)to, (void)greatest;
+#endif
+  return 0;
+}
+
 void load_f32(enum element kind, const void *from, size_t n, float *to) {
   const char *bytes = from;
   switch (kind) {

@@ -20,7 +20,8 @@ enum element { F16, BF16, F8_E4M3, F8_E5M2, F32, F64 };
 /* Elements that are computed at once: few enough for a dozen registers of them to stay in the first-level cache. */
 #define CHUNK 1024
 
-/* What became of values that were stored: those of the report's Finding. `largest` is 0 where none was finite. */
+/* What became of values that were stored: those of the report's Finding. `largest` stays -1, what it was, where none was
+   finite. */
 typedef struct {
   int64_t nonfinite, overflowed, saturated;
   double largest;
@@ -38,6 +39,11 @@ void store_f64(const double *from, size_t n, enum element kind, void *to);
    behind `from[j]`; added one after the other, each product rounded once with the sum. */
 void combine_f16(const void *const *from, size_t skipped, const float *numbers, size_t count, int on, size_t n,
                  float *to);
+
+/* The same, rounded to float16 at once, of no more than 4 inputs; the bits of the greatest magnitude before that. Whoever
+   finds it too large has to look at what was rounded. 0 elements are done where the machine has no instructions for it. */
+size_t combine_to_f16(const void *const *from, size_t skipped, const float *numbers, size_t count, size_t n, void *to,
+                      uint32_t *greatest);
 
 /* The greatest finite number. */
 double limit_of(enum element kind);

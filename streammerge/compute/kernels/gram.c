@@ -6,6 +6,15 @@
    second half added to the first, until LANES numbers are left; these likewise, as float64; then the rows likewise. */
 #define LANES 32
 
+/* The sum of a lane's 32 products, in the order in which halves of the row are added to each other: of the two halves of
+   products that are 16 rows of lanes apart, of these 8 apart, and so on. It stays in registers. */
+#define PRODUCT(k) (a[LANES * (k)] * b[LANES * (k)])
+#define SUM_OF_2(k) (PRODUCT(k) + PRODUCT((k) + 16))
+#define SUM_OF_4(k) (SUM_OF_2(k) + SUM_OF_2((k) + 8))
+#define SUM_OF_8(k) (SUM_OF_4(k) + SUM_OF_4((k) + 4))
+#define SUM_OF_16(k) (SUM_OF_8(k) + SUM_OF_8((k) + 2))
+#define SUM_OF_32(k) (SUM_OF_16(k) + SUM_OF_16((k) + 1))
+
 double halved(double *values, size_t n) {
   while (n > 1) {
     n /= 2;

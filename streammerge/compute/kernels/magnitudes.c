@@ -9,21 +9,13 @@ void answer(question *the, const int64_t *restrict keys, size_t n) {
   const uint64_t first = (uint64_t)the->low + 1, size = (uint64_t)the->high - first; /* no branch to be guessed */
   int32_t *restrict found = the->out;
   int64_t *restrict counts = the->out;
-  uint8_t is_inside[CHUNK];
   switch (the->code) {
     case BETWEEN:
       found += the->inside;
-      for (size_t i = 0; i < n; i++) above += keys[i] >= the->high;
-      for (size_t i = 0; i < n; i++) is_inside[i] = (uint64_t)keys[i] - first < size;
-      for (size_t i = n; i < CHUNK; i++) is_inside[i] = 0;
-      for (size_t start = 0; start < n; start += 8) {
-        uint64_t any;
-        memcpy(&any, is_inside + start, 8); /* few are, so that most eights have none */
-        if (!any) continue;
-        for (size_t i = start; i < start + 8; i++) {
-          found[inside] = (int32_t)keys[i];
-          inside += is_inside[i];
-        }
+      for (size_t i = 0; i < n; i++) {
+        above += keys[i] >= the->high;
+        found[inside] = (int32_t)keys[i];
+        inside += (uint64_t)keys[i] - first < size;
       }
       break;
     case BINS:
@@ -36,6 +28,30 @@ void answer(question *the, const int64_t *restrict keys, size_t n) {
     case EQUAL:
       for (size_t i = 0; i < n; i++) inside += keys[i] == the->low;
       break;
+  }
+  the->above += above;
+  the->inside += inside;
+}
+
+void answer_between(question *the, const int32_t *restrict keys, size_t n) {
+  const int64_t low = the->low < INT32_MIN ? INT32_MIN : the->low;
+  const int64_t high = the->high > INT32_MAX ? (int64_t)INT32_MAX + 1 : the->high;
+  const uint32_t first = (uint32_t)(low + 1), size = (uint32_t)(high - low - 1);
+  const int32_t last = (int32_t)(high - 1); /* those above are greater */
+  int32_t *restrict found = (int32_t *)the->out + the->inside;
+  int32_t above = 0, inside = 0;
+  uint8_t is_inside[CHUNK];
+  for (size_t i = 0; i < n; i++) above += keys[i] > last;
+  for (size_t i = 0; i < n; i++) is_inside[i] = (uint32_t)keys[i] - first < size;
+  memset(is_inside + n, 0, CHUNK - n);
+  for (size_t start = 0; start < n; start += 8) {
+    uint64_t any;
+    memcpy(&any, is_inside + start, 8); /* few are, so that most eights have none */
+    if (!any) continue;
+    for (size_t i = start; i < start + 8; i++) {
+      found[inside] = keys[i];
+      inside += is_inside[i];
+    }
   }
   the->above += above;
   the->inside += inside;

@@ -25,6 +25,9 @@ typedef struct {
 
 void answer(question *the, const int64_t *keys, size_t n);
 
+/* BETWEEN, of the keys of float32; there is room for CHUNK. */
+void answer_between(question *the, const int32_t *keys, size_t n);
+
 /* The answers for elements [start, start + n) of the tensors that a program leaves in its registers. Questions for the same
    vector stand side by side. */
 EXPORT void ask_f32(step *steps, int64_t count, const void *const *inputs, int64_t start, int64_t n, float *room,

@@ -208,7 +208,7 @@ def finding_of(found: Found, stored: DType) -> Finding:
     """What the loops have found, in the report's words."""
     finding = Finding(nonfinite=found.nonfinite, overflowed=found.overflowed, saturated=found.saturated)
     if finding.overflowed or finding.saturated:
-        finding.largest = found.largest or math.inf
+        finding.largest = found.largest if found.largest >= 0 else math.inf
         finding.dtype, finding.limit = stored.torch_name, LIMITS[stored.name]
     return finding
 

@@ -265,7 +265,7 @@ class Kernels:
 
         The blocks begin with the tensor's element `start`.
         """
-        found = Found()
+        found = Found(largest=-1.0)
         run = self._library.run_f64 if program.compute == "F64" else self._library.run_f32
         flagged = run(*self._given(program, blocks, elements, start), KINDS[kind], address(out), ctypes.byref(found))
         return found if flagged else None

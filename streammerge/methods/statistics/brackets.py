@@ -1,6 +1,6 @@
 """Ranks found between brackets: a sample tells about where they lie, one pass counts what is above and gathers those.
 
-The sample is the beginning of every block, so it costs little and doesn't depend on threads. The brackets are set so
+The sample is the beginning of blocks, so it costs little and doesn't depend on threads. The brackets are set so
 wide around the sample's quantile that the rank nearly always lies between them; then the few values that do are all
 that has to be looked at to find it, exactly. A bracket that was set wrong, or that holds more than there is room for,
 sends the search to the histograms.
@@ -27,7 +27,10 @@ SAMPLE: Final = 2**14
 """Values that are sampled of a tensor, or more if it has many blocks."""
 
 LEAST: Final = 2**10
-"""Values that are sampled of a block at the least."""
+"""Values that are sampled for every block at the least."""
+
+STRIDE: Final = 4
+"""Of so many blocks one is sampled where there are many."""
 
 SMALL: Final = 2**16
 """A tensor of so few elements is gathered whole."""
@@ -85,13 +88,19 @@ class Bracket:
 
 
 class Sample(Pass[Any]):
-    """First pass, over the beginning of every block: where each rank should lie."""
+    """First pass, over the beginning of blocks: where each rank should lie."""
 
     def __init__(self, ranking: Ranking) -> None:
         self.ranking = ranking
-        self.part = max(LEAST, SAMPLE * SMALL // ranking.elements)
+        share = SAMPLE * SMALL // ranking.elements
+        self.stride = STRIDE if share < LEAST else 1
+        self.part = self.stride * max(LEAST, share)
         self.found: dict[int, list[memoryview]] = {}
         self.counting: Counting = ByTorch()
+
+    def wants(self, block: int) -> bool:
+        """Of many blocks fewer are sampled, each for more: to go to a block takes as long as to read its beginning."""
+        return block % self.stride == 0
 
     def measure(self, block: int, inputs: Sequence[Tensor]) -> list[memoryview]:
         """The keys of the block's beginning, of which rows may be more than was asked for."""

@@ -97,6 +97,10 @@ class Pass(abc.ABC, Generic[Result]):
     bulky: bool = False
     part: int | None = None
 
+    def wants(self, block: int) -> bool:
+        """Whether this block is measured at all."""
+        return True
+
     @abc.abstractmethod
     def measure(self, block: int, inputs: Sequence[Tensor]) -> Any:  # noqa: ANN401  (the pass's own affair)
         """What this pass wants to know of one block of every input."""
