@@ -31,7 +31,7 @@ class PlainLibrary(build_ext):
 
 
 class AnyPython(bdist_wheel):
-    """One wheel for every Python of a platform; for every platform if nothing was built."""
+    """One wheel for every Python of a platform."""
 
     def get_tag(self) -> tuple[str, str, str]:
         """`py3-none-PLATFORM`"""

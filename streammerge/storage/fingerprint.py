@@ -56,18 +56,26 @@ def _tensors(plan: Plan) -> Iterator[tuple[str, str]]:
 
 def request_of(plan: Plan) -> Fingerprint:
     """What was asked for, and of which files: enough to tell finished outputs from each other, and told in no time."""
-    import importlib.metadata  # late: it takes a tenth of the time in which a plan is made
-
     return {
         "program": {
             "streammerge": __version__,
-            "torch": importlib.metadata.version("torch"),
+            "torch": torch_version(),
             "device": plan.options.device,
         },
         "recipe": dict(_flat(plan.description)),
         "input": {key: value for file in plan.inputs for key, value in _identity(file)},
         "output": {path.name: digest for path, digest in _files(plan)},
     }
+
+
+def torch_version() -> str:
+    """The version of torch, without importing it; "none" where it is not installed, which compiled loops can do."""
+    import importlib.metadata  # late: it takes a tenth of the time in which a plan is made
+
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def can_be_told(plan: Plan) -> bool:
