@@ -292,11 +292,12 @@ def allot_memory(plan: Plan, resident: int, vram: int | None) -> Allotment:
         return plan.allot(vram_limit=vram)
     needed = plan.lane_bytes + plan.mapped_bytes[1] + plan.held_bytes
     fixed = resident + OVERHEAD_BYTES
+    taking = "Python and torch take" if plan.needs_torch else "Python takes"
     if limit < fixed + needed:
         raise PlanError(
-            f"--max-ram {format_size(limit)} is too small: Python and torch take {format_size(fixed)}, and this merge "
-            f"needs {format_size(needed)} to work in",
-            # one to spare: what Python and torch take is not the same to the page in every process
+            f"--max-ram {format_size(limit)} is too small: {taking} {format_size(fixed)}, and this merge needs "
+            f"{format_size(needed)} to work in",
+            # one to spare: what these take is not the same to the page in every process
             advice=f"The least that works is {-(-(fixed + needed) // MIB) + 1}MiB.",
         )
     return plan.allot(limit - fixed, vram)
