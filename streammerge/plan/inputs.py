@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -14,7 +13,7 @@ from streammerge.compute.machine import usable_cores
 from streammerge.errors import CheckpointError, PlanError
 from streammerge.formats.claims import Claim, Claims
 from streammerge.formats.files import ByteFile, read_errors
-from streammerge.formats.library import RefusedError, library_digest
+from streammerge.formats.library import RefusedError, digests_elsewhere, library_digest
 from streammerge.formats.safetensors import is_safetensors
 from streammerge.formats.tables import names_bytes
 from streammerge.formats.torchzip.state_dicts import LeftTensors
@@ -146,20 +145,19 @@ def input_claims(files: Iterable[ByteFile]) -> Claims:
 
 def check_with_library(plan: Plan) -> None:
     """Open every safetensors input with the format's own library too, whose parser is audited."""
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        for _ in pool.map(_check_with_library, (file.path for file in plan.inputs)):
-            pass
+    paths = [file.path for file in plan.inputs if _is_safetensors(file.path)]
+    found = digests_elsewhere(paths, usable_cores())
+    for path in paths:
+        try:
+            with read_errors(path):
+                found.get(path) or library_digest(path)
+        except RefusedError as error:
+            raise CheckpointError(f"{path}: safetensors refuses it: {error}", advice="Fetch it again.") from error
 
 
-def _check_with_library(path: Path) -> None:
+def _is_safetensors(path: Path) -> bool:
     with read_errors(path), path.open("rb") as opened:
-        if not is_safetensors(opened.read(9)):
-            return
-    try:
-        with read_errors(path):
-            library_digest(path)
-    except RefusedError as error:
-        raise CheckpointError(f"{path}: safetensors refuses it: {error}", advice="Fetch it again.") from error
+        return is_safetensors(opened.read(9))
 
 
 def output_metadata(
