@@ -10,7 +10,7 @@ import pytest
 
 from streammerge.errors import CheckpointError
 from streammerge.formats import descriptors as positional
-from streammerge.formats.files import ByteFile, identify
+from streammerge.formats.files import ByteFile, identify, is_cached
 
 CONTENT = bytes(range(256)) * 4
 
@@ -234,4 +234,34 @@ def test_reading_ahead_is_only_a_wish(path, monkeypatch):
     file.will_need(0, 100)
     monkeypatch.delattr(os, "posix_fadvise", raising=False)
     file.will_need(0, 100)
+    file.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the system does not tell")
+def test_only_what_is_not_cached_is_asked_for(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(bytes(100_000))
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda descriptor, start, count, advice: asked.append((start, count)))
+    file = ByteFile(tmp_path / "a")
+    assert is_cached(file.descriptor, 10, 90_000)  # it has just been written
+    file.will_need(10, 90_000)
+    assert asked == []
+
+    def would_wait(descriptor, buffers, place, flags):
+        if place > 50_000:
+            raise BlockingIOError
+        return 1
+
+    monkeypatch.setattr(os, "preadv", would_wait)
+    file.will_need(10, 90_000)
+    assert asked == [(10, 89_990)]
+    assert not is_cached(file.descriptor, 5, 5)
+    file.close()
+
+
+def test_what_can_not_be_told_is_asked_for(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(bytes(100))
+    file = ByteFile(tmp_path / "a")
+    monkeypatch.delattr(os, "RWF_NOWAIT", raising=False)
+    assert not is_cached(file.descriptor, 0, 100)
     file.close()
