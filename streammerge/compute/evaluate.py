@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -155,10 +156,11 @@ class Evaluator:
             return total.zero_()
         for place, term in enumerate(terms):
             values = self.values(term.node, start, stop, slot + 1)
+            number = as_float32(term.coefficient) if self.dtype == torch.float32 else term.coefficient
             if place:
-                total.add_(values, alpha=term.coefficient)
+                total.add_(values, alpha=number)
             else:
-                torch.mul(values, term.coefficient, out=total)
+                torch.mul(values, number, out=total)
         if divisor == 1:
             return total
         return total.div_(torch.full((), divisor, dtype=total.dtype, device=total.device))  # by numbers CUDA multiplies
@@ -185,3 +187,8 @@ class Evaluator:
             out[start - stop : end - stop or None] = self.values(node, start, end, slot)
             start = end
         return out
+
+
+def as_float32(number: float) -> float:
+    """The nearest float32, infinite beyond its range, where torch would raise an error of its own."""
+    return ctypes.c_float(number).value

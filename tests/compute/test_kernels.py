@@ -190,6 +190,13 @@ def test_methods_of_products_come_to_the_same(tmp_path, data):
         assert_same(wanted)
 
 
+@pytest.mark.parametrize("coefficient", [1e39, -1e300, 3.4028235e38, 3.4028236e38, 1e-46, 5e-324])
+def test_coefficients_beyond_the_range_are_infinite_or_nothing_in_both(tmp_path, coefficient):
+    leaves = [store(tmp_path, f"{number}", normal((50,), number, torch.float16)) for number in (1, 2)]
+    node = Combined(leaves[0].info, tuple(Term(coefficient, leaf) for leaf in leaves))
+    assert_same(Wanted(node, DTYPES["F32"], DTYPES["F32"]))
+
+
 def test_many_inputs_are_read_in_parts_that_lie_side_by_side(tmp_path):
     count = 2 * SPACE // (4 * BLOCK) + 3
     leaves = [store(tmp_path, f"{number}", normal((BLOCK + 5,), number)) for number in range(count)]

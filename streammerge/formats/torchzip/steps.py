@@ -179,7 +179,7 @@ def _number_line(machine: Machine) -> None:
 def _decimal(digits: bytes) -> int | Inert:
     if not digits.removeprefix(b"-").isdigit():
         raise MalformedPickleError("a number without digits")
-    return int(digits) if len(digits) < 20 else _INT
+    return int(digits) if len(digits.removeprefix(b"-")) < 20 else _INT
 
 
 def _index_line(machine: Machine) -> int:

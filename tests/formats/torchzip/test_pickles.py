@@ -8,7 +8,7 @@ from collections import OrderedDict, defaultdict
 from io import BytesIO
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from streammerge.formats.torchzip.machine import Inert, PickledDict, kind
@@ -60,6 +60,7 @@ def check_alike(value: object, found: object) -> None:
 
 
 @settings(max_examples=150)
+@example(value=-(10**18), protocol=0)
 @given(plain, st.sampled_from(PROTOCOLS))
 def test_plain_values_of_every_protocol(value: object, protocol: int) -> None:
     data = pickle.dumps(value, protocol)
