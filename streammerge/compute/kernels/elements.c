@@ -151,19 +151,27 @@ static void store_f16(const float *from, size_t n, char *to) {
 
 #define MOST_AT_ONCE 4
 
-/* Eight sums at a time stay in a register from the first input to the last, where the compiler knows `count` and `on`. */
+#if defined(HAS_F16C)
+/* Eight sums, of the elements that lie so many bytes behind where each input begins, `on` from what is there. They stay in
+   a register from the first input to the last, where the compiler knows `count` and `on`. */
+static inline __m256 eight_sums(const char *const *from, const float *numbers, size_t count, int on, size_t skipped,
+                                __m256 sum) {
+  for (size_t j = 0; j < count; j++) {
+    const __m256 number = _mm256_set1_ps(numbers[j]);
+    const __m256 values = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from[j] + skipped)));
+    sum = on || j ? _mm256_fmadd_ps(number, values, sum) : _mm256_mul_ps(number, values);
+  }
+  return sum;
+}
+#endif
+
 static inline size_t combine_eights(const char *const *from, const float *numbers, size_t count, int on, size_t n,
                                     float *to) {
 #if defined(HAS_F16C)
   size_t whole = n & ~(size_t)7;
   for (size_t i = 0; i < whole; i += 8) {
-    __m256 sum = on ? _mm256_loadu_ps(to + i) : _mm256_setzero_ps();
-    for (size_t j = 0; j < count; j++) {
-      __m256 values = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from[j] + 2 * i)));
-      sum = on || j ? _mm256_fmadd_ps(_mm256_set1_ps(numbers[j]), values, sum)
-                    : _mm256_mul_ps(_mm256_set1_ps(numbers[j]), values);
-    }
-    _mm256_storeu_ps(to + i, sum);
+    const __m256 before = on ? _mm256_loadu_ps(to + i) : _mm256_setzero_ps();
+    _mm256_storeu_ps(to + i, eight_sums(from, numbers, count, on, 2 * i, before));
   }
   return whole;
 #else
@@ -210,11 +218,7 @@ static inline size_t round_eights(const char *const *from, const float *numbers,
   __m256i most = _mm256_setzero_si256();
   uint32_t found[8];
   for (size_t i = 0; i < whole; i += 8) {
-    __m256 sum = _mm256_setzero_ps();
-    for (size_t j = 0; j < count; j++) {
-      __m256 values = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from[j] + 2 * i)));
-      sum = j ? _mm256_fmadd_ps(_mm256_set1_ps(numbers[j]), values, sum) : _mm256_mul_ps(_mm256_set1_ps(numbers[j]), values);
-    }
+    const __m256 sum = eight_sums(from, numbers, count, 0, 2 * i, _mm256_setzero_ps());
     most = _mm256_max_epu32(most, _mm256_and_si256(_mm256_castps_si256(sum), rest));
     _mm_storeu_si128((__m128i *)(to + i), _mm256_cvtps_ph(sum, _MM_FROUND_TO_NEAREST_INT));
   }
