@@ -166,17 +166,16 @@ class KernelBlocks:
         self.program = program
         self.suspicious = suspicious
         self.ranked, self.ranks = -1, memoryview(b"")
+        self.by_ranks = program.ranks > 0
+        self.step = program.piece * (1 if self.by_ranks else -(-at_once(program.inputs) // program.piece))
 
     def make(self, start: int, stop: int) -> Block:
         """Elements [start, stop), as many at once as lie side by side in the cache."""
-        size, finding, step = self.wanted.stored.bits // 8, Finding(), self.program.piece
-        by_ranks = self.program.ranks > 0
-        if not by_ranks:
-            step *= -(-at_once(self.program.inputs) // step)
+        size, finding, step = self.wanted.stored.bits // 8, Finding(), self.step
         out = self.maker.out((stop - start) * size)
         for part in range(start // step, -(-stop // step)):
             first, last = max(part * step, start), min((part + 1) * step, stop)
-            if by_ranks:
+            if self.by_ranks:
                 self._rank(part)
             self._make(first, last, out[(first - start) * size : (last - start) * size], finding)
         return Block(out, finding if finding.is_any else None)

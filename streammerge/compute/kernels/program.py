@@ -67,7 +67,7 @@ class Program:
 
     Ranges of the tensors begin at a multiple of `piece` elements; but where elements are ranked in rows they begin
     anywhere in a piece of which `Kernels.rank` has been told all. Steps remember what they have seen: a program is one
-    worker's.
+    worker's; `watching` are the places of those that watch for what isn't finite.
     """
 
     steps: ctypes.Array[Step]
@@ -75,6 +75,7 @@ class Program:
     registers: int
     compute: str
     piece: int = 1
+    watching: Sequence[int] = ()
     longer: dict[int, tuple[Sequence[MethodStep], Program]] = field(default_factory=dict)
 
     @property
@@ -101,7 +102,7 @@ class Program:
     def take_suspicion(self) -> bool:
         """Whether a method was given what is infinite or no number, of which its output may not tell, since this was
         last asked."""
-        watching = [step for step in self.steps if step.code == Code.WATCH]
+        watching = [self.steps[place] for place in self.watching]
         found = any([step.seen[0] for step in watching] + [own.take_suspicion() for _, own in self.longer.values()])
         for step in watching:
             step.seen[0] = 0
@@ -146,7 +147,8 @@ def compiled(nodes: Sequence[Node], compute: DType, statistics: Mapping[int, Any
     for register, node in enumerate(nodes):
         writer.write(node, register)
     steps = (Step * len(writer.steps))(*writer.steps)
-    return Program(steps, writer.inputs, writer.registers, compute.name, writer.piece)
+    watching = [place for place, step in enumerate(writer.steps) if step.code == Code.WATCH]
+    return Program(steps, writer.inputs, writer.registers, compute.name, writer.piece, watching)
 
 
 class _Writer:
