@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
 from streammerge.formats.files import ByteFile
+from streammerge.formats.readers import FileRange
 from streammerge.tensors import DType, Model, TensorInfo
 
 if TYPE_CHECKING:
@@ -37,6 +38,11 @@ class Stored:
     info: TensorInfo
     file: ByteFile
     start: int
+
+    def elements(self, start: int, stop: int) -> FileRange:
+        """Where elements [start, stop) are, of as many bits as fill bytes."""
+        size = self.info.dtype.bits // 8
+        return FileRange(self.file, self.start + start * size, self.start + stop * size)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -296,11 +302,11 @@ def unrounded(node: Node, info: TensorInfo) -> Node:
 class Job:
     """One output tensor: its expression, the dtype it is computed in, and where its bytes go.
 
-    `compute` is None where the stored bytes are copied as they are. The expression may be left to be made when it is
-    asked for.
+    `compute` is None where the stored bytes are copied as they are, and `is_compiled` is true where compiled loops do
+    all of it. The expression may be left to be made when it is asked for.
     """
 
-    __slots__ = ("_make", "_node", "compute", "file", "info", "name", "offset")
+    __slots__ = ("_make", "_node", "compute", "file", "info", "is_compiled", "name", "offset")
 
     def __init__(
         self,
@@ -311,12 +317,15 @@ class Job:
         file: int,
         offset: int,
         make: Callable[[str], Node] | None = None,
+        *,
+        is_compiled: bool = False,
     ) -> None:
         self.name: Final = name
         self.info: Final = info
         self.compute: Final = compute
         self.file: Final = file
         self.offset: Final = offset
+        self.is_compiled: Final = is_compiled
         self._node = node
         self._make = make
 

@@ -6,8 +6,8 @@ A reader belongs to one worker. What `read` returns is valid until the next `rea
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
-from typing import Final, Literal, Protocol
+from collections.abc import Callable, Sequence
+from typing import Final, Literal, NamedTuple, Protocol
 
 from streammerge.formats.descriptors import read_at
 from streammerge.formats.files import ByteFile
@@ -17,11 +17,27 @@ WINDOW_BYTES: Final = 2 << 20
 """How much of a file is mapped at once: less pays for mapping and unmapping, more in resident memory."""
 
 
+class FileRange(NamedTuple):
+    """Bytes [start, stop) of a file."""
+
+    file: ByteFile
+    start: int
+    stop: int
+
+
+Fill = Callable[[Sequence[FileRange], Sequence[memoryview]], int]
+"""Fills buffers with ranges of files at once, one after the other; says how many it could."""
+
+
 class Reader(Protocol):
     """How a worker gets at the bytes of files."""
 
     def read(self, file: ByteFile, start: int, stop: int, slot: int) -> memoryview:
         """Bytes [start, stop) of the file, not to be written to."""
+        ...
+
+    def read_all(self, ranges: Sequence[FileRange]) -> list[memoryview]:
+        """The bytes of every range, in the slots from 0 on."""
         ...
 
     def check(self) -> None:
@@ -52,6 +68,10 @@ class MappedReader:
             window = self._map(file, start, max(stop, start + WINDOW_BYTES))
         return window.bytes[start - window.start : stop - window.start]
 
+    def read_all(self, ranges: Sequence[FileRange]) -> list[memoryview]:
+        """The bytes of every range."""
+        return [self.read(*part, slot) for slot, part in enumerate(ranges)]
+
     def _map(self, file: ByteFile, start: int, stop: int) -> _Window:
         self._windows.pop(file, None)
         if len(self._windows) >= self.most:
@@ -79,20 +99,33 @@ class _Window:
 
 
 class PositionalReader:
-    """Reads into one buffer per slot, which stays in the CPU's cache; `allocate` makes the buffers."""
+    """Reads into one buffer per slot, which stays in the CPU's cache; `allocate` makes the buffers.
 
-    def __init__(self, allocate: Callable[[int], memoryview] | None = None) -> None:
+    Where `fill` can fill many at once, it is asked first.
+    """
+
+    def __init__(self, allocate: Callable[[int], memoryview] | None = None, fill: Fill | None = None) -> None:
         self._allocate = allocate or page_aligned
+        self._fill = fill or (lambda _, __: 0)
         self._buffers: dict[int, memoryview] = {}
 
     def read(self, file: ByteFile, start: int, stop: int, slot: int) -> memoryview:
         """A copy of bytes [start, stop) in the slot's buffer."""
-        count = stop - start
-        if count > len(self._buffers.get(slot, b"")):
-            self._buffers[slot] = self._allocate(count)
-        buffer = self._buffers[slot][:count]
+        buffer = self._buffer(slot, stop - start)
         read_at(file.descriptor, buffer, start)
         return buffer
+
+    def read_all(self, ranges: Sequence[FileRange]) -> list[memoryview]:
+        """Copies of all ranges' bytes."""
+        buffers = [self._buffer(slot, part.stop - part.start) for slot, part in enumerate(ranges)]
+        for slot in range(self._fill(ranges, buffers), len(ranges)):
+            read_at(ranges[slot].file.descriptor, buffers[slot], ranges[slot].start)
+        return buffers
+
+    def _buffer(self, slot: int, nbytes: int) -> memoryview:
+        if nbytes > len(self._buffers.get(slot, b"")):
+            self._buffers[slot] = self._allocate(nbytes)
+        return self._buffers[slot][:nbytes]
 
     def check(self) -> None:
         """What can't be read is an error at once."""
@@ -102,10 +135,13 @@ class PositionalReader:
 
 
 def open_reader(
-    io: Literal["mmap", "pread"], mapped_bytes: int, allocate: Callable[[int], memoryview] | None = None
+    io: Literal["mmap", "pread"],
+    mapped_bytes: int,
+    allocate: Callable[[int], memoryview] | None = None,
+    fill: Fill | None = None,
 ) -> Reader:
     """A worker's own reader."""
-    return MappedReader(mapped_bytes) if io == "mmap" else PositionalReader(allocate)
+    return MappedReader(mapped_bytes) if io == "mmap" else PositionalReader(allocate, fill)
 
 
 def page_aligned(nbytes: int) -> memoryview:

@@ -127,9 +127,8 @@ class Jobs(Sequence[Job]):
     def _job(self, name: str, file: int, start: int) -> Job:
         kind = self._kinds[self._decisions.number(name)]
         assert kind is not None
-        return Job(
-            name, kind.info, None, kind.compute, file, start, self._looked_at if kind.is_looked_at else self._made
-        )
+        make = self._looked_at if kind.is_looked_at else self._made
+        return Job(name, kind.info, None, kind.compute, file, start, make, is_compiled=kind.is_compiled)
 
     def _made(self, name: str) -> Node:
         return self._nodes[name]

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from streammerge.compute.expressions import ModelStatistics, applications
-from streammerge.compute.kernels.library import kernels
+from streammerge.compute.expressions import Job, ModelStatistics, applications
+from streammerge.compute.kernels.library import filled, kernels
 from streammerge.compute.kernels.maker import KernelMaker
 from streammerge.compute.machine import OWN_BYTES, import_torch, resident_bytes
 from streammerge.compute.makers import Maker
+from streammerge.compute.neighbours import neighbours
 from streammerge.formats.readers import open_reader
 from streammerge.methods import METHODS
 from streammerge.plan.plan import Plan, allot_memory
@@ -22,7 +23,7 @@ from streammerge.storage.copying import Copying
 from streammerge.storage.ledger import Ledger, Sink
 from streammerge.workers.checking import Checker, ReadBack, Samples, computed_samples, copied_samples, sample
 from streammerge.workers.schedule import run
-from streammerge.workers.windows import MergeWork, SampledWork, TogetherWork
+from streammerge.workers.windows import MergeWork, NeighboursWork, SampledWork, TogetherWork, Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class Machine:
         """As many as were allotted, each with a reader of its own."""
         if self.device == "cpu" and kernels() is not None:
             mapped = self.allotment.mapped_bytes
-            return [KernelMaker(open_reader(self.io, mapped)) for _ in range(self.allotment.threads)]
+            return [KernelMaker(open_reader(self.io, mapped, fill=filled)) for _ in range(self.allotment.threads)]
         from streammerge.compute.devices import find_device, open_lanes
         from streammerge.compute.tensor_maker import TensorMaker
 
@@ -104,14 +105,19 @@ class Machine:
 
         if first := next(due, None):
             self._measure(makers, ledger, look)
-        works = (
-            SampledWork(job, sink, ledger, self.measured, samples[job])
+        waiting = itertools.chain([first] if first else [], due)
+        works: Iterator[Work] = (
+            (SampledWork(job, sink, ledger, self.measured, samples[job]) for job in waiting)
             if samples
-            else MergeWork(job, sink, ledger, self.measured)
-            for job in itertools.chain([first] if first else [], due)
+            else (self._work(group, sink, ledger) for group in neighbours(waiting))
         )
         run(works, makers, look, copying, held_bytes=self.allotment.held_bytes)
         look()
+
+    def _work(self, jobs: Sequence[Job], sink: Sink, ledger: Ledger) -> Work:
+        if len(jobs) > 1:
+            return NeighboursWork(jobs, sink, ledger)
+        return MergeWork(jobs[0], sink, ledger, self.measured)
 
     def _measure(self, makers: Sequence[Maker], ledger: Ledger, look: Callable[[], None]) -> None:
         """Take the statistics of the whole model that are wanted, unless they have been."""

@@ -18,9 +18,10 @@ from typing import Final
 from streammerge.compute.makers import Maker
 from streammerge.errors import error_context
 from streammerge.formats.mapping import bus_errors_are_caught
+from streammerge.formats.readers import FileRange
 from streammerge.methods.loading import method_failure
 from streammerge.storage.copying import Copying, Piece
-from streammerge.workers.windows import FileRange, Window, Work
+from streammerge.workers.windows import Window, Work
 
 AHEAD_BYTES: Final = 64 << 20
 """What is asked of the disk ahead of its use: as much as it delivers while a few windows are computed."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from streammerge.compute.costs import (
     LEAST_STEP,
@@ -17,8 +17,9 @@ from streammerge.compute.costs import (
 )
 from streammerge.compute.expressions import Job, ModelStatistics, Node, Together, stored_leaves
 from streammerge.compute.makers import Block, Blocks, Maker, Wanted
+from streammerge.compute.neighbours import as_one
 from streammerge.compute.survey import Survey, TogetherSurvey
-from streammerge.formats.files import ByteFile
+from streammerge.formats.readers import FileRange
 from streammerge.models.quantised import has_scales
 from streammerge.report import Finding, Progress
 from streammerge.storage.ledger import Ledger, Sink
@@ -26,14 +27,6 @@ from streammerge.tensors import DType
 
 SHORT_WINDOW: Final = 2
 """Whole blocks that a worker measures at once where measures are bulky: those of a window wait for the one before."""
-
-
-class FileRange(NamedTuple):
-    """Bytes [start, stop) of a file."""
-
-    file: ByteFile
-    start: int
-    stop: int
 
 
 class Work:
@@ -235,6 +228,37 @@ class MergeWork(Work):
     def _at_once(self, maker: Maker) -> int:
         """How many elements the maker makes at once."""
         return max(min(self._step, maker.room), self.least)
+
+
+class NeighboursWork(MergeWork):
+    """Tensors side by side that are computed as if they were one: all at once, and if anything is wrong one by one.
+
+    Nothing is said of them together that would not be true of each.
+    """
+
+    def __init__(self, jobs: Sequence[Job], sink: Sink, ledger: Ledger) -> None:
+        super().__init__(as_one(jobs), sink, ledger)
+        self.jobs = jobs
+
+    def write(self, window: Window, maker: Maker) -> None:
+        """Write all of them."""
+        before = maker.bytes_read
+        made = self._make(self._blocks(maker), 0, self.node.info.elements, maker)
+        if made is None or made.finding:
+            maker.make_room(maker.room)
+            for job in self.jobs:
+                self._write_alone(job, maker)
+            return
+        maker.check()
+        for job in self.jobs:
+            start = job.offset - self.job.offset
+            self.sink.write(job, 0, made.data[start : start + job.info.nbytes])
+        self.ledger.finish(self.job, 0, self.job.info.nbytes, read=maker.bytes_read - before)
+
+    def _write_alone(self, job: Job, maker: Maker) -> None:
+        work = MergeWork(job, self.sink, self.ledger)
+        for window in work.begin_pass():
+            work.write(window, maker)
 
 
 class TogetherWork(Work):

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from streammerge.compute import costs
 from streammerge.compute.costs import WINDOW_BYTES, window_blocks
 from streammerge.compute.expressions import BLOCK, External, Stored, Term, combine
+from streammerge.formats.readers import FileRange
 from streammerge.storage.ledger import Ledger
 from streammerge.tensors import DTYPES, TensorInfo
 from streammerge.workers.schedule import AHEAD_BYTES, AHEAD_WINDOWS, Schedule
-from streammerge.workers.windows import FileRange, MergeWork, Window, ranges_of
+from streammerge.workers.windows import MergeWork, Window, ranges_of
 from tests.make.models import MemoryModel, store_tensors
 from tests.workers.jobs import MemorySink, job_of
 

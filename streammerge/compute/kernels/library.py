@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import array
 import ctypes
 import functools
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-VERSION: Final = 4
+from streammerge.formats.readers import FileRange
+
+VERSION: Final = 5
 """What the library has to say of itself: one of another version, left by an older build, is not used."""
 
 KINDS: Final[Mapping[str, int]] = {"F16": 0, "BF16": 1, "F8_E4M3": 2, "F8_E5M2": 3, "F32": 4, "F64": 5}
@@ -142,6 +145,8 @@ class _Buffer(ctypes.Structure):
 
 def address(memory: memoryview) -> int:
     """Where the memory is, which may be read-only; it must be kept by the caller for as long as that is used."""
+    if memory.nbytes and not memory.readonly:
+        return ctypes.addressof(ctypes.c_char.from_buffer(memory))
     buffer = _Buffer()
     get, release = ctypes.pythonapi.PyObject_GetBuffer, ctypes.pythonapi.PyBuffer_Release
     get(ctypes.py_object(memory), ctypes.byref(buffer), 0)
@@ -168,6 +173,19 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.count_at.argtypes, library.count_at.restype = [pointer, size, number, pointer], None
     library.add_counts.argtypes, library.add_counts.restype = [pointer, pointer, size], None
     library.bin_from_top.argtypes, library.bin_from_top.restype = [pointer, size, size, pointer], size
+    library.read_ranges.argtypes, library.read_ranges.restype = [pointer, size], size
     library.nonfinite_in.argtypes = [number, pointer, size]
     library.nonfinite_in.restype = size
     return library
+
+
+def filled(ranges: Sequence[FileRange], buffers: Sequence[memoryview]) -> int:
+    """Fill the buffers with ranges of files by one call; how many could be filled."""
+    library = kernels()
+    if library is None:
+        return 0
+    wanted = array.array("q")
+    for part, buffer in zip(ranges, buffers, strict=True):
+        wanted.extend((part.file.descriptor, part.start, len(buffer), address(buffer)))
+    found: int = library.read_ranges(wanted.buffer_info()[0], len(ranges))
+    return found

@@ -118,12 +118,9 @@ class KernelMaker:
 
     def read(self, inputs: Sequence[Stored], start: int, stop: int, *, is_again: bool = False) -> list[memoryview]:
         """Elements [start, stop) of every input, as they are stored. What is read again is counted once."""
-        blocks = []
-        for slot, leaf in enumerate(inputs):
-            size = leaf.info.dtype.bits // 8
-            self._bytes_read += 0 if is_again else (stop - start) * size
-            blocks.append(self.reader.read(leaf.file, leaf.start + start * size, leaf.start + stop * size, slot))
-        return blocks
+        ranges = [leaf.elements(start, stop) for leaf in inputs]
+        self._bytes_read += 0 if is_again else sum(part.stop - part.start for part in ranges)
+        return self.reader.read_all(ranges)
 
     def out(self, nbytes: int) -> memoryview:
         """Memory for what is to be written."""
