@@ -237,7 +237,10 @@ def children(node: Node) -> tuple[Node, ...]:
 def walk(node: Node) -> Iterator[Node]:
     """The node's whole tree, children before parents."""
     for child in children(node):
-        yield from walk(child)
+        if isinstance(child, Stored):  # most are
+            yield child
+        else:
+            yield from walk(child)
     yield node
 
 

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Final
 
 from streammerge.compute.expressions import BLOCK, Combined, Job, Node, Rounded, Stored, Term
 from streammerge.tensors import TensorInfo
+
+TOGETHER: Final = 32
+"""So many tensors are made as one at the most: more are hardly faster, and all their expressions are held."""
 
 
 def neighbours(jobs: Iterable[Job]) -> Iterator[Sequence[Job]]:
@@ -18,7 +22,7 @@ def neighbours(jobs: Iterable[Job]) -> Iterator[Sequence[Job]]:
     group: list[Job] = []
     elements = 0
     for job in jobs:
-        if group and not _continues(group[0], job, elements):
+        if len(group) == TOGETHER or (group and not _continues(group[0], job, elements)):
             yield group
             group, elements = [], 0
         group.append(job)

@@ -123,9 +123,10 @@ class PositionalReader:
         return buffers
 
     def _buffer(self, slot: int, nbytes: int) -> memoryview:
-        if nbytes > len(self._buffers.get(slot, b"")):
-            self._buffers[slot] = self._allocate(nbytes)
-        return self._buffers[slot][:nbytes]
+        buffer = self._buffers.get(slot)
+        if buffer is None or nbytes > len(buffer):
+            buffer = self._buffers[slot] = self._allocate(nbytes)
+        return buffer[:nbytes]
 
     def check(self) -> None:
         """What can't be read is an error at once."""

@@ -41,10 +41,10 @@ def is_compiled(node: Node, stored: DType, compute: DType) -> bool:
 
 
 def maker_bytes(node: Node, info: TensorInfo) -> int:
-    """What a maker holds for a tensor: its inputs, the stored block, registers, and ranks in rows."""
+    """What a maker holds for a tensor, or for neighbours of it: inputs, the stored block, registers, ranks in rows."""
     whole = any(isinstance(part, ByGram | ByBlock) for part in applications(node))
     rows = [(row_elements(part), len(part.inputs)) for part in applications(node) if isinstance(part, ByBlock)]
-    elements = min(BLOCK if whole else at_once(list(stored_leaves(node))), info.elements)
+    elements = min(BLOCK, info.elements) if whole else at_once(list(stored_leaves(node)))
     elements = max([elements, *(row for row, _ in rows)])
     beside = BLOCK * info.dtype.bits // 8 + registers(node) * CHUNK * 16
     return elements * element_bytes(stored_leaves(node)) + sum(row * (4 * count + 32) for row, count in rows) + beside
