@@ -122,6 +122,17 @@ def _file_system(path: Path) -> str:
     return max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else ""
 
 
+CARDS: Final = ("nvidia*", "kfd", "dxg", "dri/renderD*", "accel/accel*")
+"""What Linux calls the cards of Nvidia, AMD, those that Windows lends to its Linux, and of Intel and others."""
+
+
+def choose_device(name: str, devices: Path = Path("/dev")) -> str:
+    """What `auto` means where there can be no card, the CPU: then torch needn't be asked for one."""
+    if name != "auto" or sys.platform != "linux":
+        return name
+    return name if any(any(devices.glob(card)) for card in CARDS) else "cpu"
+
+
 def usable_cores() -> int:
     """The CPU cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):

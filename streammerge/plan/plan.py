@@ -21,6 +21,7 @@ from streammerge.compute.machine import (
     MIB,
     PROMISED_BYTES,
     Allotment,
+    choose_device,
     choose_io,
     share_out,
 )
@@ -247,6 +248,7 @@ def plan_merge(
     `description` is the recipe's, if there is one. `described_bytes` is what the models' tables take,
     `left` what torch files hold beside their models.
     """
+    options = replace(options, device=choose_device(options.device))
     layout = lay_out(output, merged.tensors, metadata or {}, options.shard_size)
     jobs = Jobs(merged, layout, options)
     own = {merged.tensors.names} - ({merged.decisions.names} if described_bytes else set())

@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from streammerge.compute import machine
-from streammerge.compute.machine import DEFAULT_WORK_BYTES, MAPPED_BYTES, MIB, choose_io, is_virtual_machine, share_out
+from streammerge.compute.machine import (
+    DEFAULT_WORK_BYTES,
+    MAPPED_BYTES,
+    MIB,
+    choose_device,
+    choose_io,
+    is_virtual_machine,
+    share_out,
+)
 
 
 @pytest.fixture
@@ -79,3 +87,18 @@ def test_a_limit_and_a_devices_limit_mean_fewer_lanes():
     assert share_out(4 * MIB, threads=8, limit=30 * MIB).threads == 5
     assert share_out(4 * MIB, threads=8, limit=300 * MIB, device_limit=9 * MIB).threads == 2
     assert share_out(4 * MIB, threads=8, limit=300 * MIB, device_limit=1).threads == 1
+
+
+@pytest.mark.parametrize("card", ["nvidia0", "nvidiactl", "kfd", "dxg", "dri/renderD128"])
+def test_auto_asks_torch_where_there_may_be_a_card(bare_metal, tmp_path, card):
+    (tmp_path / card).parent.mkdir(exist_ok=True)
+    (tmp_path / card).touch()
+    assert choose_device("auto", tmp_path) == "auto"
+    assert choose_device("cpu", tmp_path) == "cpu"
+
+
+def test_auto_is_the_cpu_where_there_can_be_none(bare_metal, monkeypatch, tmp_path):
+    assert choose_device("auto", tmp_path) == "cpu"
+    assert choose_device("cuda", tmp_path) == "cuda"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert choose_device("auto", tmp_path) == "auto"
