@@ -52,6 +52,16 @@ def lane_bytes(node: Node, info: TensorInfo, compute: DType) -> int:
     return blocks * size + elements * (slots(node) * widest + info.dtype.bits // 8)
 
 
+def pinned_bytes(node: Node, info: TensorInfo) -> int:
+    """What a card's lane pins of main memory for ranges of one block: those it reads into, and two that it fetches."""
+    widest = max((leaf.info.dtype.bits // 8 for leaf in leaves(node)), default=0)
+    return BLOCK * (RING * widest + 2 * info.dtype.bits // 8)
+
+
+RING: Final = 6
+"""Pinned buffers that a card's lane reads into, one after the other: three inputs of two ranges."""
+
+
 def row_elements(node: ByBlock) -> int:
     """How many elements of whole rows a method is given at once, its halo's too; 0 if it takes blocks as they come."""
     if node.method.needs.rows is None or not node.info.elements:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
+from streammerge.compute.costs import RING
 from streammerge.compute.expressions import Stored
 from streammerge.compute.lanes import StagedLane
 from streammerge.compute.rounding import rounded, rounded_into
@@ -17,16 +19,18 @@ from streammerge.formats.readers import PositionalReader, Reader
 class CudaLane(StagedLane):
     """A CUDA lane: reads straight into pinned memory, and has a stream of its own; lanes copy and compute at once.
 
-    What is read is sent without waiting for it to arrive. Two pinned buffers of a slot take turns, so that the next
-    block is read while the last one is on its way.
+    What is read is sent, and what is made is fetched, without waiting for it to arrive. Pinned buffers take turns, so
+    that the next range is read and computed while the last one is on its way.
     """
 
     def __init__(self, reader: Reader, device: torch.device) -> None:
         super().__init__(reader, device)
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._on_its_way: dict[int, torch.cuda.Event] = {}
-        self._turns: dict[int, int] = {}
+        self._turn = 0
         self._pinned: dict[int, memoryview] = {}
+        self._fetched: dict[tuple[int, int], memoryview] = {}
+        self._fetches = 0
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -34,16 +38,24 @@ class CudaLane(StagedLane):
         with super().running(), torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             yield
 
+    def make_room(self, elements: int) -> None:
+        """Give all buffers back, pinned ones too, and take smaller ones from now on."""
+        self.stream.synchronize()
+        self._on_its_way.clear()
+        self._pinned.clear()
+        self._fetched.clear()
+        super().make_room(elements)
+
     def load(self, node: Stored, start: int, stop: int, dtype: torch.dtype, slot: int) -> torch.Tensor:
         """Elements [start, stop), read into pinned memory if the reader reads, and sent from there."""
         if not isinstance(self.reader, PositionalReader):
             return super().load(node, start, stop, dtype, slot)
-        buffer = self._next_buffer(slot)
+        buffer = self._next_buffer()
         return self._send(self.read(node, start, stop, buffer), dtype, slot, buffer)
 
     def bring(self, values: torch.Tensor, dtype: torch.dtype, slot: int) -> torch.Tensor:
         """A copy of the values on the device, sent from pinned memory."""
-        buffer, nbytes = self._next_buffer(slot), values.numel() * values.element_size()
+        buffer, nbytes = self._next_buffer(), values.numel() * values.element_size()
         if not nbytes:
             return values.to(self.device, dtype)
         if len(self._pinned.get(buffer, b"")) < nbytes:
@@ -51,19 +63,36 @@ class CudaLane(StagedLane):
         staged = torch.frombuffer(self._pinned[buffer], dtype=values.dtype, count=values.numel()).copy_(values)
         return self._send(staged, dtype, slot, buffer)
 
-    def _next_buffer(self, slot: int) -> int:
-        """The number of the slot's other pinned buffer, when nothing is on its way from it any more."""
-        turn = self._turns[slot] = 1 - self._turns.get(slot, 0)
-        buffer = 2 * slot + turn
+    def _next_buffer(self) -> int:
+        """The number of the next pinned buffer, when nothing is on its way from it any more."""
+        buffer = self._turn = (self._turn + 1) % RING
         if buffer in self._on_its_way:
             self._on_its_way.pop(buffer).synchronize()
         return buffer
 
     def _send(self, staged: torch.Tensor, dtype: torch.dtype, slot: int, buffer: int) -> torch.Tensor:
         sent = self.slot(slot, staged.numel(), staged.dtype).copy_(staged, non_blocking=True)
-        self._on_its_way[buffer] = event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(self.stream)
+        self._on_its_way[buffer] = self._recorded()
         return sent if staged.dtype == dtype else rounded_into(self.slot(slot, staged.numel(), dtype), sent)
+
+    def _recorded(self) -> torch.cuda.Event:
+        """What has happened once all that the stream has been given by now is done."""
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(self.stream)
+        return event
+
+    def fetch(self, made: Sequence[torch.Tensor]) -> Fetched:
+        """Tensors on their way into pinned memory, which is theirs until the next but one is fetched."""
+        self._fetches += 1
+        found = []
+        for number, values in enumerate(made):
+            key, nbytes = (self._fetches % 2, number), values.numel() * values.element_size()
+            if len(self._fetched.get(key, b"")) < nbytes:
+                self._fetched[key] = pinned_bytes(nbytes)
+            found.append(self._fetched.get(key, memoryview(b""))[:nbytes])
+            if nbytes:
+                torch.frombuffer(found[-1], dtype=values.dtype).copy_(values, non_blocking=True)
+        return Fetched(found, self._recorded())
 
     def store(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The block rounded on the device and fetched into pinned memory."""
@@ -73,6 +102,19 @@ class CudaLane(StagedLane):
 
     def _host_bytes(self, nbytes: int) -> memoryview:
         return pinned_bytes(nbytes)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fetched:
+    """Bytes that a card is sending into main memory."""
+
+    bytes: Sequence[memoryview]
+    event: torch.cuda.Event
+
+    def arrived(self) -> Sequence[memoryview]:
+        """The bytes, when all of them are there."""
+        self.event.synchronize()
+        return self.bytes
 
 
 def pinned_bytes(nbytes: int) -> memoryview:

@@ -15,9 +15,9 @@ import torch
 
 from streammerge.compute.costs import needs_float64
 from streammerge.compute.cuda import CudaLane, pinned_bytes
-from streammerge.compute.expressions import Job, walk
+from streammerge.compute.expressions import BLOCK, Job, walk
 from streammerge.compute.lanes import Lane, StagedLane
-from streammerge.compute.machine import Allotment
+from streammerge.compute.machine import VRAM_BYTES, Allotment
 from streammerge.errors import DeviceError, OutOfMemoryError, machine_is_full
 from streammerge.formats.readers import Reader, open_reader, page_aligned
 from streammerge.tensors import DTYPES
@@ -35,14 +35,17 @@ NO_FLOAT64: Final = frozenset({"mps"})
 def open_lanes(device: torch.device, io: Literal["mmap", "pread"], allotment: Allotment) -> list[Lane]:
     """As many lanes as were allotted, each with a reader of its own."""
     allocate = pinned_bytes if device.type == "cuda" else page_aligned
-    return [open_lane(open_reader(io, allotment.mapped_bytes, allocate), device) for _ in range(allotment.threads)]
+    readers = [open_reader(io, allotment.mapped_bytes, allocate) for _ in range(allotment.threads)]
+    return [open_lane(reader, device, allotment.blocks) for reader in readers]
 
 
-def open_lane(reader: Reader, device: torch.device) -> Lane:
-    """The kind of lane that the device needs."""
+def open_lane(reader: Reader, device: torch.device, blocks: int = 1) -> Lane:
+    """The kind of lane that the device needs, which takes so many blocks at once."""
     if device.type == "cpu":
         return Lane(reader)
-    return CudaLane(reader, device) if device.type == "cuda" else StagedLane(reader, device)
+    lane = CudaLane(reader, device) if device.type == "cuda" else StagedLane(reader, device)
+    lane.room = blocks * BLOCK
+    return lane
 
 
 def find_device(name: str) -> torch.device:
@@ -57,10 +60,6 @@ def find_device(name: str) -> torch.device:
         found=[f"there is: {', '.join(available)}"],
         advice="Choose one of these with --device.",
     )
-
-
-VRAM_BYTES: Final = 512_000_000
-"""What the lanes may take of a card's memory unless --max-vram says otherwise."""
 
 
 VRAM_LEFT: Final = 0.9

@@ -35,14 +35,15 @@ from streammerge.methods.statistics.slices import Slicing
 class Evaluator:
     """Computes blocks of expressions in the lane's slots, in one compute dtype.
 
-    It is `suspicious` once a method was given what may be infinite or no number, of which its output may not tell.
+    It is `suspicious` once a method was given what may be infinite or no number, of which its output may not tell: that
+    is found out when it is asked, because a card would have to be waited for.
     """
 
     def __init__(self, lane: Lane, dtype: torch.dtype, statistics: Statistics) -> None:
         self.lane = lane
         self.dtype = dtype
         self.statistics = statistics
-        self.suspicious = False
+        self._doubts: list[torch.Tensor] = []
         self._kept: dict[int, tuple[int, torch.Tensor]] = {}
 
     def values(self, node: Node, start: int, stop: int, slot: int = 0) -> torch.Tensor:
@@ -65,6 +66,16 @@ class Evaluator:
                 return self._by_pieces(node, start, stop, slot)
             case ByWhole():
                 return self.lane.bring(self.statistics[id(node)][start:stop], self.dtype, slot)
+
+    @property
+    def suspicious(self) -> bool:
+        """See above."""
+        return not all(math.isfinite(doubt) for doubt in self._doubts)
+
+    def take_doubt(self) -> torch.Tensor | None:
+        """What is finite unless it is suspicious, on the device; from now on it is not. None if there is no doubt."""
+        doubts, self._doubts = self._doubts, []
+        return torch.stack(doubts).sum() if doubts else None
 
     def measure(self, step: Pass[Any], node: Applied, piece: int, block: int) -> Any:  # noqa: ANN401
         """What the pass wants to know of this piece of the node's inputs, which it counts as this block."""
@@ -109,7 +120,7 @@ class Evaluator:
 
     def _suspect(self, inputs: Sequence[torch.Tensor]) -> None:
         # a sum takes a twentieth of the time of a look at every element
-        self.suspicious |= not math.isfinite(sum(values.sum() for values in inputs))
+        self._doubts.append(torch.stack([values.sum() for values in inputs]).sum())
 
     def _with_halo(self, node: ByBlock, start: int, slot: int) -> list[torch.Tensor]:
         """The rows of every input that begin at this element, and the method's halo of rows on both sides."""

@@ -48,6 +48,22 @@ MAX_COMPILED_THREADS: Final = 16
 """The same of workers that compute by compiled loops, which hold no lock."""
 
 
+VRAM_BYTES: Final = 512_000_000
+"""What the lanes may take of a card's memory unless --max-vram says otherwise."""
+
+
+CARD_THREADS: Final = 4
+"""The most workers on a card unless the user asks for more: each has two ranges under way, and more share one bus."""
+
+
+CARD_BLOCKS: Final = 8
+"""Blocks that a card takes at once at the most: it is as soon done with 2²¹ elements as with one block."""
+
+
+CARD_PINNED_BYTES: Final = 96 * MIB
+"""Main memory that all lanes of a card may pin, if their ranges are of more than one block."""
+
+
 BARE_BYTES: Final = 40 * MIB
 """What Python and this package take without torch, beside the workers' buffers and what is kept of headers."""
 
@@ -55,12 +71,16 @@ BARE_BYTES: Final = 40 * MIB
 @dataclass(frozen=True, slots=True)
 class Allotment:
     """How the memory is shared out: the number of lanes, what each keeps mapped, what all takes together, and how much
-    of that is for whole tensors and the like, which are held beside the lanes' buffers."""
+    of that is for whole tensors and the like, which are held beside the lanes' buffers.
+
+    `blocks` is how many blocks of elements a lane takes at once: on a card more than one.
+    """
 
     threads: int
     mapped_bytes: int
     work_bytes: int
     held_bytes: int = 0
+    blocks: int = 1
 
 
 def share_out(

@@ -6,7 +6,7 @@ maker.measurer(compute, known)  ─►  what passes want to know of blocks of th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -43,18 +43,29 @@ class Block:
     finding: Finding | None
 
 
+Range = tuple[int, int]
+"""Elements [start, stop) of a tensor."""
+
+
 class Blocks(Protocol):
     """The blocks of one tensor, for one worker."""
 
     def make(self, start: int, stop: int) -> Block:
-        """Elements [start, stop), a block at the most."""
+        """Elements [start, stop), no more than the maker has room for."""
+        ...
+
+    def each(self, ranges: Sequence[Range]) -> Iterator[Block]:
+        """The elements of one range after the other; the next may be under way before the last is handed out."""
         ...
 
 
 class Measurer(Protocol):
     """Measures blocks of methods' inputs. It is `suspicious` once they may hold infinite values or NaNs."""
 
-    suspicious: bool
+    @property
+    def suspicious(self) -> bool:
+        """See above."""
+        ...
 
     def measure(self, step: Pass[Any], node: Applied, piece: int, block: int) -> Any:  # noqa: ANN401
         """What the pass wants to know of this piece of the node's inputs, which it counts as this block."""

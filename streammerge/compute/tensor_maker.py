@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import collections
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
+import torch
+
+from streammerge.compute.cuda import CudaLane, Fetched
 from streammerge.compute.devices import is_out_of_memory, no_memory_left
 from streammerge.compute.evaluate import Evaluator
 from streammerge.compute.examine import examine, nonfinite_inputs, quieted
 from streammerge.compute.lanes import Lane, torch_dtype
-from streammerge.compute.makers import Block, Statistics, Wanted
+from streammerge.compute.makers import Block, Range, Statistics, Wanted
+from streammerge.compute.rounding import rounded
 from streammerge.errors import OutOfMemoryError
 from streammerge.report import Finding
 from streammerge.tensors import DType
@@ -35,7 +43,9 @@ class TensorMaker:
         return self.lane.running()
 
     def blocks(self, wanted: Wanted, known: Statistics, *, suspicious: bool = False) -> TensorBlocks:
-        """The tensor's blocks."""
+        """The tensor's blocks: begun ahead where the lane can, and nothing else is to be looked at."""
+        if isinstance(self.lane, CudaLane) and not suspicious and can_be_begun_ahead(wanted):
+            return BlocksAhead(self.lane, wanted, known)
         return TensorBlocks(self.lane, wanted, known, suspicious=suspicious)
 
     def measurer(self, compute: DType, known: Statistics) -> Evaluator:
@@ -78,11 +88,69 @@ class TensorBlocks:
         values = evaluator.values(wanted.node, start, stop)
         stored = lane.store(values, self.stored)
         found = examine(values, stored, unscaled=wanted.unscaled)
-        if evaluator.suspicious or self.suspicious or (found and found.nonfinite):
-            evaluator.suspicious = False
+        is_suspicious = evaluator.suspicious or self.suspicious
+        evaluator.take_doubt()
+        if is_suspicious or (found and found.nonfinite):
             quieted(stored)
             found = found or Finding()
             found.inputs = nonfinite_inputs(evaluator, wanted.node, start, stop)
         if found and wanted.unscaled:
             found.elements = wanted.node.info.elements
         return Block(lane.stored_bytes(stored), found if found and found.is_any else None)
+
+    def each(self, ranges: Sequence[Range]) -> Iterator[Block]:
+        """One range after the other."""
+        return (self.make(*part) for part in ranges)
+
+
+def can_be_begun_ahead(wanted: Wanted) -> bool:
+    """Whether all that is looked for shows in the greatest and the least of a block's elements."""
+    return wanted.stored.kind == "float" and wanted.stored.bits > 8
+
+
+class BlocksAhead(TensorBlocks):
+    """The blocks of a tensor on a card: while one is fetched and written, the next is read, sent and computed.
+
+    The one thing that is waited for is a range that has arrived; whether it holds what isn't finite comes with it.
+    """
+
+    def __init__(self, lane: CudaLane, wanted: Wanted, known: Statistics) -> None:
+        super().__init__(lane, wanted, known, suspicious=False)
+        self.lane = lane
+        self.limit = torch.finfo(self.stored).max
+
+    def each(self, ranges: Sequence[Range]) -> Iterator[Block]:
+        """One range after the other, two under way at once."""
+        begun: collections.deque[Begun] = collections.deque()
+        for part in ranges:
+            begun.append(self._begin(part))
+            if len(begun) > 1:
+                yield self._finished(begun.popleft())
+        while begun:
+            yield self._finished(begun.popleft())
+
+    def _begin(self, part: Range) -> Begun:
+        values = self.evaluator.values(self.wanted.node, *part)
+        return Begun(part, self.lane.fetch([rounded(values, self.stored), self._look(values)]))
+
+    def _look(self, values: torch.Tensor) -> torch.Tensor:
+        """The least and the greatest value, and what is no number if a method was given what may not be finite."""
+        doubt = self.evaluator.take_doubt()
+        seen = [*torch.aminmax(values)] if values.numel() else []
+        return torch.stack([*seen, *([] if doubt is None else [doubt])]) if seen else values
+
+    def _finished(self, begun: Begun) -> Block:
+        """The range when it has arrived; made again, and looked at closely, if anything of it isn't finite."""
+        data, look = begun.fetched.arrived()
+        seen = torch.frombuffer(look, dtype=self.evaluator.dtype).tolist() if look else []
+        if all(-self.limit <= number <= self.limit for number in seen[:2]) and all(map(math.isfinite, seen)):
+            return Block(data, None)
+        return self.make(*begun.part)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Begun:
+    """A range that is under way."""
+
+    part: Range
+    fetched: Fetched

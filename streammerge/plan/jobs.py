@@ -36,6 +36,7 @@ class Kind:
     is_told: bool
     is_compiled: bool
     lane_bytes: int
+    pinned_bytes: int
     held_bytes: int
     bytes_read: int
     passes: int
@@ -60,6 +61,7 @@ class Kind:
             not has_external(node),
             is_by_kernels,
             _maker_bytes(node, info, compute, is_compiled=is_by_kernels),
+            0 if options.device == "cpu" else costs.pinned_bytes(node, info),
             costs.held_bytes(node),
             costs.bytes_read(node),
             costs.passes(node),

@@ -14,12 +14,16 @@ from streammerge.compute import costs
 from streammerge.compute.expressions import Together
 from streammerge.compute.machine import (
     BARE_BYTES,
+    CARD_BLOCKS,
+    CARD_PINNED_BYTES,
+    CARD_THREADS,
     DEFAULT_WORK_BYTES,
     MAPPED_BYTES,
     MAX_COMPILED_THREADS,
     MAX_THREADS,
     MIB,
     PROMISED_BYTES,
+    VRAM_BYTES,
     Allotment,
     choose_device,
     choose_io,
@@ -135,12 +139,33 @@ class Plan:
             self.options.threads,
             lanes_limit,
             device_limit=vram,
-            most_threads=MAX_THREADS if self.needs_torch else MAX_COMPILED_THREADS,
+            most_threads=self._most_threads,
             mapped=self.mapped_bytes,
         )
         if held and work_limit is not None:
             held = max(held, min(work_limit - shared.work_bytes, held * shared.threads))
-        return replace(shared, held_bytes=held, work_bytes=shared.work_bytes + held)
+        blocks = self._card_blocks(shared, vram, None if work_limit is None else work_limit - shared.work_bytes - held)
+        pinned = shared.threads * blocks * self.pinned_bytes
+        return replace(shared, held_bytes=held, work_bytes=shared.work_bytes + held + pinned, blocks=blocks)
+
+    @property
+    def _most_threads(self) -> int:
+        if self.options.device != "cpu":
+            return CARD_THREADS
+        return MAX_THREADS if self.needs_torch else MAX_COMPILED_THREADS
+
+    @property
+    def pinned_bytes(self) -> int:
+        """What a card's lane pins of main memory for each block of a range, at the most; 0 on the CPU."""
+        return max((kind.pinned_bytes for kind in self.jobs.kinds), default=0)
+
+    def _card_blocks(self, shared: Allotment, vram: int | None, left: int | None) -> int:
+        """How many blocks the lanes of a card take at once, in its memory and in what is `left` of main memory."""
+        if not self.pinned_bytes:
+            return 1
+        room = (vram or VRAM_BYTES) // (shared.threads * max(self.lane_bytes, 1))
+        pinned = (CARD_PINNED_BYTES if left is None else left) // (shared.threads * self.pinned_bytes)
+        return max(1, min(CARD_BLOCKS, room, pinned))
 
     @property
     def mapped_bytes(self) -> tuple[int, int]:

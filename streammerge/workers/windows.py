@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,7 +15,7 @@ from streammerge.compute.costs import (
     window_blocks,
     write_step,
 )
-from streammerge.compute.expressions import Job, ModelStatistics, Node, Together, stored_leaves
+from streammerge.compute.expressions import BLOCK, Job, ModelStatistics, Node, Together, stored_leaves
 from streammerge.compute.makers import Block, Blocks, Maker, Wanted
 from streammerge.compute.neighbours import as_one
 from streammerge.compute.survey import Survey, TogetherSurvey
@@ -189,34 +189,32 @@ class MergeWork(Work):
 
     def write(self, window: Window, maker: Maker) -> None:
         """Write the window's blocks at their place in the output."""
-        blocks, findings, failures, before = self._blocks(maker), Finding(), 0, maker.bytes_read
-        start, stop = self._elements(window)
-        while start < stop:
-            end = min(start + self._at_once(maker), stop)
-            made = self._make(blocks, start, end, maker)
-            if made is None:
-                failures += 1
-                self._take_less(maker, failures)
-                blocks = self._blocks(maker)  # the last ones hold what they had made
-                continue
+        findings, before = Finding(), maker.bytes_read
+        for first, made in self._made(*self._elements(window), maker):
             maker.check()  # what is written is kept for --resume
-            self.sink.write(self.job, start * self.wanted.stored.bits // 8, made.data)
+            self.sink.write(self.job, first * self.wanted.stored.bits // 8, made.data)
             if made.finding:
                 findings.add(made.finding)
-            start, failures = end, 0
         self.ledger.finish(self.job, *self._bytes(window), findings, read=maker.bytes_read - before)
+
+    def _made(self, start: int, stop: int, maker: Maker) -> Iterator[tuple[int, Block]]:
+        """Elements [start, stop) block by block, and where each begins; in smaller ones once memory has run out."""
+        failures = 0
+        while start < stop:
+            step = self._at_once(maker)
+            ranges = [(first, min(first + step, stop)) for first in range(start, stop, step)]
+            each = self._blocks(maker).each(ranges)  # new ones: the last hold what they had made
+            for first, last in ranges:
+                made = _next_unless_full(each, maker)
+                if made is None:
+                    failures += 1
+                    self._take_less(maker, failures)
+                    break
+                yield first, made
+                start, failures = last, 0
 
     def _blocks(self, maker: Maker) -> Blocks:
         return maker.blocks(self.wanted, self.survey.known, suspicious=self.survey.suspicious)
-
-    def _make(self, blocks: Blocks, start: int, stop: int, maker: Maker) -> Block | None:
-        """Elements [start, stop) as they are stored; None if there is no memory for them."""
-        try:
-            return blocks.make(start, stop)
-        except Exception as error:
-            if not maker.is_out_of_memory(error):
-                raise
-            return None
 
     def _take_less(self, maker: Maker, failures: int) -> None:
         """Give buffers back and take half as many elements at once; OutOfMemoryError if that was all."""
@@ -226,8 +224,18 @@ class MergeWork(Work):
         maker.make_room(max(elements // 2, LEAST_STEP))
 
     def _at_once(self, maker: Maker) -> int:
-        """How many elements the maker makes at once."""
-        return max(min(self._step, maker.room), self.least)
+        """How many elements the maker makes at once: what a method makes at once, else as many as it has room for."""
+        return max(min(self._step, maker.room) if self._step < BLOCK else maker.room, self.least)
+
+
+def _next_unless_full(each: Iterator[Block], maker: Maker) -> Block | None:
+    """The next block; None if there is no memory for it."""
+    try:
+        return next(each)
+    except Exception as error:
+        if not maker.is_out_of_memory(error):
+            raise
+        return None
 
 
 class NeighboursWork(MergeWork):
@@ -243,7 +251,7 @@ class NeighboursWork(MergeWork):
     def write(self, window: Window, maker: Maker) -> None:
         """Write all of them."""
         before = maker.bytes_read
-        made = self._make(self._blocks(maker), 0, self.node.info.elements, maker)
+        made = _next_unless_full(self._blocks(maker).each([(0, self.node.info.elements)]), maker)
         if made is None or made.finding:
             maker.make_room(maker.room)
             for job in self.jobs:

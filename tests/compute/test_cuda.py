@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import weakref
 from pathlib import Path
@@ -12,15 +11,14 @@ import pytest
 import torch
 
 import streammerge
-from streammerge.compute import cuda
 from streammerge.compute.cuda import CudaLane, bytes_of
 from streammerge.compute.devices import open_lane, vram_limit
 from streammerge.compute.expressions import BLOCK
 from streammerge.errors import PlanError
-from streammerge.formats.readers import MappedReader, PositionalReader
+from streammerge.formats.readers import PositionalReader
 from streammerge.methods import METHODS
 from streammerge.methods.place import Target
-from tests.make.models import assert_same_bytes, merge_to, normal, raw_bytes, store_tensors
+from tests.make.models import assert_same_bytes, merge_to, normal, store_tensors
 from tests.references.cases import CASES, ONE_CASE_EACH
 from tests.references.closeness import relative_error, ulps_apart
 
@@ -97,70 +95,6 @@ def test_a_cuda_lane_can_be_asked_again_before_its_copies_have_arrived(tmp_path)
         sums = [lane.load(node, 0, BLOCK, torch.float32, 0).double().sum() for node in nodes]
         found = [float(total) for total in sums]
     assert found == pytest.approx([float(tensor.double().sum()) for tensor in tensors], rel=1e-9)
-
-
-class FakeEvent:
-    """An event of a device that is never ready before it is waited for."""
-
-    def __init__(self) -> None:
-        self.recorded = self.awaited = False
-
-    def record(self, stream: Any) -> None:
-        self.recorded = True
-
-    def synchronize(self) -> None:
-        assert self.recorded
-        self.awaited = True
-
-
-class FakeStream:
-    """A stream that notes when it is waited for."""
-
-    def __init__(self, device: Any = None) -> None:
-        self.waits = 0
-
-    def synchronize(self) -> None:
-        self.waits += 1
-
-
-@pytest.fixture
-def cuda_on_the_cpu(monkeypatch):
-    """CUDA's calls as far as a lane makes them, with the CPU as the device; gives the events that were made."""
-    events: list[FakeEvent] = []
-
-    def event() -> FakeEvent:
-        events.append(FakeEvent())
-        return events[-1]
-
-    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
-    monkeypatch.setattr(torch.cuda, "Event", event)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(cuda, "pinned_bytes", lambda nbytes: bytes_of(torch.zeros(max(nbytes, 1), dtype=torch.uint8)))
-    return events
-
-
-@pytest.mark.parametrize("reader", [PositionalReader(), MappedReader()], ids=["pread", "mmap"])
-def test_a_cuda_lane_waits_for_a_buffer_before_it_fills_it_again(tmp_path, cuda_on_the_cpu, reader):
-    tensors = [normal((1000,), seed, torch.float16) for seed in range(6)]
-    nodes = store_tensors(tmp_path / "leaves", tensors)
-    lane = CudaLane(reader, torch.device("cpu"))
-    with lane.running():
-        for number, (node, tensor) in enumerate(zip(nodes, tensors, strict=True)):
-            assert torch.equal(lane.load(node, 0, 1000, torch.float32, 0), tensor.float())
-            awaited = [event.awaited for event in cuda_on_the_cpu]
-            assert awaited == [True] * max(number - 1, 0) + [False] * min(number + 1, 2)
-        assert torch.equal(lane.bring(tensors[0][:7], torch.float16, 3), tensors[0][:7])
-        assert lane.bring(tensors[0][:0], torch.float32, 3).numel() == 0
-
-
-def test_a_cuda_lane_hands_out_what_has_arrived(cuda_on_the_cpu):
-    lane = CudaLane(PositionalReader(), torch.device("cpu"))
-    values = normal((300,), 1)
-    with lane.running():
-        stored = lane.store(values, torch.bfloat16)
-    assert lane.stream.waits == 1  # type: ignore[attr-defined]
-    assert bytes(lane.stored_bytes(stored)) == raw_bytes(values.bfloat16())
 
 
 @pytest.mark.parametrize(

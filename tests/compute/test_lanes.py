@@ -83,7 +83,7 @@ def test_a_staged_lane_gives_the_same_bytes(families, tmp_path, monkeypatch, cas
     monkeypatch.setenv("STREAMMERGE_KERNELS", "off")
     used = []
 
-    def open_staged(reader, device):
+    def open_staged(reader, device, blocks):
         used.append(device)
         return StagedLane(reader, device)
 
@@ -118,7 +118,7 @@ def small_card(monkeypatch):
         monkeypatch.setenv("STREAMMERGE_KERNELS", "off")
         monkeypatch.setattr(SmallCard, "room_for", elements)
         monkeypatch.setattr(SmallCard, "refused", 0)
-        monkeypatch.setattr(devices, "open_lane", lambda reader, device: SmallCard(reader, device))
+        monkeypatch.setattr(devices, "open_lane", lambda reader, device, blocks: SmallCard(reader, device))
 
     return make
 

@@ -20,7 +20,7 @@ from streammerge.compute.kernels.program import (
     compiled,
     registers,
 )
-from streammerge.compute.makers import Block, Blocks, Measurer, Statistics, Wanted
+from streammerge.compute.makers import Block, Blocks, Measurer, Range, Statistics, Wanted
 from streammerge.errors import OutOfMemoryError, machine_is_full
 from streammerge.formats.readers import Reader, page_aligned
 from streammerge.methods.statistics.passes import Pass
@@ -176,6 +176,10 @@ class KernelBlocks:
                 self._rank(part)
             self._make(first, last, out[(first - start) * size : (last - start) * size], finding)
         return Block(out, finding if finding.is_any else None)
+
+    def each(self, ranges: Sequence[Range]) -> Iterator[Block]:
+        """One range after the other."""
+        return (self.make(*part) for part in ranges)
 
     def _rank(self, piece: int) -> None:
         """Rank the elements of a piece, unless they are what was ranked last: it may go on in the next block."""

@@ -1,0 +1,236 @@
+"""What can be said of a card's lane without a card: the CPU stands in for one that is late with every copy.
+
+What is on its way into main memory is noise until it is waited for, and what is on its way to the card must not be
+written to before: a lane that doesn't wait where it has to gives wrong bytes, or is told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+
+from streammerge.compute import cuda, devices, tensor_maker
+from streammerge.compute.costs import RING
+from streammerge.compute.cuda import CudaLane, bytes_of
+from streammerge.compute.expressions import BLOCK, Term, combine
+from streammerge.compute.makers import Wanted
+from streammerge.compute.tensor_maker import BlocksAhead, TensorMaker
+from streammerge.formats.readers import MappedReader, PositionalReader
+from streammerge.tensors import DTYPES
+from tests.make.models import assert_same_bytes, merge_to, normal, raw_bytes, store_tensors
+from tests.references.cases import CASES, ONE_CASE_EACH, mostly
+
+CPU = torch.device("cpu")
+
+
+class LateCard:
+    """Copies that arrive when their event is waited for, and how often anything was waited for."""
+
+    def __init__(self) -> None:
+        self.pinned: list[torch.Tensor] = []
+        self.begun: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self.under_way: dict[int, Event] = {}
+        self.arriving: set[int] = set()
+        self.waits = 0
+
+    def pin(self, nbytes: int) -> memoryview:
+        self.pinned.append(torch.zeros(max(nbytes, 1), dtype=torch.uint8))
+        return bytes_of(self.pinned[-1])[:nbytes]
+
+    def is_pinned(self, values: torch.Tensor) -> bool:
+        return any(0 <= values.data_ptr() - memory.data_ptr() < memory.numel() for memory in self.pinned)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        assert source.data_ptr() not in self.under_way, "the last copy from here has not been waited for"
+        self.begun.append((target, source, source.clone()))
+        if self.is_pinned(target):
+            assert target.data_ptr() not in self.arriving, "what was to arrive here has not been waited for"
+            self.arriving.add(target.data_ptr())
+            return target.view(torch.uint8).random_(1, 255).view(target.dtype)
+        assert self.is_pinned(source), "a copy from memory that is not pinned is waited for"
+        return copy(target, source)
+
+
+class Event:
+    """An event of the late card."""
+
+    def __init__(self, card: LateCard) -> None:
+        self.card = card
+        self.copies: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self.is_awaited = False
+
+    def record(self, stream: Any) -> None:
+        self.copies, self.card.begun = self.card.begun, []
+        self.card.under_way |= {source.data_ptr(): self for _, source, _ in self.copies if self.card.is_pinned(source)}
+
+    def synchronize(self) -> None:
+        assert not self.is_awaited
+        self.is_awaited = True
+        self.card.waits += 1
+        for target, source, content in self.copies:
+            if self.card.is_pinned(target):
+                copy(target, content)
+                self.card.arriving.discard(target.data_ptr())
+            else:
+                assert raw_bytes(source) == raw_bytes(content), "written to while it was being sent"
+                self.card.under_way.pop(source.data_ptr(), None)
+
+
+class Stream:
+    """Its stream: whoever waits for it has everything that was begun."""
+
+    def __init__(self, card: LateCard) -> None:
+        self.card = card
+        self.waits = 0
+
+    def synchronize(self) -> None:
+        self.waits += 1
+        event = Event(self.card)
+        event.record(self)
+        event.synchronize()
+        self.card.waits -= 1
+        for late in list(self.card.under_way.values()):
+            if not late.is_awaited:
+                late.copies = [part for part in late.copies if self.card.is_pinned(part[0])]
+        self.card.under_way.clear()
+
+
+copy = torch.Tensor.copy_
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """CUDA's calls as far as a lane makes them."""
+    late = LateCard()
+
+    def copied(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        return late.copy(target, source) if non_blocking else copy(target, source)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", copied)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(late))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: Event(late))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(cuda, "pinned_bytes", late.pin)
+    return late
+
+
+def card_lane(late: LateCard, room: int = BLOCK, *, mapped: bool = False) -> CudaLane:
+    lane = CudaLane(MappedReader() if mapped else PositionalReader(late.pin), CPU)
+    lane.room = room
+    return lane
+
+
+@pytest.fixture
+def merging_on_the_card(card, monkeypatch):
+    """Merges go through lanes of the late card, one each, that take so many blocks at once."""
+    monkeypatch.setenv("STREAMMERGE_KERNELS", "off")
+
+    def merge(path, given, blocks, **options):
+        lanes = []
+
+        def open_lane(reader, device, _):
+            lanes.append(card_lane(card, blocks * BLOCK, mapped=isinstance(reader, MappedReader)))
+            return lanes[-1]
+
+        monkeypatch.setattr(devices, "open_lane", open_lane)
+        made = merge_to(path, given, threads=1, **options)
+        assert lanes
+        return made
+
+    return merge
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_buffer_is_waited_for_before_it_is_filled_again(tmp_path, card, mapped):
+    tensors = [normal((1000,), seed, torch.float16) for seed in range(2 * RING)]
+    nodes = store_tensors(tmp_path / "leaves", tensors)
+    lane = card_lane(card, mapped=mapped)
+    with lane.running():
+        for number, (node, tensor) in enumerate(zip(nodes, tensors, strict=True)):
+            assert torch.equal(lane.load(node, 0, 1000, torch.float32, 0), tensor.float())
+            assert card.waits == max(number + 1 - RING, 0)
+        assert torch.equal(lane.bring(tensors[0][:7], torch.float16, 3), tensors[0][:7])
+        assert lane.bring(tensors[0][:0], torch.float32, 3).numel() == 0
+
+
+def test_a_cuda_lane_hands_out_what_has_arrived(card):
+    lane, values = card_lane(card), normal((300,), 1)
+    with lane.running():
+        stored = lane.store(values, torch.bfloat16)
+        assert bytes(lane.stored_bytes(stored)) == raw_bytes(values.bfloat16())
+        fetched = [lane.fetch([values[:100].half(), values[:0]]), lane.fetch([values[200:]])]
+        assert bytes(fetched[0].bytes[0]) != raw_bytes(values[:100].half())
+        assert [bytes(part) for part in fetched[0].arrived()] == [raw_bytes(values[:100].half()), b""]
+        assert [bytes(part) for part in fetched[1].arrived()] == [raw_bytes(values[200:])]
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 8])
+@pytest.mark.parametrize("case", mostly(ONE_CASE_EACH, CASES), ids=str)
+def test_the_bytes_are_the_cpus_however_much_a_card_takes_at_once(
+    families, tmp_path, merging_on_the_card, monkeypatch, case, blocks
+):
+    _, paths = families["F16"]
+    monkeypatch.setenv("STREAMMERGE_KERNELS", "off")
+    made = merging_on_the_card(tmp_path / "card.safetensors", case.merge(paths), blocks)
+    monkeypatch.undo()
+    monkeypatch.setenv("STREAMMERGE_KERNELS", "off")
+    assert_same_bytes(made, merge_to(tmp_path / "cpu.safetensors", case.merge(paths)))
+
+
+def wanted_of(folder, tensors, stored="F16"):
+    nodes = store_tensors(folder, tensors)
+    info = nodes[0].info
+    return Wanted(combine(info, tuple(Term(0.5, node) for node in nodes)), DTYPES["F32"], DTYPES[stored])
+
+
+def test_a_range_is_waited_for_once_and_the_next_is_under_way_by_then(tmp_path, card):
+    tensors = [normal((10_000,), seed, torch.float16) for seed in range(3)]
+    maker = TensorMaker(card_lane(card))
+    ranges = [(start, start + 1000) for start in range(0, 10_000, 1000)]
+    with maker.running():
+        blocks = maker.blocks(wanted_of(tmp_path / "leaves", tensors), {})
+        assert isinstance(blocks, BlocksAhead)
+        each, found = blocks.each(ranges), b""
+        for number, made in enumerate(each):
+            found += bytes(made.data)
+            assert maker.bytes_read == 3 * 2 * 1000 * min(number + 2, len(ranges))
+        assert isinstance(maker.lane, CudaLane)
+        assert maker.lane.stream.waits == 0  # type: ignore[attr-defined]
+    loads = 3 * len(ranges)
+    assert card.waits == len(ranges) + loads - RING
+    assert found == raw_bytes((0.5 * torch.stack(tensors).float().sum(0)).half())
+
+
+@pytest.mark.parametrize("place", [0, 999, 1000, 5555, 9999])
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 60000.0])
+def test_what_is_not_finite_is_found_in_its_range_and_the_others_are_what_they_were(tmp_path, card, place, value):
+    tensors = [normal((10_000,), seed, torch.float16) for seed in range(3)]
+    for tensor in tensors:
+        tensor[place] = value
+    maker = TensorMaker(card_lane(card))
+    ranges = [(start, start + 1000) for start in range(0, 10_000, 1000)]
+    with maker.running():
+        each = maker.blocks(wanted_of(tmp_path / "leaves", tensors), {}).each(ranges)
+        made = [(bytes(block.data), block.finding) for block in each]
+    expected = (0.5 * torch.stack(tensors).float().sum(0)).half()
+    expected[place] = (
+        expected[place] if not expected[place].isnan() else torch.tensor([0x7E00]).short().view(torch.half)[0]
+    )
+    assert b"".join(data for data, _ in made) == raw_bytes(expected)
+    assert [number for number, (_, finding) in enumerate(made) if finding] == [place // 1000]
+    finding = made[place // 1000][1]
+    assert finding is not None
+    assert (finding.nonfinite, finding.overflowed) == (1, int(value == 60000.0))
+
+
+@pytest.mark.parametrize("stored", ["F8_E4M3", "I64"])
+def test_what_shows_in_no_extreme_is_not_begun_ahead(tmp_path, card, stored):
+    maker = TensorMaker(card_lane(card))
+    wanted = wanted_of(tmp_path / "leaves", [normal((100,), 1, torch.float16)], stored)
+    assert not isinstance(maker.blocks(wanted, {}), BlocksAhead)
+    assert not isinstance(maker.blocks(wanted_of(tmp_path / "b", [normal((9,), 1)]), {}, suspicious=True), BlocksAhead)
+    assert tensor_maker.can_be_begun_ahead(wanted_of(tmp_path / "c", [normal((9,), 1)], "BF16"))
