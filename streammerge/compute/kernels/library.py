@@ -14,7 +14,7 @@ from typing import Final
 
 from streammerge.formats.readers import FileRange
 
-VERSION: Final = 5
+VERSION: Final = 6
 """What the library has to say of itself: one of another version, left by an older build, is not used."""
 
 KINDS: Final[Mapping[str, int]] = {"F16": 0, "BF16": 1, "F8_E4M3": 2, "F8_E5M2": 3, "F32": 4, "F64": 5}
@@ -171,6 +171,8 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         rank.argtypes, rank.restype = [pointer, size, pointer, size, size, pointer, pointer, pointer], None
     library.kth.argtypes, library.kth.restype = [pointer, size, size], number
     library.count_at.argtypes, library.count_at.restype = [pointer, size, number, pointer], None
+    library.equal_in_parts.argtypes = [pointer, pointer, size, number, pointer]
+    library.equal_in_parts.restype = None
     library.add_counts.argtypes, library.add_counts.restype = [pointer, pointer, size], None
     library.bin_from_top.argtypes, library.bin_from_top.restype = [pointer, size, size, pointer], size
     library.read_ranges.argtypes, library.read_ranges.restype = [pointer, size], size

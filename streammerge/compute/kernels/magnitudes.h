@@ -4,6 +4,10 @@
 
 #include "program.h"
 
+/* The greatest keys: those of what is no number. */
+#define LAST 0x7f800001
+#define LAST_WIDE 0x7ff0000000000001
+
 enum asked {
   BETWEEN, /* how many keys are no less than `high`, and which are above `low` and less than that: int32 */
   BINS,    /* how many keys have each value of the 16 bits above `shift`, counted from `low`, and how many are not 0 */
@@ -25,8 +29,8 @@ typedef struct {
 
 void answer(question *the, const int64_t *keys, size_t n);
 
-/* BETWEEN, of the keys of float32; there is room for CHUNK. */
-void answer_between(question *the, const int32_t *keys, size_t n);
+/* BETWEEN, of the keys of float32: of n values, or of what they differ by from a base, unless that is NULL. */
+void answer_between(question *the, const float *values, const float *base, size_t n);
 
 /* The answers for elements [start, start + n) of the tensors that a program leaves in its registers. Questions for the same
    vector stand side by side. */
@@ -40,6 +44,9 @@ EXPORT int32_t kth(const int32_t *values, int64_t n, int64_t k);
 
 /* How many values are above the key, and how many are equal to it. */
 EXPORT void count_at(const int32_t *values, int64_t n, int32_t key, int64_t *found);
+
+/* How many of each part of the values, which are so many one after the other, are equal to the key. */
+EXPORT void equal_in_parts(const int32_t *values, const int64_t *sizes, int64_t parts, int32_t key, int64_t *equal);
 
 /* totals += counts */
 EXPORT void add_counts(int64_t *totals, const int64_t *counts, int64_t n);

@@ -35,6 +35,13 @@ class CompiledCounting:
         self.library.count_at(address(keys), len(keys), key, found)
         return found[0], found[1]
 
+    def equal_in(self, keys: memoryview, sizes: Sequence[int], key: int) -> list[int]:
+        """How many are equal to this key of each part, which are so many one after the other."""
+        found = (ctypes.c_int64 * len(sizes))()
+        parts = (ctypes.c_int64 * len(sizes))(*sizes)
+        self.library.equal_in_parts(address(keys), parts, len(sizes), key, found)
+        return list(found)
+
     def add(self, totals: memoryview, counts: memoryview) -> None:
         """Add counts to totals."""
         self.library.add_counts(address(totals), address(counts), len(counts))

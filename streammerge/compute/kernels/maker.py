@@ -73,7 +73,7 @@ class KernelMaker:
         self._out = page_aligned(0)
         self._tensors: TensorMaker | None = None
         self._running = contextlib.ExitStack()
-        self._measured: tuple[Node, DType, Program] | None = None
+        self._measured: tuple[Node, DType, Program | None] | None = None
 
     @property
     def bytes_read(self) -> int:
@@ -110,10 +110,11 @@ class KernelMaker:
         """For inputs that are computed in this dtype."""
         return KernelMeasurer(self, compute, known)
 
-    def program(self, node: Applied, compute: DType, known: Statistics) -> Program:
-        """That of the node's inputs, which is kept for the next block."""
+    def program(self, node: Applied, compute: DType, known: Statistics) -> Program | None:
+        """That of the node's inputs, if compiled loops measure them; it is kept for the next block."""
         if self._measured is None or self._measured[0] is not node or self._measured[1] != compute:
-            self._measured = node, compute, compiled(node.inputs, compute, known)
+            has_loops = compute.name in COMPUTES and can_be_compiled(node)
+            self._measured = node, compute, compiled(node.inputs, compute, known) if has_loops else None
         return self._measured[2]
 
     def read(self, inputs: Sequence[Stored], start: int, stop: int, *, is_again: bool = False) -> list[memoryview]:
@@ -224,12 +225,12 @@ class KernelMeasurer:
 
     def measure(self, step: Pass[Any], node: Applied, piece: int, block: int) -> Any:  # noqa: ANN401
         """What the pass wants to know of this piece of the node's inputs, which it counts as this block."""
-        if self.compute.name not in COMPUTES or not can_be_compiled(node):
+        program, size = self.maker.program(node, self.compute, self.known), piece_elements(node)
+        if program is None:
             measurer = self.maker.by_torch.measurer(self.compute, self.known)
             measured = measurer.measure(step, node, piece, block)
             self.suspicious |= measurer.suspicious
             return measured
-        program, size = self.maker.program(node, self.compute, self.known), piece_elements(node)
         start, stop = piece * size, min((piece + 1) * size, node.info.elements)
         stop = min(start + step.part, stop) if step.part else stop
         blocks = self.maker.read(program.inputs, start, stop)

@@ -9,10 +9,6 @@
 enum election { BY_NONE, BY_SUM, BY_COUNT };
 enum division { NEVER, BY_NUMBER, BY_WEIGHTS, BY_POSITIVE_WEIGHTS };
 
-/* The greatest keys: those of what is no number. */
-#define LAST 0x7f800001
-#define LAST_WIDE 0x7ff0000000000001
-
 /* Numbers of a cut, and elements that are merged at once. */
 #define CUT 5
 #define TILE 256

@@ -67,7 +67,8 @@ class Program:
 
     Ranges of the tensors begin at a multiple of `piece` elements; but where elements are ranked in rows they begin
     anywhere in a piece of which `Kernels.rank` has been told all. Steps remember what they have seen: a program is one
-    worker's; `watching` are the places of those that watch for what isn't finite.
+    worker's; `watching` are the places of those that watch for what isn't finite. `ranks` is how many of its steps go by
+    how elements rank in their rows.
     """
 
     steps: ctypes.Array[Step]
@@ -76,17 +77,13 @@ class Program:
     compute: str
     piece: int = 1
     watching: Sequence[int] = ()
+    ranks: int = 0
     longer: dict[int, tuple[Sequence[MethodStep], Program]] = field(default_factory=dict)
 
     @property
     def room_bytes(self) -> int:
         """What its registers take."""
         return self.registers * CHUNK * (8 if self.compute == "F64" else 4)
-
-    @property
-    def ranks(self) -> int:
-        """How many of its steps go by how elements rank in their rows."""
-        return sum(step.code == Code.SIFT for step in self.steps)
 
     def followed_by(self, steps: Sequence[MethodStep]) -> Program:
         """The program with these steps behind it, for which its first registers are the inputs; it is kept."""
@@ -96,12 +93,15 @@ class Program:
             writer.registers = self.registers
             writer.take(steps, 0)
             both = (Step * (len(self.steps) + len(writer.steps)))(*self.steps, *writer.steps)
-            kept = self.longer[id(steps)] = steps, replace(self, steps=both, registers=writer.registers, longer={})
+            ranks, registers = self.ranks + writer.ranks, writer.registers
+            kept = self.longer[id(steps)] = steps, replace(self, steps=both, registers=registers, ranks=ranks, longer={})
         return kept[1]
 
     def take_suspicion(self) -> bool:
         """Whether a method was given what is infinite or no number, of which its output may not tell, since this was
         last asked."""
+        if not self.watching and not self.longer:
+            return False
         watching = [self.steps[place] for place in self.watching]
         found = any([step.seen[0] for step in watching] + [own.take_suspicion() for _, own in self.longer.values()])
         for step in watching:
@@ -148,7 +148,7 @@ def compiled(nodes: Sequence[Node], compute: DType, statistics: Mapping[int, Any
         writer.write(node, register)
     steps = (Step * len(writer.steps))(*writer.steps)
     watching = [place for place, step in enumerate(writer.steps) if step.code == Code.WATCH]
-    return Program(steps, writer.inputs, writer.registers, compute.name, writer.piece, watching)
+    return Program(steps, writer.inputs, writer.registers, compute.name, writer.piece, watching, writer.ranks)
 
 
 class _Writer:
@@ -160,6 +160,11 @@ class _Writer:
         self.inputs: list[Stored] = []
         self.registers = 1
         self.piece = 1
+
+    @property
+    def ranks(self) -> int:
+        """How many steps go by how elements rank in their rows."""
+        return sum(step.code == Code.SIFT for step in self.steps)
 
     def write(self, node: Node, to: int) -> None:
         """The steps that compute the node into this register, with those above it for what is on the way."""

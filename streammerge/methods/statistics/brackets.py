@@ -17,6 +17,7 @@ from streammerge.formats.readers import page_aligned
 from streammerge.methods.statistics.counting import ByTorch, Counting, plain
 from streammerge.methods.statistics.histograms import UpperBits
 from streammerge.methods.statistics.passes import Magnitudes, Pass, Span
+from streammerge.methods.statistics.ranks import INFINITE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,34 +57,35 @@ def begin_bracketing(ranking: Ranking) -> Any:  # noqa: ANN401
 
 @dataclass(frozen=True, slots=True)
 class Bracket:
-    """Keys between which a rank should lie: greater than `low`, and less than `low` + 2 ** `bits`; by default all."""
+    """Keys between which a rank should lie: greater than `low`, and less than `high`; by default all."""
 
-    low: int = BOTTOM
-    bits: int = 32
+    low: int = BOTTOM - 1
+    high: int = TOP + 1
 
     @classmethod
     def around(cls, low: int, high: int) -> Bracket:
         """The bracket that holds these keys and all between them."""
-        bits = (high - low + 2).bit_length()
-        middle = max(BOTTOM, (low + high) // 2 - 2 ** (bits - 1))
-        return cls(middle, bits) if middle + 2**bits <= TOP else cls()
+        before, behind = low - 1, high + 1
+        behind += (behind - before) % 2
+        fits = before >= BOTTOM and behind <= TOP and behind - before <= TOP
+        return cls(before, behind) if fits else cls()
 
     @property
     def span(self) -> Span:
         """Its ends."""
-        return (self.low, self.low + 2**self.bits) if self.bits < 31 else (BOTTOM - 1, TOP + 1)
+        return self.low, self.high
 
     def part(self, found: Tensor) -> tuple[int, memoryview]:
         """How many of the keys lie above, and which lie inside.
 
         By sums of numbers rather than by masks, for truth values are four times slower to make and to count.
         """
-        if self.bits >= 31:
+        if self.low < BOTTOM:
             return 0, plain(found)
-        size = 2**self.bits
-        offset = found.clamp(self.low, self.low + size).sub_(self.low)  # 0 below, 2 ** bits above
+        half = (self.high - self.low) // 2
+        offset = found.clamp(self.low, self.high).sub_(self.low)  # 0 below, twice the half above
         not_below = int(offset.count_nonzero())
-        inside = offset.bitwise_and_(size - 1).nonzero().view(-1)
+        inside = offset.sub_(half).abs_().sub_(half).nonzero().view(-1)
         return not_below - inside.numel(), plain(found[inside])
 
 
@@ -131,9 +133,10 @@ class Sample(Pass[Any]):
         spread = share * (1 - share)
         doubt = DEVIATIONS * math.sqrt(spread / count) + UNEVEN * spread / math.sqrt(len(self.found))
         low, high = math.floor((share - doubt) * count) - 1, math.ceil((share + doubt) * count) + 1
+        least, most = (BOTTOM + 1, TOP - 1) if self.ranking.signed else (0, INFINITE + 1)
         return Bracket.around(
-            self.counting.kth(sample, low) if low >= 1 else BOTTOM + 1,
-            self.counting.kth(sample, high) if high <= count else TOP,
+            self.counting.kth(sample, low) if low >= 1 else least,
+            self.counting.kth(sample, high) if high <= count else most,
         )
 
 
@@ -148,16 +151,15 @@ class Gathered:
         self.above = 0
         self.count = 0
         self.room = page_aligned(4 * min(most, ROOM)).cast("i")
-        self.blocks: dict[int, slice] = {}
+        self.sizes: dict[int, int] = {}
 
     def add(self, block: int, above: int, between: memoryview) -> None:
         """Take in a block's share, as long as there is room."""
         self.above += above
-        part = slice(self.count, self.count + len(between))
-        self.count = part.stop
+        first, self.count = self.count, self.count + len(between)
         if self.count <= len(self.room):
-            self.room[part] = between
-            self.blocks[block] = part
+            self.room[first : self.count] = between
+            self.sizes[block] = len(between)
 
     def settle(self, search: Search, counting: Counting) -> bool:
         """Find the rank among what was gathered; false if it is not there."""
@@ -169,7 +171,8 @@ class Gathered:
         above, search.equal = counting.at(values, search.key)
         search.above = self.above + above
         if search.equal > search.k - search.above:
-            search.equals = {block: counting.at(values[part], search.key)[1] for block, part in self.blocks.items()}
+            equal = counting.equal_in(values, list(self.sizes.values()), search.key)
+            search.equals = dict(zip(self.sizes, equal, strict=True))
         return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
@@ -23,6 +24,10 @@ class Counting(Protocol):
 
     def at(self, keys: memoryview, key: int) -> tuple[int, int]:
         """How many are above this key, and how many are equal to it."""
+        ...
+
+    def equal_in(self, keys: memoryview, sizes: Sequence[int], key: int) -> list[int]:
+        """How many are equal to this key of each part, which are so many one after the other."""
         ...
 
     def add(self, totals: memoryview, counts: memoryview) -> None:
@@ -55,6 +60,10 @@ class ByTorch:
         """How many are above this key, and how many are equal to it."""
         values = tensor_of(keys)
         return int((values > key).sum()), int((values == key).sum())
+
+    def equal_in(self, keys: memoryview, sizes: Sequence[int], key: int) -> list[int]:
+        """How many are equal to this key of each part, which are so many one after the other."""
+        return [int((part == key).sum()) for part in tensor_of(keys).split(list(sizes))]
 
     def add(self, totals: memoryview, counts: memoryview) -> None:
         """Add counts to totals."""
