@@ -83,7 +83,7 @@ def by_kernels(node: Node, known: dict[int, Any], dtype: torch.dtype, step: int)
             memoryview(leaf.file)[start * leaf.info.dtype.bits // 8 : stop * leaf.info.dtype.bits // 8]  # type: ignore[arg-type]
             for leaf in program.inputs
         ]
-        if program.ranks:
+        if program.rows:
             held = loops.rank(program, blocks, stop - start, start, memoryview(b""))
             assert len(held)
         loops.store(

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from streammerge.compute.costs import piece_elements, row_elements
+from streammerge.compute.costs import piece_elements, row_elements, row_width
 from streammerge.compute.expressions import BLOCK, Applied, ByBlock, ByGram, Node, Stored, applications, stored_leaves
 from streammerge.compute.kernels.library import CHUNK, KINDS, LIMITS, Found, kernels
 from streammerge.compute.kernels.program import (
@@ -41,13 +41,14 @@ def is_compiled(node: Node, stored: DType, compute: DType) -> bool:
 
 
 def maker_bytes(node: Node, info: TensorInfo) -> int:
-    """What a maker holds for a tensor, or for neighbours of it: inputs, the stored block, registers, ranks in rows."""
+    """What a maker holds for a tensor, or neighbours of it: inputs, the stored block, registers, what ranks in rows tell."""
     whole = any(isinstance(part, ByGram | ByBlock) for part in applications(node))
-    rows = [(row_elements(part), len(part.inputs)) for part in applications(node) if isinstance(part, ByBlock)]
+    by_rows = [part for part in applications(node) if isinstance(part, ByBlock) and part.method.needs.rows]
     elements = min(BLOCK, info.elements) if whole else at_once(list(stored_leaves(node)))
-    elements = max([elements, *(row for row, _ in rows)])
+    elements = max([elements, *map(row_elements, by_rows)])
+    told = sum(row_elements(part) * 8 * len(part.inputs) + 80 * max(row_width(part), CHUNK) for part in by_rows)
     beside = BLOCK * info.dtype.bits // 8 + registers(node) * CHUNK * 16
-    return elements * element_bytes(stored_leaves(node)) + sum(row * (4 * count + 32) for row, count in rows) + beside
+    return elements * element_bytes(stored_leaves(node)) + told + beside
 
 
 def element_bytes(leaves: Iterator[Stored] | Sequence[Stored]) -> int:
@@ -164,7 +165,7 @@ class KernelBlocks:
         self.program = program
         self.suspicious = suspicious
         self.ranked, self.ranks = -1, memoryview(b"")
-        self.by_ranks = program.ranks > 0
+        self.by_ranks = len(program.rows) > 0
         self.step = program.piece * (1 if self.by_ranks else -(-at_once(program.inputs) // program.piece))
 
     def make(self, start: int, stop: int) -> Block:

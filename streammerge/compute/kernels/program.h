@@ -74,12 +74,13 @@ EXPORT int run_f32(step *steps, int64_t count, const void *const *inputs, int64_
 EXPORT int run_f64(step *steps, int64_t count, const void *const *inputs, int64_t start, int64_t n, double *room,
                    int32_t kind, void *out, finding *found);
 
-/* Before steps SIFT are run for elements of [start, start + n), which are whole rows: how they rank. There is room for n
-   ranks for each of these steps, and 4 times as much space as n numbers of the program's type take. */
+/* Before steps SIFT are run for elements of [start, start + n), which are whole rows: what follows from how they rank. There
+   is room for n numbers for each of these steps; and of the program's type for 5 times the elements of the longest row, or
+   of CHUNK if that is longer. */
 EXPORT void rank_f32(step *steps, int64_t count, const void *const *inputs, int64_t start, int64_t n, float *room,
-                     uint32_t *ranks, void *space);
+                     uint32_t *told, void *space);
 EXPORT void rank_f64(step *steps, int64_t count, const void *const *inputs, int64_t start, int64_t n, double *room,
-                     uint32_t *ranks, void *space);
+                     uint32_t *told, void *space);
 
 /* The sum of n = 2ᵏ values, the second half added to the first until one is left. */
 double halved(double *values, size_t n);

@@ -67,8 +67,8 @@ class Program:
 
     Ranges of the tensors begin at a multiple of `piece` elements; but where elements are ranked in rows they begin
     anywhere in a piece of which `Kernels.rank` has been told all. Steps remember what they have seen: a program is one
-    worker's; `watching` are the places of those that watch for what isn't finite. `ranks` is how many of its steps go by
-    how elements rank in their rows.
+    worker's; `watching` are the places of those that watch for what isn't finite. `rows` are the widths of rows of
+    those that go by how elements rank in them.
     """
 
     steps: ctypes.Array[Step]
@@ -77,7 +77,7 @@ class Program:
     compute: str
     piece: int = 1
     watching: Sequence[int] = ()
-    ranks: int = 0
+    rows: Sequence[int] = ()
     longer: dict[int, tuple[Sequence[MethodStep], Program]] = field(default_factory=dict)
 
     @property
@@ -93,8 +93,8 @@ class Program:
             writer.registers = self.registers
             writer.take(steps, 0)
             both = (Step * (len(self.steps) + len(writer.steps)))(*self.steps, *writer.steps)
-            ranks, registers = self.ranks + writer.ranks, writer.registers
-            kept = self.longer[id(steps)] = steps, replace(self, steps=both, registers=registers, ranks=ranks, longer={})
+            rows, registers = [*self.rows, *writer.rows], writer.registers
+            kept = self.longer[id(steps)] = steps, replace(self, steps=both, registers=registers, rows=rows, longer={})
         return kept[1]
 
     def take_suspicion(self) -> bool:
@@ -148,7 +148,7 @@ def compiled(nodes: Sequence[Node], compute: DType, statistics: Mapping[int, Any
         writer.write(node, register)
     steps = (Step * len(writer.steps))(*writer.steps)
     watching = [place for place, step in enumerate(writer.steps) if step.code == Code.WATCH]
-    return Program(steps, writer.inputs, writer.registers, compute.name, writer.piece, watching, writer.ranks)
+    return Program(steps, writer.inputs, writer.registers, compute.name, writer.piece, watching, writer.rows)
 
 
 class _Writer:
@@ -160,11 +160,7 @@ class _Writer:
         self.inputs: list[Stored] = []
         self.registers = 1
         self.piece = 1
-
-    @property
-    def ranks(self) -> int:
-        """How many steps go by how elements rank in their rows."""
-        return sum(step.code == Code.SIFT for step in self.steps)
+        self.rows: list[int] = []
 
     def write(self, node: Node, to: int) -> None:
         """The steps that compute the node into this register, with those above it for what is on the way."""
@@ -203,6 +199,8 @@ class _Writer:
         for step in steps:
             self.registers = max(self.registers, to + step.of + 1)
             self._step(Code[step.code], to + step.of, to, table=step.numbers)
+            if step.code == Code.SIFT.name:
+                self.rows.append(int(step.numbers[4]))
 
     def _combine(self, terms: Iterable[Term], to: int) -> None:
         """Term after term; stored ones of one kind, one after the other, in one step."""
@@ -248,12 +246,12 @@ class Kernels:
     def rank(
         self, program: Program, blocks: Sequence[memoryview], elements: int, start: int, room: memoryview
     ) -> memoryview:
-        """Find out how the elements of these whole rows rank, for a program that goes by it.
+        """Find out what follows from how the elements of these whole rows rank, for a program that goes by it.
 
         It does so until the memory that is returned, `room` if that is large enough, is given back.
         """
         rank, size = (self._library.rank_f64, 8) if program.compute == "F64" else (self._library.rank_f32, 4)
-        found, space = 4 * program.ranks * elements, 4 * size * elements
+        found, space = 4 * len(program.rows) * elements, 5 * size * max([CHUNK, *program.rows])
         room = room if len(room) >= found + space else page_aligned(found + space)
         given = self._given(program, blocks, elements, start)
         rank(*given, address(room[space:]), address(room))
@@ -310,7 +308,7 @@ class Kernels:
         start: int | None = None,
     ) -> None:
         """Have questions about the first registers answered."""
-        if program.ranks:
+        if program.rows:
             self._ranks = self.rank(program, blocks, elements, start or 0, self._ranks)
         ask = self._library.ask_f64 if program.compute == "F64" else self._library.ask_f32
         ask(*self._given(program, blocks, elements, start), questions, len(questions))
@@ -336,7 +334,7 @@ class Kernels:
 
         Without methods in it, a program need not know with which element the blocks begin.
         """
-        if program.piece > 1 and (start is None or (start % program.piece and not program.ranks)):
+        if program.piece > 1 and (start is None or (start % program.piece and not program.rows)):
             raise ValueError(f"element {start} is no beginning of a piece of {program.piece} elements")
         if len(self._room) < program.room_bytes:
             self._room = page_aligned(program.room_bytes)

@@ -23,6 +23,12 @@ static const uint32_t *half_words(const double *stream, int64_t first, size_t n,
   return halves + odd;
 }
 
+void draw(const double *stream, int64_t first, size_t n, uint32_t *restrict numbers) {
+  uint32_t room[CHUNK + 2];
+  const uint32_t *restrict halves = half_words(stream, first, n, room);
+  for (size_t i = 0; i < n; i++) numbers[i] = halves[i] >> 8;
+}
+
 void uniform(const double *stream, int64_t first, size_t n, float *restrict numbers) {
   uint32_t room[CHUNK + 2];
   const uint32_t *restrict halves = half_words(stream, first, n, room);

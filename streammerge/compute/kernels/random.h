@@ -9,7 +9,8 @@
 #define STREAM 4
 
 /* For n <= CHUNK elements from the tensor's element `first` on: */
-void uniform(const double *stream, int64_t first, size_t n, float *numbers); /* of [0, 1) */
+void draw(const double *stream, int64_t first, size_t n, uint32_t *numbers); /* whole numbers below 2^24 */
+void uniform(const double *stream, int64_t first, size_t n, float *numbers); /* the same by 2^24, of [0, 1) */
 void normal(const double *stream, int64_t first, size_t n, double *numbers); /* normally distributed */
 
 #endif
