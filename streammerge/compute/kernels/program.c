@@ -9,9 +9,10 @@
 enum election { BY_NONE, BY_SUM, BY_COUNT };
 enum division { NEVER, BY_NUMBER, BY_WEIGHTS, BY_POSITIVE_WEIGHTS };
 
-/* Numbers of a cut, and elements that are merged at once. */
+/* Numbers of a cut, elements that are merged at once, and models whose elements are merged one by one at the most. */
 #define CUT 5
 #define TILE 256
+#define FEW 4
 
 /* The same in float32 and in float64: REAL, its BITS, as a WHOLE number, its FUSED multiply and add, its MOST, what is NEXT. */
 #define COMBINE_F16

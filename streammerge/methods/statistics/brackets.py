@@ -36,7 +36,7 @@ STRIDE: Final = 4
 SMALL: Final = 2**16
 """A tensor of so few elements is gathered whole."""
 
-DEVIATIONS: Final = 4.0
+DEVIATIONS: Final = 3.5
 """Half the brackets' width, in standard deviations of the sample's quantile."""
 
 UNEVEN: Final = 0.05
