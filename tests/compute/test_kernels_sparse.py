@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from streammerge.compute.application import measured_with
 from streammerge.compute.costs import compute_dtype, piece_count
-from streammerge.compute.expressions import BLOCK, ByBlock, Combined, Stored, Term, Together
+from streammerge.compute.expressions import BLOCK, ByBlock, Combined, Term, Together
 from streammerge.compute.kernels.library import CHUNK, kernels
 from streammerge.compute.kernels.program import Kernels, compiled
 from streammerge.compute.lanes import Lane, torch_dtype
@@ -27,7 +26,6 @@ from streammerge.methods.statistics.sums import L1Pass
 from streammerge.tensors import DTYPES
 from tests.make.models import raw_bytes
 from tests.make.programs import (
-    NARROW,
     SMALL_PIECE,
     Memory,
     applied,
@@ -38,35 +36,13 @@ from tests.make.programs import (
     measured,
     operands_of,
     plainly,
+    problems,
     small_pieces,
     stored,
     surveyed,
-    tensors,
 )
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="the library is not built")
-
-shares = st.sampled_from([0.0, 0.001, 0.2, 0.5, 0.9, 1.0])
-weights = st.sampled_from([1.0, 0.3, -0.7, 2.5, 1e-3])
-
-
-@st.composite
-def problems(draw: st.DrawFn) -> tuple[list[Stored], dict[str, Any], str]:
-    """Inputs, weights and densities, and the dtype to compute in."""
-    wide = draw(st.booleans())
-    inputs = draw(tensors(draw(st.integers(2, 6)), [*NARROW, "F64"] if wide else NARROW))
-    models = len(inputs) - 1
-    parameters = {
-        "weight": tuple(draw(weights) for _ in range(models)),
-        "density": tuple(draw(shares) for _ in range(models)),
-        "gamma": tuple(draw(st.sampled_from([0.0, 0.01, 0.3])) for _ in range(models)),
-        "normalize": draw(st.booleans()),
-        "rescale": draw(st.booleans()),
-        "select_topk": draw(shares),
-        "lambda": draw(st.sampled_from([1.0, 0.3, -2.0])),
-        "vote": draw(st.sampled_from(["sum", "count"])),
-    }
-    return inputs, parameters, "F64" if wide else "F32"
 
 
 @pytest.mark.parametrize("name", ["ties", "breadcrumbs", "breadcrumbs_ties", "sce"])

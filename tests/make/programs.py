@@ -183,3 +183,27 @@ def small_pieces() -> Iterator[None]:
 
 
 NARROW = ["F16", "BF16", "F32", "F8_E4M3", "F8_E5M2"]
+
+
+shares = st.sampled_from([0.0, 0.001, 0.2, 0.3, 0.5, 0.7, 0.9, 0.999, 1.0])
+weights = st.sampled_from([1.0, 0.3, -0.7, 2.5, 1e-3])
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[list[Stored], dict[str, Any], str]:
+    """Inputs, the parameters of any method that drops elements, and the dtype to compute in."""
+    wide = draw(st.booleans())
+    inputs = draw(tensors(draw(st.integers(2, 6)), [*NARROW, "F64"] if wide else NARROW))
+    models = len(inputs) - 1
+    parameters = {
+        "weight": tuple(draw(weights) for _ in range(models)),
+        "density": tuple(draw(shares) for _ in range(models)),
+        "gamma": tuple(draw(st.sampled_from([0.0, 0.01, 0.3])) for _ in range(models)),
+        "normalize": draw(st.booleans()),
+        "rescale": draw(st.booleans()),
+        "rescale_by": draw(st.sampled_from(["density", "l1"])),
+        "select_topk": draw(shares),
+        "lambda": draw(st.sampled_from([1.0, 0.3, -2.0])),
+        "vote": draw(st.sampled_from(["sum", "count"])),
+    }
+    return inputs, parameters, "F64" if wide else "F32"

@@ -108,7 +108,7 @@ def _found() -> tuple[ctypes.CDLL | None, str]:
         return None, f"can't be loaded ({error})"
     if version != VERSION:
         return None, "built for another version"
-    return _declared(library), "compiled"
+    return declared(library), "compiled"
 
 
 def is_able(machine: str = "", cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
@@ -155,7 +155,7 @@ def address(memory: memoryview) -> int:
     return found
 
 
-def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+def declared(library: ctypes.CDLL) -> ctypes.CDLL:
     """The library, with the types of what its functions take."""
     size, number, pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
     for run in (library.run_f32, library.run_f64):
