@@ -10,16 +10,19 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from streammerge.compute.application import measured_with
 from streammerge.compute.costs import compute_dtype, piece_count
 from streammerge.compute.expressions import BLOCK, ByBlock, Combined, Term, Together
 from streammerge.compute.kernels.library import CHUNK, kernels
+from streammerge.compute.kernels.magnitudes import CompiledCounting
 from streammerge.compute.kernels.program import Kernels, compiled
 from streammerge.compute.lanes import Lane, torch_dtype
 from streammerge.compute.survey import TogetherSurvey
 from streammerge.compute.tensor_maker import TensorMaker
 from streammerge.methods.statistics.brackets import Gathering, Sample
+from streammerge.methods.statistics.counting import ByTorch, plain
 from streammerge.methods.statistics.histograms import Equals, LowerBits, UpperBits
 from streammerge.methods.statistics.passes import Pass
 from streammerge.methods.statistics.sums import L1Pass
@@ -186,3 +189,23 @@ def test_torch_is_not_needed():
     told = subprocess.run([sys.executable, "-c", TORCHLESS], capture_output=True, text=True, check=False)
     assert told.stderr == ""
     assert told.stdout.split("\n")[:2] == ["ties Sample Gathering L1Pass", "breadcrumbs Sample Gathering L1Pass"]
+
+
+@given(data=st.data(), spread=st.sampled_from([1, 50, 3000, 2**20, 2**31]), seed=st.integers(0, 2**31))
+@settings(max_examples=150, deadline=None)
+def test_numbers_are_counted_and_selected_alike(data, spread, seed):
+    """Few or many, all over the place or nearly equal: those of the bin that is sought in move only if they are few."""
+    library = kernels()
+    assert library
+    sizes = data.draw(st.lists(st.sampled_from([0, 1, 100, 4095, 9000]), min_size=1, max_size=3))
+    count = max(sum(sizes), 1)
+    sizes[0] += count - sum(sizes)
+    values = torch.randint(-spread, spread, (count,), generator=torch.Generator().manual_seed(seed))
+    numbers = plain(values.int())
+    place = data.draw(st.integers(1, count))
+    loops, torchs = CompiledCounting(library), ByTorch()
+    key = int(values.sort().values[place - 1])
+    assert loops.kth(numbers, place) == key == torchs.kth(numbers, place)
+    assert loops.at(numbers, key) == torchs.at(numbers, key)
+    assert loops.equal_in(numbers, sizes, key) == torchs.equal_in(numbers, sizes, key)
+    assert sum(loops.equal_in(numbers, sizes, key)) == int((values == key).sum())

@@ -41,7 +41,7 @@ def is_compiled(node: Node, stored: DType, compute: DType) -> bool:
 
 
 def maker_bytes(node: Node, info: TensorInfo) -> int:
-    """What a maker holds for a tensor, or neighbours of it: inputs, the stored block, registers, what ranks in rows tell."""
+    """What a maker holds for a tensor, or for neighbours of it: inputs, the stored block, registers, ranks in rows."""
     whole = any(isinstance(part, ByGram | ByBlock) for part in applications(node))
     by_rows = [part for part in applications(node) if isinstance(part, ByBlock) and part.method.needs.rows]
     elements = min(BLOCK, info.elements) if whole else at_once(list(stored_leaves(node)))

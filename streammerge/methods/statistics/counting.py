@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -63,7 +64,8 @@ class ByTorch:
 
     def equal_in(self, keys: memoryview, sizes: Sequence[int], key: int) -> list[int]:
         """How many are equal to this key of each part, which are so many one after the other."""
-        return [int((part == key).sum()) for part in tensor_of(keys).split(list(sizes))]
+        values, ends = tensor_of(keys), itertools.accumulate(sizes)
+        return [int((values[end - size : end] == key).sum()) for size, end in zip(sizes, ends, strict=True)]
 
     def add(self, totals: memoryview, counts: memoryview) -> None:
         """Add counts to totals."""
