@@ -7,7 +7,7 @@ Every file is of plain loops with their formulas above them:
     sparse.inc       steps of methods on sparse task vectors: what is kept, which sign is elected, what is summed
     elementwise.inc  steps of methods that are arithmetic of elements
     random.c         random numbers by the place of an element; random.inc has the steps that draw them
-    ranks.inc        how magnitudes rank in their rows, for a step that goes by it
+    ranks.inc        how magnitudes rank in their rows, and what is kept by it, for a step that goes by it
     gram.c           inner products, added up by halves
     magnitudes.c     what passes for ranks and norms ask of magnitudes; magnitudes.py asks it
     library.py       finds the library that was built with the package; program.py writes an expression's steps
