@@ -39,31 +39,55 @@ def check_task(parameters: Parameters, inputs: int) -> None:
 
 
 def deviation(block: int, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The standard deviation of each element over the models, which is in float32's range where its square is not.
+    """What sorts as the standard deviation of each element over the models does, in float32's range at least.
 
-    Computed in float64, so that nearly equal models don't cancel.
+    Of two models it is half their distance. Of more it is computed in float64, so that nearly equal ones don't cancel:
+    in float32 the deviation, rounded down, which is in its range where its square is not; in float64 the variance.
     """
     import torch
 
     _, *models = inputs
+    if len(models) == 2:
+        return [half_distance(*models)]
     spread = torch.empty_like(models[0])
     for part in pieces([spread, *models]):  # some at a time, for float64 is wide
-        part[0].copy_(_deviation(part[1:]))
+        square = variance(part[1:])
+        part[0].copy_(square if spread.dtype == torch.float64 else root_below(square))
     return [spread]
 
 
-def _deviation(models: Sequence[Tensor]) -> Tensor:
+def half_distance(one: Tensor, other: Tensor) -> Tensor:
+    """|b − a| / 2, by way of halves where b − a is out of range."""
+    import torch
+
+    distance, far = (other - one).abs_(), (other * 0.5).sub_(one * 0.5).abs_()
+    return (distance * 0.5).where(distance <= torch.finfo(distance.dtype).max, far)
+
+
+def variance(models: Sequence[Tensor]) -> Tensor:
+    """The variance in float64."""
     import torch
 
     first, *others = (model.double() for model in models)
+    share = 1.0 / len(models)
     mean = torch.zeros_like(first)
     for model in others:
         mean += model - first  # of equal models exactly 0
-    mean /= len(models)
+    mean *= share
     spread = mean.square()
     for model in others:
         spread += (model - first).sub_(mean).square_()
-    return spread.div_(len(models)).sqrt_()
+    return spread.mul_(share)
+
+
+def root_below(square: Tensor) -> Tensor:
+    """The greatest float32 whose square, which float64 has exactly, is not above it; torch's root may be beside it."""
+    import torch
+
+    root = square.sqrt().float()
+    root = torch.where(root.double().square() > square, root.nextafter(torch.zeros_like(root)), root)
+    above = root.nextafter(torch.full_like(root, torch.inf))
+    return torch.where(above.double().square() <= square, above, root)
 
 
 def sce_statistics(target: Target, parameters: Parameters) -> Any:  # noqa: ANN401
@@ -73,9 +97,7 @@ def sce_statistics(target: Target, parameters: Parameters) -> Any:  # noqa: ANN4
 
     def weigh(cut: Cut) -> SumPass:
         def squares(block: int, inputs: Sequence[Tensor]) -> list[float]:
-            mask = selected(cut, block, inputs)
-            base, *models = inputs
-            return [square((model - base) * mask) for model in models]
+            return list(map(square, selected(cut, block, inputs)))
 
         def shares(sums: Sequence[float]) -> tuple[Cut, list[float]]:
             total = sum(sums)
@@ -101,9 +123,11 @@ def sce_statistics(target: Target, parameters: Parameters) -> Any:  # noqa: ANN4
 
 def select_steps(target: Target, cut: Cut) -> list[Step]:
     """The task vectors of what varies most, in their models' places; the mask is behind the inputs."""
-    mask = target.inputs
-    select = [Step("SELECT", model, (mask,)) for model in range(1, target.inputs)]
-    return [Step("DEVIATE", mask, (target.inputs - 1,)), Step("MASK", mask, cut.numbers(target)), *select]
+    models, mask = range(1, target.inputs), target.inputs
+    if cut.is_all:
+        return [Step("MINUS", model, (model, 0)) for model in models]
+    select = [Step("SELECT", model, (mask,)) for model in models]
+    return [Step("DEVIATE", mask, (len(models),)), Step("MASK", mask, cut.numbers(target)), *select]
 
 
 def sce_steps(target: Target, parameters: Parameters, statistics: tuple[Cut, Sequence[float]]) -> list[Step]:
@@ -112,9 +136,13 @@ def sce_steps(target: Target, parameters: Parameters, statistics: tuple[Cut, Seq
     return [*select_steps(target, cut), Step("AGREE", 0, (len(shares), *shares))]
 
 
-def selected(cut: Cut, block: int, inputs: Sequence[Tensor]) -> Tensor:
-    """Which elements are among those that vary most."""
-    return cut.mask(deviation(block, inputs)[0], block)
+def selected(cut: Cut, block: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The task vectors of what varies most."""
+    deltas = task_vectors(block, inputs)
+    if cut.is_all:
+        return deltas
+    mask = cut.mask(deviation(block, inputs)[0], block)
+    return [delta * mask for delta in deltas]
 
 
 @method(
@@ -135,9 +163,7 @@ def sce(
     to less than 1e-6, which is the rule for fine-tunes.
     """
     cut, shares = statistics
-    inputs = (base, *models)
-    mask = selected(cut, place.counted, inputs)
-    deltas = [delta * mask for delta in task_vectors(place.block, inputs)]
+    deltas = selected(cut, place.counted, (base, *models))
     elected = summed(deltas) >= 0
     total, weights = base.new_zeros(base.shape), base.new_zeros(base.shape)
     for delta, share in zip(deltas, shares, strict=True):

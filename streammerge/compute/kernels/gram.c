@@ -8,7 +8,7 @@
 
 /* The sum of a lane's 32 products, in the order in which halves of the row are added to each other: of the two halves of
    products that are 16 rows of lanes apart, of these 8 apart, and so on. It stays in registers. */
-#define PRODUCT(k) (a[LANES * (k)] * b[LANES * (k)])
+#define PRODUCT(k) ((REAL)a[LANES * (k)] * (REAL)b[LANES * (k)])
 #define SUM_OF_2(k) (PRODUCT(k) + PRODUCT((k) + 16))
 #define SUM_OF_4(k) (SUM_OF_2(k) + SUM_OF_2((k) + 8))
 #define SUM_OF_8(k) (SUM_OF_4(k) + SUM_OF_4((k) + 4))
@@ -47,3 +47,15 @@ double halved(double *values, size_t n) {
 #define NAME(name) name##_f64
 #define COMPUTE compute_f64
 #include "gram.inc"
+
+#define SQUARE(TYPE, SUFFIX)                              \
+  double square_##SUFFIX(const TYPE *values) {            \
+    double lanes[LANES];                                  \
+    for (size_t lane = 0; lane < LANES; lane++) {         \
+      const TYPE *restrict a = values + lane, *b = a;     \
+      lanes[lane] = SUM_OF_32(0);                         \
+    }                                                     \
+    return halved(lanes, LANES);                          \
+  }
+SQUARE(float, f32)
+SQUARE(double, f64)

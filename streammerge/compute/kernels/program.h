@@ -85,4 +85,8 @@ EXPORT void rank_f64(step *steps, int64_t count, const void *const *inputs, int6
 /* The sum of n = 2ᵏ values, the second half added to the first until one is left. */
 double halved(double *values, size_t n);
 
+/* The sum of the squares of CHUNK values, in double, added up so. */
+double square_f32(const float *values);
+double square_f64(const double *values);
+
 #endif

@@ -42,6 +42,11 @@ class Cut:
     wide: bool = False
 
     @property
+    def is_all(self) -> bool:
+        """Whether nothing is left out."""
+        return self.key == ALL
+
+    @property
     def value(self) -> float:
         """The k-th largest value, or magnitude: −∞ where all are taken, ∞ where none is."""
         if self.key is None:
