@@ -89,6 +89,10 @@ class Bracket:
         return not_below - inside.numel(), plain(found[inside])
 
 
+NOT_ZERO: Final = Bracket(0, 2)
+"""Keys of what is not zero are above it or inside."""
+
+
 class Sample(Pass[Any]):
     """First pass, over the beginning of blocks: where each rank should lie."""
 
@@ -118,15 +122,19 @@ class Sample(Pass[Any]):
         """Keep them."""
         self.found[block] = measured
 
-    def finish(self) -> Gathering:
-        """The pass that gathers what lies between the brackets."""
-        brackets: dict[int, Bracket] = {}
-        for vector in range(len(self.ranking.searches)):
-            searches = self.ranking.open_searches(vector)
-            if searches:
-                sample = memoryview(bytearray().join(found[vector] for found in self.found.values())).cast("i")
-                brackets |= {id(search): self._bracket(search, sample) for search in searches}
-        return Gathering(self.ranking, brackets)
+    def finish(self) -> Any:  # noqa: ANN401
+        """The pass that gathers what lies between the brackets; or histograms, where all seems to be zero."""
+        ranking, brackets = self.ranking, dict[int, Bracket]()
+        vectors = range(len(ranking.searches))
+        samples = [memoryview(bytearray().join(found[i] for found in self.found.values())).cast("i") for i in vectors]
+        if ranking.counts:
+            shares = [self.counting.at(sample, 0)[0] / len(sample) for sample in samples]
+            if not any(shares):
+                return UpperBits(ranking, len(shares))
+            ranking.count([max(round(share * ranking.elements), 1) for share in shares])
+        for vector, sample in enumerate(samples):
+            brackets |= {id(search): self._bracket(search, sample) for search in ranking.open_searches(vector)}
+        return Gathering(ranking, brackets)
 
     def _bracket(self, search: Search, sample: memoryview) -> Bracket:
         count, share = len(sample), 1 - search.k / self.ranking.elements
@@ -134,9 +142,10 @@ class Sample(Pass[Any]):
         doubt = DEVIATIONS * math.sqrt(spread / count) + UNEVEN * spread / math.sqrt(len(self.found))
         low, high = math.floor((share - doubt) * count) - 1, math.ceil((share + doubt) * count) + 1
         least, most = (BOTTOM + 1, TOP - 1) if self.ranking.signed else (0, INFINITE + 1)
+        least += self.ranking.counts  # zeros are not ranked
         return Bracket.around(
-            self.counting.kth(sample, low) if low >= 1 else least,
-            self.counting.kth(sample, high) if high <= count else most,
+            max(self.counting.kth(sample, low), least) if low >= 1 else least,
+            max(self.counting.kth(sample, high), least) if high <= count else most,
         )
 
 
@@ -177,7 +186,8 @@ class Gathered:
 
 
 class Gathering(Pass[Any]):
-    """Second pass: how many keys lie above each bracket, and which lie inside."""
+    """Second pass: how many keys lie above each bracket, and which lie inside; and how many are not 0, if ranks are
+    shares of these."""
 
     def __init__(self, ranking: Ranking, brackets: dict[int, Bracket]) -> None:
         self.ranking = ranking
@@ -186,36 +196,53 @@ class Gathering(Pass[Any]):
             [self._gathered(search, brackets) for search in ranking.open_searches(vector)]
             for vector in range(len(ranking.searches))
         ]
+        self.nonzero = [0] * len(self.gathered)
 
     def _gathered(self, search: Search, brackets: Mapping[int, Bracket]) -> tuple[Search, Gathered]:
         return search, Gathered(brackets.get(id(search), Bracket()), self.ranking.elements)
+
+    @property
+    def brackets(self) -> list[list[Bracket]]:
+        """Those of every vector."""
+        more = [NOT_ZERO] * self.ranking.counts
+        return [[*(gathered.bracket for _, gathered in searches), *more] for searches in self.gathered]
 
     def measure(self, block: int, inputs: Sequence[Tensor]) -> list[list[tuple[int, memoryview]]]:
         """For each search of each vector: how many are above, and what is between the brackets."""
         vectors = self.ranking.keys(block, inputs)
         return [
-            [gathered.bracket.part(found) for _, gathered in searches]
-            for found, searches in zip(vectors, self.gathered, strict=True)
+            [bracket.part(found) for bracket in brackets]
+            for found, brackets in zip(vectors, self.brackets, strict=True)
         ]
 
     def measure_compiled(self, block: int, operands: Magnitudes) -> list[list[tuple[int, memoryview]]]:
         """The same by compiled loops."""
         self.counting = operands.counting
-        spans = [[gathered.bracket.span for _, gathered in searches] for searches in self.gathered]
+        spans = [[bracket.span for bracket in brackets] for brackets in self.brackets]
         return self.ranking.measurable(operands).between(spans)
 
     def add(self, block: int, measured: list[list[tuple[int, memoryview]]]) -> None:
         """Take in a block's shares."""
-        for searches, shares in zip(self.gathered, measured, strict=True):
-            for (_, gathered), (above, between) in zip(searches, shares, strict=True):
+        for vector, (searches, shares) in enumerate(zip(self.gathered, measured, strict=True)):
+            for (_, gathered), (above, between) in zip(searches, shares, strict=False):
                 gathered.add(block, above, between)
+            if self.ranking.counts:
+                above, between = shares[-1]
+                self.nonzero[vector] += above + len(between)
 
     def finish(self) -> Any:  # noqa: ANN401
         """The result; or histograms for all, if a rank is not where it should be."""
-        settled = [
-            gathered.settle(search, self.counting) for searches in self.gathered for search, gathered in searches
-        ]
-        if all(settled):
+        if self.ranking.counts:
+            self.ranking.count(self.nonzero)
+        if all(self._settled(vector) for vector in range(len(self.gathered))):
             return self.ranking.result()
         self.ranking.look_for([[search.k for search in searches] for searches in self.ranking.searches])
         return UpperBits(self.ranking, len(self.ranking.searches))
+
+    def _settled(self, vector: int) -> bool:
+        """Whether the ranks are found that are still sought."""
+        found = {id(search): gathered for search, gathered in self.gathered[vector]}
+        return all(
+            id(search) in found and found[id(search)].settle(search, self.counting)
+            for search in self.ranking.open_searches(vector)
+        )

@@ -154,8 +154,8 @@ class Search:
 class Ranking:
     """A search for ranks among the vectors of a tensor (by default the magnitudes of its task vectors).
 
-    `ranks` are the k of each vector, or follow from how many of each vector's elements are not zero. The result is, for
-    each vector, a Cut for each of its k; `then` makes it into the method's statistics or into the next pass.
+    `ranks` are the k of each vector, or follow from how many of each vector's elements are not zero, which is guessed at
+    first. The result is, for each vector, a Cut for each of its k; `then` makes it into the method's statistics or into the next pass.
     Without `gather`, histograms alone are used: for many ranks at once, what is gathered would be much. Values are
     ranked as they are in float32, or if `wide` in float64, by histograms too.
     Compiled loops rank task vectors, or what `steps` make of the inputs behind them.
@@ -176,6 +176,18 @@ class Ranking:
     def look_for(self, ranks: Ranks) -> None:
         """Begin to search for these."""
         self.searches = [[Search(k) for k in wanted] for wanted in ranks]
+
+    @property
+    def counts(self) -> bool:
+        """Whether ranks follow from how many elements are not zero."""
+        return callable(self.ranks)
+
+    def count(self, nonzero: Sequence[int]) -> None:
+        """Set ranks that follow from these numbers of elements that are not zero."""
+        assert callable(self.ranks)
+        for searches, wanted in zip(self.searches, self.ranks(nonzero), strict=True):
+            for search, k in zip(searches, wanted, strict=True):
+                search.k = k
 
     @property
     def unsettled(self) -> bool:

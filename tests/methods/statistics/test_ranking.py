@@ -11,6 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streammerge.methods.statistics import brackets
+from streammerge.methods.statistics.brackets import Gathering, Sample
 from streammerge.methods.statistics.passes import Pass
 from streammerge.methods.statistics.ranking import begin_ranking
 from streammerge.methods.statistics.ranks import Cut, Ranking, keys
@@ -103,8 +105,46 @@ def test_ranks_may_depend_on_what_is_not_zero():
         return [[nonzero[0] // 2]]
 
     ((cut,),) = rank([vector], ranks)
-    assert seen == [4]
+    assert seen[-1] == 4
     assert mask_of(cut, vector).nonzero().flatten().tolist() == [1, 6]
+
+
+SHARES = [0.0, 0.001, 0.1, 0.5, 0.9, 0.999]
+
+
+@pytest.mark.parametrize("way", [{}, {"SMALL": 4, "SAMPLE": 4, "LEAST": 2}, {"SMALL": 4, "ROOM": 1}])
+@settings(deadline=None)
+@given(values=VALUES, share=st.sampled_from(SHARES), zeros=st.sampled_from([0, 5, 300]))
+def test_a_share_of_what_is_not_zero_is_that_of_a_stable_sort(way, values, share, zeros):
+    vector = torch.tensor([0.0] * zeros + values)
+    k = int(share * int(vector.count_nonzero()))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in way.items():
+            patch.setattr(brackets, name, value)
+        ((cut,),) = rank([vector], lambda nonzero: [[int(share * nonzero[0])]])
+    assert mask_of(cut, vector).tolist() == largest(vector, k, signed=False).tolist()
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("zeros", [0.0, 0.3, 0.9999, 1.0])
+def test_a_share_of_many_is_bracketed(share, zeros):
+    generator = torch.Generator().manual_seed(1)
+    vector = torch.randn(2**17 + 5, generator=generator) * (torch.rand(2**17 + 5, generator=generator) >= zeros)
+    k, seen = int(share * int(vector.count_nonzero())), []
+    step: Any = begin_ranking(
+        Ranking(len(vector), lambda nonzero: [[int(share * nonzero[0])]], lambda _, inputs: inputs), 1
+    )
+    while isinstance(step, Pass):
+        seen.append(type(step))
+        for block, start in enumerate(range(0, len(vector), 2**15)):
+            if step.wants(block):
+                step.add(block, step.measure(block, [vector[start : start + (step.part or 2**15)][: 2**15]]))
+        step = step.finish()
+    ((cut,),) = step
+    parts = [cut.mask(vector[start : start + 2**15], start // 2**15) for start in range(0, len(vector), 2**15)]
+    assert torch.cat(parts).tolist() == largest(vector, k, signed=False).tolist()
+    if zeros < 0.9 and 0.05 < share < 0.99:
+        assert seen == [Sample, Gathering]
 
 
 def test_nothing_is_counted_where_all_or_none_is_wanted():
