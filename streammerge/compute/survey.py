@@ -121,7 +121,7 @@ def _first_step(node: Applied, *, wide: bool) -> Any:  # noqa: ANN401  (a pass, 
         case ByGram():
             slices, count = node.slices, len(node.inputs)
             if slices is None:
-                return GramPass(count)
+                return GramPass(count, tasks=node.method.of_tasks)
             return SliceGramPass(Slicing.of(node.info.shape, slices), count, piece_elements(node))
         case ByWhole():
             return WholePass(node) if node.info.elements else _nothing()

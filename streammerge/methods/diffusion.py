@@ -65,12 +65,12 @@ def multiply_difference(
     return torch.copysign(size, one.mul_(1.0 - beta).add_(other, alpha=beta)).add_(base)
 
 
-def gram_of_all(target: Target, parameters: Mapping[str, ParameterValue]) -> GramPass:
-    """Measure the inner products of all inputs."""
-    return GramPass(target.inputs)
+def gram_of_tasks(target: Target, parameters: Mapping[str, ParameterValue]) -> GramPass:
+    """Measure the inner products of the task vectors."""
+    return GramPass(target.inputs, tasks=True)
 
 
-@method(BlockMethod, base="required", models=(2, 2), statistics=Statistics(gram_of_all, passes=1))
+@method(BlockMethod, base="required", models=(2, 2), statistics=Statistics(gram_of_tasks, passes=1))
 def euclidean_add_difference(
     base: Tensor, first: Tensor, second: Tensor, *, alpha: Share = 0.5, statistics: Gram
 ) -> Tensor:

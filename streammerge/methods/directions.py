@@ -88,7 +88,7 @@ def stock_slices(parameters: Mapping[str, ParameterValue]) -> Slices | None:
     return "rows" if parameters["filter_wise"] else None
 
 
-@method(GramMethod, base="required", models=(2, None), slices=stock_slices)
+@method(GramMethod, base="required", models=(2, None), slices=stock_slices, of_tasks=True)
 def model_stock(
     gram: Gram,
     *,
@@ -129,7 +129,7 @@ def perpendicular_component(gram: Gram) -> list[float]:
     return [-projection(gram.models(), 1, 0), 1.0]
 
 
-@method(GramMethod, base="required", models=(2, 2))
+@method(GramMethod, base="required", models=(2, 2), of_tasks=True)
 def add_perpendicular(gram: Gram, *, alpha: float = 1.0) -> list[float]:
     """θ = θ₁ + α (δ₂ − δ₁ ⟨δ₁, δ₂⟩ / ‖δ₁‖²),   δᵢ = θᵢ − θ₀
 

@@ -179,10 +179,12 @@ class GramMethod(Method):
 
     The function takes these as a Gram and returns one coefficient per input. `slices(parameters)` says whether they are
     those of the whole tensor (None), or those of each row, filter or column: then every slice of the output is a
-    combination of its own.
+    combination of its own. With `of_tasks` the function asks for products of task vectors alone: of what inputs differ
+    by from the first. Those of the inputs are not measured then, unless they are of slices.
     """
 
     slices: Callable[[Parameters], Slices | None] | None = None
+    of_tasks: bool = False
 
     @property
     def kind(self) -> str:

@@ -3,10 +3,7 @@
 #include <math.h>
 #include <string.h>
 
-#if defined(__F16C__) || (defined(_MSC_VER) && defined(__AVX2__))
-#include <immintrin.h>
-#define HAS_F16C 1
-#elif defined(__aarch64__) || defined(_M_ARM64)
+#if !defined(HAS_F16C) && (defined(__aarch64__) || defined(_M_ARM64))
 #include <arm_neon.h>
 #define HAS_NEON 1
 #endif

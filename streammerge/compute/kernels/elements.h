@@ -9,6 +9,11 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#if defined(__F16C__) || (defined(_MSC_VER) && defined(__AVX2__))
+#include <immintrin.h>
+#define HAS_F16C 1
+#endif
+
 #if defined(_WIN32)
 #define EXPORT __declspec(dllexport)
 #else

@@ -284,20 +284,22 @@ class Kernels:
         *,
         apart: bool,
         wide: bool,
+        tasks: bool = False,
         start: int | None = None,
     ) -> InnerProducts:
         """⟨dᵢ, dⱼ⟩ for j ≤ i of the first registers: d₀ = x₀ and dᵢ = xᵢ − x₀ if they are taken `apart`, else dᵢ = xᵢ.
 
-        In float64 if `wide`, whatever the program computes in.
+        In float64 if `wide`, whatever the program computes in. Of task vectors `tasks` alone: those of d₁, d₂, …
         """
         is_double = program.compute == "F64"
         gram = self._library.gram_f64 if is_double else self._library.gram_wide if wide else self._library.gram_f32
         rows = 1 << max(-(-elements // CHUNK) - 1, 0).bit_length()
-        sums = (ctypes.c_double * (vectors * (vectors + 1) // 2 * rows))()
-        space, greatest = (ctypes.c_double * (vectors * CHUNK))(), (ctypes.c_double * vectors)()
-        gram(*self._given(program, blocks, elements, start), vectors, apart, rows, space, sums, greatest)
+        measured = vectors - tasks
+        sums = (ctypes.c_double * (measured * (measured + 1) // 2 * rows))()
+        space, greatest = (ctypes.c_double * (vectors * CHUNK))(), (ctypes.c_double * measured)()
+        gram(*self._given(program, blocks, elements, start), vectors, apart, tasks, rows, space, sums, greatest)
         found = iter(sums[::rows])
-        return InnerProducts([list(itertools.islice(found, i + 1)) for i in range(vectors)], list(greatest))
+        return InnerProducts([list(itertools.islice(found, i + 1)) for i in range(measured)], list(greatest))
 
     def ask(
         self,
@@ -377,8 +379,7 @@ class BlockOperands(Asked):
         """Have the questions about so many of the first elements answered."""
         self.kernels.ask(self.program, self.blocks, elements, questions, self.start)
 
-    def products(self, *, apart: bool, wide: bool) -> InnerProducts:
+    def products(self, *, apart: bool, wide: bool, tasks: bool = False) -> InnerProducts:
         """Inner products of the inputs, or of what they differ by from the first."""
-        return self.kernels.products(
-            self.program, self.blocks, self.elements, self.vectors, apart=apart, wide=wide, start=self.start
-        )
+        given = self.program, self.blocks, self.elements, self.vectors
+        return self.kernels.products(*given, apart=apart, wide=wide, tasks=tasks, start=self.start)

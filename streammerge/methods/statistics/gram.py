@@ -92,7 +92,7 @@ class Gram:
     """Inner products of tensors x₀ … xₙ, and of what they differ by from the first: neither follows from the other
     without loss, the differences' where tensors are nearly equal, the tensors' where their lengths are far apart.
 
-    `tensors` are those of x₀ … xₙ, `differences` those of x₁ − x₀ … xₙ − x₀.
+    `tensors` are those of x₀ … xₙ, none where nobody asks for them, `differences` those of x₁ − x₀ … xₙ − x₀.
     """
 
     tensors: Products
@@ -106,7 +106,7 @@ class Gram:
     @property
     def count(self) -> int:
         """The number of tensors."""
-        return self.tensors.count
+        return self.differences.count + 1
 
     @property
     def is_finite(self) -> bool:
@@ -165,14 +165,16 @@ class GramPass(Pass[Any]):
     Differences are taken first, so that what is rounded away is a part of a distance, however near the tensors are.
     Blocks in less than float64 are measured in float32, good to a few 1e-7; those that this can't do, in float64.
     What float64 can't do either is refused, unless the pass is `lenient`: then its norms are 0 or infinite.
+    With `tasks` it measures differences alone.
     """
 
     ordered = True
 
-    def __init__(self, count: int, *, lenient: bool = False) -> None:
+    def __init__(self, count: int, *, lenient: bool = False, tasks: bool = False) -> None:
         self.count = count
         self.lenient = lenient
-        self.totals = [0.0] * count**2
+        self.tasks = tasks
+        self.totals = [0.0] * (sums_of(count - 1) if tasks else count**2)
 
     def measure(self, block: int, inputs: Sequence[torch.Tensor]) -> list[float]:
         """The block's share of every product, as `Gram.of` takes them; MethodError where float64 doesn't hold them."""
@@ -181,10 +183,10 @@ class GramPass(Pass[Any]):
     def measure_compiled(self, block: int, operands: Operands) -> list[float]:
         """The same of operands of any kind."""
         if not operands.wide:
-            found, holds = measured(operands, NARROW)
+            found, holds = measured(operands, NARROW, tasks=self.tasks)
             if holds:
                 return found
-        found, holds = measured(operands, WIDE)
+        found, holds = measured(operands, WIDE, tasks=self.tasks)
         if not (holds or self.lenient):
             refuse_unless_infinite(operands.products(apart=False, wide=True).greatest)
         return found
@@ -195,11 +197,16 @@ class GramPass(Pass[Any]):
 
     def finish(self) -> Gram:
         """The symmetric matrices of the whole tensors."""
+        if self.tasks:
+            return Gram(Products(()), triangular(self.count - 1, self.totals))
         return Gram.of(self.count, self.totals)
 
 
-def measured(operands: Operands, reach: Reach) -> tuple[list[float], bool]:
-    """The products as `Gram.of` takes them, and whether they are what they seem to be."""
+def measured(operands: Operands, reach: Reach, *, tasks: bool) -> tuple[list[float], bool]:
+    """The products as `Gram.of` takes them, or those of differences alone, and whether they are what they seem to be."""
+    if tasks:
+        share = operands.products(apart=True, wide=reach is WIDE, tasks=True)
+        return [value for row in share.rows for value in row], reach.holds(share)
     share = operands.products(apart=True, wide=reach is WIDE)
     holds = reach.holds(share)
     told = tensors_from(share.rows)
@@ -221,10 +228,10 @@ class Tensors:
         """Whether they are float64."""
         return self.inputs[0].element_size() == 8
 
-    def products(self, *, apart: bool, wide: bool) -> InnerProducts:
+    def products(self, *, apart: bool, wide: bool, tasks: bool = False) -> InnerProducts:
         """Inner products in float64 or float32, of differences from the first or of the tensors themselves."""
         inputs = [values.double() if wide else values.float() for values in self.inputs]
-        return InnerProducts(products_of(inputs, apart=apart), Greatest(inputs, apart=apart))
+        return InnerProducts(products_of(inputs, apart=apart, tasks=tasks), Greatest(inputs, apart, int(tasks)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,11 +240,13 @@ class Greatest(Sequence[float]):
 
     inputs: Sequence[torch.Tensor]
     apart: bool
+    skipped: int
 
     def __len__(self) -> int:
-        return len(self.inputs)
+        return len(self.inputs) - self.skipped
 
     def __getitem__(self, i: Any) -> Any:  # noqa: ANN401
+        i += self.skipped
         values = self.inputs[i]
         found = (values - self.inputs[0] if i and self.apart else values).abs()
         return float(found.max()) if found.numel() else 0.0
@@ -254,13 +263,16 @@ def tensors_from(share: Sequence[Sequence[T]]) -> list[list[T]]:
     return told
 
 
-def products_of(inputs: Sequence[torch.Tensor], *, apart: bool = True) -> list[list[float]]:
-    """⟨dᵢ, dⱼ⟩ for j ≤ i, with d₀ = x₀ and dᵢ = xᵢ − x₀ for i > 0, or else xᵢ itself; added up as `halved` says."""
+def products_of(inputs: Sequence[torch.Tensor], *, apart: bool = True, tasks: bool = False) -> list[list[float]]:
+    """⟨dᵢ, dⱼ⟩ for j ≤ i, with d₀ = x₀ and dᵢ = xᵢ − x₀ for i > 0, or else xᵢ itself; added up as `halved` says.
+
+    Those of task vectors begin with d₁.
+    """
     import torch
 
     count, elements = len(inputs), inputs[0].numel()
     if not elements:
-        return [[0.0] * (i + 1) for i in range(count)]
+        return [[0.0] * (i + 1) for i in range(count - tasks)]
     pieces = []
     for start in range(0, elements, piece_of(count)):
         first, *others = (values[start : start + piece_of(count)] for values in inputs)
@@ -269,9 +281,10 @@ def products_of(inputs: Sequence[torch.Tensor], *, apart: bool = True) -> list[l
         if apart:
             pairs = zip(others, rooms, strict=True)
             vectors[1:] = [torch.sub(other, first, out=room[: first.numel()]) for other, room in pairs]
+        vectors = vectors[tasks:]
         pieces.append(torch.cat([by_row(one, vectors[: i + 1], spare) for i, one in enumerate(vectors)]))
     sums = halved(padded(torch.cat(pieces, 1))).tolist()
-    return [sums[sums_of(i) : sums_of(i + 1)] for i in range(count)]
+    return [sums[sums_of(i) : sums_of(i + 1)] for i in range(count - tasks)]
 
 
 def piece_of(count: int) -> int:

@@ -24,8 +24,11 @@ class Operands(Protocol):
         """Whether it is computed in float64."""
         ...
 
-    def products(self, *, apart: bool, wide: bool) -> InnerProducts:
-        """⟨dᵢ, dⱼ⟩ for j ≤ i, with d₀ = x₀ and dᵢ = xᵢ − x₀ if they are taken `apart`, else dᵢ = xᵢ."""
+    def products(self, *, apart: bool, wide: bool, tasks: bool = False) -> InnerProducts:
+        """⟨dᵢ, dⱼ⟩ for j ≤ i, with d₀ = x₀ and dᵢ = xᵢ − x₀ if they are taken `apart`, else dᵢ = xᵢ.
+
+        Of task vectors `tasks` alone: those of d₁, d₂, …
+        """
         ...
 
 
