@@ -373,7 +373,8 @@ class BlockOperands(Asked):
 
     def made_by(self, steps: Sequence[MethodStep], first: int) -> BlockOperands:
         """What these steps make of the inputs, in registers from `first` on."""
-        return replace(self, program=self.program.followed_by(steps), first=first, apart=False)
+        program = self.program.followed_by(steps)
+        return BlockOperands(self.kernels, program, self.blocks, self.elements, self.vectors, self.start, first, False)
 
     def ask(self, questions: ctypes.Array[Question], elements: int) -> None:
         """Have the questions about so many of the first elements answered."""

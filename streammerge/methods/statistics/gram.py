@@ -203,7 +203,7 @@ class GramPass(Pass[Any]):
 
 
 def measured(operands: Operands, reach: Reach, *, tasks: bool) -> tuple[list[float], bool]:
-    """The products as `Gram.of` takes them, or those of differences alone, and whether they are what they seem to be."""
+    """The products as `Gram.of` takes them, or of differences alone, and whether they are what they seem to be."""
     if tasks:
         share = operands.products(apart=True, wide=reach is WIDE, tasks=True)
         return [value for row in share.rows for value in row], reach.holds(share)

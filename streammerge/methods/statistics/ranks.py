@@ -154,8 +154,9 @@ class Search:
 class Ranking:
     """A search for ranks among the vectors of a tensor (by default the magnitudes of its task vectors).
 
-    `ranks` are the k of each vector, or follow from how many of each vector's elements are not zero, which is guessed at
-    first. The result is, for each vector, a Cut for each of its k; `then` makes it into the method's statistics or into the next pass.
+    `ranks` are the k of each vector, or follow from how many of each vector's elements are not zero, which is guessed
+    at first. The result is, for each vector, a Cut for each of its k; `then` makes it into the method's statistics or
+    into the next pass.
     Without `gather`, histograms alone are used: for many ranks at once, what is gathered would be much. Values are
     ranked as they are in float32, or if `wide` in float64, by histograms too.
     Compiled loops rank task vectors, or what `steps` make of the inputs behind them.
