@@ -11,9 +11,10 @@ from streammerge.methods.contract import Between, ParameterValue, Share
 from streammerge.methods.place import Place, Target
 from streammerge.methods.registry import BlockMethod, Needs, Statistics, method
 from streammerge.methods.sparse import summed
+from streammerge.methods.statistics.deviations import deviation
 from streammerge.methods.statistics.ranking import begin_ranking
 from streammerge.methods.statistics.ranks import Cut, Ranking
-from streammerge.methods.statistics.sums import SumPass, VectorPass, l1_norm, pieces, square, task_vectors
+from streammerge.methods.statistics.sums import SumPass, VectorPass, l1_norm, square, task_vectors
 from streammerge.methods.steps import Step
 from streammerge.methods.tracing import traced_vectors
 
@@ -36,58 +37,6 @@ def check_task(parameters: Parameters, inputs: int) -> None:
 
 
 # SCE
-
-
-def deviation(block: int, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """What sorts as the standard deviation of each element over the models does, in float32's range at least.
-
-    Of two models it is half their distance. Of more it is computed in float64, so that nearly equal ones don't cancel:
-    in float32 the deviation, rounded down, which is in its range where its square is not; in float64 the variance.
-    """
-    import torch
-
-    _, *models = inputs
-    if len(models) == 2:
-        return [half_distance(*models)]
-    spread = torch.empty_like(models[0])
-    for part in pieces([spread, *models]):  # some at a time, for float64 is wide
-        square = variance(part[1:])
-        part[0].copy_(square if spread.dtype == torch.float64 else root_below(square))
-    return [spread]
-
-
-def half_distance(one: Tensor, other: Tensor) -> Tensor:
-    """|b − a| / 2, by way of halves where b − a is out of range."""
-    import torch
-
-    distance, far = (other - one).abs_(), (other * 0.5).sub_(one * 0.5).abs_()
-    return (distance * 0.5).where(distance <= torch.finfo(distance.dtype).max, far)
-
-
-def variance(models: Sequence[Tensor]) -> Tensor:
-    """The variance in float64."""
-    import torch
-
-    first, *others = (model.double() for model in models)
-    share = 1.0 / len(models)
-    mean = torch.zeros_like(first)
-    for model in others:
-        mean += model - first  # of equal models exactly 0
-    mean *= share
-    spread = mean.square()
-    for model in others:
-        spread += (model - first).sub_(mean).square_()
-    return spread.mul_(share)
-
-
-def root_below(square: Tensor) -> Tensor:
-    """The greatest float32 whose square, which float64 has exactly, is not above it; torch's root may be beside it."""
-    import torch
-
-    root = square.sqrt().float()
-    root = torch.where(root.double().square() > square, root.nextafter(torch.zeros_like(root)), root)
-    above = root.nextafter(torch.full_like(root, torch.inf))
-    return torch.where(above.double().square() <= square, above, root)
 
 
 def sce_statistics(target: Target, parameters: Parameters) -> Any:  # noqa: ANN401

@@ -14,22 +14,29 @@ enum division { NEVER, BY_NUMBER, BY_WEIGHTS, BY_POSITIVE_WEIGHTS };
 #define TILE 256
 #define FEW 4
 
-static float next_f32(float value, int32_t more) {
-  int32_t bits;
-  memcpy(&bits, &value, sizeof bits);
-  bits += more;
-  memcpy(&value, &bits, sizeof bits);
-  return value;
+/* The greatest floats whose squares, which double has exactly, are not above these: first roots that are beside them at
+   the most, float's where its range allows. What is in double stays what it is. */
+static void roots_below_f32(const double *restrict squares, float *restrict roots) {
+  float below[TILE], above[TILE];
+  int32_t bits[TILE], odd = 0;
+  for (size_t k = 0; k < TILE; k++) odd += !(squares[k] == 0 || (squares[k] > 0x1p-120 && squares[k] < 0x1p120));
+  if (odd)
+    for (size_t k = 0; k < TILE; k++) roots[k] = (float)sqrt(squares[k]);
+  else
+    for (size_t k = 0; k < TILE; k++) roots[k] = sqrtf((float)squares[k]);
+  memcpy(bits, roots, sizeof bits);
+  for (size_t k = 0; k < TILE; k++) bits[k] -= 1;
+  memcpy(below, bits, sizeof bits);
+  for (size_t k = 0; k < TILE; k++) roots[k] = (double)roots[k] * roots[k] > squares[k] ? below[k] : roots[k];
+  memcpy(bits, roots, sizeof bits);
+  for (size_t k = 0; k < TILE; k++) bits[k] += 1;
+  memcpy(above, bits, sizeof bits);
+  for (size_t k = 0; k < TILE; k++) roots[k] = (double)above[k] * above[k] <= squares[k] ? above[k] : roots[k];
 }
 
-/* The greatest float whose square, which double has exactly, is not above it. What is in double stays what it is. */
-static float root_below_f32(double square) {
-  const float near = (float)sqrt(square);
-  const float root = (double)near * near > square ? next_f32(near, -1) : near, above = next_f32(root, 1);
-  return (double)above * above <= square ? above : root;
+static void roots_below_f64(const double *restrict squares, double *restrict roots) {
+  memcpy(roots, squares, TILE * sizeof *roots);
 }
-
-static double root_below_f64(double square) { return square; }
 
 /* The same in float32 and in float64: REAL, its BITS, as a WHOLE number, its FUSED multiply and add,
    the SIZE_OF a number, its MOST, what is NEXT. */
