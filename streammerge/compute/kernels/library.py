@@ -162,8 +162,7 @@ def declared(library: ctypes.CDLL) -> ctypes.CDLL:
         run.argtypes = [pointer, size, pointer, size, size, pointer, number, pointer, pointer]
         run.restype = ctypes.c_int
     for gram in (library.gram_f32, library.gram_wide, library.gram_f64):
-        given = [pointer, size, pointer, size, size, pointer]
-        gram.argtypes = [*given, size, number, number, size, pointer, pointer, pointer]
+        gram.argtypes = [pointer, size, pointer, size, size, pointer, size, number, number, size, *[pointer] * 3]
         gram.restype = None
     for ask in (library.ask_f32, library.ask_f64):
         ask.argtypes = [pointer, size, pointer, size, size, pointer, pointer, size]
