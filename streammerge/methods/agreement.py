@@ -97,7 +97,7 @@ def selected(cut: Cut, block: int, inputs: Sequence[Tensor]) -> list[Tensor]:
 @method(
     BlockMethod,
     base="required",
-    statistics=Statistics(sce_statistics, passes=4),
+    statistics=Statistics(sce_statistics, passes=3),
     kernel=sce_steps,
     needs=Needs(temporaries=8, float64=True),
 )
