@@ -19,9 +19,9 @@ from tests.make.models import DTYPE_NAMES, normal
 COUNT = 20_000
 
 
-def gram_of(*tensors: torch.Tensor, block: int = 7_000) -> Gram:
+def gram_of(*tensors: torch.Tensor, block: int = 7_000, tasks: bool = False) -> Gram:
     """The Gram matrix of the tensors, measured block by block."""
-    step = GramPass(len(tensors))
+    step = GramPass(len(tensors), tasks=tasks)
     for number, parts in enumerate(zip(*(tensor.split(block) for tensor in tensors), strict=True)):
         step.add(number, step.measure(number, parts))
     return step.finish()
@@ -209,6 +209,33 @@ def test_what_float64_cannot_square_is_refused_not_taken_for_nothing(size):
     lenient = GramPass(2, lenient=True)
     lenient.add(0, lenient.measure(0, [a * size, a * size]))
     assert lenient.finish().cosine(0, 1) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_task_vectors_alone_have_the_products_that_they_have_beside_others(dtype):
+    tensors = [normal((COUNT,), seed, dtype) for seed in (1, 2, 3)]
+    alone = gram_of(*tensors, tasks=True)
+    assert alone.differences == gram_of(*tensors).differences
+    assert alone.count == 3
+    assert alone.is_finite
+    with pytest.raises(IndexError):
+        alone.norm(0)
+
+
+def test_task_vectors_are_measured_where_the_base_is_too_small_for_its_square():
+    base, model = normal((50,), 1, torch.float64) * 1e-200, normal((50,), 2, torch.float64)
+    with pytest.raises(MethodError, match="too large or too small for their squares"):
+        gram_of(base, model)
+    assert gram_of(base, model, tasks=True).task_vectors().norm(0) == pytest.approx(math.sqrt(exact_dot(model, model)))
+    with pytest.raises(MethodError, match="too large or too small for their squares"):
+        gram_of(base, base * 2, tasks=True)
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_task_vectors_tell_what_is_not_finite(odd):
+    base, model = normal((50,), 1), normal((50,), 2)
+    base[3] = model[3] = odd
+    assert not gram_of(base, model, tasks=True).is_finite
 
 
 def test_measuring_in_inference_mode_and_outside_takes_turns():
