@@ -8,19 +8,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 from streammerge.methods.contract import Between, PerModel, Share
+from streammerge.methods.decompositions import NOTHING, Decomposition, decompose
 from streammerge.methods.linear import check_weights
-from streammerge.methods.matrices import (
-    NOTHING,
-    Decomposition,
-    Tall,
-    Tasks,
-    above,
-    beside,
-    check_squares,
-    decompose,
-    is_finite,
-    workspace,
-)
+from streammerge.methods.matrices import Tall, Tasks, above, beside, check_squares, is_finite, workspace
 from streammerge.methods.registry import WholeMethod, method
 
 if TYPE_CHECKING:
@@ -78,20 +68,21 @@ def knots(
     turned = height <= len(models) * width
     tasks = Tasks(base, models, turned=turned)
     if turned:
-        found = telling(decompose(above(tasks.deltas)), epsilon)
+        found = telling(above(tasks.deltas), epsilon)
         parts = [delta @ found.left for delta in tasks.deltas]
         merged = elect(parts, weights, densities, normalize=normalize)
         return tasks.merged(merged @ (found.values * found.right).T, lambda_)
     together = beside(tasks.deltas)
-    found = telling(decompose(together), epsilon)
+    found = telling(together, epsilon)
     parts = [Tall.held(part) for part in torch.split(found.right, width)]
     merged = elect(parts, weights, densities, normalize=normalize)
     return tasks.merged(together @ ((found.left * found.values) @ merged.matrix().T), lambda_)
 
 
-def telling(found: Decomposition, epsilon: float) -> Decomposition:
-    """What belongs to singular values of more than `epsilon` times the greatest."""
-    return found.largest(int((found.values > max(epsilon, NOTHING) * found.values[:1]).sum()))
+def telling(matrix: Tall, epsilon: float) -> Decomposition:
+    """The singular values of more than `epsilon` times the greatest, and their vectors."""
+    found = decompose(matrix, least=max(epsilon, NOTHING))
+    return found.largest(int(found.values.count_nonzero()))
 
 
 def elect(
@@ -183,14 +174,14 @@ def rotate(a: Tensor, b: Tensor, *, alignment: float = 1.0, alpha: float = 0.0, 
     one, other = (Neurons.of(model, centralization) for model in (a, b))
     if a.dtype == torch.float64:
         check_squares([one.rows, other.rows])
-    out = torch.empty(one.matrix.shape, dtype=a.dtype)
+    out = torch.empty(one.matrix.shape, dtype=a.dtype, device=a.device)
     mean = torch.lerp(one.mean, other.mean, alignment)
     if 2 * out.shape[0] < out.shape[1]:
         made, out_columns = in_their_span(one, other, alignment, alpha), out.T
         for part in made.cuts():
             out_columns[part] = (made.piece(part) + mean[part, None]).to(a.dtype)
         return out.reshape(a.shape)
-    for_a, for_b = turns(one.rows.gram(other.rows), alignment, alpha)
+    for_a, for_b = turns(one.rows.inner(other.rows), alignment, alpha)
     made = one.rows @ for_a + other.rows @ for_b
     for part in made.cuts():
         out[part] = (made.piece(part) + mean).to(a.dtype)
@@ -219,19 +210,24 @@ class Neurons:
         """The tensor's neurons, from which this much of their mean is taken."""
         rows, columns = neurons(tuple(tensor.shape))
         matrix = tensor.reshape(rows, columns)
-        return cls(matrix, Tall.of(rows, columns, lambda part: matrix[part].double()).column_means() * centralization)
+        doubles = Tall.of(rows, columns, tensor.device, lambda part: matrix[part].double())
+        return cls(matrix, doubles.column_means() * centralization)
 
     @property
     def rows(self) -> Tall:
         """The centred neurons."""
         rows, columns = self.matrix.shape
-        return Tall.of(rows, columns, lambda part: self.matrix[part].double() - self.mean)
+        return Tall.of(rows, columns, self.mean.device, lambda part: self.matrix[part].double() - self.mean)
 
     @property
     def columns(self) -> Tall:
         """The same, turned."""
         rows, columns = self.matrix.shape
-        return Tall.of(columns, rows, lambda part: self.matrix[:, part].T.double() - self.mean[part, None])
+
+        def piece(part: slice) -> Tensor:
+            return self.matrix[:, part].T.double() - self.mean[part, None]
+
+        return Tall.of(columns, rows, self.mean.device, piece)
 
 
 def turns(products: Tensor, alignment: float, alpha: float) -> tuple[Tensor, Tensor]:
@@ -278,6 +274,6 @@ def half(rotation: Tensor) -> Tensor:
     """The rotation by half of every angle: the polar factor of I + Q."""
     import torch
 
-    left, _, right = torch.linalg.svd(rotation + torch.eye(len(rotation), dtype=rotation.dtype))
+    left, _, right = torch.linalg.svd(rotation + torch.eye(len(rotation), dtype=rotation.dtype, device=rotation.device))
     polar: Tensor = left @ right
     return polar

@@ -1,7 +1,8 @@
 """Matrices in float64 of which no more than a piece of rows is ever there: sums and products of them, made as needed.
 
 A long matrix is told by its pieces; what is made of whole columns is small: Gram matrices, singular vectors on the
-shorter side. Pieces are cut by the matrix's shape alone, so sums over them are the same however a merge is run.
+shorter side (`decompositions`). Pieces are cut by the matrix's shape alone, so sums over them are the same however a
+merge is run.
 """
 
 from __future__ import annotations
@@ -26,27 +27,33 @@ PIECE: Final = 2**19
 """Elements of a piece: 4 MiB in float64. One row at the least."""
 
 
+BAND: Final = 256
+"""Columns of a Gram matrix that are computed at once, from the diagonal on: few, that little is computed twice."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tall:
     """A matrix of `rows` × `columns`, as a rule of more rows than columns; `piece(rows)` makes some rows of it.
 
-    Pieces are of `step` rows, of which there are fewer the wider the matrix that they are made from.
+    Pieces are of `step` rows, of which there are fewer the wider the matrix that they are made from. All that is made
+    of them is on the same `device`.
     """
 
     rows: int
     columns: int
     step: int
+    device: torch.device
     piece: Callable[[slice], Tensor]
 
     @classmethod
-    def of(cls, rows: int, columns: int, piece: Callable[[slice], Tensor]) -> Tall:
+    def of(cls, rows: int, columns: int, device: torch.device, piece: Callable[[slice], Tensor]) -> Tall:
         """A matrix of this shape in pieces of the usual size."""
-        return cls(rows, columns, max(PIECE // max(columns, 1), 1), piece)
+        return cls(rows, columns, max(PIECE // max(columns, 1), 1), device, piece)
 
     @classmethod
     def held(cls, matrix: Tensor) -> Tall:
         """A matrix that is there."""
-        return cls.of(matrix.shape[0], matrix.shape[1], lambda rows: matrix[rows])
+        return cls.of(matrix.shape[0], matrix.shape[1], matrix.device, lambda rows: matrix[rows])
 
     def cuts(self) -> Iterator[slice]:
         """The rows of every piece."""
@@ -65,31 +72,33 @@ class Tall:
     def __sub__(self, other: Tall) -> Tall:
         return self + other * -1.0
 
-    def gram(self, other: Tall | None = None) -> Tensor:
-        """selfᵀ · other, the matrix's own Gram matrix if there is no other."""
-        import torch
-
-        total = torch.zeros(self.columns, (other or self).columns, dtype=torch.float64)
-        step = min(self.step, other.step) if other else self.step
-        for rows in replace(self, step=step).cuts():
+    def gram(self) -> Tensor:
+        """selfᵀ · self: what stands on one side of the diagonal is computed, and mirrored."""
+        total = self._zeros(self.columns)
+        for rows in self.cuts():
             piece = self.piece(rows)
-            total.addmm_(piece.T, other.piece(rows) if other else piece)
+            for first in range(0, self.columns, BAND):
+                band = slice(first, first + BAND)
+                total[band, first:].addmm_(piece[:, band].T, piece[:, first:])
+        return total.triu_() + total.triu(1).T
+
+    def inner(self, other: Tall) -> Tensor:
+        """selfᵀ · other"""
+        total = self._zeros(other.columns)
+        for rows in replace(self, step=min(self.step, other.step)).cuts():
+            total.addmm_(self.piece(rows).T, other.piece(rows))
         return total
 
     def products(self, other: Tall) -> Tensor:
         """The inner product of every column with the other matrix's same column."""
-        import torch
-
-        total = torch.zeros(self.columns, dtype=torch.float64)
+        total = self._zeros()
         for rows in replace(self, step=min(self.step, other.step)).cuts():
             total += (self.piece(rows) * other.piece(rows)).sum(0)
         return total
 
     def column_means(self) -> Tensor:
         """The mean of every column."""
-        import torch
-
-        total = torch.zeros(self.columns, dtype=torch.float64)
+        total = self._zeros()
         for rows in self.cuts():
             total += self.piece(rows).sum(0)
         return total / max(self.rows, 1)
@@ -98,19 +107,24 @@ class Tall:
         """All of it."""
         import torch
 
-        out = torch.empty(self.rows, self.columns, dtype=torch.float64)
+        out = torch.empty(self.rows, self.columns, dtype=torch.float64, device=self.device)
         for rows in self.cuts():
             out[rows] = self.piece(rows)
         return out
 
+    def _zeros(self, *columns: int) -> Tensor:
+        """Room for sums: a number for each column, or for each pair of them and of the others."""
+        import torch
+
+        return torch.zeros(self.columns, *columns, dtype=torch.float64, device=self.device)
+
 
 def total(matrices: Sequence[Tall]) -> Tall:
     """The sum of matrices of one shape."""
-    return Tall(
-        matrices[0].rows,
-        matrices[0].columns,
-        min(matrix.step for matrix in matrices),
-        lambda rows: sum((matrix.piece(rows) for matrix in matrices[1:]), start=matrices[0].piece(rows)),
+    return replace(
+        matrices[0],
+        step=min(matrix.step for matrix in matrices),
+        piece=lambda rows: sum((matrix.piece(rows) for matrix in matrices[1:]), start=matrices[0].piece(rows)),
     )
 
 
@@ -120,8 +134,11 @@ def beside(matrices: Sequence[Tall]) -> Tall:
 
     columns = sum(matrix.columns for matrix in matrices)
     step = max(min(PIECE // max(columns, 1), *(matrix.step for matrix in matrices)), 1)
-    rows = matrices[0].rows
-    return Tall(rows, columns, step, lambda part: torch.cat([matrix.piece(part) for matrix in matrices], dim=1))
+
+    def piece(rows: slice) -> Tensor:
+        return torch.cat([matrix.piece(rows) for matrix in matrices], dim=1)
+
+    return replace(matrices[0], columns=columns, step=step, piece=piece)
 
 
 def above(matrices: Sequence[Tall]) -> Tall:
@@ -138,108 +155,7 @@ def above(matrices: Sequence[Tall]) -> Tall:
         ]
         return torch.cat(inside)
 
-    return Tall(starts[-1], matrices[0].columns, min(matrix.step for matrix in matrices), piece)
-
-
-WELL_CONDITIONED: Final = 1e-6
-"""Where the least square of a singular value is no smaller beside the greatest, a Gram matrix tells them all: singular
-values and vectors come to 1e-10."""
-
-
-FLOOR: Final = 1e-8
-"""Squares of singular values, beside the greatest, that one Gram matrix still tells apart."""
-
-
-NOTHING: Final = 1e-10
-"""Singular values that are smaller than this beside the greatest count as 0: the matrix has no direction there."""
-
-
-OVERSAMPLING: Final = 10
-
-
-ITERATIONS: Final = 2
-"""Of the randomised decomposition: how many directions more than asked for, and how often they are improved."""
-
-
-@dataclass(frozen=True, slots=True)
-class Decomposition:
-    """M = U diag(values) `right`ᵀ with U = M · `left`, the greatest of the `values` first.
-
-    Of a matrix of m × n, `left` and `right` are n × n, so that U is never there. Where a value is 0, so are its columns
-    of U and `right`: nothing depends on a choice among vectors that the matrix doesn't have.
-    """
-
-    left: Tensor
-    values: Tensor
-    right: Tensor
-
-    def largest(self, count: int) -> Decomposition:
-        """The part of the `count` largest singular values."""
-        return Decomposition(self.left[:, :count], self.values[:count], self.right[:, :count])
-
-    @property
-    def nearest(self) -> Tensor:
-        """W with M · W = U · `right`ᵀ, of the matrices with orthonormal columns the nearest to M (polar factor)."""
-        return self.left @ self.right.T
-
-
-def decompose(matrix: Tall) -> Decomposition:
-    """The singular value decomposition, from two or three Gram matrices of the columns, in as many passes.
-
-    The Gram matrix holds the singular values' squares, and small ones only to the rounding of the greatest. So where
-    they differ much, it serves to make the columns nearly orthonormal; the Gram matrix of these gives the polar factor
-    (cf. Fukaya et al. 2020, shifted CholeskyQR3), and M's other factor, symmetric, has M's singular values unsquared
-    (Higham, Papadimitriou 1994). Values are right to 1e-9 of the greatest, and the polar factor to about 1e-8; both to
-    1e-10 where the squares differ less.
-    """
-    import torch
-
-    squares, vectors = torch.linalg.eigh(matrix.gram())
-    greatest = float(squares[-1])
-    if float(squares[0]) >= WELL_CONDITIONED * greatest > 0:
-        values = squares.sqrt()
-        return _descending(vectors / values, values, vectors)
-    weights = (vectors * squares.clamp(min=max(FLOOR * greatest, 1e-300)).rsqrt()) @ vectors.T
-    squares, vectors = torch.linalg.eigh((matrix @ weights).gram())
-    weights = weights @ ((vectors * inverse(squares.clamp(min=0).sqrt(), NOTHING / FLOOR**0.5)) @ vectors.T)
-    values, vectors = torch.linalg.eigh(symmetric((matrix @ weights).gram(matrix)))
-    telling = values > NOTHING * values[-1].clamp(min=0)
-    return _descending((weights @ vectors) * telling, values * telling, vectors * telling)
-
-
-def decompose_at_random(matrix: Tall, rank: int, generator: torch.Generator) -> Decomposition:
-    """About the `rank` largest singular values and their vectors, in 2·2 + 2 passes whatever the columns' number.
-
-    The randomised subspace iteration of Halko, Martinsson and Tropp 2011 with 10 directions more than asked for, and 2
-    iterations. On average the error's spectral norm is at most (1 + 4 √(2n / (rank − 1)))^(1/5) times that of the best
-    approximation, σ of the next singular value: 2.5 times for n = 4096 and a rank of 8, less for larger ones.
-    """
-    import torch
-
-    count = min(rank + OVERSAMPLING, matrix.columns)
-    if rank < 1 or count == matrix.columns:
-        return decompose(matrix).largest(rank)
-    basis = torch.randn(matrix.columns, count, generator=generator, dtype=torch.float64)
-    for _ in range(ITERATIONS):
-        basis = torch.linalg.qr(matrix.gram(matrix @ torch.linalg.qr(basis)[0]))[0]
-    found = decompose(matrix @ basis).largest(rank)
-    return Decomposition(basis @ found.left, found.values, basis @ found.right)
-
-
-def inverse(values: Tensor, nothing: float) -> Tensor:
-    """1/x, and 0 for what is no larger than `nothing`."""
-    import torch
-
-    return torch.where(values > nothing, values.reciprocal(), 0.0)
-
-
-def symmetric(matrix: Tensor) -> Tensor:
-    """The mean of the matrix and its transpose."""
-    return (matrix + matrix.T) / 2
-
-
-def _descending(left: Tensor, values: Tensor, right: Tensor) -> Decomposition:
-    return Decomposition(left.flip(1), values.flip(0), right.flip(1))
+    return replace(matrices[0], rows=starts[-1], step=min(matrix.step for matrix in matrices), piece=piece)
 
 
 class Tasks:
@@ -274,9 +190,11 @@ class Tasks:
 
     def _delta(self, model: Tensor, weight: float) -> Tall:
         base, flat = self._flat(self.base), self._flat(model)
-        return Tall.of(
-            base.shape[0], base.shape[1], lambda rows: (flat[rows].double() - base[rows].double()).mul_(weight)
-        )
+
+        def piece(rows: slice) -> Tensor:
+            return (flat[rows].double() - base[rows].double()).mul_(weight)
+
+        return Tall.of(base.shape[0], base.shape[1], base.device, piece)
 
     @property
     def total(self) -> Tall:
@@ -301,7 +219,7 @@ class Tasks:
         """θ₀ + scale · delta, in the base's shape and dtype."""
         import torch
 
-        out = torch.empty(self.base.shape, dtype=self.base.dtype)
+        out = torch.empty(self.base.shape, dtype=self.base.dtype, device=self.base.device)
         base, flat = self._flat(self.base), self._flat(out)
         for rows in delta.cuts():
             flat[rows] = (delta.piece(rows) * scale).add_(base[rows])

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from streammerge.methods.contract import Between, PerModel, Share
-from streammerge.methods.matrices import (
-    Decomposition,
-    Tall,
-    Tasks,
-    beside,
-    decompose,
-    decompose_at_random,
-    total,
-    workspace,
-)
+from streammerge.methods.decompositions import Decomposition, decompose, decompose_at_random
+from streammerge.methods.matrices import Tall, Tasks, beside, total, workspace
 from streammerge.methods.registry import WholeMethod, method
 
 if TYPE_CHECKING:
@@ -75,7 +67,7 @@ def tsv_m(
         if svd == "randomized":
             found = decompose_at_random(delta, kept, place.generator(number))
         else:
-            found = decompose(delta).largest(kept)
+            found = decompose(delta, kept)
         parts.append(Part(delta, found))
     return tasks.merged(orthogonalized(parts, isotropic=False), lambda_)
 
@@ -102,13 +94,13 @@ def svc(
     if not tasks.are_matrices:
         return tasks.merged(merged, lambda_)
     found = decompose(merged)
-    responses = torch.zeros(len(found.values), dtype=torch.float64)
+    responses = torch.zeros_like(found.values)
     for delta in tasks.deltas:
         if tasks.turned:  # the filters' side is the short one, and uᵣ among the right vectors
             response = delta @ found.right
             shared, length = response.products(merged @ found.right), response.products(response)
         else:
-            own = (merged @ found.left).gram(delta)
+            own = (merged @ found.left).inner(delta)
             shared, length = found.values * (own * found.right.T).sum(1), own.square().sum(1)
         least = (1e-12 * found.values.square()).clamp(min=1e-300)
         responses += (shared / torch.maximum(length, least)).clamp(min=alpha)
@@ -143,8 +135,8 @@ def truncate_rank(
     if svd == "randomized":
         found = decompose_at_random(tasks.total, kept, place.generator(0))
     else:
-        found = decompose(tasks.total).largest(kept)
-    return tasks.merged(tasks.total @ (found.right @ found.right.T), alpha)
+        found = decompose(tasks.total, kept)
+    return tasks.merged(tasks.total @ found.right @ found.right.T, alpha)
 
 
 @method(WholeMethod, base="required", temporaries=0, held=workspace(squares=8))
@@ -185,11 +177,11 @@ def iso_cts(
         return tasks.mean(lambda_)
     own = tasks_share(tasks.rank, tasks.count, common_space_fraction)
     total = tasks.total
-    shared = decompose(total).largest(tasks.rank - own * tasks.count)
+    shared = decompose(total, tasks.rank - own * tasks.count)
     parts = [Part(total, shared)]
     for delta in tasks.deltas:
         rest = beyond(delta, Part(total, shared), turned=tasks.turned)
-        parts.append(Part(rest, decompose(rest).largest(own)))
+        parts.append(Part(rest, decompose(rest, own)))
     kept = sum(float(part.found.values.sum()) for part in parts)
     return tasks.merged(orthogonalized(parts, isotropic=True), lambda_ * kept / tasks.rank)
 
@@ -200,7 +192,7 @@ def beyond(delta: Tall, shared: Part, *, turned: bool) -> Tall:
         return delta - delta @ (shared.found.right @ shared.found.right.T)
     common = shared.matrix @ shared.found.left
     for _ in range(2):  # because the directions are orthonormal to 1e-8 alone
-        delta = delta - common @ common.gram(delta)
+        delta = delta - common @ common.inner(delta)
     return delta
 
 
@@ -250,17 +242,17 @@ def descend_by_rows(parts: list[Tall], factors: list[float], iterations: int, ra
             adam.count += 1
         return adam.values
 
-    return Tall(start.rows, start.columns, start.step, piece)
+    return replace(start, piece=piece)
 
 
 def descend_together(parts: list[Tall], factors: list[float], iterations: int, rate: float) -> Tall:
     """T of filters that are longer than many, turned: the gradient Σᵢ fᵢ τᵢ (τᵢᵀT − τᵢᵀτᵢ) wants all of T at once."""
     grams = [part.gram() for part in parts]
     adam = Adam(total(parts).matrix(), rate)
-    merged = Tall(parts[0].rows, parts[0].columns, parts[0].step, lambda rows: adam.values[rows])
+    merged = replace(parts[0], piece=lambda rows: adam.values[rows])
     for _ in range(iterations):
         weights = [
-            factor * (part.gram(merged) - gram) for part, gram, factor in zip(parts, grams, factors, strict=True)
+            factor * (part.inner(merged) - gram) for part, gram, factor in zip(parts, grams, factors, strict=True)
         ]
         gradient = total([part @ weight for part, weight in zip(parts, weights, strict=True)])
         for rows in gradient.cuts():
