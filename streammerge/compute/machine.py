@@ -167,6 +167,21 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+CGROUP: Final = Path("/sys/fs/cgroup")
+
+
+def free_bytes(cgroup: Path = CGROUP) -> int:
+    """The memory that the machine, or the container that this process runs in, could give to programs now."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit, taken = ((cgroup / name).read_text(encoding="ascii") for name in ("memory.max", "memory.current"))
+        return max(min(free, int(limit) - int(taken)), 0)
+    except (OSError, ValueError):  # there is none, or its limit is "max"
+        return free
+
+
 def peak_resident_bytes() -> int:
     """The greatest resident set size that the process has had.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from streammerge.compute.machine import (
     Allotment,
     choose_device,
     choose_io,
+    free_bytes,
     share_out,
 )
 from streammerge.errors import OutputError, PlanError, count, format_size, listed, plural
@@ -56,6 +58,10 @@ MEMBER_BYTES: Final = 540
 
 SURVEY_BYTES: Final = 1560
 """What measuring such tensors takes for each of them, a result of its own included."""
+
+
+FREE_SHARE: Final = 0.25
+"""What whole tensors may take, beyond one at a time, of the machine's free memory if no limit is given."""
 
 
 @dataclass(frozen=True)
@@ -124,12 +130,18 @@ class Plan:
     @property
     def held_bytes(self) -> int:
         """What has to be held beside the lanes' buffers, for the tensor that takes the most of it."""
-        return max((kind.held_bytes for kind in self.jobs.kinds), default=0) + SURVEY_BYTES * self.jobs.together
+        return self.held_together(1)
+
+    def held_together(self, tensors: int) -> int:
+        """The same for as many tensors, those that take the most of it."""
+        kinds = sorted(self.jobs.kinds, key=lambda kind: kind.held_bytes, reverse=True)
+        each = (kind.held_bytes for kind in kinds for _ in range(min(kind.count, tensors)))
+        return sum(itertools.islice(each, tensors)) + SURVEY_BYTES * self.jobs.together
 
     def allot(self, work_limit: int | None = None, vram_limit: int | None = None) -> Allotment:
         """Share `work_limit` bytes out to lanes, as many as fit, and the card's memory, and the machine has cores for.
 
-        Whole tensors are held beside the lanes' buffers: one at a time, and more where the limit leaves room for them.
+        Whole tensors are held beside the lanes' buffers: one at the least, and one for every lane where there is room.
         """
         held, vram = self.held_bytes, vram_limit or self.options.max_vram
         usual = min(DEFAULT_WORK_BYTES, max(PROMISED_BYTES - self.fixed_bytes - self.described_bytes, MIB))
@@ -142,8 +154,9 @@ class Plan:
             most_threads=self._most_threads,
             mapped=self.mapped_bytes,
         )
-        if held and work_limit is not None:
-            held = max(held, min(work_limit - shared.work_bytes, held * shared.threads))
+        if held:
+            room = self._room_beside(shared.work_bytes) if work_limit is None else work_limit - shared.work_bytes
+            held = max(held, min(room, self.held_together(shared.threads)))
         blocks = self._card_blocks(shared, vram, None if work_limit is None else work_limit - shared.work_bytes - held)
         pinned = shared.threads * blocks * self.pinned_bytes
         return replace(shared, held_bytes=held, work_bytes=shared.work_bytes + held + pinned, blocks=blocks)
@@ -166,6 +179,11 @@ class Plan:
         room = (vram or VRAM_BYTES) // (shared.threads * max(self.lane_bytes, 1))
         pinned = (CARD_PINNED_BYTES if left is None else left) // (shared.threads * self.pinned_bytes)
         return max(1, min(CARD_BLOCKS, room, pinned))
+
+    def _room_beside(self, lanes_bytes: int) -> int:
+        """What may be held beside the lanes where there is no limit: for one tensor where that keeps the promise."""
+        taken = self.fixed_bytes + self.described_bytes + lanes_bytes + self.held_bytes
+        return self.held_bytes if taken <= PROMISED_BYTES else int(FREE_SHARE * free_bytes())
 
     @property
     def mapped_bytes(self) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from streammerge.compute.machine import (
     MIB,
     choose_device,
     choose_io,
+    free_bytes,
     is_virtual_machine,
     share_out,
 )
@@ -102,3 +103,21 @@ def test_auto_is_the_cpu_where_there_can_be_none(bare_metal, monkeypatch, tmp_pa
     assert choose_device("cuda", tmp_path) == "cuda"
     monkeypatch.setattr(sys, "platform", "darwin")
     assert choose_device("auto", tmp_path) == "auto"
+
+
+@pytest.mark.parametrize(
+    ("limit", "taken", "free"),
+    [("5000000", "2000000", 3_000_000), ("5", "9", 0), ("max", "7", None), (f"{2**62}", "0", None), ("", "", None)],
+)
+def test_what_is_free_is_free_in_the_container(tmp_path: Path, monkeypatch, limit: str, taken: str, free: int | None):
+    """None: as much as the machine has."""
+    import psutil
+
+    class Memory:
+        available = 10**9
+
+    monkeypatch.setattr(psutil, "virtual_memory", Memory)
+    (tmp_path / "memory.max").write_text(limit + "\n")
+    (tmp_path / "memory.current").write_text(taken + "\n")
+    assert free_bytes(tmp_path) == (10**9 if free is None else free)
+    assert free_bytes(tmp_path / "nothing") == 10**9

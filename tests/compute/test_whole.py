@@ -13,6 +13,7 @@ from streammerge.compute.expressions import BLOCK
 from streammerge.compute.machine import MIB
 from streammerge.errors import MethodError, PlanError
 from streammerge.methods import METHODS, Place, WholeMethod, method
+from streammerge.plan import plan as plans
 from streammerge.recipe.options import parse_size
 from tests.make.models import assert_same_bytes, load_model, make_tensors, merge_to, near, normal, save_models
 
@@ -87,8 +88,19 @@ def test_too_little_memory_is_refused_with_what_is_enough(paths, tmp_path):
     assert streammerge.merge(merge, output=output, max_ram=parse_size(least) + 8 * MIB, threads=4, sync=False).merged
 
 
-@pytest.mark.parametrize(("limit", "together"), [(None, 1), ("8GiB", 3)])
-def test_only_as_many_whole_tensors_as_fit_are_under_way(tmp_path, limit, together):
+@pytest.mark.parametrize(
+    ("limit", "promised", "free", "together"),
+    [
+        (None, 64 * MIB, 2**40, 1),  # the promise is kept
+        (None, 27 * MIB, 2**40, 3),  # it can't be, with 16 MiB of the process's own, and of the lanes what remains
+        (None, 27 * MIB, 4 * 3 * 2 * 360_000, 2),  # a quarter of this is room for two tensors, each three times
+        (None, 27 * MIB, 0, 1),
+        ("8GiB", 64 * MIB, 0, 3),
+    ],
+)
+def test_only_as_many_whole_tensors_as_fit_are_under_way(tmp_path, monkeypatch, limit, promised, free, together):
+    monkeypatch.setattr(plans, "PROMISED_BYTES", promised)
+    monkeypatch.setattr(plans, "free_bytes", lambda: free)
     lock = threading.Lock()
     inside, most = 0, 0
     gate = threading.Barrier(together)

@@ -66,7 +66,7 @@ def ways(monkeypatch) -> list[str]:
 @pytest.mark.parametrize("least", [1.0, 1e-2, 1e-4, 1.2e-5, 1e-5, 0.8e-5, 1e-6, 1e-7])
 @pytest.mark.parametrize("shape", [(40, 40), (90, 20)], ids=str)
 def test_singular_values_and_the_polar_factor_are_right_whatever_the_condition(shape, least):
-    given = 3e-3 * with_values(*shape, spread(shape[1], least))
+    given = 3e-3 * with_values(shape[0], shape[1], spread(shape[1], least))
     found = decompose(Tall.held(given))
     left, expected, right = torch.linalg.svd(given, full_matrices=False)
     torch.testing.assert_close(found.values, expected, rtol=0, atol=1e-10 * float(expected[0]))
@@ -148,7 +148,7 @@ def test_nothing_has_no_directions(shape):
 @pytest.mark.parametrize("least", [1e-2, 1e-6])
 def test_the_size_of_the_numbers_does_not_matter(shape, size, least):
     rank = min(shape)
-    given = matrix(*shape) if rank == 1 else with_values(*shape, spread(shape[1], least))
+    given = matrix(*shape) if rank == 1 else with_values(shape[0], shape[1], spread(shape[1], least))
     found = decompose(Tall.held(size * given))
     torch.testing.assert_close(found.values[:rank] / size, torch.linalg.svdvals(given), rtol=0, atol=1e-9)
     torch.testing.assert_close(rebuilt(size * given, found) / size, given, rtol=0, atol=1e-9)
