@@ -12,7 +12,7 @@ import streammerge
 from streammerge.compute.expressions import BLOCK
 from streammerge.compute.machine import MIB
 from streammerge.errors import MethodError, PlanError
-from streammerge.methods import METHODS, Place, WholeMethod, method
+from streammerge.methods import METHODS, Place, WholeMethod, matrices, method
 from streammerge.plan import plan as plans
 from streammerge.recipe.options import parse_size
 from tests.make.models import assert_same_bytes, load_model, make_tensors, merge_to, near, normal, save_models
@@ -125,6 +125,27 @@ def test_only_as_many_whole_tensors_as_fit_are_under_way(tmp_path, monkeypatch, 
         del METHODS["counted"]
     assert_same_bytes(merged, tensors)
     assert most == together
+
+
+@pytest.mark.parametrize("method", ["iso_c", "tsv_m", "truncate_rank"])
+def test_the_bytes_do_not_depend_on_how_many_are_under_way(tmp_path, monkeypatch, method):
+    """Of matrices that are decomposed either way, in several pieces and bands."""
+    monkeypatch.setattr(matrices, "PIECE", 10_000)
+    monkeypatch.setattr(matrices, "BAND", 64)
+    shapes = [(100, 90), (90, 300), (300, 90), (130, 130), (70, 5, 3, 3), (40,)]
+    base = {str(number): normal(shape, number, torch.float16) for number, shape in enumerate(shapes * 2)}
+    paths = save_models(tmp_path, base=base, a=near(base, 1), b={**near(base, 2), "3": base["3"], "0": base["0"]})
+    models = [paths["a"]] if method == "truncate_rank" else [paths["a"], paths["b"]]
+    settings = {"rank": 60} if method == "truncate_rank" else {}
+    merge = getattr(streammerge, method)(*models, base=paths["base"], **settings)
+    once = merge_to(tmp_path / "once.safetensors", merge, threads=1)
+    with pytest.raises(PlanError) as raised:
+        streammerge.merge(merge, output=tmp_path / "out.safetensors", max_ram=MIB)
+    least = parse_size(str(raised.value.advice).removeprefix("The least that works is ").rstrip("."))
+    for threads in (2, 4):
+        for limit in (None, least + 30 * MIB, least + 200 * MIB, "8GiB"):
+            out = tmp_path / f"{threads}-{limit}.safetensors"
+            assert_same_bytes(merge_to(out, merge, threads=threads, max_ram=limit), once)
 
 
 @pytest.mark.parametrize("outer", ["linear", "slerp", "ties", "della", "truncate_rank"])
