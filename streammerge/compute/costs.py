@@ -76,6 +76,20 @@ def held_bytes(node: Node) -> int:
     return sum(_held_by(part) for part in applications(node))
 
 
+DECOMPOSING: Final = frozenset({"cuda"})
+"""Kinds of device, beside the CPU, that decompose matrices in float64."""
+
+
+def holds_on(device: str, node: Applied) -> bool:
+    """Whether a device of this kind holds the node's whole tensors, rather than main memory."""
+    return isinstance(node, ByWhole) and node.method.anywhere and device in DECOMPOSING
+
+
+def card_bytes(node: Node) -> int:
+    """What of that is held on a card, if the merge is computed on one that can decompose."""
+    return sum(_held_by(part) for part in applications(node) if any(holds_on(kind, part) for kind in DECOMPOSING))
+
+
 def _held_by(node: Applied) -> int:
     target = Target(node.name, node.info.shape, len(node.inputs))
     match node:

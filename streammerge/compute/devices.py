@@ -66,12 +66,15 @@ VRAM_LEFT: Final = 0.9
 """The share of a card's free memory that may be taken: other programs want some too."""
 
 
-def vram_limit(device: torch.device, wanted: int | None) -> int | None:
-    """What the lanes may take of the card's memory: no more than is free now; None where there is no such memory."""
+def vram_limit(device: torch.device, wanted: int | None, held: int = 0) -> int | None:
+    """What may be taken of the card's memory: no more than is free now; None where there is no such memory.
+
+    Unless told otherwise that is the lanes' share, and what whole tensors take that are held there.
+    """
     if device.type != "cuda":
         return wanted
     free, _ = torch.cuda.mem_get_info(device)
-    return min(wanted or VRAM_BYTES, int(free * VRAM_LEFT))
+    return min(wanted or VRAM_BYTES + held, int(free * VRAM_LEFT))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

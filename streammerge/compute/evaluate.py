@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from streammerge.compute import costs
 from streammerge.compute.costs import piece_elements, row_width, target_of
 from streammerge.compute.expressions import (
     BLOCK,
@@ -96,7 +97,8 @@ class Evaluator:
             self._suspect(whole)
             # there are no decompositions and transforms of 16 bits
             least = torch.promote_types(self.dtype, torch.float32)
-            return [values.to("cpu", least).reshape(node.info.shape) for values in whole]
+            where = device_for_whole(node, self.lane.device)
+            return [values.to(where, least).reshape(node.info.shape) for values in whole]
         if isinstance(node, ByBlock) and node.method.needs.rows:
             return self._rows(node, start, stop, slot)
         stop = min(start + part, stop) if part else stop
@@ -198,6 +200,11 @@ class Evaluator:
             out[start - stop : end - stop or None] = self.values(node, start, end, slot)
             start = end
         return out
+
+
+def device_for_whole(node: ByWhole, device: torch.device) -> torch.device:
+    """Where a method is given whole tensors, if blocks are computed on this device."""
+    return device if costs.holds_on(device.type, node) else torch.device("cpu")
 
 
 def as_float32(number: float) -> float:

@@ -168,7 +168,7 @@ class WholePass(Pass["torch.Tensor"]):
         self.result: Any = None
 
     def measure(self, block: int, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The whole output, flattened."""
+        """The whole output, flattened, in main memory: any lane may be the one that wants a block of it."""
         import torch
 
         node = self.node
@@ -183,7 +183,7 @@ class WholePass(Pass["torch.Tensor"]):
                 f"method {node.method.name!r} can't be applied to this tensor: {reason}",
                 advice="Copy the tensor with --keep or a rule" + ("." if finite else ", or mend the input."),
             ) from error
-        return made.reshape(-1)
+        return made.reshape(-1).cpu()
 
     def add(self, block: int, measured: torch.Tensor) -> None:
         """Keep it."""

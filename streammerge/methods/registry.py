@@ -301,7 +301,8 @@ class BlockMethod(Method):
 
 @dataclass(frozen=True)
 class WholeMethod(Method):
-    """The output is a function of the whole inputs in their shape, on the CPU, in float32 or better.
+    """The output is a function of the whole inputs in their shape, in float32 or better: on the CPU, unless it is one
+    `anywhere`, whose function computes where its inputs are, in float64 too.
 
     `temporaries` is how many tensors of the output's size the function holds at once beside its inputs and what it
     returns; `held(target, parameters)` what it takes in bytes beside these, where that is no multiple of the size.
@@ -309,6 +310,7 @@ class WholeMethod(Method):
 
     temporaries: int = 6
     held: Callable[[Target, Parameters], int] | None = None
+    anywhere: bool = False
 
     @property
     def kind(self) -> str:

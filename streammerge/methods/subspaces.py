@@ -40,7 +40,7 @@ def orthogonalized(parts: Sequence[Part], *, isotropic: bool) -> Tall:
     return left @ ((nearest_left * scale) @ (right @ nearest_right).T)
 
 
-@method(WholeMethod, base="required", temporaries=0, held=workspace(squares=14, each=1))
+@method(WholeMethod, base="required", temporaries=0, anywhere=True, held=workspace(squares=14, each=1))
 def tsv_m(
     base: Tensor,
     *models: Tensor,
@@ -72,7 +72,7 @@ def tsv_m(
     return tasks.merged(orthogonalized(parts, isotropic=False), lambda_)
 
 
-@method(WholeMethod, base="required", temporaries=0, held=workspace(squares=10))
+@method(WholeMethod, base="required", temporaries=0, anywhere=True, held=workspace(squares=10))
 def svc(
     base: Tensor,
     *models: Tensor,
@@ -108,7 +108,7 @@ def svc(
     return tasks.merged(merged @ ((found.right * gains) @ found.right.T), lambda_)
 
 
-@method(WholeMethod, base="required", models=(1, 1), temporaries=0, held=workspace(squares=8))
+@method(WholeMethod, base="required", models=(1, 1), temporaries=0, anywhere=True, held=workspace(squares=8))
 def truncate_rank(
     base: Tensor,
     model: Tensor,
@@ -139,7 +139,7 @@ def truncate_rank(
     return tasks.merged(tasks.total @ found.right @ found.right.T, alpha)
 
 
-@method(WholeMethod, base="required", temporaries=0, held=workspace(squares=8))
+@method(WholeMethod, base="required", temporaries=0, anywhere=True, held=workspace(squares=8))
 def iso_c(base: Tensor, *models: Tensor, weight: PerModel = (1.0,), lambda_: float = 1.0) -> Tensor:
     """θ = θ₀ + λ σ̄ U Vᵀ,   U S Vᵀ = Σᵢ wᵢ (θᵢ − θ₀) as a matrix, σ̄: the mean of its singular values
 
@@ -155,7 +155,7 @@ def iso_c(base: Tensor, *models: Tensor, weight: PerModel = (1.0,), lambda_: flo
     return tasks.merged(tasks.total @ found.nearest, lambda_ * float(found.values.mean()))
 
 
-@method(WholeMethod, base="required", temporaries=0, held=workspace(squares=14, each=3))
+@method(WholeMethod, base="required", temporaries=0, anywhere=True, held=workspace(squares=14, each=3))
 def iso_cts(
     base: Tensor,
     *models: Tensor,
@@ -201,7 +201,7 @@ def tasks_share(rank: int, count: int, fraction: float) -> int:
     return min(round((rank - int(rank * fraction)) / count), rank // count)
 
 
-@method(WholeMethod, base="required", temporaries=0, held=workspace(squares=4, each=1, tensors=3))
+@method(WholeMethod, base="required", temporaries=0, anywhere=True, held=workspace(squares=4, each=1, tensors=3))
 def wudi(
     base: Tensor,
     *models: Tensor,

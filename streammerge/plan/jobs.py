@@ -25,7 +25,8 @@ class Kind:
 
     `is_looked_at` says of copies that their bytes go through our memory, `is_compiled` of what is computed that it is
     all done by compiled loops. `is_together` and `is_told` say of their expressions that statistics are taken of the
-    whole model, and that nothing is in them that can't be told apart.
+    whole model, and that nothing is in them that can't be told apart. `card_bytes` is what of the `held_bytes` a card
+    would hold.
     """
 
     info: TensorInfo
@@ -38,6 +39,7 @@ class Kind:
     lane_bytes: int
     pinned_bytes: int
     held_bytes: int
+    card_bytes: int
     bytes_read: int
     passes: int
 
@@ -63,6 +65,7 @@ class Kind:
             _maker_bytes(node, info, compute, is_compiled=is_by_kernels),
             0 if options.device == "cpu" else costs.pinned_bytes(node, info),
             costs.held_bytes(node),
+            costs.card_bytes(node),
             costs.bytes_read(node),
             costs.passes(node),
         )

@@ -138,10 +138,16 @@ class Plan:
         each = (kind.held_bytes for kind in kinds for _ in range(min(kind.count, tensors)))
         return sum(itertools.islice(each, tensors)) + SURVEY_BYTES * self.jobs.together
 
-    def allot(self, work_limit: int | None = None, vram_limit: int | None = None) -> Allotment:
+    @property
+    def card_bytes(self) -> int:
+        """What a card that can decompose holds beside them, for the tensor that takes the most of it."""
+        return max((kind.card_bytes for kind in self.jobs.kinds), default=0)
+
+    def allot(self, work_limit: int | None = None, vram_limit: int | None = None, *, card_bytes: int = 0) -> Allotment:
         """Share `work_limit` bytes out to lanes, as many as fit, and the card's memory, and the machine has cores for.
 
-        Whole tensors are held beside the lanes' buffers: one at the least, and one for every lane where there is room.
+        Whole tensors are held beside the lanes' buffers: one at the least, and one for every lane where there is room;
+        on the card if it is to hold so many bytes of them, which have to fit its limit.
         """
         held, vram = self.held_bytes, vram_limit or self.options.max_vram
         usual = min(DEFAULT_WORK_BYTES, max(PROMISED_BYTES - self.fixed_bytes - self.described_bytes, MIB))
@@ -150,13 +156,17 @@ class Plan:
             self.lane_bytes,
             self.options.threads,
             lanes_limit,
-            device_limit=vram,
+            device_limit=None if vram is None else vram - card_bytes,
             most_threads=self._most_threads,
             mapped=self.mapped_bytes,
         )
         if held:
             room = self._room_beside(shared.work_bytes) if work_limit is None else work_limit - shared.work_bytes
+            if card_bytes and vram is not None:  # the rest is for the lanes
+                room = min(room, vram - max(VRAM_BYTES, shared.threads * self.lane_bytes))
             held = max(held, min(room, self.held_together(shared.threads)))
+        if card_bytes and vram is not None:
+            vram -= held
         blocks = self._card_blocks(shared, vram, None if work_limit is None else work_limit - shared.work_bytes - held)
         pinned = shared.threads * blocks * self.pinned_bytes
         return replace(shared, held_bytes=held, work_bytes=shared.work_bytes + held + pinned, blocks=blocks)
@@ -324,17 +334,16 @@ def plain(parameters: Mapping[str, ParameterValue]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in parameters.items()}
 
 
-def allot_memory(plan: Plan, resident: int, vram: int | None) -> Allotment:
-    """Share out what --max-ram leaves beside what the process takes already; PlanError naming the least that works."""
-    limit, wanted = plan.options.max_ram, plan.options.max_vram
-    if vram is not None and vram < plan.lane_bytes:
-        what = f"{format_size(vram)} of memory on the card" if wanted != vram else f"--max-vram {format_size(vram)}"
-        raise PlanError(
-            f"{what} is too small: one worker's buffers take {format_size(plan.lane_bytes)}",
-            advice=f"The least that works is {-(-plan.lane_bytes // MIB)}MiB.",
-        )
+def allot_memory(plan: Plan, resident: int, vram: int | None, *, card_bytes: int = 0) -> Allotment:
+    """Share out what --max-ram leaves beside what the process takes already; PlanError naming the least that works.
+
+    `vram` is what may be taken of the card's memory, `card_bytes` what whole tensors take of it.
+    """
+    limit = plan.options.max_ram
+    if vram is not None:
+        _check_vram(plan, vram, card_bytes)
     if limit is None:
-        return plan.allot(vram_limit=vram)
+        return plan.allot(vram_limit=vram, card_bytes=card_bytes)
     needed = plan.lane_bytes + plan.mapped_bytes[1] + plan.held_bytes
     fixed = resident + OVERHEAD_BYTES
     taking = "Python and torch take" if plan.needs_torch else "Python takes"
@@ -345,4 +354,20 @@ def allot_memory(plan: Plan, resident: int, vram: int | None) -> Allotment:
             # one to spare: what these take is not the same to the page in every process
             advice=f"The least that works is {-(-(fixed + needed) // MIB) + 1}MiB.",
         )
-    return plan.allot(limit - fixed, vram)
+    return plan.allot(limit - fixed, vram, card_bytes=card_bytes)
+
+
+def _check_vram(plan: Plan, vram: int, card_bytes: int) -> None:
+    """PlanError unless a worker's buffers fit the card's memory, and the whole tensors that it holds."""
+    needed = plan.lane_bytes + card_bytes
+    if vram >= needed:
+        return
+    what = f"{format_size(vram)} of memory on the card"
+    if plan.options.max_vram == vram:
+        what = f"--max-vram {format_size(vram)}"
+    taking = f"one worker's buffers take {format_size(plan.lane_bytes)}"
+    beside = f", and whole tensors {format_size(card_bytes)}" if card_bytes else ""
+    instead = ", or use --device cpu" if card_bytes else ""
+    raise PlanError(
+        f"{what} is too small: {taking}{beside}", advice=f"The least that works is {-(-needed // MIB)}MiB{instead}."
+    )

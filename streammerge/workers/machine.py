@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from streammerge.compute.costs import DECOMPOSING
 from streammerge.compute.expressions import Job, ModelStatistics, applications
 from streammerge.compute.kernels.library import filled, kernels
 from streammerge.compute.kernels.maker import KernelMaker
@@ -45,19 +46,20 @@ class Machine:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.measured: ModelStatistics = {}
-        self.baseline, self.device, vram = 0, "cpu", plan.options.max_vram
+        self.baseline, self.device, vram, card_bytes = 0, "cpu", plan.options.max_vram, 0
         if plan.needs_torch:
             import_torch()
             from streammerge.compute.devices import check_float64, find_device, vram_limit
 
             device = find_device(plan.options.device)
             check_float64(device, plan.jobs)
-            self.device, vram = str(device), vram_limit(device, plan.options.max_vram)
+            card_bytes = plan.card_bytes if device.type in DECOMPOSING else 0
+            self.device, vram = str(device), vram_limit(device, plan.options.max_vram, card_bytes)
         resident = resident_bytes()
         if "torch" in sys.modules:
             # a bare import of torch would take as much without this package, and without what is kept of the models
             self.baseline = resident - OWN_BYTES - plan.described_bytes
-        self.allotment = allot_memory(plan, resident, vram)
+        self.allotment = allot_memory(plan, resident, vram, card_bytes=card_bytes)
         self.io = self._io()
 
     def _io(self) -> Literal["mmap", "pread"]:

@@ -18,7 +18,15 @@ from streammerge.errors import PlanError
 from streammerge.formats.readers import PositionalReader
 from streammerge.methods import METHODS
 from streammerge.methods.place import Target
-from tests.make.models import assert_same_bytes, merge_to, normal, store_tensors
+from tests.make.models import (
+    assert_same_bytes,
+    load_model,
+    merge_to,
+    near,
+    normal,
+    save_models,
+    store_tensors,
+)
 from tests.references.cases import CASES, ONE_CASE_EACH
 from tests.references.closeness import relative_error, ulps_apart
 
@@ -98,13 +106,38 @@ def test_a_cuda_lane_can_be_asked_again_before_its_copies_have_arrived(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("free", "wanted", "limit"),
-    [(80 * 10**9, None, 512_000_000), (10**8, None, 9 * 10**7), (10**8, 10**6, 10**6), (10**9, 10**10, 9 * 10**8)],
+    ("free", "wanted", "held", "limit"),
+    [
+        (80 * 10**9, None, 0, 512_000_000),
+        (80 * 10**9, None, 10**9, 1_512_000_000),
+        (10**8, None, 10**9, 9 * 10**7),
+        (10**8, 10**6, 10**9, 10**6),
+        (10**9, 10**10, 0, 9 * 10**8),
+    ],
 )
-def test_no_more_is_taken_of_a_card_than_is_free(monkeypatch, free, wanted, limit):
+def test_no_more_is_taken_of_a_card_than_is_free(monkeypatch, free, wanted, held, limit):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * 10**9))
-    assert vram_limit(torch.device("cuda"), wanted) == limit
-    assert vram_limit(torch.device("cpu"), wanted) == wanted
+    assert vram_limit(torch.device("cuda"), wanted, held) == limit
+    assert vram_limit(torch.device("cpu"), wanted, held) == wanted
+
+
+@pytest.mark.cuda
+@needs_cuda
+@pytest.mark.parametrize("method", ["iso_c", "tsv_m"])
+def test_whole_tensors_are_decomposed_on_the_card_within_its_limit(tmp_path, method):
+    base = {"w": normal((700, 900), 1, torch.float16), "square": normal((400, 400), 2, torch.float16)}
+    paths = save_models(tmp_path, base=base, a=near(base, 1), b=near(base, 2))
+    merge = getattr(streammerge, method)(paths["a"], paths["b"], base=paths["base"])
+    on_cpu = merge_to(tmp_path / "cpu.safetensors", merge)
+    limit = streammerge.make_plan(merge, output=tmp_path / "x.safetensors").card_bytes + (64 << 20)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    report = streammerge.merge(
+        merge, output=tmp_path / "cuda.safetensors", device="cuda", max_vram=limit, sync=False, threads=4
+    )
+    assert 4 * 700 * 900 < report.peak_vram_bytes <= limit
+    for name, tensor in load_model(tmp_path / "cuda.safetensors").items():
+        assert int(ulps_apart(tensor, on_cpu[name].double().numpy()).max()) <= 1
 
 
 def test_the_memory_of_a_tensor_lives_as_long_as_a_view_of_it():

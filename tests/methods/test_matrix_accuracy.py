@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import streammerge
-from streammerge.methods import METHODS, matrices
+from streammerge.methods import METHODS, Target, WholeMethod, matrices
 from tests.make.models import MemoryModel, normal
 from tests.references.closeness import ulps_apart
 from tests.references.linear import REFERENCES
@@ -65,6 +65,9 @@ UNSTABLE: Final = {
 """Where the result itself hangs on the last bits of the inputs, in float64 too."""
 
 
+ANYWHERE = [name for name, method in METHODS.items() if isinstance(method, WholeMethod) and method.anywhere]
+
+
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     monkeypatch.setattr(matrices, "PIECE", 500)
@@ -98,3 +101,32 @@ def test_outputs_are_right_to_the_last_place(method, change, shape, dtype):
     # of float32 the task vector's small elements may be further away, but by no more than its large ones are rounded
     off = np.abs(found.double().numpy() - right).max()
     assert off <= torch.finfo(dtype).eps * np.abs(right).max()
+
+
+def test_all_methods_on_matrices_compute_anywhere():
+    assert sorted(ANYWHERE) == sorted([*MATRIX, "truncate_rank"])
+
+
+@pytest.mark.parametrize("change", ["noise", "few_rows"])
+@pytest.mark.parametrize("shape", [(40, 40), (24, 90), (90, 24), (30,)], ids=str)
+@pytest.mark.parametrize("method", ANYWHERE)
+def test_nothing_is_made_elsewhere_than_where_the_inputs_are(method, shape, change):
+    """On any device, of which the one without contents stands for all: to mix it with another is an error."""
+    found = METHODS[method]
+    assert isinstance(found, WholeMethod)
+    count = {"rotate": 2, "truncate_rank": 2}.get(method, 4)
+    base = normal(shape, 0)
+    inputs = [
+        base,
+        *(base + (CHANGES[change](shape, s) if len(shape) > 1 else normal(shape, s)) for s in range(1, count)),
+    ]
+    given = {**PARAMETERS.get(method, {}), "alignment": 0.4, "density": (0.6,) * (count - 1)}
+    parameters = {
+        p.name: given.get(p.name, (p.default,) * (count - 1) if p.per_model else p.default) for p in found.parameters
+    }
+    ways = [parameters, {**parameters, "svd": "randomized"}] if "svd" in parameters else [parameters]
+    for way in ways:
+        place = Target("w", shape, count, step=base.numel()).place(0)
+        here = found.compute(place, inputs, way)
+        with torch.device("meta"):
+            assert torch.equal(found.compute(place, inputs, way), here)

@@ -218,8 +218,10 @@ import torch
 from streammerge.compute.machine import peak_resident_bytes, resident_bytes
 from streammerge.methods import METHODS, Target
 torch.set_num_threads(1)
-name, shape, count, parameters = json.loads(sys.argv[1])
-method, models = METHODS[name], [torch.randn(shape) for _ in range(count)]
+name, shape, count, parameters, rank = json.loads(sys.argv[1])
+base = torch.randn(shape)
+changes = [torch.randn(shape[0], rank) @ torch.randn(rank, shape[1]) for _ in range(count - 1)]
+method, models = METHODS[name], [base, *(base + change for change in changes)]
 warm = [torch.randn(40, 40) for _ in range(count)]
 method.compute(Target("w", (40, 40), count, step=1600).place(0), warm, parameters)  # what libraries take once
 before, elements = resident_bytes(), models[0].numel()
@@ -231,8 +233,9 @@ print(peak_resident_bytes() - before)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(600, 600), (3000, 300), (300, 3000)], ids=str)
+@pytest.mark.parametrize("rank", [5, 300])  # which are decomposed in different ways
 @pytest.mark.parametrize("name", [*MATRIX, "truncate_rank"])
-def test_what_a_method_takes_is_what_the_plan_counts(name, shape):
+def test_what_a_method_takes_is_what_the_plan_counts(name, rank, shape):
     method: Any = METHODS[name]
     count = {"rotate": 2, "truncate_rank": 2}.get(name, 4)
     models = count - (method.base == "required")
@@ -240,7 +243,7 @@ def test_what_a_method_takes_is_what_the_plan_counts(name, shape):
     parameters = {
         p.name: given.get(p.name, (p.default,) * models if p.per_model else p.default) for p in method.parameters
     }
-    words = [sys.executable, "-c", MEASURE, json.dumps([name, shape, count, parameters])]
+    words = [sys.executable, "-c", MEASURE, json.dumps([name, shape, count, parameters, rank])]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     target = Target("w", shape, count)
     counted = 4 * target.elements * (1 + method.temporaries) + method.held(target, parameters)

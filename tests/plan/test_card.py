@@ -1,0 +1,81 @@
+"""What a card has to hold of whole tensors, and what is planned with it."""
+
+from __future__ import annotations
+
+import pytest
+
+import streammerge
+from streammerge.compute import evaluate
+from streammerge.compute.costs import card_bytes, holds_on
+from streammerge.compute.expressions import Node
+from streammerge.compute.machine import MIB
+from streammerge.errors import PlanError
+from streammerge.plan.plan import Plan, allot_memory
+from tests.make.models import make_tensors, near, normal, save_models
+
+SIDE = 500
+
+
+@pytest.fixture
+def paths(tmp_path):
+    base = {"w": normal((SIDE, SIDE), 1), "small": normal((30, 20), 2), **make_tensors(0)}
+    return save_models(tmp_path, base=base, a=near(base, 1), b=near(base, 2))
+
+
+def planned(merge, **options) -> Plan:
+    return streammerge.make_plan(merge, output="out.safetensors", **options)
+
+
+def nodes(made: Plan) -> list[Node]:
+    return [job.node for job in made.jobs]
+
+
+def test_only_methods_that_compute_anywhere_are_held_by_a_card(paths):
+    on_card = planned(streammerge.iso_c(paths["a"], base=paths["base"]))
+    elsewhere = planned(streammerge.crossover(paths["a"], paths["b"]))
+    streamed = planned(streammerge.ties(paths["a"], base=paths["base"]))
+    assert on_card.card_bytes == on_card.held_bytes >= 4 * 3 * SIDE**2
+    assert elsewhere.card_bytes == streamed.card_bytes == 0
+    assert elsewhere.held_bytes > 0
+    assert card_bytes(nodes(on_card)[-1]) > 0
+
+
+@pytest.mark.parametrize(("device", "there"), [("cuda", "cuda"), ("mps", "cpu"), ("xpu", "cpu"), ("cpu", "cpu")])
+def test_whole_tensors_are_given_where_they_can_be_decomposed(paths, device, there):
+    import torch
+
+    (node,) = {node for node in nodes(planned(streammerge.iso_c(paths["a"], base=paths["base"]))) if is_of(node, "w")}
+    assert evaluate.device_for_whole(node, torch.device(device)).type == there  # type: ignore[arg-type]
+    assert holds_on(device, node) == (there != "cpu")  # type: ignore[arg-type]
+    (other,) = {node for node in nodes(planned(streammerge.crossover(paths["a"], paths["b"]))) if is_of(node, "w")}
+    assert evaluate.device_for_whole(other, torch.device(device)).type == "cpu"  # type: ignore[arg-type]
+
+
+def is_of(node: Node, name: str) -> bool:
+    return getattr(node, "name", "") == name
+
+
+def test_what_a_card_holds_has_to_fit_its_memory(paths):
+    made = planned(streammerge.iso_c(paths["a"], base=paths["base"]), threads=4)
+    held, lane = made.card_bytes, made.lane_bytes
+    for short in (held + lane - 1, lane, MIB):
+        with pytest.raises(
+            PlanError, match=r"on the card is too small: .*, and whole tensors .*\n  .*MiB, or use --device cpu"
+        ):
+            allot_memory(made, 0, short, card_bytes=held)
+    tight = allot_memory(made, 0, held + lane, card_bytes=held)
+    assert (tight.threads, tight.held_bytes) == (1, held)
+    for vram in (held + lane, 2 * held + 3 * lane, 10 * held):
+        allotted = allot_memory(made, 0, vram, card_bytes=held)
+        assert allotted.threads * lane + allotted.held_bytes <= vram
+        assert allotted.held_bytes >= held
+
+
+def test_the_advice_of_what_is_too_small_is_enough(paths):
+    made = planned(streammerge.tsv_m(paths["a"], paths["b"], base=paths["base"]), max_vram="1MiB")
+    with pytest.raises(PlanError, match=r"--max-vram 1.05 MB is too small") as raised:
+        allot_memory(made, 0, MIB, card_bytes=made.card_bytes)
+    least = int(str(raised.value.advice).removeprefix("The least that works is ").partition("MiB")[0])
+    assert allot_memory(made, 0, least * MIB, card_bytes=made.card_bytes).threads == 1
+    with pytest.raises(PlanError):
+        allot_memory(made, 0, (least - 1) * MIB, card_bytes=made.card_bytes)
