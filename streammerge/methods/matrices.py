@@ -248,27 +248,33 @@ def greatest(matrix: Tall) -> float:
 
 
 def workspace(
-    squares: float, each: float = 0, *, tensors: float = 0, side: Callable[[Target], int] | None = None
+    squares: float,
+    each: float = 0,
+    *,
+    tensors: float = 0,
+    pieces: int = 10,
+    side: Callable[[Target], int] | None = None,
 ) -> Callable[[Target, Mapping[str, Any]], int]:
     """What a method takes beside its inputs and its output, as the plan asks for it.
 
     So many square matrices of the shorter side (or of `side`), `each` more for every input, so many float64 tensors of
-    the output's size, and pieces.
+    the output's size, and so many pieces, those included that the heap keeps; one more for every input.
     """
-    return functools.partial(_workspace, squares, each, tensors, side or shorter_side)
+    return functools.partial(_workspace, squares, each, tensors, pieces, side or shorter_side)
 
 
 def _workspace(
     squares: float,
     each: float,
     tensors: float,
+    pieces: int,
     side: Callable[[Target], int],
     target: Target,
     parameters: Mapping[str, Any],
 ) -> int:
-    pieces = min(max(PIECE, longer_side(target)), target.elements) * (10 + target.inputs)
+    piece = min(max(PIECE, longer_side(target)), target.elements)
     square = (squares + each * target.inputs) * side(target) ** 2
-    return 8 * int(square + tensors * target.elements + pieces)
+    return 8 * int(square + tensors * target.elements + piece * (pieces + target.inputs))
 
 
 def shorter_side(target: Target) -> int:

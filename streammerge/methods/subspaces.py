@@ -72,7 +72,7 @@ def tsv_m(
     return tasks.merged(orthogonalized(parts, isotropic=False), lambda_)
 
 
-@method(WholeMethod, base="required", temporaries=0, anywhere=True, held=workspace(squares=10))
+@method(WholeMethod, base="required", temporaries=0, anywhere=True, held=workspace(squares=10, pieces=18))
 def svc(
     base: Tensor,
     *models: Tensor,
@@ -155,7 +155,7 @@ def iso_c(base: Tensor, *models: Tensor, weight: PerModel = (1.0,), lambda_: flo
     return tasks.merged(tasks.total @ found.nearest, lambda_ * float(found.values.mean()))
 
 
-@method(WholeMethod, base="required", temporaries=0, anywhere=True, held=workspace(squares=14, each=3))
+@method(WholeMethod, base="required", temporaries=0, anywhere=True, held=workspace(squares=14, each=3, pieces=30))
 def iso_cts(
     base: Tensor,
     *models: Tensor,

@@ -116,12 +116,10 @@ def test_nothing_is_made_elsewhere_than_where_the_inputs_are(method, shape, chan
     assert isinstance(found, WholeMethod)
     count = {"rotate": 2, "truncate_rank": 2}.get(method, 4)
     base = normal(shape, 0)
-    inputs = [
-        base,
-        *(base + (CHANGES[change](shape, s) if len(shape) > 1 else normal(shape, s)) for s in range(1, count)),
-    ]
+    changed = CHANGES[change] if len(shape) > 1 else normal
+    inputs = [base, *(base + changed(shape, seed) for seed in range(1, count))]
     given = {**PARAMETERS.get(method, {}), "alignment": 0.4, "density": (0.6,) * (count - 1)}
-    parameters = {
+    parameters: dict[str, Any] = {
         p.name: given.get(p.name, (p.default,) * (count - 1) if p.per_model else p.default) for p in found.parameters
     }
     ways = [parameters, {**parameters, "svd": "randomized"}] if "svd" in parameters else [parameters]
