@@ -162,17 +162,18 @@ class Plan:
         )
         if held:
             room = self._room_beside(shared.work_bytes) if work_limit is None else work_limit - shared.work_bytes
-            if card_bytes and vram is not None:  # the rest is for the lanes
+            if card_bytes and vram is not None:
                 room = min(room, vram - max(VRAM_BYTES, shared.threads * self.lane_bytes))
             held = max(held, min(room, self.held_together(shared.threads)))
         if card_bytes and vram is not None:
-            vram -= held
+            vram -= held  # the rest is for the lanes
         blocks = self._card_blocks(shared, vram, None if work_limit is None else work_limit - shared.work_bytes - held)
         pinned = shared.threads * blocks * self.pinned_bytes
         return replace(shared, held_bytes=held, work_bytes=shared.work_bytes + held + pinned, blocks=blocks)
 
     @property
     def _most_threads(self) -> int:
+        """How many workers there are at the most, unless the user asks for more."""
         if self.options.device != "cpu":
             return CARD_THREADS
         return MAX_THREADS if self.needs_torch else MAX_COMPILED_THREADS
