@@ -2,8 +2,8 @@
 
 One Gram matrix of the columns has the singular values' squares. Where float64 holds those that are wanted, that is the
 decomposition, for the price of a product and of symmetric eigenvectors; else the matrix's triangular factor is
-decomposed, whose values aren't squared. Which of both it is follows from the matrix alone, not from where it is
-computed.
+decomposed, whose values aren't squared. Which of both it is follows from the matrix alone, not from where or how it is
+computed; where that hangs on a rounding, both are right.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ class Decomposition:
 def decompose(matrix: Tall, count: int | None = None, least: float = NOTHING) -> Decomposition:
     """The `count` largest singular values, or all n, with their vectors; up to `least` times the greatest they are 0.
 
-    Values are right to 1e-10 of the greatest and elements of the polar factor to 1e-7, whatever the matrix's condition.
-    LinAlgError if it holds NaNs or infinite values.
+    Values are right to 1e-10 of the greatest, and elements of the polar factor to 1e-7 for matrices of any condition up
+    to 1e8; beyond, the smallest directions are right to 1e-15 times the condition. LinAlgError if it holds NaNs or
+    infinite values.
     """
     squares, vectors = _eigen(matrix.gram())
     if _tells(squares[:count], least):
@@ -106,8 +107,7 @@ def triangle(matrix: Tall) -> Tensor:
         parts.append(matrix.piece(rows))
         kept = sum(map(len, parts))
         if kept > 2 * count or (rows.stop == matrix.rows and kept > count):
-            together = torch.cat(parts)
-            parts = [torch.linalg.qr(together, mode="r").R]
+            parts = [torch.linalg.qr(torch.cat(parts), mode="r").R]
     return torch.cat(parts)
 
 

@@ -146,7 +146,7 @@ def iso_c(base: Tensor, *models: Tensor, weight: PerModel = (1.0,), lambda_: flo
     Iso-C, isotropic merging in the common subspace: Marczak et al. 2025, arXiv:2502.04959. A convolution is a matrix
     with a row per filter. Directions whose singular value is 0 (below 1e-10 of the greatest) stay 0, where the paper
     gives them a direction by chance. Other tensors take the mean task vector. The singular value decomposition is made
-    in float64, right to 1e-7 in every element of U Vᵀ for matrices of any condition.
+    in float64, right to 1e-7 in every element of U Vᵀ for matrices of any condition up to 1e8.
     """
     tasks = Tasks(base, models, weight)
     if not tasks.are_matrices:

@@ -76,6 +76,15 @@ def test_singular_values_and_the_polar_factor_are_right_whatever_the_condition(s
     assert float(apart.abs().max()) < 1e-6
 
 
+@pytest.mark.parametrize("least", [1e-8, 1e-9, 3e-10])
+@pytest.mark.parametrize("shape", [(40, 40), (90, 20)], ids=str)
+def test_beyond_that_it_is_as_right_as_float64_can_be(shape, least):
+    given = with_values(shape[0], shape[1], spread(shape[1], least))
+    left, _, right = torch.linalg.svd(given, full_matrices=False)
+    found = decompose(Tall.held(given))
+    torch.testing.assert_close(given @ found.nearest, left @ right, rtol=0, atol=1e-15 / least)
+
+
 @pytest.mark.parametrize(("share", "way"), [(1.5, []), (0.5, ["svd"])])
 def test_what_the_gram_matrix_does_not_tell_is_decomposed(ways, share, way):
     """By the least square that is wanted, beside the greatest."""
