@@ -27,6 +27,10 @@ AHEAD_BYTES: Final = 64 << 20
 """What is asked of the disk ahead of its use: as much as it delivers while a few windows are computed."""
 
 
+LARGE: Final = 2**24
+"""Of tensors of more elements the disk is asked again for a later pass: others have just been read."""
+
+
 AHEAD_WINDOWS: Final = 32
 """How many windows, of small tensors, stand in line at the most."""
 
@@ -161,8 +165,10 @@ class Schedule:
 
     def _next(self, wanted: list[FileRange]) -> Window | Piece | None:
         if self._following:
-            wanted += self._following[0].ranges
-            return self._following.popleft()
+            window = self._following.popleft()
+            if window.work.node.info.elements > LARGE:
+                wanted += window.ranges
+            return window
         if self._line:
             self._line_bytes.popleft()
             return self._line.popleft()

@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 
 from streammerge.compute import costs
 from streammerge.compute.costs import WINDOW_BYTES, window_blocks
-from streammerge.compute.expressions import BLOCK, External, Stored, Term, combine
+from streammerge.compute.expressions import BLOCK, ByGram, External, Stored, Term, combine
+from streammerge.compute.survey import Survey
 from streammerge.formats.readers import FileRange
+from streammerge.methods import METHODS
 from streammerge.storage.ledger import Ledger
 from streammerge.tensors import DTYPES, TensorInfo
-from streammerge.workers.schedule import AHEAD_BYTES, AHEAD_WINDOWS, Schedule
+from streammerge.workers.schedule import AHEAD_BYTES, AHEAD_WINDOWS, LARGE, Schedule
 from streammerge.workers.windows import MergeWork, Window, ranges_of
 from tests.make.models import MemoryModel, store_tensors
 from tests.workers.jobs import MemorySink, job_of
@@ -224,6 +226,27 @@ def test_the_disk_is_asked_ahead_of_the_workers_but_not_far(tmp_path, monkeypatc
         before = len(asked)
         assert next(schedule).first == number * window.last  # type: ignore[union-attr]
         assert len(asked) == before + 1
+
+
+@pytest.mark.parametrize("elements", [100, LARGE + 1])
+def test_for_a_later_pass_the_disk_is_asked_only_of_large_tensors(tmp_path, monkeypatch, elements):
+    asked: list[tuple[int, int]] = []
+    leaf = leaf_of(elements, "F16", tmp_path / "leaf")
+    monkeypatch.setattr(type(leaf.file), "will_need", lambda file, start, stop: asked.append((start, stop)))
+    node = ByGram(leaf.info, METHODS["slerp"], {"t": 0.5}, (leaf, leaf))  # type: ignore[arg-type]
+    work = MergeWork(job_of("w", node), MemorySink(), Ledger())
+    schedule = Schedule([work])
+    tasks = iter(schedule)
+    first = next(tasks)
+    asked.clear()
+    work._open_windows = 1
+    assert isinstance(work.survey, Survey)
+    monkeypatch.setattr(work.survey, "finish_pass", work.survey.passes.clear)
+    schedule.done(first)
+    following = next(tasks)
+    assert isinstance(following, Window)
+    assert not following.surveying
+    assert bool(asked) == (elements > LARGE)
 
 
 def test_small_tensors_do_not_stand_in_line_by_the_thousand():
