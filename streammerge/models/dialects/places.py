@@ -1,0 +1,109 @@
+"""Where a file keeps its components: what stands before the names of each, by who wrote the file.
+
+Checkpoints of CompVis and Stability AI, those that ComfyUI saves, the folders of a diffusers pipeline (whose names stand
+for prefixes here), and single components, whose names have nothing before them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from streammerge.models.dialects.rules import Side
+
+Role = Literal["denoiser", "ControlNet", "VAE", "CLIP", "CLIP 2", "T5"]
+"""What a component does in its model: `CLIP` is the only or the first of its text encoders of this kind."""
+
+ROLES: Final[Mapping[str, Role | None]] = {
+    "model.diffusion_model.": "denoiser",
+    "diffusion_model.": "denoiser",
+    "unet.": "denoiser",
+    "transformer.": "denoiser",
+    "control_model.": "ControlNet",
+    "controlnet.": "ControlNet",
+    "first_stage_model.": "VAE",
+    "vae.": "VAE",
+    "cond_stage_model.transformer.": "CLIP",
+    "cond_stage_model.model.": "CLIP",
+    "conditioner.embedders.0.transformer.": "CLIP",
+    "conditioner.embedders.0.model.": "CLIP 2",
+    "conditioner.embedders.1.model.": "CLIP 2",
+    "text_encoders.clip_l.transformer.": "CLIP",
+    "text_encoders.clip_h.transformer.": "CLIP",
+    "text_encoders.clip_g.transformer.": "CLIP 2",
+    "text_encoders.t5xxl.transformer.": "T5",
+    "text_encoder.": "CLIP",
+    "text_encoder_2.": "CLIP 2",
+    "text_encoder_3.": "T5",
+    "": None,
+}
+"""What is found behind each prefix; behind none, whatever it looks like. A text encoder that looks like T5 is T5."""
+
+SECOND: Final = "conditioner."
+"""In a model with names that start so, `cond_stage_model.model.` is another name of the second text encoder: Stability
+AI's own SDXL in torch files has it under both."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What stands before a component's names, and in which naming of its kind they are.
+
+    `within` is what the names have before them in that naming and not in the file: CLIP without `text_model.`, as in
+    NovelAI's.
+    """
+
+    prefix: str
+    side: Side
+    within: str = ""
+
+    def own(self, name: str) -> str:
+        """What the file calls a tensor that is called so in the component's naming."""
+        return self.prefix + name.removeprefix(self.within)
+
+    def inner(self, name: str) -> str:
+        """What a tensor of the file is called in the component's naming."""
+        rest = name[len(self.prefix) :]
+        return self.within + rest if self.within and not rest.startswith("text_projection") else rest
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """How models of one architecture are put together: where the original and diffusers keep each component."""
+
+    original: Mapping[Role, Place]
+    diffusers: Mapping[Role, Place]
+
+
+_DENOISER: Final = Place("model.diffusion_model.", "ours")
+_VAE: Final = Place("first_stage_model.", "ours")
+_UNET: Final[Mapping[Role, Place]] = {
+    "denoiser": Place("unet.", "theirs"),
+    "ControlNet": Place("controlnet.", "theirs"),
+    "VAE": Place("vae.", "theirs"),
+    "CLIP": Place("text_encoder.", "theirs"),
+    "CLIP 2": Place("text_encoder_2.", "theirs"),
+}
+_LATENT: Final[Mapping[Role, Place]] = {
+    "denoiser": _DENOISER,
+    "ControlNet": Place("control_model.", "ours"),
+    "VAE": _VAE,
+}
+
+ARRANGEMENTS: Final[Mapping[str, Arrangement]] = {
+    "Stable Diffusion 1": Arrangement(
+        {**_LATENT, "CLIP": Place("cond_stage_model.transformer.", "theirs")},
+        _UNET,
+    ),
+    "Stable Diffusion 2": Arrangement({**_LATENT, "CLIP": Place("cond_stage_model.model.", "ours")}, _UNET),
+    "SDXL": Arrangement(
+        {
+            **_LATENT,
+            "CLIP": Place("conditioner.embedders.0.transformer.", "theirs"),
+            "CLIP 2": Place("conditioner.embedders.1.model.", "ours"),
+        },
+        _UNET,
+    ),
+    "SDXL refiner": Arrangement({**_LATENT, "CLIP 2": Place("conditioner.embedders.0.model.", "ours")}, _UNET),
+}
+"""By the architecture, as `guess_architecture` calls it."""

@@ -1,0 +1,221 @@
+"""What a model's names are: its components, and the naming of each, told by its tensors alone."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+from streammerge.models.adapters import adapter_text
+from streammerge.models.architecture import guess_architecture
+from streammerge.models.dialects.encoders import CLIP, T5
+from streammerge.models.dialects.pieces import Source, to_ours, to_theirs, whole
+from streammerge.models.dialects.places import ARRANGEMENTS, ROLES, SECOND, Arrangement, Place, Role
+from streammerge.models.dialects.rules import Kind, Linking, Side
+from streammerge.models.dialects.unets import UNET
+from streammerge.models.dialects.vaes import VAE
+from streammerge.tensors import TensorInfo
+
+Naming = Literal["original", "diffusers", "bare"]
+"""Names as in original checkpoints, as in diffusers' folders, or the original ones with nothing before them."""
+
+KINDS: Final[Mapping[Role, tuple[Kind, ...]]] = {
+    "denoiser": (UNET,),
+    "ControlNet": (UNET,),
+    "VAE": (VAE,),
+    "CLIP": (CLIP, T5),
+    "CLIP 2": (CLIP, T5),
+    "T5": (T5,),
+}
+"""What a component of each role may be."""
+
+WITHOUT_MODEL: Final = "embeddings.token_embedding.weight"
+"""By this name CLIP's text encoder is known where its names lack `text_model.`."""
+
+CONTROL: Final = ("input_hint_block.", "controlnet_cond_embedding.", "zero_convs.", "controlnet_down_blocks.")
+"""How names start that a ControlNet has and a UNet has not."""
+
+
+@dataclass(frozen=True, eq=False)
+class Component:
+    """A part of a model that is known: what it does, how it is built, where its names are and what they are.
+
+    `tensors` are the component's, by their names in its naming, without what the file puts before them.
+    """
+
+    role: Role
+    kind: Kind
+    place: Place
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def side(self) -> Side:
+        """In which of the two namings of its kind it is."""
+        return self.place.side
+
+    @functools.cached_property
+    def linking(self) -> Linking:
+        """How its names and those of the other naming belong together."""
+        return Linking(self.kind, self.tensors, self.side)
+
+    @functools.cached_property
+    def _translated(self) -> tuple[Mapping[str, Source], tuple[str, ...]]:
+        """Its tensors in the other naming, and which of its own have no name there."""
+        found: dict[str, Source] = {}
+        for link in self.linking.links.values():
+            if self.side == "ours":
+                found |= to_theirs(link, self.tensors) or {}
+            elif (source := to_ours(link, self.tensors)) is not None:
+                found[link.ours] = source
+        used = {name for source in found.values() for name in source.tensors}
+        return found, tuple(name for name in self.tensors if name not in used)
+
+    def seen(self, side: Side) -> Mapping[str, Source]:
+        """Its tensors in a naming of its kind; the pieces are those of `tensors`. What has no name there is left out."""
+        if side == self.side:
+            return {name: whole(name, info) for name, info in self.tensors.items()}
+        return self._translated[0]
+
+    def unnamed(self, side: Side) -> tuple[str, ...]:
+        """Those of its tensors that have no name in this naming."""
+        return () if side == self.side else self._translated[1]
+
+    def is_homeless(self, name: str) -> bool:
+        """Whether the other naming has no place for this tensor, as is known."""
+        return re.match(self.kind.homeless, name) is not None
+
+
+@dataclass(frozen=True, eq=False)
+class Recognised:
+    """A model whose names are understood: its architecture, its components, and the tensors that are in none of them."""
+
+    architecture: str
+    components: tuple[Component, ...]
+    others: Mapping[str, TensorInfo]
+
+    @property
+    def naming(self) -> str:
+        """`original`, `diffusers`, or of whom which component's names are, where they differ."""
+        return naming_of(self.components)
+
+    def component(self, role: Role) -> Component | None:
+        """The component of this role."""
+        return next((component for component in self.components if component.role == role), None)
+
+    @property
+    def arrangement(self) -> Arrangement:
+        """Where models of this architecture keep their components."""
+        return ARRANGEMENTS.get(self.architecture, ARRANGEMENTS["Stable Diffusion 1"])
+
+    def named(self, naming: Naming) -> Mapping[str, Source]:
+        """All of the model in a naming, each tensor with the tensors of the model, by its own names, that it is made of.
+
+        What has no name in it keeps its own: `unnamed` says which these are.
+        """
+        found: dict[str, Source] = {}
+        for component in self.components:
+            place = self.place(component, naming)
+            own = component.place.own
+            for name, source in component.seen(place.side).items():
+                found[place.own(name)] = moved(source, own)
+            left = component.unnamed(place.side)
+            found |= {own(name): whole(own(name), component.tensors[name]) for name in left}
+        return found | {name: whole(name, info) for name, info in self.others.items()}
+
+    def unnamed(self, naming: Naming) -> tuple[str, ...]:
+        """The model's tensors that have no name in a naming, and keep their own."""
+        return tuple(
+            component.place.own(name)
+            for component in self.components
+            for name in component.unnamed(self.place(component, naming).side)
+        )
+
+    def place(self, component: Component, naming: Naming) -> Place:
+        """Where a naming has a component: a model's only one, but for the original's UNet, has nothing before it."""
+        if naming == "diffusers":
+            place = self.arrangement.diffusers[component.role]
+            return replace(place, prefix="") if len(self.components) == 1 else place
+        place = self.arrangement.original.get(component.role, component.place)
+        is_alone = len(self.components) == 1 and component.kind is not UNET
+        return replace(place, prefix="") if naming == "bare" or is_alone else place
+
+
+def moved(source: Source, own: Callable[[str], str]) -> Source:
+    """The source with its pieces under the names that the file gives them."""
+    return replace(source, pieces=tuple(replace(piece, tensor=own(piece.tensor)) for piece in source.pieces))
+
+
+def naming_of(components: Iterable[Component]) -> str:
+    """In words, of whom the names are."""
+    sides = {_words(component) for component in components}
+    return " and ".join(sorted(sides))
+
+
+def _words(component: Component) -> str:
+    if component.kind.signs.keys() == {"ours"} or component.place.prefix.startswith(("cond_stage", "conditioner")):
+        return "original"
+    return "original" if component.side == "ours" else "diffusers"
+
+
+def recognise(tensors: Mapping[str, TensorInfo]) -> Recognised | None:
+    """What the names of a model are, by its header alone; None if no component of it is known."""
+    if adapter_text(tensors):
+        return None
+    groups = _by_place(tensors)
+    has_second = any(name.startswith(SECOND) for name in tensors)
+    found, others = list[Component](), dict[str, TensorInfo]()
+    for prefix in sorted(groups, key=len, reverse=True):
+        role = "CLIP 2" if has_second and prefix == "cond_stage_model.model." else ROLES[prefix]
+        component = _component(prefix, role, groups[prefix])
+        if component is not None:
+            found.append(component)
+        elif prefix:
+            groups[""] |= groups[prefix]
+        else:
+            others = groups[""]
+    ordered = sorted(found, key=lambda component: list(KINDS).index(component.role))
+    architecture = guess_architecture(tensors).partition(" (")[0]
+    return Recognised(architecture, tuple(ordered), others) if found else None
+
+
+_PREFIX: Final = re.compile("|".join(re.escape(prefix) for prefix in sorted(ROLES, key=len, reverse=True)))
+
+
+def _by_place(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
+    """The tensors by what stands before their names."""
+    groups: dict[str, dict[str, TensorInfo]] = {"": {}}
+    for name, info in tensors.items():
+        match = _PREFIX.match(name)
+        groups.setdefault(match.group() if match else "", {})[name] = info
+    return groups
+
+
+def _component(prefix: str, role: Role | None, tensors: Mapping[str, TensorInfo]) -> Component | None:
+    """The component behind a prefix, if its names are those of one."""
+    names = [name[len(prefix) :] for name in tensors]
+    roles = KINDS if role is None else {role: KINDS[role]}
+    for kind in dict.fromkeys(kind for kinds in roles.values() for kind in kinds):
+        for place in _places(prefix, kind, names):
+            own = {place.inner(name): info for name, info in tensors.items()}
+            return Component(_role(role, kind, own), kind, place, own)
+    return None
+
+
+def _places(prefix: str, kind: Kind, names: Collection[str]) -> Iterator[Place]:
+    """The component's place, if the names are of this kind."""
+    for side, sign in kind.signs.items():
+        fits = re.compile(sign).match
+        if any(map(fits, names)):
+            yield Place(prefix, side)
+    if kind is CLIP and WITHOUT_MODEL in names:
+        yield Place(prefix, "theirs", "text_model.")
+
+
+def _role(role: Role | None, kind: Kind, names: Collection[str]) -> Role:
+    if kind is T5:
+        return "T5"
+    if kind is UNET and any(name.startswith(CONTROL) for name in names):
+        return "ControlNet"
+    return role or next(role for role, kinds in KINDS.items() if kind in kinds)
