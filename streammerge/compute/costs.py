@@ -14,6 +14,7 @@ from streammerge.compute.expressions import (
     ByWhole,
     Combined,
     External,
+    Joined,
     Node,
     Rounded,
     Stored,
@@ -154,10 +155,14 @@ def compute_dtype(node: Node, stored: DType) -> DType:
         return stored
     given = (part.info.dtype.bits for part in walk(node) if isinstance(part, Stored | External | Rounded))
     widest = max([stored.bits, *given])
+    return DTYPES["F64" if widest >= 64 or (_has_combination(node) and stored.bits >= 32) else "F32"]
+
+
+def _has_combination(node: Node) -> bool:
+    """Whether it is a linear combination, or joined of some, however it is viewed."""
     while isinstance(node, Viewed | Rounded):
         node = node.source
-    is_combination = isinstance(node, Combined | ByGram)
-    return DTYPES["F64" if widest >= 64 or (is_combination and stored.bits >= 32) else "F32"]
+    return any(map(_has_combination, node.parts)) if isinstance(node, Joined) else isinstance(node, Combined | ByGram)
 
 
 def slots(node: Node) -> int:
@@ -171,7 +176,7 @@ def slots(node: Node) -> int:
             return max(_side_by_side(own), 1 + max(own))
         case ByBlock() | ByWhole():
             return _side_by_side(map(slots, node.inputs))
-        case Viewed():
+        case Viewed() | Joined():
             return 1 + max(map(slots, children(node)))
         case Rounded():
             return slots(node.source)

@@ -19,6 +19,7 @@ from streammerge.compute.expressions import (
     ByWhole,
     Combined,
     External,
+    Joined,
     Node,
     Rounded,
     Stored,
@@ -56,6 +57,8 @@ class Evaluator:
                 return self.lane.bring(node.model.read(node.name, start, stop), self.dtype, slot)
             case Viewed():
                 return self._view(node, start, stop, slot)
+            case Joined():
+                return self._joined(node, start, stop, slot)
             case Rounded():
                 values = rounded(self.values(node.source, start, stop, slot), torch_dtype(node.info.dtype))
                 return self.lane.slot(slot, stop - start, self.dtype).copy_(values)
@@ -191,6 +194,17 @@ class Evaluator:
         if node.around is not None:
             out.copy_(self.values(node.around, start, stop, slot + 1))
         return gather(node, start, stop, out, lambda i, j: self.copy(source, i, j, slot + 1))
+
+    def _joined(self, node: Joined, start: int, stop: int, slot: int) -> torch.Tensor:
+        """What of each part lies in the range, each computed where the next one is going to be."""
+        out, first = self.lane.slot(slot, stop - start, self.dtype), 0
+        for part in node.parts:
+            last = first + part.info.elements
+            begin, end = max(start, first), min(stop, last)
+            if begin < end:
+                out[begin - start : end - start] = self.values(part, begin - first, end - first, slot + 1)
+            first = last
+        return out
 
     def copy(self, node: Node, start: int, stop: int, slot: int = 0) -> torch.Tensor:
         """Any flat range, of any length, block by block: the caller's own."""

@@ -63,6 +63,14 @@ class Viewed:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Joined:
+    """A tensor whose flat elements are those of its parts, one part after the other; all are of its dtype."""
+
+    info: TensorInfo
+    parts: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Rounded:
     """A tensor as a file would hold it: its elements rounded to the dtype of `info`."""
 
@@ -165,7 +173,7 @@ ModelStatistics = dict[Together, Any]
 merge, or reads from one, holds them and hands them on."""
 
 
-Node = Stored | Viewed | Rounded | External | Combined | ByGram | ByBlock | ByWhole
+Node = Stored | Viewed | Joined | Rounded | External | Combined | ByGram | ByBlock | ByWhole
 
 
 Applied = ByGram | ByBlock | ByWhole
@@ -228,6 +236,8 @@ def children(node: Node) -> tuple[Node, ...]:
     match node:
         case Viewed():
             return (node.source,) if node.around is None else (node.source, node.around)
+        case Joined():
+            return node.parts
         case Rounded():
             return (node.source,)
         case _:

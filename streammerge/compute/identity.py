@@ -14,6 +14,7 @@ from streammerge.compute.expressions import (
     Combined,
     External,
     Job,
+    Joined,
     Node,
     Rounded,
     Stored,
@@ -48,6 +49,8 @@ def kind_of(node: Node) -> Hashable:
         case Viewed(around=around):
             around_it = None if around is None else kind_of(around)
             return "viewed", own, node.inner, kind_of(node.source), around_it
+        case Joined(parts=parts):
+            return "joined", own, *map(kind_of, parts)
         case Rounded():
             return "rounded", own, kind_of(node.source)
     together = id(node.together) if isinstance(node, ByBlock) and node.together is not None else 0
@@ -84,6 +87,8 @@ class Describer:
             case Viewed():
                 around = [self.node(node.around)] if node.around is not None else []
                 return ["viewed", info, self.node(node.source), node.offset, node.strides, node.inner, *around]
+            case Joined():
+                return ["joined", info, [self.node(part) for part in node.parts]]
             case Rounded():
                 return ["rounded", info, self.node(node.source)]
             case Combined():

@@ -23,6 +23,7 @@ from streammerge.models.shapes import Fitting, fit, placed
 from streammerge.models.views import Decoded, beneath, node_of
 from streammerge.plan.ensemble import Ensemble
 from streammerge.plan.globs import RuleIndex
+from streammerge.plan.naming import in_one_naming
 from streammerge.plan.problems import Misshapen, Problems, Unshared
 from streammerge.plan.tuning import Tuning
 from streammerge.recipe.recipe import Recipe, Rule
@@ -35,7 +36,8 @@ def merge_models(recipe: Recipe, models: Mapping[str, Model], within: Within = (
     `within` is where the recipe stands in the one that it is part of: what is random differs from place to place.
     Raises PlanError with every mismatch of a kind at once, and what settles it.
     """
-    return _Resolution(recipe, models, within).resolve()
+    named = in_one_naming(models, recipe.layout_name)
+    return _Resolution(recipe, named.models, within, named.remarks).resolve()
 
 
 @dataclass
@@ -45,6 +47,7 @@ class _Resolution:
     recipe: Recipe
     models: Mapping[str, Model]
     within: Within = ()
+    remarks: tuple[str, ...] = ()
     problems: Problems = field(default_factory=Problems)
     codes_of: dict[str, str] = field(default_factory=dict)
     ensemble: Ensemble = field(default_factory=Ensemble)
@@ -83,7 +86,7 @@ class _Resolution:
             with_inner(left_out, self.models, "left_out"),
             with_inner(lacking, self.models, "lacking"),
             inner + kept_bytes(coded.weights),
-            tuple(dict.fromkeys([*self.tuning.remarks(), *self._nested_remarks()])),
+            tuple(dict.fromkeys([*self.remarks, *self.tuning.remarks(), *self._nested_remarks()])),
             self.layout,
             self.extent,
         )

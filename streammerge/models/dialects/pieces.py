@@ -36,9 +36,9 @@ class Source:
         """The model's tensors of which it is made, each once."""
         return tuple(dict.fromkeys(piece.tensor for piece in self.pieces))
 
-    def is_whole(self, info: TensorInfo) -> bool:
-        """Whether it is a tensor of this description under another name, and nothing else."""
-        return len(self.pieces) == 1 and not self.transposed and self.info == info
+    def is_whole(self, name: str, tensors: Mapping[str, TensorInfo]) -> bool:
+        """Whether it is the tensor of this name, as it is."""
+        return self.tensors == (name,) and len(self.pieces) == 1 and not self.transposed and self.info == tensors[name]
 
 
 def whole(name: str, info: TensorInfo, shape: tuple[int, ...] | None = None) -> Source:

@@ -1,7 +1,7 @@
 """Where a file keeps its components: what stands before the names of each, by who wrote the file.
 
-Checkpoints of CompVis and Stability AI, those that ComfyUI saves, the folders of a diffusers pipeline (whose names stand
-for prefixes here), and single components, whose names have nothing before them.
+Checkpoints of CompVis and Stability AI, those that ComfyUI saves, the folders of a diffusers pipeline (whose names
+stand for prefixes here), and single components, whose names have nothing before them.
 """
 
 from __future__ import annotations
@@ -45,6 +45,21 @@ SECOND: Final = "conditioner."
 AI's own SDXL in torch files has it under both."""
 
 
+DIFFUSERS: Final = (
+    "unet.",
+    "transformer.",
+    "controlnet.",
+    "vae.",
+    "text_encoder.",
+    "text_encoder_2.",
+    "text_encoder_3.",
+)
+"""The folders of a pipeline."""
+
+COMFYUI: Final = ("text_encoders.", "diffusion_model.")
+"""How prefixes start that ComfyUI alone writes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """What stands before a component's names, and in which naming of its kind they are.
@@ -56,6 +71,15 @@ class Place:
     prefix: str
     side: Side
     within: str = ""
+
+    @property
+    def naming(self) -> str:
+        """Whose the names are, for people to read."""
+        if self.within:
+            return "NovelAI's"
+        if self.prefix in DIFFUSERS or (not self.prefix and self.side == "theirs"):
+            return "diffusers'"
+        return "bare" if not self.prefix else "ComfyUI's" if self.prefix.startswith(COMFYUI) else "original"
 
     def own(self, name: str) -> str:
         """What the file calls a tensor that is called so in the component's naming."""

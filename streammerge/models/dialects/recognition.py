@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
@@ -31,6 +31,9 @@ KINDS: Final[Mapping[Role, tuple[Kind, ...]]] = {
 }
 """What a component of each role may be."""
 
+TITLES: Final[Mapping[Role, str]] = {"ControlNet": "ControlNet", "CLIP": "text encoder", "CLIP 2": "text encoder 2"}
+"""What components are called, if not as their kind is."""
+
 WITHOUT_MODEL: Final = "embeddings.token_embedding.weight"
 """By this name CLIP's text encoder is known where its names lack `text_model.`."""
 
@@ -49,6 +52,11 @@ class Component:
     kind: Kind
     place: Place
     tensors: Mapping[str, TensorInfo]
+
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        return TITLES.get(self.role, self.kind.name)
 
     @property
     def side(self) -> Side:
@@ -73,7 +81,7 @@ class Component:
         return found, tuple(name for name in self.tensors if name not in used)
 
     def seen(self, side: Side) -> Mapping[str, Source]:
-        """Its tensors in a naming of its kind; the pieces are those of `tensors`. What has no name there is left out."""
+        """Its tensors in a naming of its kind, made of pieces of `tensors`. What has no name there is left out."""
         if side == self.side:
             return {name: whole(name, info) for name, info in self.tensors.items()}
         return self._translated[0]
@@ -89,16 +97,12 @@ class Component:
 
 @dataclass(frozen=True, eq=False)
 class Recognised:
-    """A model whose names are understood: its architecture, its components, and the tensors that are in none of them."""
+    """A model whose names are understood: all its tensors, its components, and what is in none of them."""
 
+    tensors: Mapping[str, TensorInfo]
     architecture: str
     components: tuple[Component, ...]
     others: Mapping[str, TensorInfo]
-
-    @property
-    def naming(self) -> str:
-        """`original`, `diffusers`, or of whom which component's names are, where they differ."""
-        return naming_of(self.components)
 
     def component(self, role: Role) -> Component | None:
         """The component of this role."""
@@ -110,7 +114,7 @@ class Recognised:
         return ARRANGEMENTS.get(self.architecture, ARRANGEMENTS["Stable Diffusion 1"])
 
     def named(self, naming: Naming) -> Mapping[str, Source]:
-        """All of the model in a naming, each tensor with the tensors of the model, by its own names, that it is made of.
+        """All of the model in a naming, each tensor with those of the model, by its own names, that it is made of.
 
         What has no name in it keeps its own: `unnamed` says which these are.
         """
@@ -147,18 +151,6 @@ def moved(source: Source, own: Callable[[str], str]) -> Source:
     return replace(source, pieces=tuple(replace(piece, tensor=own(piece.tensor)) for piece in source.pieces))
 
 
-def naming_of(components: Iterable[Component]) -> str:
-    """In words, of whom the names are."""
-    sides = {_words(component) for component in components}
-    return " and ".join(sorted(sides))
-
-
-def _words(component: Component) -> str:
-    if component.kind.signs.keys() == {"ours"} or component.place.prefix.startswith(("cond_stage", "conditioner")):
-        return "original"
-    return "original" if component.side == "ours" else "diffusers"
-
-
 def recognise(tensors: Mapping[str, TensorInfo]) -> Recognised | None:
     """What the names of a model are, by its header alone; None if no component of it is known."""
     if adapter_text(tensors):
@@ -177,7 +169,7 @@ def recognise(tensors: Mapping[str, TensorInfo]) -> Recognised | None:
             others = groups[""]
     ordered = sorted(found, key=lambda component: list(KINDS).index(component.role))
     architecture = guess_architecture(tensors).partition(" (")[0]
-    return Recognised(architecture, tuple(ordered), others) if found else None
+    return Recognised(tensors, architecture, tuple(ordered), others) if found else None
 
 
 _PREFIX: Final = re.compile("|".join(re.escape(prefix) for prefix in sorted(ROLES, key=len, reverse=True)))
@@ -218,4 +210,4 @@ def _role(role: Role | None, kind: Kind, names: Collection[str]) -> Role:
         return "T5"
     if kind is UNET and any(name.startswith(CONTROL) for name in names):
         return "ControlNet"
-    return role or next(role for role, kinds in KINDS.items() if kind in kinds)
+    return next(own for own, kinds in KINDS.items() if kind in kinds) if role is None else role
