@@ -13,6 +13,7 @@ import itertools
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from streammerge.errors import OutputError, saying_what_is_on_disk
 from streammerge.formats.claims import NOTHING, Claim, Claims, file_key
 from streammerge.methods.loading import method_failure
 from streammerge.models.checkpoints import open_model
-from streammerge.models.merged import as_merged, files_of
+from streammerge.models.merged import Merged, as_merged, files_of
 from streammerge.plan.inputs import OUTPUT, OpenInputs, check_with_library, input_claims, output_metadata
+from streammerge.plan.naming import in_naming
 from streammerge.plan.plan import Plan, plan_merge
 from streammerge.recipe.files import Mergeable, as_recipe
 from streammerge.recipe.options import Options, as_options
@@ -107,6 +109,15 @@ def run_verification(
         return confirm(plan, found, watch, sampled=sampled)
 
 
+def _named(model: Model, options: Options) -> Merged:
+    """A model that is no recipe's as a merge, in the names that are asked for."""
+    if options.names is None:
+        return as_merged(model)
+    named = in_naming(model, "the model", options.names)
+    merged = as_merged(named.models["the model"])
+    return replace(merged, remarks=(*merged.remarks, *named.remarks))
+
+
 @contextlib.contextmanager
 def planned(
     recipe: Recipe | Model, output: Path, options: Options, *, replacing: bool = False, beside: Claims = NOTHING
@@ -117,7 +128,7 @@ def planned(
     """
     opened = OpenInputs()
     try:
-        merged = opened.merge(recipe) if isinstance(recipe, Recipe) else as_merged(recipe)
+        merged = opened.merge(recipe, naming=options.names) if isinstance(recipe, Recipe) else _named(recipe, options)
         method = recipe.method if isinstance(recipe, Recipe) else ""
         recorded = isinstance(recipe, Recipe) and options.metadata and options.hash_inputs
         hashes = input_hashes(recipe, opened) if isinstance(recipe, Recipe) and recorded else None

@@ -14,6 +14,7 @@ from streammerge.methods.registry import Method
 from streammerge.models.adapters import refuse_adapters
 from streammerge.models.codes import Quantised, may_be_weights
 from streammerge.models.decisions import Decision, Decisions
+from streammerge.models.dialects import Naming
 from streammerge.models.dtypes import stored_as
 from streammerge.models.extent import Extent
 from streammerge.models.merged import Merged
@@ -30,13 +31,16 @@ from streammerge.recipe.recipe import Recipe, Rule
 from streammerge.tensors import DType, Model, TensorInfo
 
 
-def merge_models(recipe: Recipe, models: Mapping[str, Model], within: Within = ()) -> Merged:
+def merge_models(
+    recipe: Recipe, models: Mapping[str, Model], within: Within = (), naming: Naming | None = None
+) -> Merged:
     """Decide what becomes of every tensor of the layout; `models` are the recipe's inputs by name.
 
-    `within` is where the recipe stands in the one that it is part of: what is random differs from place to place.
+    `within` is where the recipe stands in the one that it is part of: what is random differs from place to place. The
+    output has the layout's names, unless a `naming` is asked for.
     Raises PlanError with every mismatch of a kind at once, and what settles it.
     """
-    named = in_one_naming(models, recipe.layout_name)
+    named = in_one_naming(models, recipe.layout_name, naming)
     return _Resolution(recipe, named.models, within, named.remarks).resolve()
 
 

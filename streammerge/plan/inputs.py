@@ -21,6 +21,7 @@ from streammerge.methods import find_method
 from streammerge.methods.place import Within
 from streammerge.methods.registry import BlockMethod, WholeMethod
 from streammerge.models.checkpoints import Checkpoint, open_model
+from streammerge.models.dialects import Naming
 from streammerge.models.extent import check_steps
 from streammerge.models.merged import Merged
 from streammerge.plan.decide import merge_models
@@ -57,8 +58,10 @@ class OpenInputs:
         """A checkpoint at this path that is open already, whichever its entry: for what it has in its files."""
         return next(opened for (key, _), opened in self.checkpoints.items() if key == path.resolve())
 
-    def merge(self, recipe: Recipe, within: Within = ()) -> Merged:
+    def merge(self, recipe: Recipe, within: Within = (), naming: Naming | None = None) -> Merged:
         """The recipe as a model, its nested recipes opened first; `within` is where it stands in another, if it does.
+
+        It has its layout's names, unless a naming is asked for.
 
         Nested recipes that are equal are gone through once, unless random numbers have to differ.
         """
@@ -68,7 +71,7 @@ class OpenInputs:
             else self.open(entry.source, entry.entry)
             for place, entry in recipe.by_place.items()
         }
-        merged = merge_models(recipe, models, within)
+        merged = merge_models(recipe, models, within, naming)
         self.steps += merged.extent.own
         check_steps(self.steps)
         return merged

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
-from streammerge.errors import count, listed, plural
-from streammerge.models.dialects import Component, Reading, Recognised, read_as, recognise
+from streammerge.compute.expressions import stored_place
+from streammerge.errors import PlanError, count, listed, plural
+from streammerge.models.dialects import Component, Naming, Reading, read_as, recognise
 from streammerge.models.dialects.translation import Translated
-from streammerge.models.views import Decoded
+from streammerge.models.views import Decoded, node_of
 from streammerge.tensors import Model, TensorInfo
+
+WITHOUT: Final = "Without --names the output has the layout model's names."
+"""What to say where a naming can't be had."""
 
 Tensors = Mapping[str, TensorInfo]
 
@@ -23,8 +28,15 @@ class Named:
     remarks: tuple[str, ...] = ()
 
 
-def in_one_naming(models: Mapping[str, Model], layout: str) -> Named:
-    """Every model in the names of the layout's; itself where these are its own, or nobody knows what its names mean."""
+def in_one_naming(models: Mapping[str, Model], layout: str, naming: Naming | None = None) -> Named:
+    """Every model in the names of the layout's; itself where these are its own, or nobody knows what its names mean.
+
+    With a naming, the layout itself is seen in that first: PlanError if its names aren't understood.
+    """
+    if naming is not None:
+        renamed = in_naming(models[layout], layout, naming)
+        others = in_one_naming({**models, **renamed.models}, layout)
+        return Named(others.models, (*renamed.remarks, *others.remarks))
     own = models[layout]
     strangers = [name for name, model in models.items() if name != layout and _differ(model.tensors, own.tensors)]
     known = recognise(own.tensors) if strangers else None
@@ -36,15 +48,48 @@ def in_one_naming(models: Mapping[str, Model], layout: str) -> Named:
         found = recognise(values.tensors)
         reading = read_as(found, known) if found else None
         if found and reading:
-            seen[name] = Translated(models[name], reading.sources)
-            remarks += _remarks(name, layout, found, reading)
+            again = _second_names(values, reading)
+            sources = {called: source for called, source in reading.sources.items() if called not in again}
+            seen[name] = Translated(models[name], sources)
+            remarks += _remarks(name, layout, reading, again)
     return Named(seen, tuple(remarks))
 
 
+def in_naming(model: Model, name: str, naming: Naming) -> Named:
+    """A model in another naming; itself if these are its names. PlanError if its names aren't understood."""
+    values = Decoded(model)
+    found = recognise(values.tensors)
+    if found is None:
+        raise PlanError(f"{name}: its names are none that streammerge knows in several namings", advice=WITHOUT)
+    if naming == "bare" and len(found.components) > 1:
+        raise PlanError(
+            f"{name}: bare names are those of one component, and it has {len(found.components)}",
+            found=[f"{part.title}   {part.place.prefix}…" for part in found.components],
+            advice=f"Drop the others, or name it otherwise. {WITHOUT}",
+        )
+    if found.unplaced:
+        raise PlanError(
+            f"{name}: its architecture isn't known, and so not what {naming} names are",
+            found=[f"{part.title}   {part.place.prefix}…" for part in found.unplaced],
+            advice=WITHOUT,
+        )
+    sources, left = found.named(naming), found.unnamed(naming)
+    if all(source.is_whole(called, found.tensors) for called, source in sources.items()):
+        return Named({name: model})
+    told = f"{count(left, 'tensor')} {plural(left, 'has', 'have')} no {naming} name, and {_keeping(left)}"
+    return Named({name: Translated(model, sources)}, (f"{name}: {told}",) if left else ())
+
+
+def _keeping(names: Sequence[str]) -> str:
+    return f"{plural(names, 'keeps its', 'keep their')} own: {listed(names)}"
+
+
 def _differ(tensors: Tensors, layout: Tensors) -> bool:
-    """Whether a name is not the layout's, or a tensor of another number of dimensions."""
+    """Whether one has a name that the other has not, or a tensor of another number of dimensions."""
     if tensors is layout:
         return False
+    if len(tensors) != len(layout):
+        return True
     for name, info in tensors.items():
         own = layout.get(name)
         if own is None or len(own.shape) != len(info.shape):
@@ -52,16 +97,24 @@ def _differ(tensors: Tensors, layout: Tensors) -> bool:
     return False
 
 
-def _remarks(name: str, layout: str, found: Recognised, reading: Reading) -> Iterator[str]:
+def _second_names(model: Model, reading: Reading) -> frozenset[str]:
+    """Which of the tensors are other names of bytes that are read by their first ones."""
+    if not reading.second:
+        return reading.second
+    first = {stored_place(node_of(model, name)) for name in model.tensors if name not in reading.second} - {None}
+    return frozenset(name for name in reading.second if stored_place(node_of(model, name)) in first)
+
+
+def _remarks(name: str, layout: str, reading: Reading, again: Collection[str]) -> Iterator[str]:
     """`b: UNet, VAE in diffusers' names, read as a's`, and what has no name there."""
     for naming, parts in itertools.groupby(sorted(reading.read, key=_naming), _naming):
         yield f"{name}: {', '.join(part.title for part in parts)} in {naming} names, read as {layout}'s"
+    if again:
+        yield f"{name}: {count(again, 'tensor')} of it {plural(again, 'has', 'have')} a second name, which is left out"
     left = reading.unnamed
     if left:
-        yield (
-            f"{name}: {count(left, 'tensor')} {plural(left, 'has', 'have')} no name among {layout}'s, and "
-            f"{plural(left, 'keeps its', 'keep their')} own: {listed(left)}"
-        )
+        told = f"{count(left, 'tensor')} {plural(left, 'has', 'have')} no name among {layout}'s"
+        yield f"{name}: {told}, and {_keeping(left)}"
 
 
 def _naming(component: Component) -> str:

@@ -10,16 +10,19 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from streammerge.errors import RecipeError, suggestion
 from streammerge.methods import METHODS
 from streammerge.methods.loading import loaded_from
 from streammerge.recipe.files import MAX_RECIPE
-from streammerge.recipe.options import COMPUTE_DTYPES, Options
+from streammerge.recipe.options import COMPUTE_DTYPES, NAMINGS, Options
 from streammerge.recipe.parse import parse_recipe
 from streammerge.recipe.recipe import Recipe
 from streammerge.version import __version__
+
+if TYPE_CHECKING:
+    from streammerge.models.dialects import Naming
 
 RECIPE: Final = "streammerge.recipe"
 
@@ -57,6 +60,8 @@ def _settings(recipe: Recipe, options: Options) -> Iterator[tuple[str, Any]]:
         yield "compute_dtype", next(name for name, dtype in COMPUTE_DTYPES.items() if dtype == options.compute_dtype)
     if options.shard_size is not None:
         yield "shard_size", options.shard_size
+    if options.names is not None:
+        yield "names", options.names
     if files := sorted({file.name for method in methods_of(recipe) if (file := loaded_from(method))}):
         yield "methods", files
 
@@ -102,11 +107,16 @@ class Recorded:
             options,
             compute_dtype=options.compute_dtype or COMPUTE_DTYPES.get(str(self.settings.get("compute_dtype"))),
             shard_size=options.shard_size or _positive(self.settings.get("shard_size")),
+            names=options.names or _naming(self.settings.get("names")),
         )
 
 
 def _positive(value: Any) -> int | None:  # noqa: ANN401
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _naming(value: Any) -> Naming | None:  # noqa: ANN401
+    return next((naming for naming in NAMINGS if naming == value), None)
 
 
 def has_recipe(metadata: Mapping[str, str]) -> bool:

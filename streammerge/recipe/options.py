@@ -16,6 +16,7 @@ from streammerge.tensors import DTYPES, DType
 
 if TYPE_CHECKING:
     from streammerge.compute.machine import IoMode
+    from streammerge.models.dialects import Naming
     from streammerge.report import NonfinitePolicy
 
 COMPUTE_DTYPES: Final[Mapping[str, DType]] = {
@@ -24,6 +25,10 @@ COMPUTE_DTYPES: Final[Mapping[str, DType]] = {
     "fp16": DTYPES["F16"],
     "bf16": DTYPES["BF16"],
 }
+
+
+NAMINGS: Final[tuple[Naming, ...]] = ("original", "diffusers", "bare")
+"""Names that diffusion models may be given."""
 
 
 _UNITS: Final = {
@@ -145,6 +150,9 @@ class Options:
     sync: bool = option(True, "don't wait for the disk at the end")
     shard_size: int | None = written(
         None, "write shards of at most this size, and an index", parse=parse_size, metavar="SIZE"
+    )
+    names: Naming | None = written(
+        None, "whose names a diffusion model gets (default: the layout's)", words=same(*NAMINGS)
     )
     resume: bool = written(False, "continue an interrupted merge")
     journal: float = written(

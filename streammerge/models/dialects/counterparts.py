@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from streammerge.models.architecture import UNKNOWN
@@ -21,18 +21,20 @@ class Reading:
     """A model in the names of another: what of its tensors each tensor is made of, and what is to be told of that.
 
     `read` are the components that have other names there, or a convolution for a matrix; `unnamed` are tensors of them
-    that have no name there, and keep their own.
+    that have no name there, and keep their own; `second` those of a component that is there under other names, too.
     """
 
     sources: Mapping[str, Source]
     read: tuple[Component, ...]
     unnamed: tuple[str, ...]
+    second: frozenset[str] = frozenset()
 
 
 def read_as(found: Recognised, layout: Recognised) -> Reading | None:
     """What is found of a model in the names of the layout; None if these are its own."""
     sources, read, unnamed = dict[str, Source](), list[Component](), list[str]()
-    for own, other in _pairs(found, layout):
+    pairs = list(_pairs(found, layout))
+    for own, other in pairs:
         seen = {name: moved(source, own.place.own) for name, source in own.seen(other.side).items()}
         made = {other.place.own(name): _in_shape(source, other.tensors.get(name)) for name, source in seen.items()}
         if any(not source.is_whole(name, found.tensors) for name, source in made.items()):
@@ -43,7 +45,17 @@ def read_as(found: Recognised, layout: Recognised) -> Reading | None:
     for name, info in found.tensors.items():
         if name not in used:
             sources.setdefault(name, whole(name, info))
-    return Reading(sources, tuple(dict.fromkeys(read)), tuple(dict.fromkeys(unnamed))) if read else None
+    second = frozenset(_second_names(found, [own for own, _ in pairs]))
+    if not read and not second:
+        return None
+    return Reading(sources, tuple(dict.fromkeys(read)), tuple(dict.fromkeys(unnamed)), second)
+
+
+def _second_names(found: Recognised, paired: Sequence[Component]) -> Iterator[str]:
+    """The names of components that are not the layout's, while another one of the same role is."""
+    for component in found.components:
+        if component not in paired and any(component.role == other.role for other in paired):
+            yield from map(component.place.own, component.tensors)
 
 
 def _pairs(found: Recognised, layout: Recognised) -> Iterator[tuple[Component, Component]]:

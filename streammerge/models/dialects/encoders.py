@@ -6,11 +6,10 @@ OpenCLIP keeps query, key and value in one tensor, and its last projection as th
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator
 from typing import Final
 
-from streammerge.models.dialects.rules import Block, Kind, Side, Table, split, transposed
+from streammerge.models.dialects.rules import Block, Kind, Side, Table, numbers, split, transposed
 
 _LAYER: Final[Table] = {
     "ln_1": "layer_norm1",
@@ -33,8 +32,7 @@ _AROUND: Final[Table] = {
 
 def _blocks(names: Collection[str], side: Side) -> Iterator[Block]:
     yield Block("", "", _AROUND)
-    layer = re.compile(r"(?:transformer\.resblocks|text_model\.encoder\.layers)\.(\d{1,3})\.")
-    for number in {match[1] for name in names if (match := layer.match(name))}:
+    for number in numbers(names, "transformer.resblocks.", "text_model.encoder.layers."):
         yield Block(f"transformer.resblocks.{number}.", f"text_model.encoder.layers.{number}.", _LAYER)
 
 
@@ -45,7 +43,6 @@ CLIP: Final = Kind(
         "theirs": r"text_model\.(?:encoder\.layers\.\d+\.|embeddings\.|final_layer_norm\.)",
     },
     _blocks,
-    homeless=r"text_model\.embeddings\.position_ids$",
 )
 
 

@@ -114,6 +114,27 @@ _LATENT: Final[Mapping[Role, Place]] = {
     "VAE": _VAE,
 }
 
+
+def _transformer(vae: str, **folders: str) -> Arrangement:
+    """Of a diffusion transformer, its VAE behind this prefix, and which folder of a pipeline has which encoder."""
+    encoders: Mapping[str, tuple[Role, str]] = {
+        "clip_l": ("CLIP", "text_encoders.clip_l.transformer."),
+        "clip_g": ("CLIP 2", "text_encoders.clip_g.transformer."),
+        "t5": ("T5", "text_encoders.t5xxl.transformer."),
+    }
+    original: dict[Role, Place] = {"denoiser": _DENOISER, "VAE": Place(vae, "ours")}
+    diffusers: dict[Role, Place] = {"denoiser": Place("transformer.", "theirs"), "VAE": Place("vae.", "theirs")}
+    for encoder, folder in folders.items():
+        role, prefix = encoders[encoder]
+        original[role], diffusers[role] = Place(prefix, "theirs"), Place(f"{folder}.", "theirs")
+    return Arrangement(original, diffusers)
+
+
+UNKNOWN_ARRANGEMENT: Final = Arrangement({}, {})
+
+UNETS: Final = Arrangement(_LATENT, _UNET)
+"""Of models with a UNet, whichever they are: where their text encoders are in the original isn't known."""
+
 ARRANGEMENTS: Final[Mapping[str, Arrangement]] = {
     "Stable Diffusion 1": Arrangement(
         {**_LATENT, "CLIP": Place("cond_stage_model.transformer.", "theirs")},
@@ -129,5 +150,11 @@ ARRANGEMENTS: Final[Mapping[str, Arrangement]] = {
         _UNET,
     ),
     "SDXL refiner": Arrangement({**_LATENT, "CLIP 2": Place("conditioner.embedders.0.model.", "ours")}, _UNET),
+    "Flux": _transformer("vae.", clip_l="text_encoder", t5="text_encoder_2"),
+    "Chroma": _transformer("vae.", t5="text_encoder"),
+    **dict.fromkeys(
+        ("Stable Diffusion 3", "Stable Diffusion 3.5"),
+        _transformer("first_stage_model.", clip_l="text_encoder", clip_g="text_encoder_2", t5="text_encoder_3"),
+    ),
 }
 """By the architecture, as `guess_architecture` calls it."""

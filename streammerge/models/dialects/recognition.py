@@ -10,19 +10,30 @@ from typing import Final, Literal
 
 from streammerge.models.adapters import adapter_text
 from streammerge.models.architecture import guess_architecture
+from streammerge.models.dialects.dits import FLUX, FLUX2, SD3, Z_IMAGE
 from streammerge.models.dialects.encoders import CLIP, T5
 from streammerge.models.dialects.pieces import Source, to_ours, to_theirs, whole
-from streammerge.models.dialects.places import ARRANGEMENTS, ROLES, SECOND, Arrangement, Place, Role
+from streammerge.models.dialects.places import (
+    ARRANGEMENTS,
+    ROLES,
+    SECOND,
+    UNETS,
+    UNKNOWN_ARRANGEMENT,
+    Arrangement,
+    Place,
+    Role,
+)
 from streammerge.models.dialects.rules import Kind, Linking, Side
 from streammerge.models.dialects.unets import UNET
 from streammerge.models.dialects.vaes import VAE
+from streammerge.models.dialects.videos import HUNYUAN, QWEN_IMAGE, WAN
 from streammerge.tensors import TensorInfo
 
 Naming = Literal["original", "diffusers", "bare"]
 """Names as in original checkpoints, as in diffusers' folders, or the original ones with nothing before them."""
 
 KINDS: Final[Mapping[Role, tuple[Kind, ...]]] = {
-    "denoiser": (UNET,),
+    "denoiser": (UNET, FLUX2, HUNYUAN, FLUX, SD3, QWEN_IMAGE, Z_IMAGE, WAN),
     "ControlNet": (UNET,),
     "VAE": (VAE,),
     "CLIP": (CLIP, T5),
@@ -90,10 +101,6 @@ class Component:
         """Those of its tensors that have no name in this naming."""
         return () if side == self.side else self._translated[1]
 
-    def is_homeless(self, name: str) -> bool:
-        """Whether the other naming has no place for this tensor, as is known."""
-        return re.match(self.kind.homeless, name) is not None
-
 
 @dataclass(frozen=True, eq=False)
 class Recognised:
@@ -108,42 +115,64 @@ class Recognised:
         """The component of this role."""
         return next((component for component in self.components if component.role == role), None)
 
-    @property
-    def arrangement(self) -> Arrangement:
-        """Where models of this architecture keep their components."""
-        return ARRANGEMENTS.get(self.architecture, ARRANGEMENTS["Stable Diffusion 1"])
-
     def named(self, naming: Naming) -> Mapping[str, Source]:
         """All of the model in a naming, each tensor with those of the model, by its own names, that it is made of.
 
         What has no name in it keeps its own: `unnamed` says which these are.
         """
         found: dict[str, Source] = {}
-        for component in self.components:
-            place = self.place(component, naming)
-            own = component.place.own
+        for component in self._first:
+            place, own = self.place(component, naming), component.place.own
             for name, source in component.seen(place.side).items():
                 found[place.own(name)] = moved(source, own)
-            left = component.unnamed(place.side)
-            found |= {own(name): whole(own(name), component.tensors[name]) for name in left}
-        return found | {name: whole(name, info) for name, info in self.others.items()}
+        return found | {name: whole(name, self.tensors[name]) for name in self.unnamed(naming)}
 
     def unnamed(self, naming: Naming) -> tuple[str, ...]:
         """The model's tensors that have no name in a naming, and keep their own."""
+        left = list(self.others)
+        for component in self.components:
+            is_first = component in self._first
+            names = component.unnamed(self.place(component, naming).side) if is_first else component.tensors
+            left += map(component.place.own, names)
+        return tuple(left)
+
+    @property
+    def _first(self) -> tuple[Component, ...]:
+        """Of every role one component: what is there twice keeps its other names."""
+        return tuple({component.role: component for component in reversed(self.components)}.values())[::-1]
+
+    @property
+    def unplaced(self) -> tuple[Component, ...]:
+        """The components of which it isn't known where original checkpoints keep them, and where pipelines do."""
+        known = self._arrangement
         return tuple(
-            component.place.own(name)
-            for component in self.components
-            for name in component.unnamed(self.place(component, naming).side)
+            part
+            for part in self.components
+            if len(self.components) > 1 and not (part.role in known.original and part.role in known.diffusers)
         )
 
     def place(self, component: Component, naming: Naming) -> Place:
-        """Where a naming has a component: a model's only one, but for the original's UNet, has nothing before it."""
-        if naming == "diffusers":
-            place = self.arrangement.diffusers[component.role]
-            return replace(place, prefix="") if len(self.components) == 1 else place
-        place = self.arrangement.original.get(component.role, component.place)
-        is_alone = len(self.components) == 1 and component.kind is not UNET
-        return replace(place, prefix="") if naming == "bare" or is_alone else place
+        """Where a naming has a component: its own place, if that isn't known."""
+        if len(self.components) == 1:
+            return _alone(component, naming)
+        known = self._arrangement.diffusers if naming == "diffusers" else self._arrangement.original
+        place = known.get(component.role, component.place)
+        return replace(place, prefix="") if naming == "bare" else place
+
+    @property
+    def _arrangement(self) -> Arrangement:
+        is_unet = any(component.kind is UNET for component in self.components)
+        return ARRANGEMENTS.get(self.architecture, UNETS if is_unet else UNKNOWN_ARRANGEMENT)
+
+
+def _alone(component: Component, naming: Naming) -> Place:
+    """Where a component is that is all of a model: behind no prefix, but for the original's UNet."""
+    if naming == "diffusers":
+        return Place("", "theirs")
+    if component.kind is CLIP:  # some originals have it in transformers' names
+        return component.place if naming == "original" else replace(component.place, prefix="")
+    is_unet = component.kind is UNET and naming == "original"
+    return Place(UNETS.original[component.role].prefix if is_unet else "", "ours")
 
 
 def moved(source: Source, own: Callable[[str], str]) -> Source:
@@ -197,6 +226,8 @@ def _component(prefix: str, role: Role | None, tensors: Mapping[str, TensorInfo]
 
 def _places(prefix: str, kind: Kind, names: Collection[str]) -> Iterator[Place]:
     """The component's place, if the names are of this kind."""
+    if any(map(re.compile(kind.unless).match, names)):
+        return
     for side, sign in kind.signs.items():
         fits = re.compile(sign).match
         if any(map(fits, names)):

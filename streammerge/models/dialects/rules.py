@@ -9,6 +9,7 @@ several tensors on the right is one after the other, by rows, on the left.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -86,13 +87,19 @@ class Kind:
     """A component as it is built: how its tensors are called in two namings.
 
     `blocks` makes the rules for a component that has these names; `signs` are expressions of which the start of some
-    name fits one, for each side; `homeless` fit names for which there is no place in the other naming.
+    name fits one, for each side; with a name that fits `unless` it is another kind that looks much the same.
     """
 
     name: str
     signs: Mapping[Side, str]
     blocks: Callable[[Collection[str], Side], Iterable[Block]]
-    homeless: str = r"(?!)"
+    unless: str = r"(?!)"
+
+
+def numbers(names: Iterable[str], *stems: str) -> list[int]:
+    """The numbers that follow one of the stems, such as `layers.` in `layers.31.mlp.fc1.weight`, from the least on."""
+    numbered = re.compile(rf"(?:{'|'.join(map(re.escape, stems))})(\d{{1,3}})\.").match
+    return sorted({int(match[1]) for name in names if (match := numbered(name))})
 
 
 class Linking:

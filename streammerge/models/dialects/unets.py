@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Final
 
-from streammerge.models.dialects.rules import Block, Kind, Side, Table
+from streammerge.models.dialects.rules import Block, Kind, Side, Table, numbers
 
 _RESNET: Final[Table] = {
     "in_layers.0": "norm1",
@@ -53,13 +53,13 @@ USUAL: Final = 3
 def _blocks(names: Collection[str], side: Side) -> Iterator[Block]:
     levels = _level_length(names, side)
     yield Block("", "", {**_AROUND, **_HINT, **(_SIZES if _has_sizes(names, side) else _CLASSES)})
-    for n in range(_count(names, r"input_blocks\.(\d{1,3})\.") if side == "ours" else _reach(names, "down", levels)):
+    for n in range(_count(names, "input_blocks.") if side == "ours" else _reach(names, "down", levels)):
         yield from _input(n, *divmod(n - 1, levels), is_last=(n - 1) % levels == levels - 1)
         yield Block(f"zero_convs.{n}.0.", f"controlnet_down_blocks.{n}.")
     yield Block("middle_block.0.", "mid_block.resnets.0.", _RESNET)
     yield Block("middle_block.1.", "mid_block.attentions.0.")
     yield Block("middle_block.2.", "mid_block.resnets.1.", _RESNET)
-    for n in range(_count(names, r"output_blocks\.(\d{1,3})\.") if side == "ours" else _reach(names, "up", levels)):
+    for n in range(_count(names, "output_blocks.") if side == "ours" else _reach(names, "up", levels)):
         yield from _output(n, *divmod(n, levels), names, is_last=n % levels == levels - 1)
 
 
@@ -85,7 +85,7 @@ def _output(n: int, level: int, number: int, names: Collection[str], *, is_last:
 def _level_length(names: Collection[str], side: Side) -> int:
     """How many blocks of the original there are to a resolution, the step to the next one included."""
     if side == "theirs":
-        return _count(names, r"down_blocks\.0\.resnets\.(\d{1,3})\.") + 1 if _is_full(names) else USUAL
+        return _count(names, "down_blocks.0.resnets.") + 1 if _is_full(names) else USUAL
     steps = [int(match[1]) for name in names if (match := re.match(r"input_blocks\.(\d{1,3})\.0\.op\.", name))]
     return min(steps, default=USUAL)
 
@@ -96,13 +96,12 @@ def _is_full(names: Collection[str]) -> bool:
 
 def _reach(names: Collection[str], way: str, levels: int) -> int:
     """How many blocks of the original the levels of diffusers' naming are, the convolution before them included."""
-    return _count(names, rf"{way}_blocks\.(\d{{1,3}})\.") * levels + (way == "down")
+    return _count(names, f"{way}_blocks.") * levels + (way == "down")
 
 
-def _count(names: Collection[str], numbered: str) -> int:
-    """One more than the greatest number."""
-    found = (re.match(numbered, name) for name in names)
-    return max((int(match[1]) + 1 for match in found if match), default=0)
+def _count(names: Collection[str], stem: str) -> int:
+    """One more than the greatest number behind the stem."""
+    return max(numbers(names, stem), default=-1) + 1
 
 
 def _has_sizes(names: Collection[str], side: Side) -> bool:

@@ -6,11 +6,10 @@ The decoder's levels are counted from the image in the original, from the latent
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator
 from typing import Final
 
-from streammerge.models.dialects.rules import Block, Kind, Side, Table, flat
+from streammerge.models.dialects.rules import Block, Kind, Side, Table, flat, numbers
 
 _RESNET: Final[Table] = {
     **{name: name for name in ("norm1", "conv1", "norm2", "conv2")},
@@ -53,15 +52,12 @@ def _blocks(names: Collection[str], side: Side) -> Iterator[Block]:
     yield Block("", "", _AROUND)
     is_old = any(".attentions.0.query." in name or ".attentions.0.proj_attn." in name for name in names)
     for part, way, step in (("encoder", "down", "downsample"), ("decoder", "up", "upsample")):
-        level = rf"{part}\.{way}{'' if side == 'ours' else '_blocks'}\.(\d{{1,3}})\."
-        found = {int(match[1]) for name in names if (match := re.match(level, name))}
-        last = max(found, default=-1)
+        last = max(numbers(names, f"{part}.{way}{'' if side == 'ours' else '_blocks'}."), default=-1)
         for number in range(last + 1):
             other = number if way == "down" else last - number
             ours, theirs = f"{part}.{way}.{number}.", f"{part}.{way}_blocks.{other}."
             yield Block(f"{ours}{step}.conv.", f"{theirs}{step}rs.0.conv.")
-            blocks = re.compile(rf"(?:{re.escape(ours)}block|{re.escape(theirs)}resnets)\.(\d{{1,3}})\.")
-            for block in {match[1] for name in names if (match := blocks.match(name))}:
+            for block in numbers(names, f"{ours}block.", f"{theirs}resnets."):
                 yield Block(f"{ours}block.{block}.", f"{theirs}resnets.{block}.", _RESNET)
         yield Block(f"{part}.mid.block_1.", f"{part}.mid_block.resnets.0.", _RESNET)
         yield Block(f"{part}.mid.block_2.", f"{part}.mid_block.resnets.1.", _RESNET)
