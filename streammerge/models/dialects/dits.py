@@ -76,7 +76,7 @@ def _flux(names: Collection[str], _side: Side) -> Iterator[Block]:
 
 
 FLUX: Final = Kind(
-    "transformer",
+    "Flux",
     {
         "ours": r"double_blocks\.\d+\.(?:img|txt)_attn\.|single_blocks\.\d+\.linear[12]\.",
         "theirs": r"single_transformer_blocks\.\d+\.(?:proj_mlp|proj_out|norm\.linear)\.",
@@ -127,7 +127,7 @@ def _flux2(names: Collection[str], _side: Side) -> Iterator[Block]:
 
 
 FLUX2: Final = Kind(
-    "transformer",
+    "Flux 2",
     {
         "ours": r"double_stream_modulation_img\.lin\.",
         "theirs": r"double_stream_modulation_img\.linear\.",
@@ -183,7 +183,7 @@ def _sd3(names: Collection[str], _side: Side) -> Iterator[Block]:
 
 
 SD3: Final = Kind(
-    "transformer",
+    "Stable Diffusion 3",
     {
         "ours": r"joint_blocks\.\d+\.(?:x|context)_block\.",
         "theirs": r"pos_embed\.(?:proj\.|pos_embed$)",
@@ -213,7 +213,7 @@ def _z_image(names: Collection[str], _side: Side) -> Iterator[Block]:
 
 
 Z_IMAGE: Final = Kind(
-    "transformer",
+    "Z-Image",
     {
         "theirs": r"all_x_embedder\.2-1\.",
         "ours": r"x_pad_token$|cap_pad_token$",

@@ -132,10 +132,8 @@ def _transformer(vae: str, **folders: str) -> Arrangement:
 
 UNKNOWN_ARRANGEMENT: Final = Arrangement({}, {})
 
-UNETS: Final = Arrangement(_LATENT, _UNET)
-"""Of models with a UNet, whichever they are: where their text encoders are in the original isn't known."""
-
 ARRANGEMENTS: Final[Mapping[str, Arrangement]] = {
+    "UNet": Arrangement(_LATENT, _UNET),
     "Stable Diffusion 1": Arrangement(
         {**_LATENT, "CLIP": Place("cond_stage_model.transformer.", "theirs")},
         _UNET,
@@ -151,10 +149,12 @@ ARRANGEMENTS: Final[Mapping[str, Arrangement]] = {
     ),
     "SDXL refiner": Arrangement({**_LATENT, "CLIP 2": Place("conditioner.embedders.0.model.", "ours")}, _UNET),
     "Flux": _transformer("vae.", clip_l="text_encoder", t5="text_encoder_2"),
+    **dict.fromkeys(("Flux 2", "HunyuanVideo", "Qwen-Image", "Z-Image", "Wan"), _transformer("vae.")),
     "Chroma": _transformer("vae.", t5="text_encoder"),
     **dict.fromkeys(
         ("Stable Diffusion 3", "Stable Diffusion 3.5"),
         _transformer("first_stage_model.", clip_l="text_encoder", clip_g="text_encoder_2", t5="text_encoder_3"),
     ),
 }
-"""By the architecture, as `guess_architecture` calls it."""
+"""By the architecture, as `guess_architecture` calls it, or the kind of the denoiser. Of a UNet that is nobody's, where
+the original keeps text encoders isn't known."""

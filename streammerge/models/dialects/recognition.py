@@ -17,7 +17,6 @@ from streammerge.models.dialects.places import (
     ARRANGEMENTS,
     ROLES,
     SECOND,
-    UNETS,
     UNKNOWN_ARRANGEMENT,
     Arrangement,
     Place,
@@ -67,7 +66,9 @@ class Component:
     @property
     def title(self) -> str:
         """What people call it."""
-        return TITLES.get(self.role, self.kind.name)
+        return TITLES.get(
+            self.role, "transformer" if self.role == "denoiser" and self.kind is not UNET else self.kind.name
+        )
 
     @property
     def side(self) -> Side:
@@ -161,8 +162,9 @@ class Recognised:
 
     @property
     def _arrangement(self) -> Arrangement:
-        is_unet = any(component.kind is UNET for component in self.components)
-        return ARRANGEMENTS.get(self.architecture, UNETS if is_unet else UNKNOWN_ARRANGEMENT)
+        """By the architecture; where that isn't known, by how the model is built."""
+        kinds = (component.kind.name for component in self.components if component.role == "denoiser")
+        return ARRANGEMENTS.get(self.architecture) or ARRANGEMENTS.get(next(kinds, ""), UNKNOWN_ARRANGEMENT)
 
 
 def _alone(component: Component, naming: Naming) -> Place:
@@ -172,7 +174,7 @@ def _alone(component: Component, naming: Naming) -> Place:
     if component.kind is CLIP:  # some originals have it in transformers' names
         return component.place if naming == "original" else replace(component.place, prefix="")
     is_unet = component.kind is UNET and naming == "original"
-    return Place(UNETS.original[component.role].prefix if is_unet else "", "ours")
+    return Place(ARRANGEMENTS[UNET.name].original[component.role].prefix if is_unet else "", "ours")
 
 
 def moved(source: Source, own: Callable[[str], str]) -> Source:

@@ -28,12 +28,12 @@ _AROUND: Final[Table] = {
     "input_blocks.0.0": "conv_in",
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
+    "=label_emb.weight": "=class_embedding.weight",
 }
 
 _CLASSES: Final[Table] = {
     "label_emb.0.0": "class_embedding.linear_1",
     "label_emb.0.2": "class_embedding.linear_2",
-    "=label_emb.weight": "=class_embedding.weight",
 }
 
 _SIZES: Final[Table] = {"label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2"}

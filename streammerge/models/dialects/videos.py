@@ -57,7 +57,7 @@ def _wan(names: Collection[str], _side: Side) -> Iterator[Block]:
 
 
 WAN: Final = Kind(
-    "transformer",
+    "Wan",
     {
         "ours": r"blocks\.\d+\.(?:self|cross)_attn\.[qkvo]\.",
         "theirs": r"condition_embedder\.time_(?:embedder|proj)\.",
@@ -134,7 +134,7 @@ def _hunyuan(names: Collection[str], _side: Side) -> Iterator[Block]:
 
 
 HUNYUAN: Final = Kind(
-    "transformer",
+    "HunyuanVideo",
     {
         "ours": r"double_blocks\.\d+\.(?:img|txt)_attn_(?:qkv|proj)\.",
         "theirs": r"context_embedder\.token_refiner\.",
@@ -148,5 +148,5 @@ def _same(_names: Collection[str], _side: Side) -> Iterator[Block]:
     yield Block("", "")
 
 
-QWEN_IMAGE: Final = Kind("transformer", {"ours": r"transformer_blocks\.\d+\.img_mod\.1\."}, _same)
+QWEN_IMAGE: Final = Kind("Qwen-Image", {"ours": r"transformer_blocks\.\d+\.img_mod\.1\."}, _same)
 """It has one naming everywhere; only what stands before the names differs."""
