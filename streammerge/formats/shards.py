@@ -46,6 +46,8 @@ SAFETENSORS: Final = (".safetensors", ".sft")
 TORCH: Final = (".ckpt", ".pt", ".pth", ".bin")
 """The endings of torch files."""
 
+_INDEX: Final = re.compile(r".*\.index(?:\.[A-Za-z0-9_]+)?\.json", re.DOTALL)
+
 _ONE_OF_SEVERAL: Final = re.compile(r".*-[0-9]{1,9}-of-0*([2-9]|[1-9][0-9]{1,8})", re.DOTALL)
 """What a shard is called, but for its ending, where it is not the only one."""
 
@@ -69,8 +71,8 @@ def is_model(path: Path) -> bool:
 
 
 def is_index(path: Path) -> bool:
-    """Whether the path is named as an index of shards is."""
-    return path.name.endswith(".index.json")
+    """Whether the path is named as an index of shards is: `….index.json`, or `….index.fp16.json` of a variant."""
+    return _INDEX.fullmatch(path.name) is not None
 
 
 def find_weights(folder: Path) -> Path:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 from streammerge.compute.expressions import Node, Stored, Viewed, is_stored
 from streammerge.errors import CheckpointError, count, plural
 from streammerge.formats.files import ByteFile, read_errors
+from streammerge.formats.pipelines import INDEX, check_alone, is_pipeline_index, pipeline_weights
 from streammerge.formats.safetensors import is_safetensors, read_header
 from streammerge.formats.shards import find_weights, is_index, read_index
 from streammerge.formats.tables import Column, Names
@@ -154,14 +155,30 @@ class Checkpoint:
 def open_model(path: str | os.PathLike[str], entry: str = "") -> Checkpoint:
     """Open a checkpoint by its content: safetensors, a torch zip, or shards of either (a folder or an index file).
 
+    The folder of a diffusers pipeline is one model, in which the names of a component's tensors begin with its own.
+
     Only headers are read. Where several dicts of a torch file could be the model, `entry` names the one that is: by its
     keys, joined with dots, or `.` for the outermost. Raises CheckpointError if the file is none of these, is damaged,
     would need code to be run, or has no such entry.
     """
     if os.fspath(path) == "":
         raise CheckpointError("the model's name is empty", advice="Name a checkpoint file, or a folder of one.")
-    path = weights_file(Path(path))
+    path = Path(path)
+    if components := _components(path):
+        return _open_pipeline(path, components, entry)
+    path = weights_file(path)
     return _open_shards(path, entry) if is_index(path) else _open_file(path, entry)
+
+
+def _components(path: Path) -> Mapping[str, Path] | None:
+    """The weights of a pipeline's components by their names; None if neither its folder nor its index is meant."""
+    with read_errors(path):
+        if is_pipeline_index(path):
+            return pipeline_weights(path.parent)
+        if not path.is_dir():
+            return None
+        check_alone(path)
+        return pipeline_weights(path)
 
 
 def weights_file(path: Path) -> Path:
@@ -172,6 +189,8 @@ def weights_file(path: Path) -> Path:
 
 def model_files(path: Path) -> list[Path]:
     """Every file that holds tensors of the model at this path."""
+    if components := _components(path):
+        return [file for weights in components.values() for file in model_files(weights)]
     path = weights_file(path)
     return read_index(path).shards if is_index(path) else [path]
 
@@ -266,3 +285,15 @@ def _open_shards(path: Path, entry: str) -> Checkpoint:
     left = functools.reduce(operator.add, (checkpoint.left for checkpoint in shards.values()))
     what = f"sharded {first.container} ({len(shards)} files)"
     return Checkpoint(path, what, compact(nodes, files), files, first.metadata, left)
+
+
+def _open_pipeline(path: Path, components: Mapping[str, Path], entry: str) -> Checkpoint:
+    """A pipeline's components as one model, one after the other, each behind its name."""
+    folder = path.parent if is_pipeline_index(path) else path
+    opened = {name: open_model(weights, entry) for name, weights in components.items()}
+    nodes = {f"{name}.{own}": node for name, part in opened.items() for own, node in part.nodes.items()}
+    files = tuple(file for part in opened.values() for file in part.files)
+    for file in files:
+        file.index = file.index or folder / INDEX
+    left = functools.reduce(operator.add, (part.left for part in opened.values()))
+    return Checkpoint(folder, f"diffusers pipeline ({', '.join(components)})", compact(nodes, files), files, {}, left)

@@ -108,7 +108,7 @@ def config_beside(path: Path) -> Mapping[str, Any]:
     CheckpointError if there is one that can't be read: a gradient must not be stretched over a wrong count.
     """
     file = path.parent / "config.json"
-    if not file.is_file() or not _owns_folder(path):
+    if path.is_dir() or not file.is_file() or not _owns_folder(path):  # a folder is a pipeline's, of many models
         return {}
     try:
         return _read_config(file)

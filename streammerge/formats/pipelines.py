@@ -1,0 +1,145 @@
+"""Folders of diffusers pipelines: which of their folders hold weights.
+
+`model_index.json` names the components, each with the library and the class that load it; a component's folder has its
+weights and a `config.json`. Folders that it doesn't name (older weights, other formats) are not the pipeline's.
+(diffusers' `DiffusionPipeline.save_pretrained`.)
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from streammerge.errors import CheckpointError, count, plural
+from streammerge.formats.header_entries import MalformedHeaderError, no_duplicates
+from streammerge.formats.shards import PREFERRED, find_weights, is_index, is_model, is_plain_name
+
+INDEX: Final = "model_index.json"
+"""What names a pipeline's components."""
+
+COMPONENTS: Final = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+"""The folders by which a pipeline is known whose index was left out."""
+
+MAX_BYTES: Final = 2**18
+"""The longest `model_index.json` that is read."""
+
+_NO_WEIGHTS: Final = re.compile(r".*(?:Scheduler|Tokenizer|TokenizerFast|Processor|ProcessorPil|Extractor|Guider)")
+"""What the classes of components are called that have no weights."""
+
+
+_VARIANT: Final = re.compile(
+    r"(?:diffusion_pytorch_)?model\.(?:[A-Za-z0-9_]+\.safetensors|safetensors\.index\.[A-Za-z0-9_]+\.json)"
+)
+"""What the weights of a variant are called: one file, or the index of its shards."""
+
+
+def is_pipeline_index(path: Path) -> bool:
+    """Whether the path is named as a pipeline's index is."""
+    return path.name == INDEX
+
+
+def pipeline_weights(folder: Path) -> dict[str, Path] | None:
+    """The file, or index of shards, of each component that has weights, by its name; None if it is no pipeline.
+
+    CheckpointError if the pipeline's index can't be read, a component that has weights isn't there, or it isn't clear
+    which of several files are its weights.
+    """
+    if (folder / INDEX).is_file():
+        found = _indexed(folder)
+    elif any(map(_is_weights, folder.iterdir())):
+        return None
+    else:
+        found = {name: folder / name for name in COMPONENTS if _has_weights(folder / name)}
+    return {name: component_weights(path) for name, path in found.items()} or None
+
+
+def check_alone(folder: Path) -> None:
+    """CheckpointError if a pipeline's folder has a whole checkpoint beside the components, which may be meant too."""
+    beside = sorted(entry.name for entry in folder.iterdir() if _is_weights(entry))
+    if beside and (folder / INDEX).is_file():
+        raise CheckpointError(
+            f"{folder}: the folder is a diffusers pipeline, and holds a model beside it",
+            found=beside,
+            advice=f"Name the file, or {folder / INDEX} for the pipeline.",
+        )
+
+
+def component_weights(folder: Path) -> Path:
+    """A component's weights: safetensors before torch files, and before variants such as `model.fp16.safetensors`."""
+    plain = [folder / name for name in PREFERRED if ".safetensors" in name and (folder / name).is_file()]
+    if plain:
+        return plain[0]
+    variants = sorted(entry for entry in folder.iterdir() if entry.is_file() and _VARIANT.fullmatch(entry.name))
+    if len(variants) > 1:
+        raise CheckpointError(
+            f"{folder}: the folder holds {len(variants)} variants of the weights, and none that is no variant",
+            found=[entry.name for entry in variants],
+            advice="Leave the one that is meant there, and move the others away.",
+        )
+    return variants[0] if variants else find_weights(folder)
+
+
+def _indexed(folder: Path) -> dict[str, Path]:
+    """The components that the index names and that have weights; all that are known where it names none."""
+    named = _named(folder / INDEX)
+    found = {name: folder / name for name in named or COMPONENTS if _has_weights(folder / name)}
+    absent = [
+        f"{name}   {kind}"
+        for name, kind in named.items()
+        if name not in found and not _NO_WEIGHTS.fullmatch(kind) and _is_needed(folder / name)
+    ]
+    if absent:
+        raise CheckpointError(
+            f"{folder}: {count(absent, 'component')} that {INDEX} names {plural(absent, 'has', 'have')} no weights",
+            found=absent,
+            advice="Fetch the whole folder, or name a component's own folder.",
+        )
+    return found
+
+
+def _is_needed(folder: Path) -> bool:
+    """Whether a component without weights can't be one that has none: it isn't there, or its weights aren't."""
+    return not folder.is_dir() or (folder / "config.json").is_file()
+
+
+def _named(index: Path) -> Mapping[str, str]:
+    """The class of each component, those left out that the pipeline does without."""
+    try:
+        values = _read(index)
+    except (OSError, ValueError, RecursionError, MalformedHeaderError) as problem:
+        raise CheckpointError(
+            f"{index}: can't be read as a pipeline's index: {getattr(problem, 'strerror', None) or problem}",
+            advice="Fetch it again, or name a component's own folder.",
+        ) from None
+    return {name: value[1] for name, value in values.items() if _is_component(name, value)}
+
+
+def _read(index: Path) -> Mapping[str, Any]:
+    with index.open("rb") as file:
+        encoded = file.read(MAX_BYTES + 1)
+    if len(encoded) > MAX_BYTES:
+        raise MalformedHeaderError(f"it is longer than {MAX_BYTES} bytes")
+    values = json.loads(encoded.removeprefix(b"\xef\xbb\xbf").decode("utf-8"), object_pairs_hook=no_duplicates)
+    if not isinstance(values, dict):
+        raise MalformedHeaderError("it is no map")
+    return values
+
+
+def _is_component(name: str, value: Any) -> bool:  # noqa: ANN401
+    """`"unet": ["diffusers", "UNet2DConditionModel"]`; without names between the quotes the pipeline lacks it."""
+    return is_plain_name(name) and isinstance(value, list) and len(value) == 2 and all(map(_is_text, value))
+
+
+def _is_text(value: Any) -> bool:  # noqa: ANN401
+    return isinstance(value, str)
+
+
+def _has_weights(folder: Path) -> bool:
+    return folder.is_dir() and any(map(_is_weights, folder.iterdir()))
+
+
+def _is_weights(path: Path) -> bool:
+    return path.is_file() and (is_model(path) or is_index(path))
