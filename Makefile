@@ -31,7 +31,7 @@ types: $(INSTALLED) ## mypy
 	$(BIN)/mypy
 
 unit: $(INSTALLED) ## the tests, but for slow ones and those that need a GPU or other tools
-	$(BIN)/python -m pytest -n auto -m "not slow and not cuda and not peers"
+	$(BIN)/python -m pytest -n auto -m "not slow and not cuda and not peers and not clients"
 
 slow: $(INSTALLED) ## the slow tests
 	$(BIN)/python -m pytest -m slow

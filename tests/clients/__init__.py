@@ -1,0 +1,1 @@
+"""Other programs read what we write, and mean the same by it."""

@@ -1,0 +1,285 @@
+"""diffusers' own conversions of original checkpoints give the names, and the bytes, that ours do.
+
+For each architecture a small model of diffusers' is made with random weights. Its tensors in original names, as
+streammerge gives them, are handed to the function with which diffusers reads such files: what comes out has to be the
+model again, to the last bit and without a name more or less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from streammerge.models.dialects import Naming, recognise
+from streammerge.models.dialects.translation import Translated
+from tests.make.models import MemoryModel, Tensors, assert_same_bytes, normal
+
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+utils = pytest.importorskip("diffusers.loaders.single_file_utils")
+
+pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore")]
+
+Build = Callable[[], Any]
+
+
+def weights(model: Any) -> Tensors:
+    return {
+        name: normal(tensor.shape, number, tensor.dtype, 0.1) if tensor.is_floating_point() else tensor.clone()
+        for number, (name, tensor) in enumerate(model.state_dict().items())
+    }
+
+
+def named(tensors: Tensors, naming: Naming) -> Tensors:
+    model = MemoryModel(tensors)
+    found = recognise(model.tensors)
+    assert found is not None
+    assert not found.unnamed(naming)
+    view = Translated(model, found.named(naming))
+    return {name: view.read(name, 0, info.elements).reshape(info.shape) for name, info in view.tensors.items()}
+
+
+# ── UNets, and what is beside them ───────────────────────────────────────────────────────────────────────────────────
+
+SD1 = {
+    "block_out_channels": (8, 16, 32, 32),
+    "norm_num_groups": 4,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 4,
+    "sample_size": 8,
+}
+SDXL = {
+    **SD1,
+    "block_out_channels": (8, 16, 32),
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (2, 4, 4),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 3),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 56,
+}
+UNETS: dict[str, dict[str, Any]] = {
+    "Stable Diffusion 1": SD1,
+    "Stable Diffusion 1, inpainting": {**SD1, "in_channels": 9},
+    "Stable Diffusion 2, depth": {**SD1, "in_channels": 5, "cross_attention_dim": 1024, "use_linear_projection": True},
+    "SDXL": SDXL,
+    "SDXL refiner": {
+        **SDXL,
+        "block_out_channels": (8, 16, 32, 32),
+        "cross_attention_dim": 1280,
+        "attention_head_dim": (2, 4, 4, 4),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": 4,
+    },
+    "unCLIP": {**SD1, "class_embed_type": "projection", "projection_class_embeddings_input_dim": 8},
+    "upscaler": {**SD1, "in_channels": 7, "num_class_embeds": 10},
+    "distilled, a block less in each level": {**SD1, "layers_per_block": 1},
+}
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_unets(name):
+    model = diffusers.UNet2DConditionModel(**UNETS[name])
+    expected = weights(model)
+    original = named(expected, "original")
+    assert all(key.startswith("model.diffusion_model.") for key in original)
+    assert_same_bytes(utils.convert_ldm_unet_checkpoint(dict(original), dict(model.config)), expected)
+    assert_same_bytes(named(original, "diffusers"), expected)
+
+
+@pytest.mark.parametrize("channels", [4, 16])
+def test_vaes(channels):
+    model = diffusers.AutoencoderKL(
+        block_out_channels=(4, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        norm_num_groups=4,
+        latent_channels=channels,
+        use_quant_conv=channels == 4,
+        use_post_quant_conv=channels == 4,
+    )
+    expected = weights(model)
+    original = named(expected, "original")
+    behind = {f"first_stage_model.{name}": tensor for name, tensor in original.items()}
+    found = utils.convert_ldm_vae_checkpoint(behind, dict(model.config))
+    assert_same_bytes({name: tensor.contiguous() for name, tensor in found.items()}, expected)
+    assert_same_bytes(named(original, "diffusers"), expected)
+
+
+def test_controlnets():
+    unet = diffusers.UNet2DConditionModel(**SD1)
+    model = diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 4, 8, 8))
+    expected = weights(model)
+    original = named(expected, "original")
+    assert_same_bytes(utils.convert_controlnet_checkpoint(dict(original), dict(model.config)), expected)
+
+
+def test_open_clip():
+    config = transformers.CLIPTextConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=12,
+        max_position_embeddings=7,
+    )
+    model = transformers.CLIPTextModelWithProjection(config)
+    text, unet = weights(model), weights(diffusers.UNet2DConditionModel(**SDXL))
+    whole = {f"unet.{name}": tensor for name, tensor in unet.items()}
+    whole |= {f"text_encoder_2.{name}": tensor for name, tensor in text.items()}
+    original = named(whole, "original")
+    prefix = "conditioner.embedders.1.model."
+    assert any(name.startswith(prefix) for name in original)
+    found = utils.convert_open_clip_checkpoint(model, dict(original), prefix=prefix)
+    assert_same_bytes({name: tensor.contiguous() for name, tensor in found.items()}, text)
+    assert_same_bytes(named(original, "diffusers"), whole)
+
+
+# ── diffusion transformers ───────────────────────────────────────────────────────────────────────────────────────────
+
+SD3 = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 3,
+    "attention_head_dim": 8,
+    "num_attention_heads": 4,
+    "caption_projection_dim": 32,
+    "joint_attention_dim": 16,
+    "pooled_projection_dim": 12,
+    "pos_embed_max_size": 8,
+}
+WAN = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 8,
+    "freq_dim": 8,
+    "ffn_dim": 16,
+    "num_layers": 2,
+}
+TRANSFORMERS: dict[str, tuple[Build, str]] = {
+    "Stable Diffusion 3": (lambda: diffusers.SD3Transformer2DModel(**SD3), "convert_sd3_transformer"),
+    "Stable Diffusion 3.5": (
+        lambda: diffusers.SD3Transformer2DModel(**SD3, dual_attention_layers=(0,), qk_norm="rms_norm"),
+        "convert_sd3_transformer",
+    ),
+    "Wan": (lambda: diffusers.WanTransformer3DModel(**WAN), "convert_wan_transformer"),
+    "Wan, images to video": (
+        lambda: diffusers.WanTransformer3DModel(**WAN, image_dim=6, added_kv_proj_dim=24),
+        "convert_wan_transformer",
+    ),
+    "Wan VACE": (
+        lambda: diffusers.WanVACETransformer3DModel(**WAN, vace_layers=[0, 1], vace_in_channels=6),
+        "convert_wan_transformer",
+    ),
+    "Flux 2": (
+        lambda: diffusers.Flux2Transformer2DModel(
+            in_channels=8,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=8,
+            timestep_guidance_channels=8,
+            axes_dims_rope=(2, 2, 2, 2),
+        ),
+        "convert_flux2_transformer",
+    ),
+    "Z-Image": (
+        lambda: diffusers.ZImageTransformer2DModel(
+            in_channels=4,
+            dim=32,
+            n_layers=2,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=8,
+            axes_dims=[4, 6, 6],
+            axes_lens=[8, 8, 8],
+        ),
+        "convert_z_image_transformer",
+    ),
+}
+
+
+def conversion(start: str) -> Callable[[Tensors], Tensors]:
+    """diffusers' function whose name starts so."""
+    return getattr(utils, next(name for name in dir(utils) if name.startswith(start)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_transformers(name):
+    build, function = TRANSFORMERS[name]
+    agree(build, function)
+
+
+def agree(build: Build, function: str) -> None:
+    expected = weights(build())
+    original = named(expected, "original")
+    found = conversion(function)(dict(original))
+    assert_same_bytes({name: tensor.contiguous() for name, tensor in found.items()}, expected)
+    assert_same_bytes(named(original, "diffusers"), expected)
+
+
+WIDE = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 128, "num_attention_heads": 24}
+"""diffusers' functions for these know one width only, that of the real models."""
+
+FULL_WIDTH: dict[str, tuple[Build, str]] = {
+    "Flux": (
+        lambda: diffusers.FluxTransformer2DModel(
+            **WIDE,
+            in_channels=4,
+            joint_attention_dim=8,
+            pooled_projection_dim=8,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 4, 8),
+        ),
+        "convert_flux_transformer",
+    ),
+    "Chroma": (
+        lambda: diffusers.ChromaTransformer2DModel(
+            **WIDE,
+            in_channels=4,
+            joint_attention_dim=8,
+            axes_dims_rope=(4, 4, 8),
+            approximator_num_channels=64,
+            approximator_hidden_dim=16,
+            approximator_layers=2,
+        ),
+        "convert_chroma_transformer",
+    ),
+    "HunyuanVideo": (
+        lambda: diffusers.HunyuanVideoTransformer3DModel(
+            **WIDE,
+            in_channels=4,
+            out_channels=4,
+            num_refiner_layers=1,
+            text_embed_dim=8,
+            pooled_projection_dim=8,
+            rope_axes_dim=(2, 4, 4),
+        ),
+        "convert_hunyuan_video",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FULL_WIDTH)
+def test_transformers_of_full_width(name):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        agree(*FULL_WIDTH[name])
+    finally:
+        torch.set_default_dtype(before)
