@@ -24,7 +24,7 @@ from streammerge.models.shapes import Fitting, fit, placed
 from streammerge.models.views import Decoded, beneath, node_of
 from streammerge.plan.ensemble import Ensemble
 from streammerge.plan.globs import RuleIndex
-from streammerge.plan.naming import in_one_naming
+from streammerge.plan.naming import Named, in_one_naming
 from streammerge.plan.problems import Misshapen, Problems, Unshared
 from streammerge.plan.tuning import Tuning
 from streammerge.recipe.recipe import Recipe, Rule
@@ -41,7 +41,7 @@ def merge_models(
     Raises PlanError with every mismatch of a kind at once, and what settles it.
     """
     named = in_one_naming(models, recipe.layout_name, naming)
-    return _Resolution(recipe, named.models, within, named.remarks).resolve()
+    return _Resolution(recipe, named, within).resolve()
 
 
 @dataclass
@@ -49,16 +49,15 @@ class _Resolution:
     """The work of `merge_models`: goes through the layout once and collects what doesn't fit."""
 
     recipe: Recipe
-    models: Mapping[str, Model]
+    named: Named
     within: Within = ()
-    remarks: tuple[str, ...] = ()
     problems: Problems = field(default_factory=Problems)
     codes_of: dict[str, str] = field(default_factory=dict)
     ensemble: Ensemble = field(default_factory=Ensemble)
     is_reported: bool = False
 
     def __post_init__(self) -> None:
-        recipe = self.recipe
+        recipe, self.models = self.recipe, self.named.models
         self.method: Method = find_method(recipe.method)
         self.layout_name = recipe.layout_name
         self.layout = self.models[self.layout_name]
@@ -89,8 +88,8 @@ class _Resolution:
             decisions,
             with_inner(left_out, self.models, "left_out"),
             with_inner(lacking, self.models, "lacking"),
-            inner + kept_bytes(coded.weights),
-            tuple(dict.fromkeys([*self.remarks, *self.tuning.remarks(), *self._nested_remarks()])),
+            inner + kept_bytes(coded.weights) + self.named.kept_bytes,
+            tuple(dict.fromkeys([*self.named.remarks, *self.tuning.remarks(), *self._nested_remarks()])),
             self.layout,
             self.extent,
         )

@@ -27,6 +27,11 @@ class Named:
     models: Mapping[str, Model]
     remarks: tuple[str, ...] = ()
 
+    @property
+    def kept_bytes(self) -> int:
+        """What is kept in memory of other names."""
+        return sum(model.kept_bytes for model in self.models.values() if isinstance(model, Translated))
+
 
 def in_one_naming(models: Mapping[str, Model], layout: str, naming: Naming | None = None) -> Named:
     """Every model in the names of the layout's; itself where these are its own, or nobody knows what its names mean.

@@ -69,8 +69,9 @@ def _pairs(found: Recognised, layout: Recognised) -> Iterator[tuple[Component, C
 def _is_counterpart(own: Component, other: Component, found: Recognised, layout: Recognised) -> bool:
     if own.kind is not other.kind:
         return False
-    if own.kind is CLIP and "" in (own.place.prefix, other.place.prefix):  # which one it is, its width tells
-        return _width(own) == _width(other)
+    widths = _width(own), _width(other)
+    if own.kind is CLIP and "" in (own.place.prefix, other.place.prefix) and None not in widths:
+        return widths[0] == widths[1]  # nothing else tells which one it is
     known = {found.architecture, layout.architecture} - {UNKNOWN}
     return own.role == other.role and (own.role != "denoiser" or len(known) < 2)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from streammerge.compute.expressions import Node
 from streammerge.compute.parts import in_shape, joined, rows_of, transposed
@@ -12,6 +13,9 @@ from streammerge.formats.tables import Column, Names
 from streammerge.models.dialects.pieces import Source
 from streammerge.models.views import View
 from streammerge.tensors import Model, TensorInfo
+
+SOURCE_BYTES: Final = 500
+"""What is kept in memory of a tensor that is seen under another name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +27,11 @@ class Translated(View):
 
     model: Model
     sources: Mapping[str, Source]
+
+    @property
+    def kept_bytes(self) -> int:
+        """What is kept in memory of the names."""
+        return SOURCE_BYTES * len(self.sources)
 
     @functools.cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
