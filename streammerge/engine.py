@@ -24,7 +24,7 @@ from streammerge.methods.loading import method_failure
 from streammerge.models.checkpoints import open_model
 from streammerge.models.merged import Merged, as_merged, files_of
 from streammerge.plan.inputs import OUTPUT, OpenInputs, check_with_library, input_claims, output_metadata
-from streammerge.plan.naming import in_naming
+from streammerge.plan.naming import check_folder, in_naming
 from streammerge.plan.plan import Plan, plan_merge
 from streammerge.recipe.files import Mergeable, as_recipe
 from streammerge.recipe.options import Options, as_options
@@ -129,6 +129,7 @@ def planned(
     opened = OpenInputs()
     try:
         merged = opened.merge(recipe, naming=options.names) if isinstance(recipe, Recipe) else _named(recipe, options)
+        check_folder(merged, output, options.names)
         method = recipe.method if isinstance(recipe, Recipe) else ""
         recorded = isinstance(recipe, Recipe) and options.metadata and options.hash_inputs
         hashes = input_hashes(recipe, opened) if isinstance(recipe, Recipe) and recorded else None

@@ -39,6 +39,10 @@ OTHERS: Final = {
 """What else is often called a model, by its first bytes in whatever case."""
 
 
+PIPELINE: Final = "diffusers pipeline"
+"""What the container is called whose components have folders of their own."""
+
+
 ROW_BYTES: Final = 24
 """What a tensor takes in a table: places of a description, of a file and in it."""
 
@@ -112,6 +116,11 @@ class Checkpoint:
         if isinstance(self.nodes, StoredTensors):
             return self.nodes.infos
         return {name: node.info for name, node in self.nodes.items()}
+
+    @property
+    def is_pipeline(self) -> bool:
+        """Whether it is a folder of several components."""
+        return self.container.startswith(PIPELINE)
 
     @property
     def nbytes(self) -> int:
@@ -296,4 +305,4 @@ def _open_pipeline(path: Path, components: Mapping[str, Path], entry: str) -> Ch
     for file in files:
         file.index = file.index or folder / INDEX
     left = functools.reduce(operator.add, (part.left for part in opened.values()))
-    return Checkpoint(folder, f"diffusers pipeline ({', '.join(components)})", compact(nodes, files), files, {}, left)
+    return Checkpoint(folder, f"{PIPELINE} ({', '.join(components)})", compact(nodes, files), files, {}, left)

@@ -28,9 +28,9 @@ class Merged:
 
     Per input, `left_out` are its tensors that the layout doesn't have, `lacking` the layout's that it doesn't have.
     Inputs of an input that is a merge itself count too, as `inner/model`. `kept_bytes` is what is kept in memory of
-    quantised weights and of other names. `remarks` are what the user should know of the recipe, `layout` is the model whose tensors the
-    merge has, and `extent` how much has been planned for it. What reading from it measures of the whole model is kept
-    for the next time.
+    quantised weights and of other names. `remarks` are what the user should know of the recipe, `layout` is the model
+    whose tensors the merge has, and `extent` how much has been planned for it. What reading from it measures of the
+    whole model is kept for the next time.
     """
 
     decisions: Decisions

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import streammerge
-from streammerge.errors import CheckpointError
+from streammerge.errors import CheckpointError, OutputError
 from tests.make.diffusion import diffusion_model, part_of
 from tests.make.models import assert_same_bytes, load_model, merge_to, save_model
 
@@ -153,6 +153,13 @@ def test_an_index_does_not_point_outside(pipeline):
     save_model(pipeline.parent / "x" / "model.safetensors", {"c": torch.ones(1)})
     (pipeline / "model_index.json").write_text(json.dumps({"../x": ["diffusers", "X"], **CLASSES}))
     assert names(pipeline) == ALL
+
+
+def test_a_pipeline_is_written_as_a_file_alone(pipeline, tmp_path):
+    with pytest.raises(OutputError, match="such folders are not written"):
+        streammerge.merge(str_recipe(pipeline), output=tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+    assert list(merge_to(tmp_path / "out.safetensors", str_recipe(pipeline))) == sorted(ALL)
 
 
 def test_a_pipeline_merges_with_a_checkpoint(tmp_path):
