@@ -114,6 +114,15 @@ def test_vaes(channels):
     assert_same_bytes(named(original, "diffusers"), expected)
 
 
+def test_the_vae_of_wan():
+    model = diffusers.AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 2, 4, 4])
+    expected = weights(model)
+    original = named(expected, "original")
+    found = utils.convert_wan_vae_to_diffusers(dict(original))
+    assert_same_bytes({name: tensor.contiguous() for name, tensor in found.items()}, expected)
+    assert_same_bytes(named(original, "diffusers"), expected)
+
+
 def test_controlnets():
     unet = diffusers.UNet2DConditionModel(**SD1)
     model = diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 4, 8, 8))

@@ -33,6 +33,7 @@ ROLES: Final[Mapping[str, Role | None]] = {
     "text_encoders.clip_h.transformer.": "CLIP",
     "text_encoders.clip_g.transformer.": "CLIP 2",
     "text_encoders.t5xxl.transformer.": "T5",
+    "text_encoders.umt5xxl.transformer.": "T5",
     "text_encoder.": "CLIP",
     "text_encoder_2.": "CLIP 2",
     "text_encoder_3.": "T5",
@@ -121,6 +122,7 @@ def _transformer(vae: str, **folders: str) -> Arrangement:
         "clip_l": ("CLIP", "text_encoders.clip_l.transformer."),
         "clip_g": ("CLIP 2", "text_encoders.clip_g.transformer."),
         "t5": ("T5", "text_encoders.t5xxl.transformer."),
+        "umt5": ("T5", "text_encoders.umt5xxl.transformer."),
     }
     original: dict[Role, Place] = {"denoiser": _DENOISER, "VAE": Place(vae, "ours")}
     diffusers: dict[Role, Place] = {"denoiser": Place("transformer.", "theirs"), "VAE": Place("vae.", "theirs")}
@@ -149,7 +151,8 @@ ARRANGEMENTS: Final[Mapping[str, Arrangement]] = {
     ),
     "SDXL refiner": Arrangement({**_LATENT, "CLIP 2": Place("conditioner.embedders.0.model.", "ours")}, _UNET),
     "Flux": _transformer("vae.", clip_l="text_encoder", t5="text_encoder_2"),
-    **dict.fromkeys(("Flux 2", "HunyuanVideo", "Qwen-Image", "Z-Image", "Wan"), _transformer("vae.")),
+    **dict.fromkeys(("Flux 2", "HunyuanVideo", "Qwen-Image", "Z-Image"), _transformer("vae.")),
+    "Wan": _transformer("vae.", umt5="text_encoder"),
     "Chroma": _transformer("vae.", t5="text_encoder"),
     **dict.fromkeys(
         ("Stable Diffusion 3", "Stable Diffusion 3.5"),

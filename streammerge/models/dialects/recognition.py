@@ -24,7 +24,7 @@ from streammerge.models.dialects.places import (
 )
 from streammerge.models.dialects.rules import Kind, Linking, Side
 from streammerge.models.dialects.unets import UNET
-from streammerge.models.dialects.vaes import VAE
+from streammerge.models.dialects.vaes import VAE, WAN_VAE
 from streammerge.models.dialects.videos import HUNYUAN, QWEN_IMAGE, WAN
 from streammerge.tensors import TensorInfo
 
@@ -34,7 +34,7 @@ Naming = Literal["original", "diffusers", "bare"]
 KINDS: Final[Mapping[Role, tuple[Kind, ...]]] = {
     "denoiser": (UNET, FLUX2, HUNYUAN, FLUX, SD3, QWEN_IMAGE, Z_IMAGE, WAN),
     "ControlNet": (UNET,),
-    "VAE": (VAE,),
+    "VAE": (WAN_VAE, VAE),
     "CLIP": (CLIP, T5),
     "CLIP 2": (CLIP, T5),
     "T5": (T5,),

@@ -1,7 +1,8 @@
-"""The VAEs of Stable Diffusion 1 to 3, SDXL and Flux.
+"""The VAEs of Stable Diffusion 1 to 3, SDXL and Flux, and that of Wan 2.1 and Qwen-Image.
 
-The decoder's levels are counted from the image in the original, from the latent image in diffusers. The attention's
-1×1 convolutions are matrices there. (CompVis' `model.py`; diffusers' `AutoencoderKL`.)
+Stable Diffusion's counts the decoder's levels from the image in the original, from the latent image in diffusers. The
+attention's 1×1 convolutions are matrices there. (CompVis' `model.py`; diffusers' `AutoencoderKL`.) Wan's counts the
+decoder's blocks through all levels in the original. (Alibaba's `wan/modules/vae.py`; diffusers' `AutoencoderKLWan`.)
 """
 
 from __future__ import annotations
@@ -73,3 +74,56 @@ VAE: Final = Kind(
     },
     _blocks,
 )
+
+
+_WAN_RESNET: Final[Table] = {
+    "residual.0": "norm1",
+    "residual.2": "conv1",
+    "residual.3": "norm2",
+    "residual.6": "conv2",
+    "shortcut": "conv_shortcut",
+}
+
+_WAN_SAMPLER: Final[Table] = {"resample.1": "resample.1", "time_conv": "time_conv"}
+
+_WAN: Final[Table] = {
+    "conv1": "quant_conv",
+    "conv2": "post_quant_conv",
+    **{
+        f"{part}.{ours}": f"{part}.{theirs}"
+        for part in ("encoder", "decoder")
+        for ours, theirs in (("conv1", "conv_in"), ("head.0", "norm_out"), ("head.2", "conv_out"))
+    },
+}
+
+_WAN_LEVEL: Final = 4
+"""How many blocks there are to a level of the decoder, the step to the next one included."""
+
+
+def _wan(names: Collection[str], side: Side) -> Iterator[Block]:
+    yield Block("", "", _WAN)
+    for part in ("encoder", "decoder"):
+        for ours, theirs in ((0, 0), (2, 1)):
+            yield Block(f"{part}.middle.{ours}.", f"{part}.mid_block.resnets.{theirs}.", _WAN_RESNET)
+        yield Block(f"{part}.middle.1.", f"{part}.mid_block.attentions.0.")
+    for n in numbers(names, "encoder.downsamples.", "encoder.down_blocks."):
+        yield Block(f"encoder.downsamples.{n}.", f"encoder.down_blocks.{n}.", {**_WAN_RESNET, **_WAN_SAMPLER})
+    found = numbers(names, "decoder.upsamples.", "decoder.up_blocks.")
+    count = (max(found, default=-1) + 1) * (1 if side == "ours" else _WAN_LEVEL)
+    for n in range(count):
+        level, number = divmod(n, _WAN_LEVEL)
+        is_step = number == _WAN_LEVEL - 1
+        stem = f"decoder.up_blocks.{level}." + ("upsamplers.0." if is_step else f"resnets.{number}.")
+        yield Block(f"decoder.upsamples.{n}.", stem, _WAN_SAMPLER if is_step else _WAN_RESNET)
+
+
+WAN_VAE: Final = Kind(
+    "VAE",
+    {
+        "ours": r"(?:encoder\.downsamples|decoder\.upsamples)\.\d+\.(?:residual|resample|shortcut)\.",
+        "theirs": r"decoder\.up_blocks\.\d+\.resnets\.\d+\.norm1\.gamma",
+    },
+    _wan,
+    unless=r"(?:encoder\.downsamples|decoder\.upsamples)\.\d+\.(?:down|up)samples\.|.*\.(?:down|up)sampler\.",
+)
+"""Wan 2.2's is another, with levels in both namings, and is not known."""
