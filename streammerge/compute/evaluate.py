@@ -197,13 +197,10 @@ class Evaluator:
 
     def _joined(self, node: Joined, start: int, stop: int, slot: int) -> torch.Tensor:
         """What of each part lies in the range, each computed where the next one is going to be."""
-        out, first = self.lane.slot(slot, stop - start, self.dtype), 0
-        for part in node.parts:
-            last = first + part.info.elements
-            begin, end = max(start, first), min(stop, last)
-            if begin < end:
-                out[begin - start : end - start] = self.values(part, begin - first, end - first, slot + 1)
-            first = last
+        out, filled = self.lane.slot(slot, stop - start, self.dtype), 0
+        for part, first, last in node.within(start, stop):
+            out[filled : filled + last - first] = self.values(part, first, last, slot + 1)
+            filled += last - first
         return out
 
     def copy(self, node: Node, start: int, stop: int, slot: int = 0) -> torch.Tensor:

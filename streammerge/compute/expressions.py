@@ -69,6 +69,15 @@ class Joined:
     info: TensorInfo
     parts: tuple[Node, ...]
 
+    def within(self, start: int, stop: int) -> Iterator[tuple[Node, int, int]]:
+        """The parts in which elements [start, stop) lie, and which of their own elements these are."""
+        first = 0
+        for part in self.parts:
+            last = first + part.info.elements
+            if max(start, first) < min(stop, last):
+                yield part, max(start, first) - first, min(stop, last) - first
+            first = last
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rounded:

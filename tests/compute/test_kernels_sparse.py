@@ -83,7 +83,7 @@ def test_programs_remember_what_is_not_finite():
     out = memoryview(bytearray(10_000))
 
     def run() -> None:
-        blocks = [memoryview(leaf.file) for leaf in program.inputs]  # type: ignore[arg-type]
+        blocks = [memoryview(leaf.file) for leaf in program.inputs]  # type: ignore[arg-type, union-attr]
         Kernels(library).store(program, blocks, 5000, "F16", out, 0)
 
     run()

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+import streammerge
 from streammerge.compute.costs import bytes_read, compute_dtype, is_copy, slots
 from streammerge.compute.expressions import BLOCK, Combined, Joined, Node, Stored, Term, Viewed, combine
 from streammerge.compute.identity import Describer, kind_of
+from streammerge.compute.inputs import inputs_of, is_input
+from streammerge.compute.kernels.library import kernels
+from streammerge.compute.kernels.program import can_be_compiled
 from streammerge.compute.parts import in_shape, joined, rows_of, transposed
 from streammerge.compute.reading import read_stored
+from streammerge.models.dialects import Piece, Source
+from streammerge.models.dialects.translation import Translated
 from streammerge.tensors import DTYPES, TensorInfo
-from tests.make.models import normal, raw_bytes, store_tensors
+from tests.make.models import assert_same_bytes, merge_to, normal, raw_bytes, save_model, store_tensors
 
 
 def whole(node: Node, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -93,3 +101,52 @@ def test_joins_are_told_apart(stored):
     assert describe(one) != describe(other)
     assert describe(one)[0] == "joined"
     assert not isinstance(one, Combined)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {"linear": {"weight": [0.3, 0.7]}, "slerp": {"t": 0.3}}
+
+
+@pytest.mark.parametrize("io", ["mmap", "pread"])
+@pytest.mark.parametrize("method", ["linear", "slerp", "ties"])
+def test_loops_read_what_is_joined(tmp_path, monkeypatch, method, io):
+    """Joined tensors of somewhat more than a block, merged with whole ones: the same bytes by loops and by torch."""
+    whole_one, other = normal((603, 1000), 1, torch.float16), normal((603, 1000), 2, torch.float16)
+    other[200, 5], other[-1, -1] = torch.inf, torch.nan
+    rows = {"a": (0, 200), "b": (200, 201), "c": (201, 201), "d": (201, 603)}
+    save_model(tmp_path / "whole.safetensors", {"x": whole_one})
+    save_model(tmp_path / "same.safetensors", {"x": other})
+    save_model(tmp_path / "parts.safetensors", {name: other[a:b].clone() for name, (a, b) in rows.items()})
+    info = TensorInfo(DTYPES["F16"], (603, 1000))
+    source = Source(info, tuple(Piece(name, 0, b - a) for name, (a, b) in rows.items()))
+    parts = Translated(streammerge.open_model(tmp_path / "parts.safetensors"), {"x": source})
+    made = []
+    for second in (parts, tmp_path / "same.safetensors"):
+        for loops in ("auto", "off"):
+            monkeypatch.setenv("STREAMMERGE_KERNELS", loops)
+            if method == "ties":
+                merged = streammerge.ties(second, base=tmp_path / "whole.safetensors", density=0.5, layout=0)
+            else:
+                merged = getattr(streammerge, method)(tmp_path / "whole.safetensors", second, **SETTINGS[method])
+            made.append(merge_to(tmp_path / "out", merged, io=io, on_nonfinite="warn"))
+    for found in made[1:]:
+        assert_same_bytes(found, made[0])
+
+
+def test_a_merge_of_what_is_joined_needs_no_torch(tmp_path):
+    values = normal((30, 10), 1)
+    save_model(tmp_path / "parts.safetensors", {"a": values[:9].clone(), "b": values[9:].clone()})
+    source = Source(TensorInfo(DTYPES["F32"], (30, 10)), (Piece("a", 0, 9), Piece("b", 0, 21)))
+    parts = Translated(streammerge.open_model(tmp_path / "parts.safetensors"), {"x": source})
+    plan = streammerge.make_plan(streammerge.linear(parts, parts), output=tmp_path / "out.safetensors")
+    assert plan.needs_torch == (kernels() is None)
+    assert torch.equal(merge_to(tmp_path / "out.safetensors", parts)["x"], values)
+
+
+def test_joined_of_what_is_computed_has_no_loops(stored):
+    _, nodes = stored
+    info = TensorInfo(DTYPES["F16"], (531, 1000))
+    doubled: list[Node] = [combine(node.info, (Term(2.0, node),)) for node in nodes]
+    assert is_input(joined(nodes, info))
+    assert not is_input(joined(doubled, info))
+    assert not can_be_compiled(joined(doubled, info))
+    assert list(inputs_of(combine(info, (Term(2.0, one := joined(nodes, info)),)))) == [one]

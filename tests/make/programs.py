@@ -80,7 +80,7 @@ def by_kernels(node: Node, known: dict[int, Any], dtype: torch.dtype, step: int)
     for start in range(0, node.info.elements, step):
         stop = min(start + step, node.info.elements)
         blocks = [
-            memoryview(leaf.file)[start * leaf.info.dtype.bits // 8 : stop * leaf.info.dtype.bits // 8]  # type: ignore[arg-type]
+            memoryview(leaf.file)[start * leaf.info.dtype.bits // 8 : stop * leaf.info.dtype.bits // 8]  # type: ignore[arg-type, union-attr]
             for leaf in program.inputs
         ]
         if program.rows:
@@ -113,7 +113,7 @@ def check(node: ByBlock, *, compute: str | None = None) -> None:
 def operands_of(loops: Kernels, program: Program, start: int, stop: int) -> BlockOperands:
     sizes = [leaf.info.dtype.bits // 8 for leaf in program.inputs]
     pairs = zip(program.inputs, sizes, strict=True)
-    blocks = [memoryview(leaf.file)[start * size : stop * size] for leaf, size in pairs]  # type: ignore[arg-type]
+    blocks = [memoryview(leaf.file)[start * size : stop * size] for leaf, size in pairs]  # type: ignore[arg-type, union-attr]
     return BlockOperands(loops, program, blocks, stop - start, len(blocks), start)
 
 

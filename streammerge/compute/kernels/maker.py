@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from streammerge.compute.costs import piece_elements, row_elements, row_width
-from streammerge.compute.expressions import BLOCK, Applied, ByBlock, ByGram, Node, Stored, applications, stored_leaves
+from streammerge.compute.expressions import BLOCK, Applied, ByBlock, ByGram, Joined, Node, applications, stored_leaves
+from streammerge.compute.inputs import Input, elements_of, inputs_of
 from streammerge.compute.kernels.library import CHUNK, KINDS, LIMITS, Found, kernels
 from streammerge.compute.kernels.program import (
     COMPUTES,
@@ -44,19 +45,21 @@ def maker_bytes(node: Node, info: TensorInfo) -> int:
     """What a maker holds for a tensor, or for neighbours of it: inputs, the stored block, registers, ranks in rows."""
     whole = any(isinstance(part, ByGram | ByBlock) for part in applications(node))
     by_rows = [part for part in applications(node) if isinstance(part, ByBlock) and part.method.needs.rows]
-    elements = min(BLOCK, info.elements) if whole else at_once(list(stored_leaves(node)))
+    inputs = list(inputs_of(node))
+    elements = min(BLOCK, info.elements) if whole else at_once(inputs)
     elements = max([elements, *map(row_elements, by_rows)])
     told = sum(row_elements(part) * 8 * len(part.inputs) + 80 * max(row_width(part), CHUNK) for part in by_rows)
     beside = BLOCK * info.dtype.bits // 8 + registers(node) * CHUNK * 16
-    return elements * element_bytes(stored_leaves(node)) + told + beside
+    read = element_bytes(inputs) + element_bytes([leaf for leaf in inputs if isinstance(leaf, Joined)])
+    return elements * read + told + beside
 
 
-def element_bytes(leaves: Iterator[Stored] | Sequence[Stored]) -> int:
+def element_bytes(leaves: Sequence[Input]) -> int:
     """What an element of every input takes."""
     return sum(leaf.info.dtype.bits // 8 for leaf in leaves)
 
 
-def at_once(leaves: Sequence[Stored]) -> int:
+def at_once(leaves: Sequence[Input]) -> int:
     """How many elements of all inputs are read side by side."""
     return max(min(SPACE // max(element_bytes(leaves), 1) // CHUNK * CHUNK, BLOCK), CHUNK)
 
@@ -118,11 +121,15 @@ class KernelMaker:
             self._measured = node, compute, compiled(node.inputs, compute, known) if has_loops else None
         return self._measured[2]
 
-    def read(self, inputs: Sequence[Stored], start: int, stop: int, *, is_again: bool = False) -> list[memoryview]:
+    def read(self, inputs: Sequence[Input], start: int, stop: int, *, is_again: bool = False) -> list[memoryview]:
         """Elements [start, stop) of every input, as they are stored. What is read again is counted once."""
-        ranges = [leaf.elements(start, stop) for leaf in inputs]
-        self._bytes_read += 0 if is_again else sum(part.stop - part.start for part in ranges)
-        return self.reader.read_all(ranges)
+        ranges = [elements_of(leaf, start, stop) for leaf in inputs]
+        blocks = self.reader.read_all([part for parts in ranges for part in parts])
+        self._bytes_read += 0 if is_again else sum(map(len, blocks))
+        if all(len(parts) == 1 for parts in ranges):
+            return blocks
+        found = iter(blocks)
+        return [_in_a_row([next(found) for _ in parts]) for parts in ranges]
 
     def out(self, nbytes: int) -> memoryview:
         """Memory for what is to be written."""
@@ -154,6 +161,17 @@ class KernelMaker:
     def no_memory_left(self) -> OutOfMemoryError:
         """What there is to say then."""
         return machine_is_full()
+
+
+def _in_a_row(blocks: Sequence[memoryview]) -> memoryview:
+    """Blocks one after the other, in memory of their own; where there is only one, itself."""
+    if len(blocks) == 1:
+        return blocks[0]
+    whole, filled = page_aligned(sum(map(len, blocks))), 0
+    for block in blocks:
+        whole[filled : filled + len(block)] = block
+        filled += len(block)
+    return whole
 
 
 class KernelBlocks:
@@ -199,10 +217,10 @@ class KernelBlocks:
         if found:
             finding.add(finding_of(found, self.wanted.stored))
         if self.program.take_suspicion() or self.suspicious or (found and found.nonfinite):
-            for leaf in stored_leaves(self.wanted.node):  # those too that turned out not to be needed
+            for leaf in inputs_of(self.wanted.node):  # those too that turned out not to be needed
                 (block,) = maker.read([leaf], start, stop)
                 if bad := maker.kernels.nonfinite(block, leaf.info.dtype.name, stop - start):
-                    path = str(leaf.file.path)
+                    path = str(next(stored_leaves(leaf)).file.path)
                     finding.inputs[path] = finding.inputs.get(path, 0) + bad
 
 

@@ -11,7 +11,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from streammerge.compute.costs import piece_elements, slots, target_of
-from streammerge.compute.expressions import ByBlock, ByGram, Combined, Node, Rounded, Stored, Term, applications
+from streammerge.compute.expressions import (
+    ByBlock,
+    ByGram,
+    Combined,
+    Joined,
+    Node,
+    Rounded,
+    Stored,
+    Term,
+    applications,
+)
+from streammerge.compute.inputs import Input, is_input
 from streammerge.compute.kernels.library import CHUNK, KINDS, Found, Question, Step, address
 from streammerge.compute.kernels.magnitudes import Asked, CompiledCounting
 from streammerge.formats.readers import page_aligned
@@ -72,7 +83,7 @@ class Program:
     """
 
     steps: ctypes.Array[Step]
-    inputs: Sequence[Stored]
+    inputs: Sequence[Input]
     registers: int
     compute: str
     piece: int = 1
@@ -118,8 +129,8 @@ def can_be_compiled(node: Node) -> bool:
 
 def _has_steps(node: Node) -> bool:
     match node:
-        case Stored():
-            return node.info.dtype.name in KINDS
+        case Stored() | Joined():
+            return node.info.dtype.name in KINDS and is_input(node)
         case Rounded():
             return node.info.dtype.name in KINDS and _has_steps(node.source)
         case Combined():
@@ -157,7 +168,7 @@ class _Writer:
     def __init__(self, statistics: Mapping[int, Any]) -> None:
         self.statistics = statistics
         self.steps: list[Step] = []
-        self.inputs: list[Stored] = []
+        self.inputs: list[Input] = []
         self.registers = 1
         self.piece = 1
         self.rows: list[int] = []
@@ -166,7 +177,7 @@ class _Writer:
         """The steps that compute the node into this register, with those above it for what is on the way."""
         self.registers = max(self.registers, to + 1)
         match node:
-            case Stored():
+            case Stored() | Joined():
                 self._step(Code.LOAD, to, len(self.inputs), node.info.dtype.name)
                 self.inputs.append(node)
             case Rounded():
@@ -220,7 +231,7 @@ class _Writer:
     def _combine_stored(self, kind: str, terms: Sequence[Term], to: int, *, goes_on: bool) -> None:
         numbers = [float(goes_on), *(term.coefficient for term in terms)]
         self._step(Code.COMBINE, to, len(self.inputs), kind, len(terms), numbers)
-        self.inputs += [term.node for term in terms if isinstance(term.node, Stored)]
+        self.inputs += [term.node for term in terms if is_input(term.node)]
 
     def _step(
         self, code: Code, to: int, source: int, kind: str = "F32", number: float = 0.0, table: Sequence[float] = ()
@@ -230,7 +241,7 @@ class _Writer:
 
 def stored_kind(term: Term) -> str:
     """What the term's elements are in the file, "" if they are not as they lie there."""
-    return term.node.info.dtype.name if isinstance(term.node, Stored) else ""
+    return term.node.info.dtype.name if is_input(term.node) else ""
 
 
 class Kernels:
