@@ -54,7 +54,7 @@ def in_one_naming(models: Mapping[str, Model], layout: str, naming: Naming | Non
     seen, remarks = dict(models), list[str]()
     for name in strangers:
         values = Decoded(models[name])
-        found = recognise(values.tensors)
+        found = None if values.left else recognise(values.tensors)  # codes that nobody can read can't be cut or joined
         reading = read_as(found, known) if found else None
         if found and reading:
             again = _second_names(values, reading)
@@ -67,6 +67,9 @@ def in_one_naming(models: Mapping[str, Model], layout: str, naming: Naming | Non
 def in_naming(model: Model, name: str, naming: Naming) -> Named:
     """A model in another naming; itself if these are its names. PlanError if its names aren't understood."""
     values = Decoded(model)
+    if values.left:
+        told = f"{count(values.left, 'tensor')} {plural(values.left, 'is', 'are')} quantised in a way that streammerge"
+        raise PlanError(f"{name}: {told} can't decode, nor name otherwise", found=sorted(values.left), advice=WITHOUT)
     found = recognise(values.tensors)
     if found is None:
         raise PlanError(f"{name}: its names are none that streammerge knows in several namings", advice=WITHOUT)

@@ -192,6 +192,18 @@ def test_scaled_weights_are_decoded_under_other_names(tmp_path):
     assert_same_bytes(made, expected)
 
 
+def test_codes_that_cannot_be_read_keep_their_names(tmp_path):
+    a = diffusion_model("flux", 1)
+    name = "double_blocks.0.img_attn.qkv.weight"
+    codes = {name: torch.zeros(96, 1, dtype=torch.uint8), f"{name}.absmax": torch.ones(3)}
+    paths = save_models(tmp_path, a=named(a, "diffusers"), c={**a, **codes, f"{name}.quant_map": torch.ones(16)})
+    recipe = {"merge_method": "linear", "models": [str(paths["a"]), str(paths["c"])]}
+    with pytest.raises(PlanError):
+        merge_to(tmp_path / "out", {**recipe, "on_missing": "keep"})
+    with pytest.raises(PlanError, match="3 tensors are quantised in a way that streammerge can't decode, nor name"):
+        merge_to(tmp_path / "out", {"merge_method": "linear", "models": [str(paths["c"])]}, names="diffusers")
+
+
 # ── the output's names ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
