@@ -236,3 +236,24 @@ def test_parts_of_unequal_kinds_are_not_joined():
     name = "transformer_blocks.0.attn.to_k.weight"
     for odd in (diffusers[name].float(), diffusers[name][:4]):
         assert name in known({**diffusers, name: odd}).unnamed("original")
+
+
+def test_what_has_mostly_other_names_is_another_model():
+    """PixArt's blocks are called as Stable Diffusion 3's are, and are others."""
+    names = ["pos_embed.proj.weight", *(f"transformer_blocks.{n}.attn1.to_q.weight" for n in range(9))]
+    assert recognise({name: TensorInfo(DTYPES["F16"], (4, 4)) for name in names}) is None
+    odd = {f"input_blocks.{n}.0.{part}.weight": (4,) for n in range(9) for part in ("in_layers.2", "a", "b")}
+    assert recognise({name: TensorInfo(DTYPES["F16"], shape) for name, shape in odd.items()}) is None
+
+
+def test_a_control_net_is_no_denoiser():
+    for name in ("flux", "sd1"):
+        tensors = named(diffusion_model(name), "diffusers")
+        prefix = "unet." if name == "sd1" else ""
+        net = {**part_of(tensors, prefix), "controlnet_blocks.0.weight": normal((4, 4), 1)}
+        assert [component.role for component in known(net).components] == ["ControlNet"]
+
+
+def test_a_resnet_where_an_attention_is_expected_has_no_name():
+    odd = {**diffusion_model("sd1"), UNET + "middle_block.1.in_layers.0.weight": normal((3,), 1)}
+    assert known(odd).unnamed("diffusers") == (UNET + "middle_block.1.in_layers.0.weight",)

@@ -186,10 +186,12 @@ SD3: Final = Kind(
     "Stable Diffusion 3",
     {
         "ours": r"joint_blocks\.\d+\.(?:x|context)_block\.",
-        "theirs": r"pos_embed\.(?:proj\.|pos_embed$)",
+        "theirs": r"transformer_blocks\.\d+\.norm1_context\.",
     },
     _sd3,
+    unless=r"x_embedder\.(?:weight|bias)|single_transformer_blocks\.|patch_embed\.",
 )
+"""What has its tokens from somewhere else than from a convolution and a table of positions is another model."""
 
 _Z_IMAGE_LAYER: Final[Table] = {
     "attention.qkv": split("attention.to_q", "attention.to_k", "attention.to_v"),

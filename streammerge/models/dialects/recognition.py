@@ -47,8 +47,11 @@ TITLES: Final[Mapping[Role, str]] = {"ControlNet": "ControlNet", "CLIP": "text e
 WITHOUT_MODEL: Final = "embeddings.token_embedding.weight"
 """By this name CLIP's text encoder is known where its names lack `text_model.`."""
 
-CONTROL: Final = ("input_hint_block.", "controlnet_cond_embedding.", "zero_convs.", "controlnet_down_blocks.")
-"""How names start that a ControlNet has and a UNet has not."""
+CONTROL: Final = ("input_hint_block.", "zero_convs.", "controlnet_")
+"""How names start that a ControlNet has, and what it is for has not."""
+
+MOST_UNKNOWN: Final = 0.25
+"""The share of a component's names that the rules may not know: with more of them it is something else."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,7 +225,9 @@ def _component(prefix: str, role: Role | None, tensors: Mapping[str, TensorInfo]
     for kind in dict.fromkeys(kind for kinds in roles.values() for kind in kinds):
         for place in _places(prefix, kind, names):
             own = {place.inner(name): info for name, info in tensors.items()}
-            return Component(_role(role, kind, own), kind, place, own)
+            component = Component(_role(role, kind, own), kind, place, own)
+            if len(component.linking.unknown) <= MOST_UNKNOWN * len(own):
+                return component
     return None
 
 
@@ -241,6 +246,6 @@ def _places(prefix: str, kind: Kind, names: Collection[str]) -> Iterator[Place]:
 def _role(role: Role | None, kind: Kind, names: Collection[str]) -> Role:
     if kind is T5:
         return "T5"
-    if kind is UNET and any(name.startswith(CONTROL) for name in names):
+    if kind in KINDS["denoiser"] and any(name.startswith(CONTROL) for name in names):
         return "ControlNet"
     return next(own for own, kinds in KINDS.items() if kind in kinds) if role is None else role

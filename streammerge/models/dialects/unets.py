@@ -57,10 +57,16 @@ def _blocks(names: Collection[str], side: Side) -> Iterator[Block]:
         yield from _input(n, *divmod(n - 1, levels), is_last=(n - 1) % levels == levels - 1)
         yield Block(f"zero_convs.{n}.0.", f"controlnet_down_blocks.{n}.")
     yield Block("middle_block.0.", "mid_block.resnets.0.", _RESNET)
-    yield Block("middle_block.1.", "mid_block.attentions.0.")
+    yield from _attention("middle_block.1.", "mid_block.attentions.0.")
     yield Block("middle_block.2.", "mid_block.resnets.1.", _RESNET)
     for n in range(_count(names, "output_blocks.") if side == "ours" else _reach(names, "up", levels)):
         yield from _output(n, *divmod(n, levels), names, is_last=n % levels == levels - 1)
+
+
+def _attention(ours: str, theirs: str) -> Iterator[Block]:
+    """What looks at the text, which has the same names in both."""
+    for part in ("norm.", "proj_in.", "proj_out.", "transformer_blocks."):
+        yield Block(ours + part, theirs + part)
 
 
 def _input(n: int, level: int, number: int, *, is_last: bool) -> Iterator[Block]:
@@ -69,13 +75,13 @@ def _input(n: int, level: int, number: int, *, is_last: bool) -> Iterator[Block]
         yield Block(f"input_blocks.{n}.0.op.", f"down_blocks.{level}.downsamplers.0.conv.")
     elif n:
         yield Block(f"input_blocks.{n}.0.", f"down_blocks.{level}.resnets.{number}.", _RESNET)
-        yield Block(f"input_blocks.{n}.1.", f"down_blocks.{level}.attentions.{number}.")
+        yield from _attention(f"input_blocks.{n}.1.", f"down_blocks.{level}.attentions.{number}.")
 
 
 def _output(n: int, level: int, number: int, names: Collection[str], *, is_last: bool) -> Iterator[Block]:
     """A block of the way up; the last of a level has the step to the next behind its attention, if it has one."""
     yield Block(f"output_blocks.{n}.0.", f"up_blocks.{level}.resnets.{number}.", _RESNET)
-    yield Block(f"output_blocks.{n}.1.", f"up_blocks.{level}.attentions.{number}.")
+    yield from _attention(f"output_blocks.{n}.1.", f"up_blocks.{level}.attentions.{number}.")
     if is_last:
         stems = f"output_blocks.{n}.1.norm.", f"up_blocks.{level}.attentions.{number}."
         place = 2 if any(name.startswith(stems) for name in names) else 1
