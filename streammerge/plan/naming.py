@@ -121,6 +121,8 @@ def _remarks(name: str, layout: str, reading: Reading, again: Collection[str]) -
     """`b: UNet, VAE in diffusers' names, read as a's`, and what has no name there."""
     for naming, parts in itertools.groupby(sorted(reading.read, key=_naming), _naming):
         yield f"{name}: {', '.join(part.title for part in parts)} in {naming} names, read as {layout}'s"
+    for part in reading.reshaped:
+        yield f"{name}: {part.title} has matrices for 1×1 convolutions or the reverse, read in {layout}'s shapes"
     if again:
         yield f"{name}: {count(again, 'tensor')} of it {plural(again, 'has', 'have')} a second name, which is left out"
     left = reading.unnamed

@@ -112,7 +112,9 @@ def test_an_attention_of_matrices_is_one_of_convolutions(tmp_path):
         name: tensor[:, :, 0, 0] if "attn_1" in name and tensor.dim() == 4 else tensor for name, tensor in b.items()
     }
     paths = save_models(tmp_path, a=a, b=b, c={name: tensor.contiguous() for name, tensor in flat.items()})
-    mixed = merge_to(tmp_path / "mixed", streammerge.linear(paths["a"], paths["c"]))
+    merged = streammerge.linear(paths["a"], paths["c"])
+    assert merged.remarks == ("1: VAE has matrices for 1×1 convolutions or the reverse, read in 0's shapes",)
+    mixed = merge_to(tmp_path / "mixed", merged)
     assert_same_bytes(mixed, merge_to(tmp_path / "alike", streammerge.linear(paths["a"], paths["b"])))
 
 

@@ -20,25 +20,28 @@ WIDTHS = ("token_embedding.weight", "text_model.embeddings.token_embedding.weigh
 class Reading:
     """A model in the names of another: what of its tensors each tensor is made of, and what is to be told of that.
 
-    `read` are the components that have other names there, or a convolution for a matrix; `unnamed` are tensors of them
-    that have no name there, and keep their own; `second` those of a component that is there under other names, too.
+    `read` are the components that have other names there, `reshaped` those that only have a convolution for a matrix;
+    `unnamed` are tensors that have no name there, and keep their own; `second` those of a component that is there under
+    other names, too.
     """
 
     sources: Mapping[str, Source]
     read: tuple[Component, ...]
+    reshaped: tuple[Component, ...]
     unnamed: tuple[str, ...]
     second: frozenset[str] = frozenset()
 
 
 def read_as(found: Recognised, layout: Recognised) -> Reading | None:
     """What is found of a model in the names of the layout; None if these are its own."""
-    sources, read, unnamed = dict[str, Source](), list[Component](), list[str]()
+    sources, unnamed = dict[str, Source](), list[str]()
+    read, reshaped = list[Component](), list[Component]()
     pairs = list(_pairs(found, layout))
     for own, other in pairs:
         seen = {name: moved(source, own.place.own) for name, source in own.seen(other.side).items()}
         made = {other.place.own(name): _in_shape(source, other.tensors.get(name)) for name, source in seen.items()}
         if any(not source.is_whole(name, found.tensors) for name, source in made.items()):
-            read.append(own)
+            (reshaped if own.place == other.place else read).append(own)
         sources |= made
         unnamed += map(own.place.own, own.unnamed(other.side))
     used = {piece.tensor for source in sources.values() for piece in source.pieces}
@@ -46,9 +49,11 @@ def read_as(found: Recognised, layout: Recognised) -> Reading | None:
         if name not in used:
             sources.setdefault(name, whole(name, info))
     second = frozenset(_second_names(found, [own for own, _ in pairs]))
-    if not read and not second:
+    if not read and not reshaped and not second:
         return None
-    return Reading(sources, tuple(dict.fromkeys(read)), tuple(dict.fromkeys(unnamed)), second)
+    return Reading(
+        sources, tuple(dict.fromkeys(read)), tuple(dict.fromkeys(reshaped)), tuple(dict.fromkeys(unnamed)), second
+    )
 
 
 def _second_names(found: Recognised, paired: Sequence[Component]) -> Iterator[str]:
