@@ -16,6 +16,7 @@ from streammerge.compute.expressions import (
     External,
     Joined,
     Node,
+    Product,
     Rounded,
     Stored,
     Together,
@@ -24,6 +25,7 @@ from streammerge.compute.expressions import (
     children,
     is_computed,
     leaves,
+    surveyed,
     walk,
 )
 from streammerge.methods.place import Target
@@ -47,6 +49,11 @@ def lane_bytes(node: Node, info: TensorInfo, compute: DType) -> int:
             blocks += 0 if part is node else elements
         elif isinstance(part, ByGram):
             blocks += len(part.inputs) * elements * (1 if part.slices is None else 4)  # of slices as float64, at once
+        elif isinstance(part, Product):
+            # whole rows of the product and of what it is made of, and the last that were made
+            rows = product_rows(part)
+            blocks += 2 * rows * part.width + rows * sum(row_of(factor) for factor in part.factors[:-1])
+            blocks += rows * part.inner
         elif isinstance(part, Rounded) or (isinstance(part, Viewed) and not isinstance(part.source, Stored)):
             blocks += elements  # as they are before they are rounded, or put in their place
     widest = max((leaf.info.dtype.bits // 8 for leaf in leaves(node)), default=0)
@@ -72,9 +79,27 @@ def row_elements(node: ByBlock) -> int:
     return min(own + 2 * halo * width, max(node.info.elements, own))
 
 
-def held_bytes(node: Node) -> int:
-    """What is held for as long as the tensor is under way: whole tensors, and statistics of rows."""
-    return sum(_held_by(part) for part in applications(node))
+GRAIN: Final = 2**19
+"""Elements of a product's rows that are made at once, one row at the least. A constant, because what matrices multiply
+to depends, in its last bits, on how many rows there are."""
+
+
+def product_rows(node: Product) -> int:
+    """How many rows of a product are made at once."""
+    return min(max(GRAIN // node.width, 1), max(node.info.elements // node.width, 1))
+
+
+def row_of(factor: Node) -> int:
+    """How many elements a row of a factor has."""
+    return factor.info.elements // factor.info.shape[0]
+
+
+def held_bytes(node: Node, compute: DType = DTYPES["F32"]) -> int:
+    """What is held for as long as the tensor, computed in this dtype, is under way: whole tensors, statistics of rows,
+    factors of products."""
+    products = (part for part in surveyed(node) if isinstance(part, Product))
+    factors = sum(factor.info.elements for part in products for factor in part.factors)
+    return sum(_held_by(part) for part in applications(node)) + factors * compute.bits // 8
 
 
 DECOMPOSING: Final = frozenset({"cuda"})
@@ -162,7 +187,9 @@ def _has_combination(node: Node) -> bool:
     """Whether it is a linear combination, or joined of some, however it is viewed."""
     while isinstance(node, Viewed | Rounded):
         node = node.source
-    return any(map(_has_combination, node.parts)) if isinstance(node, Joined) else isinstance(node, Combined | ByGram)
+    if isinstance(node, Joined):
+        return any(map(_has_combination, node.parts))
+    return isinstance(node, Combined | ByGram | Product)
 
 
 def slots(node: Node) -> int:
@@ -176,7 +203,7 @@ def slots(node: Node) -> int:
             return max(_side_by_side(own), 1 + max(own))
         case ByBlock() | ByWhole():
             return _side_by_side(map(slots, node.inputs))
-        case Viewed() | Joined():
+        case Viewed() | Joined() | Product():
             return 1 + max(map(slots, children(node)))
         case Rounded():
             return slots(node.source)
@@ -189,8 +216,11 @@ def _side_by_side(needed: Iterable[int]) -> int:
 
 
 def piece_elements(node: Node) -> int:
-    """How many elements are computed at once: a block; for a method a piece of one, whole rows, or the whole tensor."""
-    if isinstance(node, ByWhole):
+    """How many elements are computed at once: a block; for a method a piece of one, whole rows, or the whole tensor.
+
+    The factors of a product are looked at once.
+    """
+    if isinstance(node, ByWhole | Product):
         return max(node.info.elements, 1)
     if isinstance(node, ByBlock) and node.method.needs.rows:
         width = max(row_width(node), 1)

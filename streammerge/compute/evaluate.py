@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from streammerge.compute import costs
-from streammerge.compute.costs import piece_elements, row_width, target_of
+from streammerge.compute.costs import piece_elements, product_rows, row_width, target_of
 from streammerge.compute.expressions import (
     BLOCK,
     Applied,
@@ -21,8 +21,10 @@ from streammerge.compute.expressions import (
     External,
     Joined,
     Node,
+    Product,
     Rounded,
     Stored,
+    Surveyed,
     Term,
     Viewed,
 )
@@ -47,6 +49,7 @@ class Evaluator:
         self.statistics = statistics
         self._doubts: list[torch.Tensor] = []
         self._kept: dict[int, tuple[int, torch.Tensor]] = {}
+        self._sent: dict[int, list[torch.Tensor]] = {}
 
     def values(self, node: Node, start: int, stop: int, slot: int = 0) -> torch.Tensor:
         """Elements [start, stop), a block at the most; in this slot, or where they are stored; not to be written to."""
@@ -62,6 +65,8 @@ class Evaluator:
             case Rounded():
                 values = rounded(self.values(node.source, start, stop, slot), torch_dtype(node.info.dtype))
                 return self.lane.slot(slot, stop - start, self.dtype).copy_(values)
+            case Product():
+                return self._by_rows(node, start, stop, slot)
             case Combined():
                 return self._combination(node.terms, start, stop, slot, node.divisor)
             case ByGram():
@@ -81,15 +86,17 @@ class Evaluator:
         doubts, self._doubts = self._doubts, []
         return torch.stack(doubts).sum() if doubts else None
 
-    def measure(self, step: Pass[Any], node: Applied, piece: int, block: int) -> Any:  # noqa: ANN401
+    def measure(self, step: Pass[Any], node: Surveyed, piece: int, block: int) -> Any:  # noqa: ANN401
         """What the pass wants to know of this piece of the node's inputs, which it counts as this block."""
         return step.measure(block, self.inputs(node, piece, step.part))
 
-    def inputs(self, node: Applied, piece: int, part: int | None = None) -> list[torch.Tensor]:
+    def inputs(self, node: Surveyed, piece: int, part: int | None = None) -> list[torch.Tensor]:
         """What the method is given of every input at once: pieces, each in a slot of its own; rows; whole tensors.
 
-        With `part`, no more than so many of the first elements of pieces.
+        With `part`, no more than so many of the first elements of pieces. Of a product it is the factors.
         """
+        if isinstance(node, Product):
+            return [self._matrix(factor, factor.info.shape[0]) for factor in node.factors]
         return self._inputs(node, piece, 0, part)
 
     def _inputs(self, node: Applied, piece: int, slot: int, part: int | None = None) -> list[torch.Tensor]:
@@ -148,6 +155,39 @@ class Evaluator:
             if stop < last:
                 self._kept[id(node)] = piece, made
         return out
+
+    def _matrix(self, node: Node, rows: int) -> torch.Tensor:
+        """The whole tensor, as a matrix."""
+        return self.copy(node, 0, node.info.elements).view(rows, -1)
+
+    def _by_rows(self, node: Product, start: int, stop: int, slot: int) -> torch.Tensor:
+        """Cut from the rows that it touches, which are made so many at a time whatever is asked for."""
+        step = product_rows(node) * node.width
+        out = self.lane.slot(slot, stop - start, self.dtype)
+        for grain in range(start // step, -(-stop // step)):
+            kept, made = self._kept.pop(id(node), (-1, out))
+            if kept != grain:
+                made = self._multiplied(node, grain, slot + 1)
+            first, last = grain * step, grain * step + made.numel()
+            out[max(start, first) - start : min(stop, last) - start] = made[max(start, first) - first : stop - first]
+            if stop < last:
+                self._kept[id(node)] = grain, made
+        return out
+
+    def _multiplied(self, node: Product, grain: int, slot: int) -> torch.Tensor:
+        """So many rows of `left`, times one factor after the other, flattened."""
+        rows = product_rows(node)
+        first, last = grain * rows, min((grain + 1) * rows, node.info.elements // node.width)
+        made = self.copy(node.left, first * node.inner, last * node.inner, slot).view(last - first, node.inner)
+        for factor in self._factors(node):
+            made = made @ factor
+        return made.reshape(-1)
+
+    def _factors(self, node: Product) -> Sequence[torch.Tensor]:
+        """The product's factors where they are multiplied: sent there once."""
+        if id(node) not in self._sent:
+            self._sent[id(node)] = [factor.to(self.lane.device) for factor in self.statistics[id(node)]]
+        return self._sent[id(node)]
 
     def _by_gram(self, node: ByGram, start: int, stop: int, slot: int) -> torch.Tensor:
         coefficients = self.statistics[id(node)]

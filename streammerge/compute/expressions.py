@@ -88,6 +88,31 @@ class Rounded:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Product:
+    """A product of matrices, `left` · factors₀ · factors₁ · …, of which only the factors are held as wholes.
+
+    A factor is a matrix whose rows lie along its first dimension, and `left` one whose rows are as long as the first
+    factor has rows. No factor is empty. The product's flat elements are those of a tensor of the shape
+    that `info` says: so a convolution's kernels are rows, and a low-rank difference of them is one product.
+    """
+
+    info: TensorInfo
+    left: Node
+    factors: tuple[Node, ...]
+
+    @property
+    def inner(self) -> int:
+        """How many elements a row of `left` has."""
+        return self.factors[0].info.shape[0]
+
+    @property
+    def width(self) -> int:
+        """How many elements a row of the product has."""
+        last = self.factors[-1].info
+        return last.elements // last.shape[0]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class External:
     """A tensor of a model that is not ours and can only be asked to read itself."""
 
@@ -182,11 +207,15 @@ ModelStatistics = dict[Together, Any]
 merge, or reads from one, holds them and hands them on."""
 
 
-Node = Stored | Viewed | Joined | Rounded | External | Combined | ByGram | ByBlock | ByWhole
+Node = Stored | Viewed | Joined | Rounded | Product | External | Combined | ByGram | ByBlock | ByWhole
 
 
 Applied = ByGram | ByBlock | ByWhole
 """A method applied to inputs, of which something must be known before a block can be computed."""
+
+
+Surveyed = Applied | Product
+"""What may have to be gone over, or held, before a block of it can be computed."""
 
 
 def combine(info: TensorInfo, terms: tuple[Term, ...], divisor: float = 1.0) -> Combined:
@@ -249,6 +278,8 @@ def children(node: Node) -> tuple[Node, ...]:
             return node.parts
         case Rounded():
             return (node.source,)
+        case Product():
+            return (node.left, *node.factors)
         case _:
             return ()
 
@@ -293,6 +324,11 @@ def applications(node: Node) -> Iterator[Applied]:
     return (part for part in walk(node) if isinstance(part, Applied))
 
 
+def surveyed(node: Node) -> Iterator[Surveyed]:
+    """What in the tree has to be gone over, or held, before a block can be computed; children before parents."""
+    return (part for part in walk(node) if isinstance(part, Surveyed))
+
+
 def measured_together(node: Node) -> Iterator[tuple[ByBlock, Together]]:
     """What in the tree has its statistics taken with other tensors, and with which."""
     for part in walk(node):
@@ -302,7 +338,7 @@ def measured_together(node: Node) -> Iterator[tuple[ByBlock, Together]]:
 
 def is_merged(node: Node) -> bool:
     """Whether tensors are merged in it, be it one with itself: it is more than read, viewed or rounded."""
-    return any(isinstance(part, Combined | Applied) for part in walk(node))
+    return any(isinstance(part, Combined | Applied | Product) for part in walk(node))
 
 
 def is_measured_of_model(node: Node) -> TypeGuard[ByBlock]:
@@ -312,7 +348,7 @@ def is_measured_of_model(node: Node) -> TypeGuard[ByBlock]:
 
 def is_computed(node: Node) -> bool:
     """Whether its elements are more than stored ones: there is arithmetic or rounding on their way."""
-    return any(isinstance(part, Combined | Applied | Rounded) for part in walk(node))
+    return any(isinstance(part, Combined | Applied | Rounded | Product) for part in walk(node))
 
 
 def rounded(node: Node, info: TensorInfo) -> Node:

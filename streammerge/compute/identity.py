@@ -16,6 +16,7 @@ from streammerge.compute.expressions import (
     Job,
     Joined,
     Node,
+    Product,
     Rounded,
     Stored,
     Together,
@@ -53,6 +54,8 @@ def kind_of(node: Node) -> Hashable:
             return "joined", own, *map(kind_of, parts)
         case Rounded():
             return "rounded", own, kind_of(node.source)
+        case Product(left=left, factors=factors):
+            return "product", own, kind_of(left), *map(kind_of, factors)
     together = id(node.together) if isinstance(node, ByBlock) and node.together is not None else 0
     parameters = tuple(node.parameters.items())
     return id(node.method), own, together, parameters, *map(kind_of, node.inputs)
@@ -91,6 +94,8 @@ class Describer:
                 return ["joined", info, [self.node(part) for part in node.parts]]
             case Rounded():
                 return ["rounded", info, self.node(node.source)]
+            case Product():
+                return ["product", info, self.node(node.left), *map(self.node, node.factors)]
             case Combined():
                 terms = [[term.coefficient.hex(), self.node(term.node)] for term in node.terms]
                 return ["combined", info, node.divisor.hex(), terms]

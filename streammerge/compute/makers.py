@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from streammerge.compute.expressions import Applied, Node
+from streammerge.compute.expressions import Node, Surveyed
 from streammerge.errors import OutOfMemoryError
 from streammerge.methods.statistics.passes import Pass
 from streammerge.report import Finding
@@ -19,7 +19,7 @@ from streammerge.tensors import DType
 
 Statistics = Mapping[int, Any]
 """What is known of whole tensors: by the `id` of a ByGram node its coefficients, of a ByBlock node its statistics, of a
-ByWhole node the tensor itself."""
+ByWhole node the tensor itself, of a Product its factors."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,7 +67,7 @@ class Measurer(Protocol):
         """See above."""
         ...
 
-    def measure(self, step: Pass[Any], node: Applied, piece: int, block: int) -> Any:  # noqa: ANN401
+    def measure(self, step: Pass[Any], node: Surveyed, piece: int, block: int) -> Any:  # noqa: ANN401
         """What the pass wants to know of this piece of the node's inputs, which it counts as this block."""
         ...
 

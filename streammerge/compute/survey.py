@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from streammerge.compute.costs import compute_dtype, piece_count, piece_elements, target_of, together_blocks
 from streammerge.compute.expressions import (
-    Applied,
     ByBlock,
     ByGram,
     ByWhole,
     ModelStatistics,
     Node,
+    Product,
+    Surveyed,
     Together,
-    applications,
     measured_together,
+    surveyed,
 )
 from streammerge.compute.makers import Maker
 from streammerge.errors import MethodError
@@ -40,13 +41,13 @@ class Survey:
 
     def __init__(self, root: Node, compute: DType = DTYPES["F32"], measured: ModelStatistics | None = None) -> None:
         self.compute = compute
-        applied = {id(node): node for node in applications(root)}
+        applied = {id(node): node for node in surveyed(root)}
         before = measured or {}
         self.known: dict[int, Any] = {
             id(node): before[together] for node, together in measured_together(root) if together in before
         }
         self.waiting = [node for key, node in applied.items() if key not in self.known]
-        self.passes: dict[int, tuple[Applied, Pass[Any]]] = {}
+        self.passes: dict[int, tuple[Surveyed, Pass[Any]]] = {}
         self.suspicious = False
         self._start_ready()
 
@@ -105,7 +106,7 @@ class Survey:
                 self.waiting.remove(node)
                 self._take(node, _first_step(node, wide=self.compute.bits == 64))
 
-    def _take(self, node: Applied, outcome: Any) -> None:  # noqa: ANN401
+    def _take(self, node: Surveyed, outcome: Any) -> None:  # noqa: ANN401
         """Note a pass's outcome: another pass, or a result."""
         if isinstance(outcome, Pass):
             self.passes[id(node)] = node, outcome
@@ -116,7 +117,7 @@ class Survey:
             self.known[id(node)] = outcome
 
 
-def _first_step(node: Applied, *, wide: bool) -> Any:  # noqa: ANN401  (a pass, or a result)
+def _first_step(node: Surveyed, *, wide: bool) -> Any:  # noqa: ANN401  (a pass, or a result)
     match node:
         case ByGram():
             slices, count = node.slices, len(node.inputs)
@@ -125,6 +126,8 @@ def _first_step(node: Applied, *, wide: bool) -> Any:  # noqa: ANN401  (a pass, 
             return SliceGramPass(Slicing.of(node.info.shape, slices), count, piece_elements(node))
         case ByWhole():
             return WholePass(node) if node.info.elements else _nothing()
+        case Product():
+            return FactorsPass() if node.info.elements else ()
         case ByBlock(together=Together()):
             raise RuntimeError("statistics of a whole model have to be taken before those of its tensors")
         case ByBlock():
@@ -157,7 +160,26 @@ def _coefficients(node: ByGram, found: Gram | SliceGrams) -> Any:  # noqa: ANN40
 
 
 def _measured_below(node: Node) -> Iterator[Node]:
-    return (part for part in applications(node) if part is not node)
+    return (part for part in surveyed(node) if part is not node)
+
+
+class FactorsPass(Pass["tuple[torch.Tensor, ...]"]):
+    """A pass that takes in the factors of a product, whole: what is to be held while rows are multiplied by them."""
+
+    def __init__(self) -> None:
+        self.factors: tuple[torch.Tensor, ...] = ()
+
+    def measure(self, block: int, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The factors, in main memory, where every lane may use them."""
+        return tuple(factor.cpu() for factor in inputs)
+
+    def add(self, block: int, measured: tuple[torch.Tensor, ...]) -> None:
+        """Keep them."""
+        self.factors = measured
+
+    def finish(self) -> tuple[torch.Tensor, ...]:
+        """They."""
+        return self.factors
 
 
 class WholePass(Pass["torch.Tensor"]):

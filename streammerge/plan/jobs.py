@@ -64,7 +64,7 @@ class Kind:
             is_by_kernels,
             _maker_bytes(node, info, compute, is_compiled=is_by_kernels),
             0 if options.device == "cpu" else costs.pinned_bytes(node, info),
-            costs.held_bytes(node),
+            costs.held_bytes(node, compute or info.dtype),
             costs.card_bytes(node),
             costs.bytes_read(node),
             costs.passes(node),

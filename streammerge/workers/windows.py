@@ -166,7 +166,7 @@ class MergeWork(Work):
         survey = Survey(job.node, job.compute, measured)
         super().__init__(job.name, job.node, job.compute, ledger, survey)
         self.job, self.sink, self.ledger = job, sink, ledger
-        self.held_bytes = held_bytes(job.node)
+        self.held_bytes = held_bytes(job.node, job.compute)
         self.least = least_step(job.node)
         stored = job.info.dtype
         self.wanted = Wanted(job.node, job.compute, stored, unscaled=stored.bits == 8 and has_scales(job.node))

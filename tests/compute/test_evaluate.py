@@ -17,7 +17,7 @@ import streammerge.models.merged
 from streammerge.compute import costs
 from streammerge.compute import evaluate as compute
 from streammerge.compute.application import apply_method
-from streammerge.compute.expressions import ByBlock, External, Node, Stored, Term, Viewed, combine, rounded
+from streammerge.compute.expressions import Applied, ByBlock, External, Node, Stored, Term, Viewed, combine, rounded
 from streammerge.compute.lanes import Lane, torch_dtype
 from streammerge.compute.reading import read_range, read_stored
 from streammerge.compute.survey import Survey
@@ -247,7 +247,7 @@ def run_survey(node: Node) -> list[set[str]]:
     """Carry out the survey of a one-block tensor: which names were measured in each pass."""
     survey, passes, maker = Survey(node, DTYPES["F64"]), [], TensorMaker(Lane(PositionalReader()))
     while not survey.complete:
-        names = {entry.method.name for entry, _ in survey.passes.values()}
+        names = {entry.method.name for entry, _ in survey.passes.values() if isinstance(entry, Applied)}
         survey.add(0, survey.measure(maker, 0))
         survey.finish_pass()
         passes.append(names)

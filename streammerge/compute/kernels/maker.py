@@ -9,7 +9,18 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from streammerge.compute.costs import piece_elements, row_elements, row_width
-from streammerge.compute.expressions import BLOCK, Applied, ByBlock, ByGram, Joined, Node, applications, stored_leaves
+from streammerge.compute.expressions import (
+    BLOCK,
+    Applied,
+    ByBlock,
+    ByGram,
+    Joined,
+    Node,
+    Product,
+    Surveyed,
+    applications,
+    stored_leaves,
+)
 from streammerge.compute.inputs import Input, elements_of, inputs_of
 from streammerge.compute.kernels.library import CHUNK, KINDS, LIMITS, Found, kernels
 from streammerge.compute.kernels.program import (
@@ -242,14 +253,15 @@ class KernelMeasurer:
         self.known = known
         self.suspicious = False
 
-    def measure(self, step: Pass[Any], node: Applied, piece: int, block: int) -> Any:  # noqa: ANN401
+    def measure(self, step: Pass[Any], node: Surveyed, piece: int, block: int) -> Any:  # noqa: ANN401
         """What the pass wants to know of this piece of the node's inputs, which it counts as this block."""
-        program, size = self.maker.program(node, self.compute, self.known), piece_elements(node)
-        if program is None:
+        program = None if isinstance(node, Product) else self.maker.program(node, self.compute, self.known)
+        if program is None or isinstance(node, Product):
             measurer = self.maker.by_torch.measurer(self.compute, self.known)
             measured = measurer.measure(step, node, piece, block)
             self.suspicious |= measurer.suspicious
             return measured
+        size = piece_elements(node)
         start, stop = piece * size, min((piece + 1) * size, node.info.elements)
         stop = min(start + step.part, stop) if step.part else stop
         blocks = self.maker.read(program.inputs, start, stop)
