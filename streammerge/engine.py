@@ -320,6 +320,7 @@ def report_of(
         inputs=[InputFile(str(file.path), file.nbytes) for file in plan.inputs],
         hashes=hashes_by_file(plan, hashes),
         stale_hashes="" if hashes else stale_sidecar(plan.output),
+        adapters=[account.to_json() for account in plan.merged.accounts],
         version=__version__,
     )
 

@@ -25,7 +25,8 @@ class InputFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """The outcome of a merge. Sizes are in bytes, times in seconds; `findings` are what is wrong, by tensor.
+    """The outcome of a merge. Sizes are in bytes, times in seconds; `findings` are what is wrong, by tensor, `adapters`
+    what became of each of them.
     `stale_hashes` is a file of hashes that is not of this output, `resumed_bytes` what an interrupted run had put on
     the disk; no `threads` were at work if that was all.
 
@@ -60,6 +61,7 @@ class Report:
     hashes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     stale_hashes: str = ""
     resumed_bytes: int = 0
+    adapters: Sequence[Mapping[str, Any]] = ()
 
     @property
     def nonfinite(self) -> Mapping[str, int]:
@@ -93,6 +95,7 @@ class Report:
             "threads": self.threads,
             "io": self.io,
             "loops": self.loops,
+            **({"adapters": list(self.adapters)} if self.adapters else {}),
             "inputs": [{"path": file.path, "bytes": file.nbytes} for file in self.inputs],
             "hashes": {path: dict(found) for path, found in self.hashes.items()},
             "version": self.version,
@@ -104,6 +107,7 @@ class Report:
         rows = [
             ("output", ", ".join(self.output[:2]) + more),
             ("tensors", f"{self.merged:,} merged, {self.copied:,} copied, {self.dropped:,} dropped"),
+            *((f"adapter {one['adapter']}", self._adapted(one)) for one in self.adapters),
             *(self._rows_of_work() if self.threads else [("time", f"{self.seconds['total']:.1f} s")]),
         ]
         rows += [("sha256", found["sha256"]) for found in list(self.hashes.values())[:1] if len(self.hashes) == 1]
@@ -124,6 +128,11 @@ class Report:
             ("peak RAM", f"{format_size(self.peak_rss_bytes)}, {self._above}"),
             ("run on", ", ".join(filter(None, (self.device, f"{self.threads} threads", self.io, self.loops)))),
         ]
+
+    @staticmethod
+    def _adapted(account: Mapping[str, Any]) -> str:
+        """How much of an adapter is in the output."""
+        return f"{account['applied']:,} of {account['modules']:,} modules applied to {account['model']}"
 
     @property
     def _above(self) -> str:

@@ -20,6 +20,7 @@ def new_parser(command: str, usage: str | None, description: str | None) -> argp
 
 def add_merge_arguments(parser: argparse.ArgumentParser, *, output: bool = True) -> None:
     """What merge, plan and verify have in common."""
+    parser.set_defaults(bakes=False)
     parser.add_argument(
         "models", nargs="*", type=not_empty, metavar="RECIPE.yaml | MODEL[:WEIGHT] | NAME=MODEL[:WEIGHT]"
     )

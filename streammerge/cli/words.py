@@ -28,6 +28,9 @@ def as_typed(arguments: argparse.Namespace) -> Recipe:
     """What to merge: a recipe file, a packaged recipe, or models; options change the recipe's keys."""
     words: list[str] = arguments.models
     first = Path(words[0]) if words else None
+    if arguments.bakes:
+        recipe = parse_recipe(_changed(_recipe_of_baking(words, arguments), arguments), Path(), strict=True)
+        return _with_effect(recipe, arguments)
     if arguments.recipe is not None:
         raw, folder, bound = packaged_recipe(arguments.recipe), Path(), words
     elif first is not None and first.suffix.lower() in RECIPE_SUFFIXES:
@@ -86,6 +89,23 @@ def _recipe_of_models(words: list[str]) -> dict[str, Any]:
     if not words:
         raise RecipeError("there is nothing to merge", advice="Name a recipe or models; see streammerge --help.")
     return {"merge_method": "linear", "models": [_model_entry(word) for word in words]}
+
+
+def _recipe_of_baking(words: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
+    """A recipe's values from MODEL ADAPTER[:WEIGHT] …"""
+    without = {"-m": arguments.method, "--base": arguments.base, "--recipe": arguments.recipe}
+    for option, value in (*without.items(), ("-p", arguments.parameter)):
+        if value:
+            raise RecipeError(f"{option} has no meaning for bake", advice="Leave it out, or write a recipe.")
+    if len(words) < 2:
+        raise RecipeError("bake takes a model, and one adapter or more", advice="streammerge bake MODEL ADAPTER -o OUT")
+    model, adapters = _model_entry(words[0]), list[dict[str, Any]]()
+    if "parameters" in model:
+        raise RecipeError(f"{words[0]}: the model that adapters are put into has no weight", advice="Leave it out.")
+    for word in words[1:]:
+        entry = _model_entry(word)
+        adapters.append({"adapter": entry.pop("model"), **entry})
+    return {"merge_method": "linear", "models": [{**model, "adapters": adapters}]}
 
 
 def _model_entry(word: str) -> dict[str, Any]:

@@ -50,10 +50,8 @@ def lane_bytes(node: Node, info: TensorInfo, compute: DType) -> int:
         elif isinstance(part, ByGram):
             blocks += len(part.inputs) * elements * (1 if part.slices is None else 4)  # of slices as float64, at once
         elif isinstance(part, Product):
-            # whole rows of the product and of what it is made of, and the last that were made
-            rows = product_rows(part)
-            blocks += 2 * rows * part.width + rows * sum(row_of(factor) for factor in part.factors[:-1])
-            blocks += rows * part.inner
+            # whole rows of the product, and of what it is made of
+            blocks += product_rows(part) * (part.width + part.inner + sum(map(row_of, part.factors[:-1])))
         elif isinstance(part, Rounded) or (isinstance(part, Viewed) and not isinstance(part.source, Stored)):
             blocks += elements  # as they are before they are rounded, or put in their place
     widest = max((leaf.info.dtype.bits // 8 for leaf in leaves(node)), default=0)
@@ -79,14 +77,19 @@ def row_elements(node: ByBlock) -> int:
     return min(own + 2 * halo * width, max(node.info.elements, own))
 
 
-GRAIN: Final = 2**19
-"""Elements of a product's rows that are made at once, one row at the least. A constant, because what matrices multiply
-to depends, in its last bits, on how many rows there are."""
+GRAIN: Final = 2
+"""Of so many blocks the rows of a product are made at once. A constant, because what matrices multiply to depends, in
+its last bits, on how many rows there are; a power of two, for windows to begin where rows do."""
+
+
+def block_rows(node: Product) -> int:
+    """How many rows of a product make a block, one at the least."""
+    return max(BLOCK // node.width, 1)
 
 
 def product_rows(node: Product) -> int:
     """How many rows of a product are made at once."""
-    return min(max(GRAIN // node.width, 1), max(node.info.elements // node.width, 1))
+    return min(GRAIN * block_rows(node), max(node.info.elements // node.width, 1))
 
 
 def row_of(factor: Node) -> int:
@@ -276,8 +279,12 @@ WINDOW_BYTES: Final = 32 << 20
 
 
 def write_step(node: Node) -> int:
-    """How many elements are written at once: what a method makes at once, else a block."""
-    return piece_elements(node) if isinstance(node, ByBlock) and not node.method.needs.rows else BLOCK
+    """How many elements are written at once: what a method makes at once, else a block, of whole rows of a product."""
+    if isinstance(node, ByBlock) and not node.method.needs.rows:
+        return piece_elements(node)
+    products = (part for part in walk(node) if isinstance(part, Product) and part.info.elements == node.info.elements)
+    width = next((part.width for part in products), 1)
+    return BLOCK // width * width or BLOCK
 
 
 LEAST_STEP: Final = 2**13

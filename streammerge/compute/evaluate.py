@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 import torch
 
@@ -34,6 +34,9 @@ from streammerge.compute.makers import Statistics
 from streammerge.compute.rounding import rounded
 from streammerge.methods.statistics.passes import Pass
 from streammerge.methods.statistics.slices import Slicing
+
+GRAINS: Final = 1000
+"""The first of a lane's slots that are rooms of products, which keep what is in them while others are computed."""
 
 
 class Evaluator:
@@ -158,36 +161,48 @@ class Evaluator:
 
     def _matrix(self, node: Node, rows: int) -> torch.Tensor:
         """The whole tensor, as a matrix."""
-        return self.copy(node, 0, node.info.elements).view(rows, -1)
+        room = self.lane.allocate(node.info.elements, self.dtype)
+        return self.copy(node, 0, node.info.elements, 0, room).view(rows, -1)
 
     def _by_rows(self, node: Product, start: int, stop: int, slot: int) -> torch.Tensor:
         """Cut from the rows that it touches, which are made so many at a time whatever is asked for."""
         step = product_rows(node) * node.width
+        if start // step == (stop - 1) // step:
+            made = self._grain(node, start // step, slot + 1)
+            return made[start % step : start % step + stop - start]
         out = self.lane.slot(slot, stop - start, self.dtype)
         for grain in range(start // step, -(-stop // step)):
-            kept, made = self._kept.pop(id(node), (-1, out))
-            if kept != grain:
-                made = self._multiplied(node, grain, slot + 1)
-            first, last = grain * step, grain * step + made.numel()
-            out[max(start, first) - start : min(stop, last) - start] = made[max(start, first) - first : stop - first]
-            if stop < last:
-                self._kept[id(node)] = grain, made
+            made, first = self._grain(node, grain, slot + 1), grain * step
+            begin, end = max(start, first), min(stop, first + made.numel())
+            out[begin - start : end - start] = made[begin - first : end - first]
         return out
 
+    def _grain(self, node: Product, grain: int, slot: int) -> torch.Tensor:
+        """So many rows of a product, flattened: kept until others are wanted, for the next range begins in them."""
+        kept, made = self._kept.get(id(node), (-1, None))
+        if kept != grain or made is None:
+            made = self._multiplied(node, grain, slot)
+            self._kept[id(node)] = grain, made
+        return made
+
     def _multiplied(self, node: Product, grain: int, slot: int) -> torch.Tensor:
-        """So many rows of `left`, times one factor after the other, flattened."""
+        """So many rows of `left`, times one factor after the other, in room of the product's own."""
+        place = GRAINS + 2 * list(self._factors_of(node)).index(id(node))
         rows = product_rows(node)
         first, last = grain * rows, min((grain + 1) * rows, node.info.elements // node.width)
-        made = self.copy(node.left, first * node.inner, last * node.inner, slot).view(last - first, node.inner)
-        for factor in self._factors(node):
-            made = made @ factor
-        return made.reshape(-1)
+        left = self.lane.slot(place, (last - first) * node.inner, self.dtype)
+        made = self.copy(node.left, first * node.inner, last * node.inner, slot, left).view(last - first, node.inner)
+        *factors, factor = self._factors_of(node)[id(node)]
+        for other in factors:
+            made = made @ other
+        out = self.lane.slot(place + 1, (last - first) * node.width, self.dtype)
+        return torch.mm(made, factor, out=out.view(last - first, node.width)).view(-1)
 
-    def _factors(self, node: Product) -> Sequence[torch.Tensor]:
-        """The product's factors where they are multiplied: sent there once."""
+    def _factors_of(self, node: Product) -> Mapping[int, Sequence[torch.Tensor]]:
+        """The factors of products by their `id`, this one's among them, where they are multiplied: sent there once."""
         if id(node) not in self._sent:
             self._sent[id(node)] = [factor.to(self.lane.device) for factor in self.statistics[id(node)]]
-        return self._sent[id(node)]
+        return self._sent
 
     def _by_gram(self, node: ByGram, start: int, stop: int, slot: int) -> torch.Tensor:
         coefficients = self.statistics[id(node)]
@@ -243,9 +258,9 @@ class Evaluator:
             filled += last - first
         return out
 
-    def copy(self, node: Node, start: int, stop: int, slot: int = 0) -> torch.Tensor:
-        """Any flat range, of any length, block by block: the caller's own."""
-        out = torch.empty(stop - start, dtype=self.dtype, device=self.lane.device)
+    def copy(self, node: Node, start: int, stop: int, slot: int = 0, room: torch.Tensor | None = None) -> torch.Tensor:
+        """Any flat range, of any length, block by block: the caller's own, in this room if there is some for it."""
+        out = torch.empty(stop - start, dtype=self.dtype, device=self.lane.device) if room is None else room
         while start < stop:
             end = min((start // BLOCK + 1) * BLOCK, stop)
             out[start - stop : end - stop or None] = self.values(node, start, end, slot)

@@ -351,6 +351,14 @@ def is_computed(node: Node) -> bool:
     return any(isinstance(part, Combined | Applied | Rounded | Product) for part in walk(node))
 
 
+def is_only(node: Node, part: Node) -> bool:
+    """Whether it is a combination of one tensor alone, as it is: of this one."""
+    match node:
+        case Combined(terms=(Term(coefficient=1, node=only),), divisor=1):
+            return _identity(only) == _identity(part)
+    return False
+
+
 def rounded(node: Node, info: TensorInfo) -> Node:
     """The tensor as a file would hold it that stores it so: itself if that is how its elements are stored already."""
     is_exact = node.info.dtype == info.dtype and not is_computed(node)

@@ -40,7 +40,7 @@ class Lane:
         buffer = self._slots.get((slot, dtype))
         if buffer is None or buffer.numel() < elements:
             usual = min(self.room, PIECE if elements <= PIECE else BLOCK)
-            buffer = self._slots[slot, dtype] = self._allocate(max(elements, usual), dtype)
+            buffer = self._slots[slot, dtype] = self.allocate(max(elements, usual), dtype)
         return buffer[:elements]
 
     def make_room(self, elements: int) -> None:
@@ -50,7 +50,7 @@ class Lane:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _allocate(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
+    def allocate(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
         """A buffer that is made once: in pages of its own on the CPU, so that it leaves no holes in the heap."""
         if self.device.type == "cpu":
             return torch.frombuffer(page_aligned(elements * dtype.itemsize), dtype=dtype)

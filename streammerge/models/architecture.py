@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from streammerge.models.adapters import adapter_text
+from streammerge.models.adapters.recognition import adapter_text
 from streammerge.tensors import TensorInfo
 
 UNKNOWN: Final = "unknown"

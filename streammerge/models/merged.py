@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from streammerge.compute.expressions import ModelStatistics, Node, stored_leaves, unrounded
 from streammerge.formats.files import ByteFile
 from streammerge.formats.tables import Column
+from streammerge.models.adapters.adapted import Account
 from streammerge.models.decisions import Decision, Decisions, Expressions
 from streammerge.models.extent import Extent
 from streammerge.models.layers import Layers, layers_of
@@ -28,9 +29,9 @@ class Merged:
 
     Per input, `left_out` are its tensors that the layout doesn't have, `lacking` the layout's that it doesn't have.
     Inputs of an input that is a merge itself count too, as `inner/model`. `kept_bytes` is what is kept in memory of
-    quantised weights and of other names. `remarks` are what the user should know of the recipe, `layout` is the model
-    whose tensors the merge has, and `extent` how much has been planned for it. What reading from it measures of the
-    whole model is kept for the next time.
+    quantised weights, of other names and of adapters. `remarks` are what the user should know of the recipe, `layout`
+    is the model whose tensors the merge has, `extent` how much has been planned for it, and `accounts` what became of
+    adapters. What reading from it measures of the whole model is kept for the next time.
     """
 
     decisions: Decisions
@@ -40,6 +41,7 @@ class Merged:
     remarks: tuple[str, ...] = ()
     layout: Model | None = None
     extent: Extent = field(default_factory=Extent)
+    accounts: tuple[Account, ...] = ()
     _measured: ModelStatistics = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @functools.cached_property

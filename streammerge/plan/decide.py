@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from streammerge.compute.application import apply_method
-from streammerge.compute.expressions import Node
+from streammerge.compute.expressions import Node, is_only
 from streammerge.methods import find_method
 from streammerge.methods.place import Within
 from streammerge.methods.registry import Method
-from streammerge.models.adapters import refuse_adapters
+from streammerge.models.adapters.adapted import Adapted
+from streammerge.models.adapters.recognition import refuse_adapters
 from streammerge.models.codes import Quantised, may_be_weights
 from streammerge.models.decisions import Decision, Decisions
 from streammerge.models.dialects import Naming
@@ -250,8 +251,22 @@ class _Resolution:
         parameters, seed = self.tuning.values(name, rule), self.recipe.seed or 0
         nodes = [fitting.nodes[model] for model in self.input_names]  # one may be given twice: as the base, too
         node = apply_method(self.method, output, parameters, nodes, name, seed, self.within)
+        changing = self._adapters_of(name)
+        if self.is_baking and not changing and is_only(node, nodes[0]):
+            return self._copy(name, self.layout_name, "no adapter changes it", dtype)
         node, why = self._placed(name, self.ensemble.joined(node), output.dtype), f"{self.method.name}{fitting.why}"
+        why += f", with {' and '.join(changing)}" if changing else ""
         return Decision(name, "merged", why, node.info, node, parameters, self.tuning.block(name, rule))
+
+    @functools.cached_property
+    def is_baking(self) -> bool:
+        """Whether one model is made, of itself and of adapters."""
+        return len(self.input_names) == 1 and isinstance(self.models[self.input_names[0]], Adapted)
+
+    def _adapters_of(self, name: str) -> list[str]:
+        """The adapters of any input that change a tensor."""
+        adapted = (model for model in map(self.models.get, self.input_names) if isinstance(model, Adapted))
+        return list(dict.fromkeys(adapter for model in adapted for adapter in model.adapters_of(name)))
 
     def _placed(self, name: str, node: Node, dtype: DType) -> Node:
         """The tensor in the layout's shape: what it doesn't reach is the layout's."""

@@ -24,11 +24,12 @@ from streammerge.models.checkpoints import Checkpoint, open_model
 from streammerge.models.dialects import Naming
 from streammerge.models.extent import check_steps
 from streammerge.models.merged import Merged
+from streammerge.plan.adapting import told_of, with_adapters
 from streammerge.plan.decide import merge_models
 from streammerge.plan.plan import Plan
 from streammerge.recipe.metadata import LICENCES, MERGED_FROM, Hashes, carried_metadata, recipe_metadata
 from streammerge.recipe.options import Options
-from streammerge.recipe.recipe import Recipe
+from streammerge.recipe.recipe import Input, Recipe
 from streammerge.tensors import Model
 
 NESTED: Final = "Options are for the outer recipe: write them in this one, as keys (on_missing: keep) and rules."
@@ -65,16 +66,21 @@ class OpenInputs:
 
         Nested recipes that are equal are gone through once, unless random numbers have to differ.
         """
+        drop = recipe.on_missing == "drop"
         models = {
-            entry.name: self._nested(entry.name, seeded(entry.source, recipe.seed), (*within, place))
-            if isinstance(entry.source, Recipe)
-            else self.open(entry.source, entry.entry)
+            entry.name: with_adapters(entry, self._input(entry, recipe, (*within, place)), self.open, drop=drop)
             for place, entry in recipe.by_place.items()
         }
-        merged = merge_models(recipe, models, within, naming)
+        merged = told_of(merge_models(recipe, models, within, naming), models)
         self.steps += merged.extent.own
         check_steps(self.steps)
         return merged
+
+    def _input(self, entry: Input, recipe: Recipe, within: Within) -> Model:
+        """An input's model, without the adapters that it may have."""
+        if isinstance(entry.source, Recipe):
+            return self._nested(entry.name, seeded(entry.source, recipe.seed), within)
+        return self.open(entry.source, entry.entry)
 
     def _nested(self, name: str, recipe: Recipe, within: Within) -> Merged:
         """A nested recipe as a model; a PlanError says that it is meant, which options don't reach."""

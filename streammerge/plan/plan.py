@@ -228,6 +228,7 @@ class Plan:
             "inputs": [{"path": str(file.path), "bytes": file.nbytes} for file in self.inputs],
             "left_out": {model: list(names) for model, names in self.merged.left_out.items()},
             "lacking": {model: list(names) for model, names in self.merged.lacking.items()},
+            **({"adapters": adapters} if (adapters := [one.to_json() for one in self.merged.accounts]) else {}),
             "beside_models": {str(path): left.to_json() for path, left in self.left.items()},
             "tensors": [
                 {

@@ -226,7 +226,16 @@ class _Binder:
         if not isinstance(name, str) or not isinstance(model, dict | str):
             raise RecipeError(f"{self.where} is none that streammerge wrote: it has the model {raw!r}")
         source = self.recipe(model) if isinstance(model, dict) else str(self._path(name, model).absolute())
-        return {**raw, "model": source}
+        bound = {**raw, "model": source}
+        return {**bound, "adapters": self._adapters(raw["adapters"])} if "adapters" in raw else bound
+
+    def _adapters(self, raw: Any) -> list[dict[str, Any]]:  # noqa: ANN401
+        """The adapters of a model, each bound by its name as models are."""
+        listed = raw if isinstance(raw, list) else [None]
+        entries = [each if isinstance(each, dict) else {} for each in listed]
+        if not all(isinstance(each.get(key), str) for each in entries for key in ("adapter", "name")):
+            raise RecipeError(f"{self.where} is none that streammerge wrote: it has the adapters {raw!r}")
+        return [{**each, "adapter": str(self._path(each["name"], each["adapter"]).absolute())} for each in entries]
 
     def _path(self, name: str, stored: str) -> Path:
         self.known.add(name)
@@ -333,7 +342,14 @@ def licences(recipe: Recipe, metadata_of: MetadataOf) -> dict[str, str | None]:
             inner = licences(entry.source, metadata_of)
             found |= {f"{entry.name}/{name}": text for name, text in inner.items()}
         else:
-            metadata = metadata_of(entry.source)
-            texts = [text for key in LICENCE_KEYS if (text := metadata.get(key)) and len(text) <= LONGEST]
-            found[entry.name] = texts[0] if texts else None
+            found[entry.name] = licence(metadata_of(entry.source))
+        for each in entry.adapters:
+            if isinstance(each.source, Path):
+                found[f"{entry.name}+{each.name}"] = licence(metadata_of(each.source))
     return found
+
+
+def licence(metadata: Mapping[str, str]) -> str | None:
+    """The licence that a file states, if it does."""
+    texts = [text for key in LICENCE_KEYS if (text := metadata.get(key)) and len(text) <= LONGEST]
+    return texts[0] if texts else None

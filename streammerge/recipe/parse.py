@@ -17,6 +17,7 @@ from typing import Any, Final
 from streammerge.errors import RecipeError, suggestion
 from streammerge.models.dtypes import parse_dtype
 from streammerge.models.extent import MAX_DEPTH
+from streammerge.recipe.adapters import adapter_entry, adapters_of, is_recipe, with_lora
 from streammerge.recipe.parameters import parse_settings
 from streammerge.recipe.policies import MISSING_POLICIES, SHAPE_POLICIES
 from streammerge.recipe.recipe import Input, Recipe, Rule, RuleAction, check_recipe
@@ -175,8 +176,8 @@ class _RecipeParser:
         return value
 
     def _input(self, raw: Any, where: str) -> Input:  # noqa: ANN401
-        entry = raw if isinstance(raw, dict) and "merge_method" not in raw else {"model": raw}
-        self._check_keys(entry, ("model", "name", "parameters", "entry"), where)
+        entry = with_lora(raw, self._is_there) if not is_recipe(raw) else {"model": raw}
+        self._check_keys(entry, ("model", "name", "parameters", "entry", "adapters"), where)
         if "model" not in entry:
             raise RecipeError(f"{where}: the key 'model' is missing")
         source = self._source(entry["model"], where)
@@ -185,7 +186,18 @@ class _RecipeParser:
         key = parse_key(entry.get("entry"), f"{where}: entry")
         if key and isinstance(source, Recipe):
             raise RecipeError(f"{where}: a nested recipe has no entry", advice="Put it beside one of its models.")
-        return Input(name, source, parse_settings(entry.get("parameters"), where), key)
+        adapters = tuple(self._adapter(each, f"{where}: adapter {n}") for n, each in adapters_of(entry, where))
+        distinct = tuple(distinct_names(list(adapters)))
+        return Input(name, source, parse_settings(entry.get("parameters"), where), key, distinct)
+
+    def _adapter(self, raw: Any, where: str) -> Input:  # noqa: ANN401
+        """An adapter of an input: as an input it has one parameter, which is its weight."""
+        entry = adapter_entry(raw, where)
+        return self._input({key: value for key, value in entry.items() if key != "adapters"}, where)
+
+    def _is_there(self, path: str) -> bool:
+        """Whether a file lies at this path, or one is bound to it."""
+        return path in self.bindings or (self.folder / path).exists()
 
     def _default_name(self, model: Any, source: Path | Recipe) -> str:  # noqa: ANN401
         if isinstance(source, Recipe):
@@ -300,7 +312,9 @@ def _file_of(entry: Input) -> str:
 
 
 def same_source(one: Input, other: Input) -> bool:
-    """Whether two inputs are the same path, or the same recipe."""
+    """Whether two inputs are the same path, or the same recipe, with the same adapters in it."""
+    if one.adapters != other.adapters:
+        return False
     if isinstance(one.source, Path) and isinstance(other.source, Path):
         return one.source.absolute() == other.source.absolute() and one.entry == other.entry
     return one.source == other.source

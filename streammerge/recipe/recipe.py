@@ -25,13 +25,15 @@ MAX_INPUTS: Final = 1024
 class Input:
     """A model of the recipe: what it is called, where it is (a path, or a recipe of its own), and its parameters.
 
-    `entry` names the dict of a torch file that is the model, where several could be.
+    `entry` names the dict of a torch file that is the model, where several could be. `adapters` are put into it before
+    it is merged, each with the parameter `weight`, in this order.
     """
 
     name: str
     source: Path | Recipe
     parameters: Settings = field(default_factory=dict)
     entry: str = ""
+    adapters: tuple[Input, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,12 +153,17 @@ class Recipe:
                 yield from entry.source.paths()
             else:
                 yield entry.source
+            yield from (each.source for each in entry.adapters if isinstance(each.source, Path))
 
 
 def _describe_input(entry: Input, names: Mapping[Path, str]) -> dict[str, Any]:
     source = entry.source
     described = source.describe(names) if isinstance(source, Recipe) else names.get(source, source.name)
-    more = {"entry": entry.entry, "parameters": describe_settings(entry.parameters)}
+    adapters = [
+        {"adapter" if key == "model" else key: value for key, value in _describe_input(each, names).items()}
+        for each in entry.adapters
+    ]
+    more = {"entry": entry.entry, "adapters": adapters, "parameters": describe_settings(entry.parameters)}
     return {"model": described, "name": entry.name, **{key: value for key, value in more.items() if value}}
 
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from streammerge.errors import one_line
 from streammerge.formats.torchzip.state_dicts import NONE_LEFT, LeftTensors
-from streammerge.models.adapters import Adapter, find_adapter
+from streammerge.models.adapters.recognition import Adapter, find_adapter
 from streammerge.models.architecture import Component, components, count_dtypes, guess_architecture
 from streammerge.models.blocks import Blocks, abridged
 from streammerge.models.codes import find_quantised
@@ -167,7 +167,7 @@ def _adapter_lines(adapter: Adapter | None) -> list[str]:
         return []
     if adapter.is_inside:
         return [f"beside its weights: {adapter}, {_counted(len(adapter.tensors), 'tensor')} (copied, never averaged)"]
-    return ["factors of changes to a model, which can't be merged; put them into their model first"]
+    return ["factors of changes to a model; put them into their model: streammerge bake"]
 
 
 def _quantised_lines(quantised: Mapping[tuple[str, bool], int]) -> list[str]:

@@ -13,7 +13,7 @@ from streammerge.compute.tensor_maker import TensorMaker
 from streammerge.methods.registry import BlockMethod, Statistics
 from streammerge.methods.statistics.gram import Gram, GramPass
 from streammerge.methods.statistics.passes import Pass
-from streammerge.models.adapters import adapter_text
+from streammerge.models.adapters.recognition import adapter_text
 from streammerge.models.checkpoints import Checkpoint
 from streammerge.models.views import Decoded
 from streammerge.report import Progress, Watch

@@ -16,8 +16,9 @@ from streammerge.compute.costs import (
     passes,
     product_rows,
     slots,
+    write_step,
 )
-from streammerge.compute.expressions import BLOCK, Combined, Node, Product, Joined, Term, Viewed, combine, is_merged
+from streammerge.compute.expressions import BLOCK, Combined, Joined, Node, Product, Term, Viewed, combine, is_merged
 from streammerge.compute.identity import Describer, kind_of
 from streammerge.compute.kernels.maker import is_compiled
 from streammerge.compute.lanes import Lane
@@ -109,7 +110,8 @@ def test_what_a_product_costs(tmp_path):
     assert passes(total) == 1
     assert bytes_read(total) == weight.info.nbytes + 2 * 16 * 1280 * 2
     assert slots(total) == 3
-    assert product_rows(node) * node.width <= 2**19 < (product_rows(node) + 1) * node.width
+    assert write_step(total) == BLOCK // 1280 * 1280
+    assert product_rows(node) * node.width == 2 * write_step(total)
     assert lane_bytes(total, weight.info, F32) < 16 << 20
     assert is_merged(node)
     assert not is_compiled(total, weight.info.dtype, F32)

@@ -41,11 +41,8 @@ LLAMA = {
     **{f"model.layers.{layer}.mlp.down_proj.weight": (16, 32) for layer in range(4)},
     "lm_head.weight": (64, 16),
 }
-LORA = {
-    f"lora_unet_down_blocks_{block}_attentions_0_proj_in.{part}": shape
-    for block in range(2)
-    for part, shape in (("lora_down.weight", (4, 16)), ("lora_up.weight", (16, 4)), ("alpha", ()))
-}
+ADAPTED = {f"down_blocks_{block}_attentions_0_proj_in": f"input_blocks.{3 * block + 1}.1.proj_in" for block in range(2)}
+"""Modules of LoRAs, and the tensors that they change in the models here."""
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +59,21 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_file(near(base, seed), folder / f"{name}.safetensors")
         torch.save(near(base, seed), folder / f"{name}.ckpt")
         save_shards(make_tensors(seed, torch.bfloat16, LLAMA), folder / f"llama-{name}")
-        save_file(make_tensors(seed, shapes=LORA), folder / f"lora-{name}.safetensors")
+        save_file(lora(base, seed), folder / f"lora-{name}.safetensors")
     ours, theirs = (make_tensors(seed, shapes={"conv_first.weight": (8, 3, 3, 3)}) for seed in range(2))
     torch.save({"params": ours, "params_ema": theirs}, folder / "esrgan.pth")
     return folder
+
+
+def lora(model: Tensors, seed: int) -> Tensors:
+    """A LoRA of rank 4 for two modules of the model."""
+    made: Tensors = {}
+    for module, tensor in ADAPTED.items():
+        rows, columns, *_ = model[f"model.diffusion_model.{tensor}.weight"].shape
+        shapes = {"lora_up.weight": (rows, 4), "lora_down.weight": (4, columns)}
+        parts = {**make_tensors(seed, torch.float16, shapes, scale=0.1), "alpha": torch.tensor(2.0)}
+        made |= {f"lora_unet_{module}.{part}": tensor for part, tensor in parts.items()}
+    return made
 
 
 def save_shards(tensors: Tensors, folder: Path) -> None:

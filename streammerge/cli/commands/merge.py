@@ -22,7 +22,7 @@ streammerge RECIPE.yaml -o OUT.safetensors [options]
        streammerge MODEL[:WEIGHT] MODEL[:WEIGHT] ... -o OUT.safetensors [options]
        streammerge --recipe NAME NAME=MODEL ... -o OUT.safetensors [options]
        streammerge OLD.safetensors --recipe-from-metadata -o OUT.safetensors [NAME=MODEL ...] [options]
-       streammerge inspect|compare|plan|methods|recipes|verify|bench|clean|demo ... (--help tells more)"""
+       streammerge bake|inspect|compare|plan|methods|recipes|verify|bench|clean|demo ... (--help tells more)"""
 
 
 def run(words: Sequence[str]) -> int:
@@ -34,7 +34,11 @@ def run(words: Sequence[str]) -> int:
     if not words:
         parser.print_help()
         return 2
-    arguments = parser.parse_intermixed_args(words)
+    return carry_out(parser, parser.parse_intermixed_args(words))
+
+
+def carry_out(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    """Merge, or with --dry-run show what would happen."""
     if arguments.dry_run:
         from streammerge.cli.commands.plan import plan
 

@@ -50,6 +50,8 @@ def show_plan(plan: Plan, *, every_tensor: bool) -> None:
         for name, fate in plan.decisions.told():
             why = f"{fate.why}   {fate.detail}".rstrip()
             say(one_line(f"{fate.action:<8} {fate.info!s:<28} {name}   {why}"))
+        for row in (row for account in plan.merged.accounts for row in account.rows()):
+            say(one_line(f"adapted  {row}"))
     else:
         for outcome, number in plan.summary().items():
             say(one_line(f"{number:>6,}  {outcome}"))

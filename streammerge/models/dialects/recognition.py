@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from streammerge.models.adapters import adapter_text
+from streammerge.models.adapters.recognition import adapter_text
 from streammerge.models.architecture import guess_architecture
 from streammerge.models.dialects.dits import FLUX, FLUX2, SD3, Z_IMAGE
 from streammerge.models.dialects.encoders import CLIP, T5

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import streammerge
 from streammerge.cli.main import main
 from streammerge.errors import PlanError
-from streammerge.models.adapters import find_adapter
+from streammerge.models.adapters.recognition import find_adapter
 from streammerge.tensors import DTYPES, TensorInfo
 from tests.make.headers import Header, merged
 from tests.make.models import normal, save_model
@@ -174,7 +174,7 @@ def test_what_has_no_factors_is_no_adapter(content):
 def test_an_adapter_is_refused_as_any_input_of_a_merge(dialect):
     adapter = model(DIALECTS[dialect][0])
     plain = model({"x.weight": (OUT, IN), "y.weight": (OUT, IN)})
-    refused = pytest.raises(PlanError, match=r"adapter.*average(.|\n)*  lora   .* adapter, (.|\n)*the tool that")
+    refused = pytest.raises(PlanError, match=r"adapter.*average(.|\n)*  lora   .* adapter, (.|\n)*the model that")
     with refused:
         merged({"lora": adapter, "b": adapter})
     with refused:

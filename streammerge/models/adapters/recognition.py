@@ -197,8 +197,8 @@ def refuse_adapters(models: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str,
             f"{count(alone, 'model')} {plural(alone, 'is an adapter', 'are adapters')}: factors of changes to a model, "
             "whose average is not the average of the changes",
             found=[f"{name}   {adapter}, {_example(adapter)}" for name, adapter in alone.items()],
-            advice="Put each adapter into the model that it was made for, with the tool that it was made for (in PEFT: "
-            "merge_and_unload), and merge the models that this gives.",
+            advice="Put each adapter into the model that it was made for (streammerge bake MODEL ADAPTER -o OUT, or "
+            "adapters: in a recipe), and merge the models that this gives.",
         )
     return found
 

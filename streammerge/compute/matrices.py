@@ -1,0 +1,49 @@
+"""Expressions of matrices: transposed products, vectors spread over a tensor, dimensions in another order."""
+
+from __future__ import annotations
+
+from streammerge.compute.expressions import Combined, Node, Product, Viewed
+from streammerge.compute.parts import in_shape
+from streammerge.compute.parts import rows_of as cut
+from streammerge.compute.parts import transposed as turned
+from streammerge.tensors import DTYPES, contiguous_strides, described
+
+
+def transposed(node: Node) -> Node:
+    """A matrix, its rows and columns exchanged. What lies behind the first dimension counts as columns.
+
+    Of a product each factor is transposed, and multiplied in the other order: so it stays one that is made by rows.
+    """
+    rows = node.info.shape[0]
+    if isinstance(node, Product):
+        left = in_shape(node.left, (node.left.info.elements // node.inner, node.inner))
+        last, *others = (transposed(factor) for factor in (*reversed(node.factors), left))
+        return Product(described(node.info.dtype, (node.info.elements // rows, rows)), last, tuple(others))
+    return turned(in_shape(node, (rows, node.info.elements // rows)))
+
+
+def rows_of(node: Node, start: int, stop: int) -> Node:
+    """Rows [start, stop) of a matrix, itself if these are all; of a product, what the rows of its left one come to."""
+    if not isinstance(node, Product):
+        return cut(node, start, stop)
+    left = in_shape(node.left, (node.left.info.elements // node.inner, node.inner))
+    info = described(node.info.dtype, (stop - start, *node.info.shape[1:]))
+    return Product(info, cut(left, start, stop), node.factors)
+
+
+def zeros(shape: tuple[int, ...]) -> Node:
+    """A tensor of zeros."""
+    return Combined(described(DTYPES["F32"], shape), ())
+
+
+def vector(node: Node, shape: tuple[int, ...], axis: int) -> Node:
+    """A tensor's elements along one axis of a shape, and the same along every other."""
+    strides = tuple(int(place == axis) for place in range(len(shape)))
+    return Viewed(described(node.info.dtype, shape), node, 0, strides, shape)
+
+
+def permuted(node: Node, sizes: tuple[int, ...], order: tuple[int, ...]) -> Node:
+    """A tensor, seen as one of these sizes, its dimensions in another order."""
+    strides = contiguous_strides(sizes)
+    shape = tuple(sizes[axis] for axis in order)
+    return Viewed(described(node.info.dtype, shape), node, 0, tuple(strides[axis] for axis in order), shape)

@@ -1,0 +1,159 @@
+"""What an adapter's adapter_config.json, or its metadata, say of how it is to be applied: PEFT's way of telling it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from streammerge.errors import CheckpointError
+from streammerge.formats.header_entries import MalformedHeaderError, no_duplicates
+
+MAX_CONFIG: Final = 4 * 2**20
+"""The longest adapter_config.json, in bytes, that is read."""
+
+FILE: Final = "adapter_config.json"
+
+IN_METADATA: Final = "lora_adapter_metadata"
+"""The key of a file's metadata under which diffusers keeps the configs of a pipeline's parts."""
+
+KINDS: Final = ("LORA", "LOHA", "LOKR", "IA3", "VERA")
+"""The kinds of PEFT's adapters that are read, as its configs call them."""
+
+CHANGED_BASES: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways to begin a LoRA that change the model's own weights too: without that change the LoRA means nothing."""
+
+_PLAIN: Final = re.compile(r"[\w.^$\\-]*")
+"""A pattern of names that can't take long to match."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """How strong a module's change is, where it isn't told by tensors: s = α/r, or α/√r if it is rank-stabilised.
+
+    `where` is what errors call it. `fan_in_fan_out` says that weights lie transposed in the model.
+    """
+
+    where: str
+    kind: str = "LORA"
+    alpha: float = 0.0
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    usual_rank: int = 0
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    is_rank_stabilised: bool = False
+    fan_in_fan_out: bool = False
+
+    def scale(self, module: str, rank: int) -> float:
+        """The strength of a module's change that has this rank."""
+        alpha = next((each for pattern, each in self.alphas.items() if fits(pattern, module)), self.alpha)
+        return alpha / (math.sqrt(rank) if self.is_rank_stabilised else rank)
+
+    def rank(self, module: str) -> int:
+        """The rank that a module is said to have, 0 if nothing is said."""
+        return next((each for pattern, each in self.ranks.items() if fits(pattern, module)), self.usual_rank)
+
+
+def fits(pattern: str, module: str) -> bool:
+    """Whether a key of PEFT's `alpha_pattern` means this module: by the end of its name, or by all of it."""
+    return re.match(rf"(?:.*\.)?(?:{pattern})$", module) is not None
+
+
+def read_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, Config]:
+    """The configs of an adapter at this path, by how the names of the modules begin for which they hold; none if it
+    has none."""
+    beside = (path if path.is_dir() else path.parent) / FILE
+    if (path.is_dir() or path.name.startswith("adapter_model.")) and beside.is_file():
+        return {"": _config(_read(beside), str(beside))}
+    if IN_METADATA not in metadata:
+        return {}
+    where = f"{path}: {IN_METADATA} in its metadata"
+    return _by_component(_parsed(metadata[IN_METADATA], where), where)
+
+
+def _by_component(raw: Mapping[str, Any], where: str) -> dict[str, Config]:
+    """The configs that diffusers keeps as `transformer.r`, `text_encoder.lora_alpha`, …"""
+    components = dict.fromkeys(key.partition(".")[0] for key in raw)
+    return {
+        f"{name}.": _config({key.partition(".")[2]: raw[key] for key in raw if key.startswith(f"{name}.")}, where)
+        for name in components
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_CONFIG + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read: {error.strerror or error}", advice="Check the path.") from error
+    if len(text) > MAX_CONFIG:
+        raise CheckpointError(f"{path}: is longer than {MAX_CONFIG} bytes and not read")
+    return _parsed(text.decode("utf-8", "replace"), str(path))
+
+
+def _parsed(text: str, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text, object_pairs_hook=no_duplicates)
+    except (ValueError, RecursionError, MalformedHeaderError) as error:
+        raise CheckpointError(f"{where}: is no JSON: {error}", advice="Fetch it again.") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{where}: is no map", advice="Fetch it again.")
+    return found
+
+
+def _config(raw: Mapping[str, Any], where: str) -> Config:
+    """A config; CheckpointError for what it asks for and is not done."""
+    kind = str(raw.get("peft_type", "LORA")).upper()
+    if kind not in KINDS:
+        raise CheckpointError(f"{where}: {kind} adapters are not read", advice=f"Those that are: {', '.join(KINDS)}.")
+    begun = str(raw.get("init_lora_weights")).lower()
+    if begun.startswith(CHANGED_BASES):
+        raise CheckpointError(
+            f"{where}: it was begun with {begun}, which changes the model's own weights too",
+            advice="Save it as a plain LoRA: in PEFT, save_pretrained(…, path_initial_model_for_weight_conversion=…).",
+        )
+    if raw.get("layer_replication"):
+        raise CheckpointError(f"{where}: it stacks layers anew (layer_replication), which streammerge does not do")
+    usual = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}.get(kind, "")
+    if not usual:
+        return Config(where, kind, fan_in_fan_out=bool(raw.get("fan_in_fan_out", False)))
+    rank = int(_number(raw.get("r", 0), where, "r"))
+    return Config(
+        where,
+        kind,
+        _number(raw.get(usual, rank), where, usual),
+        _patterns(raw, "alpha_pattern", where),
+        rank,
+        {pattern: int(each) for pattern, each in _patterns(raw, "rank_pattern", where).items()},
+        bool(raw.get("use_rslora", False)),
+        bool(raw.get("fan_in_fan_out", False)),
+    )
+
+
+def _patterns(raw: Mapping[str, Any], key: str, where: str) -> dict[str, float]:
+    """A map from patterns of modules to numbers."""
+    found = raw.get(key) or {}
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{where}: {key} is no map")
+    return {_plain(pattern, where): _number(value, where, key) for pattern, value in found.items()}
+
+
+def _plain(pattern: str, where: str) -> str:
+    """A pattern of modules; CheckpointError for one that could take forever, or means what we can't know."""
+    if not _PLAIN.fullmatch(pattern) or pattern.endswith("\\"):
+        raise CheckpointError(f"{where}: the pattern {pattern!r} of modules is none of plain names")
+    return pattern
+
+
+def _number(value: Any, where: str, key: str) -> float:  # noqa: ANN401
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise CheckpointError(f"{where}: {key} must be a number, found {value!r}")
+    return float(value)
+
+
+def config_of(configs: Mapping[str, Config], module: str) -> Config | None:
+    """The config that holds for a module, if any."""
+    return next((config for beginning, config in configs.items() if module.startswith(beginning)), None)

@@ -1,0 +1,87 @@
+"""An adapter as a file has it: its modules, each with what it changes, every tensor accounted for."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from streammerge.compute.expressions import Node
+from streammerge.errors import CheckpointError, count
+from streammerge.models.adapters.config import Config, config_of, read_configs
+from streammerge.models.adapters.decompositions import SAVED, Changes, Malformed, Module, changes_of
+from streammerge.models.adapters.parts import sorted_parts
+from streammerge.models.adapters.recognition import find_adapter
+from streammerge.models.checkpoints import Checkpoint
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """An adapter, its file open: `roles` has of each module which tensor plays which role in it."""
+
+    checkpoint: Checkpoint
+    roles: Mapping[str, Mapping[str, str]]
+    shared: Mapping[str, str]
+    configs: Mapping[str, Config]
+
+    def __len__(self) -> int:
+        return len(self.roles)
+
+    def changes(self, module: str) -> Changes:
+        """What a module changes, made again when it is asked for; Malformed if its parts don't make anything."""
+        roles, nodes = self.roles[module], self.checkpoint.nodes
+        config = config_of(self.configs, module)
+        return changes_of(
+            Module(module, {role: nodes[name] for role, name in roles.items()}, roles, config, self._shared)
+        )
+
+    @functools.cached_property
+    def _shared(self) -> Mapping[str, Node]:
+        return {role: self.checkpoint.nodes[name] for role, name in self.shared.items()}
+
+
+def read_adapter(checkpoint: Checkpoint, path: str) -> Adapter:
+    """The adapter in a file that is open; CheckpointError with all that is wrong with it, by tensor.
+
+    `path` is what was named, a folder perhaps, beside or in which adapter_config.json may lie.
+    """
+    tensors, where = checkpoint.tensors, checkpoint.path
+    found = sorted_parts(tensors)
+    configs = read_configs(type(where)(path), checkpoint.metadata)
+    if not tensors:
+        raise CheckpointError(f"{where}: is empty, and no adapter")
+    if not configs and SAVED.issuperset(role for roles in found.modules.values() for role in roles):
+        _refuse_models(checkpoint)
+    adapter = Adapter(checkpoint, found.modules, found.shared, configs)
+    problems = [*found.problems, *_malformed(adapter)]
+    if problems:
+        raise CheckpointError(
+            f"{where}: {count(problems, 'thing')} in it can't be taken for a part of an adapter",
+            found=problems,
+            advice="Fetch it again, or bake it with the program that it was made for.",
+        )
+    return adapter
+
+
+def _refuse_models(checkpoint: Checkpoint) -> None:
+    """CheckpointError for a file that has nothing of an adapter."""
+    if find_adapter(checkpoint.tensors) is None:
+        raise CheckpointError(
+            f"{checkpoint.path}: is no adapter: none of its {count(checkpoint.tensors, 'tensor')} is a part of one",
+            advice="Name a LoRA or one of its kin; whole models are merged, not baked in.",
+        )
+
+
+def _malformed(adapter: Adapter) -> Iterator[str]:
+    """What is wrong with each module."""
+    for module in adapter.roles:
+        try:
+            adapter.changes(module)
+        except Malformed as error:
+            yield str(error)
+
+
+def kinds_of(kinds: Mapping[str, int] | Counter[str]) -> str:
+    """`LoRA`, `LoRA and difference`: the most frequent first."""
+    return " and ".join(kind for kind, _ in Counter(kinds).most_common())

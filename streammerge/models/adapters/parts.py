@@ -1,0 +1,107 @@
+"""The tensors of an adapter's file, sorted by the modules that they change: each is a part, and has a role there.
+
+    lora_unet_mid_block_attentions_0_proj_in.lora_up.weight  ─►  module lora_unet_mid_block_attentions_0_proj_in, up
+
+Every tensor has to have a role: what has none is an error that names it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+_NAMED: Final = r"(?:\.[\w-]+?)?"
+"""What PEFT puts behind a role: the adapter's name, as in `lora_A.default.weight`."""
+
+_ROLES: Final[Mapping[str, str]] = {
+    "up.bias": rf"lora_(?:up|B){_NAMED}\.bias",
+    "up": rf"lora_up\.weight|lora(?:_linear_layer)?\.up\.weight|lora_B{_NAMED}(?:\.weight)?",
+    "down": rf"lora_down\.weight|lora(?:_linear_layer)?\.down\.weight|lora_A{_NAMED}(?:\.weight)?",
+    "mid": r"lora_mid\.weight|lora\.mid\.weight",
+    "embedding.up": rf"lora_embedding_B{_NAMED}",
+    "embedding.down": rf"lora_embedding_A{_NAMED}",
+    "alpha": r"(?:lora\.)?alpha",
+    "dora_scale": r"dora_scale",
+    "magnitude": rf"lora_magnitude_vector{_NAMED}(?:\.weight)?",
+    **{f"hada.{part}": rf"hada_{part}{_NAMED}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    **{f"lokr.{part}": rf"lokr_{part}{_NAMED}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    **{part: rf"{part}\.weight" for part in ("a1", "a2", "b1", "b2")},
+    "ia3": rf"ia3_l{_NAMED}",
+    "on_input": r"on_input",
+    "diff": r"diff|w_norm",
+    "diff_b": r"diff_b|b_norm",
+    "set_weight": r"set_weight",
+    "vera.b": rf"vera_lambda_b{_NAMED}",
+    "vera.d": rf"vera_lambda_d{_NAMED}",
+    "weight": rf"(?:modules_to_save{_NAMED}\.)?weight|base_layer\.weight",
+    "bias": rf"(?:modules_to_save{_NAMED}\.)?bias|base_layer\.bias",
+}
+"""The roles, each with how the names of its tensors go on after their module's."""
+
+_ROLE: Final = re.compile(
+    r"(?P<module>.*?)(?:\.|_(?=lora\.))(?:"
+    + "|".join(f"(?P<r{n}>{tail})" for n, tail in enumerate(_ROLES.values()))
+    + ")"
+)
+_NAMES: Final = tuple(_ROLES)
+
+_REFUSED: Final[Mapping[str, str]] = {
+    r".*[._](?:oft_\w+|rescale)(?:\..*)?": "OFT",
+    r".*[._](?:boft_\w+)(?:\..*)?": "BOFT",
+    r".*[._]lora_(?:E|ranknum)(?:\..*)?|.*[._]ranknum(?:\..*)?": "AdaLoRA",
+    r".*[._](?:bias_indices|bias_values|bias_size)": "LyCORIS' sparse biases",
+    r".*[._]reshape_weight": "a LoRA that enlarges its weights",
+    r".*[._]lora_[ab]": "MLX's LoRA",
+    r".*[._](?:qkv|proj)_lora[12]?\..*": "XLabs' LoRA",
+    r".*(?:fourierft_spectrum|hra_u|bone_block|miss_block|vblora_\w+|shira_weight|road_theta).*": "one of PEFT's kinds "
+    "that is not read",
+    r".*trainable_tokens_(?:delta|original).*": "PEFT's trained tokens",
+    r"bundle_emb\..*|.*string_to_param.*|emb_params": "a textual inversion",
+    r"(?:.*\.)?prompt_embeddings": "a trained prompt",
+    r"lora_controlnet": "a control LoRA",
+}
+"""What is known of adapters and not read, by the names of tensors."""
+
+SHARED: Final[Mapping[str, str]] = {
+    "base_model.vera_A": "vera.A",
+    "base_model.vera_B": "vera.B",
+}
+"""Tensors of no module, which all modules share."""
+
+
+@dataclass
+class Sorted:
+    """An adapter's tensors by module and role; `shared` by role alone. What is wrong is told in `problems`."""
+
+    modules: dict[str, dict[str, str]] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def note(self, name: str, module: str, role: str) -> None:
+        """A tensor has this role."""
+        roles = self.modules.setdefault(module, {})
+        if role in roles:
+            self.problems.append(f"{name}   is the same part of its module as {roles[role]}")
+        roles[role] = name
+
+
+def sorted_parts(names: Iterable[str]) -> Sorted:
+    """Every tensor of these names by its module and role."""
+    found = Sorted()
+    for name in names:
+        if role := SHARED.get(re.sub(r"^(base_model\.vera_[AB])\.[\w-]+$", r"\1", name)):
+            found.shared[role] = name
+        elif match := _ROLE.fullmatch(name):
+            found.note(name, match["module"], _NAMES[int(str(match.lastgroup)[1:])])
+        elif refused := refused_kind(name):
+            found.problems.append(f"{name}   is of {refused}, which is not read")
+        else:
+            found.problems.append(f"{name}   is no known part of an adapter")
+    return found
+
+
+def refused_kind(name: str) -> str:
+    """What a tensor is of that is known, and not read; else nothing."""
+    return next((kind for pattern, kind in _REFUSED.items() if re.fullmatch(pattern, name)), "")

@@ -1,0 +1,134 @@
+"""What an adapter's modules are in a model: its tensors, whole or some of their rows, whatever either calls them.
+
+    lora_unet_down_blocks_0_attentions_0_proj_in  ─►  model.diffusion_model.input_blocks.1.1.proj_in.weight
+
+Nothing is looked up in tables of modules. What stands before a module's name says which component of the model it is
+meant for; the rest is compared with the component's own names, in the naming of its file and in the other one if there
+is another, with dots and underscores counting the same: so a new architecture needs nothing here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from streammerge.models.dialects import Source, recognise
+from streammerge.models.dialects.pieces import whole
+from streammerge.models.dialects.places import ROLES, Role
+from streammerge.models.dialects.recognition import moved
+from streammerge.tensors import TensorInfo
+
+PREFIXES: Final[Mapping[str, tuple[Role, ...]]] = {
+    **dict.fromkeys(("lora_unet_", "lora_transformer_", "lycoris_unet_"), ("denoiser",)),
+    **dict.fromkeys(("lora_te_", "lora_te1_"), ("CLIP",)),
+    "lora_te2_": ("CLIP 2", "T5"),
+    "lora_te3_": ("T5",),
+    **dict.fromkeys(("unet.", "transformer.", "diffusion_model.", "model.diffusion_model."), ("denoiser",)),
+    "text_encoder.": ("CLIP",),
+    "text_encoder_2.": ("CLIP 2", "T5"),
+    "text_encoder_3.": ("T5",),
+    **{prefix: (role,) for prefix, role in ROLES.items() if role and prefix.startswith("text_encoders.")},
+}
+"""What stands before the names of modules, and which component these are of."""
+
+ANY: Final = ("base_model.model.", "lycoris_", "lora_", "")
+"""What may stand there that says nothing of components."""
+
+_DOTS: Final = re.compile(r"[._]+")
+
+
+def underscored(name: str) -> str:
+    """The name with underscores for its dots."""
+    return _DOTS.sub("_", name).strip("_")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """A model's tensors, as adapters may mean them."""
+
+    tensors: Mapping[str, TensorInfo]
+
+    def find(self, module: str, part: str) -> Source | None:
+        """The tensor that a module's `weight`, or its `bias`, is; None if there is none, or several might be meant."""
+        for prefix in ANY:
+            rest = module.removeprefix(prefix)
+            if module.startswith(prefix) and f"{rest}.{part}" in self.tensors:
+                return whole(f"{rest}.{part}", self.tensors[f"{rest}.{part}"])
+        for index, rest in self._indexes(module):
+            for path in _spellings(rest):
+                if found := index.get(underscored(f"{path}_{part}")):
+                    return found
+        return None
+
+    def near(self, module: str, part: str) -> str:
+        """The model's own name that comes nearest, in words; nothing where none does."""
+        for index, rest in self._indexes(module):
+            for key in difflib.get_close_matches(underscored(f"{rest}_{part}"), list(index)[:NEAR], n=1):
+                if source := index[key]:
+                    return source.tensors[0]
+        return ""
+
+    def _indexes(self, module: str) -> Iterator[tuple[Mapping[str, Source | None], str]]:
+        """Where to look a module up, and as what."""
+        inner = module.removeprefix("base_model.model.")
+        for prefix, roles in PREFIXES.items():
+            if inner.startswith(prefix):
+                found = [self._by_role[role] for role in roles if role in self._by_role] or [self._bare]
+                yield from ((index, inner.removeprefix(prefix)) for index in found)
+        if not inner.startswith(tuple(PREFIXES)):
+            rest = next(inner.removeprefix(prefix) for prefix in ANY if inner.startswith(prefix))
+            yield self._bare, rest
+            yield from ((index, rest) for index in self._by_role.values())
+
+    @functools.cached_property
+    def _bare(self) -> Mapping[str, Source | None]:
+        """All tensors by their own names."""
+        found: dict[str, Source | None] = {}
+        for name, info in self.tensors.items():
+            _note(found, name, whole(name, info))
+        return found
+
+    @functools.cached_property
+    def _by_role(self) -> Mapping[Role, Mapping[str, Source | None]]:
+        """The tensors of each component by what they are called in it, in either naming."""
+        found: dict[Role, dict[str, Source | None]] = {}
+        known = recognise(self.tensors)
+        for component in known.components if known else ():
+            index = found.setdefault(component.role, {})
+            for side in sorted(("ours", "theirs"), key=lambda side: side != component.side):
+                for name, source in component.seen(side).items():  # type: ignore[arg-type]
+                    _note(index, name, moved(source, component.place.own))
+        for name, info in self.tensors.items():
+            prefix = next((each for each in _ROOTS if name.startswith(each)), "")
+            role = ROLES[prefix]
+            if role is not None and not (known and known.component(role)):
+                _note(found.setdefault(role, {}), name.removeprefix(prefix), whole(name, info))
+        return found
+
+
+NEAR: Final = 20_000
+"""How many names are compared to find the nearest."""
+
+_ROOTS: Final = tuple(sorted((prefix for prefix in ROLES if prefix), key=len, reverse=True))
+
+
+def _note(index: dict[str, Source | None], name: str, source: Source) -> None:
+    """Add a tensor under its name; what two of them would be called is no name of either."""
+    key = underscored(name)
+    known = index.setdefault(key, source)
+    if known is not source and (known is None or known.pieces != source.pieces):
+        index[key] = None
+
+
+def _spellings(module: str) -> Iterator[str]:
+    """A module's name, and what older versions of diffusers called it."""
+    yield module
+    plain = re.sub(r"([._])processor[._]", r"\1", module)
+    if plain != module:
+        yield plain
+    if plain.endswith("to_out"):
+        yield f"{plain}.0"

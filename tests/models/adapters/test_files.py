@@ -1,0 +1,257 @@
+"""What an adapter's file may hold and may not: nothing in it is passed over, and what is wrong is named."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from streammerge.errors import CheckpointError, PlanError
+from tests.make.models import save_model
+from tests.models.adapters.baking import BIAS, MODULE, WEIGHT, bake, numbers, parts, peft_folder
+
+OUT, IN, RANK = 12, 10, 3
+UP, DOWN = numbers(OUT, RANK, seed=1), numbers(RANK, IN, seed=2)
+MODEL = {WEIGHT: numbers(OUT, IN, seed=9), BIAS: numbers(OUT, seed=8)}
+PRODUCT = UP.double() @ DOWN.double()
+
+
+def whole(**more: torch.Tensor | float) -> dict[str, torch.Tensor]:
+    return parts(lora_up__weight=UP.clone(), lora_down__weight=DOWN.clone(), **more)
+
+
+MALFORMED = {
+    "half is missing": (parts(lora_up__weight=UP), "lora_down"),
+    "the other half is missing": (parts(lora_down__weight=DOWN), "lora_up"),
+    "alpha alone": (parts(alpha=1.0), "stands alone"),
+    "dora_scale alone": (parts(dora_scale=torch.ones(OUT, 1)), "dora_scale   has no meaning"),
+    "no rank in common": (parts(lora_up__weight=UP, lora_down__weight=numbers(4, IN)), "no rank in common"),
+    "a vector": (parts(lora_up__weight=numbers(OUT), lora_down__weight=DOWN), "of the shape [12]"),
+    "nothing": (parts(lora_up__weight=numbers(OUT, 0), lora_down__weight=numbers(0, IN)), "of the shape [12, 0]"),
+    "integers": (parts(lora_up__weight=UP.int(), lora_down__weight=DOWN), "is I32"),
+    "alpha of two": (whole(alpha=torch.ones(2)), "should be one number"),
+    "alpha of none": (whole(alpha=float("nan")), "is nan"),
+    "an unknown part": (whole(lora_sideways__weight=UP.clone()), "lora_sideways.weight   is no known part"),
+    "another module's part": ({**whole(), "something": UP.clone()}, "something   is no known part"),
+    "two kinds at once": (whole(hada_w1_a=UP.clone()), "of several kinds at once"),
+    "half of LoHa": (parts(hada_w1_a=UP, hada_w1_b=DOWN), "hada_w2_a"),
+    "half of LoKr": (parts(lokr_w1=numbers(3, 5)), "lokr_w2"),
+    "a whole and factors": (
+        parts(lokr_w1=numbers(3, 5), lokr_w2=numbers(4, 2), lokr_w2_a=numbers(4, RANK), lokr_w2_b=numbers(RANK, 2)),
+        "whole, and of factors too",
+    ),
+    "magnitudes of another size": (whole(dora_scale=torch.ones(7, 1)), "should be 12 × 1"),
+    "magnitudes of no axis": (whole(dora_scale=torch.ones(OUT)), "should be 12 × 1"),
+    "a weight changed twice": (whole(diff=numbers(OUT, IN)), "in two ways"),
+    "a kernel in the wrong half": (
+        parts(lora_up__weight=numbers(OUT, RANK, 3, 3), lora_down__weight=numbers(RANK, IN, 1, 1)),
+        "its kernel should be 1",
+    ),
+    "OFT": (parts(oft_blocks=numbers(2, 6, 6)), "of OFT"),
+    "BOFT": (parts(boft_R=numbers(2, 6, 6)), "of BOFT"),
+    "AdaLoRA": (whole(lora_E=numbers(RANK, 1)), "of AdaLoRA"),
+    "sparse biases": (whole(bias_values=numbers(3)), "sparse biases"),
+    "larger weights": (whole(reshape_weight=torch.tensor([1, 2])), "enlarges its weights"),
+    "embeddings": ({**whole(), "bundle_emb.x.string_to_param.*": numbers(2, 4)}, "a textual inversion"),
+    "MLX": ({"a.lora_a": DOWN.clone(), "a.lora_b": UP.clone()}, "of MLX's LoRA"),
+    "GLoRA of no rank": (
+        parts(a1__weight=numbers(5, 5), a2__weight=numbers(5, 5), b1__weight=numbers(5, 5), b2__weight=numbers(5, 5)),
+        "can not be told",
+    ),
+    "(IA)³ of a matrix": (parts(ia3_l=numbers(OUT, IN)), "those read are"),
+    "a plain tensor": ({**whole(), "mid.y.weight": UP.clone()}, "mid.y.weight"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_what_is_no_adapter_is_named(tmp_path, case):
+    tensors, told = MALFORMED[case]
+    with pytest.raises(CheckpointError) as caught:
+        bake(tmp_path, MODEL, tensors)
+    assert told in str(caught.value)
+    assert "Nothing was written." in str(caught.value)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_all_that_is_wrong_is_told_at_once(tmp_path):
+    tensors = {f"lora_unet_x{n}.lora_up.weight": UP.clone() for n in range(3)}
+    with pytest.raises(CheckpointError, match="3 things in it") as caught:
+        bake(tmp_path, MODEL, tensors)
+    assert len(caught.value.found) == 3
+
+
+def test_a_whole_model_is_no_adapter(tmp_path):
+    with pytest.raises(CheckpointError, match="is no adapter: none of its 2 tensors"):
+        bake(tmp_path, MODEL, {name: tensor.clone() for name, tensor in MODEL.items()})
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ({WEIGHT: numbers(OUT, IN + 1)}, r"changes \[12, 10\], and mid.x.weight is \[12, 11\]"),
+        ({WEIGHT: numbers(OUT, IN, 3, 3)}, r"mid.x.weight is \[12, 10, 3, 3\]"),
+        ({WEIGHT: torch.ones(OUT, IN, dtype=torch.int32)}, "is quantised in a way that"),
+        ({"mid.y.weight": numbers(OUT, IN)}, "1 module of 1 is not in model"),
+    ],
+)
+def test_a_module_has_to_fit(tmp_path, model, told):
+    with pytest.raises(PlanError, match=told):
+        bake(tmp_path, model, whole())
+
+
+def test_what_is_not_there_may_be_left_out(tmp_path):
+    adapter = {**whole(), **parts("lora_te_nowhere", lora_up__weight=UP.clone(), lora_down__weight=DOWN.clone())}
+    with pytest.raises(PlanError, match=r"adapter0: 1 module of 2 is not in model(.|\n)*--on-missing drop"):
+        bake(tmp_path, MODEL, adapter)
+    made = bake(tmp_path, MODEL, adapter, on_missing="drop")
+    assert torch.allclose(made[WEIGHT].double(), MODEL[WEIGHT].double() + PRODUCT, atol=1e-6)
+
+
+def test_what_does_not_fit_is_never_left_out(tmp_path):
+    with pytest.raises(PlanError, match="does not fit"):
+        bake(tmp_path, {WEIGHT: numbers(OUT, IN + 1)}, whole(), on_missing="drop")
+
+
+# ── PEFT ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def pair(module: str = "mid.x") -> dict[str, torch.Tensor]:
+    return {f"{module}.lora_B.weight": UP.clone(), f"{module}.lora_A.weight": DOWN.clone()}
+
+
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        ({"r": RANK, "lora_alpha": 6}, 2.0),
+        ({"r": RANK, "lora_alpha": 6, "use_rslora": True}, 6 / RANK**0.5),
+        ({"r": 8, "lora_alpha": 16, "rank_pattern": {"x": RANK}, "alpha_pattern": {"x": 6}}, 2.0),
+        ({"r": RANK, "lora_alpha": 9, "alpha_pattern": {"^mid.x": 6, "mid.y": 1}}, 2.0),
+        ({"r": RANK, "lora_alpha": 6, "alpha_pattern": {"id.x": 1, "y": 1}}, 2.0),
+    ],
+)
+def test_a_config_tells_the_scale(tmp_path, config, scale):
+    folder = peft_folder(tmp_path / "adapter", pair(), **config)
+    for path in (folder, folder / "adapter_model.safetensors"):
+        made = bake(tmp_path, MODEL, path, weights=0.5)
+        assert torch.allclose(made[WEIGHT].double(), MODEL[WEIGHT].double() + 0.5 * scale * PRODUCT, atol=1e-6)
+
+
+def test_weights_that_lie_transposed(tmp_path):
+    folder = peft_folder(tmp_path / "adapter", pair(), r=RANK, lora_alpha=RANK, fan_in_fan_out=True)
+    model = {WEIGHT: numbers(IN, OUT, seed=9)}
+    made = bake(tmp_path, model, folder)
+    assert torch.allclose(made[WEIGHT].double(), model[WEIGHT].double() + PRODUCT.T, atol=1e-6)
+
+
+def test_embeddings(tmp_path):
+    down, up = numbers(RANK, OUT, seed=1), numbers(IN, RANK, seed=2)
+    tensors = {"mid.x.lora_embedding_A": down, "mid.x.lora_embedding_B": up}
+    made = bake(tmp_path, MODEL, peft_folder(tmp_path / "adapter", tensors, r=RANK, lora_alpha=6))
+    product = (up.double() @ down.double()).T
+    assert torch.allclose(made[WEIGHT].double(), MODEL[WEIGHT].double() + 2 * product, atol=1e-6)
+
+
+def test_magnitudes(tmp_path):
+    lengths = numbers(OUT, seed=5).abs()
+    tensors = {**pair(), "mid.x.lora_magnitude_vector": lengths}
+    made = bake(tmp_path, MODEL, peft_folder(tmp_path / "adapter", tensors, r=RANK, lora_alpha=RANK, use_dora=True))
+    longer = MODEL[WEIGHT].double() + PRODUCT
+    expected = longer / longer.norm(dim=1, keepdim=True) * lengths.double()[:, None]
+    assert torch.allclose(made[WEIGHT].double(), expected, atol=1e-6)
+
+
+def test_ia3_multiplies_outputs_and_their_biases_or_inputs(tmp_path):
+    for shape in ((OUT, 1), (1, IN)):
+        vector = numbers(*shape, seed=4)
+        folder = peft_folder(tmp_path / "adapter", {"mid.x.ia3_l": vector}, peft_type="IA3")
+        made = bake(tmp_path, MODEL, folder)
+        assert torch.allclose(made[WEIGHT], MODEL[WEIGHT] * vector, atol=1e-6)
+        bias = MODEL[BIAS] * vector.flatten() if shape[0] > 1 else MODEL[BIAS]
+        assert torch.allclose(made[BIAS], bias, atol=1e-6)
+        assert bake(tmp_path, {WEIGHT: MODEL[WEIGHT]}, folder).keys() == {WEIGHT}
+
+
+def test_vera(tmp_path):
+    b, d = numbers(OUT, seed=3), numbers(RANK, seed=4)
+    left, right = numbers(OUT + 2, RANK, seed=5), numbers(RANK, IN, seed=6)
+    tensors = {
+        "mid.x.vera_lambda_b": b,
+        "mid.x.vera_lambda_d": d,
+        "base_model.vera_A": right,
+        "base_model.vera_B": left,
+    }
+    made = bake(tmp_path, MODEL, peft_folder(tmp_path / "adapter", tensors, peft_type="VERA"))
+    product = (b[:, None] * left[:OUT]).double() @ (d[:, None] * right).double()
+    assert torch.allclose(made[WEIGHT].double(), MODEL[WEIGHT].double() + product, atol=1e-6)
+
+
+def test_modules_that_were_trained_whole(tmp_path):
+    saved = {"mid.x.modules_to_save.weight": numbers(OUT, IN, seed=5), "mid.x.bias": numbers(OUT, seed=6)}
+    folder = peft_folder(tmp_path / "adapter", saved, r=RANK, lora_alpha=RANK)
+    made = bake(tmp_path, MODEL, folder)
+    assert torch.equal(made[WEIGHT], saved["mid.x.modules_to_save.weight"])
+    assert torch.equal(made[BIAS], saved["mid.x.bias"])
+    with pytest.raises(PlanError, match=r"changes \[12, 10\], and mid.x.weight is \[14, 10\]"):
+        bake(tmp_path, {WEIGHT: numbers(14, IN), BIAS: MODEL[BIAS]}, folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"peft_type": "ADALORA"}, "ADALORA adapters are not read"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changes the model's own weights"),
+        ({"init_lora_weights": "olora"}, "changes the model's own weights"),
+        ({"layer_replication": [[0, 4]]}, "stacks layers"),
+        ({"lora_alpha": "much"}, "lora_alpha must be a number"),
+        ({"lora_alpha": True}, "lora_alpha must be a number"),
+        ({"alpha_pattern": [1]}, "alpha_pattern is no map"),
+        ({"alpha_pattern": {"(a+)+b": 1}}, "none of plain names"),
+    ],
+)
+def test_configs_that_ask_for_what_is_not_done(tmp_path, config, told):
+    folder = peft_folder(tmp_path / "adapter", pair(), **{"r": RANK, "lora_alpha": RANK, **config})
+    with pytest.raises(CheckpointError, match=told):
+        bake(tmp_path, MODEL, folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"r": 1, "r": 2}', "[" * 100_000])
+def test_configs_that_are_none(tmp_path, text):
+    folder = peft_folder(tmp_path / "adapter", pair())
+    (folder / "adapter_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"adapter_config.json: is no"):
+        bake(tmp_path, MODEL, folder)
+
+
+def test_the_scale_of_peft_is_never_guessed(tmp_path):
+    folder = peft_folder(tmp_path / "adapter", pair())
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"adapter_config.json, which would tell it, is not there"):
+        bake(tmp_path, MODEL, folder)
+
+
+def test_what_diffusers_keeps_in_metadata(tmp_path):
+    config = {"transformer.r": RANK, "transformer.lora_alpha": 6, "text_encoder.lora_alpha": 1}
+    path = save_model(
+        tmp_path / "pytorch_lora_weights.safetensors",
+        pair("transformer.mid.x"),
+        {"format": "pt", "lora_adapter_metadata": json.dumps(config)},
+    )
+    made = bake(tmp_path, MODEL, path)
+    assert torch.allclose(made[WEIGHT].double(), MODEL[WEIGHT].double() + 2 * PRODUCT, atol=1e-6)
+    without = save_model(tmp_path / "plain.safetensors", pair("transformer.mid.x"))
+    assert torch.allclose(bake(tmp_path, MODEL, without)[WEIGHT].double(), MODEL[WEIGHT].double() + PRODUCT, atol=1e-6)
+
+
+def test_a_torch_file(tmp_path):
+    torch.save(whole(alpha=6.0), tmp_path / "lora.pt")
+    made = bake(tmp_path, MODEL, tmp_path / "lora.pt")
+    assert torch.allclose(made[WEIGHT].double(), MODEL[WEIGHT].double() + 2 * PRODUCT, atol=1e-6)
+
+
+def test_the_module_of_a_name_is_what_stands_before_its_part():
+    from streammerge.models.adapters.parts import sorted_parts
+
+    found = sorted_parts([f"{MODULE}.lora_up.weight", "unet.mid.to_q_lora.down.weight", "a.b.lora_A.default.weight"])
+    assert set(found.modules) == {MODULE, "unet.mid.to_q", "a.b"}
+    assert not found.problems
