@@ -23,7 +23,7 @@ from streammerge.formats.claims import NOTHING, Claim, Claims, file_key
 from streammerge.methods.loading import method_failure
 from streammerge.models.checkpoints import open_model
 from streammerge.models.merged import Merged, as_merged, files_of
-from streammerge.plan.inputs import OUTPUT, OpenInputs, check_with_library, input_claims, output_metadata
+from streammerge.plan.inputs import OUTPUT, OpenInputs, check_with_library, input_claims, output_metadata, restated
 from streammerge.plan.naming import check_folder, in_naming
 from streammerge.plan.plan import Plan, plan_merge
 from streammerge.recipe.files import Mergeable, as_recipe
@@ -133,7 +133,7 @@ def planned(
         method = recipe.method if isinstance(recipe, Recipe) else ""
         recorded = isinstance(recipe, Recipe) and options.metadata and options.hash_inputs
         hashes = input_hashes(recipe, opened) if isinstance(recipe, Recipe) and recorded else None
-        metadata = output_metadata(recipe, options, opened, hashes)
+        metadata = restated(output_metadata(recipe, options, opened, hashes), merged.restated)
         description = recipe.describe() if isinstance(recipe, Recipe) else {}
         inputs = opened.files or files_of(merged)
         plan = plan_merge(

@@ -47,3 +47,10 @@ def permuted(node: Node, sizes: tuple[int, ...], order: tuple[int, ...]) -> Node
     strides = contiguous_strides(sizes)
     shape = tuple(sizes[axis] for axis in order)
     return Viewed(described(node.info.dtype, shape), node, 0, tuple(strides[axis] for axis in order), shape)
+
+
+def factors_of(node: Node) -> tuple[Node, Node]:
+    """The two matrices whose product it is; ValueError if it is no product of two."""
+    if not isinstance(node, Product) or len(node.factors) != 1:
+        raise ValueError("is no product of two matrices")
+    return node.left, node.factors[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -27,6 +27,7 @@ from streammerge.models.merged import Merged
 from streammerge.plan.adapting import told_of, with_adapters
 from streammerge.plan.decide import merge_models
 from streammerge.plan.plan import Plan
+from streammerge.plan.summing import is_sum, sum_of_adapters
 from streammerge.recipe.metadata import LICENCES, MERGED_FROM, Hashes, carried_metadata, recipe_metadata
 from streammerge.recipe.options import Options
 from streammerge.recipe.recipe import Input, Recipe
@@ -71,6 +72,8 @@ class OpenInputs:
             entry.name: with_adapters(entry, self._input(entry, recipe, (*within, place)), self.open, drop=drop)
             for place, entry in recipe.by_place.items()
         }
+        if is_sum(recipe, models):
+            return sum_of_adapters(recipe, models, naming)
         merged = told_of(merge_models(recipe, models, within, naming), models)
         self.steps += merged.extent.own
         check_steps(self.steps)
@@ -181,6 +184,12 @@ def output_metadata(
     if not options.metadata:
         return {key: text for key, text in marks.items() if key not in (LICENCES, MERGED_FROM)}
     return marks | recipe_metadata(recipe, options, hashes)
+
+
+def restated(metadata: Mapping[str, str], changes: Mapping[str, str]) -> dict[str, str]:
+    """The metadata with what has to be said otherwise of the output, and without what would be wrong of it."""
+    said = {key: changes.get(key, text) for key, text in metadata.items()}
+    return {key: text for key, text in said.items() if text or key not in changes}
 
 
 def may_draw(recipe: Recipe) -> bool:

@@ -71,7 +71,7 @@ def lora(model: Tensors, seed: int) -> Tensors:
     for module, tensor in ADAPTED.items():
         rows, columns, *_ = model[f"model.diffusion_model.{tensor}.weight"].shape
         shapes = {"lora_up.weight": (rows, 4), "lora_down.weight": (4, columns)}
-        parts = {**make_tensors(seed, torch.float16, shapes, scale=0.1), "alpha": torch.tensor(2.0)}
+        parts = {**make_tensors(seed, torch.float16, shapes, scale=0.1), "alpha": torch.tensor(2.0).half()}
         made |= {f"lora_unet_{module}.{part}": tensor for part, tensor in parts.items()}
     return made
 

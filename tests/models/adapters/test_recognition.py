@@ -236,7 +236,7 @@ def test_the_program_refuses_adapters_in_every_container(lora, suffix, capsys):
     inner = f"{{merge_method: linear, models: [{path.name}, {path.name}]}}"
     nested.write_text(f"merge_method: linear\nmodels: [plain.safetensors, {inner}]")
     for words in (
-        [str(path), str(path), "-o", str(out)],
+        [str(path), str(path), "-m", "slerp", "-o", str(out)],
         ["plan", str(plain), str(path), "--on-missing", "keep"],
         [str(nested), "-o", str(out)],
     ):
@@ -254,8 +254,10 @@ def test_a_folder_of_peft_is_refused_as_an_adapter(tmp_path, capsys):
         save_model(tmp_path / name / "adapter_model.safetensors", tensors)
         (tmp_path / name / "adapter_config.json").write_text("{}")
         torch.save({}, tmp_path / name / "training_args.bin")
-    assert main([str(tmp_path / "a"), str(tmp_path / "b"), "-o", str(tmp_path / "out.safetensors")]) == 1
-    assert "2 models are adapters" in capsys.readouterr().err
+    for more, told in ((["-m", "slerp"], "2 models are adapters"), ([], "an adapter of PEFT's is no sum's")):
+        words = [str(tmp_path / "a"), str(tmp_path / "b"), "-o", str(tmp_path / "out.safetensors"), *more]
+        assert main(words) == 1
+        assert told in capsys.readouterr().err
 
 
 def test_what_peft_left_in_the_folder_of_a_whole_model_does_not_matter(tmp_path):
