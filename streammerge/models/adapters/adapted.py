@@ -256,6 +256,9 @@ class _Placing:
         if problem := self._misfit(change, source):
             self.misfits.append(f"{module}.{part}   {problem}")
             return
+        if other := self._overlapped(source):
+            self.misfits.append(f"{module}.{part}   {other} changes {', '.join(source.tensors)} too")
+            return
         first = 0
         for piece in source.pieces:
             height = piece.stop - piece.start
@@ -264,6 +267,14 @@ class _Placing:
             first += height
         self.tensors.update(source.tensors)
         self.placed[module] = (*self.placed.get(module, ()), *source.tensors)
+
+    def _overlapped(self, source: Source) -> str:
+        """Another module of the adapter that changes some of the same rows; nothing if there is none."""
+        for piece in source.pieces:
+            for use in self.uses.get(piece.tensor, ()):
+                if use.given is self.given and use.start < piece.stop and piece.start < use.stop:
+                    return use.module
+        return ""
 
     def _misfit(self, change: Change, source: Source) -> str:
         """Why a change can't be made to a tensor; nothing if it can."""

@@ -16,7 +16,7 @@ from streammerge.compute.matrices import permuted, transposed, vector
 from streammerge.compute.parts import rows_of
 from streammerge.models.adapters.changes import MULTIPLY, Change
 from streammerge.models.adapters.config import Config
-from streammerge.models.adapters.numbers import number_of
+from streammerge.models.adapters.numbers import can_be_read, number_of
 from streammerge.tensors import DTYPES, TensorInfo
 
 PEFT: Final = "base_model.model."
@@ -57,6 +57,8 @@ class Module:
         node = self.nodes[role]
         if node.info.elements != 1:
             raise Malformed(f"{self.names[role]}   is of the shape {list(node.info.shape)}, and should be one number")
+        if not can_be_read(node):
+            raise Malformed(f"{self.names[role]}   is {node.info.dtype}, and should be a float or an integer")
         found = number_of(node)
         if not math.isfinite(found):
             raise Malformed(f"{self.names[role]}   is {found}, which is no number to multiply by")

@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from typing import Final
 
 from streammerge.compute.expressions import Node, is_stored
-from streammerge.errors import CheckpointError, error_context
+from streammerge.errors import error_context
 from streammerge.formats.descriptors import read_at
 
 _FORMATS: Final[Mapping[str, str]] = {
     "F16": "<e",
+    "BF16": "<f",
     "F32": "<f",
     "F64": "<d",
     "I8": "<b",
     "U8": "<B",
-    "BOOL": "<?",
     "I16": "<h",
     "U16": "<H",
     "I32": "<i",
@@ -24,16 +24,18 @@ _FORMATS: Final[Mapping[str, str]] = {
     "I64": "<q",
     "U64": "<Q",
 }
+"""How elements lie in a file; those of BF16 are the upper half of a float32."""
+
+
+def can_be_read(node: Node) -> bool:
+    """Whether the tensor lies in a file, in a dtype whose elements are read here."""
+    return is_stored(node) and node.info.dtype.name in _FORMATS
 
 
 def number_of(node: Node) -> float:
-    """The only element of a tensor in a file; CheckpointError for a dtype whose elements can't be read here."""
-    name, size = node.info.dtype.name, node.info.dtype.bits // 8
-    if not is_stored(node) or (name not in _FORMATS and name != "BF16"):
-        raise CheckpointError(f"a number is stored as {name}, which is not read", advice="Store it as float32.")
-    found = bytearray(size)
+    """The only element of a tensor in a file, which can be read."""
+    assert is_stored(node)
+    name, found = node.info.dtype.name, bytearray(node.info.dtype.bits // 8)
     with error_context(str(node.file.path)):
         read_at(node.file.descriptor, memoryview(found), node.start)
-    if name == "BF16":
-        found, name = bytearray(2) + found, "F32"
-    return float(struct.unpack(_FORMATS[name], found)[0])
+    return float(struct.unpack(_FORMATS[name], bytes(2) + found if name == "BF16" else found)[0])

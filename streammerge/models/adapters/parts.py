@@ -40,11 +40,8 @@ _ROLES: Final[Mapping[str, str]] = {
 }
 """The roles, each with how the names of its tensors go on after their module's."""
 
-_ROLE: Final = re.compile(
-    r"(?P<module>.*?)(?:\.|_(?=lora\.))(?:"
-    + "|".join(f"(?P<r{n}>{tail})" for n, tail in enumerate(_ROLES.values()))
-    + ")"
-)
+_ANY_ROLE: Final = "|".join(f"(?P<r{number}>{tail})" for number, tail in enumerate(_ROLES.values()))
+_ROLE: Final = re.compile(rf"(?P<module>.*?)(?:\.|_(?=lora\.))(?:{_ANY_ROLE})", re.DOTALL)
 _NAMES: Final = tuple(_ROLES)
 
 _REFUSED: Final[Mapping[str, str]] = {

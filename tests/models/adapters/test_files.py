@@ -32,6 +32,8 @@ MALFORMED = {
     "integers": (parts(lora_up__weight=UP.int(), lora_down__weight=DOWN), "is I32"),
     "alpha of two": (whole(alpha=torch.ones(2)), "should be one number"),
     "alpha of none": (whole(alpha=float("nan")), "is nan"),
+    "alpha of another kind": (whole(alpha=torch.tensor(1.0).to(torch.float8_e4m3fn)), "alpha   is F8_E4M3"),
+    "alpha that is true": (whole(alpha=torch.tensor(True)), "alpha   is BOOL"),
     "an unknown part": (whole(lora_sideways__weight=UP.clone()), "lora_sideways.weight   is no known part"),
     "another module's part": ({**whole(), "something": UP.clone()}, "something   is no known part"),
     "two kinds at once": (whole(hada_w1_a=UP.clone()), "of several kinds at once"),
@@ -98,6 +100,13 @@ def test_a_whole_model_is_no_adapter(tmp_path):
 def test_a_module_has_to_fit(tmp_path, model, told):
     with pytest.raises(PlanError, match=told):
         bake(tmp_path, model, whole())
+
+
+def test_two_modules_of_one_tensor_are_no_adapter(tmp_path):
+    """Programs take one of them, and say nothing of the other."""
+    again = {name.replace(MODULE, "diffusion_model.mid.x"): tensor.clone() for name, tensor in whole().items()}
+    with pytest.raises(PlanError, match=r"lora_unet_mid_x changes mid.x.weight too|mid.x changes mid.x.weight too"):
+        bake(tmp_path, MODEL, {**whole(), **again})
 
 
 def test_what_is_not_there_may_be_left_out(tmp_path):
