@@ -20,8 +20,8 @@ from streammerge.tensors import Model
 
 def are_adapters(models: Mapping[str, Model]) -> bool:
     """Whether all of the models are adapters and no more."""
-    found = [find_adapter(model.tensors) for model in models.values()]
-    return bool(found) and all(adapter is not None and not adapter.is_inside for adapter in found)
+    found = (find_adapter(model.tensors) for model in models.values())
+    return all(adapter is not None and not adapter.is_inside for adapter in found)
 
 
 def is_sum(recipe: Recipe, models: Mapping[str, Model]) -> bool:

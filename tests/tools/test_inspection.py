@@ -371,7 +371,7 @@ FACTORS = {"q.lora_A.weight": of("F16", 4, 8), "q.lora_B.weight": of("F16", 8, 4
 def test_an_adapter_and_an_adapter_inside_a_model_are_told():
     alone = inspection(FACTORS)
     assert "LoRA adapter: 2 tensors" in render(alone)
-    assert "which can't be merged" in render(alone)
+    assert "streammerge bake" in render(alone)
     assert alone.to_json()["adapter"] == {"kind": "LoRA", "tensors": 2, "is_inside": False}
     inside = inspection({"q.weight": of("F16", 8, 8), **FACTORS})
     assert "beside its weights: LoRA adapter, 2 tensors (copied, never averaged)" in render(inside)

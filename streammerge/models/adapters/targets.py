@@ -58,14 +58,22 @@ class Targets:
             rest = module.removeprefix(prefix)
             if module.startswith(prefix) and f"{rest}.{part}" in self.tensors:
                 return whole(f"{rest}.{part}", self.tensors[f"{rest}.{part}"])
+        meant = self._meant(module, part)
+        return meant[0] if len(meant) == 1 else None
+
+    def _meant(self, module: str, part: str) -> list[Source]:
+        """The tensors that a name may mean, in all components that it may be of: each once."""
+        found: dict[object, Source] = {}
         for index, rest in self._indexes(module):
-            for path in _spellings(rest):
-                if found := index.get(underscored(f"{path}_{part}")):
-                    return found
-        return None
+            sources = (index.get(underscored(f"{path}_{part}")) for path in _spellings(rest))
+            if source := next(filter(None, sources), None):
+                found.setdefault(source.pieces, source)
+        return list(found.values())
 
     def near(self, module: str, part: str) -> str:
-        """The model's own name that comes nearest, in words; nothing where none does."""
+        """The model's own name that comes nearest, in words, or those that may be meant; nothing where none does."""
+        if meant := self._meant(module, part):
+            return " and ".join(source.tensors[0] for source in meant) + ", of which either may be meant"
         for index, rest in self._indexes(module):
             for key in difflib.get_close_matches(underscored(f"{rest}_{part}"), list(index)[:NEAR], n=1):
                 if source := index[key]:

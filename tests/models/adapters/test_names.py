@@ -147,6 +147,14 @@ def test_what_is_not_there_is_not_found(names, module):
     assert made(*names).find(module, "weight") is None
 
 
+def test_a_name_of_two_components_is_of_neither():
+    """Both text encoders of SDXL have such a module, and nothing says of which it is."""
+    module = "base_model.model.text_model.encoder.layers.0.mlp.fc1"
+    assert LAYOUTS["sdxl"].find(module, "weight") is None
+    assert "of which either may be meant" in LAYOUTS["sdxl"].near(module, "weight")
+    assert LAYOUTS["sd1"].find(module, "weight") is not None
+
+
 def test_of_two_that_are_spelled_alike_the_one_that_is_named_is_meant():
     found = made("a.b_c.weight", "a.b.c.weight").find("base_model.model.a.b.c", "weight")
     assert found is not None
