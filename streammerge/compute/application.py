@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import TypeGuard
 
 from streammerge.compute.costs import together_blocks
 from streammerge.compute.expressions import ByBlock, ByGram, ByWhole, Node, Term, Together, combine
@@ -44,6 +45,11 @@ def apply_method(
         case WholeMethod():
             return ByWhole(info, method, parameters, nodes, name, seed, within)
     raise TypeError(f"method {method.name!r} is of no known kind")
+
+
+def is_measured_of_model(node: Node) -> TypeGuard[ByBlock]:
+    """Whether a method is applied whose statistics are to be taken of the whole model."""
+    return isinstance(node, ByBlock) and node.method.is_of_model(node.parameters)
 
 
 def measured_with(together: Together, node: ByBlock) -> ByBlock:

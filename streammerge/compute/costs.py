@@ -25,6 +25,7 @@ from streammerge.compute.expressions import (
     children,
     is_computed,
     leaves,
+    stored_place,
     surveyed,
     walk,
 )
@@ -253,6 +254,14 @@ def target_of(node: Applied) -> Target:
     """What a method is told of the tensor that it makes."""
     step, first = piece_elements(node), node.first_block if isinstance(node, ByBlock) else 0
     return Target(node.name, node.info.shape, len(node.inputs), node.seed, step, first, within=node.within)
+
+
+def is_only(node: Node, part: Node) -> bool:
+    """Whether it is a combination of one tensor alone, as it is: of this one."""
+    if not isinstance(node, Combined) or len(node.terms) != 1 or node.divisor != 1 or node.terms[0].coefficient != 1:
+        return False
+    only = node.terms[0].node
+    return only is part or (stored_place(only) is not None and stored_place(only) == stored_place(part))
 
 
 def is_copy(node: Node, info: TensorInfo) -> bool:

@@ -341,22 +341,9 @@ def is_merged(node: Node) -> bool:
     return any(isinstance(part, Combined | Applied | Product) for part in walk(node))
 
 
-def is_measured_of_model(node: Node) -> TypeGuard[ByBlock]:
-    """Whether a method is applied whose statistics are to be taken of the whole model."""
-    return isinstance(node, ByBlock) and node.method.is_of_model(node.parameters)
-
-
 def is_computed(node: Node) -> bool:
     """Whether its elements are more than stored ones: there is arithmetic or rounding on their way."""
     return any(isinstance(part, Combined | Applied | Rounded | Product) for part in walk(node))
-
-
-def is_only(node: Node, part: Node) -> bool:
-    """Whether it is a combination of one tensor alone, as it is: of this one."""
-    match node:
-        case Combined(terms=(Term(coefficient=1, node=only),), divisor=1):
-            return _identity(only) == _identity(part)
-    return False
 
 
 def rounded(node: Node, info: TensorInfo) -> Node:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from streammerge.compute.application import apply_method
-from streammerge.compute.expressions import Node, is_only
+from streammerge.compute.costs import is_only
+from streammerge.compute.expressions import Node
 from streammerge.methods import find_method
 from streammerge.methods.place import Within
 from streammerge.methods.registry import Method

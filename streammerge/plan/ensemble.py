@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from streammerge.compute.application import measured_with
+from streammerge.compute.application import is_measured_of_model, measured_with
 from streammerge.compute.costs import needs_statistics
-from streammerge.compute.expressions import ByBlock, Node, Together, is_measured_of_model, walk
+from streammerge.compute.expressions import ByBlock, Node, Together, walk
 from streammerge.errors import PlanError
 from streammerge.methods.contract import ParameterValue
 
