@@ -14,7 +14,7 @@ from streammerge.methods import METHODS
 from streammerge.recipe.options import Options
 from streammerge.recipe.parse import parse_recipe
 from streammerge.storage import resume
-from streammerge.workers.windows import MergeWork, Window
+from streammerge.workers.windows import MergeWork, NeighboursWork, Window
 from tests.storage.outputs import digests
 
 SHAPES = {**{f"layers.{number}.w": (512, 300) for number in range(12)}, "bias": (63,), "scalar": (), "empty": (0, 2)}
@@ -33,7 +33,6 @@ class Stopping:
         self.error = error or KeyboardInterrupt()
         self.windows: list[str] = []
         self.lock = threading.Lock()
-        whole = MergeWork.write
         keepers: list[resume.Bookkeeper] = []
         every = resume.Bookkeeper.every
 
@@ -41,17 +40,21 @@ class Stopping:
             keepers[:] = [keeper]
             return every(keeper, 1000.0 if seconds else 0.0)
 
-        def write(work: MergeWork, window: Window, *arguments: Any) -> None:
-            whole(work, window, *arguments)
-            with self.lock:
-                self.windows.append(work.name)
-                keepers[0].record()
-                self.left -= 1
-                if not self.left:
-                    raise self.error
+        def stopping(whole: Callable[..., None]) -> Callable[..., None]:
+            def write(work: MergeWork, window: Window, *arguments: Any) -> None:
+                whole(work, window, *arguments)
+                with self.lock:
+                    self.windows += [job.name for job in work.jobs] if isinstance(work, NeighboursWork) else [work.name]
+                    keepers[0].record()
+                    self.left -= 1
+                    if not self.left:
+                        raise self.error
+
+            return write
 
         monkeypatch.setattr(resume.Bookkeeper, "every", noted)
-        monkeypatch.setattr(MergeWork, "write", write)
+        for kind in (MergeWork, NeighboursWork):
+            monkeypatch.setattr(kind, "write", stopping(kind.write))
 
 
 def noting(notes: list[str], what: str, function: Callable[..., Any]) -> Callable[..., Any]:
