@@ -2,6 +2,7 @@
 
 python -m benchmarks run                 every case, every tool; resumes where it was stopped
 python -m benchmarks run --cases ties --tools streammerge mergekit-pytorch --again
+python -m benchmarks cuda                all that a machine with a card is to tell, in eight minutes at most
 python -m benchmarks report              the report and the plots, from all results that there are
 python -m benchmarks list                cases and tools
 """
@@ -14,10 +15,12 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import environments, inputs, report, results
 from benchmarks.cases import CASES, Case
+from benchmarks.cuda import BUDGET, FEW, CudaSettings, measure_card
 from benchmarks.peers import PEERS
 from benchmarks.running import CaseRunner, Settings, all_tools, quickly
 from streammerge.cli.main import INTERRUPTED, stopping_on_signals
@@ -33,7 +36,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"written: {report.write(arguments.results)}")
         return 0
     with stopping_on_signals():
-        return run(arguments)
+        return measure_card(cuda_settings(arguments), say) if arguments.command == "cuda" else run(arguments)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = made.add_subparsers(dest="command", required=True, metavar="run | report | list")
+    commands = made.add_subparsers(dest="command", required=True, metavar="run | cuda | report | list")
     runner = commands.add_parser("run", help="measure", description="Measure cases, one after the other.")
     runner.add_argument("--cases", nargs="+", metavar="CASE", choices=[*CASES], help="only these (see: list)")
     runner.add_argument("--tools", nargs="+", metavar="TOOL", default=[], help="only these (see: list)")
@@ -64,9 +67,16 @@ def parser() -> argparse.ArgumentParser:
     runner.add_argument("--no-limits", action="store_true", help="leave out the search of the smallest memory")
     runner.add_argument("--no-install", action="store_true", help="skip peers whose environment is not there")
     runner.add_argument("--reinstall", action="store_true", help="try environments again that could not be made")
+    on_card = commands.add_parser("cuda", help="measure a card", description="Measure card and CPU side by side.")
+    on_card.add_argument("--folder", type=Path, default=Path("bench"), metavar="DIR", help="a place with 25 GB of room")
+    on_card.add_argument(
+        "--budget", type=float, default=BUDGET, metavar="SECONDS", help="after which no part begins (default: 430)"
+    )
+    on_card.add_argument("--quick", action="store_true", help="miniatures, on the CPU: to see that everything works")
+    on_card.add_argument("--keep", action="store_true", help="keep the models, 16 GB, to measure again sooner")
     commands.add_parser("list", help="show cases and tools")
     reporter = commands.add_parser("report", help="make the report and the plots", description="Make the report.")
-    for one in (runner, reporter):
+    for one in (runner, on_card, reporter):
         one.add_argument("--results", type=Path, metavar="DIR", help="where results are (default: benchmarks/results)")
     reporter.set_defaults(results=results.FOLDER)
     return made
@@ -92,6 +102,14 @@ def run(arguments: argparse.Namespace) -> int:
             shutil.rmtree(inputs.set_folder(case, settings.folder, quick=settings.quick), ignore_errors=True)
     say(f"written: {report.write(settings.results)}")
     return 1 if broken else 0
+
+
+def cuda_settings(arguments: argparse.Namespace) -> CudaSettings:
+    """How to measure a card; of miniatures nothing is repeated."""
+    folder: Path = arguments.folder.absolute()
+    place = arguments.results or (folder / "results-quick" if arguments.quick else results.FOLDER)
+    settings = CudaSettings(folder, place, arguments.budget, arguments.quick, arguments.keep)
+    return replace(settings, merges=FEW, swept=FEW[:1], threads=(2,), rounds=1) if arguments.quick else settings
 
 
 def settings_from(arguments: argparse.Namespace) -> Settings:

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from benchmarks import figures
+from benchmarks import card, figures
+from benchmarks.card_section import card_section
 from benchmarks.cases import CASES, COMPARED
 from benchmarks.own import CUDA, NAME, SYNCED
 from benchmarks.results import FOLDER, CaseResult, ToolResult, load_all
+from benchmarks.tables import table
 from benchmarks.targets import TARGETS
 from streammerge.compute.machine import MIB
 from streammerge.errors import format_size
@@ -49,7 +51,12 @@ def write(folder: Path = FOLDER) -> Path:
     for case in COMPARED:
         if case.name in found:
             parts.append(case_section(found[case.name], folder))
-    parts += [scaling_section(found, folder), methods_section(found.get("methods")), HOW]
+    parts += [
+        scaling_section(found, folder),
+        methods_section(found.get("methods")),
+        card_section(card.load(folder)),
+        HOW,
+    ]
     path = folder / REPORT
     path.write_text("\n\n".join(part.strip() for part in parts if part) + "\n", encoding="utf-8")
     return path
@@ -287,14 +294,6 @@ def methods_row(result: CaseResult, tool: ToolResult) -> tuple[str, ...]:
         f"{once / loop.median / 1e9:.2f}",
         figures.memory_text(result, tool),
         str(len(tool.good())),
-    )
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
     )
 
 

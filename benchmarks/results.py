@@ -97,10 +97,14 @@ class CaseResult:
 
 def save(result: CaseResult, folder: Path = FOLDER) -> Path:
     """Write the file of a case; it is never half there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{result.name}.json"
+    return write_json(to_json(result), folder / f"{result.name}.json")
+
+
+def write_json(values: dict[str, Any], path: Path) -> Path:
+    """Write a file of JSON that people can read, under another name until it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(in_lines(to_json(result)), encoding="utf-8")
+    unfinished.write_text(in_lines(values), encoding="utf-8")
     unfinished.replace(path)
     return path
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import own, report, results
+from benchmarks import own, report, results, tables
 from benchmarks.cases import CASES
 from benchmarks.limits import Limit
 from benchmarks.results import ToolResult
@@ -62,7 +62,7 @@ def test_there_is_nothing_about_gpus_where_there_is_none():
 
 
 def test_tables_are_markdown():
-    assert report.table(("a", "b"), [("1|2", "3\n4")]) == "| a | b |\n| --- | --- |\n| 1\\|2 | 3 4 |"
+    assert tables.table(("a", "b"), [("1|2", "3\n4")]) == "| a | b |\n| --- | --- |\n| 1\\|2 | 3 4 |"
 
 
 def test_the_readme_shows_the_article():
