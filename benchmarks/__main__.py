@@ -19,8 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import environments, inputs, report, results
+from benchmarks.card_merges import FEW
 from benchmarks.cases import CASES, Case
-from benchmarks.cuda import BUDGET, FEW, CudaSettings, measure_card
+from benchmarks.cuda import BUDGET, CudaSettings, measure_card
 from benchmarks.peers import PEERS
 from benchmarks.running import CaseRunner, Settings, all_tools, quickly
 from streammerge.cli.main import INTERRUPTED, stopping_on_signals
@@ -74,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
     )
     on_card.add_argument("--quick", action="store_true", help="miniatures, on the CPU: to see that everything works")
     on_card.add_argument("--keep", action="store_true", help="keep the models, 16 GB, to measure again sooner")
+    on_card.add_argument("--commit", metavar="TEXT", default="", help="what is measured, where git can't tell")
     commands.add_parser("list", help="show cases and tools")
     reporter = commands.add_parser("report", help="make the report and the plots", description="Make the report.")
     for one in (runner, on_card, reporter):
@@ -108,7 +110,7 @@ def cuda_settings(arguments: argparse.Namespace) -> CudaSettings:
     """How to measure a card; of miniatures nothing is repeated."""
     folder: Path = arguments.folder.absolute()
     place = arguments.results or (folder / "results-quick" if arguments.quick else results.FOLDER)
-    settings = CudaSettings(folder, place, arguments.budget, arguments.quick, arguments.keep)
+    settings = CudaSettings(folder, place, arguments.budget, arguments.quick, arguments.keep, arguments.commit)
     return replace(settings, merges=FEW, swept=FEW[:1], threads=(2,), rounds=1) if arguments.quick else settings
 
 

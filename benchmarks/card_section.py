@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from benchmarks.card import CardResult, CardRun, Difference, Side
-from benchmarks.cuda import LINEAR, MERGES, STREAMING, TIES, WHOLE
+from benchmarks.card_merges import LINEAR, MERGES, STREAMING, TIES, WHOLE
 from benchmarks.tables import table
 from benchmarks.targets import Target
 from streammerge.compute.machine import MIB
@@ -177,6 +177,7 @@ def threads(result: CardResult) -> str:
         )
         for case in (LINEAR, TIES)
         for side in SIDES
+        if any(run.asked and (run.merge, run.side) == (case.name, side) for run in result.runs)
     ]
     return table(("loop, s, by threads", *map(str, asked)), rows) if asked else ""
 

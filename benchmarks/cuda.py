@@ -27,7 +27,8 @@ from typing import Any, Final
 from benchmarks import card, inputs, own, results
 from benchmarks.agreement import apart
 from benchmarks.card import CardResult, CardRun, Checks, Context, Rate, Side, Skipped
-from benchmarks.cases import CASES, Case, Merge
+from benchmarks.card_merges import ARTICLE, LINEAR, MERGES, TIES, WHOLE
+from benchmarks.cases import Case
 from benchmarks.environments import last_line
 from benchmarks.rates import Request
 from benchmarks.running import loop_of, timing
@@ -80,35 +81,6 @@ print(json.dumps(total - free))
 """What a process with a CUDA context and no merge does; it prints the VRAM that is taken then, by others too."""
 
 
-def sd2(merge: Merge) -> Case:
-    """This merge of SD 2's models."""
-    return replace(CASES["ties"], name=merge.method, merge=merge, layout=merge.roles[0], variants={})
-
-
-def over_base(method: str, **parameters: float) -> Case:
-    """A method over the base, with these parameters."""
-    return sd2(Merge(method, ("a", "b"), "base", parameters=parameters))
-
-
-LINEAR: Final = sd2(Merge("linear", ("base", "a", "b"), weights=(0.1, 0.5, 0.4)))
-TIES: Final = over_base("ties", density=0.3)
-STREAMING: Final = (
-    LINEAR,
-    TIES,
-    sd2(Merge("slerp", ("a", "b"), t=0.3)),
-    over_base("model_stock"),
-    over_base("dare_ties", density=0.5),
-    over_base("della", density=0.5),
-)
-WHOLE: Final = (over_base("iso_c"), over_base("tsv_m"))
-ARTICLE: Final = replace(CASES["article-fp16"], name="article", variants={}, inputs="article-fp16")
-MERGES: Final = (*STREAMING, ARTICLE, *WHOLE)
-"""Every merge, in the order in which they are measured."""
-
-FEW: Final = (LINEAR, ARTICLE)
-"""One of each set of models, for miniatures."""
-
-
 @dataclass(frozen=True)
 class CudaSettings:
     """Where to measure and for how long, whether to keep the models, which merges, and which by how many threads.
@@ -121,6 +93,7 @@ class CudaSettings:
     budget: float = BUDGET
     quick: bool = False
     keep: bool = False
+    commit: str = ""
     merges: Sequence[Case] = MERGES
     swept: Sequence[Case] = (LINEAR, TIES)
     threads: Sequence[int] = THREADS
@@ -169,7 +142,8 @@ class CardBench:
                 raise MergeError(f"the machine can't be described: {last_line(log)}")
             machine: dict[str, str] = json.loads(last_line(log))
         name, today = machine["cuda"] or "no card", date.today().isoformat()
-        return CardResult(name, driver(), today, results.commit(), __version__, self.settings.quick, machine)
+        commit = self.settings.commit or results.commit()
+        return CardResult(name, driver(), today, commit, __version__, self.settings.quick, machine)
 
     def run(self) -> int:
         """Everything, in order; the exit code."""
@@ -180,12 +154,19 @@ class CardBench:
         finally:
             self.save()
             shutil.rmtree(self.work, ignore_errors=True)
-            for folder in () if self.settings.keep else self.made:
-                shutil.rmtree(folder, ignore_errors=True)
+            if not self.settings.keep:
+                self.remove_models()
         wrong = [one.merge for one in self.result.differences if not one.ok]
         if wrong:
             self.say(f"card and CPU are too far apart: {', '.join(wrong)}")
         return 1 if self.broken or wrong or (self.result.tests and not self.result.tests.ok) else 0
+
+    def remove_models(self) -> None:
+        """Remove the models that were made, not those that were there."""
+        for folder in self.made:
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # others lie beside it
+                folder.parent.rmdir()
 
     def parts(self) -> Iterator[Part]:
         """What is measured, the most important first."""

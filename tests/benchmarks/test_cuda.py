@@ -11,6 +11,7 @@ import pytest
 from benchmarks import __main__ as program
 from benchmarks import card, cuda, inputs, own, report, results
 from benchmarks.card import CardResult, CardRun, Checks, Context, Difference, Rate, Skipped
+from benchmarks.card_merges import LINEAR
 from benchmarks.card_section import HEADING, NOTHING, card_section
 from benchmarks.cuda import CardBench, CudaSettings, Part
 from benchmarks.tools import CannotRun
@@ -65,7 +66,7 @@ def test_merges_are_run_on_both_sides_and_compared(quick):
 
 
 def test_nothing_is_left_but_results(quick, made):
-    assert [path for path in Path(made).rglob("*") if path.is_file()] == [Path(made) / "results-quick" / card.FILE]
+    assert {path.name for path in Path(made).rglob("*")} == {"results-quick", card.FILE}
 
 
 def test_the_report_has_what_was_measured(quick, made, tmp_path):
@@ -78,8 +79,8 @@ def test_the_report_has_what_was_measured(quick, made, tmp_path):
 
 
 def test_models_that_were_there_are_left(bench, monkeypatch):
-    (there,) = inputs.find_or_make(cuda.LINEAR, bench.settings.folder, quick=True)["a"].parent.glob("complete")
-    monkeypatch.setattr(bench, "parts", lambda: iter([Part("one", partial(bench.make, cuda.LINEAR))]))
+    (there,) = inputs.find_or_make(LINEAR, bench.settings.folder, quick=True)["a"].parent.glob("complete")
+    monkeypatch.setattr(bench, "parts", lambda: iter([Part("one", partial(bench.make, LINEAR))]))
     assert bench.run() == 0
     assert there.exists()
 
@@ -96,6 +97,12 @@ def test_without_a_card_nothing_is_written(tmp_path, monkeypatch, capsys):
 
 def test_without_results_the_report_says_so(tmp_path):
     assert NOTHING in report.write(tmp_path).read_text(encoding="utf-8")
+
+
+def test_the_commit_can_be_told_where_git_cannot(tmp_path):
+    words = ["cuda", "--quick", "--folder", str(tmp_path), "--commit", "abc1234"]
+    settings = program.cuda_settings(program.parser().parse_args(words))
+    assert CardBench(settings, lambda text: None).result.commit == "abc1234"
 
 
 def test_miniatures_never_replace_real_results(tmp_path):
@@ -160,18 +167,25 @@ def test_the_parts_are_everything_that_is_to_be_measured(bench):
 
 
 def test_a_merge_that_fails_is_told_with_its_last_line(bench, made, quick):
-    bench.make(cuda.LINEAR)
+    bench.make(LINEAR)
     bench.models["sd2"]["a"] = bench.models["sd2"]["a"].with_name("gone.safetensors")
     with pytest.raises(CannotRun, match="not compared"):
-        bench.both(cuda.LINEAR)
+        bench.both(LINEAR)
     assert [run.failure.startswith("failed: ") for run in bench.result.runs] == [True, True]
-    assert cuda.LINEAR.name in card_section(bench.result)
+    assert LINEAR.name in card_section(bench.result)
+
+
+@pytest.mark.skipif(own.has_cuda(), reason="there is a card")
+def test_a_context_that_cannot_be_made_is_a_reason(bench):
+    bench.settings = dataclasses.replace(bench.settings, quick=False)
+    with pytest.raises(CannotRun, match=r"a CUDA context can't be made: .+"):
+        bench.context()
 
 
 def test_too_small_a_disk_is_a_reason(bench, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     with pytest.raises(CannotRun, match="are free"):
-        bench.make(cuda.LINEAR)
+        bench.make(LINEAR)
     with pytest.raises(CannotRun, match="not made"):
         bench.floor()
 
