@@ -20,9 +20,11 @@ from typing import Any
 from streammerge.compute.machine import peak_resident_bytes
 from streammerge.errors import OutputError, saying_what_is_on_disk
 from streammerge.formats.claims import NOTHING, Claim, Claims, file_key
+from streammerge.formats.shards import is_index
 from streammerge.methods.loading import method_failure
 from streammerge.models.checkpoints import open_model
 from streammerge.models.merged import Merged, as_merged, files_of
+from streammerge.plan.companions import beside_output
 from streammerge.plan.inputs import OUTPUT, OpenInputs, check_with_library, input_claims, output_metadata, restated
 from streammerge.plan.naming import check_folder, in_naming
 from streammerge.plan.plan import Plan, plan_merge
@@ -30,6 +32,7 @@ from streammerge.recipe.files import Mergeable, as_recipe
 from streammerge.recipe.options import Options, as_options
 from streammerge.recipe.recipe import Recipe
 from streammerge.report import PARTS, InputFile, Report, Watch
+from streammerge.storage.companions import note_on_older
 from streammerge.storage.copying import Copying
 from streammerge.storage.hashing import (
     FileHashes,
@@ -105,7 +108,8 @@ def run_verification(
     recipe: Recipe | Model, output: Path, options: Options, watch: Watch | None = None, *, sampled: bool = False
 ) -> Confirmed:
     """Compute an output again, every byte or samples of it, and compare; OutputError if the recipe gives another."""
-    with planned(recipe, output, options, replacing=True) as plan, open_model(output) as found:
+    place = output.parent if is_index(output) else output
+    with planned(recipe, place, options, replacing=True) as plan, open_model(output) as found:
         return confirm(plan, found, watch, sampled=sampled)
 
 
@@ -146,6 +150,7 @@ def planned(
             description=description,
             described_bytes=opened.described_bytes,
             left=opened.left,
+            beside=beside_output(merged, recipe if isinstance(recipe, Recipe) else None, output, options),
         )
         if replacing:
             (input_claims(plan.inputs) + beside).check()
@@ -207,6 +212,8 @@ class Run:
             self.tell(f"note: {note}")
         if self.options.hash:
             check_sidecar(plan.output, force=self.options.force)
+        for note in note_on_older(plan.output):
+            self.tell(f"note: {note}")
         if strays:
             self.tell(f"note: {len(strays)} shards of an older output are left: {strays[0].name} …")
         plan.check_disk(self.begun.present_bytes)
@@ -238,7 +245,7 @@ class Run:
             if self.options.verify:
                 self.writer.forget()
                 machine.check(self.writer.read, self.plan.output.path, self.watch)
-            for file in self.plan.inputs:
+            for file in (*self.plan.inputs, *self.plan.output.copied):
                 file.check_unchanged()
             check_output(self.plan, self.older, self.beside, may_exist=self.options.force)
             self.writer.check()
@@ -297,7 +304,8 @@ def report_of(
 ) -> Report:
     """How it went; no machine if there was nothing to be done any more."""
     return Report(
-        output=[str(path) for path in plan.output.paths],
+        output=[str(path) for path in plan.output.weights],
+        companions=[str(plan.output.path_of(companion)) for companion in plan.output.companions],
         method=plan.method,
         merged=plan.count("merged"),
         copied=plan.count("copied"),

@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final, Literal
 
 from streammerge.errors import OutputError, count, format_size, listed, plural
@@ -28,7 +29,7 @@ class Report:
     """The outcome of a merge. Sizes are in bytes, times in seconds; `findings` are what is wrong, by tensor, `adapters`
     what became of each of them.
     `stale_hashes` is a file of hashes that is not of this output, `resumed_bytes` what an interrupted run had put on
-    the disk; no `threads` were at work if that was all.
+    the disk; no `threads` were at work if that was all. `companions` are the files that lie beside the weights.
 
     `loops` says what computed: compiled loops, torch, or both. `baseline_rss_bytes` is what a bare `import torch`
     takes, 0 where torch was not imported.
@@ -62,6 +63,7 @@ class Report:
     stale_hashes: str = ""
     resumed_bytes: int = 0
     adapters: Sequence[Mapping[str, Any]] = ()
+    companions: Sequence[str] = ()
 
     @property
     def nonfinite(self) -> Mapping[str, int]:
@@ -72,6 +74,7 @@ class Report:
         """Plain values, in the order of the documentation."""
         return {
             "output": self.output[0] if len(self.output) == 1 else list(self.output),
+            "companions": list(self.companions),
             "method": self.method,
             "tensors": {
                 "merged": self.merged,
@@ -106,6 +109,7 @@ class Report:
         more = f" … ({len(self.output)} files)" if len(self.output) > 2 else ""
         rows = [
             ("output", ", ".join(self.output[:2]) + more),
+            *([("beside it", listed([Path(path).name for path in self.companions]))] if self.companions else []),
             ("tensors", f"{self.merged:,} merged, {self.copied:,} copied, {self.dropped:,} dropped"),
             *((f"adapter {one['adapter']}", self._adapted(one)) for one in self.adapters),
             *(self._rows_of_work() if self.threads else [("time", f"{self.seconds['total']:.1f} s")]),

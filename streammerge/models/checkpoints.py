@@ -7,7 +7,7 @@ import operator
 import os
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
@@ -99,7 +99,8 @@ def compact(nodes: Mapping[str, Node], files: Sequence[ByteFile]) -> Mapping[str
 class Checkpoint:
     """A model on disk: its tensors in file order, each known by its place in a file and nothing read yet.
 
-    `left` are tensors of a torch file that are not the model's. Close it, or use it in a `with` statement, when nothing
+    `left` are tensors of a torch file that are not the model's, `folder` the one that was opened, if no single file
+    was. Close it, or use it in a `with` statement, when nothing
     is going to be read any more.
     """
 
@@ -109,6 +110,7 @@ class Checkpoint:
     files: tuple[ByteFile, ...]
     metadata: Mapping[str, str]
     left: LeftTensors = NONE_LEFT
+    folder: Path | None = None
 
     @functools.cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -175,8 +177,9 @@ def open_model(path: str | os.PathLike[str], entry: str = "") -> Checkpoint:
     path = Path(path)
     if components := _components(path):
         return _open_pipeline(path, components, entry)
-    path = weights_file(path)
-    return _open_shards(path, entry) if is_index(path) else _open_file(path, entry)
+    named, path = path, weights_file(path)
+    opened = _open_shards(path, entry) if is_index(path) else _open_file(path, entry)
+    return opened if path == named and not is_index(path) else replace(opened, folder=path.parent)
 
 
 def _components(path: Path) -> Mapping[str, Path] | None:

@@ -68,7 +68,7 @@ def _configured(counts: Mapping[str, int], config: Mapping[str, Any]) -> dict[st
     if config.get("is_encoder_decoder") or "_diffusers_version" in config:  # several stacks under names of their own
         return {}
     said: dict[tuple[bool, int], set[int]] = {}
-    for path, section in _sections(config):
+    for path, section in sections(config):
         for number in [number for key in _COUNTS if (number := _count(section.get(key), f"{path}.{key}"))][:1]:
             said.setdefault((bool(path), _tower(path)), set()).add(number)
     stacks = {_tower(stack): stack for stack in sorted(counts, key=lambda stack: counts[stack])}
@@ -76,12 +76,12 @@ def _configured(counts: Mapping[str, int], config: Mapping[str, Any]) -> dict[st
     return {stack: min(numbers) for stack, numbers in found.items() if len(numbers) == 1}
 
 
-def _sections(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+def sections(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The config and those in it (`text_config`, `thinker_config`), the outer ones first."""
     yield path, config
     for key, value in config.items():
         if isinstance(value, dict) and key.endswith("_config") and not key.startswith(("quantization", "generation")):
-            yield from _sections(value, f"{path}.{key}")
+            yield from sections(value, f"{path}.{key}")
 
 
 def _tower(name: str) -> int:
@@ -111,7 +111,7 @@ def config_beside(path: Path) -> Mapping[str, Any]:
     if path.is_dir() or not file.is_file() or not _owns_folder(path):  # a folder is a pipeline's, of many models
         return {}
     try:
-        return _read_config(file)
+        return read_config(file)
     except (OSError, ValueError, RecursionError, MalformedHeaderError) as problem:
         raise CheckpointError(
             f"{file}: can't be read as the model's config, which says how many layers a gradient goes over: "
@@ -120,7 +120,8 @@ def config_beside(path: Path) -> Mapping[str, Any]:
         ) from None
 
 
-def _read_config(file: Path) -> Mapping[str, Any]:
+def read_config(file: Path) -> Mapping[str, Any]:
+    """The values of a config.json; one of several kinds of error, all told by `config_beside`, if it is none."""
     with file.open("rb") as opened:
         encoded = opened.read(MAX_CONFIG + 1)
     if len(encoded) > MAX_CONFIG:

@@ -88,7 +88,7 @@ def as_merged(model: Model) -> Merged:
         return Decision(name, "copied", "from the model", info, unrounded(node_of(model, name), info))
 
     made = Decisions(tensors, copied)
-    return replace(inner, decisions=made) if isinstance(inner, Merged) else Merged(made)
+    return replace(inner, decisions=made) if isinstance(inner, Merged) else Merged(made, layout=model)
 
 
 def files_of(merged: Merged) -> list[ByteFile]:

@@ -40,6 +40,7 @@ from streammerge.methods.contract import ParameterValue
 from streammerge.models.architecture import component_of
 from streammerge.models.decisions import Action, Decisions
 from streammerge.models.merged import Merged
+from streammerge.plan.companions import Beside
 from streammerge.plan.jobs import Jobs, together_of
 from streammerge.recipe.options import Options
 from streammerge.tensors import DType
@@ -80,6 +81,7 @@ class Plan:
     description: Mapping[str, Any] = field(default_factory=dict)
     described_bytes: int = 0
     left: Mapping[Path, LeftTensors] = field(default_factory=dict)
+    beside: Beside = field(default_factory=Beside)
 
     @property
     def decisions(self) -> Decisions:
@@ -219,13 +221,14 @@ class Plan:
         """The plan for machines: every tensor with its fate, and the costs."""
         return {
             "method": self.method,
-            "output": [str(path) for path in self.output.paths],
+            "output": [str(path) for path in self.output.weights],
             "output_bytes": self.output.nbytes,
             "free_disk_bytes": self.free_disk,
             "bytes_to_read": self.bytes_to_read,
             "passes": self.passes,
             "work_ram_bytes": self.work_bytes,
             "inputs": [{"path": str(file.path), "bytes": file.nbytes} for file in self.inputs],
+            **self.beside.to_json(),
             "left_out": {model: list(names) for model, names in self.merged.left_out.items()},
             "lacking": {model: list(names) for model, names in self.merged.lacking.items()},
             **({"adapters": adapters} if (adapters := [one.to_json() for one in self.merged.accounts]) else {}),
@@ -279,11 +282,11 @@ class Plan:
             f"{listed(names)}"
             for model, names in self.merged.lacking.items()
         ]
-        return [*self.merged.remarks, *left_out, *lacking, *self.left_notes()]
+        return [*self.merged.remarks, *left_out, *lacking, *self.left_notes(), *self.beside.told()]
 
     def left_notes(self) -> list[str]:
-        """What torch files hold beside their models."""
-        return [f"{path.name} holds {left}" for path, left in self.left.items()]
+        """What torch files hold beside their models, and what the output has not beside it."""
+        return [*(f"{path.name} holds {left}" for path, left in self.left.items()), *self.beside.notes]
 
 
 def plan_merge(
@@ -297,20 +300,21 @@ def plan_merge(
     description: Mapping[str, Any] | None = None,
     described_bytes: int = 0,
     left: Mapping[Path, LeftTensors] | None = None,
+    beside: Beside | None = None,
 ) -> Plan:
     """Lay out the output of a merge and turn every tensor into a job, in the order of the output's bytes.
 
     `description` is the recipe's, if there is one. `described_bytes` is what the models' tables take,
-    `left` what torch files hold beside their models.
+    `left` what torch files hold beside their models, `beside` what the output has beside its own.
     """
-    options = replace(options, device=choose_device(options.device))
-    layout = lay_out(output, merged.tensors, metadata or {}, options.shard_size)
+    options, beside = replace(options, device=choose_device(options.device)), beside or Beside()
+    layout = lay_out(output, merged.tensors, metadata or {}, options.shard_size, beside.companions, beside.stem)
     jobs = Jobs(merged, layout, options)
     own = {merged.tensors.names} - ({merged.decisions.names} if described_bytes else set())
     described_bytes += names_bytes(own) + TENSOR_BYTES * len(merged.decisions) + merged.kept_bytes
     described_bytes += MEMBER_BYTES * jobs.together
     files = tuple(inputs)
-    return Plan(method, merged, jobs, layout, files, options, description or {}, described_bytes, left or {})
+    return Plan(method, merged, jobs, layout, files, options, description or {}, described_bytes, left or {}, beside)
 
 
 def existing_folder(path: Path) -> Path:

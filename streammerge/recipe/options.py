@@ -163,6 +163,7 @@ class Options:
     )
     force: bool = written(False, "replace an existing output")
     metadata: bool = written(True, "don't write the recipe into the output's metadata")
+    companions: bool = written(True, "write weights alone to a folder: no config, tokenizer or card beside them")
     verify: bool = written(False, "read the output back and compute it again to compare")
     on_nonfinite: NonfinitePolicy = written(
         "warn", "infinite values and NaN (default: warn)", words=same("error", "warn", "ignore")

@@ -63,8 +63,8 @@ def request_of(plan: Plan) -> Fingerprint:
             "device": plan.options.device,
         },
         "recipe": dict(_flat(plan.description)),
-        "input": {key: value for file in plan.inputs for key, value in _identity(file)},
-        "output": {path.name: digest for path, digest in _files(plan)},
+        "input": {key: value for file in _read(plan) for key, value in _identity(file)},
+        "output": dict(_files(plan)),
     }
 
 
@@ -132,11 +132,21 @@ def _ends(file: ByteFile) -> str:
     return digest(ends)
 
 
-def _files(plan: Plan) -> Iterator[tuple[Path, str]]:
+def _read(plan: Plan) -> Iterator[ByteFile]:
+    """Every file that the output is made of: models', and companions that are copied."""
+    yield from plan.inputs
+    yield from plan.output.copied
+
+
+def _files(plan: Plan) -> Iterator[tuple[str, str]]:
+    """What each file begins with, or is; of a copy, where it comes from."""
     for file in plan.output.files:
-        yield file.path, digest(file.header.pieces())
+        yield file.path.name, digest(file.header.pieces())
+    for companion in plan.output.companions:
+        source = companion.source
+        yield companion.name, digest(companion.pieces()) if source is None else f"a copy of {source.path.resolve()}"
     if plan.output.index is not None:
-        yield plan.output.index.path, digest(plan.output.index.pieces())
+        yield plan.output.index.path.name, digest(plan.output.index.pieces())
 
 
 def _methods(nodes: Iterable[Node]) -> list[Any]:

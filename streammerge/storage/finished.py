@@ -10,8 +10,10 @@ from streammerge.formats.layout import OutputFile, OutputLayout
 
 
 def is_finished(layout: OutputLayout) -> bool:
-    """Whether every file is there with its size and header, metadata included, and the index as it would be written."""
+    """Whether every file is there with its size and header, metadata included, and all else as it would be written."""
     if not all(path.is_file() for path in layout.paths) or not all(map(has_header, layout.files)):
+        return False
+    if not all(companion.is_at(layout.path_of(companion)) for companion in layout.companions):
         return False
     if layout.index is None:
         return True

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from streammerge.errors import OutputError
 from streammerge.formats.descriptors import try_lock, write_at
-from streammerge.formats.layout import OutputLayout, OutputName
+from streammerge.formats.layout import OutputLayout
 from streammerge.storage.fingerprint import Fingerprint
 from streammerge.storage.ledger import Entry
 from streammerge.storage.placing import Placing
@@ -35,7 +35,7 @@ OPEN_FLAGS: Final = (
 
 def journal_path(layout: OutputLayout) -> Path:
     """Where the journal of this output is: the same for every run that would write it, sharded or not."""
-    single = OutputName.of(layout.path).single
+    single = layout.named.single
     return single.with_name(journal_name(single.name))
 
 

@@ -1,14 +1,16 @@
 """Giving finished files their final names, in an order in which nothing mixed can be loaded at any time.
 
 One file takes its name, and the old one's place, in a single step. Shards are more: the old index goes first, so that
-nothing names what is half replaced; then each old shard makes room for the new one; the new index comes last. A step
-that fails has all steps before it undone. A run that is killed between two steps has written down all of them before
-the first (see `streammerge.storage.journal`), and they are finished, in the same order, by whoever finds that record.
+nothing names what is half replaced; then each old shard makes room for the new one; the new index comes last. So it is
+with companions beside weights: the weights, or their index, go first and come last. A step that fails has all steps
+before it undone. A run that is killed between two steps has written down all of them before the first (see
+`streammerge.storage.journal`), and they are finished, in the same order, by whoever finds that record.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import re
 import secrets
@@ -31,6 +33,16 @@ ENDS: Final = 1 << 16
 def temporary_name(path: Path, suffix: str = TEMPORARY_SUFFIX) -> Path:
     """A hidden name in the same folder that nobody guesses, and that is no longer than file systems allow."""
     return path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}{suffix}")
+
+
+def name_within(folder: Path, path: Path) -> str:
+    """What a file is called within the folder, the folders between them being part of its name."""
+    return path.relative_to(folder).as_posix()
+
+
+def folders_between(folder: Path, path: Path) -> list[Path]:
+    """The folders within this one in which the file is, the innermost first."""
+    return [part for part in path.parents if part != folder and part.is_relative_to(folder)]
 
 
 def is_hidden_name(name: str, final: str, suffix: str) -> bool:
@@ -87,6 +99,19 @@ class Placing:
     superseded: tuple[str, ...] = ()
     states: Mapping[str, str] = field(default_factory=dict)
 
+    def make_folders(self, folder: Path) -> list[Path]:
+        """Make the folders in which files are put; these, the innermost first, and the outermost last.
+
+        OSError if one of them is a link, which may lead anywhere.
+        """
+        within = {part for step in self.steps for part in folders_between(folder, folder / step.target)}
+        outermost_first = sorted(within, key=lambda part: len(part.parts))
+        for part in outermost_first:
+            if part.is_symlink():
+                raise NotADirectoryError(errno.ENOTDIR, "a link is no folder to write to", str(part))
+            part.mkdir(exist_ok=True)
+        return [*reversed(outermost_first), folder]
+
     @property
     def retired(self) -> Iterator[str]:
         """The names of what made room."""
@@ -131,21 +156,24 @@ class Placing:
 
 def plan_placing(layout: OutputLayout, temporaries: Sequence[Path], superseded: Sequence[Path] = ()) -> Placing:
     """How the temporary files, in the order of `layout.paths`, come to their names."""
-    new = [Step(source.name, final.name) for source, final in zip(temporaries, layout.paths, strict=True)]
+    folder = layout.folder
+    finals = {final: name_within(folder, final) for final in layout.paths}
+    new = {final: Step(source.name, finals[final]) for source, final in zip(temporaries, layout.paths, strict=True)}
     gone = tuple(path.name for path in superseded)
-    states = {path.name: state for path in (*temporaries, *layout.paths, *superseded) if (state := state_of(path))}
-    if layout.index is None:
-        return Placing(tuple(new), gone, states)
+    states = {path.name: state for path in (*temporaries, *superseded) if (state := state_of(path))}
+    states |= {name: state for path, name in finals.items() if (state := state_of(path))}
+    last = new.pop(layout.last)
+    if not new:
+        return Placing((last,), gone, states)
     old = {
-        path.name: Step(path.name, temporary_name(path, RETIRED_SUFFIX).name, retire=True)
-        for path in layout.paths
+        name: Step(name, temporary_name(folder / path.name, RETIRED_SUFFIX).name, retire=True)
+        for path, name in finals.items()
         if _exists(path)
     }
-    *shards, index = new
-    steps = [old[index.target]] if index.target in old else []
-    for shard in shards:
-        steps += [old[shard.target], shard] if shard.target in old else [shard]
-    return Placing((*steps, index), gone, states)
+    steps = [old[last.target]] if last.target in old else []
+    for each in new.values():
+        steps += [old[each.target], each] if each.target in old else [each]
+    return Placing((*steps, last), gone, states)
 
 
 def put_in_place(
@@ -166,6 +194,7 @@ def put_in_place(
 def _make_steps(placing: Placing, folder: Path, *, sync: bool, before: Callable[[Path], None]) -> None:
     made: list[Step] = []
     *steps, last = placing.steps
+    folders = placing.make_folders(folder)
     try:
         for step in steps:
             if placing.is_due(step, folder):
@@ -175,7 +204,8 @@ def _make_steps(placing: Placing, folder: Path, *, sync: bool, before: Callable[
                 if sync and len(made) == 1:
                     sync_folder(folder)  # the old index is gone before a shard is replaced
         if sync and made:
-            sync_folder(folder)  # every shard has its name before the index names it
+            for changed in folders:  # every shard has its name before the index names it
+                sync_folder(changed)
         before(folder / last.target)
         last.make(folder)
     except BaseException:
@@ -184,6 +214,9 @@ def _make_steps(placing: Placing, folder: Path, *, sync: bool, before: Callable[
         ):  # an interrupt may come right after the last
             with contextlib.suppress(OSError):
                 step.undo(folder)
+        for empty in folders[:-1]:
+            with contextlib.suppress(OSError):
+                empty.rmdir()
         raise
 
 

@@ -68,8 +68,9 @@ class Contents:
         return Entry(Coverage(self.spans), copy.deepcopy(self.findings))
 
     def can_resume(self, folder: Path) -> bool:
-        """Whether something is on the disk, and the files that it is in are there (an index is made last)."""
-        files = self.temporaries[:-1] or self.temporaries
+        """Whether something is on the disk, and the files that it is in are there: all but what is made last."""
+        named = OutputName.of(Path(self.output))
+        files = [name for name, final in self.files.items() if final != named.index.name and named.has(final)]
         return self.fingerprint is not None and all(_is_plain_file(folder / name) for name in files)
 
 
@@ -147,8 +148,8 @@ def _begin(contents: Contents, output: str, pairs: list[Any], journal: str) -> b
         return False
     for pair in pairs:
         match pair:
-            case [str(temporary), str(final)] if named.has(final):
-                if not is_hidden_name(temporary, final, TEMPORARY_SUFFIX):
+            case [str(temporary), str(final)] if named.has(final) or named.may_be_beside(final):
+                if not is_hidden_name(temporary, _last_part(final), TEMPORARY_SUFFIX):
                     return False
             case _:
                 return False
@@ -208,7 +209,9 @@ def _placing(contents: Contents, steps: list[Any], superseded: list[Any], states
     finals = set(places.values())
     if not places or places != contents.files or len(places) + len(rooms) != len(made) or made[-1].retire:
         return False
-    if not all(final in finals and is_hidden_name(room, final, RETIRED_SUFFIX) for final, room in rooms.items()):
+    if not all(
+        final in finals and is_hidden_name(room, _last_part(final), RETIRED_SUFFIX) for final, room in rooms.items()
+    ):
         return False
     if len(set(rooms.values())) < len(rooms) or not all(isinstance(state, str) for state in states.values()):
         return False
@@ -216,6 +219,11 @@ def _placing(contents: Contents, steps: list[Any], superseded: list[Any], states
         return False
     contents.placing = Placing(tuple(made), tuple(superseded), states)
     return True
+
+
+def _last_part(name: str) -> str:
+    """The file's own name, without those of folders."""
+    return name.rpartition("/")[2]
 
 
 def names_of(placing: Placing) -> Iterator[str]:

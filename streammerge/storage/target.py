@@ -9,10 +9,11 @@ from pathlib import Path
 
 from streammerge.errors import CheckpointError, OutputError
 from streammerge.formats.claims import Claim, Claims, file_key
-from streammerge.formats.layout import OutputLayout, OutputName
+from streammerge.formats.layout import OutputLayout
 from streammerge.formats.shards import read_index
 from streammerge.plan.inputs import OUTPUT, input_claims
 from streammerge.plan.plan import Plan
+from streammerge.storage.placing import folders_between
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Older:
 
 def find_older(layout: OutputLayout) -> Older:
     """Look for a single file, an index, and shards of another number by the output's name."""
-    named_so = OutputName.of(layout.path)
+    named_so = layout.named
     new, there = set(layout.paths), files_in(named_so.folder)
     index, single = named_so.index, named_so.single
     shards = sorted(path for path in there if named_so.is_shard(path.name) and path not in new)
@@ -83,6 +84,8 @@ def output_claims(plan: Plan, older: Older) -> Claims:
     written = [Claim(file.path, OUTPUT) for file in plan.output.files]
     written += [Claim(plan.output.index.path, "the output's index", OUTPUT)] if plan.output.index else []
     written += [Claim(path, "what the output replaces", OUTPUT) for path in older.superseded]
+    companions = (plan.output.path_of(companion) for companion in plan.output.companions)
+    written += [Claim(path, "what belongs to the output", OUTPUT) for path in companions]
     return input_claims(plan.inputs) + Claims(read, tuple(written))
 
 
@@ -90,10 +93,13 @@ def check_output(plan: Plan, older: Older, beside: Claims, *, may_exist: bool) -
     """OutputError if the output would replace an input, or a file that the user didn't offer.
 
     What an older output by this name has more than the new one counts, too, and what is read and written `beside`.
+    A companion that is there already, byte for byte, is none that is replaced.
     """
     (output_claims(plan, older) + beside).check()
+    companions = {plan.output.path_of(companion): companion for companion in plan.output.companions}
     for path in (*plan.output.paths, *older.superseded):
         check_name(path)
+        check_folders(plan.output, path)
         if not _exists(path):
             if path.is_symlink():
                 raise OutputError(
@@ -103,10 +109,23 @@ def check_output(plan: Plan, older: Older, beside: Claims, *, may_exist: bool) -
             continue
         if not path.is_file():
             raise OutputError(f"{path}: there is something here that is no file", advice="Choose another name.")
-        if not may_exist:
+        if not may_exist and not (path in companions and companions[path].is_at(path)):
             others = ", and is not this merge's, so there is nothing to resume" if plan.options.resume else ""
             raise OutputError(
-                f"{path}: the output exists{others}", advice="Use --force to replace it, or choose another name."
+                f"{path}: {'the output' if path not in companions else 'a file that belongs to the output'} "
+                f"exists{others}",
+                advice=f"Use --force to replace it, {'--no-companions to leave it, ' * (path in companions)}or choose "
+                "another name.",
+            )
+
+
+def check_folders(layout: OutputLayout, path: Path) -> None:
+    """OutputError if a folder of the output's, in which the file goes, is something else, or a link."""
+    for folder in folders_between(layout.folder, path):
+        if folder.is_symlink() or (_exists(folder) and not folder.is_dir()):
+            raise OutputError(
+                f"{folder}: is no folder that could be written to",
+                advice="Remove it, use --no-companions, or choose another name for the output.",
             )
 
 

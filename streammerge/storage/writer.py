@@ -19,12 +19,12 @@ from typing import Final
 from streammerge.compute.expressions import Job
 from streammerge.errors import MergeError, OutputError, cannot_write, format_size, output_errors
 from streammerge.formats.descriptors import copy_at, read_at, sync_data, sync_folder, write_at
-from streammerge.formats.layout import OutputFile, OutputLayout, OutputName
+from streammerge.formats.layout import OutputFile, OutputLayout
 from streammerge.formats.library import RefusedError, library_digest, names_digest
 from streammerge.storage.copying import CopyRange, adjoining
 from streammerge.storage.fingerprint import Fingerprint
 from streammerge.storage.journal import Journal
-from streammerge.storage.placing import plan_placing, put_in_place, temporary_name
+from streammerge.storage.placing import name_within, plan_placing, put_in_place, temporary_name
 
 CREATE_FLAGS: Final = os.O_CREAT | os.O_EXCL
 
@@ -67,19 +67,19 @@ class OutputWriter:
 
     def _take_names(self) -> bool:
         """Choose the temporary files' names, and tell the journal before they are made; True if it has some already."""
-        folder = self.layout.paths[0].parent
+        folder = self.layout.folder
         if self.journal is not None and self.journal.contents.fingerprint is not None:
             self._paths = [folder / name for name in self.journal.contents.temporaries]
             self.keep = True
             return True
         with output_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        self._paths = [temporary_name(path) for path in self.layout.paths]
+        self._paths = [temporary_name(folder / path.name) for path in self.layout.paths]
         if self.journal is not None:
             with output_errors(self.layout.path):
                 names = zip(self._paths, self.layout.paths, strict=True)
                 self.journal.begin(
-                    OutputName.of(self.layout.path).single.name, {path.name: end.name for path, end in names}
+                    self.layout.named.single.name, {path.name: name_within(folder, end) for path, end in names}
                 )
         return False
 
@@ -148,15 +148,15 @@ class OutputWriter:
 
         `identity` tells what they are, for the journal, so that this can be finished if it is interrupted.
         """
-        self._write_index(sync=sync)
+        self._write_small_files(sync=sync)
         with output_errors(self.layout.path):
             placing = plan_placing(self.layout, self._paths, superseded)
             if self.journal is not None:
                 self.journal.identify(identity())
                 self.journal.place(placing, sync=sync)
-                if sync and self.layout.index is not None:
+                if sync and len(placing.steps) > 1:
                     sync_folder(self.journal.folder)  # its name, and the files', outlast what is renamed first
-        folder = self.layout.paths[0].parent
+        folder = self.layout.folder
         try:
             with output_errors(self.layout.path):
                 put_in_place(placing, folder, sync=sync, before=self._close)
@@ -173,17 +173,20 @@ class OutputWriter:
             if temporary.file.path == final:
                 temporary.close()
 
-    def _write_index(self, *, sync: bool) -> None:
-        if self.layout.index is None:
-            return
-        index = self.layout.index
-        with output_errors(index.path):
-            self._paths[-1].unlink(missing_ok=True)  # of a run that was interrupted right here
-            with self._paths[-1].open("xb") as file:
-                file.writelines(index.pieces())
-                file.flush()
-                if sync:
-                    os.fsync(file.fileno())
+    def _write_small_files(self, *, sync: bool) -> None:
+        """Write what takes no time: companions, and the index."""
+        layout = self.layout
+        contents = [companion.pieces() for companion in layout.companions]
+        contents += [layout.index.pieces()] if layout.index else []
+        done = len(layout.files)
+        for final, path, pieces in zip(layout.paths[done:], self._paths[done:], contents, strict=True):
+            with output_errors(final):
+                path.unlink(missing_ok=True)  # of a run that was interrupted right here
+                with path.open("xb") as file:
+                    file.writelines(pieces)
+                    file.flush()
+                    if sync:
+                        os.fsync(file.fileno())
 
     def state(self) -> str:
         """What is on the disk when a merge has not come to its end."""

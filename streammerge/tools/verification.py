@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from streammerge.errors import CheckpointError
+from streammerge.formats.companions import is_companion_name
 from streammerge.formats.safetensors import read_header
 from streammerge.formats.shards import SAFETENSORS, is_index
 from streammerge.models.checkpoints import Checkpoint, model_files
@@ -31,10 +32,12 @@ def check_files(model: Checkpoint) -> Iterator[str]:
 
 def _check_hashes(sidecar: Path, files: list[Path]) -> None:
     stated = read_sidecar(sidecar)
-    problems = [f"{path.name}: not listed" for path in files if path.name not in stated]
-    for path in files:
-        if path.name in stated and (found := file_sha256(path)) != stated[path.name]:
-            problems.append(f"{path.name}: {found}, expected {stated[path.name]}")
+    named = {path.name for path in files}
+    beside = [name for name in stated if name not in named and is_companion_name(name)]
+    problems = [f"{name}: not listed" for name in named if name not in stated]
+    for path, name in [*((path, path.name) for path in files), *((sidecar.parent / name, name) for name in beside)]:
+        if name in stated and (found := file_sha256(path)) != stated[name]:
+            problems.append(f"{name}: {found}, expected {stated[name]}")
     if problems:
         raise CheckpointError(
             f"{sidecar}: the files are not those whose hashes it holds",

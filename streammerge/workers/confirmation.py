@@ -15,6 +15,7 @@ from streammerge.models.checkpoints import Checkpoint, open_model
 from streammerge.plan.plan import Plan
 from streammerge.recipe.metadata import INPUTS, LICENCES, MERGED_FROM, RECIPE, SETTINGS, VERSION
 from streammerge.report import Watch
+from streammerge.storage.companions import check_companions
 from streammerge.version import __version__
 from streammerge.workers.checking import checkpoint_reader
 from streammerge.workers.machine import Extent, Machine
@@ -50,12 +51,12 @@ def confirm(plan: Plan, found: Checkpoint, watch: Watch | None = None, *, sample
         extent = machine.check_samples(read, path, watch)
     else:
         machine.check(read, path, watch)
-    return Confirmed(extent, (*_on_metadata(plan, found), *_on_headers(plan, found)))
+    return Confirmed(extent, (*_on_metadata(plan, found), *_on_headers(plan, found), *check_companions(plan.output)))
 
 
 def confirm_finished(plan: Plan, watch: Watch | None = None) -> Confirmed:
     """Confirm the output that is in place, whose headers are right; OutputError if its values are not the plan's."""
-    path = plan.output.index.path if plan.output.index else plan.output.files[0].path
+    path = plan.output.last
     try:
         with open_model(path) as found:
             return confirm(plan, found, watch, sampled=not plan.options.verify)

@@ -16,9 +16,13 @@ from typing import Final
 import torch
 
 from streammerge.cli.main import main
+from tests.make.folders import save_folder
 from tests.make.models import make_tensors, save_model, with_integers
 
 SHAPES: Final = {"first": (70, 30), "scalar": (), "empty": (0,), "second": (3000,), "third": (41, 43), "last": (7,)}
+
+FILES: Final = {"tokenizer.json": "{}", "1_Pooling/config.json": "{}", "modeling_x.py": "raise SystemExit"}
+"""What lies in a folder beside weights and a config."""
 
 Digests = Mapping[str, str]
 """What lies in a folder: every file by its path in it."""
@@ -26,18 +30,22 @@ Digests = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Scenario:
-    """A merge by its options, and whether an output lies there already, and of how many shards."""
+    """A merge by its options, and whether an output lies there already, and of how many shards.
+
+    With `companions` the layout is a folder, whose config and tokenizer go to the output's.
+    """
 
     name: str
     options: tuple[str, ...] = ()
     sharded: bool = False
     old: bool = False
     old_shard_size: str = "16kB"
+    companions: bool = False
 
     @property
     def output(self) -> str:
         """The output's path in the scenario's folder."""
-        return "out" if self.sharded else "out.safetensors"
+        return "out" if self.sharded or self.companions else "out.safetensors"
 
 
 SCENARIOS: Final = (
@@ -47,6 +55,9 @@ SCENARIOS: Final = (
     Scenario("shards", sharded=True),
     Scenario("shards, mapped, over as many old ones", ("--io", "mmap"), sharded=True, old=True),
     Scenario("shards over fewer old ones", sharded=True, old=True, old_shard_size="30kB"),
+    Scenario("a folder", companions=True),
+    Scenario("a folder over an old one", old=True, companions=True),
+    Scenario("shards and more over fewer old ones", sharded=True, old=True, old_shard_size="30kB", companions=True),
 )
 
 
@@ -81,6 +92,8 @@ class Bench:
     def _make_inputs(self) -> list[str]:
         tensors = [with_integers(make_tensors(seed, torch.float32, SHAPES)) for seed in (1, 2, 3)]
         a = save_model(self.inputs / "a.safetensors", tensors[0])
+        if self.scenario.companions:
+            a = save_folder(self.inputs / "a", tensors[0], {"torch_dtype": "float16", "vocab_size": 3}, FILES)
         b = self.inputs / "b.ckpt"
         torch.save(tensors[1], b)
         base = save_model(self.inputs / "base.safetensors", tensors[2])
@@ -165,7 +178,8 @@ class Bench:
 
     def clean(self) -> Ending:
         """Run `streammerge clean` where the output goes."""
-        return self._run(["clean", str(self.place / self.scenario.output if self.scenario.sharded else self.place)])
+        is_folder = self.scenario.sharded or self.scenario.companions
+        return self._run(["clean", str(self.place / self.scenario.output if is_folder else self.place)])
 
     def left_over(self) -> list[str]:
         """Temporary files that are still there."""
@@ -174,6 +188,8 @@ class Bench:
     def loadable_and_mixed(self) -> bool:
         """Whether what lies there can be loaded and is neither the old output nor the new one."""
         found = {name: digest for name, digest in digests(self.place).items() if not is_temporary(name)}
+        if not self.scenario.sharded and self.scenario.companions:
+            return "out/model.safetensors" in found and found not in (self.old, self.new)
         if not self.scenario.sharded:
             return bool(found) and found not in (self.old, self.new)
         index = self.place / "out" / "model.safetensors.index.json"
@@ -183,8 +199,9 @@ class Bench:
             named = set(json.loads(index.read_bytes())["weight_map"].values())
         except ValueError:
             return True
-        whole = [{name: known.get(name) for name in self._of(named)} for known in (self.old, self.new)]
-        return {name: found.get(name) for name in self._of(named)} not in whole
+        names = [*self._of(named), *(name for name in self.new if not name.endswith(".safetensors"))]
+        whole = [{name: known.get(name) for name in names} for known in (self.old, self.new)]
+        return {name: found.get(name) for name in names} not in whole
 
     @staticmethod
     def _of(shards: set[str]) -> list[str]:

@@ -1,0 +1,159 @@
+"""Folders as Hugging Face's libraries have them: weights, and beside them what makes a model of these.
+
+A folder may come from a stranger. Nothing of it is run; what is not plainly a companion - by its name, its kind, its
+size, and by where its link leads - is not copied, and told.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from streammerge.formats.companions import Companion, is_companion_name
+from streammerge.formats.files import ByteFile, read_errors
+from streammerge.formats.layout import FOLDER_STEMS
+from streammerge.formats.shards import is_index, is_model
+from streammerge.models.merged import Merged
+from streammerge.models.views import beneath
+from streammerge.tensors import Model
+
+MAX_COMPANION: Final = 256 * 2**20
+"""The largest companion, in bytes, that is copied; the largest tokenizers have 40 MB."""
+
+MAX_COMPANIONS: Final = 200
+"""The most companions of a folder."""
+
+MAX_ENTRIES: Final = 20_000
+"""The most entries of a folder that are looked at."""
+
+CODE: Final = "code"
+"""What is copied as data, and run by whoever loads the model and trusts it."""
+
+Library = Literal["transformers", "diffusers", "peft", "sentence-transformers"]
+
+_MARKS: Final[dict[str, Library]] = {
+    "adapter_config.json": "peft",
+    "modules.json": "sentence-transformers",
+}
+"""Files by which libraries know a folder for theirs."""
+
+_OWN: Final = ("readme.md", "mergekit_config.yml", "mergekit_moe_config.yml")
+"""Files that tell of the folder's own model, and of no other."""
+
+_TRAINING: Final = re.compile(
+    r"(?:trainer_state|training_args|(?:all|train|eval|test|predict)_results|latest|zero_to_fp32)\..*"
+)
+"""Files that tell how a model was trained, which its merges were not."""
+
+_SUBFOLDERS: Final = re.compile(r"additional_chat_templates|\d{1,2}_[A-Za-z]{1,40}")
+"""The folders within a folder that belong to its model: chat templates, and modules of sentence-transformers."""
+
+_STATES: Final = (
+    *(".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".sft", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5"),
+    *(".msgpack", ".ot", ".tflite", ".mlmodel", ".npz", ".npy", ".pkl", ".distcp", ".nemo", ".data", ".xml"),
+)
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A folder of weights: its `companions`, copies as yet, and `left`, what is not one, each name with the reason."""
+
+    path: Path
+    companions: tuple[Companion, ...] = ()
+    left: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def library(self) -> Library | None:
+        """The library that loads it; None where nothing says so."""
+        names = {companion.name for companion in self.companions}
+        marked = (library for mark, library in _MARKS.items() if mark in names)
+        return next(marked, "transformers" if "config.json" in names else None)
+
+
+def root_of(model: Model | None) -> Model | None:
+    """The model beneath all views and merges of it: a merge's is that of its layout."""
+    while model is not None:
+        model = beneath(model)
+        if not isinstance(model, Merged):
+            return model
+        model = model.layout
+    return None
+
+
+def stem_of(weights: Path | None) -> str:
+    """What a merge of these weights is called in a folder, so that the library that loads them finds it."""
+    name = "" if weights is None else weights.name
+    return next((stem for stem in FOLDER_STEMS if name.startswith((f"{stem}.", f"{stem}-"))), FOLDER_STEMS[0])
+
+
+def read_folder(path: Path, weights: Iterable[Path] = ()) -> ModelFolder:
+    """Look at a folder's files, `weights` being those that its tensors are in. Only names and sizes are read."""
+    own = {file.name for file in weights}
+    companions: list[Companion] = []
+    left: list[tuple[str, str]] = []
+    taken: set[str] = set()
+    for name in _names(path):
+        if name in own:
+            continue
+        reason = _reason(path, name, taken, len(companions))
+        if reason is not None:
+            left.append((name, reason))
+            continue
+        taken.add(name.casefold())
+        companions.append(Companion(name, ByteFile(path / name), CODE if name.endswith(".py") else ""))
+    return ModelFolder(path, tuple(companions), tuple(left))
+
+
+def _names(folder: Path) -> Iterator[str]:
+    """Files, and those in folders that belong to the model, in the order of their names; nothing hidden."""
+    for entry in _entries(folder):
+        if _SUBFOLDERS.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+            yield from (f"{entry.name}/{inner.name}" for inner in _entries(folder / entry.name))
+        else:
+            yield entry.name
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    with read_errors(folder), os.scandir(folder) as entries:
+        found = [entry for entry, _ in zip(entries, range(MAX_ENTRIES), strict=False)]
+    shown = (entry for entry in found if not entry.name.startswith("."))
+    return sorted(shown, key=lambda entry: (entry.name != entry.name.lower(), entry.name))  # config.json, Config.json
+
+
+def _reason(folder: Path, name: str, taken: set[str], number: int) -> str | None:
+    """Why a file is not copied, or None if it is."""
+    path, lower = folder / name, name.rpartition("/")[2].lower()
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return "can't be read"
+    if stat.S_ISDIR(status.st_mode):
+        return "a folder"
+    if not stat.S_ISREG(status.st_mode):
+        return "no regular file"
+    if is_index(path) or is_model(path) or lower.endswith(_STATES):
+        return "weights"
+    if lower in _OWN or _TRAINING.fullmatch(lower):
+        return "of that model alone"
+    if not is_companion_name(name):
+        return "no companion by its name"
+    if name.casefold() in taken:
+        return "its name is another's but for capitals"
+    if not _stays_within(folder, path):
+        return "a link out of the folder"
+    if status.st_size > MAX_COMPANION:
+        return "too large"
+    return "one of too many" if number >= MAX_COMPANIONS else None
+
+
+def _stays_within(folder: Path, path: Path) -> bool:
+    """Whether a file is in the folder, or where Hugging Face's cache keeps what its folders link to."""
+    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    if real.is_relative_to(home):
+        return True
+    return home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
