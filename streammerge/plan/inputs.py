@@ -24,6 +24,7 @@ from streammerge.models.checkpoints import Checkpoint, open_model
 from streammerge.models.dialects import Naming
 from streammerge.models.extent import check_steps
 from streammerge.models.merged import Merged
+from streammerge.models.tied import with_heads
 from streammerge.plan.adapting import told_of, with_adapters
 from streammerge.plan.decide import merge_models
 from streammerge.plan.plan import Plan
@@ -68,13 +69,16 @@ class OpenInputs:
         Nested recipes that are equal are gone through once, unless random numbers have to differ.
         """
         drop = recipe.on_missing == "drop"
-        models = {
+        models: dict[str, Model] = {
             entry.name: with_adapters(entry, self._input(entry, recipe, (*within, place)), self.open, drop=drop)
             for place, entry in recipe.by_place.items()
         }
         if is_sum(recipe, models):
             return sum_of_adapters(recipe, models, naming)
-        merged = told_of(merge_models(recipe, models, within, naming), models)
+        whole, told = with_heads(models) if recipe.on_missing == "error" else (models, [])
+        merged = told_of(merge_models(recipe, whole, within, naming), models)
+        if told:
+            merged = replace(merged, remarks=(*told, *merged.remarks))
         self.steps += merged.extent.own
         check_steps(self.steps)
         return merged
