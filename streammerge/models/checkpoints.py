@@ -21,6 +21,7 @@ from streammerge.formats.shards import find_weights, is_index, read_index
 from streammerge.formats.tables import Column, Names
 from streammerge.formats.torchzip.archive import StoredView, is_torch_zip, legacy_torch_reason, read_torch_zip
 from streammerge.formats.torchzip.state_dicts import NONE_LEFT, LeftTensors
+from streammerge.models.hub import check_there, located
 from streammerge.tensors import TensorInfo
 
 if TYPE_CHECKING:
@@ -166,7 +167,8 @@ class Checkpoint:
 def open_model(path: str | os.PathLike[str], entry: str = "") -> Checkpoint:
     """Open a checkpoint by its content: safetensors, a torch zip, or shards of either (a folder or an index file).
 
-    The folder of a diffusers pipeline is one model, in which the names of a component's tensors begin with its own.
+    The folder of a diffusers pipeline is one model, in which the names of a component's tensors begin with its own. A
+    name on Hugging Face's hub, `org/name[@revision]`, stands for its folder in the local cache, if it is there.
 
     Only headers are read. Where several dicts of a torch file could be the model, `entry` names the one that is: by its
     keys, joined with dots, or `.` for the outermost. Raises CheckpointError if the file is none of these, is damaged,
@@ -174,10 +176,10 @@ def open_model(path: str | os.PathLike[str], entry: str = "") -> Checkpoint:
     """
     if os.fspath(path) == "":
         raise CheckpointError("the model's name is empty", advice="Name a checkpoint file, or a folder of one.")
-    path = Path(path)
-    if components := _components(path):
-        return _open_pipeline(path, components, entry)
-    named, path = path, weights_file(path)
+    named = located(Path(path), os.fspath(path))
+    if components := _components(named):
+        return _open_pipeline(named, components, entry)
+    path = weights_file(named)
     opened = _open_shards(path, entry) if is_index(path) else _open_file(path, entry)
     return opened if path == named and not is_index(path) else replace(opened, folder=path.parent)
 
@@ -195,6 +197,7 @@ def _components(path: Path) -> Mapping[str, Path] | None:
 
 def weights_file(path: Path) -> Path:
     """The file that is read first: the path's own, or that of the model in the folder; an index if it has shards."""
+    check_there(path)
     with read_errors(path):
         return find_weights(path) if path.is_dir() else path
 

@@ -14,8 +14,9 @@ from streammerge.models import configs
 from streammerge.models.checkpoints import Checkpoint
 from streammerge.models.configs import Adapted, adapt, are_decoded, config_in, embedding_and_head
 from streammerge.models.folders import CODE, ModelFolder, read_folder, root_of, stem_of
+from streammerge.models.hub import name_of
 from streammerge.models.merged import Merged
-from streammerge.recipe.card import CARD, CardModel, hub_name, is_unchanged_card, model_card, read_stated
+from streammerge.recipe.card import CARD, CardModel, is_unchanged_card, model_card, read_stated
 from streammerge.recipe.metadata import methods_of, stored_names
 from streammerge.recipe.options import Options
 from streammerge.recipe.recipe import Recipe
@@ -143,10 +144,16 @@ class _Folder:
 
     def _card(self, recipe: Recipe, config: Mapping[str, Any]) -> Companion:
         names = stored_names(recipe.paths())
-        models = [CardModel(hub_name(path) or name, read_stated(path)) for path, name in names.items()]
+        models = [CardModel(_called(path, name), read_stated(path)) for path, name in names.items()]
         library = "diffusers" if "_class_name" in config else self.found.library
         card = model_card(recipe.describe(names), models, library, methods_of(recipe))
         return Companion(CARD, card, "the model's card")
+
+
+def _called(path: Path, name: str) -> str:
+    """What a model is called on the hub, or in the recipe."""
+    on_hub = name_of(path)
+    return on_hub.name if on_hub is not None else name
 
 
 def _stated(path: Path) -> Mapping[str, Any]:

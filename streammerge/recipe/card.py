@@ -35,7 +35,6 @@ MAX_VALUE: Final = 200
 _HUB: Final = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 """What a model may be called on the hub."""
 
-_CACHED: Final = re.compile(r"models--(?P<name>[^/]+)")
 _MARK: Final = "<!-- written by streammerge; a card without its changes has the digest {} -->\n"
 _MARKED: Final = re.compile(rb"<!-- written by streammerge; [^\n>]* (?P<digest>[0-9a-f]{32}) -->\n\Z")
 
@@ -46,15 +45,6 @@ class CardModel:
 
     name: str
     stated: Mapping[str, Any]
-
-
-def hub_name(path: Path) -> str:
-    """What a model is called on the hub, `org/name`, if its path is one of Hugging Face's cache; else ""."""
-    for part in reversed(path.parts):
-        if match := _CACHED.fullmatch(part):
-            name = match["name"].replace("--", "/", 1)
-            return name if _HUB.fullmatch(name) else ""
-    return ""
 
 
 def read_stated(folder: Path) -> Mapping[str, Any]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from streammerge.errors import RecipeError, suggestion
 from streammerge.methods import METHODS
 from streammerge.methods.loading import loaded_from
+from streammerge.models.hub import located, name_of
 from streammerge.recipe.files import MAX_RECIPE
 from streammerge.recipe.options import COMPUTE_DTYPES, NAMINGS, Options
 from streammerge.recipe.parse import parse_recipe
@@ -75,7 +76,10 @@ def methods_of(recipe: Recipe) -> Iterator[str]:
 
 
 def stored_names(paths: Iterable[Path]) -> dict[Path, str]:
-    """What to call files without telling where they are: by as many last parts as tell them apart."""
+    """What to call files without telling where they are: by as many last parts as tell them apart.
+
+    What is in Hugging Face's cache is called as on the hub, with its commit.
+    """
     whole = {path: path.absolute().parts for path in paths}
     names = {}
     for path, parts in whole.items():
@@ -83,7 +87,8 @@ def stored_names(paths: Iterable[Path]) -> dict[Path, str]:
         length = 1
         while length < len(parts) - 1 and any(other[-length:] == parts[-length:] for other in others):
             length += 1
-        names[path] = "/".join(parts[-length:])
+        on_hub = name_of(path) if path.parent.name == "snapshots" else None
+        names[path] = "/".join(parts[-length:]) if on_hub is None else str(on_hub)
     return names
 
 
@@ -244,6 +249,8 @@ class _Binder:
             self.paths[stored] = self.bindings[name]
         elif is_beside(stored) and beside.exists():
             self.paths[stored] = beside
+        elif is_beside(stored) and (cached := located(beside, stored)) != beside:
+            self.paths[stored] = cached
         else:
             self.missing[name] = stored
         return self.paths.get(stored, beside)

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from streammerge.errors import RecipeError, suggestion
+from streammerge.errors import CheckpointError, RecipeError, suggestion
 from streammerge.models.dtypes import parse_dtype
 from streammerge.models.extent import MAX_DEPTH
+from streammerge.models.hub import SCHEME, located
 from streammerge.recipe.adapters import adapter_entry, adapters_of, is_recipe, with_lora
 from streammerge.recipe.parameters import parse_settings
 from streammerge.recipe.policies import MISSING_POLICIES, SHAPE_POLICIES
@@ -207,8 +208,8 @@ class _RecipeParser:
     def _source(self, model: Any, where: str) -> Path | Recipe:  # noqa: ANN401
         if isinstance(model, dict) and "merge_method" in model:
             return self._nested(model, f"{where}: nested recipe")
-        while isinstance(model, dict) and len(model) == 1:  # mergekit's long form: {model: {path: …}}
-            model = model.get("model", model.get("path"))
+        while isinstance(model, dict) and (len(model) == 1 or "revision" in model):  # mergekit: {model: {path: …}}
+            model = model.get("model", _revised(model, where))
         if not isinstance(model, str) or not model:
             raise RecipeError(f"{where}: expected a path or a recipe, found {model!r}")
         if model in self.bindings:
@@ -218,7 +219,10 @@ class _RecipeParser:
         if model == "~" or model.startswith("~/"):  # nothing else is expanded: no variables, nobody else's folder
             with contextlib.suppress(RuntimeError):  # nobody knows where home is
                 return Path(model).expanduser()
-        return self.folder / model
+        try:
+            return located(self.folder / model, model)
+        except CheckpointError as error:
+            raise RecipeError(f"{where}: {error.what}", found=error.found, advice=error.advice) from error
 
     def _nested(self, raw: dict[str, Any], where: str) -> Recipe:
         """A recipe within this one. What YAML's aliases repeat is read once."""
@@ -291,6 +295,16 @@ class _RecipeParser:
             raise RecipeError(f"{where}: dtype has no effect on what is dropped", advice="Remove it.")
         dtype = parse_dtype(raw["dtype"], where) if "dtype" in raw else None
         return replace(recipe, rules=(*recipe.rules, Rule(tuple(globs), action, model, parameters, dtype)))
+
+
+def _revised(model: Mapping[str, Any], where: str) -> Any:  # noqa: ANN401
+    """What mergekit's `{path: …, revision: …}` says as one word: only models of the hub have revisions."""
+    path, revision = model.get("path"), model.get("revision")
+    if revision is None:
+        return path
+    if not isinstance(path, str) or not isinstance(revision, str) or not model.keys() <= {"path", "revision"}:
+        raise RecipeError(f"{where}: expected a path and a revision, found {dict(model)!r}")
+    return f"{SCHEME}{path.removeprefix(SCHEME)}@{revision}"
 
 
 def distinct_names(inputs: list[Input]) -> list[Input]:

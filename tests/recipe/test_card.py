@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import yaml
 
-from streammerge.recipe.card import CardModel, hub_name, is_unchanged_card, model_card, read_stated
+from streammerge.recipe.card import CardModel, is_unchanged_card, model_card, read_stated
 
 RECIPE = {"merge_method": "slerp", "models": [{"model": "a", "name": "a"}, {"model": "b", "name": "b"}]}
 
@@ -102,17 +100,3 @@ def test_what_cards_say(tmp_path, text, stated):
     (tmp_path / "README.md").write_bytes(text.encode("latin-1"))
     assert read_stated(tmp_path) == stated
     assert read_stated(tmp_path / "nowhere") == {}
-
-
-@pytest.mark.parametrize(
-    ("path", "name"),
-    [
-        ("/c/hub/models--org--tiny/snapshots/abc", "org/tiny"),
-        ("/c/hub/models--gpt2/snapshots/abc/model.safetensors", "gpt2"),
-        ("/c/models--org--a--b", "org/a--b"),
-        ("/c/models--..--x/y", ""),
-        ("/models/tiny", ""),
-    ],
-)
-def test_what_a_cached_model_is_called(path, name):
-    assert hub_name(Path(path)) == name

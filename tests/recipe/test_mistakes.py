@@ -69,7 +69,11 @@ REFUSED_KEYS: dict[str, tuple[dict[Any, Any], str]] = {
     "a model that is a list": ({"models": [["a"]]}, "recipe: model 1: expected a path or a recipe, found"),
     "a model with a revision": (
         {"models": [{"model": {"path": "a", "revision": "x"}}]},
-        "recipe: model 1: expected a path or a recipe, found",
+        "recipe: model 1: hf://a@x: is no model's name",
+    ),
+    "a revision that is a list": (
+        {"models": [{"model": {"path": "a/b", "revision": ["x"]}}]},
+        "recipe: model 1: expected a path and a revision, found",
     ),
     "a model's parameters": (
         {"models": [{"model": "a", "parameters": {"weight": "x"}}]},

@@ -1,0 +1,171 @@
+"""Models by their names on Hugging Face's hub, `org/name[@revision]`, as far as they are in the local cache.
+
+The cache is what huggingface_hub has made: `models--org--name` with `refs`, which name commits, and `snapshots` of
+these, whose files are links into `blobs`. Nothing is downloaded, and no library is needed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from streammerge.errors import CheckpointError
+from streammerge.formats.shards import is_model
+
+SCHEME: Final = "hf://"
+
+MAX_REF: Final = 200
+"""The longest name of a commit that is read."""
+
+_PART: Final = r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9_])?"
+_NAME: Final = re.compile(rf"(?P<name>{_PART}/{_PART})(?:@(?P<revision>[\w.][\w./-]*))?")
+_FOLDER: Final = re.compile(r"models--(?P<name>[^/\\]+)")
+_COMMIT: Final = re.compile(r"[0-9a-f]{4,40}")
+
+
+@dataclass(frozen=True, slots=True)
+class HubName:
+    """A model's name on the hub, and a revision of it: a branch, a tag or a commit, "" for the main branch."""
+
+    name: str
+    revision: str = ""
+
+    @classmethod
+    def of(cls, text: str) -> HubName | None:
+        """The name that is meant, None if it is none: `org/name`, `org/name@revision`, also behind `hf://`."""
+        match = _NAME.fullmatch(text.removeprefix(SCHEME))
+        if match is None or ".." in text or (not text.startswith(SCHEME) and is_model(Path(match["name"]))):
+            return None
+        return cls(match["name"], match["revision"] or "")
+
+    @property
+    def folder(self) -> str:
+        """What its folder in the cache is called."""
+        return f"models--{self.name.replace('/', '--')}"
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.revision}" if self.revision else self.name
+
+
+def cache_of(environment: Mapping[str, str] = os.environ) -> Path:
+    """Where the hub's models are cached, by the variables that huggingface_hub reads."""
+    own = environment.get("HF_HUB_CACHE") or environment.get("HUGGINGFACE_HUB_CACHE")
+    if own:
+        return Path(own).expanduser()
+    home = environment.get("HF_HOME")
+    if home:
+        return Path(home).expanduser() / "hub"
+    general = environment.get("XDG_CACHE_HOME")
+    return (Path(general) if general else Path.home() / ".cache").expanduser() / "huggingface" / "hub"
+
+
+def find(name: HubName) -> Path:
+    """The folder of a model in the cache; CheckpointError if it is not there, which says how to get it."""
+    folder = cache_of() / name.folder
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{name}: there is no such file or folder, and no model of that name in Hugging Face's cache "
+            f"({folder.parent})",
+            advice=f"{_fetch(name)} streammerge reads local files and downloads nothing.",
+        )
+    return snapshot(folder, name)
+
+
+def snapshot(folder: Path, name: HubName | None = None) -> Path:
+    """The revision that is meant of those in a model's folder in the cache; CheckpointError if it is not there."""
+    name = name or name_of(folder) or HubName(folder.name)
+    there = sorted(entry.name for entry in (folder / "snapshots").glob("*") if entry.is_dir())
+    commit = _commit(folder, name.revision or "main")
+    found = [entry for entry in there if entry == commit]
+    if not found and _COMMIT.fullmatch(name.revision):
+        found = [entry for entry in there if entry.startswith(name.revision)]
+    if not found and not name.revision and not commit:
+        found = there
+    if len(found) == 1:
+        return folder / "snapshots" / found[0]
+    wanted = name.revision or "the main branch"
+    raise CheckpointError(
+        f"{name}: {wanted} is {'more than one' if found else 'none'} of the revisions in Hugging Face's cache",
+        found=found or there,
+        advice=f"{_fetch(name)} Or name a commit that is there, as {name.name}@COMMIT.",
+    )
+
+
+def _commit(folder: Path, revision: str) -> str:
+    """The commit that a branch or a tag stands for in the cache; "" if that is not known."""
+    file = folder / "refs" / revision
+    try:
+        if not file.is_file() or folder.resolve() not in file.resolve().parents:
+            return ""
+        with file.open("rb") as opened:
+            text = opened.read(MAX_REF).decode("ascii", "replace").strip()
+    except (OSError, ValueError):
+        return ""
+    return text if re.fullmatch(r"[\w-]+", text) else ""
+
+
+def _fetch(name: HubName) -> str:
+    revision = f" --revision {name.revision}" if name.revision else ""
+    return f"Fetch it: pip install huggingface_hub, then hf download {name.name}{revision}."
+
+
+def name_of(path: Path) -> HubName | None:
+    """What a model is called on the hub, with its commit, if its path is one of the cache's; None for others."""
+    parts = path.parts
+    for place, part in reversed(list(enumerate(parts))):
+        if match := _FOLDER.fullmatch(part):
+            name = match["name"].replace("--", "/", 1)
+            after = parts[place + 1 : place + 3]
+            commit = after[1] if len(after) == 2 and after[0] == "snapshots" else ""
+            return HubName(name, commit) if _is_name(name) else None
+    return None
+
+
+def _is_name(name: str) -> bool:
+    return all(re.fullmatch(_PART, part) for part in name.split("/"))
+
+
+def located(path: Path, text: str = "") -> Path:
+    """Where a model is: at its path if something is there, else in the cache if its text is a name on the hub.
+
+    A model's whole folder in the cache stands for its main branch. What is nowhere keeps its path, but for a name that
+    is the hub's for certain (`hf://`): that is a CheckpointError.
+    """
+    text = text or path.as_posix()
+    if not text.startswith(SCHEME) and is_there(path):
+        is_cached = _FOLDER.fullmatch(path.name) is not None and (path / "snapshots").is_dir()
+        return snapshot(path) if is_cached else path
+    name = HubName.of(text)
+    if text.startswith(SCHEME):
+        if name is None:
+            raise CheckpointError(
+                f"{text}: is no model's name", advice="Write hf://org/name or hf://org/name@revision."
+            )
+        return find(name)
+    return path if name is None or not (cache_of() / name.folder).is_dir() else find(name)
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is something at the path, be it a link that leads nowhere, or something that nobody can tell."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError):
+        return True
+    return True
+
+
+def check_there(path: Path) -> None:
+    """CheckpointError if nothing is at the path, and it could be meant as a name on the hub."""
+    name = None if is_there(path) else HubName.of("/".join(path.parts[-2:]))
+    if name is not None:
+        raise CheckpointError(
+            f"{path}: can't be read: No such file or directory, and {name} is not in Hugging Face's cache "
+            f"({cache_of()})",
+            advice=f"Check the path. {_fetch(name)} streammerge reads local files and downloads nothing.",
+        )
