@@ -11,7 +11,7 @@ import copy
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -29,6 +29,12 @@ DTYPE_KEYS: Final = ("torch_dtype", "dtype")
 
 COUNT_KEYS: Final = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """What the number of layers is called."""
+
+NUMBERED_KEYS: Final = (
+    *("first_k_dense_replace", "mlp_only_layers", "decoder_sparse_step", "moe_layer_start_index", "attn_layer_offset"),
+    *("attn_layer_period", "cross_attention_layers", "interleave_moe_layer_step", "global_attn_every_n_layers"),
+)
+"""Keys that say something of layers by their numbers."""
 
 TIED: Final = "tie_word_embeddings"
 
@@ -71,13 +77,22 @@ def config_in(folder: Path, name: str = "config.json") -> Mapping[str, Any] | No
         ) from None
 
 
-def adapt(config: Mapping[str, Any], before: Tensors, after: Tensors, *, untied: bool = False) -> Adapted:
+def adapt(
+    config: Mapping[str, Any],
+    before: Tensors,
+    after: Tensors,
+    *,
+    untied: bool = False,
+    layers: Sequence[int] | None = None,
+) -> Adapted:
     """The config of a model whose tensors were those `before`, for those `after`.
 
-    `untied` says that the output's embeddings, if they are written, are others than the input's.
+    `untied` says that the output's embeddings, if they are written, are others than the input's; `layers` which of the
+    layers each is now, if they are others.
     """
     values = copy.deepcopy(dict(config))
     changed = [*_dtypes(values, before, after), *_vocabulary(values, before, after), *_layers(values, before, after)]
+    changed += _by_layer(values, config, layers) if layers is not None else ()
     changed += _decoded(values, before, after)
     if not (has_head(after) and (untied or not has_head(before))):
         return Adapted(values, tuple(changed))
@@ -148,6 +163,21 @@ def _layers(values: dict[str, Any], before: Tensors, after: Tensors) -> Iterator
         for key in COUNT_KEYS:
             if section.get(key) in moved and not isinstance(section[key], bool):
                 yield from _set(section, key, moved[section[key]])
+
+
+def _by_layer(values: dict[str, Any], config: Mapping[str, Any], layers: Sequence[int]) -> Iterator[str]:
+    """What is listed for every layer, for those that there are now."""
+    for section, (_, old) in zip(_parts(values), sections(config), strict=True):
+        counts = {old[key] for key in COUNT_KEYS if key in old}
+        for key, value in old.items():
+            if isinstance(value, list) and len(value) in counts and "layer" in key and max(layers) < len(value):
+                yield from _set(section, key, [value[number] for number in layers])
+
+
+def numbered_keys(config: Mapping[str, Any]) -> list[str]:
+    """The keys by which the config speaks of layers by their numbers, which are others in a stack of slices."""
+    found = [key for _, section in sections(config) for key in NUMBERED_KEYS if section.get(key)]
+    return list(dict.fromkeys(found))
 
 
 def _decoded(values: dict[str, Any], before: Tensors, after: Tensors) -> Iterator[str]:

@@ -34,10 +34,30 @@ _TOWERS: Final = (("vision", "visual", "image", "vit"), ("audio", "speech"))
 
 
 @dataclass(frozen=True, slots=True)
+class LayerPlace:
+    """Where a tensor is: in the layer of this number of a stack. `rest` is what follows in its name."""
+
+    stack: str
+    number: int
+    rest: str
+
+    def moved(self, number: int) -> str:
+        """The tensor's name in the layer of another number."""
+        return f"{self.stack}.{number}.{self.rest}"
+
+
+def place_of(name: str) -> LayerPlace | None:
+    """The layer that a tensor is in, by its name; None for what is in none."""
+    match = _LAYER.match(name)
+    return None if match is None else LayerPlace(match[1], int(match[2]), name[match.end() :])
+
+
+@dataclass(frozen=True, slots=True)
 class Layers:
-    """How many layers each stack of a model has."""
+    """How many layers each stack of a model has, and the number of the `first` of them."""
 
     counts: Mapping[str, int]
+    first: int = 0
 
     @classmethod
     def of(cls, names: Iterable[str], config: Mapping[str, Any] | None = None) -> Layers:
@@ -60,7 +80,7 @@ class Layers:
         if not match:
             return 0.0
         count = self.counts.get(match[1], 1)
-        return min(int(match[2]) / (count - 1), 1.0) if count > 1 else 1.0
+        return min((int(match[2]) - self.first) / (count - 1), 1.0) if count > 1 else 1.0
 
 
 def _configured(counts: Mapping[str, int], config: Mapping[str, Any]) -> dict[str, int]:

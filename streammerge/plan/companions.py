@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +23,9 @@ from streammerge.recipe.recipe import Recipe
 from streammerge.tensors import Model
 
 CONFIG: Final = "config.json"
+
+TEMPLATE: Final = "chat_template.jinja"
+"""Where libraries look for a chat template first."""
 
 OF_CODES: Final = ("quantization_config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """Files that say how weights are stored as codes."""
@@ -109,6 +112,9 @@ class _Folder:
         if adapted is not None and adapted.changed:
             made = Companion(CONFIG, adapted.encoded(), ", ".join(adapted.changed))
             kept = [made if each.name == CONFIG else each for each in kept]
+        if self.recipe is not None and self.recipe.chat_template:
+            made = Companion(TEMPLATE, self.recipe.chat_template.encode("utf-8", "replace"), "the recipe's")
+            kept = [*(each for each in kept if each.name != TEMPLATE), made]
         notes = [f"{CONFIG}: {note}" for note in (adapted.notes if adapted else ())]
         if self.recipe is not None and self.options.metadata:
             card = self.output / CARD
@@ -126,7 +132,19 @@ class _Folder:
         return kept, [*self.found.left, *((name, "the weights are decoded") for name in sorted(gone))]
 
     def _adapted(self, config: Mapping[str, Any]) -> Adapted:
-        return adapt(config, self.root.tensors, self.merged.tensors, untied=self._unties(config))
+        untied, layers = self._unties(config), self._layers()
+        adapted = adapt(config, self.root.tensors, self.merged.tensors, untied=untied, layers=layers)
+        keys = configs.numbered_keys(config) if layers is not None else []
+        if not keys:
+            return adapted
+        return replace(adapted, notes=(*adapted.notes, f"{', '.join(keys)} speak of layers by other numbers, and stay"))
+
+    def _layers(self) -> list[int] | None:
+        """Which of the layout's layers each is, in a stack of slices."""
+        if self.recipe is None or not self.recipe.is_stack:
+            return None
+        firsts = [entry.source.inputs[0] for entry in self.recipe.inputs if isinstance(entry.source, Recipe)]
+        return [number for first in firsts if first.layers is not None for number in range(*first.layers)]
 
     def _unties(self, config: Mapping[str, Any]) -> bool:
         """Whether the output's embeddings, tied in the layout, come out as others than the input's."""

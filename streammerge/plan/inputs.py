@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -24,12 +25,14 @@ from streammerge.models.checkpoints import Checkpoint, open_model
 from streammerge.models.dialects import Naming
 from streammerge.models.extent import check_steps
 from streammerge.models.merged import Merged
+from streammerge.models.slices import LayerRange, Span, stacked
 from streammerge.models.tied import with_heads
+from streammerge.models.vocabularies import check_one_vocabulary
 from streammerge.plan.adapting import told_of, with_adapters
 from streammerge.plan.decide import merge_models
 from streammerge.plan.plan import Plan
 from streammerge.plan.summing import is_sum, sum_of_adapters
-from streammerge.recipe.metadata import LICENCES, MERGED_FROM, Hashes, carried_metadata, recipe_metadata
+from streammerge.recipe.metadata import LICENCES, MERGED_FROM, Hashes, carried_metadata, recipe_metadata, stored_names
 from streammerge.recipe.options import Options
 from streammerge.recipe.recipe import Input, Recipe
 from streammerge.tensors import Model
@@ -68,20 +71,57 @@ class OpenInputs:
 
         Nested recipes that are equal are gone through once, unless random numbers have to differ.
         """
-        drop = recipe.on_missing == "drop"
-        models: dict[str, Model] = {
-            entry.name: with_adapters(entry, self._input(entry, recipe, (*within, place)), self.open, drop=drop)
-            for place, entry in recipe.by_place.items()
-        }
+        if recipe.one_vocabulary:
+            check_one_vocabulary(_folders(recipe))
+        if recipe.is_stack:
+            return self._stack(recipe, within, naming)
+        models = self._models(recipe, within)
         if is_sum(recipe, models):
             return sum_of_adapters(recipe, models, naming)
         whole, told = with_heads(models) if recipe.on_missing == "error" else (models, [])
-        merged = told_of(merge_models(recipe, whole, within, naming), models)
-        if told:
-            merged = replace(merged, remarks=(*told, *merged.remarks))
+        return told_of(self._merged(recipe, whole, within, naming, told), models)
+
+    def _models(self, recipe: Recipe, within: Within) -> dict[str, Model]:
+        """The recipe's inputs by name, nested recipes made models, and adapters put into them."""
+        drop = recipe.on_missing == "drop"
+        return {
+            entry.name: with_adapters(entry, self._input(entry, recipe, (*within, place)), self.open, drop=drop)
+            for place, entry in recipe.by_place.items()
+        }
+
+    def _stack(self, recipe: Recipe, within: Within, naming: Naming | None) -> Merged:
+        """The slices of a stack, each a merge of some layers, as one model."""
+        slices = [entry.source for entry in recipe.inputs if isinstance(entry.source, Recipe)]
+        models = [self._models(each, (*within, number)) for number, each in enumerate(slices)]
+        called = [f"slice {number + 1}" for number in range(len(slices))]
+        named = {f"{called[number]}: {name}": model for number, own in enumerate(models) for name, model in own.items()}
+        headed, told = with_heads(named)
+        made, first = [], 0
+        for number, (each, own) in enumerate(zip(slices, models, strict=True)):
+            views = {
+                name: LayerRange.of(headed[f"{called[number]}: {name}"], _span(entry, first, number, len(slices)), name)
+                for name in own
+                if (entry := each.named[name])
+            }
+            with saying_where(called[number]):
+                made.append(self._merged(each, views, (*within, number), naming))
+            first += max(len(range(*entry.layers)) for entry in each.inputs if entry.layers is not None)
+        merged = told_of(stacked(made), named)
+        return replace(merged, remarks=(*told, *merged.remarks))
+
+    def _merged(
+        self,
+        recipe: Recipe,
+        models: Mapping[str, Model],
+        within: Within,
+        naming: Naming | None,
+        told: Iterable[str] = (),
+    ) -> Merged:
+        """The recipe's merge of these models, which counts towards what is planned; with what is to be told."""
+        merged = merge_models(recipe, models, within, naming)
         self.steps += merged.extent.own
         check_steps(self.steps)
-        return merged
+        return replace(merged, remarks=(*told, *merged.remarks)) if told else merged
 
     def _input(self, entry: Input, recipe: Recipe, within: Within) -> Model:
         """An input's model, without the adapters that it may have."""
@@ -94,13 +134,8 @@ class OpenInputs:
         key = "" if may_draw(recipe) else repr(recipe)
         if key in self.merges:
             return self.merges[key]
-        try:
+        with saying_where(name):
             merged = self.merge(recipe, within)
-        except PlanError as error:
-            error.what = f"{name}: {error.what}"
-            if not error.advice.endswith(NESTED):
-                error.advice = f"{error.advice} {NESTED}"
-            raise
         if key:
             self.merges[key] = merged
         return merged
@@ -126,6 +161,30 @@ class OpenInputs:
         """Close all files."""
         for opened in self.checkpoints.values():
             opened.close()
+
+
+@contextlib.contextmanager
+def saying_where(name: str) -> Iterator[None]:
+    """Have a PlanError say that a recipe within another is meant, which options don't reach."""
+    try:
+        yield
+    except PlanError as error:
+        error.what = f"{name}: {error.what}"
+        if not error.advice.endswith(NESTED):
+            error.advice = f"{error.advice} {NESTED}"
+        raise
+
+
+def _folders(recipe: Recipe) -> dict[str, Path]:
+    """The folders that the recipe's models are in, those of nested recipes among them."""
+    paths = dict.fromkeys(recipe.paths())
+    return {name: path if path.is_dir() else path.parent for path, name in stored_names(paths).items()}
+
+
+def _span(entry: Input, first: int, number: int, count: int) -> Span:
+    """The layers of a source of one of so many slices, which become layers from number `first` on."""
+    start, stop = entry.layers or (0, 0)
+    return Span(start, stop, first, before=number == 0, after=number == count - 1)
 
 
 def seeded(recipe: Recipe, seed: int | None) -> Recipe:

@@ -66,7 +66,12 @@ def parse_yaml(text: str, where: str) -> Any:  # noqa: ANN401
 
     try:
         loader = Loader(text)
-        root = loader.get_single_node()
+        root = loader.get_node() if loader.check_node() else None
+        if root is not None and loader.check_node():
+            raise RecipeError(
+                f"{where}: a recipe is one document, and here are several (---)",
+                advice="Put a recipe that another needs into that one, in place of a model: recipes nest.",
+            )
         if root is None:
             return None
         _check_node(root, {}, where)

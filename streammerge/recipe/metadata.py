@@ -201,6 +201,8 @@ class _Binder:
 
     def recipe(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """The recipe's values with paths instead of names. References are to models of the recipe, and to no others."""
+        if isinstance(raw.get("slices"), list):
+            return {**raw, "slices": [self._slice(each) for each in raw["slices"]]}
         models = raw.get("models")
         if not isinstance(models, list) or "inputs" in raw:
             raise RecipeError(f"{self.where} is none that streammerge wrote", advice="Name a recipe or models instead.")
@@ -213,6 +215,11 @@ class _Binder:
         if isinstance(raw.get("rules"), list):
             bound["rules"] = [self._rule(rule, names) for rule in raw["rules"]]
         return bound
+
+    def _slice(self, raw: Any) -> dict[str, Any]:  # noqa: ANN401
+        sources = raw.get("sources") if isinstance(raw, dict) else None
+        bound = self.recipe({**raw, "models": sources, "slices": None}) if isinstance(sources, list) else {}
+        return {**{key: bound[key] for key in bound if key not in ("models", "slices")}, "sources": bound.get("models")}
 
     def _rule(self, raw: Any, names: set[str]) -> Any:  # noqa: ANN401
         return {**raw, "take": self._reference(raw["take"], names)} if isinstance(raw, dict) and "take" in raw else raw

@@ -17,17 +17,26 @@ from typing import Any, Final
 from streammerge.errors import CheckpointError, RecipeError, suggestion
 from streammerge.models.dtypes import parse_dtype
 from streammerge.models.extent import MAX_DEPTH
-from streammerge.models.hub import SCHEME, located
+from streammerge.models.hub import SCHEME, located, name_of
 from streammerge.recipe.adapters import adapter_entry, adapters_of, is_recipe, with_lora
 from streammerge.recipe.parameters import parse_settings
 from streammerge.recipe.policies import MISSING_POLICIES, SHAPE_POLICIES
 from streammerge.recipe.recipe import Input, Recipe, Rule, RuleAction, check_recipe
-from streammerge.recipe.spellings import parse_flag, parse_key, parse_name, parse_seed
+from streammerge.recipe.slices import STACK_KEYS, check_slice, named_apart, parse_layers, slice_recipes
+from streammerge.recipe.spellings import (
+    parse_chat_template,
+    parse_flag,
+    parse_key,
+    parse_name,
+    parse_seed,
+    wants_one_vocabulary,
+)
 
 __all__ = ["Input", "Recipe", "Rule", "check_recipe"]
 
 KEYS: Final = (
     *("merge_method", "models", "base_model", "parameters", "dtype", "out_dtype", "name"),
+    *("tokenizer", "tokenizer_source", "chat_template", "const_tag"),
     *("layout", "on_shape_mismatch", "on_missing", "rules", "inputs", "seed"),
 )
 """The keys of a recipe: mergekit's, then our own."""
@@ -39,11 +48,7 @@ NEEDED: Final = {
 """The keys that every recipe has, and what to do if one is missing."""
 
 MERGEKIT_ONLY: Final = {
-    "slices": "layers of several models stacked into one",
     "modules": "models of several modules",
-    "tokenizer": "a merged vocabulary",
-    "tokenizer_source": "a merged vocabulary",
-    "chat_template": "a chat template",
 }
 """mergekit's keys that ask for something that streammerge does not do, and what that is."""
 
@@ -79,10 +84,13 @@ class _RecipeParser:
     known: dict[int, Recipe] = field(default_factory=dict)
     depth: int = 1
     shared: set[str] = field(default_factory=set)
+    is_slice: bool = False
 
     def parse(self, raw: Any) -> Recipe:  # noqa: ANN401
         if not isinstance(raw, dict):
             raise RecipeError(f"{self.where}: expected a map with merge_method and models, found {type(raw).__name__}")
+        if "slices" in raw:
+            return self._stack(raw)
         self._check_keys(raw, KEYS, self.where)
         self._check_needed(raw)
         if not isinstance(raw["models"], list):
@@ -100,8 +108,41 @@ class _RecipeParser:
             on_missing=self._choice(raw, "on_missing", MISSING_POLICIES),
             dtype=parse_dtype(self._first(raw, "out_dtype", "dtype", "keep"), self.where),
             seed=parse_seed(raw.get("seed"), self.where),
+            one_vocabulary=wants_one_vocabulary(raw, self.where),
+            chat_template=parse_chat_template(raw.get("chat_template"), self.where),
         )
         return self._with_references(recipe, raw)
+
+    def _stack(self, raw: dict[str, Any]) -> Recipe:
+        """mergekit's `slices`: a recipe for each, which has the keys of the whole where it has none of its own."""
+        for key in ("models", "rules", "layout", "modules"):
+            if key in raw:
+                raise RecipeError(
+                    f"{self.where}: slices and {key} can't be combined", advice="Merge to a file, and go on with that."
+                )
+        self._check_keys(raw, STACK_KEYS, self.where)
+        if raw.get("merge_method") in (None, ""):
+            raise RecipeError(f"{self.where}: the key 'merge_method' is missing", advice=NEEDED["merge_method"])
+        if self.depth >= MAX_DEPTH:
+            raise RecipeError(f"recipes are nested deeper than {MAX_DEPTH}")
+        self._check_bound(raw.get("inputs"))
+        slices = []
+        for number, each in enumerate(slice_recipes(raw, self.where), 1):
+            where = f"{self.where}: slice {number}"
+            parser = _RecipeParser(self.folder, self.bindings, where, self.known, self.depth + 1, is_slice=True)
+            recipe = parser.parse(each)
+            slices.append(check_slice(check_recipe(recipe, where), where))
+        slices, first = named_apart(slices), slices[0]
+        return Recipe(
+            where=self.where,
+            method=first.method,
+            inputs=tuple(Input(f"slice {number}", each) for number, each in enumerate(slices, 1)),
+            dtype=first.dtype,
+            seed=first.seed,
+            is_stack=True,
+            one_vocabulary=first.one_vocabulary,
+            chat_template=first.chat_template,
+        )
 
     def _with_references(self, recipe: Recipe, raw: dict[str, Any]) -> Recipe:
         """Add what refers to inputs: the base, the layout, the rules."""
@@ -178,7 +219,8 @@ class _RecipeParser:
 
     def _input(self, raw: Any, where: str) -> Input:  # noqa: ANN401
         entry = with_lora(raw, self._is_there) if not is_recipe(raw) else {"model": raw}
-        self._check_keys(entry, ("model", "name", "parameters", "entry", "adapters"), where)
+        known = ("model", "name", "parameters", "entry", "adapters", *(["layer_range"] * self.is_slice))
+        self._check_keys(entry, known, where)
         if "model" not in entry:
             raise RecipeError(f"{where}: the key 'model' is missing")
         source = self._source(entry["model"], where)
@@ -189,7 +231,8 @@ class _RecipeParser:
             raise RecipeError(f"{where}: a nested recipe has no entry", advice="Put it beside one of its models.")
         adapters = tuple(self._adapter(each, f"{where}: adapter {n}") for n, each in adapters_of(entry, where))
         distinct = tuple(distinct_names(list(adapters)))
-        return Input(name, source, parse_settings(entry.get("parameters"), where), key, distinct)
+        layers = parse_layers(entry.get("layer_range"), where) if "layer_range" in entry else None
+        return Input(name, source, parse_settings(entry.get("parameters"), where), key, distinct, layers)
 
     def _adapter(self, raw: Any, where: str) -> Input:  # noqa: ANN401
         """An adapter of an input: as an input it has one parameter, which is its weight."""
@@ -203,7 +246,10 @@ class _RecipeParser:
     def _default_name(self, model: Any, source: Path | Recipe) -> str:  # noqa: ANN401
         if isinstance(source, Recipe):
             return source.method
-        return model if isinstance(model, str) and model in self.bindings else source.stem or str(source)
+        if isinstance(model, str) and model in self.bindings:
+            return model
+        on_hub = name_of(source)
+        return source.stem or str(source) if on_hub is None else on_hub.name.rpartition("/")[2]
 
     def _source(self, model: Any, where: str) -> Path | Recipe:  # noqa: ANN401
         if isinstance(model, dict) and "merge_method" in model:

@@ -17,6 +17,9 @@ from streammerge.tensors import DType
 RuleAction = Literal["merge", "take", "keep", "drop"]
 
 
+IN_COMMON: Final = ("merge_method", "on_shape_mismatch", "on_missing", "dtype")
+"""The keys that all slices of a stack share."""
+
 MAX_INPUTS: Final = 1024
 """The most inputs of one merge; each may be a merge of as many."""
 
@@ -26,7 +29,8 @@ class Input:
     """A model of the recipe: what it is called, where it is (a path, or a recipe of its own), and its parameters.
 
     `entry` names the dict of a torch file that is the model, where several could be. `adapters` are put into it before
-    it is merged, each with the parameter `weight`, in this order.
+    it is merged, each with the parameter `weight`, in this order. `layers` are those of the model that are meant, from
+    the first number to before the second, if not all.
     """
 
     name: str
@@ -34,6 +38,7 @@ class Input:
     parameters: Settings = field(default_factory=dict)
     entry: str = ""
     adapters: tuple[Input, ...] = ()
+    layers: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,11 @@ class Rule:
 class Recipe:
     """A merge as asked for. `base`, `layout` and rules name inputs; `others` are inputs that are only taken from.
 
-    `where` is what errors call the recipe: its file, if it has one. A nested recipe without a seed has that of the
-    recipe it is part of; the outermost one has 0.
+    `where` is what errors call the recipe: its file, if it has one. The inputs of a stack are recipes, its slices,
+    whose layers follow each other. A nested recipe without a seed has that of the recipe it is part of; the outermost
+    one has 0.
+
+    With `one_vocabulary` the models must have the same tokens; a `chat_template` is the output's, if it is not "".
     """
 
     method: str
@@ -70,6 +78,9 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     dtype: DType | None = None
     seed: int | None = None
+    is_stack: bool = False
+    one_vocabulary: bool = False
+    chat_template: str = ""
     where: str = field(default="recipe", compare=False, repr=False)
 
     @property
@@ -100,6 +111,8 @@ class Recipe:
         A + α (B − C) where C is A.
         """
         method = find_method(self.method)
+        if self.is_stack:
+            return self.inputs
         if method.base == "none" or self.base is None:
             return self.inputs
         others = tuple(entry for entry in self.inputs if entry.name != self.base.name)
@@ -126,6 +139,8 @@ class Recipe:
         It can be parsed again. `names` are the texts to write for paths, if not their last parts.
         """
         names = names or {}
+        if self.is_stack:
+            return self._describe_stack(names)
         beside = {entry.name: _describe_input(entry, names) for entry in self.others}
         described: dict[str, Any] = {
             "merge_method": self.method,
@@ -138,8 +153,24 @@ class Recipe:
             "rules": [_describe_rule(rule, beside) for rule in self.rules],
             "dtype": self.dtype.torch_name if self.dtype else None,
             "seed": self.seed,
+            **self._describe_words(),
         }
         return {key: value for key, value in described.items() if value not in (None, [], {}, "error")}
+
+    def _describe_stack(self, names: Mapping[Path, str]) -> dict[str, Any]:
+        """mergekit's `slices`: what they have in common, and what each has of its own."""
+        described = [entry.source.describe(names) for entry in self.inputs if isinstance(entry.source, Recipe)]
+        own = [
+            {"sources": each["models"], **{key: each[key] for key in ("base_model", "parameters") if key in each}}
+            for each in described
+        ]
+        common = {key: value for key, value in described[0].items() if key in IN_COMMON}
+        seed = {} if self.seed is None else {"seed": self.seed}
+        return {**common, "slices": own, **seed, **self._describe_words()}
+
+    def _describe_words(self) -> dict[str, Any]:
+        vocabulary = {"tokenizer_source": "base"} if self.one_vocabulary else {}
+        return {**vocabulary, **({"chat_template": self.chat_template} if self.chat_template else {})}
 
     def _describe_base(self, names: Mapping[Path, str]) -> Any:  # noqa: ANN401  (a name, or an input of its own)
         if self.base is None or self.base.name in {entry.name for entry in self.inputs}:
@@ -163,7 +194,9 @@ def _describe_input(entry: Input, names: Mapping[Path, str]) -> dict[str, Any]:
         {"adapter" if key == "model" else key: value for key, value in _describe_input(each, names).items()}
         for each in entry.adapters
     ]
-    more = {"entry": entry.entry, "adapters": adapters, "parameters": describe_settings(entry.parameters)}
+    layers = None if entry.layers is None else list(entry.layers)
+    own = {"entry": entry.entry, "adapters": adapters, "layer_range": layers}
+    more = {**own, "parameters": describe_settings(entry.parameters)}
     return {"model": described, "name": entry.name, **{key: value for key, value in more.items() if value}}
 
 
@@ -181,6 +214,8 @@ def check_recipe(recipe: Recipe, where: str = "recipe", *, strict: bool = False)
     """
     method = find_method(recipe.method)
     _check_words(recipe, where)
+    if recipe.is_stack:  # its slices are checked, each by itself
+        return recipe
     listed = recipe.base is not None and recipe.base.name in {entry.name for entry in recipe.inputs}
     if method.base == "required" and recipe.base is None:
         raise RecipeError(f"method {method.name!r} needs a base model", advice="Name it with --base or base_model.")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Final
 
 from streammerge.errors import RecipeError
 
@@ -35,3 +36,42 @@ def parse_name(raw: Any, where: str) -> str:  # noqa: ANN401
     if isinstance(raw, str) and raw:
         return raw
     raise RecipeError(f"{where} must be text, found {raw!r}", advice="Put it in quotation marks if it is a name.")
+
+
+VOCABULARIES: Final = "tokenizer_source"
+
+MIN_TEMPLATE: Final = 20
+"""The shortest chat template, in characters: what is shorter is a word of mergekit's for one of its own."""
+
+
+def wants_one_vocabulary(raw: Mapping[str, Any], where: str) -> bool:
+    """Whether a recipe asks, as mergekit's does, for the tokens of its models to be brought together.
+
+    Where all have the same tokens any source is right; where they don't, that is refused when the models are known.
+    """
+    whole, source = raw.get("tokenizer"), raw.get(VOCABULARIES)
+    if whole is None and source is None:
+        return False
+    if whole is not None and source is not None:
+        raise RecipeError(f"{where}: tokenizer and {VOCABULARIES} can't be combined", advice="Remove one of them.")
+    if whole is not None and not isinstance(whole, dict):
+        raise RecipeError(f"{where}: tokenizer must be a map with a source, found {whole!r}")
+    for key in whole or {}:
+        if key != "source":
+            raise RecipeError(
+                f"{where}: tokenizer: {key!r} asks for a merged vocabulary, which streammerge does not do",
+                advice="Remove the key if the models have the same tokens.",
+            )
+    return True
+
+
+def parse_chat_template(raw: Any, where: str) -> str:  # noqa: ANN401
+    """The text of a chat template, "" where there is none; one that is only named is refused."""
+    if raw is None:
+        return ""
+    if isinstance(raw, str) and len(raw) >= MIN_TEMPLATE and "{" in raw:
+        return raw
+    raise RecipeError(
+        f"{where}: chat_template must be the text of a template, found {str(raw)[:40]!r}",
+        advice="Write out the template; without the key the layout's own is copied.",
+    )

@@ -281,6 +281,8 @@ def test_the_plan_as_json_is_plain():
         "bytes_to_read": 6 + 6 + 8 + 24,
         "passes": 1,
         "inputs": [],
+        "companions": [],
+        "not_copied": [],
         "left_out": {"b": ["z"]},
         "lacking": {"b": ["ids"]},
         "beside_models": {},

@@ -53,7 +53,6 @@ def test_a_key_that_stands_twice_is_an_error_that_names_the_line(text, line, key
         "a: b: c\n",
         "\tx: 1\n",
         "a: *nobody\n",
-        "--- 1\n--- 2\n",
         "a: \0\n",
         "? [1]\n: 2\n",
         "? {a: 1}\n: 2\n",

@@ -140,7 +140,7 @@ REFUSED_KEYS: dict[str, tuple[dict[Any, Any], str]] = {
     ),
     "a nested recipe's slices": (
         {"models": [{"merge_method": "linear", "models": ["a"], "slices": []}]},
-        "recipe: model 1: nested recipe: 'slices' asks for layers of several models",
+        "recipe: model 1: nested recipe: slices and models can't be combined",
     ),
 }
 

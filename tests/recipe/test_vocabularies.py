@@ -1,0 +1,137 @@
+"""mergekit's keys on tokenizers and templates: done where nothing has to be merged, refused where something has."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import streammerge
+from streammerge.cli.main import main
+from streammerge.errors import MergeError, RecipeError
+from streammerge.models.vocabularies import vocabulary_digest
+from tests.make.folders import TOKENIZER, save_llama
+
+FAST: dict[str, Any] = {
+    "version": "1.0",
+    "truncation": None,
+    "added_tokens": [{"id": 1, "content": "<s>"}],
+    "normalizer": None,
+    "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]},
+}
+TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+
+
+def fast(**changes) -> str:
+    return json.dumps({**FAST, **changes}, indent=2)
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def merge(a, b, **keys):
+    for seed, (name, files) in enumerate((("A", a), ("B", b))):
+        save_llama(Path(name), seed, files)
+    recipe = {"merge_method": "linear", "models": ["A", "B"], **keys}
+    return streammerge.merge(recipe, output="OUT", force=True)
+
+
+SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "the same file": ({"tokenizer.json": fast()}, {"tokenizer.json": fast()}),
+    "another truncation": ({"tokenizer.json": fast()}, {"tokenizer.json": fast(truncation={"max_length": 8})}),
+    "beside older files": ({"tokenizer.json": fast(), "vocab.txt": "x"}, {"tokenizer.json": fast()}),
+    "SentencePiece": ({"tokenizer.model": b"\0\1"}, {"tokenizer.model": b"\0\1"}),
+    "of parts": ({"vocab.json": "{}", "merges.txt": "x"}, {"vocab.json": "{}", "merges.txt": "x"}),
+    "in one line": ({"tokenizer.json": json.dumps(FAST)}, {"tokenizer.json": json.dumps(FAST)}),
+}
+OTHER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "another token": (
+        {"tokenizer.json": fast()},
+        {"tokenizer.json": fast(model={**FAST["model"], "vocab": {"a": 1, "b": 0}})},
+    ),
+    "another added one": ({"tokenizer.json": fast()}, {"tokenizer.json": fast(added_tokens=[])}),
+    "one added in a file": ({"tokenizer.model": b"x"}, {"tokenizer.model": b"x", "added_tokens.json": "{}"}),
+    "one added in the config": (
+        {"tokenizer.model": b"x", "tokenizer_config.json": "{}"},
+        {"tokenizer.model": b"x", "tokenizer_config.json": '{"added_tokens_decoder": {"5": {}}}'},
+    ),
+    "another part": ({"vocab.json": "{}", "merges.txt": "x"}, {"vocab.json": "{}", "merges.txt": "y"}),
+    "none": ({"tokenizer.json": fast()}, {}),
+    "of another kind": ({"tokenizer.json": fast()}, {"vocab.txt": "x"}),
+    "in one line": ({"tokenizer.json": json.dumps(FAST)}, {"tokenizer.json": json.dumps({**FAST, "padding": 1})}),
+}
+
+
+@pytest.mark.parametrize(
+    "keys", [{"tokenizer_source": "base"}, {"tokenizer_source": "union"}, {"tokenizer": {"source": "A"}}]
+)
+@pytest.mark.parametrize("case", SAME)
+def test_one_vocabulary_needs_nothing(case, keys):
+    merge(*SAME[case], **keys)
+    copied = next(iter(SAME[case][0]))
+    assert Path("OUT", copied).read_bytes() == Path("A", copied).read_bytes()
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_several_are_refused(case):
+    with pytest.raises(MergeError, match=r"(?s)asks for one vocabulary, and the models' are not the same.*A"):
+        merge(*OTHER[case], tokenizer_source="base")
+    assert not Path("OUT").exists()
+    merge(*OTHER[case])
+
+
+def test_nested_models_count():
+    merge({"tokenizer.json": fast()}, {"tokenizer.json": fast(added_tokens=[])})
+    nested = {"merge_method": "linear", "models": ["B", "B"]}
+    with pytest.raises(MergeError, match="one vocabulary"):
+        streammerge.merge({"merge_method": "linear", "models": ["A", nested], "tokenizer_source": "base"}, output="X")
+
+
+def test_a_vocabulary_is_read_piece_by_piece(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b'  "added_tokens": [' + b"x" * 3_000_000)
+    first = vocabulary_digest(path)
+    path.write_bytes(b'  "added_tokens": [' + b"x" * 2_999_999 + b"y")
+    assert vocabulary_digest(path) != first
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"tokenizer": {"source": "A", "tokens": {}}}, "tokenizer: 'tokens' asks for a merged vocabulary"),
+        ({"tokenizer": {"source": "A", "pad_to_multiple_of": 8}}, "asks for a merged vocabulary"),
+        ({"tokenizer": "A"}, "tokenizer must be a map"),
+        ({"tokenizer": {"source": "A"}, "tokenizer_source": "A"}, "can't be combined"),
+        ({"chat_template": "chatml"}, "chat_template must be the text of a template, found 'chatml'"),
+        ({"chat_template": 7}, "chat_template must be the text"),
+    ],
+)
+def test_what_would_need_more_is_refused(keys, said):
+    with pytest.raises(RecipeError, match=said):
+        merge(TOKENIZER, TOKENIZER, **keys)
+
+
+def test_a_template_of_the_recipe_s_own(capsys):
+    merge(TOKENIZER, TOKENIZER, chat_template=TEMPLATE, tokenizer_source="base")
+    assert Path("OUT/chat_template.jinja").read_text() == TEMPLATE
+    assert main(["verify", "OUT", "A=A", "B=B"]) == 0
+    Path("OUT/chat_template.jinja").write_text("other")
+    assert main(["verify", "OUT", "A=A", "B=B"]) == 1
+    assert "chat_template.jinja: another" in capsys.readouterr().err
+
+
+def test_a_tag_for_anchors_is_nobody_s():
+    merge(TOKENIZER, TOKENIZER)
+    Path("r.yaml").write_text("const_tag: &M A\nmerge_method: linear\nmodels: [{model: *M}, {model: B}]\n")
+    assert main(["r.yaml", "-o", "X", "-q"]) == 0
+
+
+def test_several_documents_are_refused(capsys):
+    document = "merge_method: linear\nmodels: [{model: A}, {model: B}]\n"
+    Path("r.yaml").write_text(f"name: one\n{document}---\n{document}")
+    assert main(["r.yaml", "-o", "X", "-q"]) == 1
+    assert "a recipe is one document, and here are several" in capsys.readouterr().err
