@@ -77,8 +77,11 @@ def lora(model: Tensors, seed: int) -> Tensors:
 
 
 def save_shards(tensors: Tensors, folder: Path) -> None:
-    """Two shards and their index."""
+    """Two shards and their index, a config, a tokenizer."""
     folder.mkdir()
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text("{}")
+    (folder / "config.json").write_text('{"torch_dtype": "bfloat16", "num_hidden_layers": 4}')
     save_file(tensors, folder / "all.safetensors")
     words = [str(folder / "all.safetensors"), "-o", str(folder), "--shard-size", "4kB", "--no-metadata", "-q"]
     assert cli.main(words) == 0
