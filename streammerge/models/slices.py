@@ -6,18 +6,22 @@ first slice, what comes after, such as the last norm and the head, that of the l
 
 from __future__ import annotations
 
+import functools
 import re
+from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Final
 
-from streammerge.errors import PlanError, listed
+from streammerge.compute.expressions import Node
+from streammerge.errors import PlanError, count, listed, plural
+from streammerge.formats.tables import Column, Names, names_bytes
 from streammerge.models.decisions import Decision, Decisions
 from streammerge.models.extent import Extent
 from streammerge.models.layers import Layers, layers_of, place_of
 from streammerge.models.merged import Merged
-from streammerge.models.views import Renamed
-from streammerge.tensors import Model
+from streammerge.models.views import View
+from streammerge.tensors import Model, TensorInfo
 
 _AFTER: Final = re.compile(r"(?:.*\.)?(?:lm_head|embed_out|project_out|score|classifier|output)\..*")
 _BEFORE: Final = re.compile(r".*(?:emb|wte|wpe|rotary|inv_freq|project_in).*")
@@ -44,30 +48,61 @@ class Span:
 
 
 @dataclass(frozen=True, eq=False)
-class LayerRange(Renamed):
-    """A model's layers of a span, under their new numbers, and what belongs to the span outside them."""
+class LayerRange(View):
+    """A model's layers of a span, under their new numbers, and what belongs to the span outside them.
 
-    layers: Layers = field(default_factory=lambda: Layers({}))
+    What the model calls a tensor follows from its new name, and is kept nowhere.
+    """
 
-    @classmethod
-    def of(cls, model: Model, span: Span, called: str) -> LayerRange:
-        """These layers of a model; PlanError, which calls it `called`, if it has no such layers, or several stacks."""
-        stack = _stack(model, called)
-        counted = layers_of(model).counts.get(stack, 0)
-        if span.stop > counted:
+    model: Model
+    span: Span
+    called: str
+
+    @functools.cached_property
+    def layers(self) -> Layers:
+        """The layers that a gradient goes over."""
+        return Layers({self.stack: self.span.count}, self.span.first)
+
+    @functools.cached_property
+    def stack(self) -> str:
+        """What the names of the model's layers begin with."""
+        return _stack(self.model, self.called)
+
+    @functools.cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The tensors of the layers and beside them; PlanError if the model has no such layers, or several stacks."""
+        self._check()
+        seen = [(new, info) for name, info in self.values.tensors.items() if (new := self._new(name)) is not None]
+        return Column(Names.of(new for new, _ in seen), [info for _, info in seen])
+
+    def node(self, name: str) -> Node:
+        """The model's tensor."""
+        place, span = place_of(name), self.span
+        old = name if place is None else place.moved(place.number - span.first + span.start)
+        return self.values.node(old)
+
+    def _new(self, name: str) -> str | None:
+        """What a tensor of the model is called; None if it is not of the span."""
+        place, span = place_of(name), self.span
+        if place is None:
+            return name if _is_outside(name, span, self.called) else None
+        return place.moved(place.number - span.start + span.first) if span.start <= place.number < span.stop else None
+
+    def _check(self) -> None:
+        counted = layers_of(self.model).counts.get(self.stack, 0)
+        if self.span.stop > counted:
             raise PlanError(
-                f"{called}: layers {span.start} to {span.stop - 1} are asked for, and it has {counted} layers",
+                f"{self.called}: layers {self.span.start} to {self.span.stop - 1} are asked for, and it has {counted} "
+                "layers",
                 advice="Correct the layer_range: it ends before its second number.",
             )
-        names: dict[str, str] = {}
-        for name in model.tensors:
-            place = place_of(name)
-            if place is None:
-                if _is_outside(name, span, called):
-                    names[name] = name
-            elif span.start <= place.number < span.stop:
-                names[place.moved(place.number - span.start + span.first)] = name
-        return cls(model, names, Layers({stack: span.count}, span.first))
+        if coded := sorted(name for name in self.values.left if self._new(name) is not None):
+            raise PlanError(
+                f"{self.called}: {count(coded, 'tensor')} of these layers {plural(coded, 'is', 'are')} quantised in a "
+                "way that streammerge can't decode",
+                found=coded,
+                advice="Decode the model, and slice that.",
+            )
 
 
 def _stack(model: Model, called: str) -> str:
@@ -97,20 +132,20 @@ def _is_outside(name: str, span: Span, called: str) -> bool:
 
 def stacked(slices: Sequence[Merged]) -> Merged:
     """Merges of slices as one: every tensor is that of the slice that has it."""
-    homes = {name: number for number, merged in enumerate(slices) for name in merged.decisions.names.order}
-    order = [name for merged in slices for name in merged.decisions.names.order]
+    names = Names.of(name for merged in slices for name in merged.decisions.names.order)
+    homes = array("I", (number for number, merged in enumerate(slices) for _ in range(len(merged.decisions))))
 
     def decide(name: str) -> Decision:
-        return slices[homes[name]].decisions.of(name)
+        return slices[homes[names.places[name]]].decisions.of(name)
 
     extents = [merged.extent for merged in slices]
-    first = slices[0]
+    first, own = slices[0], [merged.decisions.names for merged in slices]
     return replace(
         first,
-        decisions=Decisions(order, decide),
+        decisions=Decisions(names.order, decide),
         left_out=_joined([merged.left_out for merged in slices]),
         lacking=_joined([merged.lacking for merged in slices]),
-        kept_bytes=sum(merged.kept_bytes for merged in slices),
+        kept_bytes=sum(merged.kept_bytes for merged in slices) + names_bytes(own),
         remarks=_remarks(slices),
         extent=Extent(
             max(extent.depth for extent in extents),

@@ -99,7 +99,7 @@ class OpenInputs:
         made, first = [], 0
         for number, (each, own) in enumerate(zip(slices, models, strict=True)):
             views = {
-                name: LayerRange.of(headed[f"{called[number]}: {name}"], _span(entry, first, number, len(slices)), name)
+                name: LayerRange(headed[f"{called[number]}: {name}"], _span(entry, first, number, len(slices)), name)
                 for name in own
                 if (entry := each.named[name])
             }
