@@ -46,7 +46,7 @@ DEFAULTS: Final = ("F64", "F32", "F16", "BF16")
 _EMBEDDING: Final = re.compile(
     r"(?:.*\.)?(?:embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|shared|token_embd)\.weight"
 )
-_HEAD: Final = re.compile(r"(?:.*\.)?(?:lm_head|embed_out)\.weight")
+_HEADS: Final = ("lm_head.weight", "embed_out.weight")
 
 
 @dataclass(frozen=True)
@@ -210,12 +210,17 @@ def is_tied(config: Mapping[str, Any]) -> bool:
 
 def has_head(tensors: Tensors) -> bool:
     """Whether the output's embeddings are a tensor of their own."""
-    return any(map(_HEAD.fullmatch, tensors))
+    return any(map(is_head, tensors))
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor is the output's embeddings, by its name."""
+    return name.endswith(_HEADS) and ".".join(name.split(".")[-2:]) in _HEADS
 
 
 def embedding_and_head(tensors: Iterable[str]) -> tuple[str, str]:
     """The names of the input's and of the output's embeddings; "" for what is not there, or not one."""
-    names = list(tensors)
-    found = [[name for name in names if pattern.fullmatch(name)] for pattern in (_EMBEDDING, _HEAD)]
+    names = [name for name in tensors if name.endswith(".weight")]
+    found = [[name for name in names if is_one(name)] for is_one in (_EMBEDDING.fullmatch, is_head)]
     embedding, head = (names[0] if len(names) == 1 else "" for names in found)
     return embedding, head

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from streammerge.errors import CheckpointError
 from streammerge.formats.companions import Companion, is_companion_name
 from streammerge.formats.files import ByteFile, read_errors
 from streammerge.formats.layout import FOLDER_STEMS
@@ -120,7 +121,13 @@ def _names(folder: Path) -> Iterator[str]:
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
     with read_errors(folder), os.scandir(folder) as entries:
-        found = [entry for entry, _ in zip(entries, range(MAX_ENTRIES), strict=False)]
+        found = [entry for entry, _ in zip(entries, range(MAX_ENTRIES + 1), strict=False)]
+    if len(found) > MAX_ENTRIES:
+        raise CheckpointError(
+            f"{folder}: there are more than {MAX_ENTRIES:,} files, and all would be looked at for the model's config, "
+            "tokenizer and so on",
+            advice="Move the model to a folder of its own, or use --no-companions to write weights alone.",
+        )
     shown = (entry for entry in found if not entry.name.startswith("."))
     return sorted(shown, key=lambda entry: (entry.name != entry.name.lower(), entry.name))  # config.json, Config.json
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from streammerge.errors import CheckpointError
 from streammerge.models.checkpoints import Checkpoint
-from streammerge.models.configs import TIED, config_in, embedding_and_head
+from streammerge.models.configs import TIED, config_in, embedding_and_head, has_head
 from streammerge.models.folders import root_of
 from streammerge.models.layers import sections
 from streammerge.models.views import Renamed
@@ -24,15 +24,17 @@ _WITH_HEADS: Final = ("CausalLM", "LMHead", "ConditionalGeneration", "MaskedLM")
 
 def with_heads(models: Mapping[str, Model]) -> tuple[dict[str, Model], list[str]]:
     """The models, those that are tied with their head as a tensor of its own if others have one; and what was done."""
+    if len({has_head(model.tensors) for model in models.values()}) == 1:
+        return dict(models), []
     found = {name: embedding_and_head(model.tensors) for name, model in models.items()}
     heads = {head for _, head in found.values() if head}
-    if len(heads) != 1 or all(head for _, head in found.values()):
+    if len(heads) != 1:
         return dict(models), []
     head, changed, told = heads.pop(), dict(models), []
     for name, (embedding, own) in found.items():
         if embedding and not own and is_tied(models[name]):
-            names = dict.fromkeys(models[name].tensors)
-            changed[name] = Renamed(models[name], {**{each: each for each in names}, head: embedding})
+            own_names = {each: each for each in models[name].tensors}
+            changed[name] = Renamed(models[name], {**own_names, head: embedding})
             told.append(f"{name} ties its output to its input: its {head} is its {embedding}")
     return changed, told
 

@@ -90,7 +90,8 @@ def beside_output(merged: Merged, recipe: Recipe | None, output: Path, options: 
         return Beside(stem=stem, details=tuple(_needed(root)))
     found = read_folder(folder, (file.path for file in root.files))
     if found.library is None:
-        return Beside(stem=stem, details=(f"{folder} has no {CONFIG}, so there is none beside the output either",))
+        none = f"{folder} has no {CONFIG} that is copied, so nothing is written beside the weights"
+        return Beside(stem=stem, left=found.left, details=(none,))
     return _Folder(merged, recipe, output, options, root, found).beside(stem)
 
 

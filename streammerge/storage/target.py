@@ -86,7 +86,8 @@ def output_claims(plan: Plan, older: Older) -> Claims:
     written += [Claim(path, "what the output replaces", OUTPUT) for path in older.superseded]
     companions = (plan.output.path_of(companion) for companion in plan.output.companions)
     written += [Claim(path, "what belongs to the output", OUTPUT) for path in companions]
-    return input_claims(plan.inputs) + Claims(read, tuple(written))
+    copied = (Claim(file.path, "a part of the input:") for file in plan.output.copied)
+    return input_claims(plan.inputs) + Claims((*read, *copied), tuple(written))
 
 
 def check_output(plan: Plan, older: Older, beside: Claims, *, may_exist: bool) -> None:

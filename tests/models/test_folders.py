@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import streammerge
+from streammerge.errors import CheckpointError
 from streammerge.models import folders
 from streammerge.models.folders import read_folder, root_of, stem_of
 from tests.make.folders import TOKENIZER, save_llama
@@ -101,6 +102,13 @@ def test_large_and_many(tmp_path, monkeypatch):
     assert len(copied) == folders.MAX_COMPANIONS
     assert left["000.json"] == "too large"
     assert set(left.values()) == {"too large", "one of too many"}
+
+
+def test_a_folder_of_all_and_everything(tmp_path, monkeypatch):
+    folder = save_llama(tmp_path / "A", 1, {f"{number:03}.txt": "" for number in range(9)})
+    monkeypatch.setattr(folders, "MAX_ENTRIES", 9)
+    with pytest.raises(CheckpointError, match=r"(?s)there are more than 9 files.*--no-companions"):
+        read(folder)
 
 
 def test_hidden_files_are_nobody_s(tmp_path):

@@ -137,6 +137,24 @@ def test_a_report_is_none_of_the_companions(folders):
     assert not Path("OUT/model.safetensors").exists()
 
 
+def test_nothing_replaces_what_is_copied(folders, capsys):
+    Path("A/normalizer.json").write_text("{}")
+    assert main([*folders, "-o", "OUT", "-q", "--report", "A/normalizer.json"]) == 1
+    assert "the report is the same file as a part of the input: " in capsys.readouterr().err
+    assert Path("A/normalizer.json").read_text() == "{}"
+
+
+def test_a_config_that_is_a_link_out_is_told(folders, tmp_path, capsys):
+    Path("A/config.json").rename(tmp_path / "config.json")
+    Path("A/config.json").symlink_to(tmp_path / "config.json")
+    assert main(["plan", *folders, "-o", "OUT"]) == 0
+    told = capsys.readouterr().out
+    assert "not copied: config.json: a link out of the folder" in told
+    assert "nothing is written beside the weights" in told
+    merge(folders)
+    assert files() == ["model.safetensors"]
+
+
 @pytest.mark.parametrize("shard_size", [None, "2kB"])
 @pytest.mark.parametrize("older", [False, True])
 def test_renaming_fails_at_any_step(folders, monkeypatch, shard_size, older, tmp_path):
