@@ -11,7 +11,7 @@ import hashlib
 import heapq
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -226,18 +226,14 @@ def is_in_sidecar(layout: OutputLayout, hashes: Sequence[FileHashes]) -> bool:
 
 def _sidecar(layout: OutputLayout, hashes: Sequence[FileHashes]) -> str:
     lines = [_line(found.sha256, file.path.name) for file, found in zip(layout.files, hashes, strict=True)]
-    lines += [_line(_sha256(companion.pieces()), companion.name) for companion in layout.companions]
+    lines += [_line(file_sha256(layout.path_of(companion)), companion.name) for companion in layout.companions]
     if layout.index:
-        lines.append(_line(_sha256(layout.index.pieces()), layout.index.path.name))
+        whole = hashlib.sha256()
+        for piece in layout.index.pieces():
+            whole.update(piece)
+        lines.append(_line(whole.hexdigest(), layout.index.path.name))
     lines += [f"# tensors alone: {found.tensors}" for found in hashes]
     return "\n".join(lines) + "\n"
-
-
-def _sha256(pieces: Iterable[bytes]) -> str:
-    whole = hashlib.sha256()
-    for piece in pieces:
-        whole.update(piece)
-    return whole.hexdigest()
 
 
 def _line(found: str, name: str) -> str:
