@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
-from streammerge.formats.layout import OutputName
+from streammerge.formats.layout import OutputName, is_file_name
 from streammerge.report import Finding
 from streammerge.storage.fingerprint import Fingerprint
 from streammerge.storage.ledger import Coverage, Entry, Span
@@ -69,9 +69,8 @@ class Contents:
 
     def can_resume(self, folder: Path) -> bool:
         """Whether something is on the disk, and the files that it is in are there: all but what is made last."""
-        named = OutputName.of(Path(self.output))
-        files = [name for name, final in self.files.items() if final != named.index.name and named.has(final)]
-        return self.fingerprint is not None and all(_is_plain_file(folder / name) for name in files)
+        files = [name for name, final in self.files.items() if is_file_name(Path(final))]
+        return self.fingerprint is not None and bool(files) and all(_is_plain_file(folder / name) for name in files)
 
 
 def _is_plain_file(path: Path) -> bool:

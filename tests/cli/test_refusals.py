@@ -34,7 +34,7 @@ REFUSED = [
     (["twice.yaml"], "error: twice.yaml: line 1: the key 'merge_method' stands twice in one map"),
     (["typo.yaml"], "error: typo.yaml: unknown key 'wieghts'"),
     (["method.yaml"], "error: method.yaml: unknown merge method 'task_arithmatic'\n  Did you mean 'task_arithmetic'?"),
-    (["slices.yaml"], "error: slices.yaml: 'slices' asks for layers of several models stacked into one"),
+    (["slices.yaml"], "error: slices.yaml: slices and models can't be combined"),
     ([], "error: there is nothing to merge"),
     (["a.safetensors", "-p", "weight"], "error: -p weight: expected KEY=VALUE"),
     (["a.safetensors", "-p", "weight=[1"], "error: -p weight=[1: is not valid YAML"),
