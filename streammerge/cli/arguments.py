@@ -9,7 +9,7 @@ from typing import Any
 
 from streammerge.errors import RecipeError
 from streammerge.recipe.options import Group, Typed, typed_options
-from streammerge.recipe.policies import MISSING_POLICIES, SHAPE_POLICIES
+from streammerge.recipe.policies import EMA_POLICIES, MISSING_POLICIES, PARTS, SHAPE_POLICIES
 
 
 def new_parser(command: str, usage: str | None, description: str | None) -> argparse.ArgumentParser:
@@ -24,12 +24,26 @@ def add_merge_arguments(parser: argparse.ArgumentParser, *, output: bool = True)
     parser.add_argument(
         "models", nargs="*", type=not_empty, metavar="RECIPE.yaml | MODEL[:WEIGHT] | NAME=MODEL[:WEIGHT]"
     )
+    parser.set_defaults(rest="merge")
     if output:
         parser.add_argument("-o", "--output", type=a_path, metavar="OUT", help="the file (or folder) to write")
     else:
         parser.set_defaults(output=None)
     _add_recipe_arguments(parser.add_argument_group("what to merge"))
     _add_run_arguments(parser.add_argument_group("how to run"))
+    _add_output_arguments(parser.add_argument_group("what to write and to show"))
+
+
+def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+    """What can be asked of one model; whatever else a merge is asked for is at its default."""
+    parser.add_argument("models", nargs=1, type=not_empty, metavar="MODEL", help="the checkpoint, or the folder")
+    parser.add_argument("-o", "--output", type=a_path, metavar="OUT", help="the file (or folder) to write")
+    parser.set_defaults(recipe=None, recipe_from_metadata=False, method=None, methods=[], base=None, parameter=[])
+    parser.set_defaults(layout=None, on_shape_mismatch=None, seed=None, keep=[], rest="keep")
+    group = parser.add_argument_group("what to write of it")
+    add_entry_argument(group)
+    _add_part_arguments(group)
+    _add_group(parser.add_argument_group("how to run"), "how to run")
     _add_output_arguments(parser.add_argument_group("what to write and to show"))
 
 
@@ -80,7 +94,6 @@ def _add_recipe_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="KEY=VALUE",
         help="a parameter of the method; by block: KEY=blocks:PRESET or KEY=blocks:IN00-IN05=0.3",
     )
-    group.add_argument("--dtype", metavar="keep|fp32|fp16|bf16|fp8_e4m3|fp8_e5m2", help="how tensors are stored")
     group.add_argument(
         "--layout",
         type=not_empty,
@@ -88,13 +101,41 @@ def _add_recipe_arguments(group: argparse._ArgumentGroup) -> None:
         help="whose tensors, order and shapes the output has (default: first)",
     )
     group.add_argument(
-        "--take", action="append", default=[], metavar="GLOB=MODEL", help="copy matching tensors from it"
-    )
-    group.add_argument("--drop", action="append", default=[], metavar="GLOB", help="leave matching tensors out")
-    group.add_argument(
-        "--keep", action="append", default=[], metavar="GLOB", help="copy them from the layout model; wins over --drop"
+        "--keep",
+        action="append",
+        default=[],
+        metavar="GLOB|COMPONENT",
+        help="copy them from the layout model; wins over --drop",
     )
     group.add_argument("--on-shape-mismatch", choices=SHAPE_POLICIES, help="(default: error)")
+    _add_part_arguments(group)
+
+
+def _add_part_arguments(group: argparse._ArgumentGroup) -> None:
+    """Which parts the output has, and how they are stored."""
+    group.add_argument(
+        "--dtype",
+        action="append",
+        default=[],
+        metavar="[COMPONENT=]keep|fp32|fp16|bf16|fp8_e4m3|fp8_e5m2",
+        help="how tensors are stored; COMPONENT= for one alone, such as vae=fp32",
+    )
+    group.add_argument(
+        "--take",
+        action="append",
+        default=[],
+        metavar="GLOB|COMPONENT=MODEL",
+        help="copy matching tensors from it, or a whole component, which the layout need not have",
+    )
+    group.add_argument("--vae", type=not_empty, metavar="MODEL", help="the VAE is this one's: --take vae=MODEL")
+    group.add_argument(
+        "--drop", action="append", default=[], metavar="GLOB|COMPONENT", help="leave matching tensors out"
+    )
+    group.add_argument("--only", choices=PARTS, metavar="COMPONENT", help=f"write this alone: {', '.join(PARTS)}")
+    group.add_argument(
+        "--ema", choices=EMA_POLICIES, help="averaged weights: left out, or used as the UNet's (default: keep)"
+    )
+    group.add_argument("--prune", action="store_true", help="leave out what is of use for training alone, EMA too")
     group.add_argument("--on-missing", choices=MISSING_POLICIES, help="(default: error)")
 
 

@@ -65,7 +65,7 @@ def run() -> NoReturn:
 
 def is_merge(words: Sequence[str]) -> bool:
     """Whether these words ask for an output."""
-    return not (words and words[0] in COMMANDS and words[0] != "bake") and "--dry-run" not in words
+    return not (words and words[0] in COMMANDS and words[0] not in WRITING) and "--dry-run" not in words
 
 
 @contextlib.contextmanager
@@ -95,5 +95,11 @@ def command(words: Sequence[str]) -> int:
     return run_command(rest)
 
 
-COMMANDS: Final = ("bake", "inspect", "compare", "plan", "methods", "recipes", "verify", "bench", "clean", "demo")
+COMMANDS: Final = (
+    *("bake", "convert", "inspect", "compare", "plan"),
+    *("methods", "recipes", "verify", "bench", "clean", "demo"),
+)
 """The words that are commands when they come first."""
+
+WRITING: Final = ("bake", "convert")
+"""Those that write a model."""

@@ -15,6 +15,7 @@ from streammerge.recipe.files import packaged_recipe, parse_yaml, read_recipe_fi
 from streammerge.recipe.metadata import Recorded, read_recorded
 from streammerge.recipe.parameters import WEIGHT
 from streammerge.recipe.parse import parse_recipe
+from streammerge.recipe.policies import PARTS
 from streammerge.recipe.recipe import Recipe, overridden
 from streammerge.recipe.scalars import number_of_text
 
@@ -186,20 +187,51 @@ def _changed(raw: dict[str, Any], arguments: argparse.Namespace) -> dict[str, An
         "on_shape_mismatch": arguments.on_shape_mismatch,
         "on_missing": arguments.on_missing,
         "seed": arguments.seed,
+        "only": arguments.only,
+        "ema": arguments.ema,
+        "prune": arguments.prune or None,
     }
     raw.update({key: value for key, value in options.items() if value is not None})
-    if arguments.dtype is not None:
+    whole, of_parts = _dtypes(arguments.dtype)
+    if whole is not None:
         raw.pop("out_dtype", None)
-        raw["dtype"] = arguments.dtype
+        raw["dtype"] = whole
     if arguments.parameter:
         raw["parameters"] = {**_map(raw.get("parameters")), **_parameters(arguments.parameter)}
     names = _names_of(raw)
-    rules = [_take_rule(word, names) for word in arguments.take]
-    rules += [{"match": glob, "keep": True} for glob in arguments.keep]  # before what is dropped: '*' may be
-    rules += [{"match": glob, "drop": True} for glob in arguments.drop]
+    takes = [
+        _take_rule(word, names) for word in [*arguments.take, *([f"vae={arguments.vae}"] if arguments.vae else [])]
+    ]
+    keeps = [{**_matching(glob), "keep": True} for glob in arguments.keep]  # before what is dropped: '*' may be
+    drops = [{**_matching(glob), "drop": True} for glob in arguments.drop]
+    rest: dict[str, Any] = {"keep": True} if arguments.rest == "keep" else {}
+    rules = _with_dtypes([*takes, *keeps, *drops], of_parts, rest)
+    rules += [{"match": "*", **rest}] if rest else []
     if rules:
         raw["rules"] = [*rules, *_list(raw.get("rules"))]
     return raw
+
+
+def _dtypes(words: Iterable[str]) -> tuple[str | None, dict[str, str]]:
+    """The dtype of the words that is everything's, the last if there are several, and those of single components."""
+    parts = {part: dtype for part, equals, dtype in (word.partition("=") for word in words) if equals}
+    return next((word for word in reversed([*words]) if "=" not in word), None), parts
+
+
+def _with_dtypes(rules: list[dict[str, Any]], dtypes: dict[str, str], rest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rules with the dtypes of single components: in the component's own, or in a rule behind the others, which
+    does with it what is done with the `rest`."""
+    given = {rule.get("component") for rule in rules if "drop" not in rule}
+    own = [
+        {**rule, "dtype": dtypes[rule["component"]]} if rule.get("component") in dtypes and "drop" not in rule else rule
+        for rule in rules
+    ]
+    return own + [{"component": part, "dtype": dtype, **rest} for part, dtype in dtypes.items() if part not in given]
+
+
+def _matching(glob: str) -> dict[str, str]:
+    """What a rule holds for: a component, by its name, or a glob."""
+    return {"component": glob} if glob in PARTS else {"match": glob}
 
 
 def _map(raw: Any) -> dict[str, Any]:  # noqa: ANN401
@@ -258,13 +290,16 @@ def _added(before: Any, value: Any) -> Any:  # noqa: ANN401
 
 
 def _take_rule(word: str, names: Set[str]) -> dict[str, Any]:
-    """`GLOB=MODEL`. Tensors' names may have an `=` too, and so may paths: what is a model's name, is the model."""
+    """`GLOB=MODEL` or `COMPONENT=MODEL`.
+
+    Tensors' names may have an `=` too, and so may paths: what is a model's name, is the model.
+    """
     splits = [(word[:at], word[at + 1 :]) for at, character in enumerate(word) if character == "="]
     named = [split for split in reversed(splits) if split[1] in names]
     glob, model = next(iter([*named, *(split for split in splits if is_there(split[1])), *splits]), ("", ""))
     if not glob or not model:
         raise RecipeError(f"--take {word}: expected GLOB=MODEL")
-    return {"match": glob, "take": _reference(model)}
+    return {**_matching(glob), "take": _reference(model)}
 
 
 def _names_of(raw: dict[str, Any]) -> set[str]:

@@ -161,6 +161,46 @@ class Renamed(View):
         return self.values.node(self.names[name])
 
 
+@dataclass(frozen=True, eq=False)
+class Selected(View):
+    """Those of a model's tensors that are named, codes as they are stored: `names` has what the model calls each.
+
+    Codes have to keep what belongs to them: whoever selects leaves out whole components, and renames all of one alike.
+    """
+
+    model: Model
+    names: Mapping[str, str]
+
+    @functools.cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The tensors that are left, in their order."""
+        own = self.model.tensors
+        return Column(Names.of(self.names), [own[old] for old in self.names.values()])
+
+    def node(self, name: str) -> Node:
+        """The model's tensor."""
+        return node_of(self.model, self.names[name])
+
+
+@dataclass(frozen=True, eq=False)
+class Assembled(View):
+    """A model with parts of others behind its own tensors, codes as they are stored."""
+
+    model: Model
+    parts: tuple[Model, ...]
+
+    @functools.cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The model's tensors and those of the parts; of one name the first is meant."""
+        found = {name: info for one in reversed((self.model, *self.parts)) for name, info in one.tensors.items()}
+        names = dict.fromkeys(name for one in (self.model, *self.parts) for name in one.tensors)
+        return Column(Names.of(names), [found[name] for name in names])
+
+    def node(self, name: str) -> Node:
+        """The tensor of the first that has it."""
+        return node_of(next(one for one in (self.model, *self.parts) if name in one.tensors), name)
+
+
 def seen(
     tensors: Mapping[str, TensorInfo],
     see: Callable[[str, TensorInfo], TensorInfo],

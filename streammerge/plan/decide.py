@@ -26,7 +26,8 @@ from streammerge.models.shapes import Fitting, fit, placed
 from streammerge.models.views import Decoded, beneath, node_of
 from streammerge.plan.ensemble import Ensemble
 from streammerge.plan.globs import RuleIndex
-from streammerge.plan.naming import Named, in_one_naming
+from streammerge.plan.naming import Named
+from streammerge.plan.parts import Dropped, prepared
 from streammerge.plan.problems import Misshapen, Problems, Unshared
 from streammerge.plan.tuning import Tuning
 from streammerge.recipe.recipe import Recipe, Rule
@@ -42,8 +43,8 @@ def merge_models(
     output has the layout's names, unless a `naming` is asked for.
     Raises PlanError with every mismatch of a kind at once, and what settles it.
     """
-    named = in_one_naming(models, recipe.layout_name, naming)
-    return _Resolution(recipe, named, within).resolve()
+    ready = prepared(recipe, models, naming)
+    return _Resolution(ready.recipe, ready.named, within, ready.dropped).resolve()
 
 
 @dataclass
@@ -53,6 +54,7 @@ class _Resolution:
     recipe: Recipe
     named: Named
     within: Within = ()
+    dropped: Dropped = field(default_factory=dict)
     problems: Problems = field(default_factory=Problems)
     codes_of: dict[str, str] = field(default_factory=dict)
     ensemble: Ensemble = field(default_factory=Ensemble)
@@ -79,12 +81,14 @@ class _Resolution:
     def resolve(self) -> Merged:
         layout, coded = self.layout.tensors, self.coded
         weights = [name for name in layout if not coded.is_beside(name)]
-        decisions = Decisions(layout, self._decision, (name for name in layout if coded.is_beside(name)))
+        names = [*layout, *(name for name in self.dropped if name not in layout)] if self.dropped else layout
+        decisions = Decisions(names, self._decision, (name for name in layout if coded.is_beside(name)))
         left_out = self._look_outside(names_outside(self.models, layout.keys(), coded))
         merged = sum(fate.tensors for fate in decisions.fates if fate.action == "merged")
         self.problems.report(self.recipe, self._compared, self.rules.unused, merged=merged)
         self.is_reported = True
-        lacking = names_lacking(self.models, weights, coded)
+        whole = {name: model for name, model in self.models.items() if name not in self._parts}
+        lacking = names_lacking(whole, weights, coded)
         inner = sum(model.kept_bytes for model in self._nested.values())
         return Merged(
             decisions,
@@ -95,6 +99,12 @@ class _Resolution:
             self.layout,
             self.extent,
         )
+
+    @functools.cached_property
+    def _parts(self) -> frozenset[str]:
+        """The models from which only components are taken: nobody expects them to have the rest."""
+        taken = {rule.model for rule in self.recipe.rules if rule.component and rule.action == "take"}
+        return frozenset(taken - {self.layout_name, *self.input_names})
 
     def _nested_remarks(self) -> Iterator[str]:
         for name, model in self._nested.items():
@@ -111,12 +121,15 @@ class _Resolution:
         if self.is_reported:
             self.problems = Problems()
             self.rules.tried = self.tuning.gone_through = 0
+        if name in self.dropped and name not in self.layout.tensors:
+            info, why = self.dropped[name]
+            return Decision(name, "dropped", why, info)
         info = self.layout.tensors[name]
         return self._decide_beside(name, info) if self.coded.is_beside(name) else self._decide(name, info)
 
     def _decide(self, name: str, info: TensorInfo) -> Decision:
         rule = self.rules.find(name)
-        dtype = (rule and rule.dtype) or self.recipe.dtype
+        dtype = None if rule and rule.keeps_dtype else (rule and rule.dtype) or self.recipe.dtype
         made = self._fate(name, info, rule, dtype)
         return made if dtype is None else replace(made, rounds=True)
 

@@ -37,15 +37,8 @@ class Named:
         return sum(model.kept_bytes for model in self.models.values() if isinstance(model, Translated))
 
 
-def in_one_naming(models: Mapping[str, Model], layout: str, naming: Naming | None = None) -> Named:
-    """Every model in the names of the layout's; itself where these are its own, or nobody knows what its names mean.
-
-    With a naming, the layout itself is seen in that first: PlanError if its names aren't understood.
-    """
-    if naming is not None:
-        renamed = in_naming(models[layout], layout, naming)
-        others = in_one_naming({**models, **renamed.models}, layout)
-        return Named(others.models, (*renamed.remarks, *others.remarks))
+def in_one_naming(models: Mapping[str, Model], layout: str) -> Named:
+    """Every model in the names of the layout's; itself where these are its own, or nobody knows what its names mean."""
     own = models[layout]
     strangers = [name for name, model in models.items() if name != layout and _differ(model.tensors, own.tensors)]
     known = recognise(own.tensors) if strangers else None

@@ -1,4 +1,4 @@
-"""What may be done with tensors that a model doesn't have, or has in another shape."""
+"""What may be done with tensors that a model doesn't have, has in another shape, or has beside what is used."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ ShapePolicy = Literal["error", "overlap", "keep", "pad", "slice"]
 
 MissingPolicy = Literal["error", "keep", "drop"]
 
+EmaPolicy = Literal["keep", "drop", "use"]
+
 SHAPE_POLICIES: Final = ("error", "overlap", "keep", "pad", "slice")
 
 MISSING_POLICIES: Final = ("error", "keep", "drop")
+
+EMA_POLICIES: Final = ("keep", "drop", "use")
+
+PARTS: Final = (
+    *("unet", "transformer", "controlnet", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"),
+    *("clip_l", "clip_g", "t5"),
+)
+"""What parts of diffusion models are called: as diffusers' folders are, text encoders also as ComfyUI calls them."""

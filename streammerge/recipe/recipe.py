@@ -11,7 +11,15 @@ from streammerge.errors import SHOWN, RecipeError
 from streammerge.methods import find_method
 from streammerge.recipe.effects import Kind, Place
 from streammerge.recipe.parameters import Settings, describe_settings, holds_everywhere
-from streammerge.recipe.policies import MISSING_POLICIES, SHAPE_POLICIES, MissingPolicy, ShapePolicy
+from streammerge.recipe.policies import (
+    EMA_POLICIES,
+    MISSING_POLICIES,
+    PARTS,
+    SHAPE_POLICIES,
+    EmaPolicy,
+    MissingPolicy,
+    ShapePolicy,
+)
 from streammerge.tensors import DType
 
 RuleAction = Literal["merge", "take", "keep", "drop"]
@@ -43,15 +51,23 @@ class Input:
 
 @dataclass(frozen=True)
 class Rule:
-    """What happens to tensors whose name matches one of the globs. `model` is the name of the one to take from."""
+    """What happens to tensors whose name matches one of the globs. `model` is the name of the one to take from.
+
+    Of a rule for a `component`, which is one of PARTS, the globs follow from the models. With `keeps_dtype` these tensors
+    stay in their own dtype, whatever the recipe's is.
+    """
 
     match: tuple[str, ...]
     action: RuleAction = "merge"
     model: str = ""
     parameters: Settings = field(default_factory=dict)
     dtype: DType | None = None
+    component: str = ""
+    keeps_dtype: bool = False
 
     def __str__(self) -> str:
+        if self.component:
+            return f"for {self.component}"
         more = len(self.match) - SHOWN
         return ", ".join(self.match[:SHOWN]) + (f" and {more:,} more" if more > 0 else "")
 
@@ -65,6 +81,9 @@ class Recipe:
     one has 0.
 
     With `one_vocabulary` the models must have the same tokens; a `chat_template` is the output's, if it is not "".
+
+    With `only`, one of PARTS, the output is this component alone; `ema` is what becomes of averaged weights beside the
+    others; what is pruned is of use for training alone.
     """
 
     method: str
@@ -77,6 +96,9 @@ class Recipe:
     on_missing: MissingPolicy = "error"
     rules: tuple[Rule, ...] = ()
     dtype: DType | None = None
+    only: str = ""
+    ema: EmaPolicy = "keep"
+    prune: bool = False
     seed: int | None = None
     is_stack: bool = False
     one_vocabulary: bool = False
@@ -152,6 +174,9 @@ class Recipe:
             "on_missing": self.on_missing,
             "rules": [_describe_rule(rule, beside) for rule in self.rules],
             "dtype": self.dtype.torch_name if self.dtype else None,
+            "only": self.only or None,
+            "ema": None if self.ema == "keep" else self.ema,
+            "prune": self.prune or None,
             "seed": self.seed,
             **self._describe_words(),
         }
@@ -203,8 +228,9 @@ def _describe_input(entry: Input, names: Mapping[Path, str]) -> dict[str, Any]:
 def _describe_rule(rule: Rule, beside: Mapping[str, Any]) -> dict[str, Any]:
     action: dict[str, Any] = {} if rule.action == "merge" else {rule.action: beside.get(rule.model, rule.model) or True}
     parameters = {"parameters": describe_settings(rule.parameters)} if rule.parameters else {}
-    dtype = {"dtype": rule.dtype.torch_name} if rule.dtype else {}
-    return {"match": list(rule.match), **action, **parameters, **dtype}
+    dtype = {"dtype": rule.dtype.torch_name if rule.dtype else "keep"} if rule.dtype or rule.keeps_dtype else {}
+    matched: dict[str, Any] = {"component": rule.component} if rule.component else {"match": list(rule.match)}
+    return {**matched, **action, **parameters, **dtype}
 
 
 def check_recipe(recipe: Recipe, where: str = "recipe", *, strict: bool = False) -> Recipe:
@@ -241,6 +267,8 @@ def _check_words(recipe: Recipe, where: str) -> None:
     for key, word, words in (
         ("on_shape_mismatch", recipe.on_shape_mismatch, SHAPE_POLICIES),
         ("on_missing", recipe.on_missing, MISSING_POLICIES),
+        ("ema", recipe.ema, EMA_POLICIES),
+        ("only", recipe.only, ("", *PARTS)),
     ):
         if word not in words:
             raise RecipeError(f"{where}: {key} must be one of {', '.join(words)}, found {word!r}")

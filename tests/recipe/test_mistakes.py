@@ -112,7 +112,7 @@ REFUSED_KEYS: dict[str, tuple[dict[Any, Any], str]] = {
     "a policy that is a list": ({"on_missing": ["keep"]}, "on_missing must be one of"),
     "inputs that are a list": ({"inputs": ["a"]}, r"recipe: inputs must map names to what they are, found \['a'\]"),
     "rules that are a map": ({"rules": {"match": "x"}}, "recipe: rules must be a list, found"),
-    "a rule that is a text": ({"rules": ["x"]}, "recipe: rule 1: expected a map with match, found 'x'"),
+    "a rule that is a text": ({"rules": ["x"]}, "recipe: rule 1: expected a map with match or component, found 'x'"),
     "an unknown key of a rule": (
         {"rules": [{"match": "x"}, {"match": "y", "form": "a"}]},
         "recipe: rule 2: unknown key 'form'\n  Known: match, take, keep, drop, parameters, dtype",

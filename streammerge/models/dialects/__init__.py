@@ -13,6 +13,7 @@ from streammerge.models.dialects.counterparts import Reading as Reading
 from streammerge.models.dialects.counterparts import read_as as read_as
 from streammerge.models.dialects.pieces import Piece as Piece
 from streammerge.models.dialects.pieces import Source as Source
+from streammerge.models.dialects.places import Role as Role
 from streammerge.models.dialects.recognition import Component as Component
 from streammerge.models.dialects.recognition import Naming as Naming
 from streammerge.models.dialects.recognition import Recognised as Recognised

@@ -74,14 +74,15 @@ def _pairs(found: Recognised, layout: Recognised) -> Iterator[tuple[Component, C
 def _is_counterpart(own: Component, other: Component, found: Recognised, layout: Recognised) -> bool:
     if own.kind is not other.kind:
         return False
-    widths = _width(own), _width(other)
+    widths = width(own), width(other)
     if own.kind is CLIP and "" in (own.place.prefix, other.place.prefix) and None not in widths:
         return widths[0] == widths[1]  # nothing else tells which one it is
     known = {found.architecture, layout.architecture} - {UNKNOWN}
     return own.role == other.role and (own.role != "denoiser" or len(known) < 2)
 
 
-def _width(component: Component) -> int | None:
+def width(component: Component) -> int | None:
+    """How wide a text encoder is; None for what is none."""
     infos = (component.tensors.get(name) for name in WIDTHS)
     return next((info.shape[-1] for info in infos if info is not None and info.shape), None)
 

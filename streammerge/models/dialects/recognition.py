@@ -159,9 +159,12 @@ class Recognised:
         """Where a naming has a component: its own place, if that isn't known."""
         if len(self.components) == 1:
             return _alone(component, naming)
-        known = self._arrangement.diffusers if naming == "diffusers" else self._arrangement.original
-        place = known.get(component.role, component.place)
+        place = self.homes(naming).get(component.role, component.place)
         return replace(place, prefix="") if naming == "bare" else place
+
+    def homes(self, naming: Naming) -> Mapping[Role, Place]:
+        """Where whole models of the architecture have each component in a naming; nothing if that isn't known."""
+        return self._arrangement.diffusers if naming == "diffusers" else self._arrangement.original
 
     @property
     def _arrangement(self) -> Arrangement:
@@ -175,7 +178,7 @@ def _alone(component: Component, naming: Naming) -> Place:
     if naming == "diffusers":
         return Place("", "theirs")
     if component.kind is CLIP:  # some originals have it in transformers' names
-        return component.place if naming == "original" else replace(component.place, prefix="")
+        return component.place if naming == "original" else Place("", component.side)
     is_unet = component.kind is UNET and naming == "original"
     return Place(ARRANGEMENTS[UNET.name].original[component.role].prefix if is_unet else "", "ours")
 
