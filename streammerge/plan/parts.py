@@ -169,8 +169,8 @@ def averaged(name: str, model: Model) -> dict[str, str]:
     strange += [weight for weight in model.tensors if found and weight.startswith(part) and weight not in found]
     if strange:
         raise PlanError(
-            f"{name}: of {count(strange, 'tensor')} it can't be told which weight's average (EMA) it is, or which average "
-            "is its own",
+            f"{name}: of {count(strange, 'tensor')} it can't be told of which weight it is the average (EMA), or which "
+            "average it has",
             found=strange,
             advice="Half of an average is none: use --ema drop.",
         )

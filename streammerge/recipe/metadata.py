@@ -327,14 +327,21 @@ BOTH: Final = " AND "
 """Between licences that all hold, as in an SPDX expression."""
 
 
+STALE: Final = ("format", "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+"""The keys of metadata that are true of one file alone, which hashes are."""
+
+
 MetadataOf = Callable[[Path], Mapping[str, str]]
 
 
 def carried_metadata(recipe: Recipe, metadata_of: MetadataOf) -> dict[str, str]:
-    """What the output's metadata has from the inputs'; nested recipes' layouts and licences count."""
+    """What the output's metadata has from the inputs'; nested recipes' layouts and licences count.
+
+    A model that is alone stays what it is, so it has all of its own.
+    """
     layout = recipe.named[recipe.layout_name].source
     own = carried_metadata(layout, metadata_of) if isinstance(layout, Recipe) else metadata_of(layout)
-    carried = {key: value for key, value in own.items() if key in USE and len(value) <= LONGEST}
+    carried = {key: value for key, value in own.items() if len(value) <= LONGEST and _carries(recipe, key)}
     stated = licences(recipe, metadata_of)
     if any(stated.values()):
         distinct = dict.fromkeys(part for text in stated.values() if text for part in text.split(BOTH))
@@ -343,9 +350,16 @@ def carried_metadata(recipe: Recipe, metadata_of: MetadataOf) -> dict[str, str]:
     titles = dict.fromkeys(
         title for path in recipe.paths() if (title := metadata_of(path).get("modelspec.title")) and len(title) < LONGEST
     )
-    if titles:
+    if titles and not (recipe.is_conversion and len(titles) == 1):
         carried[MERGED_FROM] = ", ".join(titles)
     return carried
+
+
+def _carries(recipe: Recipe, key: str) -> bool:
+    """Whether an output has what the layout's metadata say under a key: what a whole model is, its parts are not."""
+    if recipe.only not in ("", "unet", "transformer") and key == "modelspec.architecture":
+        return False
+    return key in USE or (recipe.is_conversion and key not in STALE and not key.startswith("streammerge."))
 
 
 def licences(recipe: Recipe, metadata_of: MetadataOf) -> dict[str, str | None]:

@@ -53,8 +53,8 @@ class Input:
 class Rule:
     """What happens to tensors whose name matches one of the globs. `model` is the name of the one to take from.
 
-    Of a rule for a `component`, which is one of PARTS, the globs follow from the models. With `keeps_dtype` these tensors
-    stay in their own dtype, whatever the recipe's is.
+    Of a rule for a `component`, which is one of PARTS, the globs follow from the models. With `keeps_dtype` such
+    tensors stay in their own dtype, whatever the recipe's is.
     """
 
     match: tuple[str, ...]
@@ -119,6 +119,12 @@ class Recipe:
             **({"base": self.base} if base and self.base else {}),
             **{f"other {number}": entry for number, entry in enumerate(self.others)},
         }
+
+    @property
+    def is_conversion(self) -> bool:
+        """Whether it is one model in another form, parts of others put in or not."""
+        is_alone = len(self.inputs) == 1 and self.base is None and self.layout_name == self.inputs[0].name
+        return self.method == "linear" and is_alone and not isinstance(self.inputs[0].source, Recipe)
 
     @property
     def layout_name(self) -> str:

@@ -68,14 +68,9 @@ def misfit(part: Component, role: Role, source: Recognised, model: Recognised) -
 
     Stable Diffusion 1, 2 and XL have VAEs of the same shapes: headers don't tell which is whose.
     """
-    architectures = source.architecture, model.architecture
-    if (
-        role == "denoiser"
-        and model.component(role) is not None
-        and UNKNOWN not in architectures
-        and len(set(architectures)) > 1
-    ):
-        return f"it is of another architecture: {architectures[0]}, not {architectures[1]}"
+    own, other = source.architecture, model.architecture
+    if role == "denoiser" and model.component(role) is not None and own != other and UNKNOWN not in (own, other):
+        return f"it is of another architecture: {own}, not {other}"
     if part.kind is VAE and (wanted := LATENTS.get(model.architecture)):
         convolution = part.tensors.get("decoder.conv_in.weight")
         channels = convolution.shape[1] if convolution is not None and len(convolution.shape) > 1 else wanted
@@ -84,9 +79,9 @@ def misfit(part: Component, role: Role, source: Recognised, model: Recognised) -
         return f"it is Wan's, and the model is {model.architecture}"
     if part.kind is VAE and model.architecture in ("Wan", "Qwen-Image"):
         return f"it is Stable Diffusion's kind, and the model is {model.architecture}"
-    own, wanted = width(part), WIDTHS.get((model.architecture, role))
-    if part.kind is CLIP and wanted and own in WIDTHS.values() and own != wanted:
-        return f"it is {own} wide, and the {role} of {model.architecture} {wanted}"
+    broad, wanted = width(part), WIDTHS.get((model.architecture, role))
+    if part.kind is CLIP and wanted and broad in WIDTHS.values() and broad != wanted:
+        return f"it is {broad} wide, and the {role} of {model.architecture} {wanted}"
     return ""
 
 
