@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Final
 
 from streammerge.models.architecture import UNKNOWN
@@ -10,6 +10,7 @@ from streammerge.models.dialects.counterparts import width
 from streammerge.models.dialects.encoders import CLIP
 from streammerge.models.dialects.places import Place, Role
 from streammerge.models.dialects.recognition import Component, Recognised
+from streammerge.models.dialects.rules import Side, numbers
 from streammerge.models.dialects.vaes import VAE, WAN_VAE
 
 ROLES_OF: Final[Mapping[str, Role]] = {
@@ -42,14 +43,24 @@ WIDTHS: Final[Mapping[tuple[str, Role], int]] = {
 """How wide the CLIP of an architecture is."""
 
 
+NEEDED: Final[Mapping[tuple[str, Side], tuple[str, ...]]] = {
+    ("VAE", "ours"): ("conv_in or conv1", "mid or middle", "conv_out or head"),
+    ("VAE", "theirs"): ("conv_in", "mid_block", "conv_out"),
+    ("CLIP", "ours"): ("token_embedding", "positional_embedding", "ln_final"),
+    ("CLIP", "theirs"): ("text_model.embeddings", "text_model.final_layer_norm"),
+}
+"""How names start that every component of a kind has: of a VAE, in either half."""
+
+
 def role_of(word: str, model: Recognised) -> Role | None:
     """What the part of this name does in the model; None if its architecture has no such part."""
     if word in ROLES_OF:
         return ROLES_OF[word]
-    places = model.homes("diffusers")
-    numbered = next((role for role, place in places.items() if place.prefix == f"{word}."), None)
-    if numbered is not None or places:
-        return numbered
+    known = model.homes("original")
+    folders = {place.prefix: role for role, place in model.homes("diffusers").items()}
+    role = folders.get(f"{word}.")
+    if folders:
+        return role if role is not None and (role in known or model.component(role)) else None
     own = [component.role for component in model.components if component.role in ENCODERS]
     return own[0] if len(own) == 1 else None
 
@@ -86,10 +97,21 @@ def misfit(part: Component, role: Role, source: Recognised, model: Recognised) -
 
 
 def incomplete(part: Component) -> str:
-    """What a part lacks without which it can't be put into a model that has none; "" if nothing is known to be."""
-    halves = ("encoder.", "decoder.") if part.role == "VAE" else ()
-    lacking = [half for half in halves if not any(name.startswith(half) for name in part.tensors)]
-    return f"it has no {lacking[0]}… tensors" if lacking else ""
+    """What a part lacks without which it can't be put into a model that has none; "" if nothing is known to be.
+
+    Looked for are the ends and the middle, and layers between them: nobody cuts out anything else.
+    """
+    names, halves = tuple(part.tensors), ("encoder.", "decoder.") if part.role == "VAE" else ("",)
+    stems = [(half, stem) for half in halves for stem in NEEDED.get((part.kind.name, part.side), ())]
+    lacking = [half + stem for half, stem in stems if not _has(names, half, stem)]
+    layers = numbers(names, "text_model.encoder.layers.", "transformer.resblocks.", "encoder.block.")
+    if layers != list(range(len(layers))):
+        return f"it has layers up to {layers[-1]}, and {len(layers)} of them"
+    return f"it has no {lacking[0]}" if lacking else ""
+
+
+def _has(names: Collection[str], half: str, stem: str) -> bool:
+    return any(name.startswith(tuple(half + one for one in stem.split(" or "))) for name in names)
 
 
 def home(model: Recognised, role: Role) -> Place | None:
