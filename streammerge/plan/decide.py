@@ -200,8 +200,7 @@ class _Resolution:
             gone = "no weights with scales are left" if codes is None else "the weights that it belongs to are decoded"
             return Decision(name, "dropped", gone, info)
         node = node_of(self.models[model], name)
-        belongs = "its weights" if codes is None else codes
-        return Decision(name, "copied", f"from {model}: it belongs to {belongs}", node.info, node)
+        return Decision(name, "copied", f"from {model}: it belongs to quantised weights", node.info, node)
 
     def _marking(self, prefix: str) -> str | None:
         """The layout, if it has to keep a mark of scaled weights: some whose names start so are copied as codes."""

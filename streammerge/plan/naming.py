@@ -12,10 +12,10 @@ from streammerge.compute.expressions import stored_place
 from streammerge.errors import OutputError, PlanError, count, listed, plural
 from streammerge.formats.shards import SAFETENSORS
 from streammerge.models.checkpoints import Checkpoint
-from streammerge.models.dialects import Component, Naming, Reading, read_as, recognise
+from streammerge.models.dialects import Component, Naming, Reading, Recognised, read_as, recognise
 from streammerge.models.dialects.translation import Translated
 from streammerge.models.merged import Merged
-from streammerge.models.views import Decoded, beneath, node_of
+from streammerge.models.views import Decoded, Selected, beneath, node_of
 from streammerge.tensors import Model, TensorInfo
 
 WITHOUT: Final = "Without --names the output has the layout model's names."
@@ -53,7 +53,7 @@ def in_one_naming(models: Mapping[str, Model], layout: str) -> Named:
             again = _second_names(values, reading)
             sources = {called: source for called, source in reading.sources.items() if called not in again}
             seen[name] = Translated(models[name], sources)
-            remarks += _remarks(name, layout, reading, again)
+            remarks += [*_remarks(name, layout, reading, again), *_decoding(name, values)]
     return Named(seen, tuple(remarks))
 
 
@@ -81,8 +81,28 @@ def in_naming(model: Model, name: str, naming: Naming) -> Named:
     sources, left = found.named(naming), found.unnamed(naming)
     if all(source.is_whole(called, found.tensors) for called, source in sources.items()):
         return Named({name: model})
+    if values.weights and (names := _under_another_prefix(model, found, naming)):
+        return Named({name: Selected(model, names)})
     told = f"{count(left, 'tensor')} {plural(left, 'has', 'have')} no {naming} name, and {_keeping(left)}"
-    return Named({name: Translated(model, sources)}, (f"{name}: {told}",) if left else ())
+    remarks = (f"{name}: {told}",) if left else ()
+    return Named({name: Translated(model, sources)}, (*remarks, *_decoding(name, values)))
+
+
+def _under_another_prefix(model: Model, found: Recognised, naming: Naming) -> dict[str, str]:
+    """What the tensors of one component are called, codes and all, if nothing but what stands before them changes."""
+    [component, *others], own = found.components, found.components[0].place
+    place = found.place(component, naming)
+    if others or (place.side, place.within) != (own.side, own.within):
+        return {}
+    names = {place.prefix + name.removeprefix(own.prefix): name for name in model.tensors}
+    return names if all(name.startswith(own.prefix) for name in model.tensors) else {}
+
+
+def _decoding(name: str, values: Decoded) -> Iterator[str]:
+    """What is told of codes that get other names, which their scales have not."""
+    if values.weights:
+        told = f"{count(values.weights, 'quantised weight')} {plural(values.weights, 'is', 'are')}"
+        yield f"{name}: {told} decoded to be named so"
 
 
 def _keeping(names: Sequence[str]) -> str:

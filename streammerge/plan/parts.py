@@ -15,7 +15,7 @@ from streammerge.errors import PlanError, count, plural
 from streammerge.models.codes import find_quantised
 from streammerge.models.dialects import Component, Naming, Recognised, Role, Source, recognise
 from streammerge.models.dialects.encoders import CLIP
-from streammerge.models.dialects.parts import home, incomplete, misfit, part_of, role_of
+from streammerge.models.dialects.parts import home, incomplete, misfit, other_shapes, part_of, role_of
 from streammerge.models.dialects.recognition import moved
 from streammerge.models.dialects.translation import Translated
 from streammerge.models.views import Assembled, Decoded, Selected
@@ -229,19 +229,26 @@ def _assembled(recipe: Recipe, models: Mapping[str, Model], remarks: list[str]) 
     name = recipe.layout_name
     layout = models[name]
     found = _recognised(name, layout)
-    lacking: dict[Role, tuple[str, Component]] = {}
+    lacking: dict[Role, tuple[Rule, Component]] = {}
     for rule in recipe.rules:
         if rule.component and rule.action == "take":
             role, part = _taken(rule, found, models, name)
             if found.component(role) is None:
-                lacking.setdefault(role, (rule.model, part))
+                lacking.setdefault(role, (rule, part))
     if not lacking:
         return layout
+    if recipe.only:
+        raise PlanError(
+            f"only the {recipe.only} is to be written, and rules take other components",
+            found=[str(rule) for rule, _ in lacking.values()],
+            advice="Leave out the one or the other.",
+        )
     parts = [
-        Translated(models[model], _at_home(name, found, role, model, part)) for role, (model, part) in lacking.items()
+        Translated(models[rule.model], _at_home(name, found, role, rule.model, part))
+        for role, (rule, part) in lacking.items()
     ]
     own = _at_its_place(name, layout, found, remarks)
-    remarks += [f"{name}: it has no {part.title}, and gets {model}'s" for model, part in lacking.values()]
+    remarks += [f"{name}: it has no {rule.component}, and gets {rule.model}'s" for rule, _ in lacking.values()]
     return Assembled(own, tuple(parts))
 
 
@@ -268,9 +275,11 @@ def _taken(rule: Rule, layout: Recognised, models: Mapping[str, Model], name: st
             found=_told(source),
             advice=_advice(source),
         )
-    if why := misfit(part, role, source, layout):
+    own = layout.component(role)
+    if why := misfit(part, role, source, layout) or (other_shapes(part, own) if own else ""):
         raise PlanError(
-            f"{rule.model}: its {part.title} can't be {name}'s: {why}", advice="Name a file for this architecture."
+            f"{rule.model}: its {part.title} can't be {name}'s: {why}",
+            advice="Name a file for this architecture, or make the model with that component the layout.",
         )
     return role, part
 

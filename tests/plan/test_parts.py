@@ -209,6 +209,24 @@ def test_components_of_models_in_different_names_are_merged_alone(tmp_path):
     assert_same_bytes(merge_to(tmp_path / "2", recipe_of(paths["a"], paths["vae"], only="vae")), expected)
 
 
+def scaled(tensors: Tensors) -> Tensors:
+    """ComfyUI's scaled fp8: a matrix of codes, its scale, and the mark of such a file."""
+    name = next(name for name, tensor in tensors.items() if name.startswith(UNET) and tensor.dim() == 2)
+    codes = {name: tensors[name].to(torch.float8_e4m3fn), name.replace(".weight", ".scale_weight"): torch.tensor(0.5)}
+    return {**tensors, **codes, f"{UNET}scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}
+
+
+def test_scaled_codes_stay_codes_where_only_their_prefix_changes(tmp_path):
+    a = scaled(diffusion_model("sd1", 1))
+    paths = save_models(tmp_path, a=a)
+    keeping = recipe_of(paths["a"], only="unet", rules=[{"match": "*", "keep": True}])
+    assert_same_bytes(merge_to(tmp_path / "out", keeping, names="bare"), part_of(a, UNET))
+    plan = streammerge.make_plan(keeping, output=tmp_path / "out.safetensors", names="diffusers")
+    assert "a: 1 quantised weight is decoded to be named so" in plan.merged.remarks
+    merged = merge_to(tmp_path / "whole", recipe_of(paths["a"], prune=True, rules=[{"match": "*", "keep": True}]))
+    assert_same_bytes(merged, without(a, POSITIONS))
+
+
 # ── dtypes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -286,6 +304,7 @@ def test_averages_that_are_not_all_there_are_refused(tmp_path):
     [
         ("sd1", ("fluxvae", "vae"), "latents of 16 channels, and they have 4 there"),
         ("flux", ("sd1", "vae"), "latents of 4 channels, and they have 16 there"),
+        ("sd1", ("sd2", "text_encoder"), "is [32], and [24] there"),
         ("sdxl", ("sd1", "unet"), "another architecture: Stable Diffusion 1, not SDXL"),
         ("sd1", ("text", "vae"), "text: it has no vae, which is to be taken from it"),
         ("sd1", ("sd1", "text_encoder_2"), "Stable Diffusion 1 has no text_encoder_2"),
@@ -302,6 +321,7 @@ def test_a_component_that_does_not_fit_is_refused(tmp_path, layout, rule, said):
     paths = save_models(
         tmp_path,
         sd1=a,
+        sd2=diffusion_model("sd2-base", 1),
         sdxl=diffusion_model("sdxl", 1),
         flux=diffusion_model("flux", 1),
         fluxvae=_flux_vae(),
@@ -328,6 +348,7 @@ def test_a_component_that_lacks_tensors_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
+        ({"only": "unet", "rules": [taking(Path("b.safetensors"), "vae")]}, "only the unet is to be written"),
         ({"only": "text_encoder_2"}, "a: it has no text_encoder_2"),
         ({"only": "controlnet"}, "a: it has no controlnet"),
         ({"ema": "use"}, "no model has averaged weights"),
@@ -338,8 +359,10 @@ def test_a_component_that_lacks_tensors_is_refused(tmp_path):
         ),
     ],
 )
-def test_what_is_not_there_is_refused(tmp_path, keys, said):
-    paths = save_models(tmp_path, a=diffusion_model("sd1", 1))
+def test_what_is_not_there_is_refused(tmp_path, monkeypatch, keys, said):
+    monkeypatch.chdir(tmp_path)
+    a = diffusion_model("sd1", 1)
+    paths = save_models(tmp_path, a=a, b=a)
     assert said in refusal(recipe_of(paths["a"], **keys))
 
 

@@ -115,7 +115,7 @@ REFUSED_KEYS: dict[str, tuple[dict[Any, Any], str]] = {
     "a rule that is a text": ({"rules": ["x"]}, "recipe: rule 1: expected a map with match or component, found 'x'"),
     "an unknown key of a rule": (
         {"rules": [{"match": "x"}, {"match": "y", "form": "a"}]},
-        "recipe: rule 2: unknown key 'form'\n  Known: match, take, keep, drop, parameters, dtype",
+        "recipe: rule 2: unknown key 'form'\n  Known: match, component, take, keep, drop, parameters, dtype",
     ),
     "a rule without globs": ({"rules": [{"take": "a"}]}, "rule 1: match must be a glob or a list of globs, found None"),
     "a rule with no globs": ({"rules": [{"match": []}]}, "rule 1: match must be a glob or a list of globs"),

@@ -96,6 +96,18 @@ def misfit(part: Component, role: Role, source: Recognised, model: Recognised) -
     return ""
 
 
+def other_shapes(part: Component, own: Component) -> str:
+    """Where a part has another shape than the one that it is to replace; "" if nowhere.
+
+    A matrix and the same as a 1×1 convolution have one.
+    """
+    for name, source in part.seen(own.side).items():
+        shape, wanted = source.info.shape, own.tensors[name].shape if name in own.tensors else source.info.shape
+        if tuple(shape) + (1,) * (4 - len(shape)) != tuple(wanted) + (1,) * (4 - len(wanted)):
+            return f"its {name} is {list(shape)}, and {list(wanted)} there"
+    return ""
+
+
 def incomplete(part: Component) -> str:
     """What a part lacks without which it can't be put into a model that has none; "" if nothing is known to be.
 
