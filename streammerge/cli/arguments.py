@@ -39,7 +39,7 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("models", nargs=1, type=not_empty, metavar="MODEL", help="the checkpoint, or the folder")
     parser.add_argument("-o", "--output", type=a_path, metavar="OUT", help="the file (or folder) to write")
     parser.set_defaults(recipe=None, recipe_from_metadata=False, method=None, methods=[], base=None, parameter=[])
-    parser.set_defaults(layout=None, on_shape_mismatch=None, seed=None, keep=[], rest="keep")
+    parser.set_defaults(layout=None, on_shape_mismatch=None, seed=None, keep=[], rest="keep", bakes=False)
     group = parser.add_argument_group("what to write of it")
     add_entry_argument(group)
     _add_part_arguments(group)

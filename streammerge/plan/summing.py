@@ -64,7 +64,9 @@ def _check(recipe: Recipe, naming: Naming | None) -> None:
     """PlanError for what can't be asked for where adapters are added up."""
     asked = {
         "a base": recipe.base is not None,
-        "rules": bool(recipe.rules),
+        "rules, or converting": bool(recipe.rules),
+        "only one component": bool(recipe.only),
+        "what training left": recipe.prune or recipe.ema != "keep",
         "a layout": recipe.layout_name != recipe.inputs[0].name,
         "other names": naming is not None,
         "adapters inside of adapters": any(entry.adapters for entry in recipe.inputs),

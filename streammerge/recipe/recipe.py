@@ -124,7 +124,8 @@ class Recipe:
     def is_conversion(self) -> bool:
         """Whether it is one model in another form, parts of others put in or not."""
         is_alone = len(self.inputs) == 1 and self.base is None and self.layout_name == self.inputs[0].name
-        return self.method == "linear" and is_alone and not isinstance(self.inputs[0].source, Recipe)
+        is_itself = not self.inputs[0].adapters and not isinstance(self.inputs[0].source, Recipe)
+        return self.method == "linear" and is_alone and is_itself
 
     @property
     def layout_name(self) -> str:

@@ -94,11 +94,17 @@ def test_a_model_of_any_kind_is_cast_and_cut_into_shards(tmp_path, monkeypatch, 
         (("a.safetensors", "--dtype", "vae=half", "-o", "x.safetensors"), "unknown dtype 'half'"),
         (("a.safetensors", "--only", "vea", "-o", "x.safetensors"), "invalid choice: 'vea'"),
         (("a.safetensors", "--take", "vae=", "-o", "x.safetensors"), "expected GLOB=MODEL"),
+        (
+            ("lora.safetensors", "-o", "x.safetensors"),
+            "adapters are added up, where rules, or converting has no meaning",
+        ),
         (("a.safetensors", "--vae", "no.safetensors", "-o", "x.safetensors"), "no.safetensors: can't be read"),
         (("a.safetensors", "--vae", "a.safetensors", "--take", "vae=a.safetensors", "-o", "x"), "1 rule matches no"),
     ],
 )
 def test_what_makes_no_sense_is_refused(model, run, tmp_path, words, said):
+    factors = {f"lora_unet_x.lora_{way}.weight": torch.zeros(4, 4) for way in ("up", "down")}
+    save_model(tmp_path / "lora.safetensors", factors)
     (tmp_path / "recipe.yaml").write_text("merge_method: linear\nmodels: [a.safetensors]\n")
     result = run("convert", *words)
     assert result.code

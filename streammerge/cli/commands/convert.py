@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from streammerge.cli.arguments import add_convert_arguments, new_parser
-from streammerge.cli.commands.merge import merge
+from streammerge.cli.commands.merge import carry_out
 from streammerge.cli.words import RECIPE_SUFFIXES, is_there
 from streammerge.errors import RecipeError
 
@@ -29,10 +29,4 @@ def convert(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> i
     [model] = arguments.models
     if Path(model).suffix.lower() in RECIPE_SUFFIXES and is_there(model):
         raise RecipeError(f"{model}: convert takes a model, and this is a recipe", advice="Leave the word convert out.")
-    if arguments.dry_run:
-        from streammerge.cli.commands.plan import plan
-
-        return plan(arguments)
-    if arguments.output is None:
-        parser.error("the output is missing: -o OUT.safetensors")
-    return merge(arguments.output, arguments)
+    return carry_out(parser, arguments)
