@@ -21,14 +21,16 @@ from streammerge.models.extent import MAX_DEPTH
 from streammerge.models.hub import SCHEME, located, name_of
 from streammerge.recipe.adapters import adapter_entry, adapters_of, is_recipe, with_lora
 from streammerge.recipe.parameters import parse_settings
-from streammerge.recipe.policies import EMA_POLICIES, MISSING_POLICIES, PARTS, SHAPE_POLICIES
+from streammerge.recipe.policies import EMA_POLICIES, MISSING_POLICIES, SHAPE_POLICIES
 from streammerge.recipe.recipe import Input, Recipe, Rule, RuleAction, check_recipe
 from streammerge.recipe.slices import STACK_KEYS, check_slice, named_apart, parse_layers, slice_recipes
 from streammerge.recipe.spellings import (
     parse_chat_template,
     parse_flag,
+    parse_globs,
     parse_key,
     parse_name,
+    parse_part,
     parse_seed,
     wants_one_vocabulary,
 )
@@ -108,7 +110,7 @@ class _RecipeParser:
             on_shape_mismatch=self._choice(raw, "on_shape_mismatch", SHAPE_POLICIES),
             on_missing=self._choice(raw, "on_missing", MISSING_POLICIES),
             dtype=parse_dtype(self._first(raw, "out_dtype", "dtype", "keep"), self.where),
-            only=self._part(raw.get("only"), f"{self.where}: only"),
+            only=parse_part(raw.get("only"), f"{self.where}: only"),
             ema=self._choice(raw, "ema", EMA_POLICIES),
             prune=parse_flag(raw.get("prune", False), f"{self.where}: prune"),
             seed=parse_seed(raw.get("seed"), self.where),
@@ -221,16 +223,6 @@ class _RecipeParser:
             raise RecipeError(f"{self.where}: {key} must be one of {', '.join(choices)}, found {value!r}")
         return value
 
-    @staticmethod
-    def _part(raw: Any, where: str) -> str:  # noqa: ANN401
-        """The part of a model that is meant; "" for none."""
-        if raw is not None and raw not in PARTS:
-            raise RecipeError(
-                f"{where}: no part of a model is called {raw!r}",
-                advice=f"{suggestion(str(raw), list(PARTS))}Parts: {', '.join(PARTS)}.",
-            )
-        return raw or ""
-
     def _input(self, raw: Any, where: str) -> Input:  # noqa: ANN401
         entry = with_lora(raw, self._is_there) if not is_recipe(raw) else {"model": raw}
         known = ("model", "name", "parameters", "entry", "adapters", *(["layer_range"] * self.is_slice))
@@ -337,8 +329,8 @@ class _RecipeParser:
         if not isinstance(raw, dict):
             raise RecipeError(f"{where}: expected a map with match or component, found {raw!r}")
         self._check_keys(raw, ("match", "component", "take", "keep", "drop", "parameters", "dtype"), where)
-        component = self._part(raw.get("component"), f"{where}: component")
-        globs = [] if component and "match" not in raw else self._globs(raw, where)
+        component = parse_part(raw.get("component"), f"{where}: component")
+        globs = [] if component and "match" not in raw else parse_globs(raw.get("match"), where)
         if component and globs:
             raise RecipeError(f"{where}: one of match and component, found both", advice="Make two rules of it.")
         flags: tuple[RuleAction, ...] = ("keep", "drop")
@@ -357,15 +349,6 @@ class _RecipeParser:
         keeps_dtype = "dtype" in raw and dtype is None
         rule = Rule(tuple(globs), action, model, parameters, dtype, component, keeps_dtype)
         return replace(recipe, rules=(*recipe.rules, rule))
-
-    @staticmethod
-    def _globs(raw: dict[str, Any], where: str) -> list[str]:
-        """The globs of a rule."""
-        globs = raw.get("match")
-        globs = [globs] if isinstance(globs, str) else globs
-        if not isinstance(globs, list) or not globs or not all(isinstance(glob, str) for glob in globs):
-            raise RecipeError(f"{where}: match must be a glob or a list of globs, found {raw.get('match')!r}")
-        return globs
 
 
 def _revised(model: Mapping[str, Any], where: str) -> Any:  # noqa: ANN401

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from streammerge.errors import RecipeError
+from streammerge.errors import RecipeError, suggestion
+from streammerge.recipe.policies import PARTS
 
 
 def parse_seed(raw: Any, where: str) -> int | None:  # noqa: ANN401
@@ -75,3 +76,21 @@ def parse_chat_template(raw: Any, where: str) -> str:  # noqa: ANN401
         f"{where}: chat_template must be the text of a template, found {str(raw)[:40]!r}",
         advice="Write out the template; without the key the layout's own is copied.",
     )
+
+
+def parse_part(raw: Any, where: str) -> str:  # noqa: ANN401
+    """The part of a model that is meant, one of PARTS; "" for none."""
+    if raw is not None and raw not in PARTS:
+        raise RecipeError(
+            f"{where}: no part of a model is called {raw!r}",
+            advice=f"{suggestion(str(raw), list(PARTS))}Parts: {', '.join(PARTS)}.",
+        )
+    return raw or ""
+
+
+def parse_globs(raw: Any, where: str) -> list[str]:  # noqa: ANN401
+    """The globs of a rule, which are one or a list."""
+    globs = [raw] if isinstance(raw, str) else raw
+    if not isinstance(globs, list) or not globs or not all(isinstance(glob, str) for glob in globs):
+        raise RecipeError(f"{where}: match must be a glob or a list of globs, found {raw!r}")
+    return globs
