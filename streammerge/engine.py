@@ -60,8 +60,9 @@ from streammerge.workers.machine import Machine
 def merge(recipe: Mergeable, *, output: str | os.PathLike[str], **options: Any) -> Report:  # noqa: ANN401
     """Merge to the output file or folder and say how it went; the options are the fields of `Options`.
 
-    Sizes may be text such as "512MB"; `dtype`, `layout`, `on_shape_mismatch`, `on_missing` and `seed` change the
-    recipe. The output is complete when this returns. When it raises a MergeError, what lay at the output is as it was.
+    Sizes may be text such as "512MB"; `dtype`, `layout`, `on_shape_mismatch`, `on_missing`, `on_prediction_mismatch`
+    and `seed` change the recipe. The output is complete when this returns. When it raises a MergeError, what lay at the
+    output is as it was.
     """
     with saying_what_is_on_disk():
         return run_merge(as_recipe(recipe, options), output_path(output), as_options(options))

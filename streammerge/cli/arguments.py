@@ -9,7 +9,7 @@ from typing import Any
 
 from streammerge.errors import RecipeError
 from streammerge.recipe.options import Group, Typed, typed_options
-from streammerge.recipe.policies import EMA_POLICIES, MISSING_POLICIES, PARTS, SHAPE_POLICIES
+from streammerge.recipe.policies import EMA_POLICIES, MISSING_POLICIES, PARTS, PREDICTION_POLICIES, SHAPE_POLICIES
 
 
 def new_parser(command: str, usage: str | None, description: str | None) -> argparse.ArgumentParser:
@@ -137,6 +137,7 @@ def _add_part_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--prune", action="store_true", help="leave out what is of use for training alone, EMA too")
     group.add_argument("--on-missing", choices=MISSING_POLICIES, help="(default: error)")
+    group.add_argument("--on-prediction-mismatch", choices=PREDICTION_POLICIES, help="(default: error)")
 
 
 def _add_run_arguments(group: argparse._ArgumentGroup) -> None:

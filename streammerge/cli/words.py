@@ -186,6 +186,7 @@ def _changed(raw: dict[str, Any], arguments: argparse.Namespace) -> dict[str, An
         "layout": _reference(arguments.layout),
         "on_shape_mismatch": arguments.on_shape_mismatch,
         "on_missing": arguments.on_missing,
+        "on_prediction_mismatch": arguments.on_prediction_mismatch,
         "seed": arguments.seed,
         "only": arguments.only,
         "ema": arguments.ema,

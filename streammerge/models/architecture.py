@@ -1,6 +1,7 @@
 """What a header tells of a model: its architecture, and the components its tensors belong to.
 
-Both are guesses by the names and shapes of a few telling tensors, for people to read. No merge depends on them.
+Both are guesses by the names and shapes of a few telling tensors, for people to read. No merged value depends on them;
+but denoisers of different architectures are refused by them.
 """
 
 from __future__ import annotations
@@ -125,10 +126,20 @@ def guess_architecture(tensors: Mapping[str, TensorInfo]) -> str:
     """The model's architecture by its header alone, such as "Stable Diffusion 2 (depth)", or "unknown"."""
     if adapter := adapter_text(tensors):
         return adapter
-    for sign, prefix in itertools.product(_SIGNS, _PREFIXES):
-        if sign.fits(tensors, prefix):
-            return sign.architecture + _variant(sign, tensors, prefix)
-    return UNKNOWN
+    found = _first_sign(tensors)
+    return found[0].architecture + _variant(*found, tensors) if found else UNKNOWN
+
+
+def family_of(tensors: Mapping[str, TensorInfo]) -> str:
+    """The architecture without its variant and its number of layers, whatever adapters lie beside; or "unknown"."""
+    found = _first_sign(tensors)
+    return found[0].architecture if found else UNKNOWN
+
+
+def _first_sign(tensors: Mapping[str, TensorInfo]) -> tuple[_Sign, str] | None:
+    """The first telling tensor that the model has, and what stands before its name."""
+    every = itertools.product(_SIGNS, _PREFIXES)
+    return next(((sign, prefix) for sign, prefix in every if sign.fits(tensors, prefix)), None)
 
 
 def architecture_mismatch(models: Mapping[str, Mapping[str, TensorInfo]]) -> str | None:
@@ -147,7 +158,7 @@ def architecture_mismatch(models: Mapping[str, Mapping[str, TensorInfo]]) -> str
     return "; ".join([opening, *(f"{_enumerated(labels)} like {architecture}" for architecture, labels in others)])
 
 
-def _variant(sign: _Sign, tensors: Mapping[str, TensorInfo], prefix: str) -> str:
+def _variant(sign: _Sign, prefix: str, tensors: Mapping[str, TensorInfo]) -> str:
     if "{}" in sign.name:
         layers = sign.layers(tensors, prefix)
         return f", {layers} layer" if layers == 1 else f", {layers} layers"

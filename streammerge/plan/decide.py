@@ -20,12 +20,15 @@ from streammerge.models.dialects import Naming
 from streammerge.models.dtypes import stored_as
 from streammerge.models.extent import Extent
 from streammerge.models.merged import Merged
+from streammerge.models.positions import are_positions, mended, what_is_broken
+from streammerge.models.prediction import is_mark
 from streammerge.models.presence import Names, names_beside, names_lacking, names_outside, with_inner
 from streammerge.models.quantised import DECODED, CodedModels, kept_bytes
 from streammerge.models.shapes import Fitting, fit, placed
 from streammerge.models.views import Decoded, beneath, node_of
 from streammerge.plan.ensemble import Ensemble
 from streammerge.plan.globs import RuleIndex
+from streammerge.plan.meaning import Meaning
 from streammerge.plan.naming import Named
 from streammerge.plan.parts import Dropped, prepared
 from streammerge.plan.problems import Misshapen, Problems, Unshared
@@ -58,6 +61,8 @@ class _Resolution:
     problems: Problems = field(default_factory=Problems)
     codes_of: dict[str, str] = field(default_factory=dict)
     ensemble: Ensemble = field(default_factory=Ensemble)
+    mended: dict[str, str] = field(default_factory=dict)
+    looked_at: dict[tuple[str, str], str] = field(default_factory=dict)
     is_reported: bool = False
 
     def __post_init__(self) -> None:
@@ -77,6 +82,7 @@ class _Resolution:
         self.is_coded = any(self.coded.weights.values())
         self.values = {name: Decoded(model, self.coded.weights[name]) for name, model in self.models.items()}
         self.rules, self.tuning = RuleIndex(recipe.rules), Tuning(recipe, self.layout)
+        self.meaning = Meaning.of(self.models, self.layout_name, self.input_names)
 
     def resolve(self) -> Merged:
         layout, coded = self.layout.tensors, self.coded
@@ -85,6 +91,7 @@ class _Resolution:
         decisions = Decisions(names, self._decision, (name for name in layout if coded.is_beside(name)))
         left_out = self._look_outside(names_outside(self.models, layout.keys(), coded))
         merged = sum(fate.tensors for fate in decisions.fates if fate.action == "merged")
+        self.meaning.check(self.recipe.on_prediction_mismatch)
         self.problems.report(self.recipe, self._compared, self.rules.unused, merged=merged)
         self.is_reported = True
         whole = {name: model for name, model in self.models.items() if name not in self._parts}
@@ -95,7 +102,7 @@ class _Resolution:
             with_inner(left_out, self.models, "left_out"),
             with_inner(lacking, self.models, "lacking"),
             inner + kept_bytes(coded.weights) + self.named.kept_bytes,
-            tuple(dict.fromkeys([*self.named.remarks, *self.tuning.remarks(), *self._nested_remarks()])),
+            tuple(dict.fromkeys([*self._remarks(decisions)])),
             self.layout,
             self.extent,
         )
@@ -105,6 +112,13 @@ class _Resolution:
         """The models from which only components are taken: nobody expects them to have the rest."""
         taken = {rule.model for rule in self.recipe.rules if rule.component and rule.action == "take"}
         return frozenset(taken - {self.layout_name, *self.input_names})
+
+    def _remarks(self, decisions: Decisions) -> Iterator[str]:
+        yield from self.named.remarks
+        yield from self.tuning.remarks()
+        yield from self.meaning.remarks(decisions)
+        yield from self.mended.values()
+        yield from self._nested_remarks()
 
     def _nested_remarks(self) -> Iterator[str]:
         for name, model in self._nested.items():
@@ -145,6 +159,8 @@ class _Resolution:
         if name in self.factors:
             self.problems.factors.append(name)
             return Decision(name, "dropped", "factors are never averaged", info)
+        if are_positions(name, info):
+            return self._copy(name, self.layout_name, "positions are never averaged", dtype)
         if not info.dtype.mergeable and not may_be_weights(name, info):
             return self._copy(name, self.layout_name, f"{info.dtype} is never averaged", dtype)
         return self._merge(name, info, rule, dtype)
@@ -166,7 +182,7 @@ class _Resolution:
                     wanted[name] = True
                 elif model in self.input_names and (rule is None or rule.action == "merge"):
                     info = self.models[model].tensors[name]
-                    if info.dtype.mergeable or may_be_weights(name, info):
+                    if (info.dtype.mergeable or may_be_weights(name, info)) and not are_positions(name, info):
                         wanted.setdefault(name, False)
         if not self.recipe.rules:
             self.problems.alone.extend(wanted)
@@ -206,7 +222,19 @@ class _Resolution:
         """The layout, if it has to keep a mark of scaled weights: some whose names start so are copied as codes."""
         return self.layout_name if any(codes.startswith(prefix) for codes in self.codes_of) else None
 
+    def _broken(self, model: str, name: str) -> str:
+        """What is wrong with a model's tensor that has to be positions, if it has and anything is; looked at once."""
+        if not are_positions(name, self.models[model].tensors[name]):
+            return ""
+        if (model, name) not in self.looked_at:
+            self.looked_at[model, name] = what_is_broken(self.models[model], name)
+        return self.looked_at[model, name]
+
     def _copy(self, name: str, model: str, why: str, dtype: DType | None) -> Decision:
+        if broken := self._broken(model, name):
+            node = mended(name, self.models[model].tensors[name].shape)
+            self.mended[name] = f"{name}: {model}'s are no positions ({broken}), and are written as 0, 1, 2 …"
+            return Decision(name, "copied", f"mended: {model}'s are {broken}", node.info, node)
         node, quantised = node_of(self.models[model], name), self.coded.find(model, name)
         if quantised is not None:
             is_kept = not quantised.is_readable or stored_as(node.info, dtype) == node.info
@@ -223,6 +251,7 @@ class _Resolution:
     def _take(self, name: str, rule: Rule, dtype: DType | None) -> Decision:
         if name not in self.models[rule.model].tensors:
             return self._without(name, [rule.model], dtype, taken=True)
+        self.meaning.note_taken(name, rule.model)
         if self.models[rule.model].tensors[name].shape == self.layout.tensors[name].shape:
             return self._copy(name, rule.model, f"taken by rule {rule}", dtype)
         if unreadable := self.coded.unreadable([rule.model, self.layout_name], name):
@@ -251,6 +280,8 @@ class _Resolution:
         lacking = [model for model in self.input_names if name not in self.models[model].tensors]
         if lacking:
             return self._without(name, lacking, dtype)
+        if is_mark(name):
+            return self._copy(name, self.layout_name, "it says how to sample, and is never averaged", None)
         inputs = {model: self.values[model].node(name) for model in self.input_names}
         if not all(node.info.dtype.mergeable for node in inputs.values()):
             kinds = ", ".join(f"{model} {node.info.dtype}" for model, node in inputs.items())
@@ -259,6 +290,7 @@ class _Resolution:
         fitting = self._fit(name, inputs)
         if fitting is None:
             return self._keep_shape(name, dtype)
+        self.meaning.note_merged(name)
         own = DECODED if self.coded.find(self.layout_name, name) else info.dtype
         output = stored_as(TensorInfo(own, fitting.shape), dtype)
         parameters, seed = self.tuning.values(name, rule), self.recipe.seed or 0

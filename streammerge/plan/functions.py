@@ -16,7 +16,7 @@ from streammerge.models.merged import Merged
 from streammerge.plan.decide import merge_models
 from streammerge.recipe.parameters import parse_settings
 from streammerge.recipe.parse import Input, Recipe, Rule, check_recipe
-from streammerge.recipe.policies import MissingPolicy, ShapePolicy
+from streammerge.recipe.policies import MissingPolicy, PredictionPolicy, ShapePolicy
 from streammerge.recipe.spellings import parse_seed
 from streammerge.tensors import Model
 
@@ -38,6 +38,7 @@ def merge_function(name: str) -> Callable[..., Merged]:
         layout: int | None = None,
         on_shape_mismatch: ShapePolicy = "error",
         on_missing: MissingPolicy = "error",
+        on_prediction_mismatch: PredictionPolicy = "error",
         rules: Sequence[Rule] = (),
         dtype: str = "keep",
         seed: int = 0,
@@ -60,6 +61,7 @@ def merge_function(name: str) -> Callable[..., Merged]:
             layout="" if layout is None else str(layout),
             on_shape_mismatch=on_shape_mismatch,
             on_missing=on_missing,
+            on_prediction_mismatch=on_prediction_mismatch,
             rules=tuple(rules),
             dtype=parse_dtype(dtype, name),
             seed=parse_seed(seed, name),

@@ -182,7 +182,9 @@ def typed_options() -> Iterator[Typed]:
     return (Typed(entry.name, **entry.metadata) for entry in fields(Options))
 
 
-RECIPE_KEYS: Final = ("dtype", "layout", "on_shape_mismatch", "on_missing", "seed", "only", "ema", "prune")
+RECIPE_KEYS: Final = (
+    *("dtype", "layout", "on_shape_mismatch", "on_missing", "on_prediction_mismatch", "seed", "only", "ema", "prune"),
+)
 """Options that change a recipe's own keys."""
 
 

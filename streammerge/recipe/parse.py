@@ -1,8 +1,8 @@
 """Recipes from YAML's values, checked piece by piece: whatever is not understood is an error that says where it is.
 
 The YAML is mergekit's (`merge_method`, `models`, `base_model`, `parameters`, `dtype`, `out_dtype`) and our own keys
-`layout`, `on_shape_mismatch`, `on_missing`, `rules`, `inputs`, `seed`, `only`, `ema`, `prune`; `model:` may be a whole
-recipe.
+`layout`, `on_shape_mismatch`, `on_missing`, `on_prediction_mismatch`, `rules`, `inputs`, `seed`, `only`, `ema`,
+`prune`; `model:` may be a whole recipe.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from streammerge.models.extent import MAX_DEPTH
 from streammerge.models.hub import SCHEME, located, name_of
 from streammerge.recipe.adapters import adapter_entry, adapters_of, is_recipe, with_lora
 from streammerge.recipe.parameters import parse_settings
-from streammerge.recipe.policies import EMA_POLICIES, MISSING_POLICIES, SHAPE_POLICIES
+from streammerge.recipe.policies import EMA_POLICIES, MISSING_POLICIES, PREDICTION_POLICIES, SHAPE_POLICIES
 from streammerge.recipe.recipe import Input, Recipe, Rule, RuleAction, check_recipe
 from streammerge.recipe.slices import STACK_KEYS, check_slice, named_apart, parse_layers, slice_recipes
 from streammerge.recipe.spellings import (
@@ -40,7 +40,8 @@ __all__ = ["Input", "Recipe", "Rule", "check_recipe"]
 KEYS: Final = (
     *("merge_method", "models", "base_model", "parameters", "dtype", "out_dtype", "name"),
     *("tokenizer", "tokenizer_source", "chat_template", "const_tag"),
-    *("layout", "on_shape_mismatch", "on_missing", "rules", "inputs", "seed", "only", "ema", "prune"),
+    *("layout", "on_shape_mismatch", "on_missing", "on_prediction_mismatch", "rules", "inputs", "seed"),
+    *("only", "ema", "prune"),
 )
 """The keys of a recipe: mergekit's, then our own."""
 
@@ -109,6 +110,7 @@ class _RecipeParser:
             parameters=parse_settings(raw.get("parameters"), self.where),
             on_shape_mismatch=self._choice(raw, "on_shape_mismatch", SHAPE_POLICIES),
             on_missing=self._choice(raw, "on_missing", MISSING_POLICIES),
+            on_prediction_mismatch=self._choice(raw, "on_prediction_mismatch", PREDICTION_POLICIES),
             dtype=parse_dtype(self._first(raw, "out_dtype", "dtype", "keep"), self.where),
             only=parse_part(raw.get("only"), f"{self.where}: only"),
             ema=self._choice(raw, "ema", EMA_POLICIES),

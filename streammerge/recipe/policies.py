@@ -1,4 +1,5 @@
-"""What may be done with tensors that a model doesn't have, has in another shape, or has beside what is used."""
+"""What may be done with tensors that a model doesn't have, has in another shape or beside what is used, or means
+otherwise."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ ShapePolicy = Literal["error", "overlap", "keep", "pad", "slice"]
 MissingPolicy = Literal["error", "keep", "drop"]
 
 EmaPolicy = Literal["keep", "drop", "use"]
+
+PredictionPolicy = Literal["error", "merge"]
 
 SHAPE_POLICIES: Final = ("error", "overlap", "keep", "pad", "slice")
 
@@ -21,3 +24,5 @@ PARTS: Final = (
     *("clip_l", "clip_g", "t5"),
 )
 """What parts of diffusion models are called: as diffusers' folders are, text encoders also as ComfyUI calls them."""
+
+PREDICTION_POLICIES: Final = ("error", "merge")

@@ -15,9 +15,11 @@ from streammerge.recipe.policies import (
     EMA_POLICIES,
     MISSING_POLICIES,
     PARTS,
+    PREDICTION_POLICIES,
     SHAPE_POLICIES,
     EmaPolicy,
     MissingPolicy,
+    PredictionPolicy,
     ShapePolicy,
 )
 from streammerge.tensors import DType
@@ -94,6 +96,7 @@ class Recipe:
     layout: str = ""
     on_shape_mismatch: ShapePolicy = "error"
     on_missing: MissingPolicy = "error"
+    on_prediction_mismatch: PredictionPolicy = "error"
     rules: tuple[Rule, ...] = ()
     dtype: DType | None = None
     only: str = ""
@@ -179,6 +182,7 @@ class Recipe:
             "layout": beside.get(self.layout_name, self.layout_name),
             "on_shape_mismatch": self.on_shape_mismatch,
             "on_missing": self.on_missing,
+            "on_prediction_mismatch": self.on_prediction_mismatch,
             "rules": [_describe_rule(rule, beside) for rule in self.rules],
             "dtype": self.dtype.torch_name if self.dtype else None,
             "only": self.only or None,
@@ -274,6 +278,7 @@ def _check_words(recipe: Recipe, where: str) -> None:
     for key, word, words in (
         ("on_shape_mismatch", recipe.on_shape_mismatch, SHAPE_POLICIES),
         ("on_missing", recipe.on_missing, MISSING_POLICIES),
+        ("on_prediction_mismatch", recipe.on_prediction_mismatch, PREDICTION_POLICIES),
         ("ema", recipe.ema, EMA_POLICIES),
         ("only", recipe.only, ("", *PARTS)),
     ):

@@ -8,7 +8,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ from streammerge.models.adapters.recognition import Adapter, find_adapter
 from streammerge.models.architecture import Component, components, count_dtypes, guess_architecture
 from streammerge.models.blocks import Blocks, abridged
 from streammerge.models.codes import find_quantised
+from streammerge.models.prediction import Prediction, few_steps, stated_prediction
 from streammerge.tensors import TensorInfo
 
 LARGEST: Final = 5
@@ -42,7 +43,7 @@ class Inspection:
 
     `container` is the kind of file, such as "safetensors" or "sharded safetensors (3 files)"; `nbytes` the size on
     disk; `dtypes` the element types with the number of tensors of each, most frequent first; `left` what a torch file
-    holds beside the model.
+    holds beside the model; `broken` what is wrong with text encoders' positions, by tensor.
     """
 
     path: Path
@@ -54,6 +55,17 @@ class Inspection:
     metadata: Mapping[str, str]
     tensors: Mapping[str, TensorInfo]
     left: LeftTensors = NONE_LEFT
+    broken: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def prediction(self) -> Prediction | None:
+        """What a diffusion model says that it predicts."""
+        return stated_prediction(self.tensors, self.metadata)
+
+    @property
+    def steps(self) -> str:
+        """By what a model's metadata say that it was distilled to be sampled in few steps; nothing if they don't."""
+        return few_steps(self.metadata)
 
     @property
     def elements(self) -> int:
@@ -100,6 +112,9 @@ class Inspection:
                 {"kind": kind, "weights": weights, "decoded": is_readable}
                 for (kind, is_readable), weights in self.quantised.items()
             ],
+            "prediction": self.prediction and {"kind": self.prediction.kind, "said_by": self.prediction.said_by},
+            "few_steps": self.steps,
+            "broken_positions": dict(self.broken),
             "blocks": list(self.blocks),
             "components": [_plain_component(part) for part in self.components],
             "largest": _plain_tensors(self.largest()),
@@ -119,6 +134,7 @@ def inspect_model(
     metadata: Mapping[str, str] | None = None,
     container: str,
     left: LeftTensors = NONE_LEFT,
+    broken: Mapping[str, str] | None = None,
 ) -> Inspection:
     """Look at a model's header: what it is, and what it is made of."""
     return Inspection(
@@ -131,6 +147,7 @@ def inspect_model(
         metadata=dict(metadata or {}),
         tensors=tensors,
         left=left,
+        broken=broken or {},
     )
 
 
@@ -157,8 +174,20 @@ def _heading(inspection: Inspection) -> str:
     if not inspection.tensors:
         return f"{file}\nno tensors"
     blocks = [f"blocks: {abridged(inspection.blocks)}"] if inspection.blocks else []
-    told = [*_adapter_lines(inspection.adapter), *_quantised_lines(inspection.quantised)]
+    told = [
+        *_meaning_lines(inspection),
+        *_adapter_lines(inspection.adapter),
+        *_quantised_lines(inspection.quantised),
+    ]
     return "\n".join([file, f"{inspection.architecture}: {holdings}", *blocks, *told])
+
+
+def _meaning_lines(inspection: Inspection) -> list[str]:
+    """How the model is to be sampled, as far as it says so, and what is wrong with its positions."""
+    lines = [f"predicts {inspection.prediction}"] if inspection.prediction else []
+    lines += [f"for few steps: {inspection.steps}"] if inspection.steps else []
+    lines += [f"broken: {one_line(name)} ({found}); a merge mends it" for name, found in inspection.broken.items()]
+    return lines
 
 
 def _adapter_lines(adapter: Adapter | None) -> list[str]:

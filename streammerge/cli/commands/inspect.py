@@ -26,6 +26,7 @@ def inspect(arguments: argparse.Namespace) -> int:
     """Show what the header tells."""
     from streammerge.models.checkpoints import open_model
     from streammerge.models.entries import entries_of
+    from streammerge.models.positions import broken_positions
     from streammerge.report import dump_json
     from streammerge.tools.inspection import inspect_model, render
 
@@ -38,6 +39,7 @@ def inspect(arguments: argparse.Namespace) -> int:
             metadata=model.metadata,
             container=model.container,
             left=model.left,
+            broken=broken_positions(model),
         )
     if arguments.json:
         say(dump_json(inspection.to_json(tensors=True, match=arguments.match)).rstrip())

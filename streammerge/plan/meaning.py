@@ -1,0 +1,142 @@
+"""What tensors mean beyond their names: denoisers of one kind alone are mixed, and what belongs to one follows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from streammerge.errors import PlanError, count, plural
+from streammerge.models.architecture import component_of, family_of
+from streammerge.models.decisions import Decisions
+from streammerge.models.prediction import EPSILON, Prediction, prediction_of
+from streammerge.recipe.policies import PredictionPolicy
+from streammerge.tensors import Model
+
+DENOISER: Final = frozenset({"UNet", "DiT", "diffusion model"})
+"""The components that predict."""
+
+
+APART: Final = ("Stable Diffusion 1", "Stable Diffusion 2", "SDXL", "SDXL refiner")
+"""Architectures that share names, and some shapes, of tensors that were never trained one from the other."""
+
+
+EMA: Final = "model_ema."
+
+
+@dataclass
+class Meaning:
+    """Which models give the output's denoiser: noted while a merge's tensors are decided on, and judged afterwards.
+
+    `inputs` are the models that are merged. `architectures` are those of models that don't mix with others, `said` is
+    what models say that they predict.
+    """
+
+    layout: str
+    inputs: Sequence[str]
+    architectures: Mapping[str, str]
+    said: Mapping[str, Prediction | None]
+    has_ema: bool
+    givers: dict[str, bool] = field(default_factory=dict)
+    is_merged: bool = False
+
+    @classmethod
+    def of(cls, models: Mapping[str, Model], layout: str, inputs: Sequence[str]) -> Meaning:
+        """Look at the models of a merge."""
+        return cls(
+            layout,
+            inputs,
+            {name: architecture_of(model) for name, model in models.items()},
+            {name: prediction_of(model) for name, model in models.items()},
+            any(name.startswith(EMA) for name in models[layout].tensors),
+        )
+
+    def note_merged(self, name: str) -> None:
+        """The tensor is merged of all inputs."""
+        if not self.is_merged and self._is_watched and component_of(name) in DENOISER:
+            self.is_merged = True
+            self.givers.update(dict.fromkeys(self.inputs, True))
+
+    def note_taken(self, name: str, model: str) -> None:
+        """The tensor is a copy of this model's."""
+        if model not in self.givers and self._is_watched and component_of(name) in DENOISER:
+            self.givers[model] = True
+
+    @property
+    def _is_watched(self) -> bool:
+        return self.has_ema or any(self.architectures.values()) or any(self.said.values())
+
+    def check(self, policy: PredictionPolicy) -> None:
+        """PlanError if the denoiser would be mixed of models that share no more than names, or that say that they
+        predict different things, which somebody may want all the same."""
+        self._check_architectures()
+        found = self._mixed_predictions
+        if found and policy == "error":
+            raise PlanError(
+                f"{' and '.join(found)} say that they predict different things, and what is mixed of both predicts "
+                "neither",
+                found=[f"{name}   {said}" for name, said in found.items()],
+                advice="Merge models of one kind, keep such tensors out with --keep 'model.diffusion_model.*', or use "
+                f"--on-prediction-mismatch merge: then what the output says of it is what {self.layout} says.",
+            )
+
+    def _check_architectures(self) -> None:
+        if found := self._mixed_architectures:
+            raise PlanError(
+                f"{' and '.join(found)} are of different architectures, and what is mixed of both is neither",
+                found=[f"{name}   {architecture}" for name, architecture in found.items()],
+                advice="Merge models of one architecture, or only what they share: --keep 'model.diffusion_model.*'.",
+            )
+
+    @property
+    def _mixed_predictions(self) -> dict[str, Prediction]:
+        """The models of which the output's denoiser is, and the layout, if they say different things."""
+        stated = {name: said for name in self._concerned if (said := self.said[name])}
+        return stated if len({said.kind for said in stated.values()}) > 1 else {}
+
+    @property
+    def _concerned(self) -> list[str]:
+        """The layout says what the output is, so it counts even where it gives nothing."""
+        return list(dict.fromkeys([self.layout, *self.givers])) if self.givers else []
+
+    @property
+    def _mixed_architectures(self) -> dict[str, str]:
+        found = {name: self.architectures[name] for name in self.givers if self.architectures[name]}
+        return found if len(set(found.values())) > 1 else {}
+
+    def remarks(self, decisions: Decisions) -> Iterator[str]:
+        """What the user should know, though it is no error."""
+        if found := self._mixed_predictions:
+            told = ", ".join(f"{name} {said.kind}" for name, said in found.items())
+            yield f"models predict different things ({told}); the output says of it what {self.layout} says"
+        else:
+            yield from self._unsaid()
+        if self.has_ema and self.is_merged:
+            yield from _stale(decisions, self.layout)
+
+    def _unsaid(self) -> Iterator[str]:
+        """Who says nothing is usually taken for one that predicts noise, but need not be one."""
+        said = {name: found for name in self._concerned if (found := self.said[name]) and found.kind != EPSILON}
+        silent = [name for name in self._concerned if self.said[name] is None]
+        if said and silent:
+            name, found = next(iter(said.items()))
+            yield (
+                f"{name} predicts {found}, and {' and '.join(silent)} {plural(silent, 'says', 'say')} nothing of it: "
+                f"make sure that {plural(silent, 'it does', 'they do')} too"
+            )
+
+
+def _stale(decisions: Decisions, layout: str) -> Iterator[str]:
+    """EMA weights that stay what they were beside weights that are merged."""
+    kept = [name for name, fate in decisions.told() if fate.action == "copied" and name.startswith(EMA)]
+    if kept:
+        yield (
+            f"{count(kept, 'EMA tensor')} {plural(kept, 'stays', 'stay')} {layout}'s beside a merged UNet, of which "
+            f"{plural(kept, 'it is', 'they are')} no average: --drop '{EMA}*' leaves {plural(kept, 'it', 'them')} out"
+        )
+
+
+def architecture_of(model: Model) -> str:
+    """The model's architecture, if it is one of those that don't mix; else nothing."""
+    found = family_of(model.tensors)
+    return found if found in APART else ""
