@@ -114,7 +114,8 @@ class Report:
             *((f"adapter {one['adapter']}", self._adapted(one)) for one in self.adapters),
             *(self._rows_of_work() if self.threads else [("time", f"{self.seconds['total']:.1f} s")]),
         ]
-        rows += [("sha256", found["sha256"]) for found in list(self.hashes.values())[:1] if len(self.hashes) == 1]
+        for found in self.hashes.values() if len(self.hashes) == 1 else ():
+            rows += [("sha256", found["sha256"]), ("short", short_hashes(found["sha256"], found["tensors"]))]
         if self.peak_vram_bytes:
             rows.append(("peak VRAM", format_size(self.peak_vram_bytes)))
         return rows
@@ -157,6 +158,15 @@ class Report:
                 f"{self.stale_hashes} holds the hashes of the output that was replaced; --hash replaces it too"
             )
         return found if self.on_nonfinite == "ignore" else [*found, *warnings(self.findings)]
+
+
+def short_hashes(sha256: str, tensors: str) -> str:
+    """`AutoV2 0123456789, AutoV3 0123456789ab`: how sites for models call a file, by these hashes of it.
+
+    AutoV2 is the first 10 digits of the whole file's sha256, AutoV3 the first 12 of that of its tensors' bytes, which
+    only safetensors have apart.
+    """
+    return f"AutoV2 {sha256[:10]}" + (f", AutoV3 {tensors[:12]}" if tensors else "")
 
 
 def dump_json(value: Any) -> str:  # noqa: ANN401

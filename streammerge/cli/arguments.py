@@ -147,6 +147,9 @@ def _add_run_arguments(group: argparse._ArgumentGroup) -> None:
 
 def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
     _add_group(group, "what to write and to show")
+    group.add_argument(
+        "--thumbnail", type=a_path, metavar="FILE", help="a picture (PNG, JPEG, WebP, GIF) for modelspec.thumbnail"
+    )
     group.add_argument("--dry-run", action="store_true", help="show the plan and stop")
     group.add_argument("--report", type=a_path, metavar="FILE.json", help="write how it went as JSON")
     group.add_argument("--json", action="store_true", help="with plan: print it as JSON")
@@ -183,6 +186,9 @@ def _add_option(group: argparse._ActionsContainer, typed: Typed) -> None:
     if typed.is_flag:
         action = "store_false" if typed.default else "store_true"
         group.add_argument(typed.flag, dest=typed.name, action=action, default=typed.default, help=typed.help)
+    elif typed.is_repeated:
+        parse = worded(typed.parse or str)
+        group.add_argument(typed.flag, type=parse, action="append", default=[], metavar=typed.metavar, help=typed.help)
     elif typed.words:
         group.add_argument(typed.flag, choices=list(typed.words), default=_word(typed), help=typed.help)
     else:

@@ -13,6 +13,7 @@ from streammerge.plan.entries import with_entries
 from streammerge.recipe.metadata import Recorded
 from streammerge.recipe.options import Options, typed_options
 from streammerge.recipe.recipe import Recipe
+from streammerge.recipe.thumbnails import with_thumbnail
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ def read_request(arguments: argparse.Namespace) -> Request:
     recorded = read_from_metadata(arguments) if arguments.recipe_from_metadata else None
     recipe = recorded.recipe if recorded else as_typed(arguments)
     options = Options(**{typed.name: typed.value(getattr(arguments, typed.name)) for typed in typed_options()})
+    if arguments.thumbnail is not None:
+        options = with_thumbnail(options, arguments.thumbnail)
     return Request(
         with_entries(recipe, arguments.entry),
         recorded.options(options) if recorded else options,
@@ -63,6 +66,7 @@ def _named(arguments: argparse.Namespace) -> Claims:
     An output whose metadata are the recipe may be made again in its place.
     """
     claims = [Claim(path, "the file of methods") for path in arguments.methods]
+    claims += [Claim(arguments.thumbnail, "the thumbnail")] if arguments.thumbnail is not None else []
     first = Path(arguments.models[0]) if arguments.models and not arguments.recipe else None
     if first is not None and arguments.recipe_from_metadata:
         is_output = arguments.output is not None and file_key(first) == file_key(arguments.output)

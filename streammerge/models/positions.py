@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from streammerge.compute.expressions import External, Node, is_stored
-from streammerge.models.merged import Merged
-from streammerge.models.views import beneath, node_of
 from streammerge.tensors import DTYPES, Model, TensorInfo, described
 
 if TYPE_CHECKING:
@@ -41,16 +39,19 @@ def what_is_broken(model: Model, name: str) -> str:
     info = model.tensors[name]
     if info.dtype.name not in _FORMATS:
         return f"stored as {info.dtype}"
-    values = () if isinstance(beneath(model), Merged) else _values(model, name, info)
+    values = _values(model, name, info)
     wrong = [f"{value} for {place}" for place, value in enumerate(values) if value != place]
     return f"{len(wrong):,} of {len(values):,} are wrong, such as {wrong[0]}" if wrong else ""
 
 
 def _values(model: Model, name: str, info: TensorInfo) -> Sequence[int]:
     """The positions as they are stored; none where they don't lie flat in a file, which torch would have to be for."""
-    node = node_of(model, name)
+    node_of = getattr(model, "node", None)
+    if node_of is None:
+        return [int(value) for value in model.read(name, 0, info.elements).tolist()]
+    node: Node = node_of(name)
     if not is_stored(node):
-        return [] if hasattr(model, "node") else model.read(name, 0, info.elements).tolist()
+        return ()
     stored = _bytes_of(node.file.path, node.start, info.nbytes)
     return struct.unpack(f"<{info.elements}{_FORMATS[info.dtype.name]}", stored) if stored else ()
 

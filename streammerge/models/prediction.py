@@ -11,10 +11,6 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from streammerge.models.merged import Merged
-from streammerge.models.views import beneath
-from streammerge.tensors import Model
-
 EPSILON: Final = "epsilon"
 V: Final = "v"
 EDM: Final = "EDM"
@@ -87,17 +83,3 @@ def stated_prediction(names: Container[str], metadata: Mapping[str, str]) -> Pre
         if word in words:
             return Prediction(words[word], f"{key}: {word} in its metadata")
     return None
-
-
-def prediction_of(model: Model) -> Prediction | None:
-    """What a model says; a merge says what its tensors do and, beside them, its layout."""
-    return stated_prediction(model.tensors, metadata_of(model))
-
-
-def metadata_of(model: Model) -> Mapping[str, str]:
-    """The metadata of the model's file, of a merge those of its layout's; none of what has no file."""
-    inner = beneath(model)
-    while isinstance(inner, Merged) and inner.layout is not None:
-        inner = beneath(inner.layout)
-    found = getattr(inner, "metadata", None)
-    return found if isinstance(found, Mapping) else {}

@@ -32,7 +32,16 @@ from streammerge.plan.adapting import told_of, with_adapters
 from streammerge.plan.decide import merge_models
 from streammerge.plan.plan import Plan
 from streammerge.plan.summing import is_sum, sum_of_adapters
-from streammerge.recipe.metadata import LICENCES, MERGED_FROM, Hashes, carried_metadata, recipe_metadata, stored_names
+from streammerge.recipe.metadata import (
+    LICENCES,
+    MERGED_FROM,
+    TITLE,
+    Hashes,
+    carried_metadata,
+    is_one_model,
+    recipe_metadata,
+    stored_names,
+)
 from streammerge.recipe.options import Options
 from streammerge.recipe.recipe import Input, Recipe
 from streammerge.tensors import Model
@@ -242,11 +251,13 @@ def output_metadata(
     licences, and the recipe, with the inputs' hashes if there are any, unless that is not wanted."""
     marks = {"format": "pt"}
     if not isinstance(recipe, Recipe):
-        return marks
+        return marks | dict(options.meta)
     marks |= carried_metadata(recipe, lambda path: opened.opened(path).metadata)
     if not options.metadata:
-        return {key: text for key, text in marks.items() if key not in (LICENCES, MERGED_FROM)}
-    return marks | recipe_metadata(recipe, options, hashes)
+        names_inputs = {LICENCES, MERGED_FROM} if is_one_model(recipe) else {LICENCES, MERGED_FROM, TITLE}
+        marks = {key: text for key, text in marks.items() if key not in names_inputs}
+        return marks | dict(options.meta)
+    return marks | dict(options.meta) | recipe_metadata(recipe, options, hashes)
 
 
 def restated(metadata: Mapping[str, str], changes: Mapping[str, str]) -> dict[str, str]:

@@ -9,7 +9,9 @@ from typing import Final
 from streammerge.errors import PlanError, count, plural
 from streammerge.models.architecture import component_of, family_of
 from streammerge.models.decisions import Decisions
-from streammerge.models.prediction import EPSILON, Prediction, prediction_of
+from streammerge.models.merged import Merged
+from streammerge.models.prediction import EPSILON, Prediction, stated_prediction
+from streammerge.models.views import beneath
 from streammerge.recipe.policies import PredictionPolicy
 from streammerge.tensors import Model
 
@@ -140,3 +142,17 @@ def architecture_of(model: Model) -> str:
     """The model's architecture, if it is one of those that don't mix; else nothing."""
     found = family_of(model.tensors)
     return found if found in APART else ""
+
+
+def prediction_of(model: Model) -> Prediction | None:
+    """What a model says; a merge says what its tensors do and, beside them, its layout."""
+    return stated_prediction(model.tensors, metadata_of(model))
+
+
+def metadata_of(model: Model) -> Mapping[str, str]:
+    """The metadata of the model's file, of a merge those of its layout's; none of what has no file."""
+    inner = beneath(model)
+    while isinstance(inner, Merged) and inner.layout is not None:
+        inner = beneath(inner.layout)
+    found = getattr(inner, "metadata", None)
+    return found if isinstance(found, Mapping) else {}

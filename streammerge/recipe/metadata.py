@@ -17,9 +17,9 @@ from streammerge.methods import METHODS
 from streammerge.methods.loading import loaded_from
 from streammerge.models.hub import located, name_of
 from streammerge.recipe.files import MAX_RECIPE
-from streammerge.recipe.options import COMPUTE_DTYPES, NAMINGS, Options
+from streammerge.recipe.options import COMPUTE_DTYPES, LONGEST, NAMINGS, Options, parse_entry
 from streammerge.recipe.parse import parse_recipe
-from streammerge.recipe.recipe import Recipe
+from streammerge.recipe.recipe import Input, Recipe
 from streammerge.version import __version__
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ def _settings(recipe: Recipe, options: Options) -> Iterator[tuple[str, Any]]:
         yield "shard_size", options.shard_size
     if options.names is not None:
         yield "names", options.names
+    if options.meta:
+        yield "meta", [key for key, _ in options.meta]
     if files := sorted({file.name for method in methods_of(recipe) if (file := loaded_from(method))}):
         yield "methods", files
 
@@ -105,6 +107,7 @@ class Recorded:
     paths: Mapping[str, Path]
     settings: Mapping[str, Any] = field(default_factory=dict)
     hashes: Hashes = field(default_factory=dict)
+    meta: dict[str, str] = field(default_factory=dict)
 
     def options(self, options: Options) -> Options:
         """The options, with those that the output was made with where nothing else is asked for."""
@@ -113,6 +116,7 @@ class Recorded:
             compute_dtype=options.compute_dtype or COMPUTE_DTYPES.get(str(self.settings.get("compute_dtype"))),
             shard_size=options.shard_size or _positive(self.settings.get("shard_size")),
             names=options.names or _naming(self.settings.get("names")),
+            meta=tuple((self.meta | dict(options.meta)).items()),
         )
 
 
@@ -156,7 +160,14 @@ def read_recorded(
         recipe = parse_recipe(change(bound), Path(), where=where)
     except RecursionError:
         raise RecipeError(f"{where} is nested too deep") from None
-    return Recorded(output, recipe, binder.paths, settings, _checked_hashes(hashes, where))
+    meta = _own_entries(settings.get("meta"), metadata)
+    return Recorded(output, recipe, binder.paths, settings, _checked_hashes(hashes, where), meta)
+
+
+def _own_entries(keys: Any, metadata: Mapping[str, str]) -> dict[str, str]:  # noqa: ANN401
+    """The metadata that were asked for with `--meta`, of which the settings have the keys."""
+    asked = [key for key in keys if isinstance(key, str)] if isinstance(keys, list) else []
+    return dict(parse_entry(f"{key}={metadata[key]}") for key in asked if key in metadata)
 
 
 def _load(text: str, where: str) -> dict[str, Any]:
@@ -307,8 +318,26 @@ USE: Final = frozenset(
 """The keys of metadata that say how a model is to be used."""
 
 
-LONGEST: Final = 1_000_000
-"""Values of more characters are not carried."""
+TITLE: Final = "modelspec.title"
+
+
+LONGEST_TITLE: Final = 200
+"""A longer title is none that another could have in it."""
+
+
+NAMED: Final = 5
+"""So many inputs are named in a title."""
+
+
+DESCRIPTION: Final = frozenset(
+    f"modelspec.{key}"
+    for key in ("title", "author", "description", "date", "usage_hint", "thumbnail", "tags", "trigger_phrase")
+)
+"""The keys of metadata that describe one model, and are true of nothing that is merged of it and others."""
+
+
+IDENTITIES: Final = frozenset({"linear", "n_average", "passthrough"})
+"""Methods that give of a single model what it is."""
 
 
 LICENCE: Final = "modelspec.license"
@@ -341,6 +370,7 @@ def carried_metadata(recipe: Recipe, metadata_of: MetadataOf) -> dict[str, str]:
     """
     layout = recipe.named[recipe.layout_name].source
     own = carried_metadata(layout, metadata_of) if isinstance(layout, Recipe) else metadata_of(layout)
+    stays = recipe.is_conversion or is_one_model(recipe)
     carried = {key: value for key, value in own.items() if len(value) <= LONGEST and _carries(recipe, key)}
     stated = licences(recipe, metadata_of)
     if any(stated.values()):
@@ -350,8 +380,10 @@ def carried_metadata(recipe: Recipe, metadata_of: MetadataOf) -> dict[str, str]:
     titles = dict.fromkeys(
         title for path in recipe.paths() if (title := metadata_of(path).get("modelspec.title")) and len(title) < LONGEST
     )
-    if titles and not (recipe.is_conversion and len(titles) == 1):
+    if titles and not (stays and len(titles) == 1):
         carried[MERGED_FROM] = ", ".join(titles)
+    if not stays and any(key.startswith("modelspec.") for key in own):
+        carried[TITLE] = title_of(recipe, metadata_of)
     return carried
 
 
@@ -359,7 +391,30 @@ def _carries(recipe: Recipe, key: str) -> bool:
     """Whether an output has what the layout's metadata say under a key: what a whole model is, its parts are not."""
     if recipe.only not in ("", "unet", "transformer") and key == "modelspec.architecture":
         return False
-    return key in USE or (recipe.is_conversion and key not in STALE and not key.startswith("streammerge."))
+    if recipe.is_conversion:
+        return key in USE or (key not in STALE and not key.startswith("streammerge."))
+    return key in USE or (key in DESCRIPTION and is_one_model(recipe))
+
+
+def is_one_model(recipe: Recipe) -> bool:
+    """Whether nothing but one model goes into the output, which stays what it is: its form alone may change."""
+    entry, *others = recipe.named.values()
+    changes = recipe.parameters or entry.parameters or any(rule.parameters for rule in recipe.rules)
+    return recipe.method in IDENTITIES and not others and not changes and isinstance(entry.source, Path)
+
+
+def title_of(recipe: Recipe, metadata_of: MetadataOf) -> str:
+    """A merge's own title: `linear of MyMix and b`, by its inputs' titles where they have one, else by their names."""
+    names = [_title_in(entry, metadata_of) for entry in recipe.named.values()]
+    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+    return f"{recipe.method} of {', '.join(names[:NAMED])}{more}"
+
+
+def _title_in(entry: Input, metadata_of: MetadataOf) -> str:
+    if isinstance(entry.source, Recipe):
+        return entry.name
+    title = metadata_of(entry.source).get(TITLE, "")
+    return title if 0 < len(title) <= LONGEST_TITLE else entry.name
 
 
 def licences(recipe: Recipe, metadata_of: MetadataOf) -> dict[str, str | None]:

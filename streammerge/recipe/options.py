@@ -70,12 +70,41 @@ def parse_positive(text: str) -> int:
     return int(text)
 
 
+LONGEST: Final = 1_000_000
+"""Values of metadata of more characters are not written."""
+
+
+OURS: Final = "streammerge."
+"""How the keys of metadata begin that are written by streammerge, and by nobody else."""
+
+
+HASHES: Final = frozenset({"modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash"})
+"""Keys of metadata that say what the tensors' bytes hash to, which nobody knows before they are written."""
+
+
+def parse_entry(text: str) -> tuple[str, str]:
+    """A key of metadata and its value, of `KEY=VALUE`; RecipeError for a key that is not the user's to write."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"expected KEY=VALUE, found {text[:80]!r}")
+    if key == "format" or key.startswith(OURS) or key in HASHES:
+        raise RecipeError(f"{key!r} is not to be written by hand", advice="Hashes are told by --hash.")
+    if len(text) > LONGEST:
+        raise RecipeError(f"the value of {key[:80]!r} has {len(value):,} characters; {LONGEST:,} are written at most")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise RecipeError(f"the value of {key[:80]!r} is no text in UTF-8")
+    return key, value
+
+
 Group = Literal["how to run", "what to write and to show"]
 
 
 @dataclass(frozen=True, slots=True)
 class Typed:
-    """How an option is typed: `parse` makes its value of a word, `words` are all there are; without either, a flag."""
+    """How an option is typed: `parse` makes its value of a word, `words` are all there are; without either, a flag.
+
+    One that `is_repeated` has a value for each time that it is typed; programs give a map.
+    """
 
     name: str
     default: Any
@@ -84,6 +113,7 @@ class Typed:
     metavar: str = ""
     parse: Callable[[str], Any] | None = None
     words: Mapping[str, Any] = field(default_factory=dict)
+    is_repeated: bool = False
 
     @property
     def flag(self) -> str:
@@ -99,6 +129,8 @@ class Typed:
         """The option's value of what a program gives: the same as when it is typed, so "no" is no flag, -1 no size."""
         if given is None and self.default is None:
             return None
+        if self.is_repeated:
+            return self._all(given)
         if self.is_flag and not isinstance(given, bool):
             raise RecipeError(f"{self.name} must be True or False, found {given!r}")
         if self.words and given not in (*self.words, *self.words.values()):
@@ -106,6 +138,16 @@ class Typed:
         if self.words:
             return self.words[given] if isinstance(given, str) else given
         return self._parsed(str(given)) if self.parse else given
+
+    def _all(self, given: Any) -> tuple[Any, ...]:  # noqa: ANN401
+        """The pairs of a map, or those that were typed, each checked; RecipeError for two of one key."""
+        pairs = [*given.items()] if isinstance(given, Mapping) else [*given]
+        words = [word if isinstance(word, str) else "=".join(map(str, word)) for word in pairs]
+        found = tuple(self._parsed(word) for word in words)
+        for key in {key for key, _ in found}:
+            if sum(own == key for own, _ in found) > 1:
+                raise RecipeError(f"{self.name}: {key!r} is given twice", advice="Give it once.")
+        return found
 
     def _parsed(self, text: str) -> Any:  # noqa: ANN401
         """The value of a word; RecipeError, which names the option, if it has none."""
@@ -164,6 +206,13 @@ class Options:
     force: bool = written(False, "replace an existing output")
     metadata: bool = written(True, "don't write the recipe into the output's metadata")
     companions: bool = written(True, "write weights alone to a folder: no config, tokenizer or card beside them")
+    meta: tuple[tuple[str, str], ...] = written(
+        (),
+        "an entry of the output's metadata, such as modelspec.author=me; may be repeated",
+        parse=parse_entry,
+        metavar="KEY=VALUE",
+        is_repeated=True,
+    )
     verify: bool = written(False, "read the output back and compute it again to compare")
     on_nonfinite: NonfinitePolicy = written(
         "warn", "infinite values and NaN (default: warn)", words=same("error", "warn", "ignore")

@@ -21,6 +21,7 @@ from streammerge.compute.expressions import Job
 from streammerge.errors import CheckpointError, OutputError
 from streammerge.formats.files import read_errors
 from streammerge.formats.layout import OutputFile, OutputLayout
+from streammerge.formats.safetensors import is_safetensors
 from streammerge.plan.inputs import OpenInputs
 from streammerge.recipe.metadata import Hashes, stored_names
 from streammerge.recipe.parse import Recipe
@@ -184,6 +185,19 @@ def file_sha256(path: Path) -> str:
     for data in blocks_of(path):
         hasher.update(data)
     return hasher.hexdigest()
+
+
+def hashes_of(path: Path) -> FileHashes:
+    """The hashes of a file; of one that is no safetensors, no hash of its tensors, which don't lie together."""
+    with read_errors(path), path.open("rb") as file:
+        head = file.read(9)
+    left = 8 + int.from_bytes(head[:8], "little") if is_safetensors(head) else -1
+    whole, tensors = hashlib.sha256(), hashlib.sha256()
+    for data in blocks_of(path):
+        whole.update(data)
+        tensors.update(data[max(left, 0) :])
+        left -= min(left, len(data)) if left > 0 else 0
+    return FileHashes(whole.hexdigest(), "" if left < 0 else tensors.hexdigest())
 
 
 def sidecar_of(layout: OutputLayout) -> Path:

@@ -19,6 +19,7 @@ from streammerge.models.architecture import Component, components, count_dtypes,
 from streammerge.models.blocks import Blocks, abridged
 from streammerge.models.codes import find_quantised
 from streammerge.models.prediction import Prediction, few_steps, stated_prediction
+from streammerge.report import short_hashes
 from streammerge.tensors import TensorInfo
 
 LARGEST: Final = 5
@@ -43,7 +44,8 @@ class Inspection:
 
     `container` is the kind of file, such as "safetensors" or "sharded safetensors (3 files)"; `nbytes` the size on
     disk; `dtypes` the element types with the number of tensors of each, most frequent first; `left` what a torch file
-    holds beside the model; `broken` what is wrong with text encoders' positions, by tensor.
+    holds beside the model; `broken` what is wrong with text encoders' positions, by tensor; `hashes` those of its
+    files and of their tensors alone, if they were asked for.
     """
 
     path: Path
@@ -56,6 +58,7 @@ class Inspection:
     tensors: Mapping[str, TensorInfo]
     left: LeftTensors = NONE_LEFT
     broken: Mapping[str, str] = field(default_factory=dict)
+    hashes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def prediction(self) -> Prediction | None:
@@ -118,6 +121,7 @@ class Inspection:
             "blocks": list(self.blocks),
             "components": [_plain_component(part) for part in self.components],
             "largest": _plain_tensors(self.largest()),
+            "hashes": {path: dict(found) for path, found in self.hashes.items()},
             "beside_model": self.left.to_json(),
             "metadata": dict(self.metadata),
         }
@@ -135,6 +139,7 @@ def inspect_model(
     container: str,
     left: LeftTensors = NONE_LEFT,
     broken: Mapping[str, str] | None = None,
+    hashes: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Inspection:
     """Look at a model's header: what it is, and what it is made of."""
     return Inspection(
@@ -148,6 +153,7 @@ def inspect_model(
         tensors=tensors,
         left=left,
         broken=broken or {},
+        hashes=hashes or {},
     )
 
 
@@ -157,7 +163,8 @@ def render(inspection: Inspection, *, tensors: bool = False, match: str | None =
     Names of tensors are never cut. What a stranger wrote is shown without its control characters.
     """
     left = one_line(f"beside the model: {inspection.left}") if inspection.left.count else ""
-    sections = [_heading(inspection), left, _component_table(inspection), _largest_table(inspection)]
+    sections = [_heading(inspection), _hash_lines(inspection.hashes), left]
+    sections += [_component_table(inspection), _largest_table(inspection)]
     if inspection.metadata:
         sections.append(_metadata_table(inspection.metadata, width))
     if tensors or match is not None:
@@ -180,6 +187,15 @@ def _heading(inspection: Inspection) -> str:
         *_quantised_lines(inspection.quantised),
     ]
     return "\n".join([file, f"{inspection.architecture}: {holdings}", *blocks, *told])
+
+
+def _hash_lines(hashes: Mapping[str, Mapping[str, str]]) -> str:
+    """A file's hashes in a line, with its name where there are several."""
+    lines = []
+    for path, found in hashes.items():
+        named = f"   {one_line(Path(path).name)}" if len(hashes) > 1 else ""
+        lines.append(f"sha256 {found['sha256']}   {short_hashes(found['sha256'], found['tensors'])}{named}")
+    return "\n".join(lines)
 
 
 def _meaning_lines(inspection: Inspection) -> list[str]:

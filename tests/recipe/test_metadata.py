@@ -293,6 +293,7 @@ def test_what_says_how_to_use_a_model_is_the_layouts():
         "ss_base_model_version": "sdxl_base_v1-0",
         "v_pred": "",
         "modelspec.license": "OpenRAIL++",
+        "modelspec.title": "linear of a, My XL",
         "modelspec.merged_from": "My XL",
         "streammerge.licenses": '{"a":null,"b":"OpenRAIL++"}',
     }
@@ -320,14 +321,17 @@ def test_the_output_has_what_is_carried(tmp_path):
     tensors = make_tensors(0, shapes=SHAPES)
     paths = [save_model(tmp_path / f"{name}.safetensors", tensors, XL) for name in ("a", "b")]
     recipe = {"merge_method": "linear", "models": [str(path) for path in paths]}
-    for metadata, left_out in ((True, set()), (False, {"streammerge.recipe", "modelspec.merged_from"})):
+    for metadata, left_out in (
+        (True, set()),
+        (False, {"streammerge.recipe", "modelspec.merged_from", "modelspec.title"}),
+    ):
         out = tmp_path / "out.safetensors"
         streammerge.merge(recipe, output=out, sync=False, force=True, metadata=metadata)
         found = metadata_of(out)
         assert found["modelspec.architecture"] == XL["modelspec.architecture"]
         assert found["modelspec.license"] == "OpenRAIL++"
         assert not left_out & found.keys()
-        assert "modelspec.title" not in found
+        assert found.get("modelspec.title") in (None, "linear of My XL, My XL")
         assert (RECIPE in found) == metadata
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from streammerge.cli.arguments import add_entry_argument, new_parser, not_empty
 from streammerge.cli.screen import say
@@ -18,8 +19,17 @@ def run(words: Sequence[str]) -> int:
     add_entry_argument(parser)
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--match", metavar="GLOB", help="list tensors whose name matches")
+    parser.add_argument("--hash", action="store_true", help="read all of it, and show its sha256 and short hashes")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     return inspect(parser.parse_args(words))
+
+
+def hashes(paths: Iterable[Path]) -> Mapping[str, Mapping[str, str]]:
+    """The hashes of files, by path."""
+    from streammerge.storage.hashing import hashes_of
+
+    found = {str(path): hashes_of(path) for path in paths}
+    return {path: {"sha256": each.sha256, "tensors": each.tensors} for path, each in found.items()}
 
 
 def inspect(arguments: argparse.Namespace) -> int:
@@ -40,6 +50,7 @@ def inspect(arguments: argparse.Namespace) -> int:
             container=model.container,
             left=model.left,
             broken=broken_positions(model),
+            hashes=hashes(file.path for file in model.files) if arguments.hash else {},
         )
     if arguments.json:
         say(dump_json(inspection.to_json(tensors=True, match=arguments.match)).rstrip())
