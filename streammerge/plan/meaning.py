@@ -26,12 +26,16 @@ APART: Final = ("Stable Diffusion 1", "Stable Diffusion 2", "SDXL", "SDXL refine
 EMA: Final = "model_ema."
 
 
+STARTS: Final = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")
+"""How the names of a denoiser begin that is not alone in its file."""
+
+
 @dataclass
 class Meaning:
     """Which models give the output's denoiser: noted while a merge's tensors are decided on, and judged afterwards.
 
     `inputs` are the models that are merged. `architectures` are those of models that don't mix with others, `said` is
-    what models say that they predict.
+    what models say that they predict; `givers` are the models that give any of the denoiser, each with such a tensor.
     """
 
     layout: str
@@ -39,7 +43,7 @@ class Meaning:
     architectures: Mapping[str, str]
     said: Mapping[str, Prediction | None]
     has_ema: bool
-    givers: dict[str, bool] = field(default_factory=dict)
+    givers: dict[str, str] = field(default_factory=dict)
     is_merged: bool = False
 
     @classmethod
@@ -57,12 +61,12 @@ class Meaning:
         """The tensor is merged of all inputs."""
         if not self.is_merged and self._is_watched and component_of(name) in DENOISER:
             self.is_merged = True
-            self.givers.update(dict.fromkeys(self.inputs, True))
+            self.givers.update(dict.fromkeys(self.inputs, name))
 
     def note_taken(self, name: str, model: str) -> None:
         """The tensor is a copy of this model's."""
         if model not in self.givers and self._is_watched and component_of(name) in DENOISER:
-            self.givers[model] = True
+            self.givers[model] = name
 
     @property
     def _is_watched(self) -> bool:
@@ -78,8 +82,8 @@ class Meaning:
                 f"{' and '.join(found)} say that they predict different things, and what is mixed of both predicts "
                 "neither",
                 found=[f"{name}   {said}" for name, said in found.items()],
-                advice="Merge models of one kind, keep such tensors out with --keep 'model.diffusion_model.*', or use "
-                f"--on-prediction-mismatch merge: then what the output says of it is what {self.layout} says.",
+                advice=f"Merge models of one kind, {self._apart}, or use --on-prediction-mismatch merge: then what the "
+                f"output says of it is what {self.layout} says.",
             )
 
     def _check_architectures(self) -> None:
@@ -87,8 +91,16 @@ class Meaning:
             raise PlanError(
                 f"{' and '.join(found)} are of different architectures, and what is mixed of both is neither",
                 found=[f"{name}   {architecture}" for name, architecture in found.items()],
-                advice="Merge models of one architecture, or only what they share: --keep 'model.diffusion_model.*'.",
+                advice=f"Merge models of one architecture, or {self._apart}.",
             )
+
+    @property
+    def _apart(self) -> str:
+        """How all but the denoiser is merged."""
+        name = next(iter(self.givers.values()))
+        start = next((start for start in STARTS if name.startswith(start)), "")
+        glob = f"--keep '{start}*'" if start else "--keep GLOB"
+        return f"only what else they share, with {self.layout}'s denoiser ({glob})"
 
     @property
     def _mixed_predictions(self) -> dict[str, Prediction]:
