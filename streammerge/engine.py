@@ -312,6 +312,7 @@ def report_of(
         copied=plan.count("copied"),
         dropped=plan.count("dropped"),
         left_out=plan.merged.left_out,
+        notes=plan.merged.remarks,
         findings=dict(sorted(ledger.findings.items())),
         on_nonfinite=plan.options.on_nonfinite,
         bytes_read=ledger.bytes_read,

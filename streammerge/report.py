@@ -30,6 +30,7 @@ class Report:
     what became of each of them.
     `stale_hashes` is a file of hashes that is not of this output, `resumed_bytes` what an interrupted run had put on
     the disk; no `threads` were at work if that was all. `companions` are the files that lie beside the weights.
+    `notes` are what was told of the models before the merge.
 
     `loops` says what computed: compiled loops, torch, or both. `baseline_rss_bytes` is what a bare `import torch`
     takes, 0 where torch was not imported.
@@ -64,6 +65,7 @@ class Report:
     resumed_bytes: int = 0
     adapters: Sequence[Mapping[str, Any]] = ()
     companions: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     @property
     def nonfinite(self) -> Mapping[str, int]:
@@ -83,6 +85,7 @@ class Report:
                 "total": self.merged + self.copied,
             },
             "left_out": {model: len(names) for model, names in self.left_out.items()},
+            "notes": list(self.notes),
             "nonfinite": sum(self.nonfinite.values()),
             "nonfinite_tensors": dict(self.nonfinite),
             "findings": {name: finding.to_json() for name, finding in self.findings.items()},

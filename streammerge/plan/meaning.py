@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -68,7 +69,7 @@ class Meaning:
         if model not in self.givers and self._is_watched and component_of(name) in DENOISER:
             self.givers[model] = name
 
-    @property
+    @functools.cached_property
     def _is_watched(self) -> bool:
         return self.has_ema or any(self.architectures.values()) or any(self.said.values())
 

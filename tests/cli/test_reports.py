@@ -17,7 +17,7 @@ from tests.cli.small_models import UNET, VAE
 # ── what is printed ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 REPORT_KEYS = [
-    *("output", "companions", "method", "tensors", "left_out", "nonfinite", "nonfinite_tensors", "findings"),
+    *("output", "companions", "method", "tensors", "left_out", "notes", "nonfinite", "nonfinite_tensors", "findings"),
     *("bytes_read", "bytes_written", "resumed_bytes", "seconds"),
     *("peak_rss_bytes", "baseline_rss_bytes", "peak_vram_bytes", "device", "dtype", "threads", "io", "loops"),
     *("inputs", "hashes", "version"),

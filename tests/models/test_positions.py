@@ -50,6 +50,14 @@ def test_broken_ones_are_told_and_mended(tmp_path, case):
     assert torch.equal(made, torch.arange(broken.numel()).reshape(broken.shape))
 
 
+def test_reports_tell_it(tmp_path):
+    paths = save_models(tmp_path, a=encoder(BROKEN["averaged"]), b=encoder())
+    recipe = {"merge_method": "linear", "models": list(map(str, paths.values()))}
+    report = streammerge.merge(recipe, output=tmp_path / "out.safetensors", sync=False)
+    (note,) = report.to_json()["notes"]
+    assert note == f"{NAME}: a's are no positions (stored as F16), and are written as 0, 1, 2 …"
+
+
 @pytest.mark.parametrize("positions", [RIGHT, RIGHT.int(), RIGHT.reshape(77), RIGHT.to(torch.int16)])
 def test_right_ones_are_copied_as_they_are(tmp_path, positions):
     paths = save_models(tmp_path, a=encoder(positions), b=encoder(AVERAGED.half()))
