@@ -158,7 +158,7 @@ def test_the_founding_job_decides_all_tensors():
 
 @pytest.mark.parametrize("policy", ["error", "keep"])
 def test_different_architectures_are_told_by_name(policy):
-    models = {"one": Header(checkpoint("sd1", scale=32)), "two": Header(checkpoint("sd2-base", scale=32))}
+    models = {"one": Header(checkpoint("sd1")), "two": Header(checkpoint("sd2-base"))}
     with pytest.raises(PlanError, match="one and two are of different architectures") as error:
         merged(models, on_shape_mismatch=policy)
     assert error.value.found == ("one   Stable Diffusion 1", "two   Stable Diffusion 2")
