@@ -32,16 +32,8 @@ from streammerge.plan.adapting import told_of, with_adapters
 from streammerge.plan.decide import merge_models
 from streammerge.plan.plan import Plan
 from streammerge.plan.summing import is_sum, sum_of_adapters
-from streammerge.recipe.metadata import (
-    LICENCES,
-    MERGED_FROM,
-    TITLE,
-    Hashes,
-    carried_metadata,
-    is_one_model,
-    recipe_metadata,
-    stored_names,
-)
+from streammerge.recipe.inherited import LICENCES, MERGED_FROM, TITLE, carried_metadata, is_one_model
+from streammerge.recipe.metadata import Hashes, recipe_metadata, stored_names
 from streammerge.recipe.options import Options
 from streammerge.recipe.recipe import Input, Recipe
 from streammerge.tensors import Model

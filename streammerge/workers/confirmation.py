@@ -13,7 +13,8 @@ from streammerge.formats.files import read_errors
 from streammerge.formats.layout import METADATA, lay_out
 from streammerge.models.checkpoints import Checkpoint, open_model
 from streammerge.plan.plan import Plan
-from streammerge.recipe.metadata import INPUTS, LICENCES, MERGED_FROM, RECIPE, SETTINGS, VERSION
+from streammerge.recipe.inherited import LICENCES, MERGED_FROM, TITLE
+from streammerge.recipe.metadata import INPUTS, RECIPE, SETTINGS, VERSION
 from streammerge.report import Watch
 from streammerge.storage.companions import check_companions
 from streammerge.version import __version__
@@ -79,7 +80,7 @@ def _on_metadata(plan: Plan, found: Checkpoint) -> Iterator[str]:
     expected = _metadata(plan)
     names = (expected.keys() | there.keys()) - FROM_THE_RECIPE
     if not plan.options.metadata:
-        names -= {LICENCES, MERGED_FROM}
+        names -= {LICENCES, MERGED_FROM, TITLE}
     if others := sorted(name for name in names if expected.get(name) != there.get(name)):
         raise OutputError(
             f"{found.path}: the tensors are what the recipe gives, {count(others, 'value')} of the metadata not",

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 import streammerge
 from streammerge.cli.main import main
 from streammerge.errors import RecipeError
+from streammerge.recipe.inherited import carried_metadata
 from streammerge.recipe.metadata import (
     RECIPE,
     SETTINGS,
-    carried_metadata,
     is_beside,
     read_recorded,
     recipe_metadata,

@@ -1,0 +1,146 @@
+"""What an output's metadata has from its inputs': what says how it is to be used, licences, and a title of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+from streammerge.recipe.options import LONGEST
+from streammerge.recipe.recipe import Input, Recipe
+
+USE: Final = frozenset(
+    {
+        *(
+            f"modelspec.{key}"
+            for key in (
+                *("sai_model_spec", "architecture", "implementation", "implementation_version", "resolution"),
+                *("prediction_type", "predict_key", "timestep_range", "encoder_layer", "preprocessor"),
+                *("is_negative_embedding", "data_format"),
+            )
+        ),
+        *("ss_base_model_version", "ss_v2", "ss_v_parameterization", "ss_zero_terminal_snr"),
+        *("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args"),
+        *("v_pred", "ztsnr", "prediction_type", "model_type", "config"),
+    }
+)
+"""The keys of metadata that say how a model is to be used."""
+
+
+TITLE: Final = "modelspec.title"
+
+
+LONGEST_TITLE: Final = 200
+"""A longer title is none that another could have in it."""
+
+
+NAMED: Final = 5
+"""So many inputs are named in a title."""
+
+
+DESCRIPTION: Final = frozenset(
+    f"modelspec.{key}"
+    for key in ("title", "author", "description", "date", "usage_hint", "thumbnail", "tags", "trigger_phrase")
+)
+"""The keys of metadata that describe one model, and are true of nothing that is merged of it and others."""
+
+
+IDENTITIES: Final = frozenset({"linear", "n_average", "passthrough"})
+"""Methods that give of a single model what it is."""
+
+
+LICENCE: Final = "modelspec.license"
+
+
+LICENCES: Final = "streammerge.licenses"
+
+
+MERGED_FROM: Final = "modelspec.merged_from"
+
+
+LICENCE_KEYS: Final = (LICENCE, "license")
+
+
+BOTH: Final = " AND "
+"""Between licences that all hold, as in an SPDX expression."""
+
+
+STALE: Final = ("format", "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+"""The keys of metadata that are true of one file alone, which hashes are."""
+
+
+MetadataOf = Callable[[Path], Mapping[str, str]]
+
+
+def carried_metadata(recipe: Recipe, metadata_of: MetadataOf) -> dict[str, str]:
+    """What the output's metadata has from the inputs'; nested recipes' layouts and licences count."""
+    layout = recipe.named[recipe.layout_name].source
+    own = carried_metadata(layout, metadata_of) if isinstance(layout, Recipe) else metadata_of(layout)
+    stays = recipe.is_conversion or is_one_model(recipe)
+    carried = {key: value for key, value in own.items() if len(value) <= LONGEST and _carries(recipe, key)}
+    stated = licences(recipe, metadata_of)
+    if any(stated.values()):
+        distinct = dict.fromkeys(part for text in stated.values() if text for part in text.split(BOTH))
+        carried[LICENCE] = BOTH.join(distinct)
+        carried[LICENCES] = json.dumps(stated, ensure_ascii=False, separators=(",", ":"))
+    titles = dict.fromkeys(
+        title for path in recipe.paths() if (title := metadata_of(path).get("modelspec.title")) and len(title) < LONGEST
+    )
+    if titles and not (stays and len(titles) == 1):
+        carried[MERGED_FROM] = ", ".join(titles)
+    if not stays and any(key.startswith("modelspec.") for key in own):
+        carried[TITLE] = title_of(recipe, metadata_of)
+    return carried
+
+
+def _carries(recipe: Recipe, key: str) -> bool:
+    """Whether an output has what the layout's metadata say under a key: what a whole model is, its parts are not."""
+    if recipe.only not in ("", "unet", "transformer") and key == "modelspec.architecture":
+        return False
+    if recipe.is_conversion:
+        return key in USE or (key not in STALE and not key.startswith("streammerge."))
+    return key in USE or (key in DESCRIPTION and is_one_model(recipe))
+
+
+def is_one_model(recipe: Recipe) -> bool:
+    """Whether nothing but one model goes into the output, which stays what it is: its form alone may change."""
+    entry, *others = recipe.named.values()
+    is_plain = entry == Input(entry.name, entry.source, entry=entry.entry)  # no parameters, adapters, layers
+    changes = recipe.parameters or any(rule.parameters for rule in recipe.rules)
+    return recipe.method in IDENTITIES and not others and is_plain and not changes and isinstance(entry.source, Path)
+
+
+def title_of(recipe: Recipe, metadata_of: MetadataOf) -> str:
+    """A merge's own title: `linear of MyMix and b`, by its inputs' titles where they have one, else by their names."""
+    names = [_title_in(entry, metadata_of) for entry in recipe.named.values()]
+    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+    return f"{recipe.method} of {', '.join(names[:NAMED])}{more}"
+
+
+def _title_in(entry: Input, metadata_of: MetadataOf) -> str:
+    if isinstance(entry.source, Recipe):
+        return entry.name
+    title = metadata_of(entry.source).get(TITLE, "")
+    return title if 0 < len(title) <= LONGEST_TITLE else entry.name
+
+
+def licences(recipe: Recipe, metadata_of: MetadataOf) -> dict[str, str | None]:
+    """The licence that each input states, those of nested recipes as `NAME/INPUT`; None for one that states none."""
+    found: dict[str, str | None] = {}
+    for entry in recipe.named.values():
+        if isinstance(entry.source, Recipe):
+            inner = licences(entry.source, metadata_of)
+            found |= {f"{entry.name}/{name}": text for name, text in inner.items()}
+        else:
+            found[entry.name] = licence(metadata_of(entry.source))
+        for each in entry.adapters:
+            if isinstance(each.source, Path):
+                found[f"{entry.name}+{each.name}"] = licence(metadata_of(each.source))
+    return found
+
+
+def licence(metadata: Mapping[str, str]) -> str | None:
+    """The licence that a file states, if it does."""
+    texts = [text for key in LICENCE_KEYS if (text := metadata.get(key)) and len(text) <= LONGEST]
+    return texts[0] if texts else None
