@@ -32,7 +32,7 @@ from streammerge.plan.adapting import told_of, with_adapters
 from streammerge.plan.decide import merge_models
 from streammerge.plan.plan import Plan
 from streammerge.plan.summing import is_sum, sum_of_adapters
-from streammerge.recipe.inherited import LICENCES, MERGED_FROM, TITLE, carried_metadata, is_one_model
+from streammerge.recipe.inherited import LICENCES, MERGED_FROM, TITLE, carried_metadata, stays_itself
 from streammerge.recipe.metadata import Hashes, recipe_metadata, stored_names
 from streammerge.recipe.options import Options
 from streammerge.recipe.recipe import Input, Recipe
@@ -246,7 +246,7 @@ def output_metadata(
         return marks | dict(options.meta)
     marks |= carried_metadata(recipe, lambda path: opened.opened(path).metadata)
     if not options.metadata:
-        names_inputs = {LICENCES, MERGED_FROM} if is_one_model(recipe) else {LICENCES, MERGED_FROM, TITLE}
+        names_inputs = {LICENCES, MERGED_FROM} if stays_itself(recipe) else {LICENCES, MERGED_FROM, TITLE}
         marks = {key: text for key, text in marks.items() if key not in names_inputs}
         return marks | dict(options.meta)
     return marks | dict(options.meta) | recipe_metadata(recipe, options, hashes)

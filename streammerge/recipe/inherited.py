@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from streammerge.recipe.options import LONGEST
-from streammerge.recipe.recipe import Input, Recipe
+from streammerge.recipe.recipe import Input, Recipe, Rule
 
 USE: Final = frozenset(
     {
@@ -77,7 +77,7 @@ def carried_metadata(recipe: Recipe, metadata_of: MetadataOf) -> dict[str, str]:
     """What the output's metadata has from the inputs'; nested recipes' layouts and licences count."""
     layout = recipe.named[recipe.layout_name].source
     own = carried_metadata(layout, metadata_of) if isinstance(layout, Recipe) else metadata_of(layout)
-    stays = recipe.is_conversion or is_one_model(recipe)
+    stays = stays_itself(recipe)
     carried = {key: value for key, value in own.items() if len(value) <= LONGEST and _carries(recipe, key)}
     stated = licences(recipe, metadata_of)
     if any(stated.values()):
@@ -98,17 +98,23 @@ def _carries(recipe: Recipe, key: str) -> bool:
     """Whether an output has what the layout's metadata say under a key: what a whole model is, its parts are not."""
     if recipe.only not in ("", "unet", "transformer") and key == "modelspec.architecture":
         return False
-    if recipe.is_conversion:
+    if stays_itself(recipe) and recipe.is_conversion:
         return key in USE or (key not in STALE and not key.startswith("streammerge."))
-    return key in USE or (key in DESCRIPTION and is_one_model(recipe))
+    return key in USE or (key in DESCRIPTION and stays_itself(recipe))
 
 
-def is_one_model(recipe: Recipe) -> bool:
-    """Whether nothing but one model goes into the output, which stays what it is: its form alone may change."""
-    entry, *others = recipe.named.values()
+def stays_itself(recipe: Recipe) -> bool:
+    """Whether one model goes into the output and stays what it is: its form may change, or a whole component."""
+    entry = recipe.inputs[0]
     is_plain = entry == Input(entry.name, entry.source, entry=entry.entry)  # no parameters, adapters, layers
-    changes = recipe.parameters or any(rule.parameters for rule in recipe.rules)
-    return recipe.method in IDENTITIES and not others and is_plain and not changes and isinstance(entry.source, Path)
+    is_alone = len(recipe.inputs) == 1 and recipe.base is None and isinstance(entry.source, Path)
+    changes = recipe.parameters or any(rule.parameters or _puts_in(rule) for rule in recipe.rules)
+    return recipe.method in IDENTITIES and is_alone and is_plain and not changes
+
+
+def _puts_in(rule: Rule) -> bool:
+    """Whether a rule has tensors of another model in this one's place, and no whole component."""
+    return rule.action == "take" and not rule.component
 
 
 def title_of(recipe: Recipe, metadata_of: MetadataOf) -> str:
