@@ -64,7 +64,7 @@ def _check(recipe: Recipe, naming: Naming | None) -> None:
     """PlanError for what can't be asked for where adapters are added up."""
     asked = {
         "a base": recipe.base is not None,
-        "rules, or converting": bool(recipe.rules),
+        "rules or a conversion": bool(recipe.rules),
         "only one component": bool(recipe.only),
         "what training left": recipe.prune or recipe.ema != "keep",
         "a layout": recipe.layout_name != recipe.inputs[0].name,

@@ -102,7 +102,7 @@ def test_the_bytes_are_the_same_however_it_is_done(tmp_path):
         scale = {"dora_scale": torch.ones(1, rest[0], *[1] * (len(rest) - 1))} if name == "kernels" else {}
         adapter |= parts(f"lora_unet_{name}", lora_up__weight=up, lora_down__weight=down, **scale)
     first = bake(tmp_path, model, adapter, threads=1, io="pread")
-    for options in ({"threads": 3, "io": "mmap"}, {"threads": 2, "io": "pread"}, {"threads": 1, "max_ram": "2GB"}):
+    for options in ({"threads": 3, "io": "mmap"}, {"threads": 2, "io": "pread"}, {"threads": 1, "max_ram": "16GB"}):
         assert_same_bytes(bake(tmp_path, model, adapter, **options), first)
 
 

@@ -171,7 +171,7 @@ def test_the_command(folder, capsys):
     [
         (["a.safetensors", "b.safetensors", "-m", "slerp"], "2 models are adapters"),
         (["a.safetensors", "m.safetensors"], "1 model is an adapter"),
-        (["a.safetensors", "b.safetensors", "--drop", "*"], "where rules has no meaning"),
+        (["a.safetensors", "b.safetensors", "--drop", "*"], "where rules or a conversion has no meaning"),
         (["a.safetensors", "b.safetensors", "--layout", "b.safetensors"], "where a layout has no meaning"),
         (["a.safetensors", "b.safetensors", "--base", "a.safetensors", "-m", "task_arithmetic"], "are adapters"),
     ],
