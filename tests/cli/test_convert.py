@@ -98,7 +98,7 @@ def test_a_model_of_any_kind_is_cast_and_cut_into_shards(tmp_path, monkeypatch, 
         (("a.safetensors", "--take", "vae=", "-o", "x.safetensors"), "expected GLOB=MODEL"),
         (
             ("lora.safetensors", "-o", "x.safetensors"),
-            "adapters are added up, where rules, or converting has no meaning",
+            "adapters are added up, where rules or a conversion has no meaning",
         ),
         (("a.safetensors", "--vae", "no.safetensors", "-o", "x.safetensors"), "no.safetensors: can't be read"),
         (("a.safetensors", "--vae", "a.safetensors", "--take", "vae=a.safetensors", "-o", "x"), "1 rule matches no"),
