@@ -148,7 +148,8 @@ def save_again(path: Path, metadata: dict[str, str] | None = None, flip: str = "
 
 PARTS = {
     "metadata": ({"modelspec.license": "GPL"}, "", 'modelspec.license: found "GPL", expected "MIT"'),
-    "more metadata": ({"modelspec.title": "mine"}, "", 'modelspec.title: found "mine", expected none'),
+    "more metadata": ({"modelspec.author": "mine"}, "", 'modelspec.author: found "mine", expected none'),
+    "another title": ({"modelspec.title": "mine"}, "", 'modelspec.title: found "mine", expected "linear of a, b"'),
     "tensors": ({}, "x", "1 tensor is not what the recipe gives\n  x\n"),
 }
 
