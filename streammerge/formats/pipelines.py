@@ -7,14 +7,13 @@ weights and a `config.json`. Folders that it doesn't name (older weights, other 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from streammerge.errors import CheckpointError, count, plural
-from streammerge.formats.header_entries import MalformedHeaderError, no_duplicates
+from streammerge.formats.header_entries import MalformedHeaderError, read_object
 from streammerge.formats.shards import PREFERRED, find_weights, is_index, is_model, is_plain_name
 
 INDEX: Final = "model_index.json"
@@ -108,24 +107,13 @@ def _is_needed(folder: Path) -> bool:
 def _named(index: Path) -> Mapping[str, str]:
     """The class of each component, those left out that the pipeline does without."""
     try:
-        values = _read(index)
+        values = read_object(index, MAX_BYTES)
     except (OSError, ValueError, RecursionError, MalformedHeaderError) as problem:
         raise CheckpointError(
             f"{index}: can't be read as a pipeline's index: {getattr(problem, 'strerror', None) or problem}",
             advice="Fetch it again, or name a component's own folder.",
         ) from None
     return {name: value[1] for name, value in values.items() if _is_component(name, value)}
-
-
-def _read(index: Path) -> Mapping[str, Any]:
-    with index.open("rb") as file:
-        encoded = file.read(MAX_BYTES + 1)
-    if len(encoded) > MAX_BYTES:
-        raise MalformedHeaderError(f"it is longer than {MAX_BYTES} bytes")
-    values = json.loads(encoded.removeprefix(b"\xef\xbb\xbf").decode("utf-8"), object_pairs_hook=no_duplicates)
-    if not isinstance(values, dict):
-        raise MalformedHeaderError("it is no map")
-    return values
 
 
 def _is_component(name: str, value: Any) -> bool:  # noqa: ANN401

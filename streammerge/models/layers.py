@@ -7,7 +7,6 @@ that counts. What lies beyond the last layer takes the gradient's last value.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from streammerge.errors import CheckpointError
-from streammerge.formats.header_entries import MalformedHeaderError, no_duplicates
+from streammerge.formats.header_entries import MalformedHeaderError, read_object
 from streammerge.formats.shards import is_index, is_model
 from streammerge.models.views import beneath
 
@@ -142,14 +141,7 @@ def config_beside(path: Path) -> Mapping[str, Any]:
 
 def read_config(file: Path) -> Mapping[str, Any]:
     """The values of a config.json; one of several kinds of error, all told by `config_beside`, if it is none."""
-    with file.open("rb") as opened:
-        encoded = opened.read(MAX_CONFIG + 1)
-    if len(encoded) > MAX_CONFIG:
-        raise MalformedHeaderError(f"it is longer than {MAX_CONFIG} bytes")
-    config = json.loads(encoded.removeprefix(b"\xef\xbb\xbf").decode("utf-8"), object_pairs_hook=no_duplicates)
-    if not isinstance(config, dict):
-        raise MalformedHeaderError("it is no map")
-    return config
+    return read_object(file, MAX_CONFIG)
 
 
 def _owns_folder(path: Path) -> bool:
