@@ -120,7 +120,7 @@ class Report:
         for found in self.hashes.values() if len(self.hashes) == 1 else ():
             rows += [("sha256", found["sha256"]), ("short", short_hashes(found["sha256"], found["tensors"]))]
         if self.peak_vram_bytes:
-            rows.append(("peak VRAM", format_size(self.peak_vram_bytes)))
+            rows.append(("peak VRAM", format_size(self.peak_vram_bytes) + " on one card" * ("," in self.device)))
         return rows
 
     def _rows_of_work(self) -> list[tuple[str, str]]:
@@ -134,7 +134,7 @@ class Report:
             ("time", f"{seconds['total']:.1f} s: " + ", ".join(f"{seconds[part]:.1f} {part}" for part in PARTS)),
             ("rate", f"{rate:.1f} GB/s while merging"),
             ("peak RAM", f"{format_size(self.peak_rss_bytes)}, {self._above}"),
-            ("run on", ", ".join(filter(None, (self.device, f"{self.threads} threads", self.io, self.loops)))),
+            ("run on", ", ".join(filter(None, (self.device.replace(",", "+"), f"{self.threads} threads", self.io, self.loops)))),
         ]
 
     @staticmethod

@@ -7,8 +7,9 @@ slot is used again.
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final, Literal
 
 import torch
@@ -32,11 +33,14 @@ NO_FLOAT64: Final = frozenset({"mps"})
 """Kinds of device that can't hold float64."""
 
 
-def open_lanes(device: torch.device, io: Literal["mmap", "pread"], allotment: Allotment) -> list[Lane]:
-    """As many lanes as were allotted, each with a reader of its own."""
-    allocate = pinned_bytes if device.type == "cuda" else page_aligned
+def open_lanes(devices: Sequence[torch.device], io: Literal["mmap", "pread"], allotment: Allotment) -> list[Lane]:
+    """As many lanes as were allotted, spread over the devices in turn, each with a reader of its own."""
+    allocate = pinned_bytes if devices[0].type == "cuda" else page_aligned
     readers = [open_reader(io, allotment.mapped_bytes, allocate) for _ in range(allotment.threads)]
-    return [open_lane(reader, device, allotment.blocks) for reader in readers]
+    return [
+        open_lane(reader, device, allotment.blocks)
+        for reader, device in zip(readers, itertools.cycle(devices), strict=False)
+    ]
 
 
 def open_lane(reader: Reader, device: torch.device, blocks: int = 1) -> Lane:
@@ -55,25 +59,76 @@ def find_device(name: str) -> torch.device:
         return torch.device(available[-1] if len(available) > 1 else "cpu")
     if name in available:
         return torch.device(name)
-    raise DeviceError(
+    raise _not_there(name, available)
+
+
+def _not_there(name: str, available: Sequence[str]) -> DeviceError:
+    """The error for a device that this machine has not."""
+    return DeviceError(
         f"no device {name!r} on this machine",
         found=[f"there is: {', '.join(available)}"],
         advice="Choose one of these with --device.",
     )
 
 
+def find_devices(name: str) -> tuple[torch.device, ...]:
+    """The devices that share the work: `cuda:all`, several with commas between them, or one as `find_device` does it.
+
+    DeviceError if one isn't there, or is named twice, and if they are not alike: then the bytes of products and
+    decompositions would depend on which of them had made a tensor.
+    """
+    kind, _, which = name.partition(":")
+    if which == "all":
+        available = available_devices()
+        found = [one for one in available if one.startswith(f"{kind}:")]
+        if not found:
+            raise _not_there(name, available)
+        devices = tuple(map(torch.device, found))
+    else:
+        devices = tuple(map(find_device, name.split(",")))
+    _check_alike(name, devices)
+    return devices
+
+
+def _check_alike(name: str, devices: Sequence[torch.device]) -> None:
+    """DeviceError unless all are cards of one kind, each one named once."""
+    if len(devices) == 1:
+        return
+    if any(device.type == "cpu" or device.index is None for device in devices):
+        raise DeviceError(
+            f"--device {name}: only cards with a number can share the work",
+            advice="Name them as in cuda:0,cuda:1, or all of them: cuda:all.",
+        )
+    if len(set(devices)) < len(devices):
+        raise DeviceError(f"--device {name} names a card twice", advice="Name each card once.")
+    models = [model_of(device) for device in devices]
+    if len(set(models)) > 1:
+        raise DeviceError(
+            f"--device {name}: these cards are not alike, so the output's last bits would depend on which does what",
+            found=[f"{device} is {model}" for device, model in zip(devices, models, strict=True)],
+            advice=f"Name those that are alike, such as --device {devices[0]}.",
+        )
+
+
+def model_of(device: torch.device) -> str:
+    """What the card is called by its maker; "" where nothing tells."""
+    backend = getattr(torch, device.type, None)
+    named = getattr(backend, "get_device_name", None)
+    return f"{device.type} {named(device)}" if named else device.type
+
+
 VRAM_LEFT: Final = 0.9
 """The share of a card's free memory that may be taken: other programs want some too."""
 
 
-def vram_limit(device: torch.device, wanted: int | None, held: int = 0) -> int | None:
-    """What may be taken of the card's memory: no more than is free now; None where there is no such memory.
+def vram_limit(devices: Sequence[torch.device], wanted: int | None, held: int = 0) -> int | None:
+    """What may be taken of each card's memory: no more than is free now of any; None where there is no such memory.
 
     Unless told otherwise that is the lanes' share, and what whole tensors take that are held there.
     """
-    if device.type != "cuda":
+    if devices[0].type != "cuda":
         return wanted
-    free, _ = torch.cuda.mem_get_info(device)
+    free = min(torch.cuda.mem_get_info(device)[0] for device in devices)
     return min(wanted or VRAM_BYTES + held, int(free * VRAM_LEFT))
 
 

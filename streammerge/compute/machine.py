@@ -56,8 +56,13 @@ CARD_THREADS: Final = 4
 """The most workers on a card unless the user asks for more: each has two ranges under way, and more share one bus."""
 
 
-CARD_BLOCKS: Final = 8
-"""Blocks that a card takes at once at the most: it is as soon done with 2²¹ elements as with one block."""
+CARD_BLOCKS: Final = {"mps": 4}
+"""Blocks that a card of a kind takes at once at the most, if it is not the usual number: what shares main memory and its
+bus with the CPU gains nothing by longer ranges than hide its launches."""
+
+
+USUAL_BLOCKS: Final = 8
+"""The same of all others: a card is as soon done with 2²¹ elements as with one block."""
 
 
 CARD_PINNED_BYTES: Final = 96 * MIB
@@ -73,7 +78,8 @@ class Allotment:
     """How the memory is shared out: the number of lanes, what each keeps mapped, what all takes together, and how much
     of that is for whole tensors and the like, which are held beside the lanes' buffers.
 
-    `blocks` is how many blocks of elements a lane takes at once: on a card more than one.
+    `blocks` is how many blocks of elements a lane takes at once: on a card more than one. Lanes are spread over so many
+    `cards`.
     """
 
     threads: int
@@ -81,6 +87,7 @@ class Allotment:
     work_bytes: int
     held_bytes: int = 0
     blocks: int = 1
+    cards: int = 1
 
 
 def share_out(
@@ -91,17 +98,19 @@ def share_out(
     device_limit: int | None = None,
     most_threads: int = MAX_THREADS,
     mapped: tuple[int, int] = MAPPED_BYTES,
+    devices: int = 1,
 ) -> Allotment:
     """As many lanes of this size, and what they keep `mapped`, as fit the limit and as there are cores for; one at the
     least.
 
-    `device_limit` bounds the lanes' buffers on a device of its own, which are no larger than those in main memory.
+    `device_limit` bounds the lanes' buffers on each of so many `devices`, which are no larger than those in main
+    memory.
     """
     most, least = mapped
     limit = max(limit or DEFAULT_WORK_BYTES, lane_bytes + least)
     count = min(threads or min(usable_cores(), most_threads), limit // max(lane_bytes + least, 1))
     if device_limit is not None:
-        count = max(1, min(count, device_limit // max(lane_bytes, 1)))
+        count = max(1, min(count, devices * (device_limit // max(lane_bytes, 1))))
     kept = min(most, limit // count - lane_bytes)
     return Allotment(count, kept, count * (lane_bytes + kept))
 
@@ -151,6 +160,19 @@ def choose_device(name: str, devices: Path = Path("/dev")) -> str:
     if name != "auto" or sys.platform != "linux":
         return name
     return name if any(any(devices.glob(card)) for card in CARDS) else "cpu"
+
+
+def cards_of(name: str, devices: Path = Path("/dev")) -> int:
+    """How many cards a device's name stands for, as far as that is known without torch; one at the least."""
+    kind, _, which = name.partition(":")
+    if which != "all":
+        return name.count(",") + 1
+    if kind != "cuda" or sys.platform != "linux":
+        return 1
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return max(len([word for word in visible.split(",") if word.strip()]), 1)
+    return max(len([*devices.glob("nvidia[0-9]*")]), 1)
 
 
 def usable_cores() -> int:

@@ -24,8 +24,10 @@ from streammerge.compute.machine import (
     MAX_THREADS,
     MIB,
     PROMISED_BYTES,
+    USUAL_BLOCKS,
     VRAM_BYTES,
     Allotment,
+    cards_of,
     choose_device,
     choose_io,
     free_bytes,
@@ -145,12 +147,21 @@ class Plan:
         """What a card that can decompose holds beside them, for the tensor that takes the most of it."""
         return max((kind.card_bytes for kind in self.jobs.kinds), default=0)
 
-    def allot(self, work_limit: int | None = None, vram_limit: int | None = None, *, card_bytes: int = 0) -> Allotment:
-        """Share `work_limit` bytes out to lanes, as many as fit, and the card's memory, and the machine has cores for.
+    def allot(
+        self,
+        work_limit: int | None = None,
+        vram_limit: int | None = None,
+        *,
+        card_bytes: int = 0,
+        cards: int | None = None,
+    ) -> Allotment:
+        """Share `work_limit` bytes out to lanes, as many as fit, and the cards' memory, and the machine has cores for.
 
         Whole tensors are held beside the lanes' buffers: one at the least, and one for every lane where there is room;
-        on the card if it is to hold so many bytes of them, which have to fit its limit.
+        on the card if it is to hold so many bytes of them, which have to fit its limit. The limit is each card's; all
+        that is held has room on one, because nothing says on which it will be.
         """
+        cards = cards_of(self.options.device) if cards is None else cards
         held, vram = self.held_bytes, vram_limit or self.options.max_vram
         usual = min(DEFAULT_WORK_BYTES, max(PROMISED_BYTES - self.fixed_bytes - self.described_bytes, MIB))
         lanes_limit = usual if work_limit is None else work_limit - held
@@ -159,19 +170,22 @@ class Plan:
             self.options.threads,
             lanes_limit,
             device_limit=None if vram is None else vram - card_bytes,
-            most_threads=self._most_threads,
+            most_threads=self._most_threads * cards,
             mapped=self.mapped_bytes,
+            devices=cards,
         )
+        each = -(-shared.threads // cards)
         if held:
             room = self._room_beside(shared.work_bytes) if work_limit is None else work_limit - shared.work_bytes
             if card_bytes and vram is not None:
-                room = min(room, vram - max(VRAM_BYTES, shared.threads * self.lane_bytes))
+                room = min(room, vram - max(VRAM_BYTES, each * self.lane_bytes))
             held = max(held, min(room, self.held_together(shared.threads)))
         if card_bytes and vram is not None:
             vram -= held  # the rest is for the lanes
-        blocks = self._card_blocks(shared, vram, None if work_limit is None else work_limit - shared.work_bytes - held)
-        pinned = shared.threads * blocks * self.pinned_bytes
-        return replace(shared, held_bytes=held, work_bytes=shared.work_bytes + held + pinned, blocks=blocks)
+        left = None if work_limit is None else work_limit - shared.work_bytes - held
+        blocks = self._card_blocks(each, vram, left, cards=min(cards, shared.threads))
+        work = shared.work_bytes + held + shared.threads * blocks * self.pinned_bytes
+        return replace(shared, held_bytes=held, work_bytes=work, blocks=blocks, cards=min(cards, shared.threads))
 
     @property
     def _most_threads(self) -> int:
@@ -185,13 +199,14 @@ class Plan:
         """What a card's lane pins of main memory for each block of a range, at the most; 0 on the CPU."""
         return max((kind.pinned_bytes for kind in self.jobs.kinds), default=0)
 
-    def _card_blocks(self, shared: Allotment, vram: int | None, left: int | None) -> int:
-        """How many blocks the lanes of a card take at once, in its memory and in what is `left` of main memory."""
+    def _card_blocks(self, lanes: int, vram: int | None, left: int | None, *, cards: int) -> int:
+        """How many blocks the lanes of each card take at once, in its memory and in what is `left` of main memory."""
         if not self.pinned_bytes:
             return 1
-        room = (vram or VRAM_BYTES) // (shared.threads * max(self.lane_bytes, 1))
-        pinned = (CARD_PINNED_BYTES if left is None else left) // (shared.threads * self.pinned_bytes)
-        return max(1, min(CARD_BLOCKS, room, pinned))
+        most = CARD_BLOCKS.get(self.options.device.partition(":")[0], USUAL_BLOCKS)
+        room = (vram or VRAM_BYTES) // (lanes * max(self.lane_bytes, 1))
+        pinned = (CARD_PINNED_BYTES * cards if left is None else left) // (lanes * cards * self.pinned_bytes)
+        return max(1, min(most, room, pinned))
 
     def _room_beside(self, lanes_bytes: int) -> int:
         """What may be held beside the lanes where there is no limit: for one tensor where that keeps the promise."""
@@ -340,16 +355,16 @@ def plain(parameters: Mapping[str, ParameterValue]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in parameters.items()}
 
 
-def allot_memory(plan: Plan, resident: int, vram: int | None, *, card_bytes: int = 0) -> Allotment:
+def allot_memory(plan: Plan, resident: int, vram: int | None, *, card_bytes: int = 0, cards: int = 1) -> Allotment:
     """Share out what --max-ram leaves beside what the process takes already; PlanError naming the least that works.
 
-    `vram` is what may be taken of the card's memory, `card_bytes` what whole tensors take of it.
+    `vram` is what may be taken of each of so many cards' memory, `card_bytes` what whole tensors take of it.
     """
     limit = plan.options.max_ram
     if vram is not None:
         _check_vram(plan, vram, card_bytes)
     if limit is None:
-        return plan.allot(vram_limit=vram, card_bytes=card_bytes)
+        return plan.allot(vram_limit=vram, card_bytes=card_bytes, cards=cards)
     needed = plan.lane_bytes + plan.mapped_bytes[1] + plan.held_bytes
     fixed = resident + OVERHEAD_BYTES
     taking = "Python and torch take" if plan.needs_torch else "Python takes"
@@ -360,7 +375,7 @@ def allot_memory(plan: Plan, resident: int, vram: int | None, *, card_bytes: int
             # one to spare: what these take is not the same to the page in every process
             advice=f"The least that works is {-(-(fixed + needed) // MIB) + 1}MiB.",
         )
-    return plan.allot(limit - fixed, vram, card_bytes=card_bytes)
+    return plan.allot(limit - fixed, vram, card_bytes=card_bytes, cards=cards)
 
 
 def _check_vram(plan: Plan, vram: int, card_bytes: int) -> None:

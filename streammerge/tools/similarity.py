@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from streammerge.compute.devices import find_device, open_lanes
+from streammerge.compute.devices import find_devices, open_lanes
 from streammerge.compute.expressions import ByBlock, Node
 from streammerge.compute.machine import MIB, IoMode, choose_io, share_out
 from streammerge.compute.tensor_maker import TensorMaker
@@ -97,7 +97,7 @@ def compare_models(
     progress = Progress(sum(a.tensors[name].nbytes + b.tensors[name].nbytes for name in comparable))
     works = (_Comparing(name, [model.node(name) for model in values], found, progress) for name in comparable)
     paths = [file.path for file in (*a.files, *b.files)]
-    lanes = open_lanes(find_device(device), choose_io(io, paths), share_out(LANE_BYTES, threads))
+    lanes = open_lanes(find_devices(device), choose_io(io, paths), share_out(LANE_BYTES, threads))
     run(works, [TensorMaker(lane) for lane in lanes], lambda: watch(progress) if watch else None)
     return Comparison(
         path_a=str(a.path),

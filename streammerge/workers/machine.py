@@ -46,20 +46,23 @@ class Machine:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.measured: ModelStatistics = {}
-        self.baseline, self.device, vram, card_bytes = 0, "cpu", plan.options.max_vram, 0
+        self.baseline, self.device, self.cards = 0, "cpu", 1
+        vram, card_bytes = plan.options.max_vram, 0
         if plan.needs_torch:
             import_torch()
-            from streammerge.compute.devices import check_float64, find_device, vram_limit
+            from streammerge.compute.devices import check_float64, find_devices, vram_limit
 
-            device = find_device(plan.options.device)
-            check_float64(device, plan.jobs)
-            card_bytes = plan.card_bytes if device.type in DECOMPOSING else 0
-            self.device, vram = str(device), vram_limit(device, plan.options.max_vram, card_bytes)
+            devices = find_devices(plan.options.device)
+            check_float64(devices[0], plan.jobs)
+            card_bytes = plan.card_bytes if devices[0].type in DECOMPOSING else 0
+            self.device, self.cards = ",".join(map(str, devices)), len(devices)
+            vram = vram_limit(devices, plan.options.max_vram, card_bytes)
         resident = resident_bytes()
         if "torch" in sys.modules:
             # a bare import of torch would take as much without this package, and without what is kept of the models
             self.baseline = resident - OWN_BYTES - plan.described_bytes
-        self.allotment = allot_memory(plan, resident, vram, card_bytes=card_bytes)
+        self.allotment = allot_memory(plan, resident, vram, card_bytes=card_bytes, cards=self.cards)
+        self.device = ",".join(self.device.split(",")[: self.allotment.cards])  # others have no lane
         self.io = self._io()
 
     def _io(self) -> Literal["mmap", "pread"]:
@@ -81,10 +84,10 @@ class Machine:
         if self.device == "cpu" and kernels() is not None:
             mapped = self.allotment.mapped_bytes
             return [KernelMaker(open_reader(self.io, mapped, fill=filled)) for _ in range(self.allotment.threads)]
-        from streammerge.compute.devices import find_device, open_lanes
+        from streammerge.compute.devices import find_devices, open_lanes
         from streammerge.compute.tensor_maker import TensorMaker
 
-        return [TensorMaker(lane) for lane in open_lanes(find_device(self.device), self.io, self.allotment)]
+        return [TensorMaker(lane) for lane in open_lanes(find_devices(self.device), self.io, self.allotment)]
 
     def run(
         self,
@@ -146,12 +149,12 @@ class Machine:
         return Extent(len(samples), len(self.plan.jobs), len(copied) + computed_samples(samples))
 
     def peak_vram_bytes(self) -> int:
-        """The most memory that was taken on a CUDA device."""
+        """The most memory that was taken on a CUDA device; of several, on the one of which most was taken."""
         if not self.device.startswith("cuda"):
             return 0
         import torch
 
-        return torch.cuda.max_memory_allocated(self.device)
+        return max(map(torch.cuda.max_memory_allocated, self.device.split(",")))
 
 
 def uses_own_methods(plan: Plan) -> bool:

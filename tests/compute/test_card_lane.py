@@ -6,15 +6,13 @@ written to before: a lane that doesn't wait where it has to gives wrong bytes, o
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
 import pytest
 import torch
 
-from streammerge.compute import cuda, devices, tensor_maker
+from benchmarks.standin import CPU, Cards, LateCard
+from streammerge.compute import tensor_maker
 from streammerge.compute.costs import RING
-from streammerge.compute.cuda import CudaLane, bytes_of
+from streammerge.compute.cuda import CudaLane
 from streammerge.compute.expressions import BLOCK, Term, combine
 from streammerge.compute.makers import Wanted
 from streammerge.compute.tensor_maker import BlocksAhead, TensorMaker
@@ -23,125 +21,23 @@ from streammerge.tensors import DTYPES
 from tests.make.models import assert_same_bytes, merge_to, normal, raw_bytes, store_tensors
 from tests.references.cases import CASES, ONE_CASE_EACH, mostly
 
-CPU = torch.device("cpu")
-
-
-class LateCard:
-    """Copies that arrive when their event is waited for, and how often anything was waited for."""
-
-    def __init__(self) -> None:
-        self.pinned: list[torch.Tensor] = []
-        self.begun: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        self.under_way: dict[int, Event] = {}
-        self.arriving: set[int] = set()
-        self.waits = 0
-
-    def pin(self, nbytes: int) -> memoryview:
-        self.pinned.append(torch.zeros(max(nbytes, 1), dtype=torch.uint8))
-        return bytes_of(self.pinned[-1])[:nbytes]
-
-    def is_pinned(self, values: torch.Tensor) -> bool:
-        return any(0 <= values.data_ptr() - memory.data_ptr() < memory.numel() for memory in self.pinned)
-
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-        assert source.data_ptr() not in self.under_way, "the last copy from here has not been waited for"
-        self.begun.append((target, source, source.clone()))
-        if self.is_pinned(target):
-            assert target.data_ptr() not in self.arriving, "what was to arrive here has not been waited for"
-            self.arriving.add(target.data_ptr())
-            return target.view(torch.uint8).random_(1, 255).view(target.dtype)
-        assert self.is_pinned(source), "a copy from memory that is not pinned is waited for"
-        return copy(target, source)
-
-
-class Event:
-    """An event of the late card."""
-
-    def __init__(self, card: LateCard) -> None:
-        self.card = card
-        self.copies: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        self.is_awaited = False
-
-    def record(self, stream: Any) -> None:
-        self.copies, self.card.begun = self.card.begun, []
-        self.card.under_way |= {source.data_ptr(): self for _, source, _ in self.copies if self.card.is_pinned(source)}
-
-    def synchronize(self) -> None:
-        assert not self.is_awaited
-        self.is_awaited = True
-        self.card.waits += 1
-        for target, source, content in self.copies:
-            if self.card.is_pinned(target):
-                copy(target, content)
-                self.card.arriving.discard(target.data_ptr())
-            else:
-                assert raw_bytes(source) == raw_bytes(content), "written to while it was being sent"
-                self.card.under_way.pop(source.data_ptr(), None)
-
-
-class Stream:
-    """Its stream: whoever waits for it has everything that was begun."""
-
-    def __init__(self, card: LateCard) -> None:
-        self.card = card
-        self.waits = 0
-
-    def synchronize(self) -> None:
-        self.waits += 1
-        event = Event(self.card)
-        event.record(self)
-        event.synchronize()
-        self.card.waits -= 1
-        for late in list(self.card.under_way.values()):
-            if not late.is_awaited:
-                late.copies = [part for part in late.copies if self.card.is_pinned(part[0])]
-        self.card.under_way.clear()
-
-
-copy = torch.Tensor.copy_
+@pytest.fixture
+def cards():
+    """One late card."""
+    with Cards().there() as found:
+        yield found
 
 
 @pytest.fixture
-def card(monkeypatch):
-    """CUDA's calls as far as a lane makes them."""
-    late = LateCard()
-
-    def copied(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-        return late.copy(target, source) if non_blocking else copy(target, source)
-
-    monkeypatch.setattr(torch.Tensor, "copy_", copied)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(late))
-    monkeypatch.setattr(torch.cuda, "Event", lambda: Event(late))
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(cuda, "pinned_bytes", late.pin)
-    return late
+def card(cards):
+    """What is on its way to it, and from it, in this thread."""
+    return cards.late
 
 
 def card_lane(late: LateCard, room: int = BLOCK, *, mapped: bool = False) -> CudaLane:
     lane = CudaLane(MappedReader() if mapped else PositionalReader(late.pin), CPU)
     lane.room = room
     return lane
-
-
-@pytest.fixture
-def merging_on_the_card(card, monkeypatch):
-    """Merges go through lanes of the late card, one each, that take so many blocks at once."""
-    monkeypatch.setenv("STREAMMERGE_KERNELS", "off")
-
-    def merge(path, given, blocks, **options):
-        lanes = []
-
-        def open_lane(reader, device, _):
-            lanes.append(card_lane(card, blocks * BLOCK, mapped=isinstance(reader, MappedReader)))
-            return lanes[-1]
-
-        monkeypatch.setattr(devices, "open_lane", open_lane)
-        made = merge_to(path, given, threads=1, **options)
-        assert lanes
-        return made
-
-    return merge
 
 
 @pytest.mark.parametrize("mapped", [False, True])
@@ -170,13 +66,11 @@ def test_a_cuda_lane_hands_out_what_has_arrived(card):
 
 @pytest.mark.parametrize("blocks", [1, 2, 8])
 @pytest.mark.parametrize("case", mostly(ONE_CASE_EACH, CASES), ids=str)
-def test_the_bytes_are_the_cpus_however_much_a_card_takes_at_once(
-    families, tmp_path, merging_on_the_card, monkeypatch, case, blocks
-):
+def test_the_bytes_are_the_cpus_however_much_a_card_takes_at_once(families, tmp_path, cards, monkeypatch, case, blocks):
     _, paths = families["F16"]
-    monkeypatch.setenv("STREAMMERGE_KERNELS", "off")
-    made = merging_on_the_card(tmp_path / "card.safetensors", case.merge(paths), blocks)
-    monkeypatch.undo()
+    cards.blocks = blocks
+    made = merge_to(tmp_path / "card.safetensors", case.merge(paths), device="cuda")
+    assert {lane.card for lane in cards.lanes} == {"cuda:0"}
     monkeypatch.setenv("STREAMMERGE_KERNELS", "off")
     assert_same_bytes(made, merge_to(tmp_path / "cpu.safetensors", case.merge(paths)))
 

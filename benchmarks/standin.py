@@ -1,0 +1,281 @@
+"""Cards without a card: the CPU stands in for some that are late with every copy, so that what needs one can be tried.
+
+What is on its way into main memory is noise until it is waited for, and what is on its way to a card must not be
+written to before: a lane that doesn't wait where it has to gives wrong bytes, or is told. What it takes of a card's
+memory, and how often it waits for one, is counted. As a program it runs another one that finds such cards:
+
+    python -m benchmarks.standin 2 -m streammerge a.safetensors b.safetensors --device cuda:all
+"""
+
+from __future__ import annotations
+
+import contextlib
+import runpy
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+from unittest import mock
+
+import torch
+
+from streammerge.compute import cuda, devices
+from streammerge.compute.cuda import CudaLane, bytes_of
+from streammerge.compute.expressions import BLOCK
+from streammerge.formats.readers import Reader
+
+CPU: Final = torch.device("cpu")
+
+GIB: Final = 1 << 30
+
+copy = torch.Tensor.copy_
+
+Copy = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Where to, where from, and what was there when it began."""
+
+
+class LateCard:
+    """Copies of one lane that arrive when their event is waited for, and how often anything was waited for."""
+
+    def __init__(self) -> None:
+        self.pinned: list[torch.Tensor] = []
+        self.begun: list[Copy] = []
+        self.under_way: dict[int, Event] = {}
+        self.arriving: set[int] = set()
+        self.waits = 0
+        self.looks: Counter[str] = Counter()
+
+    def pin(self, nbytes: int) -> memoryview:
+        """Memory from which copies are not waited for."""
+        self.pinned.append(torch.zeros(max(nbytes, 1), dtype=torch.uint8))
+        return bytes_of(self.pinned[-1])[:nbytes]
+
+    def is_pinned(self, values: torch.Tensor) -> bool:
+        """Whether the tensor lies in such memory."""
+        return any(0 <= values.data_ptr() - memory.data_ptr() < memory.numel() for memory in self.pinned)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        """A copy that is not waited for."""
+        assert source.data_ptr() not in self.under_way, "the last copy from here has not been waited for"
+        self.begun.append((target, source, source.clone()))
+        if self.is_pinned(target):
+            assert target.data_ptr() not in self.arriving, "what was to arrive here has not been waited for"
+            self.arriving.add(target.data_ptr())
+            return target.view(torch.uint8).random_(1, 255).view(target.dtype)
+        assert self.is_pinned(source), "a copy from memory that is not pinned is waited for"
+        return copy(target, source)
+
+    @property
+    def synchronisations(self) -> int:
+        """How often the lane waited for the card: for copies, or by looking at what lies on it."""
+        return self.waits + self.looks.total()
+
+
+class Event:
+    """An event of a late card."""
+
+    def __init__(self, card: LateCard) -> None:
+        self.card = card
+        self.copies: list[Copy] = []
+        self.is_awaited = False
+
+    def record(self, stream: Any) -> None:  # noqa: ANN401
+        """It happens when all copies that were begun are there."""
+        self.copies, self.card.begun = self.card.begun, []
+        self.card.under_way |= {source.data_ptr(): self for _, source, _ in self.copies if self.card.is_pinned(source)}
+
+    def synchronize(self) -> None:
+        """Wait for it."""
+        assert not self.is_awaited
+        self.is_awaited = True
+        self.card.waits += 1
+        for target, source, content in self.copies:
+            if self.card.is_pinned(target):
+                copy(target, content)
+                self.card.arriving.discard(target.data_ptr())
+            else:
+                same = torch.equal(source.view(torch.uint8), content.view(torch.uint8))
+                assert same, "written to while it was being sent"
+                self.card.under_way.pop(source.data_ptr(), None)
+
+
+class Stream:
+    """A stream: whoever waits for it has everything that was begun."""
+
+    def __init__(self, card: LateCard) -> None:
+        self.card = card
+        self.waits = 0
+
+    def synchronize(self) -> None:
+        """Wait for everything."""
+        self.waits += 1
+        event = Event(self.card)
+        event.record(self)
+        event.synchronize()
+        for late in list(self.card.under_way.values()):
+            if not late.is_awaited:
+                late.copies = [part for part in late.copies if self.card.is_pinned(part[0])]
+        self.card.under_way.clear()
+
+
+@dataclass
+class Cards:
+    """So many cards of the same make, with `memory` bytes each; what was taken of each at the most, and by which lanes.
+
+    `blocks` is how many blocks lanes take at once, if not as many as they are told.
+    """
+
+    count: int = 1
+    memory: int = 80 * GIB
+    blocks: int | None = None
+    models: Sequence[str] = ()
+    peaks: dict[str, int] = field(default_factory=dict)
+    taken: Counter[str] = field(default_factory=Counter)
+    lanes: list[StandInLane] = field(default_factory=list)
+    refused: int = 0
+    own: threading.local = field(default_factory=threading.local)
+    lock: Any = field(default_factory=threading.Lock)
+
+    @property
+    def late(self) -> LateCard:
+        """The copies of the lane that this thread runs, or of one without a lane."""
+        if not hasattr(self.own, "late"):
+            self.own.late = LateCard()
+        found: LateCard = self.own.late
+        return found
+
+    @property
+    def synchronisations(self) -> int:
+        """How often all lanes waited for their card."""
+        return sum(lane.late.synchronisations for lane in self.lanes)
+
+    def name(self, device: Any = None) -> str:  # noqa: ANN401
+        """`cuda:0` for all that means it."""
+        found = torch.device("cuda" if device is None else device)
+        return f"cuda:{found.index or 0}"
+
+    def take(self, card: str, nbytes: int) -> None:
+        """So much more of a card's memory is taken; torch's error where there is not so much."""
+        with self.lock:
+            if self.taken[card] + nbytes > self.memory:
+                self.refused += 1
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 MiB")
+            self.taken[card] += nbytes
+            self.peaks[card] = max(self.peaks.get(card, 0), self.taken[card])
+
+    def open_lane(self, reader: Reader, device: torch.device, blocks: int = 1) -> Any:  # noqa: ANN401
+        """A lane on one of the cards."""
+        if device.type != "cuda":
+            return _open_lane(reader, device, blocks)
+        lane = StandInLane(reader, self, self.name(device))
+        lane.room = (self.blocks or blocks) * BLOCK
+        self.lanes.append(lane)
+        return lane
+
+    def calls(self) -> dict[str, Any]:
+        """torch.cuda's functions, as far as anybody calls them."""
+        return {
+            "is_available": lambda: self.count > 0,
+            "device_count": lambda: self.count,
+            "is_initialized": lambda: self.count > 0,
+            "get_device_name": lambda device=None: (self.models or ["Stand-in"] * self.count)[int(self.name(device)[5:])],
+            "mem_get_info": lambda device=None: (self.memory - self.taken[self.name(device)], self.memory),
+            "max_memory_allocated": lambda device=None: self.peaks.get(self.name(device), 0),
+            "memory_allocated": lambda device=None: self.taken[self.name(device)],
+            "reset_peak_memory_stats": lambda device=None: self.peaks.clear(),
+            "empty_cache": lambda: None,
+            "synchronize": lambda device=None: None,
+            "Stream": lambda device=None: Stream(self.late),
+            "Event": lambda **_: Event(self.late),
+            "device": lambda device: contextlib.nullcontext(),
+            "stream": lambda stream: contextlib.nullcontext(),
+        }
+
+    def copied(self, target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        """`Tensor.copy_`."""
+        return self.late.copy(target, source) if non_blocking else copy(target, source)
+
+    def looking(self, name: str) -> Any:  # noqa: ANN401
+        """A method of tensors for which a card has to be waited for, counted where a lane's thread calls it."""
+        plain = getattr(torch.Tensor, name)
+
+        def look(values: torch.Tensor, *args: Any, **named: Any) -> Any:  # noqa: ANN401
+            late = self.late
+            if getattr(self.own, "is_lane", False) and not late.is_pinned(values):
+                late.looks[name] += 1
+            return plain(values, *args, **named)
+
+        return look
+
+    @contextlib.contextmanager
+    def there(self) -> Iterator[Cards]:
+        """As long as this lasts they are there."""
+        with contextlib.ExitStack() as stack:
+            for name, call in self.calls().items():
+                stack.enter_context(mock.patch.object(torch.cuda, name, call))
+            stack.enter_context(mock.patch.object(torch.Tensor, "copy_", lambda *args, **named: self.copied(*args, **named)))
+            for name in LOOKS:
+                stack.enter_context(mock.patch.object(torch.Tensor, name, self.looking(name)))
+            stack.enter_context(mock.patch.object(cuda, "pinned_bytes", lambda nbytes: self.late.pin(nbytes)))
+            stack.enter_context(mock.patch.object(devices, "pinned_bytes", lambda nbytes: self.late.pin(nbytes)))
+            stack.enter_context(mock.patch.object(devices, "open_lane", self.open_lane))
+            yield self
+
+
+LOOKS: Final = ("item", "tolist", "nonzero", "cpu", "numpy", "__bool__", "__float__", "__int__", "bincount")
+"""What needs to know what lies on a card; the last one how large the greatest number is."""
+
+_open_lane = devices.open_lane
+
+
+class StandInLane(CudaLane):
+    """A card's lane that computes on the CPU, and accounts for its slots."""
+
+    def __init__(self, reader: Reader, cards: Cards, card: str) -> None:
+        super().__init__(reader, CPU)
+        self.cards, self.card, self.late = cards, card, LateCard()
+        self.stream = Stream(self.late)  # type: ignore[assignment]
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """In a thread of its own, which has the lane's copies as long as it runs."""
+        own, before = self.cards.own, self.cards.late
+        with super().running():
+            own.late, own.is_lane = self.late, True
+            try:
+                yield
+            finally:
+                own.late, own.is_lane = before, False
+
+    def allocate(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
+        """A buffer on the card."""
+        self.cards.take(self.card, elements * dtype.itemsize)
+        return super().allocate(elements, dtype)
+
+    def slot(self, slot: int, elements: int, dtype: torch.dtype) -> torch.Tensor:
+        """Room in this slot: what a larger buffer takes the place of is given back."""
+        before = self._slots.get((slot, dtype))
+        if before is not None and before.numel() < elements:
+            self._slots.pop((slot, dtype))
+            self.cards.take(self.card, -before.numel() * before.element_size())
+        return super().slot(slot, elements, dtype)
+
+    def make_room(self, elements: int) -> None:
+        """Give all buffers back."""
+        held = sum(buffer.numel() * buffer.element_size() for buffer in self._slots.values())
+        super().make_room(elements)
+        self.cards.take(self.card, -held)
+
+
+def main(words: Sequence[str]) -> None:
+    """Run a module, `-m NAME`, with so many cards."""
+    count, _, module, *rest = words
+    sys.argv = [module, *rest]
+    with Cards(int(count)).there():
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
