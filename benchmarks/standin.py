@@ -156,6 +156,10 @@ class Cards:
         found = torch.device("cuda" if device is None else device)
         return f"cuda:{found.index or 0}"
 
+    def model(self, card: str) -> str:
+        """What its maker calls it."""
+        return self.models[int(card.partition(":")[2])] if self.models else "Stand-in"
+
     def take(self, card: str, nbytes: int) -> None:
         """So much more of a card's memory is taken; torch's error where there is not so much."""
         with self.lock:
@@ -180,7 +184,7 @@ class Cards:
             "is_available": lambda: self.count > 0,
             "device_count": lambda: self.count,
             "is_initialized": lambda: self.count > 0,
-            "get_device_name": lambda device=None: (self.models or ["Stand-in"] * self.count)[int(self.name(device)[5:])],
+            "get_device_name": lambda device=None: self.model(self.name(device)),
             "mem_get_info": lambda device=None: (self.memory - self.taken[self.name(device)], self.memory),
             "max_memory_allocated": lambda device=None: self.peaks.get(self.name(device), 0),
             "memory_allocated": lambda device=None: self.taken[self.name(device)],
@@ -193,9 +197,13 @@ class Cards:
             "stream": lambda stream: contextlib.nullcontext(),
         }
 
-    def copied(self, target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    def copying(self) -> Any:  # noqa: ANN401
         """`Tensor.copy_`."""
-        return self.late.copy(target, source) if non_blocking else copy(target, source)
+
+        def copied(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+            return self.late.copy(target, source) if non_blocking else copy(target, source)
+
+        return copied
 
     def looking(self, name: str) -> Any:  # noqa: ANN401
         """A method of tensors for which a card has to be waited for, counted where a lane's thread calls it."""
@@ -215,7 +223,7 @@ class Cards:
         with contextlib.ExitStack() as stack:
             for name, call in self.calls().items():
                 stack.enter_context(mock.patch.object(torch.cuda, name, call))
-            stack.enter_context(mock.patch.object(torch.Tensor, "copy_", lambda *args, **named: self.copied(*args, **named)))
+            stack.enter_context(mock.patch.object(torch.Tensor, "copy_", self.copying()))
             for name in LOOKS:
                 stack.enter_context(mock.patch.object(torch.Tensor, name, self.looking(name)))
             stack.enter_context(mock.patch.object(cuda, "pinned_bytes", lambda nbytes: self.late.pin(nbytes)))

@@ -94,6 +94,12 @@ class CudaLane(StagedLane):
                 torch.frombuffer(found[-1], dtype=values.dtype).copy_(values, non_blocking=True)
         return Fetched(found, self._recorded())
 
+    def fetch_together(self, made: Sequence[torch.Tensor]) -> Packed:
+        """Small tensors on their way as one: each copy takes as long as some kilobytes."""
+        flat = [values.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8) for values in made if values.numel()]
+        forms = [(values.shape, values.dtype) for values in made]
+        return Packed(forms, self.fetch([torch.cat(flat)] if flat else []))
+
     def store(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The block rounded on the device and fetched into pinned memory."""
         stored = self._out_tensor(values.numel(), dtype).copy_(rounded(values, dtype), non_blocking=True)
@@ -115,6 +121,24 @@ class Fetched:
         """The bytes, when all of them are there."""
         self.event.synchronize()
         return self.bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packed:
+    """Tensors of these shapes and dtypes, fetched behind each other."""
+
+    forms: Sequence[tuple[torch.Size, torch.dtype]]
+    fetched: Fetched
+
+    def arrived(self) -> list[torch.Tensor]:
+        """They, in memory of their own."""
+        data, at, found = bytearray().join(self.fetched.arrived()), 0, []
+        for shape, dtype in self.forms:
+            count = shape.numel()
+            made = torch.frombuffer(data, dtype=torch.uint8, offset=at, count=count * dtype.itemsize) if count else None
+            found.append(torch.empty(shape, dtype=dtype) if made is None else made.clone().view(dtype).view(shape))
+            at += count * dtype.itemsize
+        return found
 
 
 def pinned_bytes(nbytes: int) -> memoryview:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -93,6 +93,13 @@ class Evaluator:
         """What the pass wants to know of this piece of the node's inputs, which it counts as this block."""
         return step.measure(block, self.inputs(node, piece, step.part))
 
+    def measure_all(
+        self, step: Pass[Any], node: Surveyed, pieces: Sequence[int], first_block: int
+    ) -> Iterator[tuple[int, Any]]:
+        """The measures of these pieces, which are counted from this block on, by their blocks."""
+        for piece in pieces:
+            yield first_block + piece, self.measure(step, node, piece, first_block + piece)
+
     def inputs(self, node: Surveyed, piece: int, part: int | None = None) -> list[torch.Tensor]:
         """What the method is given of every input at once: pieces, each in a slot of its own; rows; whole tensors.
 
@@ -116,6 +123,14 @@ class Evaluator:
             return self._rows(node, start, stop, slot)
         stop = min(start + part, stop) if part else stop
         return [self.values(child, start, stop, slot + place) for place, child in enumerate(node.inputs)]
+
+    def inputs_of(self, node: ByBlock | ByGram, first: int, last: int) -> list[torch.Tensor]:
+        """Pieces [first, last) of every input."""
+        step = piece_elements(node)
+        start, stop = first * step, min(last * step, node.info.elements)
+        if isinstance(node, ByBlock) and node.method.needs.rows:
+            return self._rows(node, start, stop, 0)
+        return [self.values(child, start, stop, place) for place, child in enumerate(node.inputs)]
 
     def _rows(self, node: ByBlock, start: int, stop: int, slot: int) -> list[torch.Tensor]:
         """The rows of every input that elements [start, stop) are, as matrices."""
@@ -261,8 +276,9 @@ class Evaluator:
     def copy(self, node: Node, start: int, stop: int, slot: int = 0, room: torch.Tensor | None = None) -> torch.Tensor:
         """Any flat range, of any length, block by block: the caller's own, in this room if there is some for it."""
         out = torch.empty(stop - start, dtype=self.dtype, device=self.lane.device) if room is None else room
+        step = max(self.lane.room // BLOCK, 1) * BLOCK
         while start < stop:
-            end = min((start // BLOCK + 1) * BLOCK, stop)
+            end = min((start // step + 1) * step, stop)
             out[start - stop : end - stop or None] = self.values(node, start, end, slot)
             start = end
         return out

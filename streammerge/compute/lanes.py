@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -116,10 +118,33 @@ class StagedLane(Lane):
         sent = self.slot(slot, values.numel(), values.dtype).copy_(values)
         return sent if values.dtype == dtype else rounded_into(self.slot(slot, values.numel(), dtype), sent)
 
+    def fetch_together(self, made: Sequence[torch.Tensor]) -> FetchedTensors:
+        """Small tensors, fetched into main memory."""
+        return Arrived([values.cpu() for values in made])
+
     def store(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The block rounded on the device and fetched into main memory."""
         stored = self._out_tensor(values.numel(), dtype)
         return stored.copy_(rounded(values, dtype))
+
+
+class FetchedTensors(Protocol):
+    """Small tensors that a card is sending into main memory."""
+
+    def arrived(self) -> list[torch.Tensor]:
+        """They, when all of them are there."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Arrived:
+    """Those of a card that is waited for."""
+
+    tensors: Sequence[torch.Tensor]
+
+    def arrived(self) -> list[torch.Tensor]:
+        """They."""
+        return list(self.tensors)
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:

@@ -57,8 +57,8 @@ CARD_THREADS: Final = 4
 
 
 CARD_BLOCKS: Final = {"mps": 4}
-"""Blocks that a card of a kind takes at once at the most, if it is not the usual number: what shares main memory and its
-bus with the CPU gains nothing by longer ranges than hide its launches."""
+"""Blocks that a card of a kind takes at once at the most, if it is not the usual number: what shares memory with the CPU
+gains nothing by longer ranges than hide its launches."""
 
 
 USUAL_BLOCKS: Final = 8

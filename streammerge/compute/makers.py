@@ -6,7 +6,7 @@ maker.measurer(compute, known)  ─►  what passes want to know of blocks of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -72,6 +72,17 @@ class Measurer(Protocol):
         ...
 
 
+class StretchMeasurer(Measurer, Protocol):
+    """Measures many blocks in less time than one after the other."""
+
+    def measure_all(
+        self, step: Pass[Any], node: Surveyed, pieces: Sequence[int], first_block: int
+    ) -> Iterator[tuple[int, Any]]:
+        """What the pass wants to know of these pieces, which are counted from this block on, by their blocks; what is
+        known of several together only is told as one's."""
+        ...
+
+
 class Maker(Protocol):
     """One worker's reader, buffers, and means of computing.
 
@@ -81,6 +92,11 @@ class Maker(Protocol):
     @property
     def room(self) -> int:
         """See above."""
+        ...
+
+    @property
+    def stretches(self) -> Callable[[DType, Statistics], StretchMeasurer] | None:
+        """What measures many blocks at once; None if nothing does."""
         ...
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from streammerge.compute.expressions import (
     measured_together,
     surveyed,
 )
-from streammerge.compute.makers import Maker
+from streammerge.compute.makers import Maker, Statistics, StretchMeasurer
 from streammerge.errors import MethodError
 from streammerge.methods.statistics.gram import Gram, GramPass
 from streammerge.methods.statistics.passes import Pass
@@ -29,6 +29,10 @@ from streammerge.tensors import DTYPES, DType
 
 if TYPE_CHECKING:
     import torch
+
+
+Stretches = Callable[[DType, Statistics], StretchMeasurer]
+"""Gives what measures many blocks of inputs that are computed in this dtype."""
 
 
 class Survey:
@@ -84,6 +88,18 @@ class Survey:
             for key, (node, step) in self.passes.items()
             if block < piece_count(node) and step.wants(block)
         }
+        if measurer.suspicious:
+            self.suspicious = True
+        return found
+
+    def measure_all(self, stretches: Stretches, blocks: range) -> dict[int, dict[int, Any]]:
+        """The same of many blocks, by their numbers."""
+        measurer = stretches(self.compute, self.known)
+        found: dict[int, dict[int, Any]] = {block: {} for block in blocks}
+        for key, (node, step) in self.passes.items():
+            pieces = [block for block in blocks if block < piece_count(node) and step.wants(block)]
+            for block, measured in measurer.measure_all(step, node, pieces, 0):
+                found[block][key] = measured
         if measurer.suspicious:
             self.suspicious = True
         return found
@@ -269,6 +285,21 @@ class TogetherSurvey:
         measurer = maker.measurer(self._dtype(member), self.known)
         wants = self.step.wants(block)
         return measurer.measure(self.step, member, block - member.first_block, block) if wants else None
+
+    def measure_all(self, stretches: Stretches, blocks: range) -> dict[int, Any]:
+        """The same of many blocks, by their numbers, one tensor after the other."""
+        found = dict.fromkeys(blocks)
+        assert self.step is not None
+        while blocks:
+            number = bisect.bisect_right(self.first_blocks, blocks[0]) - 1
+            member = self.members[number]
+            first = member.first_block
+            own = range(blocks.start, min(blocks.stop, first + piece_count(member)))
+            measurer = stretches(self._dtype(member), self.known)
+            pieces = [block - first for block in own if self.step.wants(block)]
+            found.update(measurer.measure_all(self.step, member, pieces, first))
+            blocks = range(own.stop, blocks.stop)
+        return found
 
     def _dtype(self, member: ByBlock) -> DType:
         """What the tensor is computed in."""

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 
+from streammerge.compute.ahead import StretchEvaluator
 from streammerge.compute.cuda import CudaLane, Fetched
 from streammerge.compute.devices import is_out_of_memory, no_memory_left
 from streammerge.compute.evaluate import Evaluator
 from streammerge.compute.examine import examine, nonfinite_inputs, quieted
-from streammerge.compute.lanes import Lane, torch_dtype
+from streammerge.compute.lanes import Lane, StagedLane, torch_dtype
 from streammerge.compute.makers import Block, Range, Statistics, Wanted
 from streammerge.compute.rounding import rounded
 from streammerge.errors import OutOfMemoryError
@@ -47,6 +48,14 @@ class TensorMaker:
         if isinstance(self.lane, CudaLane) and not suspicious and can_be_begun_ahead(wanted):
             return BlocksAhead(self.lane, wanted, known)
         return TensorBlocks(self.lane, wanted, known, suspicious=suspicious)
+
+    @property
+    def stretches(self) -> Callable[[DType, Statistics], StretchEvaluator] | None:
+        """What measures many blocks at once: a card."""
+        lane = self.lane
+        if not isinstance(lane, StagedLane):
+            return None
+        return lambda compute, known: StretchEvaluator(lane, torch_dtype(compute), known)
 
     def measurer(self, compute: DType, known: Statistics) -> Evaluator:
         """For inputs that are computed in this dtype."""

@@ -14,7 +14,7 @@ from streammerge.methods.sparse import summed
 from streammerge.methods.statistics.deviations import deviation
 from streammerge.methods.statistics.ranking import begin_ranking
 from streammerge.methods.statistics.ranks import Cut, Ranking
-from streammerge.methods.statistics.sums import SumPass, VectorPass, l1_norm, square, task_vectors
+from streammerge.methods.statistics.sums import SumPass, VectorPass, task_vectors
 from streammerge.methods.steps import Step
 from streammerge.methods.tracing import traced_vectors
 
@@ -45,14 +45,15 @@ def sce_statistics(target: Target, parameters: Parameters) -> Any:  # noqa: ANN4
     models = target.inputs - 1
 
     def weigh(cut: Cut) -> SumPass:
-        def squares(block: int, inputs: Sequence[Tensor]) -> list[float]:
-            return list(map(square, selected(cut, block, inputs)))
+        def vectors(block: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+            return selected(cut, block, inputs)
 
         def shares(sums: Sequence[float]) -> tuple[Cut, list[float]]:
             total = sum(sums)
             return cut, [share / total if total else 1.0 / len(sums) for share in sums]
 
-        return VectorPass(select_steps(target, cut), 1, models, squares, shares, squared=True)
+        edges = () if cut.last_block is None else (cut.last_block,)
+        return VectorPass(select_steps(target, cut), 1, models, vectors, shares, norm="squares", alone=edges)
 
     def ranks(nonzero: Sequence[int]) -> list[list[int]]:
         return [[max(int(topk * count), 1) if topk and count else 0] for count in nonzero]
@@ -154,16 +155,14 @@ def ram_boosts(target: Target, parameters: Parameters) -> VectorPass:
         changed, count = changes(inputs, epsilon)
         return [mask & which for mask in changed for which in (count > 1, count == 1)]
 
-    def counts(block: int, inputs: Sequence[Tensor]) -> list[float]:
-        return [float(mask.sum()) for mask in masks(inputs)]
-
     def boosts(found: Sequence[float]) -> list[float]:
         ratios = [
             shared / max(own, epsilon) if shared else 0.0 for shared, own in zip(found[::2], found[1::2], strict=True)
         ]
         return [1.0 + r * min(ratio, alpha) for ratio in ratios]
 
-    return VectorPass(*traced_vectors(masks, target.inputs), 2 * (target.inputs - 1), counts, boosts)
+    traced, first = traced_vectors(masks, target.inputs)
+    return VectorPass(traced, first, 2 * (target.inputs - 1), lambda _, inputs: masks(inputs), boosts, norm="counts")
 
 
 @method(
@@ -230,13 +229,11 @@ def emr_scales(target: Target, parameters: Parameters) -> Any:  # noqa: ANN401
         union, agree = unified(deltas)
         return [made for delta, mask in zip(deltas, agree, strict=True) for made in (delta, union * mask)]
 
-    def sums(block: int, inputs: Sequence[Tensor]) -> list[float]:
-        return list(map(l1_norm, vectors(inputs)))
-
     def scales(found: Sequence[float]) -> list[float]:
         return [own / left if left else 1.0 for own, left in zip(found[::2], found[1::2], strict=True)]
 
-    return VectorPass(*traced_vectors(vectors, target.inputs), 2 * (target.inputs - 1), sums, scales)
+    traced, first = traced_vectors(vectors, target.inputs)
+    return VectorPass(traced, first, 2 * (target.inputs - 1), lambda _, inputs: vectors(inputs), scales)
 
 
 @method(

@@ -11,6 +11,7 @@ from streammerge.methods.contract import Between, ParameterValue, Share
 from streammerge.methods.registry import BlockMethod, Needs, Statistics, method
 from streammerge.methods.statistics.passes import Pass
 from streammerge.methods.statistics.slices import Rectangle, Slicing
+from streammerge.methods.statistics.stretches import Pending, Stretch, pending_shares
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,6 +74,12 @@ class ColumnCosinePass(Pass[Any]):
         """⟨a, b⟩, ‖a‖² and ‖b‖² of the block's share of columns, from the first that it touches on."""
         return sums_of_columns(self.slicing, block * self.step, *inputs)
 
+    def begin(self, stretch: Stretch, inputs: Sequence[Tensor]) -> Pending:
+        """The same of many blocks."""
+        return pending_shares(
+            stretch, inputs, lambda block, parts: sums_on_device(self.slicing, block * self.step, *parts)
+        )
+
     def add(self, block: int, measured: list[tuple[int, Tensor]]) -> None:
         """Add a block's shares to the sums."""
         for first, share in measured:
@@ -87,6 +94,11 @@ class ColumnCosinePass(Pass[Any]):
 
 def sums_of_columns(slicing: Slicing, start: int, one: Tensor, other: Tensor) -> list[tuple[int, Tensor]]:
     """⟨a, b⟩, ‖a‖² and ‖b‖² of a block's share of columns, from the first that each of its rectangles touches on."""
+    return [(first, sums.cpu()) for first, sums in sums_on_device(slicing, start, one, other)]
+
+
+def sums_on_device(slicing: Slicing, start: int, one: Tensor, other: Tensor) -> list[tuple[int, Tensor]]:
+    """The same, where the tensors are."""
     parts = slicing.rectangles(start, start + one.numel())
     return [_sums_of(part, part.of(one).double(), part.of(other).double(), slicing) for part in parts]
 
@@ -98,7 +110,7 @@ def _sums_of(part: Rectangle, one: Tensor, other: Tensor, slicing: Slicing) -> t
     sums = one.new_empty(3, one.shape[1 - along])
     for out, (x, y) in zip(sums, ((one, other), (one, one), (other, other)), strict=True):
         torch.sum(x * y, along, out=out)
-    return part.column if slicing.by_column else part.row, sums.cpu()
+    return part.column if slicing.by_column else part.row, sums
 
 
 def cosines_from(sums: Tensor) -> Tensor:

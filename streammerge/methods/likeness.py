@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from streammerge.methods.contract import ParameterValue
-from streammerge.methods.cosines import SUMS, cosines_from, sums_of_columns
+from streammerge.methods.cosines import SUMS, cosines_from, sums_on_device
 from streammerge.methods.registry import BlockMethod, Needs, Statistics, method
 from streammerge.methods.statistics.passes import Pass
 from streammerge.methods.statistics.slices import Slicing
+from streammerge.methods.statistics.stretches import Pending, Stretch, pending_shares
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -128,10 +129,22 @@ class LikenessPass(Pass[Any]):
 
     def measure(self, block: int, inputs: Sequence[Tensor]) -> tuple[int, list[tuple[int, Tensor]]]:
         """Which tensor the block is of, and its share of that one's sums."""
-        number = bisect.bisect_right(self.firsts, block) - 1
+        return self._number(block), [(first, sums.cpu()) for first, sums in self._sums(block, inputs)]
+
+    def begin(self, stretch: Stretch, inputs: Sequence[Tensor]) -> Pending:
+        """The same of many blocks."""
+        return pending_shares(stretch, inputs, self._sums, lambda block, shares: (self._number(block), shares))
+
+    def _number(self, block: int) -> int:
+        """Which tensor the block is of."""
+        return bisect.bisect_right(self.firsts, block) - 1
+
+    def _sums(self, block: int, inputs: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
+        """Its share of that one's sums, where the tensors are."""
+        number = self._number(block)
         start = (block - self.firsts[number]) * self.parts[number].step
         one, other = inputs[-2:]
-        return number, sums_of_columns(self._slicing(number), start, one, other)
+        return sums_on_device(self._slicing(number), start, one, other)
 
     def add(self, block: int, measured: tuple[int, list[tuple[int, Tensor]]]) -> None:
         """Add the block's share; with a tensor's first block the one before is complete."""

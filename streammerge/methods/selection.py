@@ -14,6 +14,7 @@ from streammerge.methods.statistics.passes import Pass
 from streammerge.methods.statistics.ranking import begin_ranking
 from streammerge.methods.statistics.ranks import Cut, Ranking
 from streammerge.methods.statistics.slices import Slicing
+from streammerge.methods.statistics.stretches import Pending, Stretch, pending_shares
 from streammerge.methods.statistics.sums import PIECE, pieces, task_vectors
 
 if TYPE_CHECKING:
@@ -97,6 +98,12 @@ class DivergencePass(Pass[Any]):
     def measure(self, block: int, inputs: Sequence[Tensor]) -> Tensor:
         """The divergences of the block's rows."""
         return divergences(*inputs).cpu()
+
+    def begin(self, stretch: Stretch, inputs: Sequence[Tensor]) -> Pending:
+        """Those of many blocks' rows."""
+        return pending_shares(
+            stretch, inputs, lambda _, parts: [(0, divergences(*parts))], lambda _, shares: shares[0][1]
+        )
 
     def add(self, block: int, measured: Tensor) -> None:
         """Keep them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from streammerge.methods.contract import Parameters, PerModel, Share
@@ -10,7 +10,7 @@ from streammerge.methods.linear import check_weights
 from streammerge.methods.registry import BlockMethod, Statistics, method, net
 from streammerge.methods.statistics.ranking import begin_ranking
 from streammerge.methods.statistics.ranks import Cut, Ranking
-from streammerge.methods.statistics.sums import L1Pass, SumPass, VectorPass, l1_norm
+from streammerge.methods.statistics.sums import L1Pass, SumPass, VectorPass
 from streammerge.methods.steps import Kernel, Step
 
 if TYPE_CHECKING:
@@ -169,18 +169,20 @@ def l1_pass(
     that make each d and kept d, one after the other behind the inputs.
     """
 
-    def sums(block: int, inputs: Sequence[Tensor]) -> list[float]:
-        place, found = target.place(block), []
+    def vectors(block: int, inputs: Sequence[Tensor]) -> Iterator[Tensor]:
+        place = target.place(block)
         base, *models = inputs
         for i, model in enumerate(models):  # one after the other: a block in float64 is wide
             delta = model - base
-            found += [l1_norm(delta), l1_norm(kept(delta, i, place))]
-        return found
+            yield delta
+            yield kept(delta, i, place)
 
     def factors(found: Sequence[float]) -> Any:  # noqa: ANN401
         return then([whole / left if left > 0 else 1.0 for whole, left in zip(found[::2], found[1::2], strict=True)])
 
     count = 2 * (target.inputs - 1)
     if steps:
-        return VectorPass(steps, target.inputs, count, sums, factors)
-    return L1Pass(target.step, [[cut.numbers(target) for cut in each] for each in cuts], count, sums, factors)
+        return VectorPass(steps, target.inputs, count, vectors, factors)
+    numbers = [[cut.numbers(target) for cut in each] for each in cuts]
+    edges = (cut.last_block for each in cuts for cut in each)
+    return L1Pass(target.step, numbers, count, vectors, factors, alone=(edge for edge in edges if edge is not None))

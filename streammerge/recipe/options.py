@@ -184,7 +184,9 @@ class Options:
     device: str = option("cpu", "(default: cpu)", parse=str, metavar="auto|cpu|cuda|cuda:N|cuda:all|mps|xpu")
     compute_dtype: DType | None = option(None, "of the arithmetic (default: fp32 or better)", words=COMPUTE_DTYPES)
     max_ram: int | None = option(None, "bound of the whole process, such as 512MB", parse=parse_size, metavar="SIZE")
-    max_vram: int | None = option(None, "bound of the buffers on the device, each one", parse=parse_size, metavar="SIZE")
+    max_vram: int | None = option(
+        None, "bound of the buffers on the device, each one", parse=parse_size, metavar="SIZE"
+    )
     threads: int | None = option(
         None, "workers (default: the cores, within the RAM)", parse=parse_positive, metavar="N"
     )

@@ -133,11 +133,24 @@ class Window:
 
     def _measure(self, maker: Maker) -> None:
         before = maker.bytes_read
+        together = self._all_measured(maker)
         for block in range(self.first, self.last):
-            measured = self._measured(block, maker)
-            self.work.add_measure(block, measured)
+            self.work.add_measure(block, together[block] if together else self._measured(block, maker))
         read = maker.bytes_read - before
         self.work.progress.advance(0 if self.work.writes else read, read=read)
+
+    def _all_measured(self, maker: Maker) -> Mapping[int, Any]:
+        """The measures of all blocks, if the maker can do many at once; none where memory runs out, when it has given
+        up all that it kept."""
+        if maker.stretches is None:
+            return {}
+        try:
+            return self.work.survey.measure_all(maker.stretches, range(self.first, self.last))
+        except Exception as error:
+            if not maker.is_out_of_memory(error):
+                raise
+        maker.make_room(maker.room)
+        return {}
 
     def _measured(self, block: int, maker: Maker) -> Any:  # noqa: ANN401
         """The measure of a block; once more if memory runs out, when the maker has given up all that it kept."""

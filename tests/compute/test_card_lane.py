@@ -21,6 +21,7 @@ from streammerge.tensors import DTYPES
 from tests.make.models import assert_same_bytes, merge_to, normal, raw_bytes, store_tensors
 from tests.references.cases import CASES, ONE_CASE_EACH, mostly
 
+
 @pytest.fixture
 def cards():
     """One late card."""

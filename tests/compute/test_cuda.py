@@ -117,8 +117,8 @@ def test_a_cuda_lane_can_be_asked_again_before_its_copies_have_arrived(tmp_path)
 )
 def test_no_more_is_taken_of_a_card_than_is_free(monkeypatch, free, wanted, held, limit):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * 10**9))
-    assert vram_limit(torch.device("cuda"), wanted, held) == limit
-    assert vram_limit(torch.device("cpu"), wanted, held) == wanted
+    assert vram_limit([torch.device("cuda")], wanted, held) == limit
+    assert vram_limit([torch.device("cpu")], wanted, held) == wanted
 
 
 @pytest.mark.cuda

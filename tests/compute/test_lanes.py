@@ -188,11 +188,11 @@ def test_a_lane_with_less_room_takes_smaller_buffers(lane):
 
 
 def test_lanes_are_opened_as_allotted():
-    lanes = open_lanes(CPU, "mmap", Allotment(3, 4 << 20, 0))
+    lanes = open_lanes([CPU], "mmap", Allotment(3, 4 << 20, 0))
     assert [type(lane) for lane in lanes] == [Lane] * 3
     readers = [lane.reader for lane in lanes]
     assert len({id(reader) for reader in readers}) == 3
     assert all(isinstance(reader, MappedReader) and reader.most == 2 for reader in readers)
-    (lane,) = open_lanes(CPU, "pread", Allotment(1, 0, 0))
+    (lane,) = open_lanes([CPU], "pread", Allotment(1, 0, 0))
     assert isinstance(lane.reader, PositionalReader)
     assert type(open_lane(PositionalReader(), torch.device("mps"))) is StagedLane

@@ -90,6 +90,9 @@ class KernelMaker:
         self._running = contextlib.ExitStack()
         self._measured: tuple[Node, DType, Program | None] | None = None
 
+    stretches: None = None
+    """Every block is measured as soon as it is read, while it lies in the cache."""
+
     @property
     def bytes_read(self) -> int:
         """How much it has read, by torch too."""

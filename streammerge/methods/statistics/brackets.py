@@ -18,6 +18,7 @@ from streammerge.methods.statistics.counting import ByTorch, Counting, plain
 from streammerge.methods.statistics.histograms import UpperBits
 from streammerge.methods.statistics.passes import Magnitudes, Pass, Span
 from streammerge.methods.statistics.ranks import INFINITE
+from streammerge.methods.statistics.stretches import Measures, Pending, Stretch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +42,9 @@ DEVIATIONS: Final = 3.5
 
 UNEVEN: Final = 0.05
 """What one block's quantile may be off the tensor's, because rows differ; of many blocks, less."""
+
+SHARE: Final = 8
+"""Of so many values of a stretch there is room for one: brackets hold fewer."""
 
 ROOM: Final = 2**19
 """Values that are gathered for a rank at the most."""
@@ -74,6 +78,23 @@ class Bracket:
     def span(self) -> Span:
         """Its ends."""
         return self.low, self.high
+
+    def begin(self, found: Tensor, stretch: Stretch) -> list[Tensor]:
+        """How many keys of each block of a stretch lie above, how many inside, and the latter, one behind the other:
+        so many as there is room for, for nobody waits to know how many there are."""
+        import torch
+
+        none = found.new_zeros(len(stretch.blocks), dtype=torch.int64)
+        if self is NOT_ZERO:  # nobody asks which
+            return [stretch.counts(found != 0), none, found[:0]]
+        if self.low < BOTTOM:
+            return [none, stretch.counts(torch.ones_like(found, dtype=torch.bool)), found]
+        inside = (found > self.low) & (found < self.high)
+        room = max(stretch.elements // SHARE, min(SMALL, stretch.elements))
+        places = inside.cumsum(0, dtype=torch.int32).sub_(1).clamp_(max=room)
+        places = torch.where(inside, places, room).long()
+        kept = found.new_zeros(room + 1).scatter_(0, places, found)[:room]
+        return [stretch.counts(found >= self.high), stretch.counts(inside), kept]
 
     def part(self, found: Tensor) -> tuple[int, memoryview]:
         """How many of the keys lie above, and which lie inside.
@@ -112,6 +133,11 @@ class Sample(Pass[Any]):
         """The keys of the block's beginning, of which rows may be more than was asked for."""
         return [plain(found[: self.part]) for found in self.ranking.keys(block, inputs)]
 
+    def begin(self, stretch: Stretch, inputs: Sequence[Tensor]) -> Pending:
+        """The same of one block: a stretch has no more of what is sampled."""
+        tensors = [found[: self.part] for found in self.ranking.keys(stretch.first, inputs)]
+        return Pending(tensors, lambda told: ({stretch.first: list(map(plain, told))}, ()))
+
     def measure_compiled(self, block: int, operands: Magnitudes) -> list[memoryview]:
         """The same by compiled loops."""
         self.counting = operands.counting
@@ -147,6 +173,18 @@ class Sample(Pass[Any]):
             max(self.counting.kth(sample, low), least) if low >= 1 else least,
             max(self.counting.kth(sample, high), least) if high <= count else most,
         )
+
+
+def _parted(above: Tensor, inside: Tensor, kept: Tensor) -> list[tuple[int, memoryview]] | None:
+    """Every block's share of what `Bracket.begin` gave; None if there was not enough room."""
+    sizes, keys, first = inside.tolist(), plain(kept), 0
+    if sum(sizes) > len(keys):
+        return None
+    parts = []
+    for count, size in zip(above.tolist(), sizes, strict=True):
+        parts.append((count, keys[first : first + size]))
+        first += size
+    return parts
 
 
 class Gathered:
@@ -214,6 +252,23 @@ class Gathering(Pass[Any]):
             [bracket.part(found) for bracket in brackets]
             for found, brackets in zip(vectors, self.brackets, strict=True)
         ]
+
+    def begin(self, stretch: Stretch, inputs: Sequence[Tensor]) -> Pending:
+        """The same of many blocks; if there is not enough room for what is between, of none."""
+        brackets = self.brackets
+        vectors = zip(self.ranking.keys(stretch.first, inputs), brackets, strict=True)
+        tensors = [one for found, wanted in vectors for bracket in wanted for one in bracket.begin(found, stretch)]
+
+        def take(told: Sequence[Tensor]) -> Measures:
+            each, blocks = iter(told), stretch.blocks
+            found = [[_parted(next(each), next(each), next(each)) for _ in wanted] for wanted in brackets]
+            if any(parts is None for own in found for parts in own):
+                return {}, blocks
+            return {
+                block: [[parts[place] for parts in own if parts] for own in found] for place, block in enumerate(blocks)
+            }, ()
+
+        return Pending(tensors, take)
 
     def measure_compiled(self, block: int, operands: Magnitudes) -> list[list[tuple[int, memoryview]]]:
         """The same by compiled loops."""

@@ -7,30 +7,17 @@ integers.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 from streammerge.errors import MethodError
 from streammerge.methods.statistics.passes import InnerProducts, Operands, Pass
+from streammerge.methods.statistics.products import FEW, ROW, by_row, halved, padded, products_of, sums_of, tensors_from
+from streammerge.methods.statistics.stretches import Measures, Pending, Stretch
 
 if TYPE_CHECKING:
     import torch
-
-T = TypeVar("T", float, "torch.Tensor")
-
-FEW: Final = 4
-"""So many tensors are measured in whole blocks, in fewer calls; the differences of more would take much room."""
-
-WHOLE: Final = 2**18
-PIECE: Final = 2**16
-"""Elements whose products are taken at once, of few tensors and of many."""
-
-ROW: Final = 1024
-LANES: Final = 32
-"""A row of products is added up in the dtype that they are computed in until it is so many numbers, and in float64 from
-there on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +135,6 @@ class Gram:
         return self.tensors.cosine(i, j)
 
 
-def sums_of(count: int) -> int:
-    """How many products so many vectors have, each pair's counted once."""
-    return count * (count + 1) // 2
-
-
 def triangular(count: int, found: Sequence[float]) -> Products:
     """The symmetric matrix whose lower triangle is this, row by row."""
     places = [[sums_of(max(i, j)) + min(i, j) for j in range(count)] for i in range(count)]
@@ -190,6 +172,10 @@ class GramPass(Pass[Any]):
         if not (holds or self.lenient):
             refuse_unless_infinite(operands.products(apart=False, wide=True).greatest)
         return found
+
+    def begin(self, stretch: Stretch, inputs: Sequence[torch.Tensor]) -> Pending | None:
+        """Every block's share, by float32 or float64 as the inputs are; what that can't tell is measured alone."""
+        return None if stretch.step % ROW else pending_products(stretch, inputs, tasks=self.tasks)
 
     def add(self, block: int, measured: list[float]) -> None:
         """Add a block's share to the totals."""
@@ -252,95 +238,68 @@ class Greatest(Sequence[float]):
         return float(found.max()) if found.numel() else 0.0
 
 
-def tensors_from(share: Sequence[Sequence[T]]) -> list[list[T]]:
-    """⟨xᵢ, xⱼ⟩ for j ≤ i, by rows, from the same of d₀ = x₀ and dᵢ = xᵢ − x₀."""
-    first = share[0][0]
-    told = [[first]]
-    for row in share[1:]:
-        own = [first + row[0]]
-        own += [own[0] + (share[j][0] + row[j]) for j in range(1, len(row))]
-        told.append(own)
-    return told
+def pending_products(stretch: Stretch, inputs: Sequence[torch.Tensor], *, tasks: bool) -> Pending:
+    """The products of every block of a stretch, of few tensors those of the tensors themselves too.
 
-
-def products_of(inputs: Sequence[torch.Tensor], *, apart: bool = True, tasks: bool = False) -> list[list[float]]:
-    """⟨dᵢ, dⱼ⟩ for j ≤ i, with d₀ = x₀ and dᵢ = xᵢ − x₀ for i > 0, or else xᵢ itself; added up as `halved` says.
-
-    Those of task vectors begin with d₁.
+    Blocks are left whose products need them and that have them not, or are more or less than their dtype holds.
     """
     import torch
 
-    count, elements = len(inputs), inputs[0].numel()
-    if not elements:
-        return [[0.0] * (i + 1) for i in range(count - tasks)]
-    pieces = []
-    for start in range(0, elements, piece_of(count)):
-        first, *others = (values[start : start + piece_of(count)] for values in inputs)
-        *rooms, spare = SCRATCH.rooms(count, first)
-        vectors = [first, *others]
-        if apart:
-            pairs = zip(others, rooms, strict=True)
-            vectors[1:] = [torch.sub(other, first, out=room[: first.numel()]) for other, room in pairs]
-        vectors = vectors[tasks:]
-        pieces.append(torch.cat([by_row(one, vectors[: i + 1], spare) for i, one in enumerate(vectors)]))
-    sums = halved(padded(torch.cat(pieces, 1))).tolist()
-    return [sums[sums_of(i) : sums_of(i + 1)] for i in range(count - tasks)]
+    wide = inputs[0].element_size() == 8
+    values = list(inputs) if wide else [one.float() for one in inputs]
+    vectors = [values[0], *(other - values[0] for other in values[1:])][tasks:]
+    kinds = [vectors, values] if len(inputs) <= FEW and not tasks else [vectors]
+    tensors = [torch.stack([_present(stretch, one) for one in kind]) for kind in kinds]
+    tensors += [_by_block(stretch, kind) for kind in kinds]
+
+    def take(found: Sequence[torch.Tensor]) -> Measures:
+        present, sums = ([one.T.tolist() for one in part] for part in (found[: len(kinds)], found[len(kinds) :]))
+        shares, alone = {}, []
+        for place, block in enumerate(stretch.blocks):
+            told = Told(wide, [_products(one[place], there[place]) for one, there in zip(sums, present, strict=True)])
+            try:
+                shares[block], holds = measured(told, WIDE if wide else NARROW, tasks=tasks)
+            except LookupError:
+                holds = False
+            if not holds:
+                alone.append(block)
+        return {block: share for block, share in shares.items() if block not in alone}, alone
+
+    return Pending(tensors, take)
 
 
-def piece_of(count: int) -> int:
-    """How many elements of so many tensors are measured at once."""
-    return WHOLE if count <= FEW else PIECE
+def _present(stretch: Stretch, values: torch.Tensor) -> torch.Tensor:
+    """For every block 1 unless all is zero."""
+    return stretch.reduced(values, lambda rows: (rows != 0).any(1)).double()
 
 
-def by_row(one: torch.Tensor, others: Sequence[torch.Tensor], spare: torch.Tensor) -> torch.Tensor:
-    """Σ aₖ bₖ of every row of elements, a row of sums for every b, in float64; what lacks of the last row are zeros.
-
-    `spare` is room on the way.
-    """
+def _by_block(stretch: Stretch, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """⟨vᵢ, vⱼ⟩ for j ≤ i of every block: a column each."""
     import torch
 
-    elements = one.numel()
-    rows = spare[: -(-elements // ROW) * ROW]
-    halves, sums = halves_of(rows.view(-1, ROW), LANES)
-    lanes = torch.empty(len(others), *sums.shape, dtype=torch.float64, device=one.device)
-    for place, other in enumerate(others):
-        torch.mul(one, other, out=rows[:elements])
-        if elements < len(rows):
-            rows[elements:] = 0.0
-        for first, second in halves:
-            first.add_(second)
-        lanes[place] = sums
-    return halved(lanes.view(-1, LANES)).view(len(others), -1)
+    spare = vectors[0].new_empty(-(-stretch.elements // ROW) * ROW)
+    rows = torch.cat([by_row(one, vectors[: i + 1], spare) for i, one in enumerate(vectors)])
+    blocks, width = len(stretch.blocks), stretch.step // ROW
+    rows = torch.nn.functional.pad(rows, (0, blocks * width - rows.shape[1]))
+    return halved(padded(rows.view(-1, width))).view(-1, blocks)
 
 
-def halved(rows: torch.Tensor) -> torch.Tensor:
-    """The sum of every row, of 2ᵏ numbers: its second half is added to its first, until one number is left.
-
-    This order is the same for any program that adds, and has as few roundings one after the other as can be: running
-    sums, as BLAS has them, are 1e-5 off for constant values of float32. The rows are overwritten.
-    """
-    halves, sums = halves_of(rows, 1)
-    for first, second in halves:
-        first.add_(second)
-    return sums[:, 0]
+def _products(sums: Sequence[float], present: Sequence[float]) -> InnerProducts:
+    return InnerProducts([sums[sums_of(i) : sums_of(i + 1)] for i in range(len(present))], present)
 
 
-def halves_of(rows: torch.Tensor, least: int) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
-    """What is added to what, one after the other, until so many numbers of every row are left; and these."""
-    halves = []
-    while rows.shape[1] > least:
-        first, second = rows.tensor_split(2, 1)
-        halves.append((first, second))
-        rows = first
-    return halves, rows
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A block whose products were taken with those of others: of differences, and perhaps of the tensors."""
 
+    wide: bool
+    known: Sequence[InnerProducts]
 
-def padded(rows: torch.Tensor) -> torch.Tensor:
-    """The rows, with zeros behind them until there are 2ᵏ numbers in each."""
-    import torch
-
-    lacking = (1 << (rows.shape[1] - 1).bit_length()) - rows.shape[1]
-    return torch.nn.functional.pad(rows, (0, lacking)) if lacking else rows
+    def products(self, *, apart: bool, wide: bool, tasks: bool = False) -> InnerProducts:
+        """These, or LookupError."""
+        if wide != self.wide:
+            raise LookupError("products were taken in another dtype")
+        return self.known[0 if apart else 1]
 
 
 def refuse_unless_infinite(sizes: Sequence[float]) -> None:
@@ -353,25 +312,3 @@ def refuse_unless_infinite(sizes: Sequence[float]) -> None:
             found=[f"input {number} has magnitudes up to {size:.3g}" for number, size in enumerate(sizes, 1)],
             advice="Copy the tensor with --keep or a rule, or merge it linearly.",
         )
-
-
-class Scratch(threading.local):
-    """Each thread's room for differences and products, kept because allocating takes as long as computing."""
-
-    def __init__(self) -> None:
-        self._rooms: list[torch.Tensor] = []
-
-    def rooms(self, count: int, like: torch.Tensor) -> list[torch.Tensor]:
-        """So many tensors like this one, of a whole piece, whose values are anything."""
-        import torch
-
-        kept = self._rooms
-        fits = len(kept) >= count and kept[0].numel() >= piece_of(count)
-        if not fits or (kept[0].dtype, kept[0].device) != (like.dtype, like.device):
-            with torch.inference_mode(mode=False):
-                kept = [torch.empty(piece_of(count), dtype=like.dtype, device=like.device) for _ in range(count)]
-            self._rooms = kept
-        return kept[:count]
-
-
-SCRATCH: Final = Scratch()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from streammerge.methods.statistics.counting import ByTorch, Counting, plain, room_for
 from streammerge.methods.statistics.passes import Magnitudes, Pass
+from streammerge.methods.statistics.stretches import Measures, Pending, Stretch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +19,15 @@ if TYPE_CHECKING:
     from streammerge.methods.statistics.ranks import Ranking, Search
 
 BINS: Final = 2**16
+
+
+def binned(numbers: Tensor, inside: Tensor | None = None) -> Tensor:
+    """How many of the whole numbers are each one below `BINS`, of those `inside`: nobody has to know the greatest."""
+    import torch
+
+    places = numbers.long() if inside is None else torch.where(inside, numbers, BINS).long()
+    counts = torch.zeros(BINS + 1, dtype=torch.int64, device=numbers.device)
+    return counts.index_add_(0, places, torch.ones_like(places))[:BINS]
 
 
 def settle(search: Search, counts: memoryview, counting: Counting) -> int:
@@ -49,6 +59,21 @@ class UpperBits(Pass[Any]):
             (plain(((found >> self.shift) + BINS // 2).bincount(minlength=BINS)), int(found.count_nonzero()))
             for found in self.ranking.keys(block, inputs)
         ]
+
+    def begin(self, stretch: Stretch, inputs: Sequence[Tensor]) -> Pending:
+        """The counts of many blocks together, as the first one's."""
+        import torch
+
+        counts: list[Tensor] = []
+        nonzero: list[Tensor] = []
+        for found in self.ranking.keys(stretch.first, inputs):
+            counts.append(binned((found >> self.shift) + BINS // 2))
+            nonzero.append((found != 0).sum())
+
+        def take(told: Sequence[Tensor]) -> Measures:
+            return {stretch.first: list(zip(map(plain, told[1:]), told[0].tolist(), strict=True))}, ()
+
+        return Pending([torch.stack(nonzero), *counts], take)
 
     def measure_compiled(self, block: int, operands: Magnitudes) -> list[tuple[memoryview, int]]:
         """The same by compiled loops."""
@@ -101,6 +126,19 @@ class LowerBits(Pass[Any]):
             for vector, upper in self.counts
         }
 
+    def begin(self, stretch: Stretch, inputs: Sequence[Tensor]) -> Pending:
+        """The counts of many blocks together, as the first one's."""
+        counts: dict[tuple[int, int], Tensor] = {}
+        for vector, keys in enumerate(self.ranking.keys(stretch.first, inputs)):
+            found = keys >> self.shift if self.shift else keys
+            for upper in (upper for of, upper in self.counts if of == vector):
+                counts[vector, upper] = binned(found & (BINS - 1), (found >> 16) == upper)
+
+        def take(told: Sequence[Tensor]) -> Measures:
+            return {stretch.first: dict(zip(counts, map(plain, told), strict=True))}, ()
+
+        return Pending([*counts.values()], take)
+
     def measure_compiled(self, block: int, operands: Magnitudes) -> dict[tuple[int, int], memoryview]:
         """The same by compiled loops."""
         self.counting = operands.counting
@@ -144,6 +182,27 @@ class Equals(Pass[Any]):
             [int((found == search.key).sum()) if is_split(search) else 0 for search in searches]
             for found, searches in zip(self.ranking.keys(block, inputs), self.ranking.searches, strict=True)
         ]
+
+    def begin(self, stretch: Stretch, inputs: Sequence[Tensor]) -> Pending:
+        """Every block's."""
+        import torch
+
+        searches = self.ranking.searches
+        equal = [
+            stretch.counts(found == search.key)
+            for found, wanted in zip(self.ranking.keys(stretch.first, inputs), searches, strict=True)
+            for search in wanted
+            if is_split(search)
+        ]
+
+        def take(told: Sequence[Tensor]) -> Measures:
+            blocks = [iter(counts) for counts in told[0].T.tolist()]
+            return {
+                block: [[next(own) if is_split(search) else 0 for search in wanted] for wanted in searches]
+                for block, own in zip(stretch.blocks, blocks, strict=True)
+            }, ()
+
+        return Pending([torch.stack(equal)], take)
 
     def measure_compiled(self, block: int, operands: Magnitudes) -> list[list[int]]:
         """The same by compiled loops."""

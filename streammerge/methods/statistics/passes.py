@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from streammerge.methods.statistics.counting import Counting
+    from streammerge.methods.statistics.stretches import Pending, Stretch
     from streammerge.methods.steps import Step
 
 Result = TypeVar("Result", covariant=True)
@@ -103,6 +104,14 @@ class Pass(abc.ABC, Generic[Result]):
     def wants(self, block: int) -> bool:
         """Whether this block is measured at all."""
         return True
+
+    def is_alone(self, block: int) -> bool:
+        """Whether this block must not be measured in a stretch with those before it, or behind it."""
+        return False
+
+    def begin(self, stretch: Stretch, inputs: Sequence[Tensor]) -> Pending | None:
+        """What it wants to know of many blocks, without waiting for it; None if it measures block by block only."""
+        return None
 
     @abc.abstractmethod
     def measure(self, block: int, inputs: Sequence[Tensor]) -> Any:  # noqa: ANN401  (the pass's own affair)

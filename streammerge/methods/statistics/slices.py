@@ -11,8 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from streammerge.methods.statistics.gram import WIDE, Gram, refuse_unless_infinite, tensors_from
+from streammerge.methods.statistics.gram import WIDE, Gram, refuse_unless_infinite
 from streammerge.methods.statistics.passes import Pass
+from streammerge.methods.statistics.products import tensors_from
+from streammerge.methods.statistics.stretches import Measures, Pending, Stretch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,20 +126,51 @@ class SliceGramPass(Pass[Any]):
         parts = self.slicing.rectangles(start, start + inputs[0].numel())
         return [self._measure(part, [part.of(values.reshape(-1)) for values in inputs]) for part in parts]
 
-    def _measure(self, part: Rectangle, inputs: Sequence[Tensor]) -> tuple[int, Tensor]:
+    def begin(self, stretch: Stretch, inputs: Sequence[Tensor]) -> Pending | None:
+        """The shares of many blocks; blocks with slices that are lost in differences are measured alone."""
         import torch
 
+        if inputs[0].element_size() == 8:
+            return None
+        blocks: list[tuple[int, list[int]]] = []
+        sums: list[Tensor] = []
+        lost: list[Tensor] = []
+        for block, values in stretch.each(inputs):
+            start = block * self.step
+            parts = list(self.slicing.rectangles(start, start + values[0].numel()))
+            for part in parts:
+                tensors = [part.of(one.reshape(-1)).double() for one in values]
+                share = self._products([tensors[0], *(other - tensors[0] for other in tensors[1:])])
+                told = tensors_from(share)
+                lost.append(torch.stack([_is_lost(row[-1], told[0][0]) for row in told]).any().double())
+                sums.append(_stacked(told, share))
+            blocks.append((block, [part.column if self.slicing.by_column else part.row for part in parts]))
+
+        def take(found: Sequence[Tensor]) -> Measures:
+            each, is_lost = iter(found[:-1]), iter(found[-1].tolist())
+            shares: dict[int, list[tuple[int, Tensor]]] = {}
+            alone = []
+            for block, firsts in blocks:
+                shares[block] = [(first, next(each).clone()) for first in firsts]
+                flags = [next(is_lost) for _ in firsts]
+                if any(flags):
+                    del shares[block]
+                    alone.append(block)
+            return shares, alone
+
+        return Pending([*sums, torch.stack(lost)], take) if lost else None
+
+    def _measure(self, part: Rectangle, inputs: Sequence[Tensor]) -> tuple[int, Tensor]:
         tensors = [values.double() for values in inputs]
         vectors = [tensors[0], *(other - tensors[0] for other in tensors[1:])]
         share = self._products(vectors)
         told = tensors_from(share)
-        if any(bool((row[-1] < WIDE.short * told[0][0]).any()) for row in told):
+        if any(bool(_is_lost(row[-1], told[0][0])) for row in told):
             told = self._products(tensors)
-        if inputs[0].dtype == torch.float64:
+        if inputs[0].element_size() == 8:
             self._check(vectors, share)
             self._check(tensors, told)
-        found = [*(values for row in told for values in row), *(values for row in share[1:] for values in row[1:])]
-        return part.column if self.slicing.by_column else part.row, torch.stack(found).cpu()
+        return part.column if self.slicing.by_column else part.row, _stacked(told, share).cpu()
 
     def _check(self, vectors: Sequence[Tensor], share: list[list[Tensor]]) -> None:
         """MethodError where a slice's square is not what it seems to be."""
@@ -161,3 +194,15 @@ class SliceGramPass(Pass[Any]):
     def finish(self) -> SliceGrams:
         """The matrices of the whole slices."""
         return SliceGrams(self.totals)
+
+
+def _is_lost(square: Tensor, first: Tensor) -> Tensor:
+    """Whether a slice is so much shorter than the first tensor's that its products don't follow from differences."""
+    return (square < WIDE.short * first).any()
+
+
+def _stacked(told: list[list[Tensor]], share: list[list[Tensor]]) -> Tensor:
+    """The products of the tensors, and behind them those of differences, as `Gram.of` takes them."""
+    import torch
+
+    return torch.stack([*(values for row in told for values in row), *(one for row in share[1:] for one in row[1:])])

@@ -5,8 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from streammerge.methods.statistics.sums import SumPass, l1_norm, task_vectors
+from streammerge.methods.statistics.stretches import Stretch
+from streammerge.methods.statistics.sums import SumPass, norms, task_vectors
 from tests.make.models import normal
+
+
+def l1_norm(values: torch.Tensor) -> float:
+    return float(norms("sizes", values, Stretch(0, max(values.numel(), 1), values.numel())))
 
 
 def squares(values: torch.Tensor) -> float:
