@@ -21,7 +21,10 @@ from streammerge.formats.mapping import address_of, bus_errors_are_caught, check
 from streammerge.formats.readers import MappedReader
 from tests.make.models import load_model, make_tensors, save_models
 
-pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGBUS"), reason="there is no SIGBUS here")
+pytestmark = [
+    pytest.mark.skipif(not hasattr(signal, "SIGBUS"), reason="there is no SIGBUS here"),
+    pytest.mark.filterwarnings("ignore:The given buffer is not writable"),  # torch says so once, to whoever is first
+]
 
 SIZE = 1 << 20
 PAGE = mmap.PAGESIZE

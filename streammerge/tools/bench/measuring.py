@@ -1,7 +1,8 @@
 """What a process costs: time, memory over time, bytes moved, its children included.
 
 Time, peak memory and bytes come from the system's own accounts where it keeps them (see `launcher`), the curve of
-memory from looking at the process every 20 ms.
+memory from looking at the process every 20 ms. What processes share counts once: what a child was forked with, and the
+files that they map, of which those of the process that maps most are counted.
 """
 
 from __future__ import annotations
@@ -168,11 +169,10 @@ class _Proc:
 
     def into(self, curve: _Curve, seconds: float) -> None:
         """Add what is there now to the curve."""
-        resident = anonymous = 0
-        for pid in self._descendants(self.launcher):
-            status = _status(pid)
-            resident += status.get("VmRSS", 0)
-            anonymous += status.get("RssAnon", 0)
+        pids = list(self._descendants(self.launcher))
+        sizes = [_sizes(pid, forked=len(pids) > 1) for pid in pids]
+        anonymous = sum(size.anonymous for size in sizes)
+        resident = anonymous + max((size.of_files for size in sizes), default=0)
         if resident:
             curve.samples.append(Sample(round(seconds, 4), resident, anonymous))
             curve.peak_rss = max(curve.peak_rss, resident)
@@ -193,13 +193,29 @@ def _children(pid: int) -> list[int]:
     return found
 
 
-def _status(pid: int) -> dict[str, int]:
-    """The sizes in a process's status, in bytes; {} if it is gone."""
+@dataclass(frozen=True)
+class _Sizes:
+    """The memory of one process, in bytes: what is its own, and pages of files, the same ones in all its processes."""
+
+    anonymous: int
+    of_files: int
+
+
+def _sizes(pid: int, *, forked: bool) -> _Sizes:
+    """The memory of a process, none if it is gone; of what it shares with others that it was forked from, its share."""
+    resident = _fields(pid, "status")
+    anonymous = resident.get("RssAnon", 0)
+    own = _fields(pid, "smaps_rollup").get("Pss_Anon", anonymous) if forked else anonymous
+    return _Sizes(own, resident.get("VmRSS", 0) - anonymous)
+
+
+def _fields(pid: int, account: str) -> dict[str, int]:
+    """The sizes that an account of /proc tells, in bytes by their names; {} if the process, or the account, is gone."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines()
+        lines = Path(f"/proc/{pid}/{account}").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
         return {}
-    fields = (line.split() for line in lines if line.startswith(("VmRSS:", "RssAnon:")))
+    fields = (line.split() for line in lines if line.endswith(" kB"))
     return {name.rstrip(":"): int(size) * 1024 for name, size, *_ in fields}
 
 

@@ -81,6 +81,12 @@ def test_memory_of_several_children_adds_up():
 
 
 @linux
+def test_memory_that_a_forked_child_shares_counts_once():
+    program = "import os, time; held = b'x' * 100_000_000; os.fork() or time.sleep(0.4); time.sleep(0.2)"
+    assert 100 * MB < run(program).peak_rss < 150 * MB
+
+
+@linux
 def test_bytes_read_and_written_are_counted(tmp_path):
     source, target = tmp_path / "in", tmp_path / "out"
     source.write_bytes(os.urandom(5 * MB))
