@@ -114,11 +114,12 @@ class Product:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class External:
-    """A tensor of a model that is not ours and can only be asked to read itself."""
+    """A tensor of a model that is not ours and can only be asked to read itself; `told` is what it holds, if known."""
 
     info: TensorInfo
     model: Model
     name: str
+    told: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,8 +316,8 @@ def stored_leaves(node: Node) -> Iterator[Stored]:
 
 
 def has_external(node: Node) -> bool:
-    """Whether something of it lies in a model that is not ours."""
-    return any(isinstance(leaf, External) for leaf in leaves(node))
+    """Whether something of it lies in a model that is not ours, and nobody knows what."""
+    return any(isinstance(leaf, External) and not leaf.told for leaf in leaves(node))
 
 
 def applications(node: Node) -> Iterator[Applied]:

@@ -46,7 +46,7 @@ def kind_of(node: Node) -> Hashable:
             beyond = largest if largest > USUAL else 0.0
             return "combined", own, is_same, beyond, *(kind_of(term.node) for term in terms)
         case External():
-            return "external", own
+            return "external", own, node.told
         case Viewed(around=around):
             around_it = None if around is None else kind_of(around)
             return "viewed", own, node.inner, kind_of(node.source), around_it
@@ -100,7 +100,7 @@ class Describer:
                 terms = [[term.coefficient.hex(), self.node(term.node)] for term in node.terms]
                 return ["combined", info, node.divisor.hex(), terms]
             case External():
-                return ["external", info, node.name]
+                return ["external", info, node.name, *([node.told] if node.told else [])]
             case _:
                 return self._applied(node)
 

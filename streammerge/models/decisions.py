@@ -16,7 +16,7 @@ from streammerge.compute.expressions import Node, rounded
 from streammerge.compute.identity import kind_of
 from streammerge.formats.tables import Column, Names
 from streammerge.methods.contract import ParameterValue
-from streammerge.tensors import TensorInfo
+from streammerge.tensors import DType, TensorInfo
 
 Action = Literal["merged", "copied", "dropped"]
 
@@ -29,7 +29,8 @@ class Decision:
     """What becomes of one tensor of the layout, and why. A dropped one has no node.
 
     `parameters` are the method's, for a merged one, and `block` is where it is, if any of them are given by block. With
-    `rounds` its dtype was asked for: a merge of this merge is given what a file of that dtype would hold.
+    `rounds` its dtype was asked for: a merge of this merge is given what a file of that dtype would hold. `codes` is
+    what it is to be stored as, with a scale beside it.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Decision:
     parameters: Mapping[str, ParameterValue] = field(default_factory=dict)
     block: str = ""
     rounds: bool = False
+    codes: DType | None = None
 
     @property
     def detail(self) -> str:
@@ -57,6 +59,7 @@ class Fate(NamedTuple):
     block: str
     first: str
     tensors: int
+    codes: DType | None = None
 
     @property
     def detail(self) -> str:
@@ -108,7 +111,7 @@ class Decisions(Sequence[Decision]):
             counts[number] += 1
             self._numbers[self.names.places[name]] = number
         self.fates: Final = tuple(
-            Fate(made.action, made.why, made.info, made.parameters, made.block, made.name, count)
+            Fate(made.action, made.why, made.info, made.parameters, made.block, made.name, count, made.codes)
             for made, count in zip(firsts, counts, strict=True)
         )
 
@@ -182,4 +185,4 @@ def _key(made: Decision) -> Hashable:
     kind = None if made.node is None else kind_of(made.node)
     parameters = tuple(made.parameters.items())
     own = made.info.dtype.name, made.info.shape
-    return made.action, made.why, own, parameters, made.block, made.rounds, kind
+    return made.action, made.why, own, parameters, made.block, made.rounds, made.codes, kind

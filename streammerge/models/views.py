@@ -15,7 +15,7 @@ from streammerge.compute.expressions import External, ModelStatistics, Node, rou
 from streammerge.errors import PlanError, count, plural
 from streammerge.formats.tables import Column, Names
 from streammerge.models.codes import Quantised, find_quantised
-from streammerge.models.dtypes import parse_dtype, stored_as
+from streammerge.models.dtypes import parse_element_dtype, stored_as
 from streammerge.models.quantised import DECODED, decoded, marks_of
 from streammerge.tensors import Model, TensorInfo, described
 
@@ -118,12 +118,12 @@ class Cast(View):
     dtype: str
 
     def __post_init__(self) -> None:
-        parse_dtype(self.dtype, "Cast")
+        parse_element_dtype(self.dtype, "Cast")
 
     @functools.cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """The values' tensors, in this dtype."""
-        values, dtype = self.values, parse_dtype(self.dtype, "Cast")
+        values, dtype = self.values, parse_element_dtype(self.dtype, "Cast")
         return seen(values.tensors, lambda name, info: info if name in values.left else stored_as(info, dtype))
 
     def node(self, name: str) -> Node:

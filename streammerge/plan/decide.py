@@ -17,7 +17,7 @@ from streammerge.models.adapters.recognition import refuse_adapters
 from streammerge.models.codes import Quantised, may_be_weights
 from streammerge.models.decisions import Decision, Decisions
 from streammerge.models.dialects import Naming
-from streammerge.models.dtypes import stored_as
+from streammerge.models.dtypes import Scaled, Storage, stored_as
 from streammerge.models.extent import Extent
 from streammerge.models.merged import Merged
 from streammerge.models.positions import are_positions, mended, what_is_broken
@@ -32,6 +32,7 @@ from streammerge.plan.meaning import Meaning
 from streammerge.plan.naming import Named
 from streammerge.plan.parts import Dropped, prepared
 from streammerge.plan.problems import Misshapen, Problems, Unshared
+from streammerge.plan.scaling import Scaling, with_scales
 from streammerge.plan.tuning import Tuning
 from streammerge.recipe.recipe import Recipe, Rule
 from streammerge.tensors import DType, Model, TensorInfo
@@ -83,6 +84,7 @@ class _Resolution:
         self.values = {name: Decoded(model, self.coded.weights[name]) for name, model in self.models.items()}
         self.rules, self.tuning = RuleIndex(recipe.rules), Tuning(recipe, self.layout)
         self.meaning = Meaning.of(self.models, self.layout_name, self.input_names)
+        self.scaling = Scaling.of(recipe, self.layout)
 
     def resolve(self) -> Merged:
         layout, coded = self.layout.tensors, self.coded
@@ -93,11 +95,12 @@ class _Resolution:
         merged = sum(fate.tensors for fate in decisions.fates if fate.action == "merged")
         self.meaning.check(self.recipe.on_prediction_mismatch)
         self.problems.report(self.recipe, self._compared, self.rules.unused, merged=merged)
+        self.scaling.check()
         self.is_reported = True
         whole = {name: model for name, model in self.models.items() if name not in self._parts}
         lacking = names_lacking(whole, weights, coded)
         inner = sum(model.kept_bytes for model in self._nested.values())
-        return Merged(
+        made = Merged(
             decisions,
             with_inner(left_out, self.models, "left_out"),
             with_inner(lacking, self.models, "lacking"),
@@ -106,6 +109,7 @@ class _Resolution:
             self.layout,
             self.extent,
         )
+        return with_scales(made)
 
     @functools.cached_property
     def _parts(self) -> frozenset[str]:
@@ -143,11 +147,11 @@ class _Resolution:
 
     def _decide(self, name: str, info: TensorInfo) -> Decision:
         rule = self.rules.find(name)
-        dtype = None if rule and rule.keeps_dtype else (rule and rule.dtype) or self.recipe.dtype
+        dtype, codes = self.scaling.storage(name, rule, self.recipe)
         made = self._fate(name, info, rule, dtype)
-        return made if dtype is None else replace(made, rounds=True)
+        return made if dtype is None else replace(made, rounds=not isinstance(dtype, Scaled), codes=codes)
 
-    def _fate(self, name: str, info: TensorInfo, rule: Rule | None, dtype: DType | None) -> Decision:
+    def _fate(self, name: str, info: TensorInfo, rule: Rule | None, dtype: Storage | None) -> Decision:
         if rule and rule.action == "drop":
             return Decision(name, "dropped", f"rule {rule}", info)
         if rule and rule.action == "keep":
@@ -230,7 +234,7 @@ class _Resolution:
             self.looked_at[model, name] = what_is_broken(self.models[model], name)
         return self.looked_at[model, name]
 
-    def _copy(self, name: str, model: str, why: str, dtype: DType | None) -> Decision:
+    def _copy(self, name: str, model: str, why: str, dtype: Storage | None) -> Decision:
         if broken := self._broken(model, name):
             node = mended(name, self.models[model].tensors[name].shape)
             self.mended[name] = f"{name}: {model}'s are no positions ({broken}), and are written as 0, 1, 2 …"
@@ -248,7 +252,7 @@ class _Resolution:
         cast = "" if info == node.info else f", stored as {info.dtype}"
         return Decision(name, "copied", f"from {model}: {why}{cast}", info, node)
 
-    def _take(self, name: str, rule: Rule, dtype: DType | None) -> Decision:
+    def _take(self, name: str, rule: Rule, dtype: Storage | None) -> Decision:
         if name not in self.models[rule.model].tensors:
             return self._without(name, [rule.model], dtype, taken=True)
         self.meaning.note_taken(name, rule.model)
@@ -265,7 +269,7 @@ class _Resolution:
             name, "copied", f"from {rule.model}: taken by rule {rule}{fitting.why}", stored_as(node.info, dtype), node
         )
 
-    def _without(self, name: str, lacking: list[str], dtype: DType | None, *, taken: bool = False) -> Decision:
+    def _without(self, name: str, lacking: list[str], dtype: Storage | None, *, taken: bool = False) -> Decision:
         """What becomes of a tensor that some of the models lack."""
         why = f"{' and '.join(lacking)} {'lack' if len(lacking) > 1 else 'lacks'} it"
         if not taken:
@@ -276,7 +280,7 @@ class _Resolution:
             self.problems.missing.append(self._unshared(name, taken=taken))
         return self._copy(name, self.layout_name, why, dtype)
 
-    def _merge(self, name: str, info: TensorInfo, rule: Rule | None, dtype: DType | None) -> Decision:
+    def _merge(self, name: str, info: TensorInfo, rule: Rule | None, dtype: Storage | None) -> Decision:
         lacking = [model for model in self.input_names if name not in self.models[model].tensors]
         if lacking:
             return self._without(name, lacking, dtype)
@@ -319,7 +323,7 @@ class _Resolution:
             return node
         return placed(node, self.values[self.layout_name].node(name), dtype)
 
-    def _keep_shape(self, name: str, dtype: DType | None) -> Decision:
+    def _keep_shape(self, name: str, dtype: Storage | None) -> Decision:
         return self._copy(name, self.layout_name, f"kept for its shape {list(self.layout.tensors[name].shape)}", dtype)
 
     def _fit(self, name: str, nodes: Mapping[str, Node], *, taken: bool = False) -> Fitting | None:

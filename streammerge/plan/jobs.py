@@ -12,8 +12,10 @@ from streammerge.compute.costs import compute_dtype, copied_from, is_copy
 from streammerge.compute.expressions import Job, Node, Together, has_external, is_merged, measured_together
 from streammerge.compute.kernels.maker import is_compiled, maker_bytes
 from streammerge.compute.magnitudes import check_magnitudes
+from streammerge.errors import PlanError
 from streammerge.formats.layout import OutputLayout
 from streammerge.models.decisions import Fate
+from streammerge.models.encoding import has_codes
 from streammerge.models.merged import Merged
 from streammerge.recipe.options import Options
 from streammerge.tensors import DType, TensorInfo
@@ -52,6 +54,7 @@ class Kind:
         compute = info.dtype if is_looked_at else _compute_dtype(node, info, options)
         if compute is not None:
             check_magnitudes(fate.first, node, compute)
+            _check_scales(fate.first, node, compute)
         node = copied_from(node) if is_looked_at else node
         is_by_kernels = compute is not None and options.device == "cpu" and is_compiled(node, info.dtype, compute)
         return cls(
@@ -68,6 +71,15 @@ class Kind:
             costs.card_bytes(node),
             costs.bytes_read(node),
             costs.passes(node),
+        )
+
+
+def _check_scales(name: str, node: Node, compute: DType) -> None:
+    """PlanError if scales would be rounded to 16 bits."""
+    if compute.bits < 32 and has_codes(node):
+        raise PlanError(
+            f"tensor {name}: it is stored with a scale, which {compute} is too coarse for",
+            advice="Leave out --compute-dtype, or use fp32 or fp64.",
         )
 
 

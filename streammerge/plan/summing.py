@@ -11,11 +11,12 @@ from streammerge.models.adapters.sums import Sum
 from streammerge.models.checkpoints import Checkpoint
 from streammerge.models.decisions import Decision, Decisions
 from streammerge.models.dialects import Naming
+from streammerge.models.dtypes import Scaled
 from streammerge.models.merged import Merged
 from streammerge.plan.tuning import Tuning
 from streammerge.recipe.parameters import WEIGHT
 from streammerge.recipe.recipe import Recipe
-from streammerge.tensors import Model
+from streammerge.tensors import DType, Model
 
 
 def are_adapters(models: Mapping[str, Model]) -> bool:
@@ -51,7 +52,7 @@ def sum_of_adapters(recipe: Recipe, models: Mapping[str, Model], naming: Naming 
         own = [float(each) for each in found] if isinstance(found, tuple) else [float(found)] * len(names)
         return [each / sum(own) for each in own] if is_normalised else own
 
-    made = Sum(adapters, weights, recipe.dtype)
+    made = Sum(adapters, weights, _dtype(recipe))
 
     def decide(name: str) -> Decision:
         return Decision(name, "merged", "sum of adapters", made.tensors[name], made.node(name))
@@ -75,6 +76,16 @@ def _check(recipe: Recipe, naming: Naming | None) -> None:
         raise PlanError(
             f"adapters are added up, where {listed(meaningless)} has no meaning", advice="Leave that out of the merge."
         )
+
+
+def _dtype(recipe: Recipe) -> DType | None:
+    """What factors are stored as; PlanError for scales, which they have none of."""
+    if isinstance(recipe.dtype, Scaled):
+        raise PlanError(
+            f"adapters are added up, and {recipe.dtype.torch_name} is a dtype of whole models",
+            advice="Use fp16, bf16 or fp32.",
+        )
+    return recipe.dtype
 
 
 def _remark(made: Sum) -> str:

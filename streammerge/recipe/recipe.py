@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 
 from streammerge.errors import SHOWN, RecipeError
 from streammerge.methods import find_method
+from streammerge.models.dtypes import Storage
 from streammerge.recipe.effects import Kind, Place
 from streammerge.recipe.parameters import Settings, describe_settings, holds_everywhere
 from streammerge.recipe.policies import (
@@ -22,7 +23,6 @@ from streammerge.recipe.policies import (
     PredictionPolicy,
     ShapePolicy,
 )
-from streammerge.tensors import DType
 
 RuleAction = Literal["merge", "take", "keep", "drop"]
 
@@ -63,7 +63,7 @@ class Rule:
     action: RuleAction = "merge"
     model: str = ""
     parameters: Settings = field(default_factory=dict)
-    dtype: DType | None = None
+    dtype: Storage | None = None
     component: str = ""
     keeps_dtype: bool = False
 
@@ -98,7 +98,7 @@ class Recipe:
     on_missing: MissingPolicy = "error"
     on_prediction_mismatch: PredictionPolicy = "error"
     rules: tuple[Rule, ...] = ()
-    dtype: DType | None = None
+    dtype: Storage | None = None
     only: str = ""
     ema: EmaPolicy = "keep"
     prune: bool = False

@@ -20,7 +20,7 @@ from streammerge.compute.makers import Block, Blocks, Maker, Wanted
 from streammerge.compute.neighbours import as_one
 from streammerge.compute.survey import Survey, TogetherSurvey
 from streammerge.formats.readers import FileRange
-from streammerge.models.quantised import has_scales
+from streammerge.models.encoding import loses_scales
 from streammerge.report import Finding, Progress
 from streammerge.storage.ledger import Ledger, Sink
 from streammerge.tensors import DType
@@ -182,7 +182,7 @@ class MergeWork(Work):
         self.held_bytes = held_bytes(job.node, job.compute)
         self.least = least_step(job.node)
         stored = job.info.dtype
-        self.wanted = Wanted(job.node, job.compute, stored, unscaled=stored.bits == 8 and has_scales(job.node))
+        self.wanted = Wanted(job.node, job.compute, stored, unscaled=stored.bits == 8 and loses_scales(job.node))
 
     def begin_pass(self) -> list[Window]:
         """The windows of the next pass, those left out that need not be written."""
