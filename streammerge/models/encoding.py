@@ -2,7 +2,7 @@
 
     scale = max |θ| / m        codes = θ / scale        m is the greatest number of the 8-bit floats
 
-Beside the codes, `X.weight`, stand `X.weight_scale`, one float32, and `X.comfy_quant`, which says in JSON what they are.
+Beside the codes, `X.weight`, stand `X.weight_scale`, one float32, and `X.comfy_quant`, JSON that says what they are.
 (ComfyUI's QUANTIZATION.md, `comfy/ops.py` and comfy-kitchen's `tensor/fp8.py`.)
 """
 

@@ -1,4 +1,4 @@
-"""Weights that a merge stores as 8-bit floats with scales, as ComfyUI has them: which those are, and what is beside them.
+"""Weights that a merge stores as 8-bit floats with scales, as ComfyUI has them: which they are, what is beside them.
 
 They are the matrices inside of a transformer's or a UNet's blocks, and of T5's. What is around the blocks, norms and
 biases are few bytes, and matter more: they stay as they are.
@@ -26,7 +26,9 @@ from streammerge.tensors import DType, Model, TensorInfo
 
 INSIDE: Final[Mapping[str, re.Pattern[str]]] = {
     UNET.name: re.compile(r".+\.transformer_blocks\.\d+\..+\.weight"),
-    T5.name: re.compile(r"encoder\.block\.\d+\.layer\.\d+\.(?:SelfAttention|DenseReluDense)\.\w+\.weight"),
+    T5.name: re.compile(
+        r"encoder\.block\.\d+\.layer\.\d+\.(?:SelfAttention\.[qkvo]|DenseReluDense\.w[io](?:_\d)?)\.weight"
+    ),
 }
 """What the matrices inside of blocks are called in a kind of component."""
 
@@ -37,15 +39,14 @@ IN_TRANSFORMERS: Final = re.compile(
 
 ONLY_THERE: Final = (
     "ComfyUI reads scales of matrices in the blocks of transformers, UNets and T5 alone. Give another dtype to what has "
-    "none, such as --dtype vae=fp16."
+    "none, as by --dtype vae=fp16."
 )
 
 
 @dataclass
 class Scaling:
     """What of a layout can have scales: `weights`, and of these components `whole` is the one that is meant where a
-    recipe says nothing of components. `asked` are the recipe (None) and rules that want scales, those that got any
-    left out.
+    recipe says nothing of components. `asked` are rules that want scales and got none, and None until any is given.
     """
 
     weights: frozenset[str] = frozenset()
@@ -82,7 +83,8 @@ class Scaling:
             return None, None
         if name not in self.weights:
             return asked, None
-        self.asked = [other for other in self.asked if other is not (rule if own else None)]
+        if self.asked:
+            self.asked = [other for other in self.asked if other is not None and not (own and other is rule)]
         return asked, asked.codes
 
     def check(self) -> None:
