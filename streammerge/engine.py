@@ -138,7 +138,7 @@ def planned(
         method = recipe.method if isinstance(recipe, Recipe) else ""
         recorded = isinstance(recipe, Recipe) and options.metadata and options.hash_inputs
         hashes = input_hashes(recipe, opened) if isinstance(recipe, Recipe) and recorded else None
-        metadata = restated(output_metadata(recipe, options, opened, hashes), merged.restated)
+        metadata = restated(output_metadata(recipe, options, opened, hashes), merged)
         description = recipe.describe() if isinstance(recipe, Recipe) else {}
         inputs = opened.files or files_of(merged)
         plan = plan_merge(

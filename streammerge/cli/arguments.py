@@ -117,8 +117,8 @@ def _add_part_arguments(group: argparse._ArgumentGroup) -> None:
         "--dtype",
         action="append",
         default=[],
-        metavar="[COMPONENT=]keep|fp32|fp16|bf16|fp8_e4m3|fp8_e5m2",
-        help="how tensors are stored; COMPONENT= for one alone, such as vae=fp32",
+        metavar="[COMPONENT=]keep|fp32|fp16|bf16|fp8_e4m3|fp8_e5m2|fp8_scaled",
+        help="how tensors are stored; COMPONENT= for one alone, such as vae=fp32; fp8_scaled: with scales, as ComfyUI",
     )
     group.add_argument(
         "--take",

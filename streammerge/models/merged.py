@@ -31,7 +31,8 @@ class Merged:
     Inputs of an input that is a merge itself count too, as `inner/model`. `kept_bytes` is what is kept in memory of
     quantised weights, of other names and of adapters. `remarks` are what the user should know of the recipe, `layout`
     is the model whose tensors the merge has, `extent` how much has been planned for it, and `accounts` what became of
-    adapters. `restated` are metadata of inputs that have to say something else, or nothing, of the output. What reading
+    adapters. `restated` are metadata of inputs that have to say something else, or nothing, of the output, `stated` are
+    metadata that its tensors need. What reading
     from it measures of the whole model is kept for the next time.
     """
 
@@ -44,6 +45,7 @@ class Merged:
     extent: Extent = field(default_factory=Extent)
     accounts: tuple[Account, ...] = ()
     restated: Mapping[str, str] = field(default_factory=dict)
+    stated: Mapping[str, str] = field(default_factory=dict)
     _measured: ModelStatistics = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @functools.cached_property

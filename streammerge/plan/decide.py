@@ -32,6 +32,7 @@ from streammerge.plan.meaning import Meaning
 from streammerge.plan.naming import Named
 from streammerge.plan.parts import Dropped, prepared
 from streammerge.plan.problems import Misshapen, Problems, Unshared
+from streammerge.plan.quantisation import stated_layers
 from streammerge.plan.scaling import Scaling, with_scales
 from streammerge.plan.tuning import Tuning
 from streammerge.recipe.recipe import Recipe, Rule
@@ -108,6 +109,7 @@ class _Resolution:
             tuple(dict.fromkeys([*self._remarks(decisions)])),
             self.layout,
             self.extent,
+            stated=stated_layers(self.codes_of, self.models),
         )
         return with_scales(made)
 
@@ -217,7 +219,9 @@ class _Resolution:
         codes = self.coded.beside.get(name)
         model = self.codes_of.get(codes) if codes is not None else self._marking(self.coded.marks[name])
         if model is None:
-            gone = "no weights with scales are left" if codes is None else "the weights that it belongs to are decoded"
+            gone = "the weights that it belongs to are decoded"
+            if codes is None:
+                gone = "no weights with scales of its kind are left"
             return Decision(name, "dropped", gone, info)
         node = node_of(self.models[model], name)
         return Decision(name, "copied", f"from {model}: it belongs to quantised weights", node.info, node)

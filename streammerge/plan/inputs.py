@@ -252,10 +252,11 @@ def output_metadata(
     return marks | dict(options.meta) | recipe_metadata(recipe, options, hashes)
 
 
-def restated(metadata: Mapping[str, str], changes: Mapping[str, str]) -> dict[str, str]:
-    """The metadata with what has to be said otherwise of the output, and without what would be wrong of it."""
+def restated(metadata: Mapping[str, str], merged: Merged) -> dict[str, str]:
+    """The metadata with what has to be said, or said otherwise, of the output, without what would be wrong of it."""
+    changes = merged.restated
     said = {key: changes.get(key, text) for key, text in metadata.items()}
-    return {key: text for key, text in said.items() if text or key not in changes}
+    return {key: text for key, text in said.items() if text or key not in changes} | dict(merged.stated)
 
 
 def may_draw(recipe: Recipe) -> bool:

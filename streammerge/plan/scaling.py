@@ -26,9 +26,7 @@ from streammerge.tensors import DType, Model, TensorInfo
 
 INSIDE: Final[Mapping[str, re.Pattern[str]]] = {
     UNET.name: re.compile(r".+\.transformer_blocks\.\d+\..+\.weight"),
-    T5.name: re.compile(
-        r"encoder\.block\.\d+\.layer\.\d+\.(?:SelfAttention\.[qkvo]|DenseReluDense\.w[io](?:_\d)?)\.weight"
-    ),
+    T5.name: re.compile(r"encoder\.block\.\d+\.layer\.\d+\.(?:SelfAttention\.[qkvo]|DenseReluDense\.w\w+)\.weight"),
 }
 """What the matrices inside of blocks are called in a kind of component."""
 
@@ -38,8 +36,8 @@ IN_TRANSFORMERS: Final = re.compile(
 """The same in every other denoiser."""
 
 ONLY_THERE: Final = (
-    "ComfyUI reads scales of matrices in the blocks of transformers, UNets and T5 alone. Give another dtype to what has "
-    "none, as by --dtype vae=fp16."
+    "ComfyUI reads scales of matrices in the blocks of transformers, UNets and T5 alone. Give others another dtype: "
+    "--dtype vae=fp16."
 )
 
 

@@ -66,8 +66,12 @@ BOTH: Final = " AND "
 """Between licences that all hold, as in an SPDX expression."""
 
 
-STALE: Final = ("format", "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
-"""The keys of metadata that are true of one file alone, which hashes are."""
+QUANTISATION: Final = "_quantization_metadata"
+"""ComfyUI's key for what its layers are quantised as."""
+
+
+STALE: Final = ("format", "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash", QUANTISATION)
+"""The keys of metadata that are true of one file alone: hashes, and what is said of single tensors."""
 
 
 MetadataOf = Callable[[Path], Mapping[str, str]]

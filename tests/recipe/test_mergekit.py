@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from streammerge.errors import RecipeError
-from streammerge.models.dtypes import STORED_DTYPES, parse_dtype
+from streammerge.models.dtypes import STORED_DTYPES, Scaled, parse_dtype
 from streammerge.recipe.parameters import Condition
 from streammerge.recipe.parse import MERGEKIT_ONLY, Input, Recipe
 from streammerge.tensors import DTYPES
@@ -159,4 +159,5 @@ def test_the_stored_dtype(keys, dtype):
 def test_every_spelling_of_a_dtype_is_known(spelling):
     dtype = parse_dtype(spelling, "x")
     assert dtype == STORED_DTYPES[spelling]
-    assert dtype is None or (dtype.mergeable and spelling != "keep")
+    stored = dtype.codes if isinstance(dtype, Scaled) else dtype
+    assert stored is None or (stored.mergeable and spelling != "keep")
