@@ -50,6 +50,7 @@ from streammerge.storage.journal import journal_path
 from streammerge.storage.ledger import Coverage, Entry, Ledger, Span
 from streammerge.storage.resume import Beginning, Bookkeeper, Tell, beginning
 from streammerge.storage.target import check_output, find_older
+from streammerge.storage.webui import merge_history
 from streammerge.storage.writer import OutputWriter
 from streammerge.tensors import Model
 from streammerge.version import __version__
@@ -139,6 +140,8 @@ def planned(
         recorded = isinstance(recipe, Recipe) and options.metadata and options.hash_inputs
         hashes = input_hashes(recipe, opened) if isinstance(recipe, Recipe) and recorded else None
         metadata = restated(output_metadata(recipe, options, opened, hashes), merged)
+        if isinstance(recipe, Recipe) and hashes is not None:
+            metadata = {**merge_history(recipe, opened, hashes), **metadata}
         description = recipe.describe() if isinstance(recipe, Recipe) else {}
         inputs = opened.files or files_of(merged)
         plan = plan_merge(

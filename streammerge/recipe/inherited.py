@@ -17,7 +17,8 @@ USE: Final = frozenset(
             for key in (
                 *("sai_model_spec", "architecture", "implementation", "implementation_version", "resolution"),
                 *("prediction_type", "predict_key", "timestep_range", "encoder_layer", "preprocessor"),
-                *("is_negative_embedding", "data_format"),
+                *("is_negative_embedding", "data_format", "format_type", "format_template", "language"),
+                *("unet_dtype", "vae_dtype"),
             )
         ),
         *("ss_base_model_version", "ss_v2", "ss_v_parameterization", "ss_zero_terminal_snr"),
