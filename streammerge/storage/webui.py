@@ -100,7 +100,7 @@ def _method(recipe: Recipe) -> tuple[str, float | None]:
         return "Add difference", 1.0 if alpha is None else number
     if recipe.method == "linear" and len(recipe.models) == 2 and set(recipe.parameters) <= {"weight"}:
         weights = [entry.parameters.get("weight", recipe.parameters.get("weight", 1.0)) for entry in recipe.models]
-        numbers = [each for each in weights if isinstance(each, int | float)]
+        numbers = [float(each) for each in weights if isinstance(each, int | float)]
         if len(numbers) == len(weights) and sum(numbers):
             return "Weighted sum", numbers[1] / sum(numbers)
     return recipe.method, number
