@@ -63,6 +63,8 @@ _SIGNS: Final = (
     _Sign("Chroma", "distilled_guidance_layer.layers.0.linear_1.weight"),
     _Sign("HunyuanVideo", "txt_in.individual_token_refiner.blocks.0.norm1.weight"),
     _Sign("HunyuanVideo", "context_embedder.token_refiner.refiner_blocks.0.norm1.weight"),
+    _Sign("HunyuanDiT", "blocks.0.attn1.Wqkv.weight"),
+    _Sign("HunyuanDiT", "time_extra_emb.pooler.k_proj.weight"),
     _Sign("Flux 2", "double_stream_modulation_img.lin.weight"),
     _Sign("Flux 2", "double_stream_modulation_img.linear.weight"),
     _Sign("Qwen-Image", "transformer_blocks.0.img_mod.1.weight"),
@@ -106,7 +108,7 @@ _SIGNS: Final = (
 
 _PREFIXES: Final = (
     "",
-    *("model.diffusion_model.", "diffusion_model.", "unet.", "control_model."),
+    *("model.diffusion_model.", "diffusion_model.", "unet.", "control_model.", "model.model."),
     *("model.", "transformer.", "language_model.model.", "model.language_model.", "gpt_neox."),
     *("encoder.", "bert.encoder.", "roberta.encoder."),
     *("cond_stage_model.", "cond_stage_model.transformer.", "cond_stage_model.model."),

@@ -92,7 +92,7 @@ def _under_another_prefix(model: Model, found: Recognised, naming: Naming) -> di
     """What the tensors of one component are called, codes and all, if nothing but what stands before them changes."""
     [component, *others], own = found.components, found.components[0].place
     place = found.place(component, naming)
-    if others or (place.side, place.within) != (own.side, own.within):
+    if others or (place.side, place.within, place.accent) != (own.side, own.within, own.accent):
         return {}
     names = {place.prefix + name.removeprefix(own.prefix): name for name in model.tensors}
     return names if all(name.startswith(own.prefix) for name in model.tensors) else {}

@@ -21,7 +21,7 @@ EMA_POLICIES: Final = ("keep", "drop", "use")
 
 PARTS: Final = (
     *("unet", "transformer", "controlnet", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"),
-    *("clip_l", "clip_g", "t5"),
+    *("clip_l", "clip_g", "t5", "depth_estimator"),
 )
 """What parts of diffusion models are called: as diffusers' folders are, text encoders also as ComfyUI calls them."""
 

@@ -7,6 +7,7 @@ short hash, and how it was made itself, and those that it was made of. (A1111's 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -101,8 +102,9 @@ def _method(recipe: Recipe) -> tuple[str, float | None]:
     if recipe.method == "linear" and len(recipe.models) == 2 and set(recipe.parameters) <= {"weight"}:
         weights = [entry.parameters.get("weight", recipe.parameters.get("weight", 1.0)) for entry in recipe.models]
         numbers = [float(each) for each in weights if isinstance(each, int | float)]
-        if len(numbers) == len(weights) and sum(numbers):
-            return "Weighted sum", numbers[1] / sum(numbers)
+        total = math.fsum(numbers)
+        if len(numbers) == len(weights) and total:
+            return "Weighted sum", numbers[1] / total
     return recipe.method, number
 
 

@@ -145,12 +145,98 @@ def _z_image(width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield from _linear(f"{layer}.adaLN_modulation.0", 4 * width, width)
 
 
+def wan_22_vae(width: int = 8) -> Shapes:
+    """Wan 2.2's VAE with two levels."""
+    return dict(_wan_22_vae(width))
+
+
+def _wan_22_vae(width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield from ((f"{name}.weight", (width, width, 1, 1, 1)) for name in ("conv1", "conv2"))
+    for part, way, resnets in (("encoder", "down", 2), ("decoder", "up", 3)):
+        yield f"{part}.conv1.weight", (width, width, 3, 3, 3)
+        yield f"{part}.head.0.gamma", (width, 1, 1, 1)
+        yield f"{part}.head.2.weight", (width, width, 3, 3, 3)
+        stems = [f"{part}.{way}samples.{level}.{way}samples.{n}" for level in range(2) for n in range(resnets)]
+        for stem in (*stems, f"{part}.middle.0", f"{part}.middle.2"):
+            yield from ((f"{stem}.residual.{n}.gamma", (width, 1, 1, 1)) for n in (0, 3))
+            yield from ((f"{stem}.residual.{n}.weight", (width, width, 3, 3, 3)) for n in (2, 6))
+        yield f"{part}.{way}samples.1.{way}samples.0.shortcut.weight", (width, width, 1, 1, 1)
+        yield f"{part}.middle.1.norm.gamma", (width, 1, 1)
+        yield f"{part}.middle.1.to_qkv.weight", (3 * width, width, 1, 1)
+        yield f"{part}.middle.1.proj.weight", (width, width, 1, 1)
+        yield f"{part}.{way}samples.0.{way}samples.{resnets}.resample.1.weight", (width, width, 3, 3)
+        yield f"{part}.{way}samples.0.{way}samples.{resnets}.time_conv.weight", (width, width, 3, 1, 1)
+
+
+def hunyuan(width: int = 8) -> Shapes:
+    """HunyuanVideo with a block of each kind, as Tencent names it."""
+    return dict(_hunyuan(width))
+
+
+def _hunyuan(width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield "img_in.proj.weight", (width, 4, 1, 2, 2)
+    yield "img_in.proj.bias", (width,)
+    refiner = "txt_in.individual_token_refiner.blocks.0"
+    for name in ("txt_in.input_embedder", "txt_in.t_embedder.mlp.0", "txt_in.t_embedder.mlp.2"):
+        yield from _linear(name, width, width)
+    for name in ("txt_in.c_embedder.linear_1", "txt_in.c_embedder.linear_2", f"{refiner}.self_attn_proj"):
+        yield from _linear(name, width, width)
+    yield from _linear(f"{refiner}.self_attn_qkv", 3 * width, width)
+    for name in (f"{refiner}.mlp.fc1", f"{refiner}.mlp.fc2", f"{refiner}.adaLN_modulation.1"):
+        yield from _linear(name, width, width)
+    yield from ((f"{refiner}.norm{n}.{part}", (width,)) for n in (1, 2) for part in ("weight", "bias"))
+    for part in ("time_in.mlp.0", "time_in.mlp.2", "guidance_in.mlp.0", "guidance_in.mlp.2"):
+        yield from _linear(part, width, width)
+    for part in ("vector_in.in_layer", "vector_in.out_layer", "final_layer.linear"):
+        yield from _linear(part, width, width)
+    yield from _linear("final_layer.adaLN_modulation.1", 2 * width, width)
+    for stream in ("img", "txt"):
+        stem = f"double_blocks.0.{stream}"
+        yield from _linear(f"{stem}_mod.linear", 6 * width, width)
+        yield from _linear(f"{stem}_attn_qkv", 3 * width, width)
+        yield from ((f"{stem}_attn_{part}_norm.weight", (4,)) for part in "qk")
+        for part in ("attn_proj", "mlp.fc1", "mlp.fc2"):
+            yield from _linear(f"{stem}_{part}", width, width)
+    yield from _linear("single_blocks.0.linear1", 7 * width, width)
+    yield from _linear("single_blocks.0.linear2", width, 5 * width)
+    yield from _linear("single_blocks.0.modulation.linear", 3 * width, width)
+    yield from ((f"single_blocks.0.{part}_norm.weight", (4,)) for part in "qk")
+
+
+def hunyuan_dit(width: int = 8) -> Shapes:
+    """HunyuanDiT 1.2 with two blocks, the second of which looks at the first again."""
+    return dict(_hunyuan_dit(width))
+
+
+def _hunyuan_dit(width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield from (("x_embedder.proj.weight", (width, 4, 2, 2)), ("x_embedder.proj.bias", (width,)))
+    yield from (("text_embedding_padding", (9, width)), ("pooler.positional_embedding", (5, width)))
+    for name in ("t_embedder.mlp.0", "t_embedder.mlp.2", "mlp_t5.0", "mlp_t5.2", "extra_embedder.0"):
+        yield from _linear(name, width, width)
+    for name in ("extra_embedder.2", *(f"pooler.{part}_proj" for part in "qkvc"), "final_layer.linear"):
+        yield from _linear(name, width, width)
+    yield from _linear("final_layer.adaLN_modulation.1", 2 * width, width)
+    for n in range(2):
+        stem = f"blocks.{n}"
+        yield from _linear(f"{stem}.attn1.Wqkv", 3 * width, width)
+        yield from _linear(f"{stem}.attn2.kv_proj", 2 * width, width)
+        for name in ("attn1.out_proj", "attn2.q_proj", "attn2.out_proj", "default_modulation.1", "mlp.fc1", "mlp.fc2"):
+            yield from _linear(f"{stem}.{name}", width, width)
+        norms = ("norm1", "norm2", "norm3", *(f"attn{number}.{part}_norm" for number in (1, 2) for part in "qk"))
+        yield from ((f"{stem}.{norm}.{part}", (width,)) for norm in norms for part in ("weight", "bias"))
+    yield from _linear("blocks.1.skip_linear", width, 2 * width)
+    yield from (("blocks.1.skip_norm.weight", (2 * width,)), ("blocks.1.skip_norm.bias", (2 * width,)))
+
+
 ORIGINALS: Final[Mapping[str, Callable[[], Shapes]]] = {
     **{layout: lambda layout=layout: _whole(layout) for layout in CONTEXTS},  # type: ignore[misc]
     "flux": flux,
     "sd3": sd3,
     "wan": wan,
     "z-image": z_image,
+    "wan-2.2-vae": wan_22_vae,
+    "hunyuan": hunyuan,
+    "hunyuan-dit": hunyuan_dit,
 }
 """The names and shapes of each."""
 

@@ -1,8 +1,8 @@
-"""Diffusion transformers of images: Flux and what is built like it (Chroma, Flux 2), Stable Diffusion 3, Z-Image.
+"""Diffusion transformers of images: Flux and its like (Chroma, Flux 2), Stable Diffusion 3, Z-Image, HunyuanDiT.
 
 The originals keep query, key and value in one tensor, Flux's single blocks the first layer of the MLP with them. The
 last modulation gives shift and scale in the original, scale and shift in diffusers. (Black Forest Labs' `model.py`,
-Stability AI's `mmdit.py`, Tongyi's Z-Image; diffusers' `FluxTransformer2DModel` and its like.)
+Stability AI's `mmdit.py`, Tongyi's Z-Image, Tencent's HunyuanDiT; diffusers' `FluxTransformer2DModel` and its like.)
 """
 
 from __future__ import annotations
@@ -223,3 +223,47 @@ Z_IMAGE: Final = Kind(
     _z_image,
 )
 """Its original is known by its tokens for padding: Lumina 2 is much the same without."""
+
+_HUNYUAN_DIT: Final[Table] = {
+    "x_embedder.proj": "pos_embed.proj",
+    "=text_embedding_padding": "=text_embedding_padding",
+    "t_embedder.mlp.0": "time_extra_emb.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_extra_emb.timestep_embedder.linear_2",
+    "mlp_t5.0": "text_embedder.linear_1",
+    "mlp_t5.2": "text_embedder.linear_2",
+    "extra_embedder.0": "time_extra_emb.extra_embedder.linear_1",
+    "extra_embedder.2": "time_extra_emb.extra_embedder.linear_2",
+    "=pooler.positional_embedding": "=time_extra_emb.pooler.positional_embedding",
+    **{f"pooler.{part}_proj": f"time_extra_emb.pooler.{part}_proj" for part in "qkvc"},
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": swapped("norm_out.linear"),
+}
+
+_HUNYUAN_DIT_BLOCK: Final[Table] = {
+    "norm1": "norm1.norm",
+    "default_modulation.1": "norm1.linear",
+    "attn1.Wqkv": split("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+    "attn2.q_proj": "attn2.to_q",
+    "attn2.kv_proj": split("attn2.to_k", "attn2.to_v"),
+    **{f"{attention}.{part}_norm": f"{attention}.norm_{part}" for attention in ("attn1", "attn2") for part in "qk"},
+    **{f"{attention}.out_proj": f"{attention}.to_out.0" for attention in ("attn1", "attn2")},
+    "norm2": "norm3",
+    "norm3": "norm2",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+    **{name: name for name in ("skip_norm", "skip_linear")},
+}
+
+
+def _hunyuan_dit(names: Collection[str], _side: Side) -> Iterator[Block]:
+    yield Block("", "", _HUNYUAN_DIT)
+    for n in numbers(names, "blocks."):
+        yield Block(f"blocks.{n}.", f"blocks.{n}.", _HUNYUAN_DIT_BLOCK)
+
+
+HUNYUAN_DIT: Final = Kind(
+    "HunyuanDiT",
+    {"ours": r"blocks\.\d+\.attn1\.Wqkv\.", "theirs": r"time_extra_emb\.pooler\."},
+    _hunyuan_dit,
+)
+"""Of its first version's `style_embedder` diffusers keeps a row alone: it has no name there."""

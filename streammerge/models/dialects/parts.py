@@ -11,7 +11,7 @@ from streammerge.models.dialects.encoders import CLIP
 from streammerge.models.dialects.places import Place, Role
 from streammerge.models.dialects.recognition import Component, Recognised
 from streammerge.models.dialects.rules import Side, numbers
-from streammerge.models.dialects.vaes import VAE, WAN_VAE
+from streammerge.models.dialects.vaes import VAE, WAN_22_VAE, WAN_VAE
 
 ROLES_OF: Final[Mapping[str, Role]] = {
     "unet": "denoiser",
@@ -86,7 +86,7 @@ def misfit(part: Component, role: Role, source: Recognised, model: Recognised) -
         convolution = part.tensors.get("decoder.conv_in.weight")
         channels = convolution.shape[1] if convolution is not None and len(convolution.shape) > 1 else wanted
         return "" if channels == wanted else f"it is for latents of {channels} channels, and they have {wanted} there"
-    if part.kind is WAN_VAE and model.architecture in LATENTS:
+    if part.kind in (WAN_VAE, WAN_22_VAE) and model.architecture in LATENTS:
         return f"it is Wan's, and the model is {model.architecture}"
     if part.kind is VAE and model.architecture in ("Wan", "Qwen-Image"):
         return f"it is Stable Diffusion's kind, and the model is {model.architecture}"

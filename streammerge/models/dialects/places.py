@@ -10,14 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from streammerge.models.dialects.rules import Side
+from streammerge.models.dialects.rules import Accent, Side, accented, plain
 
-Role = Literal["denoiser", "ControlNet", "VAE", "CLIP", "CLIP 2", "T5"]
+Role = Literal["denoiser", "ControlNet", "VAE", "CLIP", "CLIP 2", "T5", "depth"]
 """What a component does in its model: `CLIP` is the only or the first of its text encoders of this kind."""
 
 ROLES: Final[Mapping[str, Role | None]] = {
     "model.diffusion_model.": "denoiser",
     "diffusion_model.": "denoiser",
+    "model.model.": "denoiser",
     "unet.": "denoiser",
     "transformer.": "denoiser",
     "control_model.": "ControlNet",
@@ -37,6 +38,8 @@ ROLES: Final[Mapping[str, Role | None]] = {
     "text_encoder.": "CLIP",
     "text_encoder_2.": "CLIP 2",
     "text_encoder_3.": "T5",
+    "depth_model.model.": "depth",
+    "depth_estimator.": "depth",
     "": None,
 }
 """What is found behind each prefix; behind none, whatever it looks like. A text encoder that looks like T5 is T5."""
@@ -54,10 +57,11 @@ DIFFUSERS: Final = (
     "text_encoder.",
     "text_encoder_2.",
     "text_encoder_3.",
+    "depth_estimator.",
 )
 """The folders of a pipeline."""
 
-COMFYUI: Final = ("text_encoders.", "diffusion_model.")
+COMFYUI: Final = ("text_encoders.", "diffusion_model.", "model.model.")
 """How prefixes start that ComfyUI alone writes."""
 
 
@@ -66,29 +70,32 @@ class Place:
     """What stands before a component's names, and in which naming of its kind they are.
 
     `within` is what the names have before them in that naming and not in the file: CLIP without `text_model.`, as in
-    NovelAI's.
+    NovelAI's. `accent` are parts of names that the file has otherwise.
     """
 
     prefix: str
     side: Side
     within: str = ""
+    accent: Accent = ()
 
     @property
     def naming(self) -> str:
         """Whose the names are, for people to read."""
         if self.within:
             return "NovelAI's"
+        if self.accent:
+            return "ComfyUI's"
         if self.prefix in DIFFUSERS or (not self.prefix and self.side == "theirs"):
             return "diffusers'"
         return "bare" if not self.prefix else "ComfyUI's" if self.prefix.startswith(COMFYUI) else "original"
 
     def own(self, name: str) -> str:
         """What the file calls a tensor that is called so in the component's naming."""
-        return self.prefix + name.removeprefix(self.within)
+        return self.prefix + accented(name.removeprefix(self.within), self.accent)
 
     def inner(self, name: str) -> str:
         """What a tensor of the file is called in the component's naming."""
-        rest = name[len(self.prefix) :]
+        rest = plain(name[len(self.prefix) :], self.accent)
         return self.within + rest if self.within and not rest.startswith("text_projection") else rest
 
 
@@ -108,6 +115,7 @@ _UNET: Final[Mapping[Role, Place]] = {
     "VAE": Place("vae.", "theirs"),
     "CLIP": Place("text_encoder.", "theirs"),
     "CLIP 2": Place("text_encoder_2.", "theirs"),
+    "depth": Place("depth_estimator.", "theirs"),
 }
 _LATENT: Final[Mapping[Role, Place]] = {
     "denoiser": _DENOISER,
@@ -140,7 +148,14 @@ ARRANGEMENTS: Final[Mapping[str, Arrangement]] = {
         {**_LATENT, "CLIP": Place("cond_stage_model.transformer.", "theirs")},
         _UNET,
     ),
-    "Stable Diffusion 2": Arrangement({**_LATENT, "CLIP": Place("cond_stage_model.model.", "ours")}, _UNET),
+    "Stable Diffusion 2": Arrangement(
+        {
+            **_LATENT,
+            "CLIP": Place("cond_stage_model.model.", "ours"),
+            "depth": Place("depth_model.model.", "ours"),
+        },
+        _UNET,
+    ),
     "SDXL": Arrangement(
         {
             **_LATENT,
@@ -151,7 +166,7 @@ ARRANGEMENTS: Final[Mapping[str, Arrangement]] = {
     ),
     "SDXL refiner": Arrangement({**_LATENT, "CLIP 2": Place("conditioner.embedders.0.model.", "ours")}, _UNET),
     "Flux": _transformer("vae.", clip_l="text_encoder", t5="text_encoder_2"),
-    **dict.fromkeys(("Flux 2", "HunyuanVideo", "Qwen-Image", "Z-Image"), _transformer("vae.")),
+    **dict.fromkeys(("Flux 2", "HunyuanVideo", "HunyuanDiT", "Qwen-Image", "Z-Image"), _transformer("vae.")),
     "Wan": _transformer("vae.", umt5="text_encoder"),
     "Chroma": _transformer("vae.", t5="text_encoder"),
     **dict.fromkeys(

@@ -10,7 +10,8 @@ from typing import Final, Literal
 
 from streammerge.models.adapters.recognition import adapter_text
 from streammerge.models.architecture import guess_architecture
-from streammerge.models.dialects.dits import FLUX, FLUX2, SD3, Z_IMAGE
+from streammerge.models.dialects.depth import MIDAS
+from streammerge.models.dialects.dits import FLUX, FLUX2, HUNYUAN_DIT, SD3, Z_IMAGE
 from streammerge.models.dialects.encoders import CLIP, T5
 from streammerge.models.dialects.pieces import Source, to_ours, to_theirs, whole
 from streammerge.models.dialects.places import (
@@ -24,7 +25,7 @@ from streammerge.models.dialects.places import (
 )
 from streammerge.models.dialects.rules import Kind, Linking, Side
 from streammerge.models.dialects.unets import UNET
-from streammerge.models.dialects.vaes import VAE, WAN_VAE
+from streammerge.models.dialects.vaes import VAE, WAN_22_VAE, WAN_VAE
 from streammerge.models.dialects.videos import HUNYUAN, QWEN_IMAGE, WAN
 from streammerge.tensors import TensorInfo
 
@@ -32,12 +33,13 @@ Naming = Literal["original", "diffusers", "bare"]
 """Names as in original checkpoints, as in diffusers' folders, or the original ones with nothing before them."""
 
 KINDS: Final[Mapping[Role, tuple[Kind, ...]]] = {
-    "denoiser": (UNET, FLUX2, HUNYUAN, FLUX, SD3, QWEN_IMAGE, Z_IMAGE, WAN),
+    "denoiser": (UNET, FLUX2, HUNYUAN, FLUX, SD3, QWEN_IMAGE, Z_IMAGE, HUNYUAN_DIT, WAN),
     "ControlNet": (UNET,),
-    "VAE": (WAN_VAE, VAE),
+    "VAE": (WAN_VAE, WAN_22_VAE, VAE),
     "CLIP": (CLIP, T5),
     "CLIP 2": (CLIP, T5),
     "T5": (T5,),
+    "depth": (MIDAS,),
 }
 """What a component of each role may be."""
 
@@ -238,6 +240,8 @@ def _places(prefix: str, kind: Kind, names: Collection[str]) -> Iterator[Place]:
     """The component's place, if the names are of this kind."""
     if any(map(re.compile(kind.unless).match, names)):
         return
+    if any(map(re.compile(kind.accented).match, names)):
+        yield Place(prefix, "ours", accent=kind.accent)
     for side, sign in kind.signs.items():
         fits = re.compile(sign).match
         if any(map(fits, names)):

@@ -82,18 +82,39 @@ class Link:
     way: Way = "same"
 
 
+Accent = tuple[tuple[str, str], ...]
+"""Parts of names, and what they are elsewhere where the rest is the same. Each is put for the other in this order."""
+
+
+def accented(name: str, accent: Accent) -> str:
+    """The name as it is elsewhere."""
+    for own, other in accent:
+        name = name.replace(own, other)
+    return name
+
+
+def plain(name: str, accent: Accent) -> str:
+    """What a name from elsewhere is here."""
+    for own, other in accent:
+        name = name.replace(other, own)
+    return name
+
+
 @dataclass(frozen=True, eq=False)
 class Kind:
     """A component as it is built: how its tensors are called in two namings.
 
     `blocks` makes the rules for a component that has these names; `signs` are expressions of which the start of some
-    name fits one, for each side; with a name that fits `unless` it is another kind that looks much the same.
+    name fits one, for each side; with a name that fits `unless` it is another kind that looks much the same. Original
+    names of which one fits `accented` have the `accent`.
     """
 
     name: str
     signs: Mapping[Side, str]
     blocks: Callable[[Collection[str], Side], Iterable[Block]]
     unless: str = r"(?!)"
+    accented: str = r"(?!)"
+    accent: Accent = ()
 
 
 def numbers(names: Iterable[str], *stems: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""The VAEs of Stable Diffusion 1 to 3, SDXL and Flux, and that of Wan 2.1 and Qwen-Image.
+"""The VAEs of Stable Diffusion 1 to 3, SDXL and Flux, and those of Wan: 2.1, which is Qwen-Image's too, and 2.2.
 
 Stable Diffusion's counts the decoder's levels from the image in the original, from the latent image in diffusers. The
 attention's 1×1 convolutions are matrices there. (CompVis' `model.py`; diffusers' `AutoencoderKL`.) Wan's counts the
@@ -126,4 +126,31 @@ WAN_VAE: Final = Kind(
     _wan,
     unless=r"(?:encoder\.downsamples|decoder\.upsamples)\.\d+\.(?:down|up)samples\.|.*\.(?:down|up)sampler\.",
 )
-"""Wan 2.2's is another, with levels in both namings, and is not known."""
+
+_WAN_22_RESNETS: Final = {"encoder": 2, "decoder": 3}
+"""How many there are in a level, before the step to the next."""
+
+
+def _wan_22(names: Collection[str], _side: Side) -> Iterator[Block]:
+    yield Block("", "", _WAN)
+    for part in ("encoder", "decoder"):
+        for ours, theirs in ((0, 0), (2, 1)):
+            yield Block(f"{part}.middle.{ours}.", f"{part}.mid_block.resnets.{theirs}.", _WAN_RESNET)
+        yield Block(f"{part}.middle.1.", f"{part}.mid_block.attentions.0.")
+    for part, way in (("encoder", "down"), ("decoder", "up")):
+        for level in numbers(names, f"{part}.{way}samples.", f"{part}.{way}_blocks."):
+            stem, other = f"{part}.{way}samples.{level}.{way}samples.", f"{part}.{way}_blocks.{level}."
+            for n in range(_WAN_22_RESNETS[part]):
+                yield Block(f"{stem}{n}.", f"{other}resnets.{n}.", _WAN_RESNET)
+            yield Block(f"{stem}{_WAN_22_RESNETS[part]}.", f"{other}{way}sampler.", _WAN_SAMPLER)
+
+
+WAN_22_VAE: Final = Kind(
+    "VAE",
+    {
+        "ours": r"encoder\.downsamples\.\d+\.downsamples\.|decoder\.upsamples\.\d+\.upsamples\.",
+        "theirs": r"encoder\.down_blocks\.\d+\.downsampler\.|decoder\.up_blocks\.\d+\.upsampler\.",
+    },
+    _wan_22,
+)
+"""Wan 2.2's has levels in both namings."""

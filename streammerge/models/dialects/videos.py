@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Final
 
-from streammerge.models.dialects.rules import Block, Kind, Side, Table, numbers, split, split_wide, swapped
+from streammerge.models.dialects.rules import Accent, Block, Kind, Side, Table, numbers, split, split_wide, swapped
 
 _WAN: Final[Table] = {
     "patch_embedding": "patch_embedding",
@@ -133,6 +133,18 @@ def _hunyuan(names: Collection[str], _side: Side) -> Iterator[Block]:
         yield Block(f"{ours}{n}.", f"{theirs}{n}.", _HUNYUAN_REFINER)
 
 
+COMFYUIS: Final[Accent] = (
+    *((f"_attn_{part}_norm.weight", f"_attn.norm.{word}_norm.scale") for part, word in (("q", "query"), ("k", "key"))),
+    *((f".{part}_norm.weight", f".norm.{word}_norm.scale") for part, word in (("q", "query"), ("k", "key"))),
+    *(("_attn_qkv.", "_attn.qkv."), ("_attn_proj.", "_attn.proj.")),
+    *(("_mod.linear.", "_mod.lin."), (".modulation.linear.", ".modulation.lin.")),
+    *(("mlp.fc1.", "mlp.0."), ("mlp.fc2.", "mlp.2.")),
+    *((f"{part}.mlp.0.", f"{part}.in_layer.") for part in ("time_in", "guidance_in", "t_embedder")),
+    *((f"{part}.mlp.2.", f"{part}.out_layer.") for part in ("time_in", "guidance_in", "t_embedder")),
+    *(("c_embedder.linear_1.", "c_embedder.in_layer."), ("c_embedder.linear_2.", "c_embedder.out_layer.")),
+)
+"""What ComfyUI calls otherwise in it, as it does when it reads Tencent's. (`HunyuanVideo` of `supported_models.py`.)"""
+
 HUNYUAN: Final = Kind(
     "HunyuanVideo",
     {
@@ -140,8 +152,10 @@ HUNYUAN: Final = Kind(
         "theirs": r"context_embedder\.token_refiner\.",
     },
     _hunyuan,
+    accented=r"txt_in\.individual_token_refiner\.blocks\.\d+\.self_attn\.(?:qkv|proj)\.",
+    accent=COMFYUIS,
 )
-"""As Tencent names it; ComfyUI has names of its own, which nobody has told us."""
+"""As Tencent names it; ComfyUI's names differ in parts alone."""
 
 
 def _same(_names: Collection[str], _side: Side) -> Iterator[Block]:
