@@ -52,7 +52,8 @@ def lane_bytes(node: Node, info: TensorInfo, compute: DType) -> int:
             blocks += len(part.inputs) * elements * (1 if part.slices is None else 4)  # of slices as float64, at once
         elif isinstance(part, Product):
             # whole rows of the product, and of what it is made of
-            blocks += product_rows(part) * (part.width + part.inner + sum(map(row_of, part.factors[:-1])))
+            again = part.width + part.inner if part.groups > 1 else 0
+            blocks += product_rows(part) * (part.width + part.inner + again + sum(map(row_of, part.factors[:-1])))
         elif isinstance(part, Rounded) or (isinstance(part, Viewed) and not isinstance(part.source, Stored)):
             blocks += elements  # as they are before they are rounded, or put in their place
     widest = max((leaf.info.dtype.bits // 8 for leaf in leaves(node)), default=0)

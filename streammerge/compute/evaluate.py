@@ -210,8 +210,13 @@ class Evaluator:
         *factors, factor = self._factors_of(node)[id(node)]
         for other in factors:
             made = made @ other
-        out = self.lane.slot(place + 1, (last - first) * node.width, self.dtype)
-        return torch.mm(made, factor, out=out.view(last - first, node.width)).view(-1)
+        out = self.lane.slot(place + 1, (last - first) * node.width, self.dtype).view(last - first, node.width)
+        if node.groups == 1:
+            return torch.mm(made, factor, out=out).view(-1)
+        blocks = factor.view(node.groups, -1, factor.shape[1])
+        shares = made.view(last - first, node.groups, -1).transpose(0, 1)
+        out.view(last - first, node.groups, -1).copy_((shares @ blocks).transpose(0, 1))
+        return out.view(-1)
 
     def _factors_of(self, node: Product) -> Mapping[int, Sequence[torch.Tensor]]:
         """The factors of products by their `id`, this one's among them, where they are multiplied: sent there once."""

@@ -94,11 +94,15 @@ class Product:
     A factor is a matrix whose rows lie along its first dimension, and `left` one whose rows are as long as the first
     factor has rows. No factor is empty. The product's flat elements are those of a tensor of the shape
     that `info` says: so a convolution's kernels are rows, and a low-rank difference of them is one product.
+
+    With several `groups` its one factor is so many blocks, one below the other, that stand along a diagonal: each of
+    them multiplies its own share of a row.
     """
 
     info: TensorInfo
     left: Node
     factors: tuple[Node, ...]
+    groups: int = 1
 
     @property
     def inner(self) -> int:
@@ -109,7 +113,7 @@ class Product:
     def width(self) -> int:
         """How many elements a row of the product has."""
         last = self.factors[-1].info
-        return last.elements // last.shape[0]
+        return self.groups * (last.elements // last.shape[0])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

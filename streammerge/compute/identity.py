@@ -55,7 +55,7 @@ def kind_of(node: Node) -> Hashable:
         case Rounded():
             return "rounded", own, kind_of(node.source)
         case Product(left=left, factors=factors):
-            return "product", own, kind_of(left), *map(kind_of, factors)
+            return "product", own, node.groups, kind_of(left), *map(kind_of, factors)
     together = id(node.together) if isinstance(node, ByBlock) and node.together is not None else 0
     parameters = tuple(node.parameters.items())
     return id(node.method), own, together, parameters, *map(kind_of, node.inputs)
@@ -95,7 +95,8 @@ class Describer:
             case Rounded():
                 return ["rounded", info, self.node(node.source)]
             case Product():
-                return ["product", info, self.node(node.left), *map(self.node, node.factors)]
+                groups = [node.groups] if node.groups > 1 else []
+                return ["product", info, self.node(node.left), *map(self.node, node.factors), *groups]
             case Combined():
                 terms = [[term.coefficient.hex(), self.node(term.node)] for term in node.terms]
                 return ["combined", info, node.divisor.hex(), terms]

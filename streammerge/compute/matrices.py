@@ -15,7 +15,7 @@ def transposed(node: Node) -> Node:
     Of a product each factor is transposed, and multiplied in the other order: so it stays one that is made by rows.
     """
     rows = node.info.shape[0]
-    if isinstance(node, Product):
+    if isinstance(node, Product) and node.groups == 1:
         left = in_shape(node.left, (node.left.info.elements // node.inner, node.inner))
         last, *others = (transposed(factor) for factor in (*reversed(node.factors), left))
         return Product(described(node.info.dtype, (node.info.elements // rows, rows)), last, tuple(others))
@@ -28,7 +28,7 @@ def rows_of(node: Node, start: int, stop: int) -> Node:
         return cut(node, start, stop)
     left = in_shape(node.left, (node.left.info.elements // node.inner, node.inner))
     info = described(node.info.dtype, (stop - start, *node.info.shape[1:]))
-    return Product(info, cut(left, start, stop), node.factors)
+    return Product(info, cut(left, start, stop), node.factors, node.groups)
 
 
 def zeros(shape: tuple[int, ...]) -> Node:
@@ -49,8 +49,21 @@ def permuted(node: Node, sizes: tuple[int, ...], order: tuple[int, ...]) -> Node
     return Viewed(described(node.info.dtype, shape), node, 0, tuple(strides[axis] for axis in order), shape)
 
 
+def times_blocks(node: Node, blocks: Node) -> Node:
+    """A matrix times a matrix that has these square blocks, a tensor of three dimensions, along its diagonal."""
+    count, size, _ = blocks.info.shape
+    info = described(DTYPES["F32"], node.info.shape)
+    return Product(info, node, (in_shape(blocks, (count * size, size)),), count)
+
+
+def padded(node: Node, shape: tuple[int, int]) -> Node:
+    """A matrix as the left part of the first rows of another, which is zero elsewhere."""
+    own = node.info.shape
+    return Viewed(described(node.info.dtype, shape), node, 0, contiguous_strides(own), own)
+
+
 def factors_of(node: Node) -> tuple[Node, Node]:
     """The two matrices whose product it is; ValueError if it is no product of two."""
-    if not isinstance(node, Product) or len(node.factors) != 1:
+    if not isinstance(node, Product) or len(node.factors) != 1 or node.groups > 1:
         raise ValueError("is no product of two matrices")
     return node.left, node.factors[0]

@@ -76,6 +76,24 @@ PEFT: dict[str, tuple[str, dict[str, Any]]] = {
     "LoKr, factored": ("LoKrConfig", {"r": 2, "alpha": 8, "decompose_both": True, "target_modules": ["a", "conv"]}),
     "(IA)³": ("IA3Config", {"target_modules": ["a", "b"], "feedforward_modules": ["b"]}),
     "VeRA": ("VeraConfig", {"r": 4, "save_projection": True, "target_modules": ["a"]}),
+    "OFT": (
+        "OFTConfig",
+        {"oft_block_size": 4, "target_modules": ["a", "b", "emb", "conv"]},
+    ),
+    "OFT, exact": ("OFTConfig", {"oft_block_size": 4, "use_cayley_neumann": False, "target_modules": ["a", "emb"]}),
+    "OFT, shared": ("OFTConfig", {"oft_block_size": 4, "block_share": True, "target_modules": ["a", "conv"]}),
+    "OFT, of few terms": (
+        "OFTConfig",
+        {"oft_block_size": 3, "num_cayley_neumann_terms": 3, "target_modules": ["a", "conv"]},
+    ),
+    "OFT, of two terms": ("OFTConfig", {"oft_block_size": 3, "num_cayley_neumann_terms": 2, "target_modules": ["a"]}),
+    "OFT, bounded": ("OFTConfig", {"oft_block_size": 4, "coft": True, "eps": 0.4, "target_modules": ["a", "b"]}),
+    "BOFT": ("BOFTConfig", {"boft_block_size": 4, "target_modules": ["a", "b"]}),
+    "BOFT of kernels": ("BOFTConfig", {"boft_block_size": 6, "target_modules": ["conv"]}),
+    "AdaLoRA": (
+        "AdaLoraConfig",
+        {"init_r": 6, "lora_alpha": 9, "total_step": 9, "target_modules": ["a", "b"]},
+    ),
 }
 
 
@@ -92,6 +110,7 @@ def test_pefts_merge_and_unload(tmp_path, case):
     assert_near(baked(tmp_path, tmp_path / "adapter"), tensors_of(expected))
 
 
+KINDS = ["Linear", "Conv2d", "LayerNorm"]
 LYCORIS: dict[str, dict[str, Any]] = {
     "LoRA": {"algo": "lora"},
     "LoRA with cores": {"algo": "lora", "use_tucker": True},
@@ -105,6 +124,12 @@ LYCORIS: dict[str, dict[str, Any]] = {
     "LoKr, both factored": {"algo": "lokr", "decompose_both": True, "factor": 4},
     "LoKr, both whole": {"algo": "lokr", "full_matrix": True},
     "differences": {"algo": "full"},
+    "GLoRA": {"algo": "glora"},
+    "OFT": {"algo": "diag-oft"},
+    "OFT, bounded": {"algo": "diag-oft", "constraint": 0.05},
+    "OFT, rescaled": {"algo": "diag-oft", "rescaled": True},
+    "BOFT": {"algo": "boft"},
+    "BOFT, rescaled": {"algo": "boft", "rescaled": True},
 }
 
 
@@ -112,12 +137,13 @@ LYCORIS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", LYCORIS)
 def test_lycoris_own_merge(tmp_path, case, weight):
     lycoris = pytest.importorskip("lycoris")
-    if case == "DoRA" and weight != 1:
-        pytest.skip("LyCORIS interpolates lengths, and not weights")
+    if case in ("DoRA", "OFT, rescaled", "BOFT", "BOFT, rescaled") and weight != 1:
+        pytest.skip("LyCORIS interpolates lengths, or the rotation of every stage, and not weights")
     logging.disable(logging.CRITICAL)
     settings = {"linear_dim": 4, "linear_alpha": 2.0, "conv_dim": 4, "conv_alpha": 2.0, **LYCORIS[case]}
     lycoris.LycorisNetwork.apply_preset(
-        {"enable_conv": True, "target_module": ["Linear", "Conv2d", "LayerNorm"], "target_name": []}
+        # butterflies want sizes that are halved again and again
+        {"enable_conv": True, "target_module": ["Conv2d"] if "BOFT" in case else KINDS, "target_name": []}
     )
     network = lycoris.create_lycoris(net(), 1.0, settings.pop("linear_dim"), settings.pop("linear_alpha"), **settings)
     network.apply_to()

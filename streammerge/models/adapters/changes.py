@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal
 
 from streammerge.compute.expressions import ByBlock, Node, Product, Term, combine
-from streammerge.compute.matrices import rows_of, transposed, vector, zeros
-from streammerge.compute.parts import joined
+from streammerge.compute.matrices import permuted, rows_of, transposed, vector, zeros
+from streammerge.compute.parts import in_shape, joined
 from streammerge.methods.registry import BlockMethod, Needs
 from streammerge.models.adapters.magnitudes import BY_COLUMN, BY_ROW
+from streammerge.tensors import described
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,7 +130,7 @@ class Change:
         added = self._multiplied(weight) if self.way == "add multiplied" else self.value
         terms = [Term(1.0, weight), Term(strength, added)]
         if self.factors:
-            terms.append(Term(strength, Product(weight.info, weight, self.factors)))
+            terms.append(Term(strength, _from_the_right(weight, self.factors)))
         return combine(weight.info, tuple(terms))
 
     def _multiplied(self, weight: Node) -> Node:
@@ -142,6 +143,17 @@ class Change:
         assert self.magnitude is not None
         over = vector(self.magnitude, weight.info.shape, self.axis)
         return ByBlock(weight.info, (BY_ROW, BY_COLUMN)[self.axis], {}, (weight, over), self.kind)
+
+
+def _from_the_right(weight: Node, factors: tuple[Node, ...]) -> Node:
+    """The tensor times matrices, which go over its inputs, at every place of its kernels."""
+    outputs, inputs = weight.info.shape[:2]
+    kernel = weight.info.elements // (outputs * inputs)
+    if kernel == 1:
+        return Product(weight.info, weight, factors)
+    behind = permuted(weight, (outputs, inputs, kernel), (0, 2, 1))
+    made = Product(described(weight.info.dtype, behind.info.shape), behind, factors)
+    return in_shape(permuted(made, (outputs, kernel, inputs), (0, 2, 1)), weight.info.shape)
 
 
 def _between(weight: Node, changed: Node, strength: float) -> Node:

@@ -21,14 +21,26 @@ FILE: Final = "adapter_config.json"
 IN_METADATA: Final = "lora_adapter_metadata"
 """The key of a file's metadata under which diffusers keeps the configs of a pipeline's parts."""
 
-KINDS: Final = ("LORA", "LOHA", "LOKR", "IA3", "VERA")
+KINDS: Final = ("LORA", "ADALORA", "LOHA", "LOKR", "IA3", "VERA", "OFT", "BOFT")
 """The kinds of PEFT's adapters that are read, as its configs call them."""
 
 CHANGED_BASES: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to begin a LoRA that change the model's own weights too: without that change the LoRA means nothing."""
 
+MOST_TERMS: Final = 1000
+"""The most terms of a series that are added up."""
+
 _PLAIN: Final = re.compile(r"[\w.^$\\-]*")
 """A pattern of names that can't take long to match."""
+
+
+@dataclass(frozen=True)
+class Turning:
+    """How PEFT's OFT makes rotations: by so many terms of a series, exactly if 0; no farther than `freedom`, if any."""
+
+    terms: int = 0
+    freedom: float = 0.0
+    is_shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,9 +58,12 @@ class Config:
     ranks: Mapping[str, int] = field(default_factory=dict)
     is_rank_stabilised: bool = False
     fan_in_fan_out: bool = False
+    turning: Turning | None = None
 
     def scale(self, module: str, rank: int) -> float:
         """The strength of a module's change that has this rank."""
+        if self.kind == "ADALORA":  # which prunes ranks, and divides by that with which it began
+            return (self.alpha if self.alpha > 0 else self.usual_rank) / (self.usual_rank + 1e-5)
         alpha = next((each for pattern, each in self.alphas.items() if fits(pattern, module)), self.alpha)
         return alpha / (math.sqrt(rank) if self.is_rank_stabilised else rank)
 
@@ -117,9 +132,14 @@ def _config(raw: Mapping[str, Any], where: str) -> Config:
         )
     if raw.get("layer_replication"):
         raise CheckpointError(f"{where}: it stacks layers anew (layer_replication), which streammerge does not do")
+    turned = bool(raw.get("fan_in_fan_out", False))
+    if kind == "ADALORA":
+        rank = int(_number(raw.get("init_r", 12), where, "init_r"))
+        return Config(where, kind, _number(raw.get("lora_alpha", 8), where, "lora_alpha"), {}, rank, {}, False, turned)
     usual = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}.get(kind, "")
     if not usual:
-        return Config(where, kind, fan_in_fan_out=bool(raw.get("fan_in_fan_out", False)))
+        turning = _turning(raw, where) if kind == "OFT" else None
+        return Config(where, kind, fan_in_fan_out=turned, turning=turning)
     rank = int(_number(raw.get("r", 0), where, "r"))
     return Config(
         where,
@@ -129,8 +149,19 @@ def _config(raw: Mapping[str, Any], where: str) -> Config:
         rank,
         {pattern: int(each) for pattern, each in _patterns(raw, "rank_pattern", where).items()},
         bool(raw.get("use_rslora", False)),
-        bool(raw.get("fan_in_fan_out", False)),
+        turned,
     )
+
+
+def _turning(raw: Mapping[str, Any], where: str) -> Turning:
+    """How PEFT's OFT makes rotations. CheckpointError where it isn't told, as by versions that made others."""
+    if "use_cayley_neumann" not in raw:
+        raise CheckpointError(f"{where}: it doesn't say use_cayley_neumann: OFT of an older form, which is not read")
+    terms = int(_number(raw.get("num_cayley_neumann_terms", 5), where, "num_cayley_neumann_terms"))
+    if raw["use_cayley_neumann"] and not 1 <= terms <= MOST_TERMS:
+        raise CheckpointError(f"{where}: num_cayley_neumann_terms is {terms}, and should be 1 to {MOST_TERMS}")
+    freedom = _number(raw.get("eps", 6e-5), where, "eps") if raw.get("coft") else 0.0
+    return Turning(terms if raw["use_cayley_neumann"] else 0, freedom, bool(raw.get("block_share", False)))
 
 
 def _patterns(raw: Mapping[str, Any], key: str, where: str) -> dict[str, float]:

@@ -7,100 +7,17 @@ it to `KINDS`. Shapes are checked here, as far as the adapter's own go; `Malform
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 from streammerge.compute.expressions import ByBlock, Node, Product, Viewed
-from streammerge.compute.matrices import permuted, transposed, vector
-from streammerge.compute.parts import rows_of
+from streammerge.compute.matrices import permuted, transposed, vector, zeros
+from streammerge.compute.parts import in_shape, rows_of
 from streammerge.models.adapters.changes import MULTIPLY, Change
-from streammerge.models.adapters.config import Config
-from streammerge.models.adapters.numbers import can_be_read, number_of
+from streammerge.models.adapters.modules import Changes, Malformed, Module
+from streammerge.models.adapters.rotations import input_butterfly, input_rotation, rotation
 from streammerge.tensors import DTYPES, TensorInfo
-
-PEFT: Final = "base_model.model."
-"""How the names of modules begin in PEFT's files."""
-
-
-class Malformed(Exception):  # noqa: N818  (a word for the user, gathered with others into one error)
-    """Parts of an adapter that don't make one."""
-
-
-@dataclass(frozen=True)
-class Module:
-    """A module of an adapter: its name, its parts' expressions and names by role, and what all modules share."""
-
-    name: str
-    nodes: Mapping[str, Node]
-    names: Mapping[str, str]
-    config: Config | None = None
-    shared: Mapping[str, Node] | None = None
-
-    def __contains__(self, role: str) -> bool:
-        return role in self.nodes
-
-    def part(self, role: str, dimensions: int = 0) -> Node:
-        """The part of this role; Malformed if it is missing, is empty, or has fewer dimensions than it needs."""
-        node = self.nodes.get(role)
-        if node is None:
-            raise Malformed(f"{self.name}   has {', '.join(sorted(self.names.values()))}, and no {_called(role)}")
-        shape = node.info.shape
-        if len(shape) < dimensions or not node.info.elements:
-            raise Malformed(f"{self.names[role]}   is of the shape {list(shape)}, which is no {_called(role)}'s")
-        if not node.info.dtype.mergeable:
-            raise Malformed(f"{self.names[role]}   is {node.info.dtype}, which is no number")
-        return node
-
-    def number(self, role: str) -> float:
-        """The one number that a part is."""
-        node = self.nodes[role]
-        if node.info.elements != 1:
-            raise Malformed(f"{self.names[role]}   is of the shape {list(node.info.shape)}, and should be one number")
-        if not can_be_read(node):
-            raise Malformed(f"{self.names[role]}   is {node.info.dtype}, and should be a float or an integer")
-        found = number_of(node)
-        if not math.isfinite(found):
-            raise Malformed(f"{self.names[role]}   is {found}, which is no number to multiply by")
-        return found
-
-    def scale(self, rank: int) -> tuple[float, str]:
-        """α/r, and what is to be told of it: the tensor `alpha` says, else the config, else α is the rank."""
-        if "alpha" in self:
-            return self.number("alpha") / rank, ""
-        if self.config is not None:
-            return self._configured(self.config, rank), ""
-        if self.name.startswith(PEFT):
-            raise Malformed(f"{self.name}   has no alpha, and adapter_config.json, which would tell it, is not there")
-        return 1.0, "no alpha"
-
-    def _configured(self, config: Config, rank: int) -> float:
-        """The strength that the config says for this rank, which must be the one that it speaks of."""
-        name = self.name.removeprefix(PEFT)
-        said = config.rank(name)
-        if rank and said not in (0, rank):
-            raise Malformed(f"{self.name}   is of rank {rank}, and {config.where} says {said}")
-        if not (rank or said):
-            raise Malformed(f"{self.name}   has no rank of its own, and {config.where} says none")
-        return config.scale(name, rank or said)
-
-    def turned(self, change: Change) -> Change:
-        """The change, transposed if the config says that the model's weights are (`fan_in_fan_out`)."""
-        return change.turned() if self.config is not None and self.config.fan_in_fan_out else change
-
-    def differ(self, one: str, other: str, why: str) -> Malformed:
-        """The error for two parts whose shapes don't fit."""
-        shapes = (f"{self.names[role]} {list(self.nodes[role].info.shape)}" for role in (one, other))
-        return Malformed(f"{'   and '.join(shapes)}   {why}")
-
-
-Changes = Mapping[str, Change]
-"""The changes of a module's tensors: of its `weight`, of its `bias`."""
-
-
-def _called(role: str) -> str:
-    words = {"up": "lora_up (lora_B)", "down": "lora_down (lora_A)", "mid": "lora_mid"}
-    return words.get(role, role.replace("hada.", "hada_").replace("lokr.", "lokr_"))
 
 
 def _lora(module: Module) -> Changes:
@@ -132,6 +49,21 @@ def _low_rank(module: Module, up: Node, down: Node) -> Change:
         raise module.differ("up", "down", "have no rank in common")
     shape = (up.info.shape[0], *down.info.shape[1:])
     return Change("LoRA", shape, _product(shape, up, down), rank=rank, scale=scale, told=told)
+
+
+def _adalora(module: Module) -> Changes:
+    """Δ = B diag(λ) A, whose ranks were pruned, to none perhaps (Zhang et al. 2023, arXiv:2303.10512)."""
+    if module.config is None:
+        raise Malformed(f"{module.name}   is AdaLoRA, and adapter_config.json, for its scale, is not there")
+    up, down, values = (module.nodes.get(role) for role in ("up", "down", "singular"))
+    if up and down and values and not values.info.elements and len(up.info.shape) == len(down.info.shape) == 2:
+        shape = (up.info.shape[0], down.info.shape[1])
+        return {"weight": module.turned(Change("AdaLoRA", shape, zeros(shape)))}
+    up, down, values = module.part("up", 2), module.part("down", 2), module.part("singular", 2)
+    if values.info.shape != (down.info.shape[0], 1):
+        raise module.differ("down", "singular", "don't fit")
+    change = _low_rank(module, up, _rows_scaled(down, down.info.shape[0], in_shape(values, values.info.shape[:1])))
+    return {"weight": module.turned(replace(change, kind="AdaLoRA"))}
 
 
 def _product(shape: tuple[int, ...], left: Node, *factors: Node) -> Product:
@@ -279,13 +211,15 @@ def _glora(module: Module) -> Changes:
     shapes = [node.info.shape for node in (a1, a2, b1, b2)]
     new = shapes[0][1] == shapes[1][0] == shapes[2][1] == shapes[3][0]
     old = shapes[0][0] == shapes[1][1] == shapes[2][0] == shapes[3][1]
-    if new == old or any(len(shape) != 2 for shape in shapes):
+    if new == old:
         raise Malformed(
             f"{module.name}   has a1, a2, b1, b2 of the shapes {[list(shape) for shape in shapes]}, "
             f"{'whose rank can not be told' if new else 'which have no rank in common'}"
         )
     left, right, first, second = (b1, b2, a1, a2) if new else (b2, b1, a2, a1)
-    shape = (left.info.shape[0], right.info.shape[1])
+    if any(math.prod(node.info.shape[2:]) != 1 for node in (left, first, second)):
+        raise Malformed(f"{module.name}   has a kernel in another part than the first that inputs meet")
+    shape = (left.info.shape[0], *right.info.shape[1:])
     if first.info.shape[0] != shape[1] or second.info.shape[1] != shape[1]:
         raise module.differ("a1", "b1", "don't fit")
     rank = right.info.shape[0]
@@ -322,6 +256,7 @@ Kind = Callable[[Module], Changes]
 
 KINDS: Final[tuple[tuple[frozenset[str], frozenset[str], Kind], ...]] = (
     (frozenset({"up", "down"}), frozenset({"mid", "alpha", "dora_scale", "magnitude", "up.bias"}), _lora),
+    (frozenset({"singular"}), frozenset({"up", "down"}), _adalora),
     (frozenset({"embedding.up", "embedding.down"}), frozenset({"alpha", "magnitude"}), _embedding),
     (
         frozenset({"hada.w1_a", "hada.w1_b", "hada.w2_a", "hada.w2_b"}),
@@ -337,6 +272,9 @@ KINDS: Final[tuple[tuple[frozenset[str], frozenset[str], Kind], ...]] = (
     (frozenset({"ia3"}), frozenset(), _ia3),
     (frozenset({"on_input"}), frozenset({"weight", "alpha"}), _lycoris_ia3),
     (frozenset({"vera.b", "vera.d"}), frozenset(), _vera),
+    (frozenset({"oft_blocks"}), frozenset({"rescale", "alpha"}), rotation),
+    (frozenset({"oft_R", "oft.embedding"}), frozenset(), input_rotation),
+    (frozenset({"boft_R", "boft_s"}), frozenset(), input_butterfly),
 )
 """The kinds: by which roles each is known, which others may stand beside these, and what it comes to."""
 
@@ -350,7 +288,7 @@ SAVED: Final = frozenset({"weight", "bias"})
 def changes_of(module: Module) -> Changes:
     """What a module changes, and to what; Malformed if its parts make nothing, or too much."""
     roles = frozenset(module.nodes)
-    found = [kind for kind in KINDS if kind[0] & roles]
+    found = [kind for kind in KINDS if kind[0] & roles and not (kind[2] is _lora and "singular" in roles)]
     if len(found) > 1:
         raise Malformed(f"{module.name}   is of several kinds at once: {', '.join(sorted(module.names.values()))}")
     known, beside, make = found[0] if found else (frozenset(), frozenset({"alpha"}), None)

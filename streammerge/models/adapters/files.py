@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from streammerge.compute.expressions import Node
 from streammerge.errors import CheckpointError, count
 from streammerge.models.adapters.config import Config, config_of, read_configs
-from streammerge.models.adapters.decompositions import SAVED, Changes, Malformed, Module, changes_of
+from streammerge.models.adapters.decompositions import SAVED, changes_of
+from streammerge.models.adapters.modules import Changes, Malformed, Module
 from streammerge.models.adapters.parts import sorted_parts
 from streammerge.models.adapters.recognition import find_adapter
 from streammerge.models.checkpoints import Checkpoint

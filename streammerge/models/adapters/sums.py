@@ -20,8 +20,8 @@ from streammerge.compute.matrices import factors_of, transposed
 from streammerge.compute.parts import in_shape, joined
 from streammerge.errors import PlanError, count
 from streammerge.models.adapters.changes import Change
-from streammerge.models.adapters.decompositions import PEFT
 from streammerge.models.adapters.files import Adapter
+from streammerge.models.adapters.modules import PEFT
 from streammerge.tensors import DType, TensorInfo, described
 
 Weights = Callable[[str], Sequence[float]]

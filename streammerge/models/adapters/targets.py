@@ -23,7 +23,7 @@ from streammerge.models.dialects.recognition import moved
 from streammerge.tensors import TensorInfo
 
 PREFIXES: Final[Mapping[str, tuple[Role, ...]]] = {
-    **dict.fromkeys(("lora_unet_", "lora_transformer_", "lycoris_unet_"), ("denoiser",)),
+    **dict.fromkeys(("lora_unet_", "lora_transformer_", "lycoris_unet_", "oft_unet_"), ("denoiser",)),
     **dict.fromkeys(("lora_te_", "lora_te1_"), ("CLIP",)),
     "lora_te2_": ("CLIP 2", "T5"),
     "lora_te3_": ("T5",),

@@ -1,0 +1,96 @@
+"""A module of an adapter: its parts by role, their numbers, and its strength."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from streammerge.compute.expressions import Node
+from streammerge.models.adapters.changes import Change
+from streammerge.models.adapters.config import Config
+from streammerge.models.adapters.numbers import can_be_read, number_of
+
+PEFT: Final = "base_model.model."
+"""How the names of modules begin in PEFT's files."""
+
+
+class Malformed(Exception):  # noqa: N818  (a word for the user, gathered with others into one error)
+    """Parts of an adapter that don't make one."""
+
+
+@dataclass(frozen=True)
+class Module:
+    """A module of an adapter: its name, its parts' expressions and names by role, and what all modules share."""
+
+    name: str
+    nodes: Mapping[str, Node]
+    names: Mapping[str, str]
+    config: Config | None = None
+    shared: Mapping[str, Node] | None = None
+
+    def __contains__(self, role: str) -> bool:
+        return role in self.nodes
+
+    def part(self, role: str, dimensions: int = 0) -> Node:
+        """The part of this role; Malformed if it is missing, is empty, or has fewer dimensions than it needs."""
+        node = self.nodes.get(role)
+        if node is None:
+            raise Malformed(f"{self.name}   has {', '.join(sorted(self.names.values()))}, and no {_called(role)}")
+        shape = node.info.shape
+        if len(shape) < dimensions or not node.info.elements:
+            raise Malformed(f"{self.names[role]}   is of the shape {list(shape)}, which is no {_called(role)}'s")
+        if not node.info.dtype.mergeable:
+            raise Malformed(f"{self.names[role]}   is {node.info.dtype}, which is no number")
+        return node
+
+    def number(self, role: str) -> float:
+        """The one number that a part is."""
+        node = self.nodes[role]
+        if node.info.elements != 1:
+            raise Malformed(f"{self.names[role]}   is of the shape {list(node.info.shape)}, and should be one number")
+        if not can_be_read(node):
+            raise Malformed(f"{self.names[role]}   is {node.info.dtype}, and should be a float or an integer")
+        found = number_of(node)
+        if not math.isfinite(found):
+            raise Malformed(f"{self.names[role]}   is {found}, which is no number to multiply by")
+        return found
+
+    def scale(self, rank: int) -> tuple[float, str]:
+        """α/r, and what is to be told of it: the tensor `alpha` says, else the config, else α is the rank."""
+        if "alpha" in self:
+            return self.number("alpha") / rank, ""
+        if self.config is not None:
+            return self._configured(self.config, rank), ""
+        if self.name.startswith(PEFT):
+            raise Malformed(f"{self.name}   has no alpha, and adapter_config.json, which would tell it, is not there")
+        return 1.0, "no alpha"
+
+    def _configured(self, config: Config, rank: int) -> float:
+        """The strength that the config says for this rank, which must be the one that it speaks of."""
+        name = self.name.removeprefix(PEFT)
+        said = config.rank(name)
+        if rank and said not in (0, rank) and config.kind != "ADALORA":
+            raise Malformed(f"{self.name}   is of rank {rank}, and {config.where} says {said}")
+        if not (rank or said):
+            raise Malformed(f"{self.name}   has no rank of its own, and {config.where} says none")
+        return config.scale(name, rank or said)
+
+    def turned(self, change: Change) -> Change:
+        """The change, transposed if the config says that the model's weights are (`fan_in_fan_out`)."""
+        return change.turned() if self.config is not None and self.config.fan_in_fan_out else change
+
+    def differ(self, one: str, other: str, why: str) -> Malformed:
+        """The error for two parts whose shapes don't fit."""
+        shapes = (f"{self.names[role]} {list(self.nodes[role].info.shape)}" for role in (one, other))
+        return Malformed(f"{'   and '.join(shapes)}   {why}")
+
+
+Changes = Mapping[str, Change]
+"""The changes of a module's tensors: of its `weight`, of its `bias`."""
+
+
+def _called(role: str) -> str:
+    words = {"up": "lora_up (lora_B)", "down": "lora_down (lora_A)", "mid": "lora_mid"}
+    return words.get(role, role.replace("hada.", "hada_").replace("lokr.", "lokr_"))
