@@ -132,6 +132,8 @@ def _config(raw: Mapping[str, Any], where: str) -> Config:
         )
     if raw.get("layer_replication"):
         raise CheckpointError(f"{where}: it stacks layers anew (layer_replication), which streammerge does not do")
+    if raw.get("target_parameters"):
+        raise CheckpointError(f"{where}: it changes parameters, such as fused experts (target_parameters)")
     turned = bool(raw.get("fan_in_fan_out", False))
     if kind == "ADALORA":
         rank = int(_number(raw.get("init_r", 12), where, "init_r"))

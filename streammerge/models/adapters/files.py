@@ -52,7 +52,11 @@ def read_adapter(checkpoint: Checkpoint, path: str) -> Adapter:
     configs = read_configs(type(where)(path), checkpoint.metadata)
     if not tensors:
         raise CheckpointError(f"{where}: is empty, and no adapter")
-    if not configs and SAVED.issuperset(role for roles in found.modules.values() for role in roles):
+    if (
+        not configs
+        and not found.is_known
+        and SAVED.issuperset(role for roles in found.modules.values() for role in roles)
+    ):
         _refuse_models(checkpoint)
     adapter = Adapter(checkpoint, found.modules, found.shared, configs)
     problems = [*found.problems, *_malformed(adapter)]

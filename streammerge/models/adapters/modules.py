@@ -60,12 +60,20 @@ class Module:
     def scale(self, rank: int) -> tuple[float, str]:
         """α/r, and what is to be told of it: the tensor `alpha` says, else the config, else α is the rank."""
         if "alpha" in self:
-            return self.number("alpha") / rank, ""
+            return self._alpha() / rank, ""
         if self.config is not None:
             return self._configured(self.config, rank), ""
         if self.name.startswith(PEFT):
             raise Malformed(f"{self.name}   has no alpha, and adapter_config.json, which would tell it, is not there")
         return 1.0, "no alpha"
+
+    def _alpha(self) -> float:
+        alpha = self.number("alpha")
+        if not alpha:
+            raise Malformed(
+                f"{self.names['alpha']}   is 0: some programs take that for the rank, and by others it does nothing"
+            )
+        return alpha
 
     def _configured(self, config: Config, rank: int) -> float:
         """The strength that the config says for this rank, which must be the one that it speaks of."""

@@ -62,7 +62,7 @@ _REFUSED: Final[Mapping[str, str]] = {
     r".*(?:fourierft_spectrum|hra_u|bone_block|miss_block|vblora_\w+|shira_weight|road_theta).*": "one of PEFT's kinds "
     "that is not read",
     r".*trainable_tokens_(?:delta|original).*": "PEFT's trained tokens",
-    r"bundle_emb\..*|.*string_to_param.*|emb_params": "a textual inversion",
+    r"bundle_emb\..*|.*string_to_param.*|emb_params|clip_[lg]|t5xxl": "a textual inversion",
     r"(?:.*\.)?prompt_embeddings": "a trained prompt",
     r"lora_controlnet": "a control LoRA",
 }
@@ -77,11 +77,13 @@ SHARED: Final[Mapping[str, str]] = {
 
 @dataclass
 class Sorted:
-    """An adapter's tensors by module and role; `shared` by role alone. What is wrong is told in `problems`."""
+    """An adapter's tensors by module and role; `shared` by role alone. What is wrong is told in `problems`, and whether
+    some of that is of adapters in `is_known`."""
 
     modules: dict[str, dict[str, str]] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    is_known: bool = False
 
     def note(self, name: str, module: str, role: str) -> None:
         """A tensor has this role."""
@@ -101,6 +103,7 @@ def sorted_parts(names: Iterable[str]) -> Sorted:
             found.note(name, match["module"], _NAMES[int(str(match.lastgroup)[1:])])
         elif refused := refused_kind(name):
             found.problems.append(f"{name}   is of {refused}, which is not read")
+            found.is_known = True
         else:
             found.problems.append(f"{name}   is no known part of an adapter")
     return found

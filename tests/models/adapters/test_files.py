@@ -21,6 +21,7 @@ def whole(**more: torch.Tensor | float) -> dict[str, torch.Tensor]:
     return parts(lora_up__weight=UP.clone(), lora_down__weight=DOWN.clone(), **more)
 
 
+OFT = {"oft_blocks": numbers(2, 6, 6), "alpha": torch.tensor(0.0)}
 MALFORMED = {
     "half is missing": (parts(lora_up__weight=UP), "lora_down"),
     "the other half is missing": (parts(lora_down__weight=DOWN), "lora_up"),
@@ -50,9 +51,30 @@ MALFORMED = {
         parts(lora_up__weight=numbers(OUT, RANK, 3, 3), lora_down__weight=numbers(RANK, IN, 1, 1)),
         "its kernel should be 1",
     ),
-    "OFT": (parts(oft_blocks=numbers(2, 6, 6)), "of OFT"),
-    "BOFT": (parts(boft_R=numbers(2, 6, 6)), "of BOFT"),
-    "AdaLoRA": (whole(lora_E=numbers(RANK, 1)), "of AdaLoRA"),
+    "OFT of no squares": (parts(oft_blocks=numbers(2, 6, 5)), "which is no OFT's"),
+    "OFT that may not turn": ({f"oft_unet_x.{n}": v for n, v in OFT.items()}, "nothing may turn"),
+    "OFT of a negative alpha": (parts(oft_blocks=numbers(2, 6, 6), alpha=-1.0), "nothing may turn"),
+    "OFT with lengths of another size": (parts(oft_blocks=numbers(2, 6, 6), rescale=torch.ones(6, 1)), "be 12 × 1"),
+    "OFT of an older form": (parts(oft_diag=numbers(2, 6, 6)), "of OFT of an older form"),
+    "BOFT of an odd size": (parts(oft_blocks=numbers(2, 4, 3, 3)), "which is no OFT's"),
+    "BOFT of several factors": (parts(boft_R=numbers(2, 2, 6, 6), boft_s=torch.ones(OUT, 1)), "one butterfly factor"),
+    "BOFT without lengths": (parts(boft_R=numbers(1, 2, 5, 5)), "no boft_s"),
+    "PEFT's OFT without a config": (parts("base_model.model.x", oft_R__weight=numbers(2, 10)), "would tell of it"),
+    "AdaLoRA without a config": (whole(lora_E=numbers(RANK, 1)), "adapter_config.json"),
+    "PEFT's GLoRA": (parts(glora_A__Xd=numbers(OUT, 2)), "of PEFT's GLoRA"),
+    "alpha of zero": (whole(alpha=0.0), "alpha   is 0: some programs"),
+    "LoHa of ranks that don't fit": (
+        parts(hada_w1_a=UP, hada_w1_b=DOWN, hada_w2_a=numbers(OUT, 4), hada_w2_b=DOWN.clone()),
+        "hada_w2_a [12, 4]   and lora_unet_mid_x.hada_w2_b [3, 10]   have no rank in common",
+    ),
+    "LoHa of shapes that don't fit": (
+        parts(hada_w1_a=UP, hada_w1_b=DOWN, hada_w2_a=UP.clone(), hada_w2_b=numbers(RANK, 9)),
+        "don't fit",
+    ),
+    "a control LoRA": ({"lora_controlnet": torch.zeros(0), "x.up": UP, "x.down": DOWN}, "a control LoRA"),
+    "an embedding of SD": ({"emb_params": numbers(2, 4)}, "a textual inversion"),
+    "an embedding of SDXL": ({"clip_l": numbers(2, 4), "clip_g": numbers(2, 6)}, "a textual inversion"),
+    "an empty file": ({}, "is empty, and no adapter"),
     "sparse biases": (whole(bias_values=numbers(3)), "sparse biases"),
     "larger weights": (whole(reshape_weight=torch.tensor([1, 2])), "enlarges its weights"),
     "embeddings": ({**whole(), "bundle_emb.x.string_to_param.*": numbers(2, 4)}, "a textual inversion"),
@@ -208,7 +230,10 @@ def test_modules_that_were_trained_whole(tmp_path):
 @pytest.mark.parametrize(
     ("config", "told"),
     [
-        ({"peft_type": "ADALORA"}, "ADALORA adapters are not read"),
+        ({"peft_type": "POLY"}, "POLY adapters are not read"),
+        ({"peft_type": "OFT"}, "OFT of an older form"),
+        ({"peft_type": "OFT", "use_cayley_neumann": True, "num_cayley_neumann_terms": 0}, "should be 1 to 1000"),
+        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "fused experts"),
         ({"init_lora_weights": "pissa_niter_4"}, "changes the model's own weights"),
         ({"init_lora_weights": "olora"}, "changes the model's own weights"),
         ({"layer_replication": [[0, 4]]}, "stacks layers"),
