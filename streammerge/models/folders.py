@@ -6,6 +6,7 @@ size, and by where its link leads - is not copied, and told.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -133,12 +134,11 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _reason(folder: Path, name: str, taken: set[str], number: int) -> str | None:
-    """Why a file is not copied, or None if it is."""
+    """Why a file is not copied, or None if it is; CheckpointError if the system can't tell what it is."""
     path, lower = folder / name, name.rpartition("/")[2].lower()
-    try:
-        status = path.stat()
-    except (OSError, ValueError):
-        return "can't be read"
+    status = _status(path)
+    if status is None:
+        return "a link that leads nowhere"
     if stat.S_ISDIR(status.st_mode):
         return "a folder"
     if not stat.S_ISREG(status.st_mode):
@@ -156,6 +156,17 @@ def _reason(folder: Path, name: str, taken: set[str], number: int) -> str | None
     if status.st_size > MAX_COMPANION:
         return "too large"
     return "one of too many" if number >= MAX_COMPANIONS else None
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """What a file is, None if it is a link that leads nowhere; CheckpointError where nobody can tell."""
+    with read_errors(path):
+        try:
+            return path.stat()
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR):
+                return None
+            raise
 
 
 def _stays_within(folder: Path, path: Path) -> bool:

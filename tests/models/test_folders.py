@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -55,7 +56,22 @@ def test_what_is_no_file(tmp_path):
     copied, left = read(folder)
     assert copied == {"config.json"}
     expected = {"tokenizer.json": "no regular file", "vocab.json": "a folder"}
-    assert left == {**expected, "merges.txt": "can't be read", "added_tokens.json": "can't be read"}
+    nowhere = "a link that leads nowhere"
+    assert left == {**expected, "merges.txt": nowhere, "added_tokens.json": nowhere}
+
+
+def test_what_a_failing_disk_hides_is_not_left_out(tmp_path, monkeypatch):
+    folder = save_llama(tmp_path / "A", 1, {"tokenizer.json": "{}"})
+    real = Path.stat
+
+    def failing(path, **options):
+        if path.name == "tokenizer.json":
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path, **options)
+
+    monkeypatch.setattr(Path, "stat", failing)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: can't be read: Input/output error"):
+        read_folder(folder)
 
 
 def test_links_lead_nowhere_but_within(tmp_path):
