@@ -134,13 +134,13 @@ class Report:
             ("time", f"{seconds['total']:.1f} s: " + ", ".join(f"{seconds[part]:.1f} {part}" for part in PARTS)),
             ("rate", f"{rate:.1f} GB/s while merging"),
             ("peak RAM", f"{format_size(self.peak_rss_bytes)}, {self._above}"),
-            (
-                "run on",
-                ", ".join(
-                    filter(None, (self.device.replace(",", "+"), f"{self.threads} threads", self.io, self.loops))
-                ),
-            ),
+            ("run on", ", ".join(filter(None, (self._cards, f"{self.threads} threads", self.io, self.loops)))),
         ]
+
+    @property
+    def _cards(self) -> str:
+        """The device, or several of them: `cuda:0 + cuda:1`."""
+        return self.device.replace(",", " + ")
 
     @staticmethod
     def _adapted(account: Mapping[str, Any]) -> str:

@@ -163,7 +163,7 @@ class Plan:
         """
         cards = cards_of(self.options.device) if cards is None else cards
         held, vram = self.held_bytes, vram_limit or self.options.max_vram
-        usual = min(DEFAULT_WORK_BYTES, max(PROMISED_BYTES - self.fixed_bytes - self.described_bytes, MIB))
+        usual = cards * min(DEFAULT_WORK_BYTES, max(PROMISED_BYTES - self.fixed_bytes - self.described_bytes, MIB))
         lanes_limit = usual if work_limit is None else work_limit - held
         shared = share_out(
             self.lane_bytes,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from streammerge.cli.arguments import add_merge_arguments, new_parser
 from streammerge.cli.screen import say, show_table
+from streammerge.compute.machine import VRAM_BYTES
 from streammerge.errors import format_size, one_line, saying_what_is_on_disk
 
 if TYPE_CHECKING:
@@ -64,9 +65,22 @@ def show_plan(plan: Plan, *, every_tensor: bool) -> None:
             ("free disk", format_size(plan.free_disk)),
             ("to read", f"{format_size(plan.bytes_to_read)}, {plan.passes} pass{'es' * (plan.passes > 1)}"),
             *before_writing(plan),
+            *on_cards(plan),
             ("peak RAM", f"{format_size(plan.work_bytes)} {above(plan)}"),
         ]
     )
+
+
+def on_cards(plan: Plan) -> list[tuple[str, str]]:
+    """On what device other than the CPU it is computed, by how many workers, and what is taken of its memory."""
+    if plan.options.device == "cpu":
+        return []
+    allotted = plan.allot()
+    cards = f" on {allotted.cards} cards" if allotted.cards > 1 else ""
+    workers = f"{allotted.threads} worker{'s' * (allotted.threads > 1)}{cards}"
+    memory = format_size(plan.options.max_vram or VRAM_BYTES + plan.card_bytes)
+    each = " on each" if allotted.cards > 1 else ""
+    return [("device", f"{plan.options.device}: {workers}, at most {memory} of memory{each}")]
 
 
 def above(plan: Plan) -> str:
