@@ -9,15 +9,16 @@ headers only, but for what is copied as it is: that is under way while torch is 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from streammerge.compute.machine import peak_resident_bytes
+from streammerge.compute.machine import may_have_cards, peak_resident_bytes
 from streammerge.errors import OutputError, saying_what_is_on_disk
 from streammerge.formats.claims import NOTHING, Claim, Claims, file_key
 from streammerge.formats.shards import is_index
@@ -31,7 +32,7 @@ from streammerge.plan.plan import Plan, plan_merge
 from streammerge.recipe.files import Mergeable, as_recipe
 from streammerge.recipe.options import Options, as_options
 from streammerge.recipe.recipe import Recipe
-from streammerge.report import PARTS, InputFile, Report, Watch
+from streammerge.report import PARTS, Elsewhere, InputFile, Report, Watch
 from streammerge.storage.companions import note_on_older
 from streammerge.storage.copying import Copying
 from streammerge.storage.hashing import (
@@ -144,10 +145,10 @@ def planned(
             metadata = {**merge_history(recipe, opened, hashes), **metadata}
         description = recipe.describe() if isinstance(recipe, Recipe) else {}
         inputs = opened.files or files_of(merged)
-        plan = plan_merge(
+        planning = functools.partial(
+            plan_merge,
             merged,
             output,
-            options,
             method=method,
             inputs=inputs,
             metadata=metadata,
@@ -156,6 +157,7 @@ def planned(
             left=opened.left,
             beside=beside_output(merged, recipe if isinstance(recipe, Recipe) else None, output, options),
         )
+        plan = _planned_somewhere(options, lambda chosen: planning(options=chosen))
         if replacing:
             (input_claims(plan.inputs) + beside).check()
         else:
@@ -169,6 +171,15 @@ def planned(
         raise
     finally:
         opened.close()
+
+
+def _planned_somewhere(options: Options, planning: Callable[[Options], Plan]) -> Plan:
+    """The plan for the device that is asked for, or where that is `auto` and there are cards, for the faster one."""
+    if options.device != "auto" or not may_have_cards():
+        return planning(options)
+    from streammerge.plan.estimates import plan_where_faster
+
+    return plan_where_faster(options, planning)
 
 
 def claims_beside(plan: Plan) -> Claims:
@@ -335,7 +346,22 @@ def report_of(
         stale_hashes="" if hashes else stale_sidecar(plan.output),
         adapters=[account.to_json() for account in plan.merged.accounts],
         version=__version__,
+        elsewhere=_elsewhere(plan, machine, seconds["total"]),
     )
+
+
+def _elsewhere(plan: Plan, machine: Machine | None, took: float) -> Elsewhere | None:
+    """Where it would have been faster, if there are cards, and it was done here from its beginning to its end."""
+    if machine is None or not may_have_cards():
+        return None
+    from streammerge.plan import estimates
+
+    if machine.device.startswith("cuda"):
+        from streammerge.compute.probing import rates_here
+
+        rates_here()  # once and for all, when the output is in place
+    found = estimates.elsewhere(plan, machine.device, took)
+    return None if found is None else Elsewhere(found.device, found.seconds, found.told())
 
 
 def hashes_by_file(plan: Plan, hashes: Sequence[FileHashes]) -> Mapping[str, Mapping[str, str]]:

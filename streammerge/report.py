@@ -24,6 +24,15 @@ class InputFile:
     nbytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """A device on which it would have been faster: so many seconds, about; and that in words."""
+
+    device: str
+    seconds: float
+    words: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """The outcome of a merge. Sizes are in bytes, times in seconds; `findings` are what is wrong, by tensor, `adapters`
@@ -66,6 +75,7 @@ class Report:
     adapters: Sequence[Mapping[str, Any]] = ()
     companions: Sequence[str] = ()
     notes: Sequence[str] = ()
+    elsewhere: Elsewhere | None = None
 
     @property
     def nonfinite(self) -> Mapping[str, int]:
@@ -102,6 +112,7 @@ class Report:
             "io": self.io,
             "loops": self.loops,
             **({"adapters": list(self.adapters)} if self.adapters else {}),
+            **({"elsewhere": self._elsewhere} if self.elsewhere else {}),
             "inputs": [{"path": file.path, "bytes": file.nbytes} for file in self.inputs],
             "hashes": {path: dict(found) for path, found in self.hashes.items()},
             "version": self.version,
@@ -121,6 +132,8 @@ class Report:
             rows += [("sha256", found["sha256"]), ("short", short_hashes(found["sha256"], found["tensors"]))]
         if self.peak_vram_bytes:
             rows.append(("peak VRAM", format_size(self.peak_vram_bytes) + " on one card" * ("," in self.device)))
+        if self.elsewhere:
+            rows.append(("faster", self.elsewhere.words))
         return rows
 
     def _rows_of_work(self) -> list[tuple[str, str]]:
@@ -136,6 +149,11 @@ class Report:
             ("peak RAM", f"{format_size(self.peak_rss_bytes)}, {self._above}"),
             ("run on", ", ".join(filter(None, (self._cards, f"{self.threads} threads", self.io, self.loops)))),
         ]
+
+    @property
+    def _elsewhere(self) -> dict[str, str | float]:
+        assert self.elsewhere is not None
+        return {"device": self.elsewhere.device, "seconds": round(self.elsewhere.seconds, 3)}
 
     @property
     def _cards(self) -> str:

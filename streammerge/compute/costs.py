@@ -161,6 +161,32 @@ def evaluation_bytes(node: Node) -> int:
     return sum(map(evaluation_bytes, children(node))) if children(node) else node.info.nbytes
 
 
+def operations(node: Node) -> int:
+    """About how many operations on single elements it takes to compute a tensor, the passes of its methods included."""
+    below = sum(map(operations, children(node)))
+    match node:
+        case Combined():
+            return below + node.info.elements * 2 * len(node.terms)
+        case ByGram():
+            count = len(node.inputs)
+            return 2 * below + node.info.elements * count * (count + 3)
+        case ByBlock():
+            return (1 + own_passes(node)) * (below + 8 * node.info.elements * len(node.inputs))
+        case _:
+            return below + node.info.elements
+
+
+def decomposed(node: Node) -> int:
+    """About how many operations of float64 the decompositions of its matrices take: of one for each input."""
+    found = 0
+    for part in applications(node):
+        if isinstance(part, ByWhole) and part.method.anywhere and len(part.info.shape) > 1:
+            rows = part.info.shape[0]
+            short, long = sorted((rows, part.info.elements // max(rows, 1)))
+            found += len(part.inputs) * (10 * short**3 + 4 * short**2 * long)
+    return found
+
+
 def passes(node: Node) -> int:
     """How often the tensor's inputs are gone over, at most: nested methods' passes follow each other."""
     if isinstance(node, ByWhole):

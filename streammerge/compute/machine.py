@@ -57,8 +57,8 @@ CARD_THREADS: Final = 4
 
 
 CARD_BLOCKS: Final = {"mps": 4}
-"""Blocks that a card of a kind takes at once at the most, if it is not the usual number: what shares memory with the CPU
-gains nothing by longer ranges than hide its launches."""
+"""Blocks that a card of a kind takes at once at the most, if it is not the usual number: what shares memory with the
+CPU gains nothing by longer ranges than hide its launches."""
 
 
 USUAL_BLOCKS: Final = 8
@@ -155,11 +155,14 @@ CARDS: Final = ("nvidia*", "kfd", "dxg", "dri/renderD*", "accel/accel*")
 """What Linux calls the cards of Nvidia, AMD, those that Windows lends to its Linux, and of Intel and others."""
 
 
+def may_have_cards(devices: Path = Path("/dev")) -> bool:
+    """Whether Linux knows of any card; false on other systems."""
+    return sys.platform == "linux" and any(any(devices.glob(card)) for card in CARDS)
+
+
 def choose_device(name: str, devices: Path = Path("/dev")) -> str:
     """What `auto` means where there can be no card, the CPU: then torch needn't be asked for one."""
-    if name != "auto" or sys.platform != "linux":
-        return name
-    return name if any(any(devices.glob(card)) for card in CARDS) else "cpu"
+    return "cpu" if name == "auto" and sys.platform == "linux" and not may_have_cards(devices) else name
 
 
 def cards_of(name: str, devices: Path = Path("/dev")) -> int:
@@ -221,6 +224,16 @@ def peak_resident_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def torch_version() -> str:
+    """The version of torch, without importing it; "none" where it is not installed, which compiled loops can do."""
+    import importlib.metadata  # late: it takes a tenth of the time in which a plan is made
+
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def import_torch() -> None:

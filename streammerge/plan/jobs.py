@@ -25,6 +25,9 @@ from streammerge.tensors import DType, TensorInfo
 class Kind:
     """What the jobs of all tensors of one fate have in common: so many, and what each of them costs.
 
+    `operations` are of all its elements, `decomposed` those of decompositions of matrices, `has_loops` says whether there
+    are compiled loops for it, on whatever device it is computed.
+
     `is_looked_at` says of copies that their bytes go through our memory, `is_compiled` of what is computed that it is
     all done by compiled loops. `is_together` and `is_told` say of their expressions that statistics are taken of the
     whole model, and that nothing is in them that can't be told apart. `card_bytes` is what of the `held_bytes` a card
@@ -44,6 +47,9 @@ class Kind:
     card_bytes: int
     bytes_read: int
     passes: int
+    operations: int
+    decomposed: int
+    has_loops: bool
 
     @classmethod
     def of(cls, fate: Fate, node: Node, options: Options) -> Kind:
@@ -56,7 +62,8 @@ class Kind:
             check_magnitudes(fate.first, node, compute)
             _check_scales(fate.first, node, compute)
         node = copied_from(node) if is_looked_at else node
-        is_by_kernels = compute is not None and options.device == "cpu" and is_compiled(node, info.dtype, compute)
+        has_loops = compute is not None and is_compiled(node, info.dtype, compute)
+        is_by_kernels = has_loops and options.device == "cpu"
         return cls(
             info,
             fate.tensors,
@@ -71,6 +78,9 @@ class Kind:
             costs.card_bytes(node),
             costs.bytes_read(node),
             costs.passes(node),
+            0 if compute is None else costs.operations(node),
+            costs.decomposed(node),
+            has_loops,
         )
 
 

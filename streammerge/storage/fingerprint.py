@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from streammerge.compute.expressions import Node, applications
 from streammerge.compute.identity import MARK, Describer, digest
+from streammerge.compute.machine import torch_version
 from streammerge.formats.files import ByteFile, read_errors
 from streammerge.plan.plan import Plan
 from streammerge.version import __version__
@@ -66,16 +67,6 @@ def request_of(plan: Plan) -> Fingerprint:
         "input": {key: value for file in _read(plan) for key, value in _identity(file)},
         "output": dict(_files(plan)),
     }
-
-
-def torch_version() -> str:
-    """The version of torch, without importing it; "none" where it is not installed, which compiled loops can do."""
-    import importlib.metadata  # late: it takes a tenth of the time in which a plan is made
-
-    try:
-        return importlib.metadata.version("torch")
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
 
 
 def can_be_told(plan: Plan) -> bool:

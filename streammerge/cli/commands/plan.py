@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from streammerge.cli.arguments import add_merge_arguments, new_parser
 from streammerge.cli.screen import say, show_table
-from streammerge.compute.machine import VRAM_BYTES
+from streammerge.compute.machine import VRAM_BYTES, may_have_cards
 from streammerge.errors import format_size, one_line, saying_what_is_on_disk
 
 if TYPE_CHECKING:
+    from streammerge.plan.estimates import Estimates
     from streammerge.plan.plan import Plan
 
 
@@ -38,7 +39,7 @@ def plan(arguments: argparse.Namespace) -> int:
         output = request.output or Path("merged.safetensors")
         with planned(request.recipe, output, options, replacing=request.output is None) as made:
             if show.as_json:
-                say(dump_json(made.to_json()).rstrip())
+                say(dump_json({**made.to_json(), **estimated(made)}).rstrip())
             elif not show.quiet:
                 show_plan(made, every_tensor=show.verbose)
             made.check_disk()
@@ -66,6 +67,7 @@ def show_plan(plan: Plan, *, every_tensor: bool) -> None:
             ("to read", f"{format_size(plan.bytes_to_read)}, {plan.passes} pass{'es' * (plan.passes > 1)}"),
             *before_writing(plan),
             *on_cards(plan),
+            *by_device(plan),
             ("peak RAM", f"{format_size(plan.work_bytes)} {above(plan)}"),
         ]
     )
@@ -81,6 +83,27 @@ def on_cards(plan: Plan) -> list[tuple[str, str]]:
     memory = format_size(plan.options.max_vram or VRAM_BYTES + plan.card_bytes)
     each = " on each" if allotted.cards > 1 else ""
     return [("device", f"{plan.options.device}: {workers}, at most {memory} of memory{each}")]
+
+
+def by_device(plan: Plan) -> list[tuple[str, str]]:
+    """What it takes on the CPU and on the card, where there is one that was measured."""
+    found = estimates_here(plan)
+    return [("time", found.told())] if found else []
+
+
+def estimated(plan: Plan) -> dict[str, dict[str, float]]:
+    """The same for machines: seconds by device."""
+    found = estimates_here(plan)
+    return {"estimated_seconds": {"cpu": round(found.cpu, 3), "cuda": round(found.card, 3)}} if found else {}
+
+
+def estimates_here(plan: Plan) -> Estimates | None:
+    """What is expected; None where there are no cards."""
+    if not may_have_cards():
+        return None
+    from streammerge.plan.estimates import estimates_of
+
+    return estimates_of(plan)
 
 
 def above(plan: Plan) -> str:
