@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import environments, inputs, report, results
-from benchmarks.card_merges import FEW
+from benchmarks.card_merges import FEW, MERGES
 from benchmarks.cases import CASES, Case
 from benchmarks.cuda import BUDGET, CudaSettings, measure_card
 from benchmarks.peers import PEERS
@@ -74,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
         "--budget", type=float, default=BUDGET, metavar="SECONDS", help="after which no part begins (default: 430)"
     )
     on_card.add_argument("--quick", action="store_true", help="miniatures, on the CPU: to see that everything works")
+    on_card.add_argument("--dry", action="store_true", help="miniatures, by a card's words, on a stand-in")
     on_card.add_argument("--keep", action="store_true", help="keep the models, 16 GB, to measure again sooner")
     on_card.add_argument("--commit", metavar="TEXT", default="", help="what is measured, where git can't tell")
     commands.add_parser("list", help="show cases and tools")
@@ -109,9 +110,11 @@ def run(arguments: argparse.Namespace) -> int:
 def cuda_settings(arguments: argparse.Namespace) -> CudaSettings:
     """How to measure a card; of miniatures nothing is repeated."""
     folder: Path = arguments.folder.absolute()
-    place = arguments.results or (folder / "results-quick" if arguments.quick else results.FOLDER)
-    settings = CudaSettings(folder, place, arguments.budget, arguments.quick, arguments.keep, arguments.commit)
-    return replace(settings, merges=FEW, swept=FEW[:1], threads=(2,), rounds=1) if arguments.quick else settings
+    quick: bool = arguments.quick or arguments.dry
+    place = arguments.results or (folder / "results-quick" if quick else results.FOLDER)
+    settings = CudaSettings(folder, place, arguments.budget, quick, arguments.keep, arguments.commit)
+    few = replace(settings, merges=FEW, swept=FEW[:1], threads=(2,), rounds=1)
+    return replace(few, merges=MERGES, stands_in=True) if arguments.dry else few if quick else settings
 
 
 def settings_from(arguments: argparse.Namespace) -> Settings:

@@ -54,6 +54,9 @@ RATE_SECONDS: Final = 75.0
 MERGE_SECONDS: Final = 60.0
 SETTLE_SECONDS: Final = 20.0
 
+FEW_TESTS: Final = "random or limit or copies"
+"""What a stand-in runs of the tests that need a card: all of them take it as many minutes."""
+
 TAIL: Final = 4000
 """Characters kept of what the tests print."""
 
@@ -85,7 +88,8 @@ print(json.dumps(total - free))
 class CudaSettings:
     """Where to measure and for how long, whether to keep the models, which merges, and which by how many threads.
 
-    Of miniatures all is done on the CPU, in place of a card.
+    Of miniatures all is done on the CPU, in place of a card: as the device `cpu`, or as a card for which it
+    `stands_in`, by the same words as on one.
     """
 
     folder: Path
@@ -98,11 +102,12 @@ class CudaSettings:
     swept: Sequence[Case] = (LINEAR, TIES)
     threads: Sequence[int] = THREADS
     rounds: int = ROUNDS
+    stands_in: bool = False
 
     @property
     def device(self) -> str:
         """What stands for the card."""
-        return "cpu" if self.quick else "cuda"
+        return "cpu" if self.quick and not self.stands_in else "cuda"
 
 
 @dataclass(frozen=True)
@@ -221,7 +226,8 @@ class CardBench:
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH", "")])]
         environment = {"PYTHONPATH": os.pathsep.join(paths)}
         around = Surroundings(folder, environment, log, timeout=min(seconds, max(self.left(), LEAST)))
-        return measure([sys.executable, *words], around)
+        stand_in = ("-m", "benchmarks.standin", "1") if self.settings.stands_in else ()
+        return measure([sys.executable, *stand_in, *words], around)
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
@@ -233,7 +239,7 @@ class CardBench:
     def context(self) -> None:
         """What a process takes that has a CUDA context and does nothing."""
         torch_rss = import_torch_rss()
-        if self.settings.quick:
+        if self.settings.device == "cpu":
             self.result.context = Context(torch_rss, 0, torch_rss)
             return
         with self.scratch() as folder:
@@ -251,6 +257,7 @@ class CardBench:
         with self.scratch() as folder:
             log = folder / "log.txt"
             words = ["-m", "pytest", "-q", "-m", "cuda", "-p", "no:benchmark", "-p", "no:cacheprovider"]
+            words += ["-k", FEW_TESTS] if self.settings.stands_in else []
             done = self.process([*words, *files], log, TEST_SECONDS)
             said = log.read_text(encoding="utf-8", errors="replace")[-TAIL:]
         if done.ending == "timeout":
@@ -296,7 +303,7 @@ class CardBench:
         files = [str(path) for path in self.paths(LINEAR).values()]
         with self.scratch() as folder:
             plain = TRIED if self.settings.quick else Request([], "", self.settings.device)
-            asked = replace(plain, files=files, folder=str(folder))
+            asked = replace(plain, files=files, folder=str(folder), device=self.settings.device)
             request, log = folder / "request.json", folder / "log.txt"
             request.write_text(json.dumps(asdict(asked)), encoding="utf-8")
             done = self.process(["-m", "benchmarks.rates", str(request)], log, RATE_SECONDS)

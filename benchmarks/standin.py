@@ -10,6 +10,7 @@ memory, and how often it waits for one, is counted. As a program it runs another
 from __future__ import annotations
 
 import contextlib
+import functools
 import runpy
 import sys
 import threading
@@ -21,7 +22,7 @@ from unittest import mock
 
 import torch
 
-from streammerge.compute import cuda, devices
+from streammerge.compute import cuda, devices, machine, probing, rates
 from streammerge.compute.cuda import CudaLane, bytes_of
 from streammerge.compute.expressions import BLOCK
 from streammerge.formats.readers import Reader
@@ -81,7 +82,7 @@ class Event:
         self.copies: list[Copy] = []
         self.is_awaited = False
 
-    def record(self, stream: Any) -> None:  # noqa: ANN401
+    def record(self, stream: Any = None) -> None:  # noqa: ANN401
         """It happens when all copies that were begun are there."""
         self.copies, self.card.begun = self.card.begun, []
         self.card.under_way |= {source.data_ptr(): self for _, source, _ in self.copies if self.card.is_pinned(source)}
@@ -124,13 +125,18 @@ class Stream:
 class Cards:
     """So many cards of the same make, with `memory` bytes each; what was taken of each at the most, and by which lanes.
 
-    `blocks` is how many blocks lanes take at once, if not as many as they are told.
+    `blocks` is how many blocks lanes take at once, if not as many as they are told. If they are `seen` by Linux, what
+    they do in a second is measured and kept. If they are there `everywhere`, tensors can be made on them; else lanes
+    alone know of them. Those that are not `late` copy at once.
     """
 
     count: int = 1
     memory: int = 80 * GIB
     blocks: int | None = None
     models: Sequence[str] = ()
+    seen: bool = False
+    everywhere: bool = False
+    is_late: bool = True
     peaks: dict[str, int] = field(default_factory=dict)
     taken: Counter[str] = field(default_factory=Counter)
     lanes: list[StandInLane] = field(default_factory=list)
@@ -201,7 +207,7 @@ class Cards:
         """`Tensor.copy_`."""
 
         def copied(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-            return self.late.copy(target, source) if non_blocking else copy(target, source)
+            return self.late.copy(target, source) if non_blocking and self.is_late else copy(target, source)
 
         return copied
 
@@ -229,8 +235,33 @@ class Cards:
             stack.enter_context(mock.patch.object(cuda, "pinned_bytes", lambda nbytes: self.late.pin(nbytes)))
             stack.enter_context(mock.patch.object(devices, "pinned_bytes", lambda nbytes: self.late.pin(nbytes)))
             stack.enter_context(mock.patch.object(devices, "open_lane", self.open_lane))
+            stack.enter_context(mock.patch.object(probing, "card_device", return_value=CPU))
+            if self.seen:
+                for module, name in ((machine, "CARDS"), (rates, "NODES")):
+                    stack.enter_context(mock.patch.object(module, name, ("null",)))  # which is there on every Linux
+            if self.everywhere:
+                for owner, name in [*((torch, name) for name in FACTORIES), (torch.Tensor, "to")]:
+                    stack.enter_context(mock.patch.object(owner, name, without_cards(getattr(owner, name))))
             yield self
 
+
+def without_cards(make: Any) -> Any:  # noqa: ANN401
+    """The function, which makes on the CPU what is wanted on a card, and pins nothing."""
+
+    def on_cpu(given: Any) -> Any:  # noqa: ANN401
+        is_card = isinstance(given, str | torch.device) and str(given).startswith("cuda")
+        return CPU if is_card else given
+
+    @functools.wraps(make)
+    def made(*args: Any, **named: Any) -> Any:  # noqa: ANN401
+        named.pop("pin_memory", None)
+        return make(*map(on_cpu, args), **{name: on_cpu(given) for name, given in named.items()})
+
+    return made
+
+
+FACTORIES: Final = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn")
+"""What makes tensors on a device."""
 
 LOOKS: Final = ("item", "tolist", "nonzero", "cpu", "numpy", "__bool__", "__float__", "__int__", "bincount")
 """What needs to know what lies on a card; the last one how large the greatest number is."""
@@ -278,11 +309,14 @@ class StandInLane(CudaLane):
 
 
 def main(words: Sequence[str]) -> None:
-    """Run a module, `-m NAME`, with so many cards."""
-    count, _, module, *rest = words
-    sys.argv = [module, *rest]
-    with Cards(int(count)).there():
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    """Run `-m MODULE` or `-c CODE` with so many cards, for which what is not our own program needn't wait."""
+    count, kind, what, *rest = words
+    sys.argv = [what if kind == "-m" else kind, *rest]
+    with Cards(int(count), everywhere=True, is_late=what in ("streammerge", "pytest")).there():
+        if kind == "-m":
+            runpy.run_module(what, run_name="__main__", alter_sys=True)
+        else:
+            exec(compile(what, "<code>", "exec"), {"__name__": "__main__"})
 
 
 if __name__ == "__main__":

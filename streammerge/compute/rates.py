@@ -1,7 +1,7 @@
 """What the CPU and a card do in a second: measured once, and kept in a small file of the user's.
 
-The file is no more than a memory: where it is missing, damaged, of another card or version, or can't be written, nothing
-is known. Torch is not needed to read it.
+The file is no more than a memory: where it is missing, damaged, of another card or version, or can't be written,
+nothing is known. Torch is not needed to read it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ FILE: Final = "rates.json"
 
 MOST_BYTES: Final = 1 << 16
 """A larger file is none of ours."""
+
+NODES: Final = ("nvidia[0-9]*", "kfd", "dxg")
+"""What Linux calls the cards that CUDA or ROCm can use."""
 
 DRIVER: Final = Path("/proc/driver/nvidia/gpus")
 """Where Nvidia's driver tells what cards there are."""
@@ -69,7 +72,7 @@ def cards_here(driver: Path = DRIVER, devices: Path = Path("/dev")) -> str:
     """What cards Linux knows of, as far as CUDA can use them; "" where there is none."""
     if sys.platform != "linux":
         return ""
-    names = sorted(path.name for pattern in ("nvidia[0-9]*", "kfd", "dxg") for path in devices.glob(pattern))
+    names = sorted(path.name for pattern in NODES for path in devices.glob(pattern))
     if not names or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return ""
     models = []
@@ -91,7 +94,7 @@ def known_rates(cards: str | None = None) -> Known | None:
     cards = cards_here() if cards is None else cards
     if not cards:
         return None
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    with contextlib.suppress(OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError):
         return _known(_kept()[key(cards)])
     return None
 
@@ -129,6 +132,7 @@ def keep(known: Known, cards: str) -> None:
         text = json.dumps(kept, indent=2)
         if len(text) > MOST_BYTES:
             text = json.dumps({key(cards): asdict(known)}, indent=2)
-        with tempfile.NamedTemporaryFile("w", dir=cache_folder(), delete=False, encoding="utf-8") as made:
-            made.write(text)
-        Path(made.name).replace(cache_folder() / FILE)
+        with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:  # what is half written is never in its place
+            made = Path(folder) / FILE
+            made.write_text(text, encoding="utf-8")
+            made.replace(cache_folder() / FILE)

@@ -25,8 +25,8 @@ from streammerge.tensors import DType, TensorInfo
 class Kind:
     """What the jobs of all tensors of one fate have in common: so many, and what each of them costs.
 
-    `operations` are of all its elements, `decomposed` those of decompositions of matrices, `has_loops` says whether there
-    are compiled loops for it, on whatever device it is computed.
+    `operations` are of all its elements, `decomposed` those of decompositions of matrices; `has_loops` says whether
+    there are compiled loops for it, on whatever device it is computed.
 
     `is_looked_at` says of copies that their bytes go through our memory, `is_compiled` of what is computed that it is
     all done by compiled loops. `is_together` and `is_told` say of their expressions that statistics are taken of the
