@@ -27,6 +27,8 @@ STREAMING: Final = (
     over_base("model_stock"),
     over_base("dare_ties", density=0.5),
     over_base("della", density=0.5),
+    over_base("breadcrumbs", density=0.5),
+    over_base("sce", select_topk=0.5),
 )
 WHOLE: Final = (over_base("iso_c"), over_base("tsv_m"))
 ARTICLE: Final = replace(CASES["article-fp16"], name="article", variants={}, inputs="article-fp16")

@@ -17,11 +17,19 @@ HEADING: Final = "## On a card"
 
 NOTHING: Final = "Nothing was measured on a card: `python -m benchmarks cuda` does it where there is one."
 
+LEFT_OUT: Final = "left out: no card was at hand"
+
+HEAD: Final = ("on the card", "bound", "measured", "")
+
+EMPTY: Final = CardResult("", "", "", "", "", quick=False, machine={})
+"""Of which no aim can be judged."""
+
 
 def card_section(result: CardResult | None) -> str:
     """Everything about card and CPU side by side, or that there is nothing."""
     if result is None:
-        return f"{HEADING}\n\n{NOTHING}"
+        rows = [(*one.row({})[:3], LEFT_OUT) for one in aims(EMPTY)]
+        return "\n\n".join((HEADING, NOTHING, table(HEAD, rows)))
     parts = [
         HEADING,
         conditions(result),
@@ -59,24 +67,29 @@ def conditions(result: CardResult) -> str:
 
 def goals(result: CardResult) -> str:
     """What was aimed at on a card, and what was measured."""
-    aims = [
+    return table(HEAD, [one.row({}) for one in aims(result)])
+
+
+def aims(result: CardResult) -> list[Target]:
+    """What is aimed at on a card."""
+    found = [
         aim("linear: loop / (`cat` inputs + `cp` output)", 0.4, "", share(loop(result, "linear"), floor(result))),
         aim("linear: loop / the fastest bare loop", 1.3, "", share(loop(result, "linear"), fastest(result))),
     ]
     for case in STREAMING[1:]:
         bound = 2.0 if case.name in ("slerp", "model_stock") else 3.0
-        found = share(loop(result, case.name), loop(result, "linear"))
-        aims.append(aim(f"{case.name} / linear, loop", bound, "", found))
+        ratio = share(loop(result, case.name), loop(result, "linear"))
+        found.append(aim(f"{case.name} / linear, loop", bound, "", ratio))
     for case in WHOLE:
         walls = [run.wall for run in result.good(case.name, "card")]
-        aims.append(aim(f"{case.name}, whole command", 30.0, " s", min(walls, default=None)))
+        found.append(aim(f"{case.name}, whole command", 30.0, " s", min(walls, default=None)))
     streamed = [run for case in STREAMING for run in result.good(case.name, "card")]
     memory = [above(result, run) / MIB for run in streamed]
-    aims += [
+    found += [
         aim("VRAM, most of all that stream", 512.0, " MB", max((run.vram / 1e6 for run in streamed), default=None)),
         aim("RAM above the context, most of all that stream", 128.0, " MiB", max(memory, default=None)),
     ]
-    return table(("on the card", "bound", "measured", ""), [one.row({}) for one in aims])
+    return found
 
 
 def aim(text: str, bound: float, unit: str, found: float | None) -> Target:

@@ -137,6 +137,7 @@ class Cards:
     seen: bool = False
     everywhere: bool = False
     is_late: bool = True
+    share: float = 1.0
     peaks: dict[str, int] = field(default_factory=dict)
     taken: Counter[str] = field(default_factory=Counter)
     lanes: list[StandInLane] = field(default_factory=list)
@@ -166,10 +167,14 @@ class Cards:
         """What its maker calls it."""
         return self.models[int(card.partition(":")[2])] if self.models else "Stand-in"
 
+    def allow(self, share: float) -> None:
+        """No more than this share of a card's memory may be taken from now on."""
+        self.share = share
+
     def take(self, card: str, nbytes: int) -> None:
         """So much more of a card's memory is taken; torch's error where there is not so much."""
         with self.lock:
-            if self.taken[card] + nbytes > self.memory:
+            if self.taken[card] + nbytes > self.memory * self.share:
                 self.refused += 1
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 MiB")
             self.taken[card] += nbytes
@@ -196,6 +201,7 @@ class Cards:
             "memory_allocated": lambda device=None: self.taken[self.name(device)],
             "reset_peak_memory_stats": lambda device=None: self.peaks.clear(),
             "empty_cache": lambda: None,
+            "set_per_process_memory_fraction": self.allow,
             "synchronize": lambda device=None: None,
             "Stream": lambda device=None: Stream(self.late),
             "Event": lambda **_: Event(self.late),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -24,26 +22,6 @@ def is_measured(name: str) -> bool:
 
 
 MEASURED = [case for case in CASES if is_measured(case.method)]
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory) -> list[Path]:
-    """Models of tensors of several blocks, with many equal values, zeros, and a tensor that all have the same."""
-    coarse = (normal((5 * PIECE + 11,), 1) * 8).round() / 8
-    base = {
-        "coarse": coarse.half(),
-        "matrix": normal((520, 1010), 2, torch.float16),
-        "filters": normal((130, 100, 5, 5), 3, torch.float16),
-    }
-    models = {f"m{number}": near(base, number, 0.1) for number in (1, 2, 3)}
-    for number, model in enumerate(models.values()):
-        model["coarse"] = ((coarse + normal(coarse.shape, 10 + number) * 0.2) * 8).round().div(8).half()
-        model["coarse"][: 2 * PIECE : number + 2] = coarse[: 2 * PIECE : number + 2].half()
-    same = {"same": normal((3 * PIECE + 5,), 4, torch.float16), "nothing": torch.zeros(2 * PIECE + 3).half()}
-    paths = save_models(
-        tmp_path_factory.mktemp("large"), **{name: {**made, **same} for name, made in {"base": base, **models}.items()}
-    )
-    return list(paths.values())
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import streammerge
+from streammerge.compute import cuda
 from streammerge.compute.cuda import CudaLane, bytes_of
 from streammerge.compute.devices import open_lane, vram_limit
 from streammerge.compute.expressions import BLOCK
@@ -60,9 +62,52 @@ def test_cuda_gives_the_cpus_numbers(families, tmp_path, case, dtype):
 def test_cuda_gives_the_same_bytes_however_it_is_run(families, tmp_path, case):
     _, paths = families["F16"]
     once = merge_on_cuda(tmp_path / "once.safetensors", case.merge(paths))
-    variants: list[dict[str, Any]] = [{"threads": 1}, {"threads": 4}, {"io": "pread"}, {"max_vram": "64MiB"}]
+    variants: list[dict[str, Any]] = [{"threads": 1}, {"threads": 4}, {"io": "mmap"}, {"max_vram": "64MiB"}]
     for number, options in enumerate(variants):
         assert_same_bytes(merge_on_cuda(tmp_path / f"{number}.safetensors", case.merge(paths), **options), once)
+
+
+LARGE = (
+    "linear",
+    "slerp",
+    "model_stock",
+    "nuslerp",
+    "ties",
+    "dare_ties",
+    "breadcrumbs",
+    "della",
+    "sce",
+    "arcee_fusion",
+)
+"""Of every way of measuring one."""
+
+
+@pytest.mark.cuda
+@needs_cuda
+@pytest.mark.parametrize("method", [*LARGE, "emr", "cosine_a", "iso_c", "tsv_m", "crossover"])
+def test_cuda_gives_tensors_of_many_blocks_the_same_bytes_in_any_memory(large, tmp_path, method):
+    case = next(one for one in ONE_CASE_EACH if one.method == method)
+    on_cpu = merge_to(tmp_path / "cpu.safetensors", case.merge(large))
+    once = merge_on_cuda(tmp_path / "once.safetensors", case.merge(large))
+    for name, tensor in once.items():
+        assert int(ulps_apart(tensor, on_cpu[name].double().numpy()).max()) <= 1, name
+    with memory_of(48 << 20):
+        made = merge_on_cuda(tmp_path / "short.safetensors", case.merge(large), max_vram="1GiB", threads=2)
+    assert_same_bytes(made, once)
+    for number, options in enumerate(({"io": "mmap", "threads": 3}, {"max_vram": "96MiB"})):
+        assert_same_bytes(merge_on_cuda(tmp_path / f"{number}.safetensors", case.merge(large), **options), once)
+
+
+@contextlib.contextmanager
+def memory_of(nbytes: int):
+    """As long as this lasts torch may take no more of the card."""
+    torch.cuda.empty_cache()
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction(nbytes / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @pytest.mark.cuda
@@ -97,7 +142,7 @@ def test_cuda_memory_stays_within_its_limit(families, tmp_path):
 def test_a_cuda_lane_can_be_asked_again_before_its_copies_have_arrived(tmp_path):
     tensors = [normal((BLOCK,), seed, torch.float16) for seed in range(20)]
     nodes = store_tensors(tmp_path / "leaves", tensors)
-    lane = open_lane(PositionalReader(), torch.device("cuda"))
+    lane = open_lane(PositionalReader(cuda.pinned_bytes), torch.device("cuda"))
     assert isinstance(lane, CudaLane)
     with lane.running():
         sums = [lane.load(node, 0, BLOCK, torch.float32, 0).double().sum() for node in nodes]

@@ -119,7 +119,12 @@ def test_a_folder_that_cannot_be_made_measures_nothing(folder, monkeypatch):
 def test_rates_are_measured_once(monkeypatch):
     measured = []
     measure = probing.measure
-    monkeypatch.setattr(probing, "measure", lambda: measured.append(1) or measure())
+
+    def counted() -> Known:
+        measured.append(1)
+        return measure()
+
+    monkeypatch.setattr(probing, "measure", counted)
     with Cards(seen=True).there():
         first = probing.rates_here()
         assert first is not None
