@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
+import pytest
+import torch
+
+from streammerge.compute.expressions import PIECE
 from streammerge.compute.lanes import Lane, StagedLane
 from streammerge.formats.readers import PositionalReader
-from tests.make.models import DTYPE_NAMES, make_tensors, near, save_model, with_integers
+from tests.make.models import DTYPE_NAMES, make_tensors, near, normal, save_model, save_models, with_integers
 
 
 @pytest.fixture(scope="module")
