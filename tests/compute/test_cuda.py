@@ -68,23 +68,15 @@ def test_cuda_gives_the_same_bytes_however_it_is_run(families, tmp_path, case):
 
 
 LARGE = (
-    "linear",
-    "slerp",
-    "model_stock",
-    "nuslerp",
-    "ties",
-    "dare_ties",
-    "breadcrumbs",
-    "della",
-    "sce",
-    "arcee_fusion",
+    *("linear", "slerp", "model_stock", "ties", "dare_ties", "breadcrumbs", "della", "sce", "arcee_fusion", "pcb"),
+    *("trust_region", "emr", "ramplus_tl", "cosine_a", "iso_c", "tsv_m", "crossover"),
 )
-"""Of every way of measuring one."""
+"""Of every kind of method, and of every way of measuring one."""
 
 
 @pytest.mark.cuda
 @needs_cuda
-@pytest.mark.parametrize("method", [*LARGE, "emr", "cosine_a", "iso_c", "tsv_m", "crossover"])
+@pytest.mark.parametrize("method", LARGE)
 def test_cuda_gives_tensors_of_many_blocks_the_same_bytes_in_any_memory(large, tmp_path, method):
     case = next(one for one in ONE_CASE_EACH if one.method == method)
     on_cpu = merge_to(tmp_path / "cpu.safetensors", case.merge(large))
@@ -94,7 +86,8 @@ def test_cuda_gives_tensors_of_many_blocks_the_same_bytes_in_any_memory(large, t
     with memory_of(48 << 20):
         made = merge_on_cuda(tmp_path / "short.safetensors", case.merge(large), max_vram="1GiB", threads=2)
     assert_same_bytes(made, once)
-    for number, options in enumerate(({"io": "mmap", "threads": 3}, {"max_vram": "96MiB"})):
+    variants: list[dict[str, Any]] = [{"io": "mmap", "threads": 3}, {"max_vram": "96MiB"}]
+    for number, options in enumerate(variants):
         assert_same_bytes(merge_on_cuda(tmp_path / f"{number}.safetensors", case.merge(large), **options), once)
 
 
