@@ -14,6 +14,7 @@ import functools
 import runpy
 import sys
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -143,7 +144,7 @@ class Cards:
     lanes: list[StandInLane] = field(default_factory=list)
     refused: int = 0
     own: threading.local = field(default_factory=threading.local)
-    lock: Any = field(default_factory=threading.Lock)
+    lock: Any = field(default_factory=threading.RLock)
 
     @property
     def late(self) -> LateCard:
@@ -295,23 +296,12 @@ class StandInLane(CudaLane):
                 own.late, own.is_lane = before, False
 
     def allocate(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
-        """A buffer on the card."""
-        self.cards.take(self.card, elements * dtype.itemsize)
-        return super().allocate(elements, dtype)
-
-    def slot(self, slot: int, elements: int, dtype: torch.dtype) -> torch.Tensor:
-        """Room in this slot: what a larger buffer takes the place of is given back."""
-        before = self._slots.get((slot, dtype))
-        if before is not None and before.numel() < elements:
-            self._slots.pop((slot, dtype))
-            self.cards.take(self.card, -before.numel() * before.element_size())
-        return super().slot(slot, elements, dtype)
-
-    def make_room(self, elements: int) -> None:
-        """Give all buffers back."""
-        held = sum(buffer.numel() * buffer.element_size() for buffer in self._slots.values())
-        super().make_room(elements)
-        self.cards.take(self.card, -held)
+        """A buffer on the card, which is given back with its last user."""
+        nbytes = elements * dtype.itemsize
+        self.cards.take(self.card, nbytes)
+        made = super().allocate(elements, dtype)
+        weakref.finalize(made, self.cards.take, self.card, -nbytes)
+        return made
 
 
 def main(words: Sequence[str]) -> None:
