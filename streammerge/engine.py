@@ -21,13 +21,15 @@ from typing import Any
 from streammerge.compute.machine import may_have_cards, peak_resident_bytes
 from streammerge.errors import OutputError, saying_what_is_on_disk
 from streammerge.formats.claims import NOTHING, Claim, Claims, file_key
+from streammerge.formats.pipelines import is_pipeline_index
 from streammerge.formats.shards import is_index
 from streammerge.methods.loading import method_failure
 from streammerge.models.checkpoints import open_model
 from streammerge.models.merged import Merged, as_merged, files_of
 from streammerge.plan.companions import beside_output
 from streammerge.plan.inputs import OUTPUT, OpenInputs, check_with_library, input_claims, output_metadata, restated
-from streammerge.plan.naming import check_folder, in_naming
+from streammerge.plan.naming import in_naming
+from streammerge.plan.pipelines import check_folder
 from streammerge.plan.plan import Plan, plan_merge
 from streammerge.recipe.files import Mergeable, as_recipe
 from streammerge.recipe.options import Options, as_options
@@ -111,7 +113,7 @@ def run_verification(
     recipe: Recipe | Model, output: Path, options: Options, watch: Watch | None = None, *, sampled: bool = False
 ) -> Confirmed:
     """Compute an output again, every byte or samples of it, and compare; OutputError if the recipe gives another."""
-    place = output.parent if is_index(output) else output
+    place = output.parent if is_index(output) or is_pipeline_index(output) else output
     with planned(recipe, place, options, replacing=True) as plan, open_model(output) as found:
         return confirm(plan, found, watch, sampled=sampled)
 
@@ -136,7 +138,7 @@ def planned(
     opened = OpenInputs()
     try:
         merged = opened.merge(recipe, naming=options.names) if isinstance(recipe, Recipe) else _named(recipe, options)
-        check_folder(merged, output, options.names)
+        check_folder(merged, recipe if isinstance(recipe, Recipe) else None, output, options)
         method = recipe.method if isinstance(recipe, Recipe) else ""
         recorded = isinstance(recipe, Recipe) and options.metadata and options.hash_inputs
         hashes = input_hashes(recipe, opened) if isinstance(recipe, Recipe) and recorded else None

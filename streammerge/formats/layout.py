@@ -13,6 +13,7 @@ from streammerge.errors import OutputError
 from streammerge.formats.companions import Companion, is_companion_name
 from streammerge.formats.files import ByteFile
 from streammerge.formats.header_entries import Bounds
+from streammerge.formats.pipelines import INDEX
 from streammerge.formats.safetensors import MAX_HEADER, NewHeader, build_header
 from streammerge.formats.shards import SAFETENSORS, TORCH
 from streammerge.tensors import TensorInfo
@@ -24,6 +25,12 @@ FOLDER_STEMS: Final = ("model", "adapter_model", "diffusion_pytorch_model", "pyt
 
 METADATA = "__metadata__"
 """The one name in a header that is no tensor's."""
+
+COMPONENT_STEMS: Final = FOLDER_STEMS[0], FOLDER_STEMS[2]
+"""What the weights of a pipeline's component are called, but for their ending: by transformers, and by diffusers."""
+
+COMPONENT: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+"""What components of pipelines may be called, which are arguments of Python's functions to the library."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +76,32 @@ class OutputName:
         """Whether an output of this name may have a companion that is called so, which only folders have."""
         return self.stem in FOLDER_STEMS and self.suffix == SUFFIX and is_companion_name(name)
 
+    def has_within(self, name: str) -> bool:
+        """Whether files of weights of an output of this name may be called so, which is a folder of components."""
+        component, _, own = name.rpartition("/")
+        if self.stem not in COMPONENT_STEMS or self.suffix != SUFFIX or not COMPONENT.fullmatch(component):
+            return False
+        return any(each.has(own) for each in component_names(self.folder / component))
+
+
+def component_names(folder: Path) -> list[OutputName]:
+    """What the weights of a pipeline's component may be called in its folder."""
+    return [OutputName(folder, stem, SUFFIX) for stem in COMPONENT_STEMS]
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """A component of a pipeline, which has a folder of its own: what its weights are called, how large shards get."""
+
+    name: str
+    stem: str
+    shard_bytes: int | None = None
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its tensors begin with in the pipeline, and not in its files."""
+        return f"{self.name}."
+
 
 def is_file_name(path: Path) -> bool:
     """Whether an output of this name is a file; else it is a folder."""
@@ -77,10 +110,14 @@ def is_file_name(path: Path) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """A file to be written: its final path, its header, and the tensors in it in file order."""
+    """A file to be written: its final path, its header, and the tensors in it in file order.
+
+    `prefix` is what the names of its tensors begin with in the merge, and not in the file.
+    """
 
     path: Path
     header: NewHeader
+    prefix: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -108,18 +145,33 @@ class OutputIndex:
 
 @dataclass(frozen=True, slots=True)
 class OutputLayout:
-    """All files of the output, with their index if they are shards, and what belongs to the model beside weights."""
+    """All files of the output, with their indexes if they are shards, and what belongs to the model beside weights.
+
+    The `components` of a pipeline have folders of their own, each with its files; any other output has none.
+    """
 
     path: Path
     files: tuple[OutputFile, ...]
-    index: OutputIndex | None = None
+    indexes: tuple[OutputIndex, ...] = ()
     companions: tuple[Companion, ...] = ()
     stem: str = "model"
+    components: tuple[Component, ...] = ()
 
     @property
     def named(self) -> OutputName:
-        """How the files of weights are called."""
+        """How the files of weights are called; of a pipeline, those that would be in its place."""
         return OutputName.of(self.path, self.stem)
+
+    @property
+    def all_named(self) -> list[OutputName]:
+        """How all files are called that an output in this one's place may have had."""
+        within = (name for component in self.components for name in component_names(self.folder / component.name))
+        return [self.named, *within]
+
+    @property
+    def index(self) -> OutputIndex | None:
+        """The index of an output that is shards, and no pipeline."""
+        return self.indexes[0] if self.indexes and not self.components else None
 
     @property
     def folder(self) -> Path:
@@ -128,14 +180,14 @@ class OutputLayout:
 
     @property
     def paths(self) -> list[Path]:
-        """Every path at which something will be put: of weights, of companions, and of the index."""
+        """Every path at which something will be put: of weights, of companions, and of indexes."""
         beside = (self.path_of(companion) for companion in self.companions)
-        return [*(file.path for file in self.files), *beside, *([self.index.path] if self.index else [])]
+        return [*(file.path for file in self.files), *beside, *(index.path for index in self.indexes)]
 
     @property
     def weights(self) -> list[Path]:
-        """The paths of what holds tensors, and of the index."""
-        return [*(file.path for file in self.files), *([self.index.path] if self.index else [])]
+        """The paths of what holds tensors, and of indexes."""
+        return [*(file.path for file in self.files), *(index.path for index in self.indexes)]
 
     def path_of(self, companion: Companion) -> Path:
         """Where a companion goes."""
@@ -147,15 +199,26 @@ class OutputLayout:
         return [companion.source for companion in self.companions if companion.source is not None]
 
     @property
+    def heads(self) -> list[Path]:
+        """What is put in place when all else is, in this order, so that nothing can be loaded before it is whole.
+
+        That is the index, or the weights if they are one file; of every component of a pipeline, and then its own
+        index, which is the one companion that nothing is loaded without.
+        """
+        sharded = {index.path.parent: index.path for index in self.indexes}
+        heads = list({file.path.parent: sharded.get(file.path.parent, file.path) for file in self.files}.values())
+        return [*heads, self.folder / INDEX] if self.components else heads
+
+    @property
     def last(self) -> Path:
-        """What is put in place when all else is, so that nothing can be loaded before: the index, or the weights."""
-        return self.index.path if self.index else self.files[-1].path
+        """What is put in place last of all."""
+        return self.heads[-1]
 
     @property
     def nbytes(self) -> int:
         """The size of all files together."""
         beside = sum(companion.nbytes for companion in self.companions)
-        return sum(file.nbytes for file in self.files) + beside + (self.index.nbytes if self.index else 0)
+        return sum(file.nbytes for file in self.files) + beside + sum(index.nbytes for index in self.indexes)
 
 
 def lay_out(
@@ -165,12 +228,14 @@ def lay_out(
     shard_bytes: int | None = None,
     companions: Sequence[Companion] = (),
     stem: str = "model",
+    components: Sequence[Component] = (),
 ) -> OutputLayout:
     """The output's files: one, or shards of at most `shard_bytes` (or of one tensor that is larger) and their index.
 
     `OUT.safetensors` is written there, any other path is a folder that gets `model.safetensors` (or another `stem`) and
-    the companions. OutputError if the path's suffix asks for another format or is all of its name, a tensor has a name
-    that the format does not allow, or a file would hold more tensors than are read back.
+    the companions. With `components`, to which all tensors belong, each of them gets that in a folder of its own.
+    OutputError if the path's suffix asks for another format or is all of its name, a tensor has a name that the format
+    does not allow, or a file would hold more tensors than are read back.
     """
     if path.name.lower() in SAFETENSORS:
         raise OutputError(
@@ -181,27 +246,52 @@ def lay_out(
             f"{path}: streammerge writes safetensors only, not {path.suffix}",
             advice=f"Name the output {path.with_suffix(SUFFIX).name}.",
         )
-    if METADATA in tensors:
-        raise OutputError(
-            f"{path}: safetensors can't hold a tensor called {METADATA}", advice="Leave it out with --drop or a rule."
-        )
-    named, beside = OutputName.of(path, stem), tuple(companions)
-    shards = split(tensors, shard_bytes) if shard_bytes else [tensors]
-    if len(shards) == 1:
-        return OutputLayout(path, (_output_file(named.single, tensors, metadata),), None, beside, stem)
-    paths = [named.shard(number, len(shards)) for number in range(1, len(shards) + 1)]
-    files = tuple(_output_file(shard_path, shard, metadata) for shard_path, shard in zip(paths, shards, strict=True))
-    index = OutputIndex(named.index, files, sum(info.nbytes for info in tensors.values()))
-    return OutputLayout(path, files, replace(index, nbytes=sum(map(len, index.pieces()))), beside, stem)
+    files, indexes = list[OutputFile](), list[OutputIndex]()
+    for named, prefix, own, most in _folders(path, tensors, shard_bytes, stem, components):
+        if METADATA in own:
+            raise OutputError(
+                f"{path}: safetensors can't hold a tensor called {METADATA}",
+                advice="Leave it out with --drop or a rule.",
+            )
+        shards = split(own, most) if most else [own]
+        if len(shards) == 1:
+            files.append(_output_file(named.single, own, metadata, prefix))
+            continue
+        paths = [named.shard(number, len(shards)) for number in range(1, len(shards) + 1)]
+        made = [_output_file(at, shard, metadata, prefix) for at, shard in zip(paths, shards, strict=True)]
+        index = OutputIndex(named.index, tuple(made), sum(info.nbytes for info in own.values()))
+        files += made
+        indexes.append(replace(index, nbytes=sum(map(len, index.pieces()))))
+    return OutputLayout(path, tuple(files), tuple(indexes), tuple(companions), stem, tuple(components))
 
 
-def _output_file(path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> OutputFile:
+def _folders(
+    path: Path,
+    tensors: Mapping[str, TensorInfo],
+    shard_bytes: int | None,
+    stem: str,
+    components: Sequence[Component],
+) -> Iterator[tuple[OutputName, str, Mapping[str, TensorInfo], int | None]]:
+    """What is written into a folder: its name, what is left out before tensors' names, these, and a shard's size."""
+    if not components:
+        yield OutputName.of(path, stem), "", tensors, shard_bytes
+        return
+    own: dict[str, dict[str, TensorInfo]] = {component.name: {} for component in components}
+    for name, info in tensors.items():
+        component, _, inner = name.partition(".")
+        own[component][inner] = info
+    for each in components:
+        named = OutputName(path / each.name, each.stem, SUFFIX)
+        yield named, each.prefix, own[each.name], shard_bytes or each.shard_bytes
+
+
+def _output_file(path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], prefix: str) -> OutputFile:
     """The file of these tensors; OutputError if we, or the format's library, would not read it back."""
     most = Bounds.of(sum(info.nbytes for info in tensors.values())).tensors
     if len(tensors) <= most:
         header = build_header(tensors, metadata)
         if header.nbytes - 8 <= MAX_HEADER:
-            return OutputFile(path, header)
+            return OutputFile(path, header, prefix)
         found = f"a header would have {header.nbytes - 8:,} bytes; {MAX_HEADER:,} are allowed"
     else:
         found = f"a file would hold {len(tensors):,} tensors; {most:,} are allowed in one of its size"

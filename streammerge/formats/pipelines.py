@@ -19,6 +19,9 @@ from streammerge.formats.shards import PREFERRED, find_weights, is_index, is_mod
 INDEX: Final = "model_index.json"
 """What names a pipeline's components."""
 
+SCHEDULER: Final = Path("scheduler", "scheduler_config.json")
+"""What says how a pipeline samples."""
+
 COMPONENTS: Final = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 """The folders by which a pipeline is known whose index was left out."""
 
@@ -53,6 +56,33 @@ def pipeline_weights(folder: Path) -> dict[str, Path] | None:
     else:
         found = {name: folder / name for name in COMPONENTS if _has_weights(folder / name)}
     return {name: component_weights(path) for name, path in found.items()} or None
+
+
+def named_components(folder: Path) -> Mapping[str, str]:
+    """The components that a pipeline's index names, those that it does without left out, and the class of each.
+
+    CheckpointError if the index can't be read.
+    """
+    return _named(folder / INDEX)
+
+
+def index_of(folder: Path) -> Mapping[str, Any]:
+    """All that a pipeline's index says; CheckpointError if it can't be read."""
+    return _read(folder / INDEX)
+
+
+def stated_by_scheduler(folder: Path) -> str:
+    """What a pipeline's scheduler says that the model predicts; "" if it says nothing, or nobody can read it."""
+    try:
+        stated = read_object(folder / SCHEDULER, MAX_BYTES).get("prediction_type", "")
+    except (OSError, ValueError, RecursionError, MalformedHeaderError):
+        return ""
+    return stated if isinstance(stated, str) else ""
+
+
+def is_variant(weights: Path) -> bool:
+    """Whether weights, or an index of them, are those of a variant, such as `model.fp16.safetensors`."""
+    return _VARIANT.fullmatch(weights.name) is not None and weights.name not in PREFERRED
 
 
 def check_alone(folder: Path) -> None:
@@ -106,14 +136,18 @@ def _is_needed(folder: Path) -> bool:
 
 def _named(index: Path) -> Mapping[str, str]:
     """The class of each component, those left out that the pipeline does without."""
+    return {name: value[1] for name, value in _read(index).items() if _is_component(name, value)}
+
+
+def _read(index: Path) -> Mapping[str, Any]:
+    """What the index says."""
     try:
-        values = read_object(index, MAX_BYTES)
+        return read_object(index, MAX_BYTES)
     except (OSError, ValueError, RecursionError, MalformedHeaderError) as problem:
         raise CheckpointError(
             f"{index}: can't be read as a pipeline's index: {getattr(problem, 'strerror', None) or problem}",
             advice="Fetch it again, or name a component's own folder.",
         ) from None
-    return {name: value[1] for name, value in values.items() if _is_component(name, value)}
 
 
 def _is_component(name: str, value: Any) -> bool:  # noqa: ANN401

@@ -7,7 +7,7 @@ import operator
 import os
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Final
 from streammerge.compute.expressions import Node, Stored, Viewed, is_stored
 from streammerge.errors import CheckpointError, count, plural
 from streammerge.formats.files import ByteFile, read_errors
-from streammerge.formats.pipelines import INDEX, check_alone, is_pipeline_index, pipeline_weights
+from streammerge.formats.pipelines import (
+    INDEX,
+    check_alone,
+    is_pipeline_index,
+    pipeline_weights,
+    stated_by_scheduler,
+)
 from streammerge.formats.safetensors import is_safetensors, read_header
 from streammerge.formats.shards import find_weights, is_index, read_index
 from streammerge.formats.tables import Column, Names
@@ -101,8 +107,9 @@ class Checkpoint:
     """A model on disk: its tensors in file order, each known by its place in a file and nothing read yet.
 
     `left` are tensors of a torch file that are not the model's, `folder` the one that was opened, if no single file
-    was. Close it, or use it in a `with` statement, when nothing
-    is going to be read any more.
+    was. Of a pipeline `components` are the files, or indexes, that each of them was opened by, and `scheduler` is what
+    its scheduler says that it predicts. Close it, or use it in a `with` statement, when nothing is going to be read any
+    more.
     """
 
     path: Path
@@ -112,6 +119,8 @@ class Checkpoint:
     metadata: Mapping[str, str]
     left: LeftTensors = NONE_LEFT
     folder: Path | None = None
+    components: Mapping[str, Path] = field(default_factory=dict)
+    scheduler: str = ""
 
     @functools.cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -123,7 +132,7 @@ class Checkpoint:
     @property
     def is_pipeline(self) -> bool:
         """Whether it is a folder of several components."""
-        return self.container.startswith(PIPELINE)
+        return bool(self.components)
 
     @property
     def nbytes(self) -> int:
@@ -311,4 +320,19 @@ def _open_pipeline(path: Path, components: Mapping[str, Path], entry: str) -> Ch
     for file in files:
         file.index = file.index or folder / INDEX
     left = functools.reduce(operator.add, (part.left for part in opened.values()))
-    return Checkpoint(folder, f"{PIPELINE} ({', '.join(components)})", compact(nodes, files), files, {}, left)
+    return Checkpoint(
+        folder,
+        f"{PIPELINE} ({', '.join(components)})",
+        compact(nodes, files),
+        files,
+        _common([part.metadata for part in opened.values()]),
+        left,
+        components=components,
+        scheduler=stated_by_scheduler(folder),
+    )
+
+
+def _common(all_metadata: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """What the metadata of every component say, so that it is said of the whole."""
+    first, *others = all_metadata
+    return {key: text for key, text in first.items() if all(other.get(key) == text for other in others)}

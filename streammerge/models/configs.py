@@ -40,6 +40,9 @@ TIED: Final = "tie_word_embeddings"
 
 QUANTISATION: Final = "quantization_config"
 
+OF_DIFFUSERS: Final = "_class_name"
+"""By this key a config is diffusers', which states no dtype."""
+
 DEFAULTS: Final = ("F64", "F32", "F16", "BF16")
 """The dtypes in which a model can be made, whatever single weights of it are stored as."""
 
@@ -133,7 +136,7 @@ def _dtypes(values: dict[str, Any], before: Tensors, after: Tensors) -> Iterator
         for key in DTYPE_KEYS:
             if section.get(key) is not None and (section is values or is_one or _plain(section[key]) in (stated, old)):
                 yield from _set(section, key, new) if _plain(section[key]) != new else ()
-    if stated is None and new != old:
+    if stated is None and new != old and OF_DIFFUSERS not in values:
         values[DTYPE_KEYS[0]] = new
         yield f"{DTYPE_KEYS[0]}: {new}"
 

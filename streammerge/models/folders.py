@@ -174,4 +174,5 @@ def _stays_within(folder: Path, path: Path) -> bool:
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     if real.is_relative_to(home):
         return True
-    return home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
+    revisions = (above for above in (home, home.parent) if above.parent.name == "snapshots")
+    return any(real.parent == revision.parent.parent / "blobs" for revision in revisions)

@@ -30,6 +30,7 @@ SCHEDULE: Final = frozenset({"ztsnr"})
 _WORDS: Final[Mapping[str, str]] = {
     **dict.fromkeys(("epsilon", "eps"), EPSILON),
     **dict.fromkeys(("v", "v_prediction", "v_pred", "vpred", "velocity"), V),
+    "sample": "the image itself",
 }
 _FLAGS: Final[Mapping[str, str]] = {"true": V, "1": V, "false": EPSILON, "0": EPSILON}
 
@@ -73,13 +74,22 @@ def is_mark(name: str) -> bool:
     return name in MARKS or name in SCHEDULE
 
 
-def stated_prediction(names: Container[str], metadata: Mapping[str, str]) -> Prediction | None:
-    """What tensors of these names or, where none says it, these metadata say; None if they say nothing."""
+def stated_prediction(names: Container[str], metadata: Mapping[str, str], scheduler: str = "") -> Prediction | None:
+    """What tensors of these names or, where none says it, a pipeline's scheduler or these metadata say.
+
+    None if they say nothing.
+    """
     for name, kind in MARKS.items():
         if name in names:
             return Prediction(kind, f"a tensor {name}")
+    if (word := _word(scheduler)) in _WORDS:
+        return Prediction(_WORDS[word], f"prediction_type: {word} in its scheduler_config.json")
     for key, words in _KEYS:
-        word = metadata.get(key, "").strip().lower().replace("-", "_")
+        word = _word(metadata.get(key, ""))
         if word in words:
             return Prediction(words[word], f"{key}: {word} in its metadata")
     return None
+
+
+def _word(text: str) -> str:
+    return text[:LONGEST].strip().lower().replace("-", "_")

@@ -3,75 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from streammerge.errors import CheckpointError, listed
 from streammerge.formats.companions import Companion
 from streammerge.formats.layout import is_file_name
+from streammerge.formats.pipelines import INDEX
 from streammerge.models import configs
 from streammerge.models.checkpoints import Checkpoint
-from streammerge.models.configs import Adapted, adapt, are_decoded, config_in, embedding_and_head
-from streammerge.models.folders import CODE, ModelFolder, read_folder, root_of, stem_of
-from streammerge.models.hub import name_of
+from streammerge.models.configs import Adapted, adapt, config_in, embedding_and_head
+from streammerge.models.folders import ModelFolder, read_folder, root_of, stem_of
 from streammerge.models.merged import Merged
-from streammerge.recipe.card import CARD, CardModel, is_unchanged_card, model_card, read_stated
-from streammerge.recipe.metadata import methods_of, stored_names
+from streammerge.plan.beside import CONFIG, Beside, card_beside, kept_of, of_a_file, stated_in
+from streammerge.plan.pipelines import PipelineFolder, pipeline_of
 from streammerge.recipe.options import Options
 from streammerge.recipe.recipe import Recipe
 from streammerge.tensors import Model
 
-CONFIG: Final = "config.json"
-
 TEMPLATE: Final = "chat_template.jinja"
 """Where libraries look for a chat template first."""
-
-OF_CODES: Final = ("quantization_config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json")
-"""Files that say how weights are stored as codes."""
-
-
-@dataclass(frozen=True)
-class Beside:
-    """What is written beside weights, and what these are called.
-
-    `notes` are what the user should know whatever is asked, `left` what is not copied, each name with the reason.
-    """
-
-    companions: tuple[Companion, ...] = ()
-    stem: str = "model"
-    notes: tuple[str, ...] = ()
-    left: tuple[tuple[str, str], ...] = ()
-    details: tuple[str, ...] = field(default=())
-
-    def told(self) -> list[str]:
-        """All there is to know, for the plan."""
-        copied = [each.name for each in self.companions if each.source is not None]
-        code = [each.name for each in self.companions if each.why == CODE]
-        made = [f"{each.name} ({each.why})" for each in self.companions if each.source is None]
-        lines = [
-            f"beside the weights are copied: {', '.join(copied)}" if copied else "",
-            f"of these are code, which is copied as data and not run: {', '.join(code)}" if code else "",
-            f"written anew: {', '.join(made)}" if made else "",
-            *(f"not copied: {listed(names)}: {reason}" for reason, names in self._by_reason().items()),
-        ]
-        return [*filter(None, lines), *self.details]
-
-    def _by_reason(self) -> Mapping[str, list[str]]:
-        found: dict[str, list[str]] = {}
-        for name, reason in self.left:
-            found.setdefault(reason, []).append(name)
-        return found
-
-    def to_json(self) -> dict[str, Any]:
-        """The same for machines."""
-        return {
-            "companions": [
-                {"name": each.name, "bytes": each.nbytes, "copied": each.source is not None, "why": each.why}
-                for each in self.companions
-            ],
-            "not_copied": [{"name": name, "why": reason} for name, reason in self.left],
-        }
 
 
 def beside_output(merged: Merged, recipe: Recipe | None, output: Path, options: Options) -> Beside:
@@ -82,7 +33,12 @@ def beside_output(merged: Merged, recipe: Recipe | None, output: Path, options: 
     root = root_of(merged)
     folder = root.folder if isinstance(root, Checkpoint) else None
     if is_file_name(output):
-        return Beside(details=tuple(_of_a_file(output, folder)) if options.companions else ())
+        whole = recipe is not None and not recipe.only
+        of_pipeline = pipeline.path if (pipeline := pipeline_of(merged, options.names)) and whole else None
+        told = (*of_a_file(output, folder, CONFIG), *of_a_file(output, of_pipeline, INDEX))
+        return Beside(details=told if options.companions else ())
+    if pipeline := pipeline_of(merged, options.names):
+        return PipelineFolder(merged, recipe, output, options, pipeline).beside()
     stem = stem_of(root.path if isinstance(root, Checkpoint) else None)
     if not options.companions or not isinstance(root, Checkpoint):
         return Beside(stem=stem)
@@ -109,7 +65,7 @@ class _Folder:
     def beside(self, stem: str) -> Beside:
         config = config_in(self.found.path)
         adapted = None if config is None else self._adapted(config)
-        kept, left = self._kept()
+        kept, left = kept_of(self.found, self.root.tensors, self.merged.tensors)
         if adapted is not None and adapted.changed:
             made = Companion(CONFIG, adapted.encoded(), ", ".join(adapted.changed))
             kept = [made if each.name == CONFIG else each for each in kept]
@@ -118,19 +74,10 @@ class _Folder:
             kept = [*(each for each in kept if each.name != TEMPLATE), made]
         notes = [f"{CONFIG}: {note}" for note in (adapted.notes if adapted else ())]
         if self.recipe is not None and self.options.metadata:
-            card = self.output / CARD
-            if is_unchanged_card(card) or not (card.exists() or card.is_symlink()):
-                kept.append(self._card(self.recipe, config or {}))
-            else:
-                notes.append(f"{card} is not streammerge's, or was written on, and stays as it is")
+            library = "diffusers" if "_class_name" in (config or {}) else self.found.library
+            card, told = card_beside(self.recipe, self.output, library)
+            kept, notes = [*kept, *card], [*notes, *told]
         return Beside(tuple(kept), stem, tuple(notes), tuple(left))
-
-    def _kept(self) -> tuple[list[Companion], list[tuple[str, str]]]:
-        """What is copied, and what is not: files on codes have nothing to say where weights are decoded."""
-        of_codes = {each.name for each in self.found.companions if each.name in OF_CODES}
-        gone = of_codes if of_codes and are_decoded(self.root.tensors, self.merged.tensors) else set()
-        kept = [each for each in self.found.companions if each.name not in gone]
-        return kept, [*self.found.left, *((name, "the weights are decoded") for name in sorted(gone))]
 
     def _adapted(self, config: Mapping[str, Any]) -> Adapted:
         untied, layers = self._unties(config), self._layers()
@@ -156,40 +103,10 @@ class _Folder:
             return False
         made = [self.merged.decisions.of(name) for name in (embedding, head)]
         alike = (made[0].action, made[0].parameters) == (made[1].action, made[1].parameters)
-        return not alike or any(_stated(path).get(configs.TIED) is False for path in self._paths())
+        return not alike or any(stated_in(path).get(configs.TIED) is False for path in self._paths())
 
     def _paths(self) -> list[Path]:
         return list(dict.fromkeys(self.recipe.paths())) if self.recipe is not None else []
-
-    def _card(self, recipe: Recipe, config: Mapping[str, Any]) -> Companion:
-        names = stored_names(recipe.paths())
-        models = [CardModel(_called(path, name), read_stated(path)) for path, name in names.items()]
-        library = "diffusers" if "_class_name" in config else self.found.library
-        card = model_card(recipe.describe(names), models, library, methods_of(recipe))
-        return Companion(CARD, card, "the model's card")
-
-
-def _called(path: Path, name: str) -> str:
-    """What a model is called on the hub, or in the recipe."""
-    on_hub = name_of(path)
-    return on_hub.name if on_hub is not None else name
-
-
-def _stated(path: Path) -> Mapping[str, Any]:
-    """What a model's config says; nothing if there is none that can be read."""
-    try:
-        return (config_in(path) if path.is_dir() else None) or {}
-    except CheckpointError:
-        return {}
-
-
-def _of_a_file(output: Path, folder: Path | None) -> Iterator[str]:
-    """What a folder would have that a file has not."""
-    if folder is not None and (folder / CONFIG).is_file():
-        yield (
-            f"{output} is a file: {CONFIG} and all else beside the weights stay in {folder}; "
-            f"-o {output.with_suffix('')} writes a folder that has them"
-        )
 
 
 def _needed(root: Model) -> Iterator[str]:

@@ -17,6 +17,7 @@ from streammerge.models.adapters.recognition import refuse_adapters
 from streammerge.models.codes import Quantised, may_be_weights
 from streammerge.models.decisions import Decision, Decisions
 from streammerge.models.dialects import Naming
+from streammerge.models.dialects.places import SAFETY_CHECKER
 from streammerge.models.dtypes import Scaled, Storage, stored_as
 from streammerge.models.extent import Extent
 from streammerge.models.merged import Merged
@@ -167,6 +168,8 @@ class _Resolution:
             return Decision(name, "dropped", "factors are never averaged", info)
         if are_positions(name, info):
             return self._copy(name, self.layout_name, "positions are never averaged", dtype)
+        if name.startswith(SAFETY_CHECKER):
+            return self._copy(name, self.layout_name, "a safety checker is never averaged", dtype)
         if not info.dtype.mergeable and not may_be_weights(name, info):
             return self._copy(name, self.layout_name, f"{info.dtype} is never averaged", dtype)
         return self._merge(name, info, rule, dtype)
@@ -186,6 +189,8 @@ class _Resolution:
                     dropped.add(name)
                 elif rule and rule.action == "take" and rule.model == model:
                     wanted[name] = True
+                elif name.startswith(SAFETY_CHECKER):
+                    continue
                 elif model in self.input_names and (rule is None or rule.action == "merge"):
                     info = self.models[model].tensors[name]
                     if (info.dtype.mergeable or may_be_weights(name, info)) and not are_positions(name, info):

@@ -137,14 +137,14 @@ class Jobs(Sequence[Job]):
     def __getitem__(self, place: int) -> Job:  # type: ignore[override]  # nobody wants slices
         place = range(len(self))[place]
         file = bisect.bisect_right(self._ends, place)
-        header = self._files[file].header
+        header, prefix = self._files[file].header, self._files[file].prefix
         place -= self._ends[file] - len(header.names)
-        return self._job(header.names[place], file, header.starts[place])
+        return self._job(prefix + header.names[place], file, header.starts[place])
 
     def __iter__(self) -> Iterator[Job]:
         for number, file in enumerate(self._files):
             for name, start in zip(file.header.names, file.header.starts, strict=True):
-                yield self._job(name, number, start)
+                yield self._job(file.prefix + name if file.prefix else name, number, start)
 
     def where(self, wanted: Callable[[Kind], bool]) -> Iterator[Job]:
         """The jobs of these kinds."""

@@ -158,14 +158,9 @@ def architecture_of(model: Model) -> str:
 
 
 def prediction_of(model: Model) -> Prediction | None:
-    """What a model says; a merge says what its tensors do and, beside them, its layout."""
-    return stated_prediction(model.tensors, metadata_of(model))
-
-
-def metadata_of(model: Model) -> Mapping[str, str]:
-    """The metadata of the model's file, of a merge those of its layout's; none of what has no file."""
+    """What a model says; a merge says what its tensors do and, beside them, its layout's files."""
     inner = beneath(model)
     while isinstance(inner, Merged) and inner.layout is not None:
         inner = beneath(inner.layout)
-    found = getattr(inner, "metadata", None)
-    return found if isinstance(found, Mapping) else {}
+    metadata, scheduler = getattr(inner, "metadata", None), getattr(inner, "scheduler", "")
+    return stated_prediction(model.tensors, metadata if isinstance(metadata, Mapping) else {}, scheduler)

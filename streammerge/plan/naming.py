@@ -5,17 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from streammerge.compute.expressions import stored_place
-from streammerge.errors import OutputError, PlanError, count, listed, plural
-from streammerge.formats.shards import SAFETENSORS
-from streammerge.models.checkpoints import Checkpoint
+from streammerge.errors import PlanError, count, listed, plural
 from streammerge.models.dialects import Component, Naming, Reading, Recognised, read_as, recognise
 from streammerge.models.dialects.translation import Translated
-from streammerge.models.merged import Merged
-from streammerge.models.views import Decoded, Selected, beneath, node_of
+from streammerge.models.views import Decoded, Selected, node_of
 from streammerge.tensors import Model, TensorInfo
 
 WITHOUT: Final = "Without --names the output has the layout model's names."
@@ -146,15 +142,3 @@ def _remarks(name: str, layout: str, reading: Reading, again: Collection[str]) -
 
 def _naming(component: Component) -> str:
     return component.place.naming
-
-
-def check_folder(merged: Merged, output: Path, naming: Naming | None) -> None:
-    """OutputError if a pipeline would be written as one file in a folder, where nothing looks for it."""
-    root = None if merged.layout is None else beneath(merged.layout)
-    is_folder = output.suffix.lower() not in SAFETENSORS
-    if is_folder and naming in (None, "diffusers") and isinstance(root, Checkpoint) and root.is_pipeline:
-        raise OutputError(
-            f"{output}: the layout is the folder of a diffusers pipeline, and such folders are not written",
-            advice="Name a file, such as OUT.safetensors (--names original makes a checkpoint of it, as A1111 and "
-            f"ComfyUI load it); or merge its components, which are models too, each to its own folder: {root.path}/…",
-        )

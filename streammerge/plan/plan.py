@@ -42,7 +42,7 @@ from streammerge.methods.contract import ParameterValue
 from streammerge.models.architecture import component_of
 from streammerge.models.decisions import Action, Decisions
 from streammerge.models.merged import Merged
-from streammerge.plan.companions import Beside
+from streammerge.plan.beside import Beside
 from streammerge.plan.jobs import Jobs, together_of
 from streammerge.recipe.options import Options
 from streammerge.tensors import DType
@@ -323,7 +323,8 @@ def plan_merge(
     `left` what torch files hold beside their models, `beside` what the output has beside its own.
     """
     options, beside = replace(options, device=choose_device(options.device)), beside or Beside()
-    layout = lay_out(output, merged.tensors, metadata or {}, options.shard_size, beside.companions, beside.stem)
+    named = beside.stem, beside.components
+    layout = lay_out(output, merged.tensors, metadata or {}, options.shard_size, beside.companions, *named)
     jobs = Jobs(merged, layout, options)
     own = {merged.tensors.names} - ({merged.decisions.names} if described_bytes else set())
     described_bytes += names_bytes(own) + TENSOR_BYTES * len(merged.decisions) + merged.kept_bytes

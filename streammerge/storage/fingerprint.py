@@ -18,6 +18,7 @@ from streammerge.compute.identity import MARK, Describer, digest
 from streammerge.compute.machine import torch_version
 from streammerge.formats.files import ByteFile, read_errors
 from streammerge.plan.plan import Plan
+from streammerge.storage.placing import name_within
 from streammerge.version import __version__
 
 Fingerprint = Mapping[str, Mapping[str, Any]]
@@ -131,13 +132,14 @@ def _read(plan: Plan) -> Iterator[ByteFile]:
 
 def _files(plan: Plan) -> Iterator[tuple[str, str]]:
     """What each file begins with, or is; of a copy, where it comes from."""
+    folder = plan.output.folder
     for file in plan.output.files:
-        yield file.path.name, digest(file.header.pieces())
+        yield name_within(folder, file.path), digest(file.header.pieces())
     for companion in plan.output.companions:
         source = companion.source
         yield companion.name, digest(companion.pieces()) if source is None else f"a copy of {source.path.resolve()}"
-    if plan.output.index is not None:
-        yield plan.output.index.path.name, digest(plan.output.index.pieces())
+    for index in plan.output.indexes:
+        yield name_within(folder, index.path), digest(index.pieces())
 
 
 def _methods(nodes: Iterable[Node]) -> list[Any]:

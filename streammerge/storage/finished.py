@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import BinaryIO
 
 from streammerge.formats.files import read_errors
-from streammerge.formats.layout import OutputFile, OutputLayout
+from streammerge.formats.layout import OutputFile, OutputIndex, OutputLayout
 
 
 def is_finished(layout: OutputLayout) -> bool:
@@ -15,11 +15,13 @@ def is_finished(layout: OutputLayout) -> bool:
         return False
     if not all(companion.is_at(layout.path_of(companion)) for companion in layout.companions):
         return False
-    if layout.index is None:
-        return True
-    path = layout.index.path
-    with read_errors(path), path.open("rb") as file:
-        return begins_with(file, layout.index.pieces()) and not file.read(1)
+    return all(map(has_index, layout.indexes))
+
+
+def has_index(index: OutputIndex) -> bool:
+    """Whether a file of this name is the index that was planned."""
+    with read_errors(index.path), index.path.open("rb") as file:
+        return begins_with(file, index.pieces()) and not file.read(1)
 
 
 def has_header(file: OutputFile) -> bool:

@@ -26,6 +26,7 @@ from streammerge.plan.inputs import OpenInputs
 from streammerge.recipe.metadata import Hashes, stored_names
 from streammerge.recipe.parse import Recipe
 from streammerge.storage.copying import CopyRange
+from streammerge.storage.placing import name_within
 from streammerge.storage.side_files import write_text
 from streammerge.storage.writer import OutputWriter
 
@@ -201,7 +202,9 @@ def hashes_of(path: Path) -> FileHashes:
 
 
 def sidecar_of(layout: OutputLayout) -> Path:
-    """Where the hashes of an output go: beside its file, or its index."""
+    """Where the hashes of an output go: beside its file, or its index; of a pipeline, beside its own index."""
+    if layout.components:
+        return sidecar_beside(layout.last)
     return sidecar_beside(layout.index.path.with_suffix("").with_suffix("") if layout.index else layout.files[0].path)
 
 
@@ -239,13 +242,15 @@ def is_in_sidecar(layout: OutputLayout, hashes: Sequence[FileHashes]) -> bool:
 
 
 def _sidecar(layout: OutputLayout, hashes: Sequence[FileHashes]) -> str:
-    lines = [_line(found.sha256, file.path.name) for file, found in zip(layout.files, hashes, strict=True)]
+    folder = layout.folder
+    files = [name_within(folder, file.path) for file in layout.files]
+    lines = [_line(found.sha256, name) for name, found in zip(files, hashes, strict=True)]
     lines += [_line(file_sha256(layout.path_of(companion)), companion.name) for companion in layout.companions]
-    if layout.index:
+    for index in layout.indexes:
         whole = hashlib.sha256()
-        for piece in layout.index.pieces():
+        for piece in index.pieces():
             whole.update(piece)
-        lines.append(_line(whole.hexdigest(), layout.index.path.name))
+        lines.append(_line(whole.hexdigest(), name_within(folder, index.path)))
     lines += [f"# tensors alone: {found.tensors}" for found in hashes]
     return "\n".join(lines) + "\n"
 

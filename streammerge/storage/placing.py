@@ -2,7 +2,8 @@
 
 One file takes its name, and the old one's place, in a single step. Shards are more: the old index goes first, so that
 nothing names what is half replaced; then each old shard makes room for the new one; the new index comes last. So it is
-with companions beside weights: the weights, or their index, go first and come last. A step that fails has all steps
+with companions beside weights: the weights, or their index, go first and come last. Of a pipeline its own index goes
+first, then those of its components; these come last, and last of all the pipeline's. A step that fails has all steps
 before it undone. A run that is killed between two steps has written down all of them before the first (see
 `streammerge.storage.journal`), and they are finished, in the same order, by whoever finds that record.
 """
@@ -150,30 +151,34 @@ class Placing:
         """
         if not step.retire:
             return _exists(folder / step.source)
-        comes = next(other for other in self.steps if other.target == step.source)
-        return _exists(folder / comes.source) and _exists(folder / step.source) and not _exists(folder / step.target)
+        comes = next((other for other in self.steps if other.target == step.source), None)
+        is_to_come = comes is None or _exists(folder / comes.source)
+        return is_to_come and _exists(folder / step.source) and not _exists(folder / step.target)
 
 
 def plan_placing(layout: OutputLayout, temporaries: Sequence[Path], superseded: Sequence[Path] = ()) -> Placing:
-    """How the temporary files, in the order of `layout.paths`, come to their names."""
+    """How the temporary files, in the order of `layout.paths`, come to their names.
+
+    What is superseded is removed afterwards. In a pipeline it makes room before, for of a component's older index and
+    its new weights, or the reverse, either may be loaded beside what is new.
+    """
     folder = layout.folder
     finals = {final: name_within(folder, final) for final in layout.paths}
     new = {final: Step(source.name, finals[final]) for source, final in zip(temporaries, layout.paths, strict=True)}
-    gone = tuple(path.name for path in superseded)
-    states = {path.name: state for path in (*temporaries, *superseded) if (state := state_of(path))}
+    gone = tuple(name_within(folder, path) for path in superseded)
+    rooms, gone = (gone, ()) if layout.components else ((), gone)
+    states = {name_within(folder, path): state for path in (*temporaries, *superseded) if (state := state_of(path))}
     states |= {name: state for path, name in finals.items() if (state := state_of(path))}
-    last = new.pop(layout.last)
-    if not new:
-        return Placing((last,), gone, states)
-    old = {
-        name: Step(name, temporary_name(folder / path.name, RETIRED_SUFFIX).name, retire=True)
-        for path, name in finals.items()
-        if _exists(path)
-    }
-    steps = [old[last.target]] if last.target in old else []
+    heads = [new.pop(path) for path in layout.heads]
+    if len(finals) == 1:
+        return Placing(tuple(heads), gone, states)
+    there = (*(name for path, name in finals.items() if _exists(path)), *rooms)
+    old = {name: Step(name, temporary_name(folder / name, RETIRED_SUFFIX).name, retire=True) for name in there}
+    steps = [old[head.target] for head in reversed(heads) if head.target in old]
+    steps += [old[name] for name in rooms]
     for each in new.values():
         steps += [old[each.target], each] if each.target in old else [each]
-    return Placing((*steps, last), gone, states)
+    return Placing((*steps, *heads), gone, states)
 
 
 def put_in_place(
@@ -203,6 +208,8 @@ def _make_steps(placing: Placing, folder: Path, *, sync: bool, before: Callable[
                 step.make(folder)
                 if sync and len(made) == 1:
                     sync_folder(folder)  # the old index is gone before a shard is replaced
+                if sync and step.retire and "/" in step.source:
+                    sync_folder((folder / step.source).parent)
         if sync and made:
             for changed in folders:  # every shard has its name before the index names it
                 sync_folder(changed)
@@ -227,6 +234,8 @@ def tidy_up(placing: Placing, folder: Path, *, sync: bool) -> None:
     """
     older = (name for name in placing.superseded if state_of(folder / name) == placing.states.get(name))
     for number, name in enumerate((*older, *placing.retired)):
+        if any(part.is_symlink() for part in folders_between(folder, folder / name)):
+            continue  # a link may lead anywhere
         with contextlib.suppress(FileNotFoundError):
             (folder / name).unlink()
         if sync and not number and placing.superseded:

@@ -147,13 +147,17 @@ def _begin(contents: Contents, output: str, pairs: list[Any], journal: str) -> b
         return False
     for pair in pairs:
         match pair:
-            case [str(temporary), str(final)] if named.has(final) or named.may_be_beside(final):
+            case [str(temporary), str(final)] if _may_be_output_s(named, final):
                 if not is_hidden_name(temporary, _last_part(final), TEMPORARY_SUFFIX):
                     return False
             case _:
                 return False
     contents.output, contents.files = output, dict(pairs)
     return len(set(contents.files.values())) == len(pairs)
+
+
+def _may_be_output_s(named: OutputName, name: str) -> bool:
+    return named.has(name) or named.has_within(name) or named.may_be_beside(name)
 
 
 def _progress(contents: Contents, spans: list[Any], findings: Mapping[str, Any]) -> bool:
@@ -209,7 +213,9 @@ def _placing(contents: Contents, steps: list[Any], superseded: list[Any], states
     if not places or places != contents.files or len(places) + len(rooms) != len(made) or made[-1].retire:
         return False
     if not all(
-        final in finals and is_hidden_name(room, _last_part(final), RETIRED_SUFFIX) for final, room in rooms.items()
+        (final in finals or named.has(final) or named.has_within(final))
+        and is_hidden_name(room, _last_part(final), RETIRED_SUFFIX)
+        for final, room in rooms.items()
     ):
         return False
     if len(set(rooms.values())) < len(rooms) or not all(isinstance(state, str) for state in states.values()):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import functools
+import operator
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from streammerge.errors import CheckpointError, OutputError
 from streammerge.formats.claims import Claim, Claims, file_key
-from streammerge.formats.layout import OutputLayout
+from streammerge.formats.layout import OutputLayout, OutputName
 from streammerge.formats.shards import read_index
 from streammerge.plan.inputs import OUTPUT, input_claims
 from streammerge.plan.plan import Plan
@@ -21,27 +24,33 @@ class Older:
     """An older output beside a new one's files.
 
     `superseded` can be loaded, or is named by an index that the new output replaces: its index first, the files after.
-    `strays` are shards that no index names. `named` is what an index in the new output's place names, whatever it is
+    `strays` are shards that no index names. `named` is what each index in the new output's place names, whatever it is
     called.
     """
 
     superseded: tuple[Path, ...] = ()
     strays: tuple[Path, ...] = ()
-    index: Path | None = None
-    named: frozenset[Path] = frozenset()
+    named: Mapping[Path, frozenset[Path]] = field(default_factory=dict)
+
+    def __add__(self, other: Older) -> Older:
+        return Older(self.superseded + other.superseded, self.strays + other.strays, {**self.named, **other.named})
 
 
 def find_older(layout: OutputLayout) -> Older:
-    """Look for a single file, an index, and shards of another number by the output's name."""
-    named_so = layout.named
-    new, there = set(layout.paths), files_in(named_so.folder)
+    """Look for a single file, an index, and shards of another number by the output's name, and by its components'."""
+    new = set(layout.paths)
+    return functools.reduce(operator.add, (_older(named_so, new) for named_so in layout.all_named))
+
+
+def _older(named_so: OutputName, new: Set[Path]) -> Older:
+    there = files_in(named_so.folder)
     index, single = named_so.index, named_so.single
     shards = sorted(path for path in there if named_so.is_shard(path.name) and path not in new)
     named = _named_by(index) if index in there else frozenset()
     loadable = [path for path in (index, single) if path in there and path not in new]
     superseded = (*loadable, *(path for path in shards if path in named))
     strays = tuple(path for path in shards if path not in named)
-    return Older(superseded, strays, index if named else None, named)
+    return Older(superseded, strays, {index: named} if named else {})
 
 
 def files_in(folder: Path) -> frozenset[Path]:
@@ -79,10 +88,10 @@ def _named_by(index: Path) -> frozenset[Path]:
 def output_claims(plan: Plan, older: Older) -> Claims:
     """Everything that a merge reads, and writes or removes of an older output. What names an input, is part of it."""
     inputs = {file_key(file.path) for file in plan.inputs}
-    is_input_s = older.index is not None and any(file_key(path) in inputs for path in older.named)
-    read = (Claim(older.index, "the index of the input"),) if older.index is not None and is_input_s else ()
+    inputs_own = [index for index, named in older.named.items() if any(file_key(path) in inputs for path in named)]
+    read = [Claim(index, "the index of the input") for index in inputs_own]
     written = [Claim(file.path, OUTPUT) for file in plan.output.files]
-    written += [Claim(plan.output.index.path, "the output's index", OUTPUT)] if plan.output.index else []
+    written += [Claim(index.path, "the output's index", OUTPUT) for index in plan.output.indexes]
     written += [Claim(path, "what the output replaces", OUTPUT) for path in older.superseded]
     companions = (plan.output.path_of(companion) for companion in plan.output.companions)
     written += [Claim(path, "what belongs to the output", OUTPUT) for path in companions]

@@ -177,7 +177,7 @@ class OutputWriter:
         """Write what takes no time: companions, and the index."""
         layout = self.layout
         contents = [companion.pieces() for companion in layout.companions]
-        contents += [layout.index.pieces()] if layout.index else []
+        contents += [index.pieces() for index in layout.indexes]
         done = len(layout.files)
         for final, path, pieces in zip(layout.paths[done:], self._paths[done:], contents, strict=True):
             with output_errors(final):

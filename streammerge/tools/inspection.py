@@ -45,7 +45,7 @@ class Inspection:
     `container` is the kind of file, such as "safetensors" or "sharded safetensors (3 files)"; `nbytes` the size on
     disk; `dtypes` the element types with the number of tensors of each, most frequent first; `left` what a torch file
     holds beside the model; `broken` what is wrong with text encoders' positions, by tensor; `hashes` those of its
-    files and of their tensors alone, if they were asked for.
+    files and of their tensors alone, if they were asked for; `scheduler` what a pipeline's says that it predicts.
     """
 
     path: Path
@@ -59,11 +59,12 @@ class Inspection:
     left: LeftTensors = NONE_LEFT
     broken: Mapping[str, str] = field(default_factory=dict)
     hashes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    scheduler: str = ""
 
     @property
     def prediction(self) -> Prediction | None:
         """What a diffusion model says that it predicts."""
-        return stated_prediction(self.tensors, self.metadata)
+        return stated_prediction(self.tensors, self.metadata, self.scheduler)
 
     @property
     def steps(self) -> str:
@@ -140,6 +141,7 @@ def inspect_model(
     left: LeftTensors = NONE_LEFT,
     broken: Mapping[str, str] | None = None,
     hashes: Mapping[str, Mapping[str, str]] | None = None,
+    scheduler: str = "",
 ) -> Inspection:
     """Look at a model's header: what it is, and what it is made of."""
     return Inspection(
@@ -154,6 +156,7 @@ def inspect_model(
         left=left,
         broken=broken or {},
         hashes=hashes or {},
+        scheduler=scheduler,
     )
 
 

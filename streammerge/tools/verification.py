@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -10,32 +11,44 @@ from typing import Final
 
 from streammerge.errors import CheckpointError
 from streammerge.formats.companions import is_companion_name
+from streammerge.formats.pipelines import INDEX
 from streammerge.formats.safetensors import read_header
 from streammerge.formats.shards import SAFETENSORS, is_index
-from streammerge.models.checkpoints import Checkpoint, model_files
+from streammerge.models.checkpoints import Checkpoint, model_files, open_model
 from streammerge.recipe.metadata import Recorded
 from streammerge.storage.hashing import file_sha256, read_sidecar, sidecar_beside
+from streammerge.storage.placing import name_within
 
 
 def check_files(model: Checkpoint) -> Iterator[str]:
-    """One line for the index and one for the hashes: what was checked, or why not. CheckpointError if one is wrong."""
-    if shards := check_index(model):
-        yield f"index: right for {shards:,} shards, and no other shard lies beside them"
-    path = sidecar_beside(model.path.with_suffix("").with_suffix("") if is_index(model.path) else model.path)
+    """A line for each index and one for the hashes: what was checked, or why not. CheckpointError if one is wrong."""
+    indexes = [path for path in model.components.values() or (model.path,) if is_index(path)]
+    for index in indexes:
+        with open_model(index) if model.is_pipeline else contextlib.nullcontext(model) as part:
+            shards = check_index(part)
+        name = f" of {index.parent.name}" if model.is_pipeline else ""
+        yield f"index{name}: right for {shards:,} shards, and no other shard lies beside them"
+    path = _sidecar_of(model)
     if not path.exists():
         yield f"hashes: not checked: there is no {path.name}"
         return
-    files = [model.path] if is_index(model.path) else []
-    _check_hashes(path, [*files, *(file.path for file in model.files)])
+    _check_hashes(path, [*indexes, *(file.path for file in model.files)])
     yield f"hashes: the sha256 of every file is as in {path.name}"
+
+
+def _sidecar_of(model: Checkpoint) -> Path:
+    """Where a model's hashes would lie."""
+    if model.is_pipeline:
+        return sidecar_beside(model.path / INDEX)
+    return sidecar_beside(model.path.with_suffix("").with_suffix("") if is_index(model.path) else model.path)
 
 
 def _check_hashes(sidecar: Path, files: list[Path]) -> None:
     stated = read_sidecar(sidecar)
-    named = {path.name for path in files}
-    beside = [name for name in stated if name not in named and is_companion_name(name)]
+    named = {name_within(sidecar.parent, path): path for path in files}
+    beside = {name: sidecar.parent / name for name in stated if name not in named and is_companion_name(name)}
     problems = [f"{name}: not listed" for name in named if name not in stated]
-    for path, name in [*((path, path.name) for path in files), *((sidecar.parent / name, name) for name in beside)]:
+    for name, path in {**named, **beside}.items():
         if name in stated and (found := file_sha256(path)) != stated[name]:
             problems.append(f"{name}: {found}, expected {stated[name]}")
     if problems:

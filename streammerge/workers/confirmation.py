@@ -104,7 +104,8 @@ def _shown(text: str | None) -> str:
 def _on_headers(plan: Plan, found: Checkpoint) -> Iterator[str]:
     """Which files hold the same tensors and metadata, but are not laid out as they would be."""
     infos = {job.name: job.info for job in plan.jobs}
-    files = lay_out(Path("model.safetensors"), infos, found.metadata, plan.options.shard_size).files
+    named = Path("model"), infos, found.metadata, plan.options.shard_size
+    files = lay_out(*named, components=plan.output.components).files
     if len(files) != len(found.files):
         yield f"headers: not compared: there are {count(found.files, 'file')}, the options here give {len(files)}"
         return

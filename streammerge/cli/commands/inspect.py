@@ -50,6 +50,7 @@ def inspect(arguments: argparse.Namespace) -> int:
             container=model.container,
             left=model.left,
             broken=broken_positions(model),
+            scheduler=model.scheduler,
             hashes=hashes(file.path for file in model.files) if arguments.hash else {},
         )
     if arguments.json:

@@ -61,6 +61,9 @@ DIFFUSERS: Final = (
 )
 """The folders of a pipeline."""
 
+SAFETY_CHECKER: Final = "safety_checker."
+"""The folder of a pipeline that judges images, and is no part of what makes them: it is never averaged."""
+
 COMFYUI: Final = ("text_encoders.", "diffusion_model.", "model.model.")
 """How prefixes start that ComfyUI alone writes."""
 
