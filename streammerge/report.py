@@ -123,7 +123,7 @@ class Report:
         more = f" … ({len(self.output)} files)" if len(self.output) > 2 else ""
         rows = [
             ("output", ", ".join(self.output[:2]) + more),
-            *([("beside it", listed([Path(path).name for path in self.companions]))] if self.companions else []),
+            *([("beside it", listed(_inner_names(self.companions)))] if self.companions else []),
             ("tensors", f"{self.merged:,} merged, {self.copied:,} copied, {self.dropped:,} dropped"),
             *((f"adapter {one['adapter']}", self._adapted(one)) for one in self.adapters),
             *(self._rows_of_work() if self.threads else [("time", f"{self.seconds['total']:.1f} s")]),
@@ -184,6 +184,13 @@ class Report:
                 f"{self.stale_hashes} holds the hashes of the output that was replaced; --hash replaces it too"
             )
         return found if self.on_nonfinite == "ignore" else [*found, *warnings(self.findings)]
+
+
+def _inner_names(files: Sequence[str]) -> list[str]:
+    """What files are called in the folder that holds all of them."""
+    paths = [Path(file) for file in files]
+    folder = min((path.parent for path in paths), key=lambda parent: len(parent.parts))
+    return [path.relative_to(folder).as_posix() for path in paths]
 
 
 def short_hashes(sha256: str, tensors: str) -> str:

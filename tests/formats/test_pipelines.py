@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import streammerge
-from streammerge.errors import CheckpointError, OutputError
+from streammerge.errors import CheckpointError
 from tests.make.diffusion import diffusion_model, part_of
 from tests.make.models import assert_same_bytes, load_model, merge_to, save_model
 
@@ -155,11 +155,28 @@ def test_an_index_does_not_point_outside(pipeline):
     assert names(pipeline) == ALL
 
 
-def test_a_pipeline_is_written_as_a_file_alone(pipeline, tmp_path):
-    with pytest.raises(OutputError, match="such folders are not written"):
-        streammerge.merge(str_recipe(pipeline), output=tmp_path / "folder")
-    assert not (tmp_path / "folder").exists()
+def test_a_pipeline_is_written_as_a_folder_or_a_file(pipeline, tmp_path):
+    streammerge.merge(str_recipe(pipeline), output=tmp_path / "folder", sync=False)
+    assert names(tmp_path / "folder") == ALL
     assert list(merge_to(tmp_path / "out.safetensors", str_recipe(pipeline))) == sorted(ALL)
+
+
+def test_what_all_components_say_is_said_of_the_whole(pipeline):
+    for number, (part, stem) in enumerate(PARTS.items()):
+        said = {"title": "x", "own": str(number), "format": "pt"}
+        save_model(pipeline / part / f"{stem}.safetensors", {"a.weight": torch.ones(2)}, said)
+    with streammerge.open_model(pipeline) as model:
+        assert model.metadata == {"title": "x", "format": "pt"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [('{"prediction_type": "v_prediction"}', "v_prediction"), ("{}", ""), ("{", ""), ('{"prediction_type": 1}', "")],
+)
+def test_what_its_scheduler_says(pipeline, text, said):
+    (pipeline / "scheduler/scheduler_config.json").write_text(text)
+    with streammerge.open_model(pipeline) as model:
+        assert model.scheduler == said
 
 
 def test_a_pipeline_merges_with_a_checkpoint(tmp_path):
