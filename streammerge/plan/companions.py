@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from streammerge.formats.companions import Companion
-from streammerge.formats.layout import is_file_name
+from streammerge.formats.layout import FOLDER_STEMS, is_file_name
 from streammerge.formats.pipelines import INDEX
 from streammerge.models import configs
 from streammerge.models.checkpoints import Checkpoint
-from streammerge.models.configs import Adapted, adapt, config_in, embedding_and_head
+from streammerge.models.configs import OF_DIFFUSERS, Adapted, adapt, config_in, embedding_and_head
 from streammerge.models.folders import ModelFolder, read_folder, root_of, stem_of
 from streammerge.models.merged import Merged
 from streammerge.plan.beside import CONFIG, Beside, card_beside, kept_of, of_a_file, stated_in
@@ -48,6 +48,9 @@ def beside_output(merged: Merged, recipe: Recipe | None, output: Path, options: 
     if found.library is None:
         none = f"{folder} has no {CONFIG} that is copied, so nothing is written beside the weights"
         return Beside(stem=stem, left=found.left, details=(none,))
+    if options.names in ("original", "bare") and OF_DIFFUSERS in (config_in(folder) or {}):
+        others = tuple((each.name, "it is for diffusers' names") for each in found.companions)
+        return Beside(stem=FOLDER_STEMS[0], left=(*found.left, *others))
     return _Folder(merged, recipe, output, options, root, found).beside(stem)
 
 

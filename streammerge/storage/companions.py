@@ -8,7 +8,9 @@ from typing import Final
 from streammerge.errors import OutputError, count, listed, plural
 from streammerge.formats.companions import Companion
 from streammerge.formats.layout import OutputLayout
+from streammerge.formats.pipelines import is_variant
 from streammerge.recipe.card import CARD
+from streammerge.storage.placing import name_within
 from streammerge.storage.target import files_in
 
 LOADED: Final = frozenset(
@@ -49,9 +51,10 @@ def note_on_older(layout: OutputLayout) -> Iterator[str]:
     """What the user should know of files that lie where an output is written: those that stay would be loaded too."""
     if not layout.companions:
         return
-    written = {companion.name for companion in layout.companions}
-    there = {path.name for path in files_in(layout.folder)}
-    if stale := sorted((there & LOADED) - written):
+    written = {layout.path_of(companion) for companion in layout.companions}
+    there = {path for folder in {path.parent for path in written} for path in files_in(folder)} - {*layout.paths}
+    stale = sorted(name_within(layout.folder, path) for path in there if path.name in LOADED or is_variant(path))
+    if stale:
         yield f"{layout.folder} has {listed(stale)}, which are not this merge's and would be loaded with it"
     changed = [each.name for each in layout.companions if _is_replaced(layout, each)]
     if changed:

@@ -103,13 +103,14 @@ class Placing:
     def make_folders(self, folder: Path) -> list[Path]:
         """Make the folders in which files are put; these, the innermost first, and the outermost last.
 
-        OSError if one of them is a link, which may lead anywhere.
+        OSError if one of them, or one from which a file is taken, is a link, which may lead anywhere.
         """
+        for step in self.steps:
+            _refuse_links(folders_between(folder, folder / step.source))
         within = {part for step in self.steps for part in folders_between(folder, folder / step.target)}
         outermost_first = sorted(within, key=lambda part: len(part.parts))
         for part in outermost_first:
-            if part.is_symlink():
-                raise NotADirectoryError(errno.ENOTDIR, "a link is no folder to write to", str(part))
+            _refuse_links([part])
             part.mkdir(exist_ok=True)
         return [*reversed(outermost_first), folder]
 
@@ -154,6 +155,12 @@ class Placing:
         comes = next((other for other in self.steps if other.target == step.source), None)
         is_to_come = comes is None or _exists(folder / comes.source)
         return is_to_come and _exists(folder / step.source) and not _exists(folder / step.target)
+
+
+def _refuse_links(folders: Sequence[Path]) -> None:
+    for part in folders:
+        if part.is_symlink():
+            raise NotADirectoryError(errno.ENOTDIR, "a link is no folder to write to", str(part))
 
 
 def plan_placing(layout: OutputLayout, temporaries: Sequence[Path], superseded: Sequence[Path] = ()) -> Placing:

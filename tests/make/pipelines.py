@@ -104,7 +104,7 @@ def _save_component(folder: Path, stem: str, tensors: Tensors, shards: int, vari
     if shards == 1:
         save_model(folder / f"{stem}{infix}.safetensors", tensors)
         return
-    names, weight_map = list(tensors), {}
+    names, weight_map = list(tensors), dict[str, str]()
     for number in range(shards):
         own = names[number::shards]
         file = f"{stem}{infix}-{number + 1:05}-of-{shards:05}.safetensors"

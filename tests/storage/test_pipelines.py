@@ -13,6 +13,7 @@ import streammerge
 from streammerge.cli.main import main
 from streammerge.errors import CheckpointError, OutputError, PlanError
 from streammerge.recipe.card import CARD
+from streammerge.storage.placing import Placing, Step, put_in_place, state_of, tidy_up
 from tests.make.models import assert_same_bytes, load_model, make_tensors, save_model
 from tests.make.pipelines import PARTS, SHAPES, as_checkpoint, component, save_pipeline
 from tests.storage.outputs import digests
@@ -90,10 +91,9 @@ def test_shards_and_an_index_for_each_component(pipelines, words):
     assert main([str(a), "B", "-o", "OUT", "-q", *words]) == 0
     folder = Path("OUT/unet")
     shards = sorted(path.name for path in folder.glob("*.safetensors"))
-    assert shards == [
-        f"diffusion_pytorch_model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)
-    ]
-    assert len(shards) > 1
+    of = len(shards)
+    assert shards == [f"diffusion_pytorch_model-{n:05}-of-{of:05}.safetensors" for n in range(1, of + 1)]
+    assert of > 1
     index = json.loads((folder / "diffusion_pytorch_model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == set(shards)
     assert set(index["weight_map"]) == set(SHAPES["unet"])
@@ -128,9 +128,8 @@ def test_with_a_checkpoint_in_original_names(pipelines):
     one = save_model(Path("one.safetensors"), as_checkpoint(2))
     merge(["A", one])
     merge(pipelines, "SAME")
-    assert {name: digests(Path("OUT"))[name] for name in COPIED} == {
-        name: digests(Path("SAME"))[name] for name in COPIED
-    }
+    for name in COPIED:
+        assert Path("OUT", name).read_bytes() == Path("SAME", name).read_bytes()
     for name in WEIGHTS:
         assert_same_bytes(load_model(Path("OUT", name)), load_model(Path("SAME", name)))
     merge([one, "A"], "LAID", keys={"layout": "A"})
@@ -160,7 +159,7 @@ def test_a_component_that_is_left_out_is_none_in_the_index(pipelines):
 def refused(words, capsys, code=1) -> str:
     assert main([*words, "-o", "OUT", "-q"]) == code
     assert not Path("OUT").exists()
-    return capsys.readouterr().err
+    return str(capsys.readouterr().err)
 
 
 def test_folders_that_would_be_no_pipelines(pipelines, capsys):
@@ -400,3 +399,40 @@ def test_a_finished_output_is_known(pipelines, capsys):
     assert main(["A", "B", "-o", "OUT", "--resume"]) == 0
     assert "nothing to do: the output is there already" in capsys.readouterr().err
     assert digests(Path("OUT")) == before
+
+
+def test_what_an_older_output_left_is_told(pipelines, capsys):
+    merge(pipelines)
+    Path("OUT/tokenizer/added_tokens.json").write_text("{}")
+    save_model(Path("OUT/unet/diffusion_pytorch_model.fp16.safetensors"), make_tensors(1))
+    assert main(["A", "B", "-o", "OUT", "--force"]) == 0
+    told = capsys.readouterr().err
+    assert "OUT has tokenizer/added_tokens.json, unet/diffusion_pytorch_model.fp16.safetensors, which are not" in told
+
+
+def test_a_journal_does_not_reach_through_links(tmp_path):
+    elsewhere = save_model(tmp_path / "elsewhere/model.safetensors", make_tensors(1))
+    folder = tmp_path / "OUT"
+    folder.mkdir()
+    (folder / "unet").symlink_to(elsewhere.parent)
+    hidden = ".{}.0123456789abcdef.{}"
+    new = hidden.format("model_index.json", "partial")
+    (folder / new).write_text("{}")
+    room = Step("unet/model.safetensors", hidden.format("model.safetensors", "retired"), retire=True)
+    placing = Placing((room, Step(new, "model_index.json")))
+    with pytest.raises(NotADirectoryError):
+        put_in_place(placing, folder, sync=False)
+    states = {"unet/model.safetensors": state_of(elsewhere)}
+    tidy_up(Placing((Step(new, "model_index.json"),), ("unet/model.safetensors",), states), folder, sync=False)
+    assert elsewhere.is_file()
+
+
+def test_a_component_in_original_names_has_no_config_of_diffusers(pipelines):
+    assert main(["convert", "A/unet", "--names", "original", "-o", "OUT", "-q"]) == 0
+    assert digests(Path("OUT")).keys() == {"model.safetensors"}
+
+
+def test_a_model_of_python(pipelines):
+    with streammerge.open_model("A") as model:
+        streammerge.merge(model, output="OUT", sync=False)
+    assert digests(Path("OUT")).keys() == {*WEIGHTS, *COPIED}
