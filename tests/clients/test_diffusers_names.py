@@ -67,6 +67,8 @@ SDXL = {
 UNETS: dict[str, dict[str, Any]] = {
     "Stable Diffusion 1": SD1,
     "Stable Diffusion 1, inpainting": {**SD1, "in_channels": 9},
+    "Stable Diffusion 1, pix2pix": {**SD1, "in_channels": 8},
+    "Stable Diffusion 2": {**SD1, "cross_attention_dim": 1024, "use_linear_projection": True},
     "Stable Diffusion 2, depth": {**SD1, "in_channels": 5, "cross_attention_dim": 1024, "use_linear_projection": True},
     "SDXL": SDXL,
     "SDXL refiner": {
@@ -129,6 +131,29 @@ def test_controlnets():
     expected = weights(model)
     original = named(expected, "original")
     assert_same_bytes(utils.convert_controlnet_checkpoint(dict(original), dict(model.config)), expected)
+
+
+def test_clip():
+    """Of Stable Diffusion 1, which has it in transformers' names, behind a prefix of its own."""
+    text = {
+        f"text_model.{name.removeprefix('text_model.')}": tensor
+        for name, tensor in weights(transformers.CLIPTextModel(CLIP_L)).items()
+    }
+    whole = {f"text_encoder.{name}": tensor for name, tensor in text.items()}
+    whole |= {f"unet.{name}": tensor for name, tensor in weights(diffusers.UNet2DConditionModel(**SD1)).items()}
+    original = named(whole, "original")
+    assert_same_bytes(utils.convert_ldm_clip_checkpoint(original), text)
+    assert_same_bytes(named(original, "diffusers"), whole)
+
+
+CLIP_L = transformers.CLIPTextConfig(
+    vocab_size=50,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=7,
+)
 
 
 def test_open_clip():
@@ -205,6 +230,22 @@ TRANSFORMERS: dict[str, tuple[Build, str]] = {
         ),
         "convert_flux2_transformer",
     ),
+    "Wan 2.2, text and images to video": (
+        lambda: diffusers.WanTransformer3DModel(**{**WAN, "in_channels": 6, "out_channels": 4}),
+        "convert_wan_transformer",
+    ),
+    "Qwen-Image": (
+        lambda: diffusers.QwenImageTransformer2DModel(
+            in_channels=8,
+            out_channels=2,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=8,
+            axes_dims_rope=(2, 2, 4),
+        ),
+        "",
+    ),
     "Z-Image": (
         lambda: diffusers.ZImageTransformer2DModel(
             in_channels=4,
@@ -223,7 +264,9 @@ TRANSFORMERS: dict[str, tuple[Build, str]] = {
 
 
 def conversion(start: str) -> Callable[[Tensors], Tensors]:
-    """diffusers' function whose name starts so."""
+    """diffusers' function whose name starts so; of models that have one naming it has none."""
+    if not start:
+        return dict
     return getattr(utils, next(name for name in dir(utils) if name.startswith(start)))  # type: ignore[no-any-return]
 
 
@@ -249,6 +292,24 @@ FULL_WIDTH: dict[str, tuple[Build, str]] = {
         lambda: diffusers.FluxTransformer2DModel(
             **WIDE,
             in_channels=4,
+            joint_attention_dim=8,
+            pooled_projection_dim=8,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 4, 8),
+        ),
+        "convert_flux_transformer",
+    ),
+    "Flux schnell": (
+        lambda: diffusers.FluxTransformer2DModel(
+            **WIDE, in_channels=4, joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8)
+        ),
+        "convert_flux_transformer",
+    ),
+    "Flux Fill": (
+        lambda: diffusers.FluxTransformer2DModel(
+            **WIDE,
+            in_channels=24,
+            out_channels=4,
             joint_attention_dim=8,
             pooled_projection_dim=8,
             guidance_embeds=True,

@@ -219,6 +219,12 @@ def assert_close(found: Parts, a: Path, b: Path, kind: Any) -> None:
         assert torch.allclose(seen, right, rtol=1e-4, atol=1e-5 * float(right.abs().max())), name
 
 
+def assert_same_weights(one: Any, other: Any) -> None:
+    expected = other.state_dict()
+    assert one.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in one.state_dict().items())
+
+
 def assert_all_is_loaded(folder: Path, parts: Parts) -> None:
     """No component misses a tensor, or has one that it doesn't know."""
     for name, model in parts.items():
@@ -259,7 +265,7 @@ def test_half_precision(tmp_path, variant):
     )
     assert main([str(a), str(b), "-o", str(tmp_path / "out"), "-q"]) == 0
     made = load(diffusers.StableDiffusionPipeline, tmp_path / "out")
-    assert {model.dtype for model in parts_of(made).values()} == {torch.float32}  # diffusers' own default
+    assert made.text_encoder.dtype == torch.float16  # as its config says
     states = [parts_of(load(diffusers.StableDiffusionPipeline, x, variant=variant or None)) for x in (a, b)]
     for name, model in parts_of(made).items():
         first, second = (state[name].state_dict() for state in states)
@@ -286,10 +292,8 @@ def test_single_files(tmp_path, name):
     streammerge.merge(streammerge.linear(a, b), output=tmp_path / "out", sync=False)
     whole = parts_of(load(kind, tmp_path / "out"))
     for part, model in parts.items():
-        expected = whole[part].state_dict()
-        assert model.state_dict().keys() == expected.keys()
-        assert all(torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items())
-        assert torch.equal(step(model), step(whole[part]))
+        assert_same_weights(model, whole[part])
+        assert torch.allclose(step(model), step(whole[part]), rtol=1e-4, atol=1e-5)
     assert text.keys() == whole.keys()
 
 
@@ -374,6 +378,7 @@ def test_depth_to_image(tmp_path):
         file = str(folder / f"{stem}.safetensors")
         assert main(["convert", one, "--only", name, "--names", "diffusers", "-o", file, "-q"]) == 0
         parts[name] = type(model).from_pretrained(folder, local_files_only=True)
+        assert_same_weights(parts[name], model)
     made = diffusers.StableDiffusionDepth2ImgPipeline(
         **parts,
         tokenizer=None,
@@ -381,7 +386,7 @@ def test_depth_to_image(tmp_path):
         depth_estimator=right.depth_estimator,
         feature_extractor=right.feature_extractor,
     )
-    assert torch.equal(image_of(made), image_of(right))
+    assert torch.allclose(image_of(made), image_of(right), atol=1e-3)
 
 
 def test_a_pipeline_for_depth(tmp_path):
