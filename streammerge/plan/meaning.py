@@ -159,8 +159,18 @@ def architecture_of(model: Model) -> str:
 
 def prediction_of(model: Model) -> Prediction | None:
     """What a model says; a merge says what its tensors do and, beside them, its layout's files."""
+    return stated_prediction(model.tensors, metadata_of(model), getattr(_root(model), "scheduler", ""))
+
+
+def metadata_of(model: Model) -> Mapping[str, str]:
+    """The metadata of the model's file, of a merge those of its layout's; none of what has no file."""
+    found = getattr(_root(model), "metadata", None)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _root(model: Model) -> Model:
+    """The model that has files beneath views, and beneath merges by their layouts."""
     inner = beneath(model)
     while isinstance(inner, Merged) and inner.layout is not None:
         inner = beneath(inner.layout)
-    metadata, scheduler = getattr(inner, "metadata", None), getattr(inner, "scheduler", "")
-    return stated_prediction(model.tensors, metadata if isinstance(metadata, Mapping) else {}, scheduler)
+    return inner

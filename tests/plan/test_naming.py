@@ -203,7 +203,9 @@ def test_codes_that_cannot_be_read_keep_their_names(tmp_path):
     with pytest.raises(PlanError):
         merge_to(tmp_path / "out", {**recipe, "on_missing": "keep"})
     with pytest.raises(PlanError, match="3 tensors are quantised in a way that streammerge can't decode, nor name"):
-        merge_to(tmp_path / "out", {"merge_method": "linear", "models": [str(paths["c"])]}, names="diffusers")
+        merge_to(
+            tmp_path / "out.safetensors", {"merge_method": "linear", "models": [str(paths["c"])]}, names="diffusers"
+        )
 
 
 # ── the output's names ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -214,7 +216,9 @@ def test_names_are_chosen_for_the_output(tmp_path):
     paths = save_models(tmp_path, a=a, d=named(a, "diffusers"))
     for first in ("a", "d"):
         for naming in ("original", "diffusers"):
-            made = merge_to(tmp_path / "out", {"merge_method": "linear", "models": [str(paths[first])]}, names=naming)
+            made = merge_to(
+                tmp_path / "out.safetensors", {"merge_method": "linear", "models": [str(paths[first])]}, names=naming
+            )
             assert_same_bytes(made, a if naming == "original" else named(a, "diffusers"))
 
 
@@ -223,13 +227,13 @@ def test_a_model_that_is_no_recipe_is_renamed_too(tmp_path):
     paths = save_models(tmp_path, a=a, b=b)
     merged = streammerge.slerp(paths["a"], paths["b"], t=0.3)
     plain = merge_to(tmp_path / "plain", merged)
-    assert_same_bytes(merge_to(tmp_path / "out", merged, names="diffusers"), named(plain, "diffusers"))
+    assert_same_bytes(merge_to(tmp_path / "out.safetensors", merged, names="diffusers"), named(plain, "diffusers"))
 
 
 def test_a_component_gets_bare_names(tmp_path):
     unet = {name: tensor for name, tensor in diffusion_model("sd1").items() if name.startswith(UNET)}
     path = save_model(tmp_path / "unet.safetensors", unet)
-    made = merge_to(tmp_path / "out", {"merge_method": "linear", "models": [str(path)]}, names="bare")
+    made = merge_to(tmp_path / "out.safetensors", {"merge_method": "linear", "models": [str(path)]}, names="bare")
     assert_same_bytes(made, part_of(unet, UNET))
 
 
@@ -239,7 +243,7 @@ def test_what_has_no_name_is_told(tmp_path):
     assert remarks(recipe, tmp_path, names="diffusers") == (
         "a: 1 tensor has no diffusers name, and keeps its own: v_pred",
     )
-    assert "v_pred" in merge_to(tmp_path / "out", recipe, names="diffusers")
+    assert "v_pred" in merge_to(tmp_path / "out.safetensors", recipe, names="diffusers")
 
 
 @pytest.mark.parametrize(
