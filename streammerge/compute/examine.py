@@ -14,7 +14,7 @@ import torch
 
 from streammerge.compute.evaluate import Evaluator
 from streammerge.compute.expressions import Applied, Combined, External, Node, Rounded, Stored, Viewed, leaves
-from streammerge.report import Finding
+from streammerge.findings import Finding
 from streammerge.tensors import TensorInfo
 
 

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 from streammerge.compute.expressions import Node, Surveyed
 from streammerge.errors import OutOfMemoryError
+from streammerge.findings import Finding
 from streammerge.methods.statistics.passes import Pass
-from streammerge.report import Finding
 from streammerge.tensors import DType
 
 Statistics = Mapping[int, Any]

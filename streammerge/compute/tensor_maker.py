@@ -19,7 +19,7 @@ from streammerge.compute.lanes import Lane, StagedLane, torch_dtype
 from streammerge.compute.makers import Block, Range, Statistics, Wanted
 from streammerge.compute.rounding import rounded
 from streammerge.errors import OutOfMemoryError
-from streammerge.report import Finding
+from streammerge.findings import Finding
 from streammerge.tensors import DType
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from streammerge.compute.expressions import Job
-from streammerge.report import Finding, Progress
+from streammerge.findings import Finding
+from streammerge.report import Progress
 
 
 class Span(NamedTuple):

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
+from streammerge.findings import Finding
 from streammerge.formats.layout import OutputName, is_file_name
-from streammerge.report import Finding
 from streammerge.storage.fingerprint import Fingerprint
 from streammerge.storage.ledger import Coverage, Entry, Span
 from streammerge.storage.placing import RETIRED_SUFFIX, TEMPORARY_SUFFIX, Placing, Step, is_hidden_name

@@ -16,10 +16,11 @@ from streammerge.compute.kernels.maker import KernelMaker
 from streammerge.compute.machine import OWN_BYTES, import_torch, resident_bytes
 from streammerge.compute.makers import Maker
 from streammerge.compute.neighbours import neighbours
+from streammerge.findings import refuse_nonfinite
 from streammerge.formats.readers import open_reader
 from streammerge.methods import METHODS
 from streammerge.plan.plan import Plan, allot_memory
-from streammerge.report import Watch, refuse_nonfinite
+from streammerge.report import Watch
 from streammerge.storage.copying import Copying
 from streammerge.storage.ledger import Ledger, Sink
 from streammerge.workers.checking import Checker, ReadBack, Samples, computed_samples, copied_samples, sample

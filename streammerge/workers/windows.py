@@ -19,9 +19,10 @@ from streammerge.compute.expressions import BLOCK, Job, ModelStatistics, Node, T
 from streammerge.compute.makers import Block, Blocks, Maker, Wanted
 from streammerge.compute.neighbours import as_one
 from streammerge.compute.survey import Survey, TogetherSurvey
+from streammerge.findings import Finding
 from streammerge.formats.readers import FileRange
 from streammerge.models.encoding import loses_scales
-from streammerge.report import Finding, Progress
+from streammerge.report import Progress
 from streammerge.storage.ledger import Ledger, Sink
 from streammerge.tensors import DType
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from streammerge.cli.main import main
-from streammerge.report import Finding
+from streammerge.findings import Finding
 from streammerge.storage.placing import state_of
 from streammerge.storage.records import VERSION, encode
 from tests.make.models import make_tensors, save_model

@@ -14,8 +14,8 @@ from torch.testing import assert_close
 
 import streammerge
 from streammerge.errors import PlanError
+from streammerge.findings import warnings
 from streammerge.models.scales import spread
-from streammerge.report import warnings
 from tests.make.headers import header, merged
 from tests.make.models import normal, raw_bytes, save_model
 from tests.models.scaled_weights import FP8, expand, quantised

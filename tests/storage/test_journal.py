@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from streammerge.compute.expressions import Job
 from streammerge.errors import OutputError
+from streammerge.findings import Finding
 from streammerge.formats.layout import lay_out
-from streammerge.report import Finding
 from streammerge.storage import resume as resuming
 from streammerge.storage.journal import journal_path, lock_journal, read_journal_file
 from streammerge.storage.ledger import Coverage, Entry, Ledger, Span

@@ -13,7 +13,7 @@ import streammerge
 from streammerge.compute.examine import beyond, examine
 from streammerge.compute.expressions import BLOCK
 from streammerge.errors import OutputError
-from streammerge.report import Finding, refuse_nonfinite, warnings
+from streammerge.findings import Finding, refuse_nonfinite, warnings
 from tests.make.models import load_model, raw_bytes, save_model, save_models
 
 HALF = torch.float16

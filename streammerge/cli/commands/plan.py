@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from streammerge.cli.arguments import add_merge_arguments, new_parser
 from streammerge.cli.screen import say, show_table
-from streammerge.compute.machine import VRAM_BYTES, may_have_cards
 from streammerge.errors import format_size, one_line, saying_what_is_on_disk
 
 if TYPE_CHECKING:
@@ -75,6 +74,8 @@ def show_plan(plan: Plan, *, every_tensor: bool) -> None:
 
 def on_cards(plan: Plan) -> list[tuple[str, str]]:
     """On what device other than the CPU it is computed, by how many workers, and what is taken of its memory."""
+    from streammerge.compute.machine import VRAM_BYTES
+
     if plan.options.device == "cpu":
         return []
     allotted = plan.allot()
@@ -99,6 +100,8 @@ def estimated(plan: Plan) -> dict[str, dict[str, float]]:
 
 def estimates_here(plan: Plan) -> Estimates | None:
     """What is expected; None where there are no cards."""
+    from streammerge.compute.machine import may_have_cards
+
     if not may_have_cards():
         return None
     from streammerge.plan.estimates import estimates_of

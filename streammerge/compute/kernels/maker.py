@@ -34,9 +34,9 @@ from streammerge.compute.kernels.program import (
 )
 from streammerge.compute.makers import Block, Blocks, Measurer, Range, Statistics, Wanted
 from streammerge.errors import OutOfMemoryError, machine_is_full
+from streammerge.findings import Finding
 from streammerge.formats.readers import Reader, page_aligned
 from streammerge.methods.statistics.passes import Pass
-from streammerge.report import Finding
 from streammerge.tensors import DType, TensorInfo
 
 if TYPE_CHECKING:
