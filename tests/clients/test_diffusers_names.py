@@ -15,6 +15,7 @@ import torch
 
 from streammerge.models.dialects import Naming, recognise
 from streammerge.models.dialects.translation import Translated
+from tests.make.diffusion import diffusion_model
 from tests.make.models import MemoryModel, Tensors, assert_same_bytes, normal
 
 diffusers = pytest.importorskip("diffusers")
@@ -122,6 +123,76 @@ def test_the_vae_of_wan():
     original = named(expected, "original")
     found = utils.convert_wan_vae_to_diffusers(dict(original))
     assert_same_bytes({name: tensor.contiguous() for name, tensor in found.items()}, expected)
+    assert_same_bytes(named(original, "diffusers"), expected)
+
+
+def test_the_vae_of_wan_2_2():
+    model = diffusers.AutoencoderKLWan(
+        base_dim=4,
+        decoder_base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 2, 2, 2],
+        attn_scales=[],
+        temperal_downsample=[False, True, True],
+        is_residual=True,
+        patch_size=2,
+        in_channels=12,
+        out_channels=12,
+    )
+    expected = weights(model)
+    original = named(expected, "original")
+    assert {name.split(".")[0] for name in original} == {"encoder", "decoder", "conv1", "conv2"}
+    assert "encoder.downsamples.1.downsamples.2.time_conv.weight" in original
+    assert "decoder.upsamples.0.upsamples.3.resample.1.weight" in original
+    assert_same_bytes(named(original, "diffusers"), expected)
+
+
+def test_hunyuan_dit():
+    model = diffusers.HunyuanDiT2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        patch_size=2,
+        sample_size=8,
+        hidden_size=16,
+        num_layers=4,
+        cross_attention_dim=12,
+        cross_attention_dim_t5=10,
+        pooled_projection_dim=8,
+        text_len=7,
+        text_len_t5=9,
+        use_style_cond_and_image_meta_size=False,
+    )
+    expected = weights(model)
+    original = named(expected, "original")
+    assert_same_bytes(named(original, "diffusers"), expected)
+    kv = original["blocks.3.attn2.kv_proj.weight"]
+    halves = expected["blocks.3.attn2.to_k.weight"], expected["blocks.3.attn2.to_v.weight"]
+    assert torch.equal(kv, torch.cat(halves))
+    assert torch.equal(original["blocks.0.norm2.weight"], expected["blocks.0.norm3.weight"])
+
+
+def test_the_depth_estimator_of_stable_diffusion_2():
+    config = transformers.DPTConfig(
+        is_hybrid=True,
+        hidden_size=24,
+        intermediate_size=96,
+        num_hidden_layers=12,
+        num_attention_heads=4,
+        reassemble_factors=[1, 1, 1, 0.5],
+        neck_hidden_sizes=[256, 512, 24, 24],
+        fusion_hidden_size=16,
+        readout_type="project",
+        backbone_featmap_shape=[1, 1024, 24, 24],
+        use_auxiliary_head=False,
+        image_size=384,
+    )
+    expected = weights(transformers.DPTForDepthEstimation(config))
+    original = named(expected, "original")
+    midas = {name for name in diffusion_model("sd2-depth") if name.startswith("depth_model.model.")}
+    lacking = midas - {f"depth_model.model.{name}" for name in original}
+    assert lacking == {f"depth_model.model.pretrained.model.head.{part}" for part in ("weight", "bias")}
+    assert len(original) == len(midas) - 2
     assert_same_bytes(named(original, "diffusers"), expected)
 
 
