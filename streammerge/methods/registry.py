@@ -227,7 +227,7 @@ class Needs:
     are any, and what it makes of these is left out: what lies further away than that has no influence on a row.
     `temporaries` is how many blocks the function and the passes hold at once beside the inputs, `temporaries_each` how
     many more for every input: the plan counts them. `float64` says that the function, or every pass, computes in
-    float64, which some devices lack.
+    float64, which some devices lack; `blind` that its output is of statistics alone, whatever its inputs' blocks hold.
     """
 
     rows: Slices | None = None
@@ -235,6 +235,7 @@ class Needs:
     temporaries: int = 14
     temporaries_each: int = 1
     float64: bool = False
+    blind: bool = False
 
 
 @dataclass(frozen=True)

@@ -155,22 +155,23 @@ def _scale_steps(_target: Target, _parameters: Parameters, scale: float) -> Sequ
 
 
 def _method(
-    name: str, formula: str, function: Callable[..., torch.Tensor], kernel: Kernel, limit: float
+    name: str, formula: str, function: Callable[..., torch.Tensor], kernel: Kernel, limit: float, *, blind: bool
 ) -> BlockMethod:
     def begin(_target: Target, _parameters: Parameters) -> ScalePass:
         return ScalePass(limit)
 
-    needs, statistics = Needs(temporaries=3, temporaries_each=0), Statistics(begin, passes=1)
+    needs, statistics = Needs(temporaries=3, temporaries_each=0, blind=blind), Statistics(begin, passes=1)
     return BlockMethod(
         name, (), "none", (1, 1), formula, function=function, needs=needs, statistics=statistics, kernel=kernel
     )
 
 
 _ENCODE: Final = {
-    kind: _method(f"encode {kind}", "codes = θ / scale", _encode, _encode_steps, limit)
+    kind: _method(f"encode {kind}", "codes = θ / scale", _encode, _encode_steps, limit, blind=False)
     for kind, limit in LIMITS.items()
 }
 _SCALE: Final = {
-    kind: _method(f"scale {kind}", "scale = max |θ| / m", _scale, _scale_steps, limit) for kind, limit in LIMITS.items()
+    kind: _method(f"scale {kind}", "scale = max |θ| / m", _scale, _scale_steps, limit, blind=True)
+    for kind, limit in LIMITS.items()
 }
 _MADE: Final = frozenset(id(method) for method in (*_ENCODE.values(), *_SCALE.values()))

@@ -79,7 +79,7 @@ class Scaling:
             return asked, None
         if own is None and name not in self.whole:
             return None, None
-        if name not in self.weights:
+        if name not in self.weights or (rule is not None and rule.action == "drop"):
             return asked, None
         if self.asked:
             self.asked = [other for other in self.asked if other is not None and not (own and other is rule)]

@@ -189,7 +189,7 @@ def test_what_is_not_finite_is_told_and_spoils_nothing_else(tmp_path, monkeypatc
     report = streammerge.merge(recipe_of(path), output=tmp_path / "odd.safetensors")
     with pytest.raises(streammerge.MergeError, match=r"NaN|infinite"):
         streammerge.merge(recipe_of(path), output=tmp_path / "no.safetensors", on_nonfinite="error")
-    assert WEIGHT in report.findings
+    assert list(report.findings) == [WEIGHT]
     found = load_file(tmp_path / "odd.safetensors")
     assert torch.equal(found[f"{WEIGHT}_scale"], wanted[f"{WEIGHT}_scale"])
     same = found[WEIGHT].view(torch.uint8) == wanted[WEIGHT].view(torch.uint8)
@@ -322,6 +322,8 @@ def test_what_has_no_scales_is_refused(tmp_path):
     told = refusal(recipe_of(paths["sd1"], dtype="keep", rules=rules))
     assert "rule for vae" in told
     assert "--dtype vae=fp16" in told
+    dropped = [{"component": "unet", "drop": True}]
+    assert "nothing of it can be stored with scales" in refusal(recipe_of(paths["sd1"], rules=dropped))
     assert "diffusers', which reads no scales" in refusal(recipe_of(paths["sd1"]), names="diffusers")
     assert "fp32 or fp64" in refusal(recipe_of(paths["sd1"], paths["sd1"]), compute_dtype="bf16")
 
