@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -9,7 +11,16 @@ from streammerge.models.dialects import Naming, Recognised, recognise
 from streammerge.models.dialects.translation import Translated
 from streammerge.tensors import DTYPES, Model, TensorInfo
 from tests.make.diffusion import ORIGINALS, diffusion_model, part_of
-from tests.make.models import MemoryModel, Tensors, assert_same_bytes, info_of, normal
+from tests.make.models import (
+    MemoryModel,
+    Tensors,
+    assert_same_bytes,
+    info_of,
+    merge_to,
+    normal,
+    save_model,
+    save_models,
+)
 from tests.models.telling_headers import llama
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
@@ -258,3 +269,39 @@ def test_a_control_net_is_no_denoiser():
 def test_a_resnet_where_an_attention_is_expected_has_no_name():
     odd = {**diffusion_model("sd1"), UNET + "middle_block.1.in_layers.0.weight": normal((3,), 1)}
     assert known(odd).unnamed("diffusers") == (UNET + "middle_block.1.in_layers.0.weight",)
+
+
+# ── the depth estimator ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_depth_model_merges_with_its_pipeline(tmp_path):
+    a, b = diffusion_model("sd2-depth", 1), diffusion_model("sd2-depth", 2)
+    theirs = named(b, "diffusers")
+    folders = ("unet", "vae", "text_encoder", "depth_estimator")
+    for part in folders:
+        save_model(tmp_path / "pipe" / part / "model.safetensors", part_of(theirs, f"{part}."))
+    index = {"_class_name": "StableDiffusionDepth2ImgPipeline", **{part: ["x", "Y"] for part in folders}}
+    (tmp_path / "pipe" / "model_index.json").write_text(json.dumps(index))
+    paths = save_models(tmp_path, a=a, b=b)
+    recipe = {"merge_method": "linear", "models": [str(paths["a"]), str(tmp_path / "pipe")], "on_missing": "keep"}
+    made = merge_to(tmp_path / "1.safetensors", recipe)
+    wanted = merge_to(tmp_path / "2.safetensors", {**recipe, "models": [str(paths["a"]), str(paths["b"])]})
+    head = "depth_model.model.pretrained.model.head."
+    kept = {name: tensor for name, tensor in a.items() if name.startswith(head)}
+    assert_same_bytes(made, wanted | kept)
+
+
+def test_a_depth_estimator_is_put_in_and_taken_out(tmp_path):
+    a, b = diffusion_model("sd2-depth", 1), named(diffusion_model("sd2-depth", 2), "diffusers")
+    paths = save_models(tmp_path, a=a, midas=part_of(b, "depth_estimator."))
+    taken = {"component": "depth_estimator", "take": str(paths["midas"])}
+    keep = {"match": "*", "keep": True}
+    recipe = {"merge_method": "linear", "models": [str(paths["a"])], "rules": [taken, keep], "on_missing": "keep"}
+    made = merge_to(tmp_path / "1.safetensors", recipe)
+    other = diffusion_model("sd2-depth", 2)
+    for name, tensor in made.items():
+        is_theirs = name.startswith("depth_model.") and ".model.head." not in name
+        assert torch.equal(tensor, (other if is_theirs else a)[name]), name
+    alone = {"merge_method": "linear", "models": [str(paths["a"])], "only": "depth_estimator"}
+    made = merge_to(tmp_path / "2.safetensors", alone, names="diffusers")
+    assert {name for name in made if ".model.head." not in name} == set(part_of(b, "depth_estimator."))
