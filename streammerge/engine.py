@@ -28,7 +28,7 @@ from streammerge.models.checkpoints import open_model
 from streammerge.models.merged import Merged, as_merged, files_of
 from streammerge.plan.companions import beside_output
 from streammerge.plan.inputs import OUTPUT, OpenInputs, check_with_library, input_claims, output_metadata, restated
-from streammerge.plan.naming import in_naming
+from streammerge.plan.naming import in_naming, of_models
 from streammerge.plan.pipelines import check_folder
 from streammerge.plan.plan import Plan, plan_merge
 from streammerge.recipe.files import Mergeable, as_recipe
@@ -122,7 +122,7 @@ def _named(model: Model, options: Options) -> Merged:
     """A model that is no recipe's as a merge, in the names that are asked for."""
     if options.names is None:
         return as_merged(model)
-    named = in_naming(model, "the model", options.names)
+    named = in_naming(model, "the model", of_models(options.names) or "original")
     merged = as_merged(named.models["the model"])
     return replace(merged, remarks=(*merged.remarks, *named.remarks))
 

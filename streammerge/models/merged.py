@@ -22,6 +22,8 @@ from streammerge.tensors import Model, TensorInfo
 if TYPE_CHECKING:
     import torch
 
+    from streammerge.formats.companions import Companion
+
 
 @dataclass(frozen=True)
 class Merged:
@@ -33,7 +35,8 @@ class Merged:
     is the model whose tensors the merge has, `extent` how much has been planned for it, and `accounts` what became of
     adapters. `restated` are metadata of inputs that have to say something else, or nothing, of the output, `stated` are
     metadata that its tensors need. What reading
-    from it measures of the whole model is kept for the next time.
+    from it measures of the whole model is kept for the next time. `companions` are all that lies beside its weights, if
+    it says so itself.
     """
 
     decisions: Decisions
@@ -46,6 +49,7 @@ class Merged:
     accounts: tuple[Account, ...] = ()
     restated: Mapping[str, str] = field(default_factory=dict)
     stated: Mapping[str, str] = field(default_factory=dict)
+    companions: tuple[Companion, ...] | None = None
     _measured: ModelStatistics = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @functools.cached_property

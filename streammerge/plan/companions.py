@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from streammerge.errors import OutputError
 from streammerge.formats.companions import Companion
 from streammerge.formats.layout import FOLDER_STEMS, is_file_name
 from streammerge.formats.pipelines import INDEX
@@ -21,6 +22,9 @@ from streammerge.recipe.options import Options
 from streammerge.recipe.recipe import Recipe
 from streammerge.tensors import Model
 
+ADAPTER: Final = "adapter_model"
+"""How PEFT calls the file of an adapter's weights."""
+
 TEMPLATE: Final = "chat_template.jinja"
 """Where libraries look for a chat template first."""
 
@@ -30,8 +34,15 @@ def beside_output(merged: Merged, recipe: Recipe | None, output: Path, options: 
 
     CheckpointError if the layout's config can't be read.
     """
+    if merged.companions is not None and not is_file_name(output):
+        return Beside(merged.companions if options.companions else (), ADAPTER)
     root = root_of(merged)
     folder = root.folder if isinstance(root, Checkpoint) else None
+    if is_file_name(output) and merged.companions:
+        raise OutputError(
+            f"{output}: PEFT's adapters are folders: {merged.companions[0].name} lies beside the weights",
+            advice=f"Use -o {output.with_suffix('')}, or other names.",
+        )
     if is_file_name(output):
         whole = recipe is not None and not recipe.only
         of_pipeline = pipeline.path if (pipeline := pipeline_of(merged, options.names)) and whole else None

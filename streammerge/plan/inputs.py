@@ -21,6 +21,7 @@ from streammerge.formats.torchzip.state_dicts import LeftTensors
 from streammerge.methods import find_method
 from streammerge.methods.place import Within
 from streammerge.methods.registry import BlockMethod, WholeMethod
+from streammerge.models.adapters.dialects import Dialect
 from streammerge.models.checkpoints import Checkpoint, open_model
 from streammerge.models.dialects import Naming
 from streammerge.models.extent import check_steps
@@ -30,6 +31,7 @@ from streammerge.models.tied import with_heads
 from streammerge.models.vocabularies import check_one_vocabulary
 from streammerge.plan.adapting import told_of, with_adapters
 from streammerge.plan.decide import merge_models
+from streammerge.plan.naming import of_models
 from streammerge.plan.plan import Plan
 from streammerge.plan.summing import is_sum, sum_of_adapters
 from streammerge.recipe.inherited import LICENCES, MERGED_FROM, TITLE, carried_metadata, stays_itself
@@ -65,7 +67,7 @@ class OpenInputs:
         """A checkpoint at this path that is open already, whichever its entry: for what it has in its files."""
         return next(opened for (key, _), opened in self.checkpoints.items() if key == path.resolve())
 
-    def merge(self, recipe: Recipe, within: Within = (), naming: Naming | None = None) -> Merged:
+    def merge(self, recipe: Recipe, within: Within = (), naming: Naming | Dialect | None = None) -> Merged:
         """The recipe as a model, its nested recipes opened first; `within` is where it stands in another, if it does.
 
         It has its layout's names, unless a naming is asked for.
@@ -75,12 +77,12 @@ class OpenInputs:
         if recipe.one_vocabulary:
             check_one_vocabulary(_folders(recipe))
         if recipe.is_stack:
-            return self._stack(recipe, within, naming)
+            return self._stack(recipe, within, of_models(naming))
         models = self._models(recipe, within)
         if is_sum(recipe, models):
             return sum_of_adapters(recipe, models, naming)
         whole, told = with_heads(models) if recipe.on_missing == "error" else (models, [])
-        return told_of(self._merged(recipe, whole, within, naming, told), models)
+        return told_of(self._merged(recipe, whole, within, of_models(naming), told), models)
 
     def _models(self, recipe: Recipe, within: Within) -> dict[str, Model]:
         """The recipe's inputs by name, nested recipes made models, and adapters put into them."""

@@ -9,9 +9,11 @@ from typing import Final
 
 from streammerge.compute.expressions import stored_place
 from streammerge.errors import PlanError, count, listed, plural
+from streammerge.models.adapters.dialects import Dialect
 from streammerge.models.dialects import Component, Naming, Reading, Recognised, read_as, recognise
 from streammerge.models.dialects.translation import Translated
 from streammerge.models.views import Decoded, Selected, node_of
+from streammerge.recipe.options import NAMINGS
 from streammerge.tensors import Model, TensorInfo
 
 WITHOUT: Final = "Without --names the output has the layout model's names."
@@ -31,6 +33,14 @@ class Named:
     def kept_bytes(self) -> int:
         """What is kept in memory of other names."""
         return sum(model.kept_bytes for model in self.models.values() if isinstance(model, Translated))
+
+
+def of_models(naming: Naming | Dialect | None) -> Naming | None:
+    """A naming that models have; PlanError for one that only adapters have."""
+    found = next((each for each in NAMINGS if each == naming), None)
+    if naming is not None and found is None:
+        raise PlanError(f"{naming} names are an adapter's, and this is no merge of adapters alone", advice=WITHOUT)
+    return found
 
 
 def in_one_naming(models: Mapping[str, Model], layout: str) -> Named:

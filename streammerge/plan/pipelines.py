@@ -16,6 +16,7 @@ from streammerge.formats.pipelines import INDEX, index_of, is_variant, named_com
 from streammerge.formats.shards import is_index
 from streammerge.models.checkpoints import Checkpoint
 from streammerge.models.configs import Tensors, adapt, config_in
+from streammerge.models.adapters.dialects import Dialect
 from streammerge.models.dialects import Naming
 from streammerge.models.dialects.places import DIFFUSERS
 from streammerge.models.folders import ModelFolder, read_folder, root_of, stem_of
@@ -31,7 +32,7 @@ AS_A_FILE: Final = (
 """What can be written of any pipeline."""
 
 
-def pipeline_of(merged: Merged, naming: Naming | None) -> Checkpoint | None:
+def pipeline_of(merged: Merged, naming: Naming | Dialect | None) -> Checkpoint | None:
     """The pipeline that a merge has its names of, if it has."""
     root = root_of(merged) if naming in (None, "diffusers") else None
     return root if isinstance(root, Checkpoint) and root.is_pipeline else None

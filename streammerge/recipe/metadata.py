@@ -17,12 +17,13 @@ from streammerge.methods import METHODS
 from streammerge.methods.loading import loaded_from
 from streammerge.models.hub import located, name_of
 from streammerge.recipe.files import MAX_RECIPE
-from streammerge.recipe.options import COMPUTE_DTYPES, NAMINGS, Options, parse_entry
+from streammerge.recipe.options import COMPUTE_DTYPES, DIALECTS, NAMINGS, Options, parse_entry
 from streammerge.recipe.parse import parse_recipe
 from streammerge.recipe.recipe import Recipe
 from streammerge.version import __version__
 
 if TYPE_CHECKING:
+    from streammerge.models.adapters.dialects import Dialect
     from streammerge.models.dialects import Naming
 
 RECIPE: Final = "streammerge.recipe"
@@ -124,8 +125,9 @@ def _positive(value: Any) -> int | None:  # noqa: ANN401
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
-def _naming(value: Any) -> Naming | None:  # noqa: ANN401
-    return next((naming for naming in NAMINGS if naming == value), None)
+def _naming(value: Any) -> Naming | Dialect | None:  # noqa: ANN401
+    known: tuple[Naming | Dialect, ...] = (*NAMINGS, *DIALECTS)
+    return next((naming for naming in known if naming == value), None)
 
 
 def has_recipe(metadata: Mapping[str, str]) -> bool:

@@ -16,6 +16,7 @@ from streammerge.tensors import DTYPES, DType
 
 if TYPE_CHECKING:
     from streammerge.compute.machine import IoMode
+    from streammerge.models.adapters.dialects import Dialect
     from streammerge.models.dialects import Naming
     from streammerge.report import NonfinitePolicy
 
@@ -28,6 +29,9 @@ COMPUTE_DTYPES: Final[Mapping[str, DType]] = {
 
 
 NAMINGS: Final[tuple[Naming, ...]] = ("original", "diffusers", "bare")
+
+DIALECTS: Final[tuple[Dialect, ...]] = ("kohya", "peft", "comfy")
+"""Namings that adapters alone have; diffusers' is one too."""
 """Names that diffusion models may be given."""
 
 
@@ -195,8 +199,10 @@ class Options:
     shard_size: int | None = written(
         None, "write shards of at most this size, and an index", parse=parse_size, metavar="SIZE"
     )
-    names: Naming | None = written(
-        None, "whose names a diffusion model gets (default: the layout's)", words=same(*NAMINGS)
+    names: Naming | Dialect | None = written(
+        None,
+        "whose names a diffusion model gets, or an adapter (default: the layout's, the first's)",
+        words=same(*NAMINGS, *DIALECTS),
     )
     resume: bool = written(False, "continue an interrupted merge")
     journal: float = written(

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -47,7 +47,8 @@ class Turning:
 class Config:
     """How strong a module's change is, where it isn't told by tensors: s = α/r, or α/√r if it is rank-stabilised.
 
-    `where` is what errors call it. `fan_in_fan_out` says that weights lie transposed in the model.
+    `where` is what errors call it. `fan_in_fan_out` says that weights lie transposed in the model. `said` is all that
+    the file says.
     """
 
     where: str
@@ -59,6 +60,7 @@ class Config:
     is_rank_stabilised: bool = False
     fan_in_fan_out: bool = False
     turning: Turning | None = None
+    said: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def scale(self, module: str, rank: int) -> float:
         """The strength of a module's change that has this rank."""
@@ -82,7 +84,8 @@ def read_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, Config]:
     has none."""
     beside = (path if path.is_dir() else path.parent) / FILE
     if (path.is_dir() or path.name.startswith("adapter_model.")) and beside.is_file():
-        return {"": _config(_read(beside), str(beside))}
+        said = _read(beside)
+        return {"": replace(_config(said, str(beside)), said=said)}
     if IN_METADATA not in metadata:
         return {}
     where = f"{path}: {IN_METADATA} in its metadata"

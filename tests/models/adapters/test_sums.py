@@ -115,22 +115,22 @@ def test_the_sum_baked_is_both_baked(tmp_path):
 
 
 HADA = {f"hada_w{n}_{part}": numbers(OUT, 2) if part == "a" else numbers(2, IN) for n in (1, 2) for part in "ab"}
+CORED = {f"hada_t{n}": numbers(2, 2, 3, 3) for n in (1, 2)} | {
+    f"hada_w{n}_{part}": numbers(2, OUT if part == "a" else IN) for n in (1, 2) for part in "ab"
+}
 KOHYA_IN, KOHYA_DOWN = "lora_unet_input_blocks_4_1_x", "lora_unet_down_blocks_1_x"
 REFUSED: dict[str, tuple[Tensors, Tensors, str]] = {
-    "LoHa": (lora(1, 4), parts(MODULE, **HADA), "is LoHa"),
-    "DoRA": (lora(1, 4), lora(2, 4, dora_scale=torch.ones(OUT, 1)), "is DoRA"),
+    "LoHa with cores": (lora(1, 4), parts(MODULE, **CORED), "is LoHa: with cores"),
+    "LoKr": (lora(1, 4), parts(MODULE, lokr_w1=numbers(3, 5), lokr_w2=numbers(4, 2)), "is LoKr: it is no product"),
+    "OFT": (lora(1, 4), parts(MODULE, oft_blocks=numbers(2, 6, 6)), "is OFT: it turns weights"),
+    "DoRA": (lora(1, 4), lora(2, 4, dora_scale=torch.ones(OUT, 1)), "is DoRA: it goes by the lengths"),
     "LoRA and a difference": (lora(1, 4), parts(MODULE, diff=numbers(OUT, IN)), r"LoRA \[12, 10\] and difference"),
     "other shapes": (lora(1, 4), lora(1, 4, kernel=3), r"LoRA \[12, 10\] and LoRA \[12, 10, 3, 3\]"),
-    "two namings of blocks": (lora(1, 4, module=KOHYA_IN), lora(2, 4, module=KOHYA_DOWN), "named in 2 ways"),
-    "two programs' names": (
-        lora(1, 4, module=KOHYA_DOWN),
-        lora(2, 4, module="unet.down_blocks.1.x"),
-        "named in 2 ways",
-    ),
-    "PEFT": (
-        lora(1, 4, 1.0, module="base_model.model.x"),
-        lora(1, 4, 1.0, module="base_model.model.x"),
-        "adapter_config.json would have to be written",
+    "two namings of blocks": (lora(1, 4, module=KOHYA_IN), lora(2, 4, module=KOHYA_DOWN), "named in several ways"),
+    "PEFT's names of no component": (
+        lora(1, 4, module="lora_unet_down_blocks_1_x"),
+        lora(1, 4, 1.0, module="base_model.model.y"),
+        "named in several ways",
     ),
     "half is missing": (lora(1, 4), parts(MODULE, lora_up__weight=numbers(OUT, 4)), "1 model is an adapter"),
 }

@@ -1,0 +1,128 @@
+"""Which modules of several adapters are the same, and what each of them is called in the sum."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from streammerge.errors import PlanError
+from streammerge.models.adapters.dialects import Dialect, dialect_of, prefix_of, spelled
+from streammerge.models.adapters.meanings import Meaning, Part, are_told, meaning_of, meanings
+from streammerge.models.adapters.targets import underscored
+from streammerge.models.dialects.places import Role
+
+BAKE: Final = "Bake the adapters into their model: streammerge bake MODEL ADAPTER ADAPTER -o OUT."
+
+Own = tuple[str, Part | None]
+"""A module of an adapter, and which rows of one of the sum's it is, if not all."""
+
+Meant = Mapping[str, Mapping[str, Meaning]]
+"""What modules mean, by adapter and module."""
+
+
+@dataclass(frozen=True)
+class Matched:
+    """The modules of a sum by name: which modules of which adapter each of them is; and the dialect of the names.
+
+    Without a dialect nothing of the names tells one, and all of them are as they are.
+    """
+
+    modules: Mapping[str, Mapping[str, Sequence[Own]]]
+    dialect: Dialect | None
+    is_renamed: bool
+
+
+def matched(adapters: Mapping[str, Collection[str]], names: Dialect | None) -> Matched:
+    """The modules of adapters by what they mean, under the names of a dialect, or else the first adapter's; PlanError
+    where nobody can tell which are the same, or what they would be called."""
+    try:
+        meant = meanings(adapters, original=names in ("kohya", "comfy"))
+    except ValueError as error:
+        raise PlanError(
+            "the adapters' modules are named in several ways, and nobody can tell which are which",
+            found=[str(error)],
+            advice=BAKE,
+        ) from None
+    dialect = names or _first_dialect(meant)
+    found: dict[object, dict[str, list[Own]]] = {}
+    first: dict[object, tuple[str, Meaning]] = {}
+    for name, module, meaning in _all(meant):
+        found.setdefault(meaning.key, {}).setdefault(name, []).append((module, meaning.part))
+        known = first.setdefault(meaning.key, (module, meaning))
+        if _is_as_it_is(module, meaning, dialect) and not _is_as_it_is(*known, dialect):
+            first[meaning.key] = module, meaning
+    naming = _Naming(meant, dialect)
+    called = {key: naming.called(*first[key]) for key in found}
+    _refuse_doubles(found.values(), called.values())
+    is_renamed = any(called[key] != first[key][0] for key in found)
+    return Matched({called[key]: own for key, own in found.items()}, dialect, is_renamed)
+
+
+def _all(meant: Meant) -> Iterator[tuple[str, str, Meaning]]:
+    return ((name, module, meaning) for name, own in meant.items() for module, meaning in own.items())
+
+
+def _first_dialect(meant: Meant) -> Dialect | None:
+    """The dialect of the first module that is not translated."""
+    own = (dialect_of(module) for _, module, meaning in _all(meant) if _is_untranslated(module, meaning))
+    return next(filter(None, own), None)
+
+
+def _is_untranslated(module: str, meaning: Meaning) -> bool:
+    return meaning.part is None and underscored(meaning_of(module).path) == underscored(meaning.path)
+
+
+def _is_as_it_is(module: str, meaning: Meaning, dialect: Dialect | None) -> bool:
+    """Whether a module keeps its name in the dialect."""
+    return dialect in (None, dialect_of(module)) and _is_untranslated(module, meaning)
+
+
+@dataclass(frozen=True, eq=False)
+class _Naming:
+    """What modules are called in a dialect, if these are all of them."""
+
+    meant: Meant
+    dialect: Dialect | None
+
+    @functools.cached_property
+    def told(self) -> frozenset[Role | None]:
+        """The components of which it is known where dots stand in the names of modules."""
+        flat: dict[Role | None, list[Meaning]] = {}
+        for _, _, meaning in _all(self.meant):
+            flat.setdefault(meaning.role, []).append(meaning)
+        return frozenset(role for role, own in flat.items() if are_told(role, own))
+
+    def called(self, module: str, meaning: Meaning) -> str:
+        """A module's name: its own in the dialect's adapters, else spelled anew."""
+        if self.dialect is None or _is_as_it_is(module, meaning, self.dialect):
+            return module
+        roles = {each.role for _, _, each in _all(self.meant)}
+        try:
+            return spelled(meaning, self.dialect, roles, self.prefixes, is_told=meaning.role in self.told)
+        except ValueError as error:
+            raise PlanError(
+                f"{module} has no name as {self.dialect} would have it: {error}",
+                advice="Choose other names: --names kohya, peft, comfy or diffusers; or bake the adapters.",
+            ) from None
+
+    @functools.cached_property
+    def prefixes(self) -> dict[Role | None, str]:
+        """What stands before modules in the dialect, where an adapter has some of it."""
+        found: dict[Role | None, str] = {}
+        for _, module, meaning in _all(self.meant):
+            if _is_as_it_is(module, meaning, self.dialect):
+                found.setdefault(meaning.role, prefix_of(module, meaning_of(module)))
+        return found
+
+
+def _refuse_doubles(found: Collection[Mapping[str, Sequence[Own]]], called: Collection[str]) -> None:
+    """PlanError if an adapter has a module twice, or two modules would be called the same."""
+    own = (modules for parts in found for modules in parts.values())
+    again = (modules for modules in own if len({part for _, part in modules}) < len(modules))
+    doubles = ["   and ".join(module for module, _ in modules) for modules in again]
+    doubles += [name for name, number in Counter(called).items() if number > 1]
+    if doubles:
+        raise PlanError("modules of an adapter are one and the same", found=doubles, advice=BAKE)

@@ -1,0 +1,49 @@
+"""PEFT's adapter_config.json for factors whose alpha is their rank, so that the scale of every module is 1."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, Final
+
+from streammerge.formats.companions import Companion
+from streammerge.models.adapters.config import FILE
+from streammerge.models.adapters.modules import PEFT
+
+BEGUN: Final[Mapping[str, Any]] = {
+    "peft_type": "LORA",
+    "task_type": None,
+    "base_model_name_or_path": None,
+    "inference_mode": True,
+    "bias": "none",
+    "lora_dropout": 0.0,
+    "modules_to_save": None,
+}
+"""What a config says that was made of no other."""
+
+
+def config_of_ranks(
+    ranks: Mapping[str, int], like: Mapping[str, Any] | None = None, *, fan_in_fan_out: bool = False
+) -> Companion:
+    """The config for modules of these ranks; what else it says is as in the one that it is made `like`."""
+    usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    others = {module.removeprefix(PEFT): rank for module, rank in sorted(ranks.items()) if rank != usual}
+    own = {
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": {_exactly(module): rank for module, rank in others.items()},
+        "alpha_pattern": {_exactly(module): rank for module, rank in others.items()},
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "fan_in_fan_out": fan_in_fan_out,
+        "target_modules": sorted(module.removeprefix(PEFT) for module in ranks),
+    }
+    text = json.dumps({**BEGUN, **(like or {}), **own}, indent=2, sort_keys=True) + "\n"
+    return Companion(FILE, text.encode(), "the adapter's config")
+
+
+def _exactly(module: str) -> str:
+    """A pattern that means this module: PEFT compares names with it from the beginning, or behind a dot."""
+    return module.replace(".", r"\.")

@@ -1,0 +1,86 @@
+"""Changes as products of two factors, and several of them as one: what the sum of adapters is made of.
+
+Σᵢ cᵢ Bᵢ Aᵢ = [√c₁ B₁, √c₂ B₂, …] [√c₁ A₁; √c₂ A₂; …]        cᵢ = wᵢ · scaleᵢ, a negative sign being B's
+(B₁ A₁) ⊙ (B₂ A₂) = (B₁ ∗ B₂) (A₁ ∗ A₂)        with all products of one column of each, and of one row of each
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from streammerge.compute.expressions import ByBlock, Node, Product, Term, Viewed, combine
+from streammerge.compute.matrices import factors_of, transposed, zeros
+from streammerge.compute.parts import in_shape, joined
+from streammerge.models.adapters.changes import MULTIPLY, Change
+from streammerge.tensors import DTYPES, TensorInfo, described
+
+
+@dataclass(frozen=True)
+class Share:
+    """What an adapter has of a module: a change, and how often it is taken."""
+
+    change: Change
+    weight: float
+
+    @property
+    def coefficient(self) -> float:
+        """w · scale"""
+        return self.weight * self.change.scale
+
+
+def as_lora(change: Change) -> Change:
+    """A LoHa without cores as the LoRA that it is, of the rank r₁ · r₂; any other change as it is."""
+    if change.kind != "LoHa" or not isinstance(change.value, ByBlock):
+        return change
+    sides = change.value.inputs
+    if not all(isinstance(side, Product) and len(side.factors) == 1 for side in sides):
+        return change
+    (b1, a1), (b2, a2) = map(factors_of, sides)
+    if len(a1.info.shape) != 2:
+        return change
+    left, right = _columns(b1, b2), transposed(_columns(transposed(a1), transposed(a2)))
+    value = Product(described(DTYPES["F32"], change.shape), left, (right,))
+    return replace(change, kind="LoRA", value=value, rank=right.info.shape[0])
+
+
+def _columns(one: Node, other: Node) -> Node:
+    """All products of a column of the one and a column of the other."""
+    (rows, width), (_, wide) = one.info.shape, other.info.shape
+    grid = TensorInfo(DTYPES["F32"], (rows, width, wide))
+    over = (
+        Viewed(grid, one, 0, (width, 1, 0), grid.shape),
+        Viewed(grid, other, 0, (wide, 0, 1), grid.shape),
+    )
+    return in_shape(ByBlock(grid, MULTIPLY, {}, over, "columns"), (rows, width * wide))
+
+
+def lifted(change: Change, first: int, total: int) -> Change:
+    """A LoRA of some rows as one of so many in all, of which these begin with `first`."""
+    left, right = factors_of(change.value)
+    matrix = in_shape(left, (left.info.shape[0], right.info.shape[0]))
+    rows, rank = matrix.info.shape
+    parts = [zeros((first, rank)), matrix, zeros((total - first - rows, rank))]
+    tall = joined([part for part in parts if part.info.elements], described(DTYPES["F32"], (total, rank)))
+    shape = (total, *change.shape[1:])
+    return replace(change, shape=shape, value=Product(described(DTYPES["F32"], shape), tall, (right,)))
+
+
+def side_by_side(shares: Sequence[Share], info: TensorInfo, part: str) -> Node:
+    """The factors of one side: those on the right one below the other, those on the left side by side."""
+    rows = [_scaled(share, part) for share in shares]
+    total = sum(row.info.elements for row in rows) // rows[0].info.shape[0] if part == "up" else 0
+    if part == "down":
+        return joined([in_shape(row, (row.info.shape[0], *info.shape[1:])) for row in rows], info)
+    turned = [transposed(row) for row in rows]
+    below = joined(turned, described(info.dtype, (total, info.shape[0])))
+    return in_shape(transposed(below), info.shape)
+
+
+def _scaled(share: Share, part: str) -> Node:
+    """A factor, times the root of what their product is multiplied by."""
+    left, right = factors_of(share.change.value)
+    root = math.sqrt(abs(share.coefficient))
+    node, number = (left, math.copysign(root, share.coefficient)) if part == "up" else (right, root)
+    return node if number == 1 else combine(node.info, (Term(number, node),))
