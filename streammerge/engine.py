@@ -24,6 +24,7 @@ from streammerge.formats.claims import NOTHING, Claim, Claims, file_key
 from streammerge.formats.pipelines import is_pipeline_index
 from streammerge.formats.shards import is_index
 from streammerge.methods.loading import method_failure
+from streammerge.models.adapters.accounts import changes_of
 from streammerge.models.checkpoints import open_model
 from streammerge.models.merged import Merged, as_merged, files_of
 from streammerge.plan.companions import beside_output
@@ -103,10 +104,18 @@ def run_merge(
         return carry_out(plan, started, watch, tell, beside)
 
 
-def carry_out(plan: Plan, started: float, watch: Watch | None, tell: Tell, beside: Claims) -> Report:
-    """Do what is planned, and say how it went since the time at which it was started."""
+def carry_out(
+    plan: Plan, started: float, watch: Watch | None, tell: Tell, beside: Claims, *, weighs: bool = False
+) -> Report:
+    """Do what is planned, and say how it went since the time at which it was started.
+
+    If it `weighs`, it is measured how far adapters move the model that they are put into.
+    """
     with beginning(plan, tell) as begun:
-        return Run(begun, started, watch, tell, beside).to_report()
+        run = Run(begun, started, watch, tell, beside)
+        if weighs and plan.is_baked:
+            run.ledger.weigh_against(plan.layout_files)
+        return run.to_report()
 
 
 def run_verification(
@@ -347,6 +356,7 @@ def report_of(
         hashes=hashes_by_file(plan, hashes),
         stale_hashes="" if hashes else stale_sidecar(plan.output),
         adapters=[account.to_json() for account in plan.merged.accounts],
+        changes={} if ledger.found.spans else changes_of(ledger.changes),
         version=__version__,
         elsewhere=_elsewhere(plan, machine, seconds["total"]),
     )

@@ -74,6 +74,7 @@ class Report:
     stale_hashes: str = ""
     resumed_bytes: int = 0
     adapters: Sequence[Mapping[str, Any]] = ()
+    changes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     companions: Sequence[str] = ()
     notes: Sequence[str] = ()
     elsewhere: Elsewhere | None = None
@@ -114,6 +115,7 @@ class Report:
             "loops": self.loops,
             **({"adapters": list(self.adapters)} if self.adapters else {}),
             **({"elsewhere": self._elsewhere} if self.elsewhere else {}),
+            **({"changes": {part: dict(found) for part, found in self.changes.items()}} if self.changes else {}),
             "inputs": [{"path": file.path, "bytes": file.nbytes} for file in self.inputs],
             "hashes": {path: dict(found) for path, found in self.hashes.items()},
             "version": self.version,
@@ -127,6 +129,7 @@ class Report:
             *([("beside it", listed(_inner_names(self.companions)))] if self.companions else []),
             ("tensors", f"{self.merged:,} merged, {self.copied:,} copied, {self.dropped:,} dropped"),
             *((f"adapter {one['adapter']}", self._adapted(one)) for one in self.adapters),
+            *([("changed by", self._changed())] if self.changes else []),
             *(self._rows_of_work() if self.threads else [("time", f"{self.seconds['total']:.1f} s")]),
         ]
         for found in self.hashes.values() if len(self.hashes) == 1 else ():
@@ -160,6 +163,10 @@ class Report:
     def _cards(self) -> str:
         """The device, or several of them: `cuda:0 + cuda:1`."""
         return self.device.replace(",", " + ")
+
+    def _changed(self) -> str:
+        """How far each component was moved: ‖Δ‖ / ‖W‖ of the tensors that were changed."""
+        return ", ".join(f"{part} {found['relative']:.2%}" for part, found in self.changes.items())
 
     @staticmethod
     def _adapted(account: Mapping[str, Any]) -> str:

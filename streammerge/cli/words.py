@@ -94,9 +94,19 @@ def _recipe_of_models(words: list[str]) -> dict[str, Any]:
 
 def _recipe_of_baking(words: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
     """A recipe's values from MODEL ADAPTER[:WEIGHT] …"""
-    without = {"-m": arguments.method, "--base": arguments.base, "--recipe": arguments.recipe}
-    for option, value in (*without.items(), ("-p", arguments.parameter)):
-        if value:
+    without = {
+        "-m": arguments.method,
+        "--base": arguments.base,
+        "--recipe": arguments.recipe,
+        "-p": arguments.parameter or None,
+        "--layout": arguments.layout,
+        "--seed": arguments.seed,
+        "--on-shape-mismatch": arguments.on_shape_mismatch,
+        "--on-prediction-mismatch": arguments.on_prediction_mismatch,
+        "--methods": arguments.methods or None,
+    }
+    for option, value in without.items():
+        if value is not None:
             raise RecipeError(f"{option} has no meaning for bake", advice="Leave it out, or write a recipe.")
     if len(words) < 2:
         raise RecipeError("bake takes a model, and one adapter or more", advice="streammerge bake MODEL ADAPTER -o OUT")

@@ -26,21 +26,25 @@ ByWhole node the tensor itself, of a Product its factors."""
 class Wanted:
     """A tensor that is to be made: its expression, what it is computed in and stored as.
 
-    Of what is `unscaled`, weights that had scales and are stored without, values are counted that become 0.
+    Of what is `unscaled`, weights that had scales and are stored without, values are counted that become 0. With a
+    `base` it is measured how far the tensor is from that.
     """
 
     node: Node
     compute: DType
     stored: DType
     unscaled: bool = False
+    base: Node | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
-    """Elements as they are stored, until the maker makes the next; and what is wrong with them, if anything is."""
+    """Elements as they are stored, until the maker makes the next; what is wrong with them, if anything is; and if that
+    is measured, the squares of how far they are from the base, and of the base, each added up."""
 
     data: memoryview
     finding: Finding | None
+    change: tuple[float, float] = (0.0, 0.0)
 
 
 Range = tuple[int, int]

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
@@ -99,22 +100,36 @@ class TensorBlocks:
         found = examine(values, stored, unscaled=wanted.unscaled)
         is_suspicious = evaluator.suspicious or self.suspicious
         evaluator.take_doubt()
+        change = self._change(values, start, stop)
         if is_suspicious or (found and found.nonfinite):
             quieted(stored)
             found = found or Finding()
             found.inputs = nonfinite_inputs(evaluator, wanted.node, start, stop)
         if found and wanted.unscaled:
             found.elements = wanted.node.info.elements
-        return Block(lane.stored_bytes(stored), found if found and found.is_any else None)
+        return Block(lane.stored_bytes(stored), found if found and found.is_any else None, change)
+
+    def _change(self, values: torch.Tensor, start: int, stop: int) -> tuple[float, float]:
+        """Σ (θ − base)² and Σ base², of numbers that are to be measured."""
+        if self.wanted.base is None or values.device.type not in WIDE:
+            return 0.0, 0.0
+        base = self.evaluator.values(self.wanted.base, start, stop, 1).reshape(values.shape)
+        squares = (torch.linalg.vector_norm(each, dtype=torch.float64).square() for each in (values - base, base))
+        moved, length = (float(each) for each in squares)
+        return moved, length
 
     def each(self, ranges: Sequence[Range]) -> Iterator[Block]:
         """One range after the other."""
         return (self.make(*part) for part in ranges)
 
 
+WIDE: Final = frozenset({"cpu", "cuda"})
+"""Kinds of device that add up in float64."""
+
+
 def can_be_begun_ahead(wanted: Wanted) -> bool:
     """Whether all that is looked for shows in the greatest and the least of a block's elements."""
-    return wanted.stored.kind == "float" and wanted.stored.bits > 8
+    return wanted.base is None and wanted.stored.kind == "float" and wanted.stored.bits > 8
 
 
 class BlocksAhead(TensorBlocks):

@@ -40,8 +40,10 @@ from streammerge.formats.tables import names_bytes
 from streammerge.formats.torchzip.state_dicts import LeftTensors
 from streammerge.methods.contract import ParameterValue
 from streammerge.models.architecture import component_of
+from streammerge.models.checkpoints import Checkpoint
 from streammerge.models.decisions import Action, Decisions
 from streammerge.models.merged import Merged
+from streammerge.models.views import beneath
 from streammerge.plan.beside import Beside
 from streammerge.plan.jobs import Jobs, together_of
 from streammerge.recipe.options import Options
@@ -89,6 +91,17 @@ class Plan:
     def decisions(self) -> Decisions:
         """What becomes of every tensor of the layout."""
         return self.merged.decisions
+
+    @property
+    def is_baked(self) -> bool:
+        """Whether it is one model with adapters in it, and nothing else."""
+        return bool(self.merged.accounts) and len(self.description.get("models", ())) == 1
+
+    @property
+    def layout_files(self) -> Sequence[ByteFile]:
+        """The files of the model whose tensors the output has; none where it is no checkpoint."""
+        root = beneath(self.merged.layout) if self.merged.layout is not None else None
+        return root.files if isinstance(root, Checkpoint) else ()
 
     def count(self, action: Action) -> int:
         """How many tensors meet this fate."""

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from streammerge.compute.expressions import Job
+from streammerge.compute.expressions import Job, Stored, stored_leaves
 from streammerge.findings import Finding
+from streammerge.formats.files import ByteFile
 from streammerge.report import Progress
 
 
@@ -80,6 +81,8 @@ class Ledger(Progress):
         self.found = found or Entry()
         self.findings = dict(self.found.findings)
         self._news = Entry()
+        self._bases: frozenset[int] = frozenset()
+        self.changes: dict[str, tuple[float, float]] = {}
         super().__init__(total_bytes, self.found.spans.nbytes)
 
     def has(self, job: Job, start: int, stop: int) -> bool:
@@ -100,6 +103,25 @@ class Ledger(Progress):
             if finding and finding.is_any:
                 for findings in (self.findings, self._news.findings):
                     findings.setdefault(job.name, Finding()).add(finding)
+
+    def weigh_against(self, files: Iterable[ByteFile]) -> None:
+        """Note from now on how far tensors are from those that lie in these files."""
+        self._bases = frozenset(map(id, files))
+
+    def base_of(self, job: Job) -> Stored | None:
+        """What a tensor is to be measured against: the whole one of those files that it is made of, if it is."""
+        if not self._bases:
+            return None
+        own = (leaf for leaf in stored_leaves(job.node) if id(leaf.file) in self._bases)
+        whole = (leaf for leaf in own if leaf.info.elements == job.info.elements)
+        return next((leaf for leaf in whole if leaf.info.dtype.kind == "float" and leaf.info.dtype.bits > 8), None)
+
+    def weigh(self, job: Job, change: tuple[float, float]) -> None:
+        """Some of a tensor is so far from its base, and that is so long: squares, which are added up."""
+        if any(change):
+            with self.lock:
+                moved, length = self.changes.get(job.name, (0.0, 0.0))
+                self.changes[job.name] = moved + change[0], length + change[1]
 
     def take(self) -> Entry:
         """What was finished since this was last asked."""

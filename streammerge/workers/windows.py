@@ -183,7 +183,8 @@ class MergeWork(Work):
         self.held_bytes = held_bytes(job.node, job.compute)
         self.least = least_step(job.node)
         stored = job.info.dtype
-        self.wanted = Wanted(job.node, job.compute, stored, unscaled=stored.bits == 8 and loses_scales(job.node))
+        unscaled = stored.bits == 8 and loses_scales(job.node)
+        self.wanted = Wanted(job.node, job.compute, stored, unscaled, ledger.base_of(job))
 
     def begin_pass(self) -> list[Window]:
         """The windows of the next pass, those left out that need not be written."""
@@ -209,6 +210,7 @@ class MergeWork(Work):
             self.sink.write(self.job, first * self.wanted.stored.bits // 8, made.data)
             if made.finding:
                 findings.add(made.finding)
+            self.ledger.weigh(self.job, made.change)
         self.ledger.finish(self.job, *self._bytes(window), findings, read=maker.bytes_read - before)
 
     def _made(self, start: int, stop: int, maker: Maker) -> Iterator[tuple[int, Block]]:

@@ -77,7 +77,8 @@ def merge(output: Path, arguments: argparse.Namespace) -> int:
             if show.verbose and not show.quiet:
                 show_plan(plan, every_tensor=True)
             with watching("merge", quiet=show.quiet) as watch:
-                report = carry_out(plan, started, watch, telling(quiet=show.quiet), beside)
+                weighs = show.report is not None or show.verbose
+                report = carry_out(plan, started, watch, telling(quiet=show.quiet), beside, weighs=weighs)
     if show.report is not None:
         with saying_what_is_on_disk(lambda: "The output is complete."):
             write_text(show.report, dump_json(report.to_json()))

@@ -1,0 +1,101 @@
+"""How far adapters move a model, measured while it is made."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from streammerge.cli.main import main
+from tests.make.models import Tensors, load_model, save_model
+from tests.models.adapters.baking import numbers, parts
+
+UNET, CLIP = "model.diffusion_model.input_blocks.1.1.", "cond_stage_model.transformer.text_model.encoder.layers.0."
+MODEL: Tensors = {
+    f"{UNET}proj_in.weight": numbers(600, 500, seed=1),
+    f"{UNET}proj_out.weight": numbers(30, 20, seed=2),
+    f"{CLIP}mlp.fc1.weight": numbers(16, 12, seed=3),
+    f"{CLIP}mlp.fc2.weight": numbers(12, 16, seed=4),
+}
+IN, OUT = "lora_unet_input_blocks_1_1_proj_in", "lora_unet_input_blocks_1_1_proj_out"
+FC1 = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+LORA = {
+    **parts(IN, lora_up__weight=numbers(600, 3, seed=5), lora_down__weight=numbers(3, 500, seed=6), alpha=1.5),
+    **parts(OUT, lora_up__weight=numbers(30, 3, seed=7), lora_down__weight=numbers(3, 20, seed=8)),
+    **parts(FC1, lora_up__weight=numbers(16, 3, seed=9), lora_down__weight=numbers(3, 12, seed=10)),
+}
+DORA = parts(
+    FC1,
+    lora_up__weight=numbers(16, 3, seed=9),
+    lora_down__weight=numbers(3, 12, seed=10),
+    dora_scale=torch.full((16, 1), 2.0),
+)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    save_model(tmp_path / "model.safetensors", MODEL)
+    save_model(tmp_path / "lora.safetensors", LORA)
+    save_model(tmp_path / "dora.safetensors", DORA)
+    save_model(tmp_path / "saved.safetensors", parts(FC1, set_weight=numbers(16, 12, seed=11)))
+    monkeypatch.chdir(tmp_path)
+    return Path(tmp_path)
+
+
+def baked(*words: str) -> dict[str, dict[str, float]]:
+    assert main(["bake", "model.safetensors", *words, "-o", "out.safetensors", "--force", "--report", "r.json"]) == 0
+    found: dict[str, dict[str, float]] = json.loads(Path("r.json").read_text()).get("changes", {})
+    return found
+
+
+def relative(names: list[str]) -> float:
+    out = load_model(Path("out.safetensors"))
+    moved = torch.cat([(out[name].double() - MODEL[name].double()).flatten() for name in names])
+    return float(moved.norm() / torch.cat([MODEL[name].double().flatten() for name in names]).norm())
+
+
+@pytest.mark.parametrize("words", [["lora.safetensors:0.5"], ["lora.safetensors:-2", "--threads", "1"]])
+def test_each_component_is_told(folder, words):
+    found = baked(*words)
+    assert {part: each["tensors"] for part, each in found.items()} == {"UNet": 2, "text encoder": 1}
+    assert found["UNet"]["relative"] == pytest.approx(relative([name for name in MODEL if UNET in name]), rel=1e-5)
+    assert found["text encoder"]["relative"] == pytest.approx(relative([f"{CLIP}mlp.fc1.weight"]), rel=1e-5)
+
+
+def test_what_goes_by_the_weights_is_measured_too(folder):
+    assert baked("dora.safetensors")["text encoder"]["relative"] == pytest.approx(
+        relative([f"{CLIP}mlp.fc1.weight"]), rel=1e-5
+    )
+
+
+def test_what_stands_in_a_tensors_place_is_not_measured(folder):
+    assert baked("saved.safetensors") == {}
+
+
+def test_it_is_told_on_the_screen_and_changes_no_byte(folder, capsys):
+    assert main(["bake", "model.safetensors", "lora.safetensors", "-o", "a.safetensors"]) == 0
+    assert "changed by" not in capsys.readouterr().out
+    assert main(["bake", "model.safetensors", "lora.safetensors", "-o", "b.safetensors", "-v"]) == 0
+    assert re.search(r"changed by +UNet \d+\.\d\d%, text encoder \d", capsys.readouterr().out)
+    assert (folder / "a.safetensors").read_bytes() == (folder / "b.safetensors").read_bytes()
+
+
+def test_a_merge_of_models_is_not_measured(folder):
+    words = ["model.safetensors", "model.safetensors", "-o", "m.safetensors", "--report", "r.json"]
+    assert main(words) == 0
+    assert "changes" not in json.loads(Path("r.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *(["-m", "slerp"], ["--base", "m"], ["-p", "weight=2"], ["--recipe", "x"], ["--layout", "model.safetensors"]),
+        *(["--seed", "0"], ["--on-shape-mismatch", "keep"], ["--on-prediction-mismatch", "merge"]),
+    ],
+)
+def test_what_has_no_meaning_for_bake(folder, capsys, option):
+    assert main(["bake", "model.safetensors", "lora.safetensors", "-o", "x.safetensors", *option]) == 1
+    assert "has no meaning for bake" in capsys.readouterr().err
