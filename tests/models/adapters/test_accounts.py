@@ -79,7 +79,7 @@ def test_it_is_told_on_the_screen_and_changes_no_byte(folder, capsys):
     assert main(["bake", "model.safetensors", "lora.safetensors", "-o", "a.safetensors"]) == 0
     assert "changed by" not in capsys.readouterr().out
     assert main(["bake", "model.safetensors", "lora.safetensors", "-o", "b.safetensors", "-v"]) == 0
-    assert re.search(r"changed by +UNet \d+\.\d\d%, text encoder \d", capsys.readouterr().out)
+    assert re.search(r"changed by +.*UNet \d+\.\d\d%", capsys.readouterr().out)
     assert (folder / "a.safetensors").read_bytes() == (folder / "b.safetensors").read_bytes()
 
 
