@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from streammerge.errors import one_line
 from streammerge.formats.torchzip.state_dicts import NONE_LEFT, LeftTensors
+from streammerge.models.adapters.profile import profile_of
 from streammerge.models.adapters.recognition import Adapter, find_adapter
 from streammerge.models.architecture import Component, components, count_dtypes, guess_architecture
 from streammerge.models.blocks import Blocks, abridged
@@ -111,7 +112,7 @@ class Inspection:
             "tensor_count": len(self.tensors),
             "elements": self.elements,
             "dtypes": dict(self.dtypes),
-            "adapter": _plain_adapter(self.adapter),
+            "adapter": _plain_adapter(self),
             "quantised": [
                 {"kind": kind, "weights": weights, "decoded": is_readable}
                 for (kind, is_readable), weights in self.quantised.items()
@@ -186,7 +187,7 @@ def _heading(inspection: Inspection) -> str:
     blocks = [f"blocks: {abridged(inspection.blocks)}"] if inspection.blocks else []
     told = [
         *_meaning_lines(inspection),
-        *_adapter_lines(inspection.adapter),
+        *_adapter_lines(inspection),
         *_quantised_lines(inspection.quantised),
     ]
     return "\n".join([file, f"{inspection.architecture}: {holdings}", *blocks, *told])
@@ -209,13 +210,16 @@ def _meaning_lines(inspection: Inspection) -> list[str]:
     return lines
 
 
-def _adapter_lines(adapter: Adapter | None) -> list[str]:
+def _adapter_lines(inspection: Inspection) -> list[str]:
     """What merges can do with an adapter, or with a model that has one inside."""
+    adapter = inspection.adapter
     if adapter is None:
         return []
     if adapter.is_inside:
         return [f"beside its weights: {adapter}, {_counted(len(adapter.tensors), 'tensor')} (copied, never averaged)"]
-    return ["factors of changes to a model; put them into their model: streammerge bake"]
+    profile = profile_of(inspection.tensors, inspection.metadata, inspection.path)
+    use = "factors of changes to a model; put them into their model: streammerge bake"
+    return [*([one_line(str(profile))] if profile.modules else []), use]
 
 
 def _quantised_lines(quantised: Mapping[tuple[str, bool], int]) -> list[str]:
@@ -288,10 +292,13 @@ def _plain_component(component: Component) -> dict[str, Any]:
     }
 
 
-def _plain_adapter(adapter: Adapter | None) -> dict[str, Any] | None:
+def _plain_adapter(inspection: Inspection) -> dict[str, Any] | None:
+    adapter = inspection.adapter
     if adapter is None:
         return None
-    return {"kind": adapter.kind, "tensors": len(adapter.tensors), "is_inside": adapter.is_inside}
+    plain = {"kind": adapter.kind, "tensors": len(adapter.tensors), "is_inside": adapter.is_inside}
+    profile = None if adapter.is_inside else profile_of(inspection.tensors, inspection.metadata, inspection.path)
+    return plain if profile is None else {**plain, **profile.to_json()}
 
 
 def _plain_tensors(tensors: Mapping[str, TensorInfo]) -> list[dict[str, Any]]:

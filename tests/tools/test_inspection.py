@@ -372,10 +372,35 @@ def test_an_adapter_and_an_adapter_inside_a_model_are_told():
     alone = inspection(FACTORS)
     assert "LoRA adapter: 2 tensors" in render(alone)
     assert "streammerge bake" in render(alone)
-    assert alone.to_json()["adapter"] == {"kind": "LoRA", "tensors": 2, "is_inside": False}
+    told = alone.to_json()["adapter"]
+    assert (told["kind"], told["tensors"], told["is_inside"]) == ("LoRA", 2, False)
+    assert (told["names"], told["modules"], told["ranks"]) == ("the model's own names", 1, {"4": 1})
     inside = inspection({"q.weight": of("F16", 8, 8), **FACTORS})
     assert "beside its weights: LoRA adapter, 2 tensors (copied, never averaged)" in render(inside)
     assert inspection().to_json()["adapter"] is None
+
+
+@pytest.mark.parametrize(
+    ("names", "metadata", "told"),
+    [
+        (["lora_unet_x.lora_up.weight", "lora_unet_x.lora_down.weight"], {}, "kohya's names: 1 module, rank 4"),
+        (
+            ["transformer.x.lora_B.weight", "transformer.x.lora_A.weight"],
+            {"modelspec.architecture": "flux-1-dev/lora"},
+            "diffusers' names: 1 module, rank 4, for flux-1-dev/lora",
+        ),
+        (
+            ["diffusion_model.x.lora_B.weight", "diffusion_model.x.lora_A.weight"],
+            {"ss_sd_model_name": "a\x1bb.safetensors"},
+            "ComfyUI's names: 1 module, rank 4, for a",
+        ),
+    ],
+)
+def test_an_adapter_tells_its_dialect_ranks_and_base(names, metadata, told):
+    up, down = names
+    found = inspection({up: of("F16", 8, 4), down: of("F16", 4, 8)}, metadata=metadata)
+    assert told in render(found)
+    assert "\x1b" not in render(found)
 
 
 def test_quantised_weights_are_told_with_what_merges_can_do_with_them():
