@@ -34,6 +34,7 @@ class Merge:
     task_arithmetic   θ₀ + Σ wᵢ (θᵢ − θ₀)
     slerp             between the two models, at t
     ties              trimmed to the density, sign elected by the weighted sum, weighted mean of those who agree
+    bake              W + w · B A: the first model with the second, an adapter, in it
 
     Takes are tried in order, the first that matches holds; what matches none is merged. Other methods, with
     `parameters` of their own, are streammerge's alone and are measured against its linear merge.
@@ -105,6 +106,13 @@ def article(depth: float, waifu: float) -> Merge:
     return Merge("task_arithmetic", ("depth", "waifu"), "base", (depth, waifu), takes=ARTICLE_TAKES)
 
 
+def adapted(name: str) -> str:
+    """What the benchmarks' LoRA calls the module of a tensor; nothing of one that it doesn't change."""
+    module = name.removeprefix(UNET).removesuffix(".weight")
+    is_changed = name.startswith(UNET) and ".transformer_blocks." in name and name.endswith(".weight")
+    return f"lora_unet_{module.replace('.', '_')}" if is_changed else ""
+
+
 SIXTEEN: Final = tuple(f"m{number:02}" for number in range(1, 17))
 
 SD2_LINEAR: Final = Merge("linear", ("a", "b"), weights=(0.7, 0.3))
@@ -139,6 +147,15 @@ COMPARED: Final = (
         container="safetensors",
         merge=Merge("linear", ("a", "b"), weights=(0.6, 0.4)),
         layout="a",
+    ),
+    Case(
+        name="bake",
+        title="a LoRA of rank 128 put into SDXL, float16",
+        family="sdxl",
+        dtype="F16",
+        container="safetensors",
+        merge=Merge("bake", ("model", "lora"), weights=(1.0, 0.8)),
+        layout="model",
     ),
     Case(
         name="slerp",

@@ -19,7 +19,7 @@ from typing import Any, Final
 import torch
 from safetensors import safe_open
 
-from benchmarks.cases import CASES, Case, Merge
+from benchmarks.cases import CASES, Case, Merge, adapted
 
 PIECE: Final = 2**13
 """Elements compared at the start, in the middle and at the end of a tensor."""
@@ -173,6 +173,8 @@ def elementwise(merge: Merge) -> bool:
 
 def compare(merge: Merge, name: str, models: Mapping[str, Opened], out: torch.Tensor) -> str:
     """`right`, `rough` (rounded more than once) or `wrong`."""
+    if merge.method == "bake":
+        return baked(merge, name, models, out)
     found = out.flatten()
     taken = merge.taken_from(name)
     source = models[taken or merge.roles[0]][name].flatten()
@@ -181,6 +183,17 @@ def compare(merge: Merge, name: str, models: Mapping[str, Opened], out: torch.Te
     inputs = {role: models[role][name].flatten() for role in merge.roles}
     parts = pieces(found.numel()) if elementwise(merge) else [slice(None)]
     return worst(close(merge, {role: inputs[role][part] for role in inputs}, found[part]) for part in parts)
+
+
+def baked(merge: Merge, name: str, models: Mapping[str, Opened], out: torch.Tensor) -> str:
+    """A tensor with the adapter in it, or as it was."""
+    model, adapter = (models[role] for role in merge.models)
+    up = f"{adapted(name)}.lora_up.weight"
+    if up not in adapter.names:
+        return same(out, model[name])
+    product = adapter[up].double() @ adapter[up.replace("lora_up", "lora_down")].double()
+    summed = Merge("sum", merge.models, weights=merge.weights)
+    return close(summed, {"model": model[name], "lora": product.to(model[name].device)}, out)
 
 
 def pieces(elements: int) -> list[slice]:
@@ -229,6 +242,8 @@ def reference(merge: Merge, exact: Mapping[str, torch.Tensor]) -> torch.Tensor:
     weights = merge.weights or (1.0,) * len(models)
     if merge.method == "linear":
         return weighted(models, weights) / sum(weights)
+    if merge.method == "sum":
+        return weighted(models, weights)
     if merge.method == "slerp":
         return slerp(models[0], models[1], merge.t)
     if merge.method not in ("ties", "task_arithmetic"):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.cases import GIGABYTES, MODELS, SIXTEEN, UNET, Case
+from benchmarks.cases import GIGABYTES, MODELS, SIXTEEN, UNET, Case, adapted
 from streammerge.formats.layout import split
 from streammerge.tensors import DTYPES, TensorInfo
 from streammerge.tools.demo.files import Fill, write_safetensors, write_torch_zip
@@ -97,10 +97,23 @@ def plain(megabytes: int) -> Callable[[int], Tensors]:
     return layout
 
 
+def with_lora(quick: bool) -> Mapping[str, Tensors]:
+    """SDXL, and a LoRA of all matrices of its UNet's transformers, in kohya's names."""
+    model, rank = checkpoint("sdxl", scale=MINIATURE if quick else 1), 4 if quick else 128
+    lora = {}
+    for name, info in model.items():
+        module = adapted(name)
+        if module and len(info.shape) == 2:
+            lora[f"{module}.lora_up.weight"] = TensorInfo(info.dtype, (info.shape[0], rank))
+            lora[f"{module}.lora_down.weight"] = TensorInfo(info.dtype, (rank, info.shape[1]))
+    return {"model": model, "lora": lora}
+
+
 SETS: Final[Mapping[str, InputSet]] = {
     "article-fp16": InputSet(article("F16"), "base"),
     "article-fp32-ckpt": InputSet(article("F32"), "base", "ckpt"),
     "sdxl": InputSet(alike(lambda scale: checkpoint("sdxl", scale=scale), "a", "b"), "a"),
+    "bake": InputSet(with_lora, "model"),
     "sd2": InputSet(alike(lambda scale: checkpoint("sd2-base", scale=scale), "base", "a", "b"), "base"),
     "llama": InputSet(alike(llama_3b, "base", "a", "b"), "base", "shards"),
     "sixteen": InputSet(alike(lambda scale: checkpoint("sd1", scale=scale), *SIXTEEN, full=4), "m01"),

@@ -43,10 +43,15 @@ def own_parameters(merge: Merge) -> dict[str, float]:
 
 def command(job: Job, merge: Merge, layout: str, *options: str) -> Command:
     """The merge as a user types it."""
+    output = ["-o", str(job.output / "merged.safetensors"), "--report", str(job.timing), "-q"]
+    if merge.method == "bake":
+        model, *adapters = merge.models
+        given = [f"{job.models[role]}:{weight:g}" for role, weight in zip(adapters, merge.weights[1:], strict=True)]
+        words = ("bake", str(job.models[model]), *given, *output, *options)
+        return Command((str(job.python), "-m", "streammerge", *words))
     path = job.scratch / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe(merge, layout)), encoding="utf-8")
     bound = [f"{role}={job.models[role]}" for role in merge.roles]
-    output = ["-o", str(job.output / "merged.safetensors"), "--report", str(job.timing), "-q"]
     return Command((str(job.python), "-m", "streammerge", str(path), *bound, *output, *options))
 
 

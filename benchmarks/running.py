@@ -30,7 +30,7 @@ from streammerge.tools.bench.measuring import Measured, Surroundings, import_tor
 Condition = Literal["warm", "cold"]
 Say = Callable[[str], None]
 
-CHECKED: Final = ("linear", "task_arithmetic", "slerp", "ties")
+CHECKED: Final = ("linear", "task_arithmetic", "slerp", "ties", "bake")
 """The methods that the checker knows a reference for."""
 
 PATIENCE: Final = 4.0

@@ -25,6 +25,8 @@ Models = Mapping[str, Path]
 
 def pytorch_command(job: Job) -> Command:
     """`mergekit-pytorch RECIPE OUTPUT`."""
+    if job.case.merge.method == "bake":
+        raise CannotRun("it puts adapters into folders of transformers models only")
     if job.case.container == "shards":
         raise CannotRun("mergekit-pytorch takes single files; mergekit-yaml runs this case")
     if not job.case.merge.takes:

@@ -17,6 +17,8 @@ def command(job: Job) -> Command:
     """The script with the job's description."""
     if job.case.container == "ckpt":
         raise CannotRun("it reads safetensors only")
+    if job.case.merge.method == "bake":
+        raise CannotRun("our script for it merges models only")
     if job.case.container == "shards":
         raise CannotRun("it reads single files only, no shards")
     notes = [NOTES[word] for word in (job.case.family, job.case.merge.method) if word in NOTES]

@@ -31,8 +31,8 @@ def why_not(case: Case) -> str:
         return "it reads single files of Stable Diffusion only"
     if case.family == "other":
         return "it merges no tensor without `model` in its name"
-    if merge.method == "slerp":
-        return "it has no slerp"
+    if merge.method in ("slerp", "bake"):
+        return f"it has no {merge.method}"
     if len(merge.models) > MOST_MODELS - 1:
         return f"it takes no more than {MOST_MODELS} models"
     if merge.method == "task_arithmetic" and not math.isclose(sum(merge.weights), 1):

@@ -23,6 +23,9 @@ from streammerge.errors import OutOfMemoryError
 from streammerge.findings import Finding
 from streammerge.tensors import DType
 
+BESIDE: Final = 900
+"""The first of a lane's slots that hold what a block is measured by."""
+
 
 class TensorMaker:
     """Computes in this lane."""
@@ -110,21 +113,17 @@ class TensorBlocks:
         return Block(lane.stored_bytes(stored), found if found and found.is_any else None, change)
 
     def _change(self, values: torch.Tensor, start: int, stop: int) -> tuple[float, float]:
-        """Σ (θ − base)² and Σ base², of numbers that are to be measured."""
-        if self.wanted.base is None or values.device.type not in WIDE:
+        """Σ (θ − base)² and Σ base², of numbers that are to be measured: to a few digits, which is told to fewer."""
+        if self.wanted.base is None:
             return 0.0, 0.0
-        base = self.evaluator.values(self.wanted.base, start, stop, 1).reshape(values.shape)
-        squares = (torch.linalg.vector_norm(each, dtype=torch.float64).square() for each in (values - base, base))
-        moved, length = (float(each) for each in squares)
-        return moved, length
+        lane, values = self.evaluator.lane, values.reshape(-1)
+        base = self.evaluator.values(self.wanted.base, start, stop, BESIDE).reshape(-1)
+        moved = torch.sub(values, base, out=lane.slot(BESIDE + 2, stop - start, values.dtype))
+        return float(torch.dot(moved, moved)), float(torch.dot(base, base))
 
     def each(self, ranges: Sequence[Range]) -> Iterator[Block]:
         """One range after the other."""
         return (self.make(*part) for part in ranges)
-
-
-WIDE: Final = frozenset({"cpu", "cuda"})
-"""Kinds of device that add up in float64."""
 
 
 def can_be_begun_ahead(wanted: Wanted) -> bool:

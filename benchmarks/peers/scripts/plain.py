@@ -10,6 +10,8 @@ from described import DescribedJob, described_job
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+UNET = "model.diffusion_model."
+
 PARALLEL = 0.9995
 """Vectors whose cosine is larger are interpolated along the straight line."""
 
@@ -19,9 +21,23 @@ def main() -> None:
     job = described_job()
     started = time.perf_counter()
     models = {role: load(files) for role, files in job.models.items()}
-    merged = {name: merged_tensor(job, models, name) for name in models[job.layout]}
+    if job.method == "bake":
+        merged = baked(models, job)
+    else:
+        merged = {name: merged_tensor(job, models, name) for name in models[job.layout]}
     save_file(merged, job.output, metadata={"format": "pt"})
     job.tell_time(started)
+
+
+def baked(models: dict[str, dict[str, Tensor]], job: DescribedJob) -> dict[str, Tensor]:
+    """W + w · B A: the model with a LoRA in kohya's names in it."""
+    model, lora = (models[role] for role in job.merged)
+    for name, tensor in model.items():
+        module = f"lora_unet_{name.removeprefix(UNET).removesuffix('.weight').replace('.', '_')}"
+        if f"{module}.lora_up.weight" in lora and name.startswith(UNET):
+            up, down = (lora[f"{module}.lora_{part}.weight"].float() for part in ("up", "down"))
+            model[name] = (tensor.float() + job.weights[1] * (up @ down)).to(tensor.dtype)
+    return model
 
 
 def load(files: list[str]) -> dict[str, Tensor]:

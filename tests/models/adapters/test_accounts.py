@@ -61,13 +61,13 @@ def relative(names: list[str]) -> float:
 def test_each_component_is_told(folder, words):
     found = baked(*words)
     assert {part: each["tensors"] for part, each in found.items()} == {"UNet": 2, "text encoder": 1}
-    assert found["UNet"]["relative"] == pytest.approx(relative([name for name in MODEL if UNET in name]), rel=1e-5)
-    assert found["text encoder"]["relative"] == pytest.approx(relative([f"{CLIP}mlp.fc1.weight"]), rel=1e-5)
+    assert found["UNet"]["relative"] == pytest.approx(relative([name for name in MODEL if UNET in name]), rel=1e-4)
+    assert found["text encoder"]["relative"] == pytest.approx(relative([f"{CLIP}mlp.fc1.weight"]), rel=1e-4)
 
 
 def test_what_goes_by_the_weights_is_measured_too(folder):
     assert baked("dora.safetensors")["text encoder"]["relative"] == pytest.approx(
-        relative([f"{CLIP}mlp.fc1.weight"]), rel=1e-5
+        relative([f"{CLIP}mlp.fc1.weight"]), rel=1e-4
     )
 
 
