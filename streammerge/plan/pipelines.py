@@ -14,9 +14,9 @@ from streammerge.formats.companions import Companion, is_companion_name
 from streammerge.formats.layout import COMPONENT, Component, is_file_name
 from streammerge.formats.pipelines import INDEX, index_of, is_variant, named_components
 from streammerge.formats.shards import is_index
+from streammerge.models.adapters.dialects import Dialect
 from streammerge.models.checkpoints import Checkpoint
 from streammerge.models.configs import Tensors, adapt, config_in
-from streammerge.models.adapters.dialects import Dialect
 from streammerge.models.dialects import Naming
 from streammerge.models.dialects.places import DIFFUSERS
 from streammerge.models.folders import ModelFolder, read_folder, root_of, stem_of
