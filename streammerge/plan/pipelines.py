@@ -113,7 +113,7 @@ class PipelineFolder:
         parts = [self._top([name for name in self.root.components if name not in after])]
         for name in self.root.components:
             if name in after:
-                parts.append(_within(name, self._component(name, before[name], after[name])))
+                parts.append(_within(name, self._component(name, before.get(name, {}), after[name])))
         for name in named_components(self.root.path):
             if name not in self.root.components and (self.root.path / name).is_dir():
                 parts.append(_within(name, self._found(name)))
