@@ -71,7 +71,8 @@ def program(*words: str, **options) -> subprocess.CompletedProcess[str]:
 
 def test_the_module_is_the_program(folder):
     done = program("a.safetensors", "b.safetensors", "-o", "out.safetensors")
-    assert (done.returncode, done.stderr) == (0, "")
+    told = [line for line in done.stderr.splitlines() if not line.startswith("merge: ")]  # how far it is, after a while
+    assert (done.returncode, told) == (0, [])
     assert value() == 2.0
     assert program("a.safetensors", "missing", "-o", "x").returncode == 1
     assert program("a.safetensors", "--nonsense").returncode == 2
