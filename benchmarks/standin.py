@@ -122,6 +122,14 @@ class Stream:
         self.card.under_way.clear()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Opened:
+    """A lane that was opened: on which card, and its copies. It is not kept itself: that would keep its memory."""
+
+    card: str
+    late: LateCard
+
+
 @dataclass
 class Cards:
     """So many cards of the same make, with `memory` bytes each; what was taken of each at the most, and by which lanes.
@@ -141,7 +149,7 @@ class Cards:
     share: float = 1.0
     peaks: dict[str, int] = field(default_factory=dict)
     taken: Counter[str] = field(default_factory=Counter)
-    lanes: list[StandInLane] = field(default_factory=list)
+    lanes: list[Opened] = field(default_factory=list)
     refused: int = 0
     own: threading.local = field(default_factory=threading.local)
     lock: Any = field(default_factory=threading.RLock)
@@ -187,7 +195,7 @@ class Cards:
             return _open_lane(reader, device, blocks)
         lane = StandInLane(reader, self, self.name(device))
         lane.room = (self.blocks or blocks) * BLOCK
-        self.lanes.append(lane)
+        self.lanes.append(Opened(lane.card, lane.late))
         return lane
 
     def calls(self) -> dict[str, Any]:

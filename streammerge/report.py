@@ -33,6 +33,10 @@ class Elsewhere:
     seconds: float
     words: str
 
+    def to_json(self) -> dict[str, str | float]:
+        """For machines."""
+        return {"device": self.device, "seconds": round(self.seconds, 3)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
@@ -114,7 +118,7 @@ class Report:
             "io": self.io,
             "loops": self.loops,
             **({"adapters": list(self.adapters)} if self.adapters else {}),
-            **({"elsewhere": self._elsewhere} if self.elsewhere else {}),
+            **({"elsewhere": self.elsewhere.to_json()} if self.elsewhere else {}),
             **({"changes": {part: dict(found) for part, found in self.changes.items()}} if self.changes else {}),
             "inputs": [{"path": file.path, "bytes": file.nbytes} for file in self.inputs],
             "hashes": {path: dict(found) for path, found in self.hashes.items()},
@@ -146,23 +150,14 @@ class Report:
         moved = self.bytes_read + self.bytes_written
         moving = seconds["merge"] + seconds.get("ahead", 0.0)
         rate = moved / moving / 1e9 if moving else 0.0
+        work = (*self.device.split(","), f"{self.threads} threads", self.io, self.loops)
         return [
             ("bytes", f"{format_size(self.bytes_read)} read, {format_size(self.bytes_written)} written"),
             ("time", f"{seconds['total']:.1f} s: " + ", ".join(f"{seconds[part]:.1f} {part}" for part in PARTS)),
             ("rate", f"{rate:.1f} GB/s while merging"),
             ("peak RAM", f"{format_size(self.peak_rss_bytes)}, {self._above}"),
-            ("run on", ", ".join(filter(None, (self._cards, f"{self.threads} threads", self.io, self.loops)))),
+            ("run on", ", ".join(filter(None, work))),
         ]
-
-    @property
-    def _elsewhere(self) -> dict[str, str | float]:
-        assert self.elsewhere is not None
-        return {"device": self.elsewhere.device, "seconds": round(self.elsewhere.seconds, 3)}
-
-    @property
-    def _cards(self) -> str:
-        """The device, or several of them: `cuda:0 + cuda:1`."""
-        return self.device.replace(",", " + ")
 
     def _changed(self) -> str:
         """How far each component was moved: ‖Δ‖ / ‖W‖ of the tensors that were changed."""

@@ -61,7 +61,7 @@ def test_each_card_stays_within_the_limit(paths, tmp_path):
     assert 0 < max(cards.peaks.values()) <= limit
     assert report.device == "cuda:0,cuda:1"
     rows = dict(report.rows())
-    assert rows["run on"].startswith("cuda:0 + cuda:1, ")
+    assert rows["run on"].startswith("cuda:0, cuda:1, ")
     assert rows["peak VRAM"].endswith(" on one card")
     assert report.peak_vram_bytes == max(cards.peaks.values())
 

@@ -78,6 +78,8 @@ def on_cards(plan: Plan) -> list[tuple[str, str]]:
 
     if plan.options.device == "cpu":
         return []
+    from streammerge.compute.machine import VRAM_BYTES
+
     allotted = plan.allot()
     cards = f" on {allotted.cards} cards" if allotted.cards > 1 else ""
     workers = f"{allotted.threads} worker{'s' * (allotted.threads > 1)}{cards}"
