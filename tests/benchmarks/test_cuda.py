@@ -11,7 +11,7 @@ import pytest
 from benchmarks import __main__ as program
 from benchmarks import card, cuda, inputs, own, report, results
 from benchmarks.card import CardResult, CardRun, Checks, Context, Difference, Rate, Skipped
-from benchmarks.card_merges import LINEAR
+from benchmarks.card_merges import LINEAR, MERGES
 from benchmarks.card_section import HEADING, NOTHING, card_section
 from benchmarks.cuda import CardBench, CudaSettings, Part
 from benchmarks.tools import CannotRun
@@ -96,7 +96,26 @@ def test_without_a_card_nothing_is_written(tmp_path, monkeypatch, capsys):
 
 
 def test_without_results_the_report_says_so(tmp_path):
-    assert NOTHING in report.write(tmp_path).read_text(encoding="utf-8")
+    text = report.write(tmp_path).read_text(encoding="utf-8")
+    assert NOTHING in text
+    assert "| ties / linear, loop | ≤ 3 |  | left out: no card was at hand |" in text
+
+
+@pytest.mark.slow
+def test_all_that_a_card_is_asked_for_can_be_said_to_a_stand_in(tmp_path):
+    assert program.main(["cuda", "--dry", "--folder", str(tmp_path), "--budget", "1200"]) == 0
+    found = card.load(tmp_path / "results-quick")
+    assert found is not None
+    assert found.complete
+    assert not found.skipped
+    assert found.card == "Stand-in"
+    assert found.context is not None
+    assert found.tests is not None
+    assert found.tests.ok
+    assert {run.merge for run in found.runs} == {case.name for case in MERGES}
+    assert not [run for run in found.runs if run.failure]
+    assert all(one.ok for one in found.differences)
+    assert any(run.vram for run in found.runs)
 
 
 def test_the_commit_can_be_told_where_git_cannot(tmp_path):
