@@ -78,7 +78,6 @@ def on_cards(plan: Plan) -> list[tuple[str, str]]:
 
     if plan.options.device == "cpu":
         return []
-    from streammerge.compute.machine import VRAM_BYTES
 
     allotted = plan.allot()
     cards = f" on {allotted.cards} cards" if allotted.cards > 1 else ""
