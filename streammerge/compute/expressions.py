@@ -51,7 +51,8 @@ class Viewed:
 
     Element (i, j, …) is `source[offset + i·stride₀ + j·stride₁ + …]` where i, j, … lie inside `inner`, else that of
     `around`, a tensor of the same shape. It serves torch's strided storages (inner = shape), slices (inner = shape, the
-    source's strides), zero padding, and what is put into the corner of a larger tensor.
+    source's strides), zero padding, and what is put into the corner of a larger tensor; or into its midst, if `first`
+    is not empty: i, j, … are counted from there.
     """
 
     info: TensorInfo
@@ -60,6 +61,7 @@ class Viewed:
     strides: tuple[int, ...]
     inner: tuple[int, ...]
     around: Node | None = None
+    first: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -40,18 +40,22 @@ def gather(node: Viewed, start: int, stop: int, out: torch.Tensor, fetch: Fetch)
     """
     if node.around is None:
         out.zero_()
-    position = 0
+    position, corner = 0, node.first or (0,) * len(node.info.shape)
     for box in boxes(node.info.shape, start, stop):
         target = out[position : position + box.volume].view(box.size)
         position += box.volume
-        inside = tuple(
-            max(0, min(first + size, inner) - first)
-            for first, size, inner in zip(box.first, box.size, node.inner, strict=True)
-        )
-        corner = target[tuple(slice(0, size) for size in inside)]
-        if corner.numel():
-            offset = node.offset + sum(first * stride for first, stride in zip(box.first, node.strides, strict=True))
-            _copy(corner, offset, node.strides, fetch)
+        begin = [max(first, inner) for first, inner in zip(box.first, corner, strict=True)]
+        end = [
+            min(first + size, inner + most)
+            for first, size, inner, most in zip(box.first, box.size, corner, node.inner, strict=True)
+        ]
+        inside = target[
+            tuple(slice(i - first, max(i, j) - first) for i, j, first in zip(begin, end, box.first, strict=True))
+        ]
+        if inside.numel():
+            steps = (i - inner for i, inner in zip(begin, corner, strict=True))
+            offset = node.offset + sum(step * stride for step, stride in zip(steps, node.strides, strict=True))
+            _copy(inside, offset, node.strides, fetch)
     return out
 
 

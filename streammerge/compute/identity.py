@@ -49,7 +49,7 @@ def kind_of(node: Node) -> Hashable:
             return "external", own, node.told
         case Viewed(around=around):
             around_it = None if around is None else kind_of(around)
-            return "viewed", own, node.inner, kind_of(node.source), around_it
+            return "viewed", own, node.inner, node.first, kind_of(node.source), around_it
         case Joined(parts=parts):
             return "joined", own, *map(kind_of, parts)
         case Rounded():
@@ -89,7 +89,8 @@ class Describer:
                 return ["stored", info, self.numbers.get(id(node.file), str(node.file.path)), node.start]
             case Viewed():
                 around = [self.node(node.around)] if node.around is not None else []
-                return ["viewed", info, self.node(node.source), node.offset, node.strides, node.inner, *around]
+                first = [{"first": node.first}] if node.first else []
+                return ["viewed", info, self.node(node.source), node.offset, node.strides, node.inner, *around, *first]
             case Joined():
                 return ["joined", info, [self.node(part) for part in node.parts]]
             case Rounded():

@@ -94,8 +94,8 @@ def find_weights(folder: Path) -> Path:
         return found[0]
     if any(entry.suffix == ".distcp" for entry in folder.iterdir()):
         raise CheckpointError(
-            f"{folder}: is a distributed checkpoint of torch, whose tensors are spread over the files of its ranks",
-            advice=f"Convert it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} NEW.pt",
+            f"{folder}: a distributed checkpoint of torch without .metadata, which says what its files hold",
+            advice="torch writes that file last: it is hidden, and was not copied, or the checkpoint is incomplete.",
         )
     what = "holds no model" if not found else f"holds {len(found)} files that could be the model"
     raise CheckpointError(

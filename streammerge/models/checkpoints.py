@@ -26,7 +26,9 @@ from streammerge.formats.safetensors import is_safetensors, read_header
 from streammerge.formats.shards import find_weights, is_index, read_index
 from streammerge.formats.tables import Column, Names
 from streammerge.formats.torchzip.archive import StoredView, is_torch_zip, legacy_torch_reason, read_torch_zip
+from streammerge.formats.torchzip.distributed import chunk_files, distributed_in, read_distributed
 from streammerge.formats.torchzip.state_dicts import NONE_LEFT, LeftTensors
+from streammerge.models.distributed import chunk_nodes
 from streammerge.models.hub import check_there, located
 from streammerge.tensors import TensorInfo
 
@@ -108,8 +110,8 @@ class Checkpoint:
 
     `left` are tensors of a torch file that are not the model's, `folder` the one that was opened, if no single file
     was. Of a pipeline `components` are the files, or indexes, that each of them was opened by, and `scheduler` is what
-    its scheduler says that it predicts. Close it, or use it in a `with` statement, when nothing is going to be read any
-    more.
+    its scheduler says that it predicts. `chunks` is how many pieces tensors are in that are not whole. Close it, or use
+    it in a `with` statement, when nothing is going to be read any more.
     """
 
     path: Path
@@ -121,6 +123,7 @@ class Checkpoint:
     folder: Path | None = None
     components: Mapping[str, Path] = field(default_factory=dict)
     scheduler: str = ""
+    chunks: int = 0
 
     @functools.cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -147,7 +150,7 @@ class Checkpoint:
     @property
     def described_bytes(self) -> int:
         """What is kept in memory of the tensors' descriptions, a table of names left out."""
-        return len(self.nodes) * (NODE_BYTES if self.names is None else ROW_BYTES)
+        return (len(self.nodes) + self.chunks) * (NODE_BYTES if self.names is None else ROW_BYTES)
 
     def node(self, name: str) -> Node:
         """Where the tensor's elements come from."""
@@ -176,6 +179,8 @@ class Checkpoint:
 def open_model(path: str | os.PathLike[str], entry: str = "") -> Checkpoint:
     """Open a checkpoint by its content: safetensors, a torch zip, or shards of either (a folder or an index file).
 
+    So is the folder of a distributed checkpoint of torch (`.metadata` and `*.distcp`), without the optimizer's state.
+
     The folder of a diffusers pipeline is one model, in which the names of a component's tensors begin with its own. A
     name on Hugging Face's hub, `org/name[@revision]`, stands for its folder in the local cache, if it is there.
 
@@ -188,6 +193,8 @@ def open_model(path: str | os.PathLike[str], entry: str = "") -> Checkpoint:
     named = located(Path(path), os.fspath(path))
     if components := _components(named):
         return _open_pipeline(named, components, entry)
+    if distributed := _distributed(named):
+        return _open_distributed(named, distributed, entry)
     path = weights_file(named)
     opened = _open_shards(path, entry) if is_index(path) else _open_file(path, entry)
     return opened if path == named and not is_index(path) else replace(opened, folder=path.parent)
@@ -204,6 +211,12 @@ def _components(path: Path) -> Mapping[str, Path] | None:
         return pipeline_weights(path)
 
 
+def _distributed(path: Path) -> Path | None:
+    """The folder of a distributed checkpoint of torch, if one is meant."""
+    with read_errors(path):
+        return distributed_in(path) if path.is_dir() else None
+
+
 def weights_file(path: Path) -> Path:
     """The file that is read first: the path's own, or that of the model in the folder; an index if it has shards."""
     check_there(path)
@@ -215,12 +228,16 @@ def model_files(path: Path) -> list[Path]:
     """Every file that holds tensors of the model at this path."""
     if components := _components(path):
         return [file for weights in components.values() for file in model_files(weights)]
+    if distributed := _distributed(path):
+        return chunk_files(distributed)
     path = weights_file(path)
     return read_index(path).shards if is_index(path) else [path]
 
 
 def has_entries(path: Path) -> bool:
     """Whether there are torch files at this path, whose dicts may be chosen by name."""
+    if _distributed(path):
+        return True
     heads = []
     for file in model_files(path):
         with read_errors(file), file.open("rb") as opened:
@@ -309,6 +326,15 @@ def _open_shards(path: Path, entry: str) -> Checkpoint:
     left = functools.reduce(operator.add, (checkpoint.left for checkpoint in shards.values()))
     what = f"sharded {first.container} ({len(shards)} files)"
     return Checkpoint(path, what, compact(nodes, files), files, first.metadata, left)
+
+
+def _open_distributed(path: Path, folder: Path, entry: str) -> Checkpoint:
+    """The chunks of all ranks as one model; what lies beside the weights is that of the folder which was named."""
+    found = read_distributed(folder, entry)
+    nodes, files = chunk_nodes(folder, found, _torch_node)
+    chunks = sum(len(tensor.chunks) for tensor in found.tensors.values())
+    what = f"distributed checkpoint of torch ({count(files, 'file')})"
+    return Checkpoint(folder, what, nodes, files, {}, found.left, path, chunks=chunks)
 
 
 def _open_pipeline(path: Path, components: Mapping[str, Path], entry: str) -> Checkpoint:

@@ -176,3 +176,17 @@ def test_a_repeated_element_is_fetched_once(leaf_file):
     node = view(leaf_file, (1000,), (1000,), (0,), 4, 10)
     assert gathered(node, source, 100, 900) == [4.0] * 800
     assert source.fetched == [(4, 5)]
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=3), st.data())
+def test_what_is_put_into_the_midst_of_a_tensor_is_there_alone(sides, data, leaf_file):
+    inner = tuple(size for size, _, _ in sides)
+    first = tuple(before for _, before, _ in sides)
+    shape = tuple(size + before + after for size, before, after in sides)
+    values = torch.arange(1.0, math.prod(inner) + 1)
+    source = Stored(TensorInfo(DTYPES["F32"], (len(values),)), leaf_file, 0)
+    node = Viewed(TensorInfo(DTYPES["F32"], shape), source, 0, contiguous_strides(inner), inner, None, first)
+    whole = torch.zeros(shape)
+    whole[tuple(slice(i, i + size) for i, size in zip(first, inner, strict=True))] = values.view(inner)
+    start, stop = data.draw(ranges(whole.numel()))
+    assert gathered(node, Source(values), start, stop) == whole.flatten()[start:stop].tolist()

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from os import SEEK_END
+from dataclasses import dataclass, replace
+from io import BufferedReader, RawIOBase
+from os import SEEK_CUR, SEEK_END, SEEK_SET
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
 from streammerge.errors import CheckpointError, count, plural
 from streammerge.formats.torchzip.directory import Directory, MalformedZipError, folded, read_at, read_directory
@@ -119,6 +120,50 @@ def read_torch_zip(path: Path, entry: str = "") -> TorchZip:
     if not views:
         raise _no_tensors(contents, path)
     return TorchZip(views, left)
+
+
+class Section(RawIOBase):
+    """Bytes of a file as a file of their own."""
+
+    def __init__(self, file: BinaryIO, start: int, nbytes: int) -> None:
+        self.file, self.start, self.nbytes, self.at = file, start, nbytes, 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def seek(self, offset: int, whence: int = SEEK_SET) -> int:
+        """Go to a byte, counted from the start, from here or from the end."""
+        self.at = max(0, offset + {SEEK_SET: 0, SEEK_CUR: self.at, SEEK_END: self.nbytes}[whence])
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:  # noqa: ANN401  (whatever is a buffer)
+        """Fill the buffer with what follows, as far as there is something."""
+        room = memoryview(buffer)[: max(0, self.nbytes - self.at)]
+        self.file.seek(self.start + self.at)
+        data = self.file.read(len(room))
+        room[: len(data)] = data
+        self.at += len(data)
+        return len(data)
+
+
+def read_torch_tensor(path: Path, file: BinaryIO, start: int, nbytes: int) -> StoredView:
+    """The one tensor that `torch.save` wrote to these bytes of a file that is open, none of which are executed."""
+    called = f"{path}, bytes {start:,} to {start + nbytes:,}"
+    try:
+        with BufferedReader(Section(file, start, nbytes), 4096) as section:
+            archive = _Archive(Path(called), section)
+            contents = archive.contents()
+            if not isinstance(contents, PickledTensor):
+                raise CheckpointError(f"{called}: {_kind(contents)}, expected a tensor", advice=_DAMAGED)
+            view = archive.view("a chunk", contents)
+    except MalformedZipError as problem:
+        raise CheckpointError(f"{called}: no readable torch zip", found=[str(problem)], advice=_DAMAGED) from None
+    return replace(view, storage_start=start + view.storage_start)
 
 
 class _Archive:

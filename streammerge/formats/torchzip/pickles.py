@@ -105,6 +105,11 @@ _STORAGE_DTYPES: Final[Mapping[str, DType]] = {
 _TORCH_DTYPES: Final = {f"torch.{dtype.torch_name}": dtype for dtype in DTYPES.values() if dtype.torch_name}
 
 
+def dtype_of(name: str) -> DType | None:
+    """The dtype that torch calls so, `torch.float32`; None if streammerge has no such type."""
+    return _TORCH_DTYPES.get(name)
+
+
 def _storage(persistent_id: object) -> PickledStorage:
     if isinstance(persistent_id, tuple) and len(persistent_id) >= 5 and persistent_id[0] == "storage":
         _, class_, key, _, elements = persistent_id[:5]
@@ -146,7 +151,7 @@ def _tensor_of_dtype(arguments: Arguments) -> object:
     storage, offset, shape, stride, _, _, dtype_name = _at_least(7, arguments)[:7]
     if not isinstance(storage, PickledStorage) or storage.dtype is None:
         return _without_storage(storage)
-    dtype = _TORCH_DTYPES.get(kind(dtype_name))
+    dtype = dtype_of(kind(dtype_name))
     if dtype is None:
         return Unreadable(f"a tensor of {kind(dtype_name)}")
     return _flagged(arguments[7:8]) or _strided(storage, dtype, offset, shape, stride)

@@ -369,11 +369,3 @@ def test_views_and_odd_dtypes_are_read_as_torch_does(tmp_path):
     }
     path = save(tmp_path, contents)
     assert check(path, torch.load(path, weights_only=True)) == (0, ())
-
-
-def test_a_distributed_checkpoint_is_called_that(tmp_path):
-    (tmp_path / "__0_0.distcp").write_bytes(b"x")
-    (tmp_path / ".metadata").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match="is a distributed checkpoint of torch") as caught:
-        open_model(tmp_path)
-    assert "dcp_to_torch" in caught.value.advice
