@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.errors import RecipeError
-from streammerge.recipe.options import Group, Typed, typed_options
+from streammerge.recipe.options import Group, Typed, parse_positive, typed_options
 from streammerge.recipe.policies import EMA_POLICIES, MISSING_POLICIES, PARTS, PREDICTION_POLICIES, SHAPE_POLICIES
 
 
@@ -20,7 +20,7 @@ def new_parser(command: str, usage: str | None, description: str | None) -> argp
 
 def add_merge_arguments(parser: argparse.ArgumentParser, *, output: bool = True) -> None:
     """What merge, plan and verify have in common."""
-    parser.set_defaults(bakes=False)
+    parser.set_defaults(bakes=False, averages=None)
     parser.add_argument(
         "models", nargs="*", type=not_empty, metavar="RECIPE.yaml | MODEL[:WEIGHT] | NAME=MODEL[:WEIGHT]"
     )
@@ -38,13 +38,40 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     """What can be asked of one model; whatever else a merge is asked for is at its default."""
     parser.add_argument("models", nargs=1, type=not_empty, metavar="MODEL", help="the checkpoint, or the folder")
     parser.add_argument("-o", "--output", type=a_path, metavar="OUT", help="the file (or folder) to write")
-    parser.set_defaults(recipe=None, recipe_from_metadata=False, method=None, methods=[], base=None, parameter=[])
-    parser.set_defaults(layout=None, on_shape_mismatch=None, seed=None, keep=[], rest="keep", bakes=False)
+    _without_a_recipe(parser)
+    parser.set_defaults(on_shape_mismatch=None, keep=[], rest="keep")
     group = parser.add_argument_group("what to write of it")
     add_entry_argument(group)
     _add_part_arguments(group)
     _add_group(parser.add_argument_group("how to run"), "how to run")
     _add_output_arguments(parser.add_argument_group("what to write and to show"))
+
+
+def add_average_arguments(parser: argparse.ArgumentParser) -> None:
+    """What can be asked of checkpoints of one training, which are merged in one way."""
+    parser.add_argument("models", nargs="+", type=not_empty, metavar="FOLDER", help="a checkpoint, or a folder of some")
+    parser.add_argument("-o", "--output", type=a_path, metavar="OUT", help="the file (or folder) to write")
+    _without_a_recipe(parser)
+    parser.set_defaults(take=[], vae=None, drop=[], keep=[], only=None, ema=None, prune=False)
+    parser.set_defaults(on_missing=None, on_prediction_mismatch=None, on_shape_mismatch=None, rest="merge")
+    group = parser.add_argument_group("what to average")
+    group.add_argument("--last", type=worded(parse_positive), metavar="K", help="the last K checkpoints alone")
+    group.add_argument(
+        "--weights",
+        type=not_empty,
+        metavar="linear|cosine|1-sqrt|W1,W2,...",
+        help="what each weighs: as if the learning rate had fallen so, or numbers (default: all the same)",
+    )
+    add_entry_argument(group)
+    _add_dtype_argument(group)
+    _add_group(parser.add_argument_group("how to run"), "how to run")
+    _add_output_arguments(parser.add_argument_group("what to write and to show"))
+
+
+def _without_a_recipe(parser: argparse.ArgumentParser) -> None:
+    """What a merge is asked for, at its default."""
+    parser.set_defaults(recipe=None, recipe_from_metadata=False, method=None, methods=[], base=None, parameter=[])
+    parser.set_defaults(layout=None, seed=None, bakes=False, averages=None)
 
 
 def add_methods_argument(group: argparse._ActionsContainer) -> None:
@@ -113,13 +140,7 @@ def _add_recipe_arguments(group: argparse._ArgumentGroup) -> None:
 
 def _add_part_arguments(group: argparse._ArgumentGroup) -> None:
     """Which parts the output has, and how they are stored."""
-    group.add_argument(
-        "--dtype",
-        action="append",
-        default=[],
-        metavar="[COMPONENT=]keep|fp32|fp16|bf16|fp8_e4m3|fp8_e5m2|fp8_scaled",
-        help="how tensors are stored; COMPONENT= for one alone, such as vae=fp32; fp8_scaled: with scales, as ComfyUI",
-    )
+    _add_dtype_argument(group)
     group.add_argument(
         "--take",
         action="append",
@@ -138,6 +159,16 @@ def _add_part_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--prune", action="store_true", help="leave out what is of use for training alone, EMA too")
     group.add_argument("--on-missing", choices=MISSING_POLICIES, help="(default: error)")
     group.add_argument("--on-prediction-mismatch", choices=PREDICTION_POLICIES, help="(default: error)")
+
+
+def _add_dtype_argument(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--dtype",
+        action="append",
+        default=[],
+        metavar="[COMPONENT=]keep|fp32|fp16|bf16|fp8_e4m3|fp8_e5m2|fp8_scaled",
+        help="how tensors are stored; COMPONENT= for one alone, such as vae=fp32; fp8_scaled: with scales, as ComfyUI",
+    )
 
 
 def _add_run_arguments(group: argparse._ArgumentGroup) -> None:

@@ -29,6 +29,8 @@ def as_typed(arguments: argparse.Namespace) -> Recipe:
     """What to merge: a recipe file, a packaged recipe, or models; options change the recipe's keys."""
     words: list[str] = arguments.models
     first = Path(words[0]) if words else None
+    if arguments.averages is not None:
+        return parse_recipe(_changed(arguments.averages, arguments), Path(), strict=True)
     if arguments.bakes:
         recipe = parse_recipe(_changed(_recipe_of_baking(words, arguments), arguments), Path(), strict=True)
         return _with_effect(recipe, arguments)

@@ -179,7 +179,7 @@ def test_a_repeated_element_is_fetched_once(leaf_file):
 
 
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=3), st.data())
-def test_what_is_put_into_the_midst_of_a_tensor_is_there_alone(sides, data, leaf_file):
+def test_what_is_put_into_the_midst_of_a_tensor_is_there_alone(leaf_file, sides, data):
     inner = tuple(size for size, _, _ in sides)
     first = tuple(before for _, before, _ in sides)
     shape = tuple(size + before + after for size, before, after in sides)

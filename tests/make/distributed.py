@@ -52,7 +52,7 @@ def save_ranks(folder: Path, seed: int = 0) -> Path:
 
 def _rank(rank: int, folder: str, seed: int, rendezvous: str) -> None:
     import torch.distributed as dist
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_saver import save
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -70,7 +70,7 @@ def _rank(rank: int, folder: str, seed: int, rendezvous: str) -> None:
     cut = {name: distribute_tensor(made[name], *ways[way]) for name, (_, way) in CUTS.items()}
     moments = {name: torch.zeros_like(tensor) for name, tensor in cut.items()}
     state = {"model": {**cut, "count": made["count"]}, "optim": {"state": moments, "lr": 0.1}, "step": 5}
-    dcp.save(state, checkpoint_id=folder)
+    save(state, checkpoint_id=folder)
     dist.destroy_process_group()
 
 

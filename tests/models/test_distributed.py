@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.state_dict_saver import save
 
 import streammerge
 from streammerge import open_model
@@ -83,9 +83,9 @@ def test_merges_of_them_are_those_of_whole_tensors(ranks, tmp_path, io):
 
 def test_flat_checkpoints_and_those_of_accelerate(tmp_path):
     model = {"a.weight": torch.randn(4, 3), "b": torch.arange(5)}
-    dcp.save(model, checkpoint_id=tmp_path / "flat")
+    save(model, checkpoint_id=tmp_path / "flat")
     same(read(tmp_path / "flat"), model)
-    dcp.save({"model": model}, checkpoint_id=tmp_path / "checkpoint-5" / "pytorch_model_fsdp_0")
+    save({"model": model}, checkpoint_id=tmp_path / "checkpoint-5" / "pytorch_model_fsdp_0")
     (tmp_path / "checkpoint-5" / "optimizer.pt").write_bytes(b"x")
     same(read(tmp_path / "checkpoint-5"), model)
     (tmp_path / "checkpoint-5" / "model.safetensors").write_bytes(b"x")
@@ -95,7 +95,7 @@ def test_flat_checkpoints_and_those_of_accelerate(tmp_path):
 
 def test_of_two_models_one_has_to_be_named(tmp_path):
     models = {name: {"layer.weight": torch.randn(4, 3)} for name in ("generator", "ema")}
-    dcp.save(models, checkpoint_id=tmp_path / "two")
+    save(models, checkpoint_id=tmp_path / "two")
     with pytest.raises(CheckpointError, match="2 dicts of tensors in it could be the model") as caught:
         open_model(tmp_path / "two")
     assert "--entry" in caught.value.advice
@@ -103,7 +103,7 @@ def test_of_two_models_one_has_to_be_named(tmp_path):
 
 
 def test_a_checkpoint_without_a_model_is_refused(tmp_path):
-    dcp.save({"optim": {"state": {"x.y": torch.ones(3)}}, "step": 3}, checkpoint_id=tmp_path / "none")
+    save({"optim": {"state": {"x.y": torch.ones(3)}}, "step": 3}, checkpoint_id=tmp_path / "none")
     with pytest.raises(CheckpointError, match="no tensors of a model"):
         open_model(tmp_path / "none")
 

@@ -60,6 +60,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.save(near(base, seed), folder / f"{name}.ckpt")
         save_shards(make_tensors(seed, torch.bfloat16, LLAMA), folder / f"llama-{name}")
         save_file(lora(base, seed), folder / f"lora-{name}.safetensors")
+    for step in (500, 1000, 1500):
+        save_shards(make_tensors(step, torch.bfloat16, LLAMA), folder / "training" / f"checkpoint-{step}")
     ours, theirs = (make_tensors(seed, shapes={"conv_first.weight": (8, 3, 3, 3)}) for seed in range(2))
     torch.save({"params": ours, "params_ema": theirs}, folder / "esrgan.pth")
     return folder
@@ -78,7 +80,7 @@ def lora(model: Tensors, seed: int) -> Tensors:
 
 def save_shards(tensors: Tensors, folder: Path) -> None:
     """Two shards and their index, a config, a tokenizer."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_text("{}")
     (folder / "config.json").write_text('{"torch_dtype": "bfloat16", "num_hidden_layers": 4}')

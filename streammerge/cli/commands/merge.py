@@ -22,7 +22,7 @@ streammerge RECIPE.yaml -o OUT.safetensors [options]
        streammerge MODEL[:WEIGHT] MODEL[:WEIGHT] ... -o OUT.safetensors [options]
        streammerge --recipe NAME NAME=MODEL ... -o OUT.safetensors [options]
        streammerge OLD.safetensors --recipe-from-metadata -o OUT.safetensors [NAME=MODEL ...] [options]
-       streammerge bake|convert|inspect|compare|plan|methods|recipes|verify|bench|clean|demo ... (--help tells more)"""
+       streammerge average|bake|convert|inspect|compare|plan|methods|recipes|verify|bench|clean|demo ... --help"""
 
 
 def run(words: Sequence[str]) -> int:
