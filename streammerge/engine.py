@@ -148,7 +148,7 @@ def planned(
     try:
         merged = opened.merge(recipe, naming=options.names) if isinstance(recipe, Recipe) else _named(recipe, options)
         check_folder(merged, recipe if isinstance(recipe, Recipe) else None, output, options)
-        method = recipe.method if isinstance(recipe, Recipe) else ""
+        method = recipe.called if isinstance(recipe, Recipe) else ""
         recorded = isinstance(recipe, Recipe) and options.metadata and options.hash_inputs
         hashes = input_hashes(recipe, opened) if isinstance(recipe, Recipe) and recorded else None
         metadata = restated(output_metadata(recipe, options, opened, hashes), merged)

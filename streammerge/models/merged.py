@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from streammerge.compute.expressions import ModelStatistics, Node, stored_leaves, unrounded
 from streammerge.formats.files import ByteFile
@@ -34,9 +34,9 @@ class Merged:
     quantised weights, of other names and of adapters. `remarks` are what the user should know of the recipe, `layout`
     is the model whose tensors the merge has, `extent` how much has been planned for it, and `accounts` what became of
     adapters. `restated` are metadata of inputs that have to say something else, or nothing, of the output, `stated` are
-    metadata that its tensors need. What reading
-    from it measures of the whole model is kept for the next time. `companions` are all that lies beside its weights, if
-    it says so itself.
+    metadata that its tensors need, `config` is what the output's config has to say if it is of another kind than the
+    layout. What reading from it measures of the whole model is kept for the next time. `companions` are all that lies
+    beside its weights, if it says so itself.
     """
 
     decisions: Decisions
@@ -50,6 +50,7 @@ class Merged:
     restated: Mapping[str, str] = field(default_factory=dict)
     stated: Mapping[str, str] = field(default_factory=dict)
     companions: tuple[Companion, ...] | None = None
+    config: Mapping[str, Any] | None = None
     _measured: ModelStatistics = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @functools.cached_property

@@ -77,8 +77,11 @@ class _Folder:
     found: ModelFolder
 
     def beside(self, stem: str) -> Beside:
-        config = config_in(self.found.path)
+        own = config_in(self.found.path)
+        config = own if own is None or self.merged.config is None else self.merged.config
         adapted = None if config is None else self._adapted(config)
+        if adapted is not None and config is not own:
+            adapted = replace(adapted, changed=(f"of a {config['model_type']}" if config else "", *adapted.changed))
         kept, left = kept_of(self.found, self.root.tensors, self.merged.tensors)
         if adapted is not None and adapted.changed:
             made = Companion(CONFIG, adapted.encoded(), ", ".join(adapted.changed))

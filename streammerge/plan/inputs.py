@@ -31,6 +31,7 @@ from streammerge.models.tied import with_heads
 from streammerge.models.vocabularies import check_one_vocabulary
 from streammerge.plan.adapting import told_of, with_adapters
 from streammerge.plan.decide import merge_models
+from streammerge.plan.mixing import mixture_of
 from streammerge.plan.naming import of_models
 from streammerge.plan.plan import Plan
 from streammerge.plan.summing import is_sum, sum_of_adapters
@@ -79,6 +80,8 @@ class OpenInputs:
         if recipe.is_stack:
             return self._stack(recipe, within, of_models(naming))
         models = self._models(recipe, within)
+        if recipe.mixture is not None:
+            return told_of(mixture_of(recipe, recipe.mixture, models, naming), models)
         if is_sum(recipe, models):
             return sum_of_adapters(recipe, models, naming)
         whole, told = with_heads(models) if recipe.on_missing == "error" else (models, [])

@@ -78,20 +78,22 @@ def model_card(
     """The card of a merge. `recipe` are its values as the metadata have them; the same merge has the same card."""
     import yaml
 
+    what, tags = ("mixture", ["moe"]) if "experts" in recipe else ("merge", [])
     front = {
         "base_model": [model.name for model in models if _HUB.fullmatch(model.name)],
         "base_model_relation": "merge",
         "library_name": library,
-        "tags": ["merge", "streammerge"],
+        "tags": ["merge", "streammerge", *tags],
         **_agreed(models),
     }
     top = yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False, allow_unicode=True)
     dumped = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
     fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", dumped) or [""]))
-    made_by = f"streammerge {__version__} with {_and([f'`{method}`' for method in sorted(set(methods))])}"
+    named = [f"`{method}`" for method in sorted(set(methods))]
+    made_by = f"streammerge {__version__}{f' with {_and(named)}' if named else ''}"
     told = _and([model.name for model in models[:3]], others=len(models) - 3)
     lines = [
-        f"---\n{top}---\n\n# A merge of {_plain(told)}\n",
+        f"---\n{top}---\n\n# A {what} of {_plain(told)}\n",
         f"Made by {made_by}, of\n",
         *(f"- {_plain(model.name)}{_licence(model)}" for model in models),
         f"\n## The recipe\n\n{fence}yaml\n{dumped}{fence}\n\n## To make it again\n",

@@ -71,8 +71,9 @@ def _settings(recipe: Recipe, options: Options) -> Iterator[tuple[str, Any]]:
 
 
 def methods_of(recipe: Recipe) -> Iterator[str]:
-    """The methods of a recipe and of those nested in it."""
-    yield recipe.method
+    """The methods of a recipe and of those nested in it; a mixture is put together by none."""
+    if recipe.mixture is None:
+        yield recipe.method
     for entry in recipe.named.values():
         if isinstance(entry.source, Recipe):
             yield from methods_of(entry.source)
@@ -216,6 +217,8 @@ class _Binder:
         """The recipe's values with paths instead of names. References are to models of the recipe, and to no others."""
         if isinstance(raw.get("slices"), list):
             return {**raw, "slices": [self._slice(each) for each in raw["slices"]]}
+        if isinstance(raw.get("experts"), list):
+            return self._mixture(raw)
         models = raw.get("models")
         if not isinstance(models, list) or "inputs" in raw:
             raise RecipeError(f"{self.where} is none that streammerge wrote", advice="Name a recipe or models instead.")
@@ -233,6 +236,15 @@ class _Binder:
         sources = raw.get("sources") if isinstance(raw, dict) else None
         bound = self.recipe({**raw, "models": sources, "slices": None}) if isinstance(sources, list) else {}
         return {**{key: bound[key] for key in bound if key not in ("models", "slices")}, "sources": bound.get("models")}
+
+    def _mixture(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        keys = [key for key in ("experts", "shared_experts") if isinstance(raw.get(key), list)]
+        experts = [each if isinstance(each, dict) else {} for key in keys for each in raw[key]]
+        as_models = [{**each, "model": each.get("source_model")} for each in experts]
+        bound = self.recipe({"models": as_models, "base_model": raw.get("base_model")})
+        rest = iter(bound["models"])
+        made = {key: [_as_expert(next(rest)) for _ in raw[key]] for key in keys}
+        return {**raw, **made, "base_model": bound.get("base_model")}
 
     def _rule(self, raw: Any, names: set[str]) -> Any:  # noqa: ANN401
         return {**raw, "take": self._reference(raw["take"], names)} if isinstance(raw, dict) and "take" in raw else raw
@@ -290,6 +302,11 @@ class _Binder:
                 found=[f"{name}=PATH   {stored}" for name, stored in self.missing.items()],
                 advice="Add them to the command.",
             )
+
+
+def _as_expert(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's entry as an expert's."""
+    return {**{key: value for key, value in entry.items() if key != "model"}, "source_model": entry["model"]}
 
 
 def is_beside(stored: str) -> bool:

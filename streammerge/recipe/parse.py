@@ -20,6 +20,7 @@ from streammerge.models.dtypes import parse_dtype
 from streammerge.models.extent import MAX_DEPTH
 from streammerge.models.hub import SCHEME, located, name_of
 from streammerge.recipe.adapters import adapter_entry, adapters_of, is_recipe, with_lora
+from streammerge.recipe.mixtures import mixture_recipe
 from streammerge.recipe.parameters import parse_settings
 from streammerge.recipe.policies import EMA_POLICIES, MISSING_POLICIES, PREDICTION_POLICIES, SHAPE_POLICIES
 from streammerge.recipe.recipe import Input, Recipe, Rule, RuleAction, check_recipe
@@ -95,6 +96,8 @@ class _RecipeParser:
             raise RecipeError(f"{self.where}: expected a map with merge_method and models, found {type(raw).__name__}")
         if "slices" in raw:
             return self._stack(raw)
+        if "experts" in raw and "merge_method" not in raw:
+            return mixture_recipe(raw, self.where, self._input, distinct_names, self._base)
         self._check_keys(raw, KEYS, self.where)
         self._check_needed(raw)
         if not isinstance(raw["models"], list):

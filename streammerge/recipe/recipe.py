@@ -11,6 +11,7 @@ from streammerge.errors import SHOWN, RecipeError
 from streammerge.methods import find_method
 from streammerge.models.dtypes import Storage
 from streammerge.recipe.effects import Kind, Place
+from streammerge.recipe.experts import Expert, Mixture
 from streammerge.recipe.parameters import Settings, describe_settings, holds_everywhere
 from streammerge.recipe.policies import (
     EMA_POLICIES,
@@ -84,6 +85,8 @@ class Recipe:
 
     With `one_vocabulary` the models must have the same tokens; a `chat_template` is the output's, if it is not "".
 
+    A `mixture` of experts is built of the inputs, which give experts, and of the base, which gives all else.
+
     With `only`, one of PARTS, the output is this component alone; `ema` is what becomes of averaged weights beside the
     others; what is pruned is of use for training alone.
     """
@@ -106,6 +109,7 @@ class Recipe:
     is_stack: bool = False
     one_vocabulary: bool = False
     chat_template: str = ""
+    mixture: Mixture | None = None
     where: str = field(default="recipe", compare=False, repr=False)
 
     @property
@@ -129,6 +133,11 @@ class Recipe:
         is_alone = len(self.inputs) == 1 and self.base is None and self.layout_name == self.inputs[0].name
         is_itself = not self.inputs[0].adapters and not isinstance(self.inputs[0].source, Recipe)
         return self.method == "linear" and is_alone and is_itself
+
+    @property
+    def called(self) -> str:
+        """What is done, in a word."""
+        return self.method if self.mixture is None else "mixture"
 
     @property
     def layout_name(self) -> str:
@@ -173,6 +182,8 @@ class Recipe:
         names = names or {}
         if self.is_stack:
             return self._describe_stack(names)
+        if self.mixture is not None:
+            return self._describe_mixture(self.mixture, names)
         beside = {entry.name: _describe_input(entry, names) for entry in self.others}
         described: dict[str, Any] = {
             "merge_method": self.method,
@@ -203,6 +214,25 @@ class Recipe:
         common = {key: value for key, value in described[0].items() if key in IN_COMMON}
         seed = {} if self.seed is None else {"seed": self.seed}
         return {**common, "slices": own, **seed, **self._describe_words()}
+
+    def _describe_mixture(self, mixture: Mixture, names: Mapping[Path, str]) -> dict[str, Any]:
+        """What mergekit-moe takes: the base, and the experts, each with its prompts."""
+
+        def described(expert: Expert) -> dict[str, Any]:
+            own = _describe_input(self.named[expert.name], names)
+            return {"source_model": own.pop("model"), **own, **expert.describe()}
+
+        said: dict[str, Any] = {
+            "base_model": self._describe_base(names),
+            "gate_mode": mixture.gate_mode,
+            "experts": [described(expert) for expert in mixture.experts],
+            "shared_experts": [described(expert) for expert in mixture.shared],
+            "experts_per_token": mixture.experts_per_token,
+            "architecture": mixture.architecture,
+            "dtype": self.dtype.torch_name if self.dtype else None,
+            "seed": self.seed,
+        }
+        return {key: value for key, value in said.items() if value not in (None, [], "")}
 
     def _describe_words(self) -> dict[str, Any]:
         vocabulary = {"tokenizer_source": "base"} if self.one_vocabulary else {}
@@ -251,7 +281,7 @@ def check_recipe(recipe: Recipe, where: str = "recipe", *, strict: bool = False)
     """
     method = find_method(recipe.method)
     _check_words(recipe, where)
-    if recipe.is_stack:  # its slices are checked, each by itself
+    if recipe.is_stack or recipe.mixture is not None:  # its slices are checked, each by itself; a mixture has no method
         return recipe
     listed = recipe.base is not None and recipe.base.name in {entry.name for entry in recipe.inputs}
     if method.base == "required" and recipe.base is None:

@@ -33,7 +33,7 @@ def save_step(folder: Path, seed: int) -> Path:
 
 
 @pytest.fixture
-def training(tmp_path, monkeypatch) -> Path:
+def training(tmp_path: Path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for step in STEPS:
         save_step(Path("run") / f"checkpoint-{step}", step)

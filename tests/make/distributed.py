@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,7 +59,7 @@ def _rank(rank: int, folder: str, seed: int, rendezvous: str) -> None:
 
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=RANKS)
     line, grid = init_device_mesh("cpu", (RANKS,)), init_device_mesh("cpu", (2, 2))
-    ways = {
+    ways: dict[str, tuple[Any, Any]] = {
         "rows": (line, [Shard(0)]),
         "columns": (line, [Shard(1)]),
         "second": (line, [Shard(1)]),
@@ -77,7 +78,7 @@ def _rank(rank: int, folder: str, seed: int, rendezvous: str) -> None:
 if __name__ == "__main__":
     import tempfile
 
-    import torch.multiprocessing as mp
+    from torch.multiprocessing.spawn import spawn
 
     with tempfile.TemporaryDirectory() as place:
-        mp.spawn(_rank, (sys.argv[1], int(sys.argv[2]), f"{place}/meeting"), RANKS)
+        spawn(_rank, (sys.argv[1], int(sys.argv[2]), f"{place}/meeting"), RANKS)

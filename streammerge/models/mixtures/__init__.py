@@ -1,0 +1,1 @@
+"""Mixtures of experts: how architectures call their experts, and how mixtures are built of dense models."""
