@@ -159,7 +159,7 @@ def _is_number(text: str) -> bool:
 
 
 def average_recipe(found: Averaged, weights: Sequence[float]) -> dict[str, Any]:
-    """A recipe's values for the weighted mean: config, tokenizer and layout are the last checkpoint's."""
+    """A recipe's values for the weighted mean: the last comes first, whose layout, config and tokenizer are used."""
     if len(found.checkpoints) < 2:
         raise RecipeError(
             f"an average is of two checkpoints or more, and here is one: {listed(found.checkpoints)}",
@@ -171,4 +171,4 @@ def average_recipe(found: Averaged, weights: Sequence[float]) -> dict[str, Any]:
         {"model": checkpoint, "parameters": {"weight": weight}}
         for checkpoint, weight in zip(found.checkpoints, weights, strict=True)
     ]
-    return {"merge_method": "linear", "models": models, "layout": found.checkpoints[-1]}
+    return {"merge_method": "linear", "models": models[::-1], "parameters": {"normalize": True}}
