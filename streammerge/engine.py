@@ -54,6 +54,7 @@ from streammerge.storage.journal import journal_path
 from streammerge.storage.ledger import Coverage, Entry, Ledger, Span
 from streammerge.storage.resume import Beginning, Bookkeeper, Tell, beginning
 from streammerge.storage.target import check_output, find_older
+from streammerge.storage.uploading import UPLOADED, check_upload, upload
 from streammerge.storage.webui import merge_history
 from streammerge.storage.writer import OutputWriter
 from streammerge.tensors import Model
@@ -115,7 +116,11 @@ def carry_out(
         run = Run(begun, started, watch, tell, beside)
         if weighs and plan.is_baked:
             run.ledger.weigh_against(plan.layout_files)
-        return run.to_report()
+        report = run.to_report()
+    if plan.options.upload is not None:
+        with saying_what_is_on_disk(lambda: UPLOADED):
+            upload(plan.options.upload, plan.output, tell)
+    return report
 
 
 def run_verification(
@@ -169,6 +174,8 @@ def planned(
             beside=beside_output(merged, recipe if isinstance(recipe, Recipe) else None, output, options),
         )
         plan = _planned_somewhere(options, lambda chosen: planning(options=chosen))
+        if options.upload is not None and not replacing:
+            check_upload(options.upload, plan.output)
         if replacing:
             (input_claims(plan.inputs) + beside).check()
         else:

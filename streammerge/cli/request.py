@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,8 @@ class Request:
 
 def read_request(arguments: argparse.Namespace) -> Request:
     """The request that these arguments make. The user's files of methods are run, each once."""
+    if arguments.quiet:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for path in arguments.methods:
         load_methods(path)
     recorded = read_from_metadata(arguments) if arguments.recipe_from_metadata else None

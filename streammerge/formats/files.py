@@ -164,7 +164,7 @@ def read_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         raise CheckpointError(
             f"{path}: can't be read: {error.strerror or error}",
-            advice="Check the path; streammerge reads local files and downloads nothing.",
+            advice="Check the path.",
         ) from error
     except ValueError as error:  # NUL, or half of a character
         raise CheckpointError(f"{path}: no file can have such a name: {error}", advice="Check the path.") from error

@@ -1,7 +1,7 @@
-"""Models by their names on Hugging Face's hub, `org/name[@revision]`, as far as they are in the local cache.
+"""Models by their names on Hugging Face's hub, `org/name[@revision]`: in the local cache, or else fetched into it.
 
 The cache is what huggingface_hub has made: `models--org--name` with `refs`, which name commits, and `snapshots` of
-these, whose files are links into `blobs`. Nothing is downloaded, and no library is needed.
+these, whose files are links into `blobs`. For what is there no library is needed, and the hub is not asked.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Final
 
 from streammerge.errors import CheckpointError
 from streammerge.formats.shards import is_model
+from streammerge.models.downloads import download, is_offline, is_whole
 
 SCHEME: Final = "hf://"
 
@@ -64,15 +65,21 @@ def cache_of(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def find(name: HubName) -> Path:
-    """The folder of a model in the cache; CheckpointError if it is not there, which says how to get it."""
+    """The folder of a model in the cache, into which it is fetched if it isn't there, or not all of it."""
     folder = cache_of() / name.folder
     if not folder.is_dir():
-        raise CheckpointError(
-            f"{name}: there is no such file or folder, and no model of that name in Hugging Face's cache "
-            f"({folder.parent})",
-            advice=f"{_fetch(name)} streammerge reads local files and downloads nothing.",
-        )
-    return snapshot(folder, name)
+        return download(name.name, name.revision, folder.parent)
+    try:
+        found = snapshot(folder, name)
+    except CheckpointError as error:
+        if is_offline():
+            raise
+        try:
+            return download(name.name, name.revision, folder.parent)
+        except CheckpointError as problem:
+            error.advice = f"{error.advice} Fetching it failed: {problem.what}."
+            raise error from problem
+    return found if is_offline() or is_whole(found) else download(name.name, name.revision or found.name, folder.parent)
 
 
 def snapshot(folder: Path, name: HubName | None = None) -> Path:
@@ -129,11 +136,12 @@ def _is_name(name: str) -> bool:
     return all(re.fullmatch(_PART, part) for part in name.split("/"))
 
 
-def located(path: Path, text: str = "") -> Path:
+def located(path: Path, text: str = "", *, fetch: bool = True) -> Path:
     """Where a model is: at its path if something is there, else in the cache if its text is a name on the hub.
 
-    A model's whole folder in the cache stands for its main branch. What is nowhere keeps its path, but for a name that
-    is the hub's for certain (`hf://`): that is a CheckpointError.
+    A model's whole folder in the cache stands for its main branch. With `fetch` what is in neither is fetched; a name
+    whose first part is a folder here is taken for a path that is wrong. What is nowhere keeps its path, but for a name
+    that is the hub's for certain (`hf://`): that is a CheckpointError.
     """
     text = text or path.as_posix()
     if not text.startswith(SCHEME) and is_there(path):
@@ -146,7 +154,9 @@ def located(path: Path, text: str = "") -> Path:
                 f"{text}: is no model's name", advice="Write hf://org/name or hf://org/name@revision."
             )
         return find(name)
-    return path if name is None or not (cache_of() / name.folder).is_dir() else find(name)
+    if name is None or Path(name.name).parent.is_dir():
+        return path
+    return find(name) if fetch or (cache_of() / name.folder).is_dir() else path
 
 
 def is_there(path: Path) -> bool:
@@ -167,5 +177,5 @@ def check_there(path: Path) -> None:
         raise CheckpointError(
             f"{path}: can't be read: No such file or directory, and {name} is not in Hugging Face's cache "
             f"({cache_of()})",
-            advice=f"Check the path. {_fetch(name)} streammerge reads local files and downloads nothing.",
+            advice=f"Check the path; a model of the hub is named hf://{name}.",
         )

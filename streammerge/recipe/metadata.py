@@ -281,7 +281,7 @@ class _Binder:
             self.paths[stored] = self.bindings[name]
         elif is_beside(stored) and beside.exists():
             self.paths[stored] = beside
-        elif is_beside(stored) and (cached := located(beside, stored)) != beside:
+        elif is_beside(stored) and (cached := located(beside, stored, fetch=False)) != beside:
             self.paths[stored] = cached
         else:
             self.missing[name] = stored

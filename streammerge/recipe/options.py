@@ -225,6 +225,9 @@ class Options:
     on_nonfinite: NonfinitePolicy = written(
         "warn", "infinite values and NaN (default: warn)", words=same("error", "warn", "ignore")
     )
+    upload: str | None = written(
+        None, "push the finished folder to Hugging Face's hub, with its card", parse=str, metavar="ORG/NAME[@BRANCH]"
+    )
     hash: bool = written(False, "write the output's sha256 beside it, to OUT.sha256")
     hash_inputs: bool = written(False, "put the inputs' sha256 into the output's metadata")
 

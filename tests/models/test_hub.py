@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -133,13 +134,16 @@ def test_a_merge_of_names(home, capsys):
     assert main(["inspect", "org/tiny"]) == 0
 
 
-def test_what_is_not_there_says_how_to_get_it(home, capsys):
+def test_what_is_not_there_says_how_to_get_it(home, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert main(["org/nope", "org/tiny@main", "-o", "OUT"]) == 1
     told = capsys.readouterr().err
-    assert "org/nope is not in Hugging Face's cache" in told
-    assert "pip install huggingface_hub, then hf download org/nope." in told
+    assert "org/nope: it is not in Hugging Face's cache" in told
+    assert "pip install huggingface_hub" in told
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert main(["hf://org/nope@v1", "-o", "OUT"]) == 1
-    assert "hf download org/nope --revision v1." in capsys.readouterr().err
+    assert "org/nope@v1: it is not in Hugging Face's cache" in (told := capsys.readouterr().err)
+    assert "this machine is offline" in told
     with pytest.raises(CheckpointError, match="is no model's name"):
         streammerge.open_model("hf://nope")
     with pytest.raises(CheckpointError, match="can't be read: No such file"):
