@@ -81,9 +81,8 @@ def _is_beside(name: str) -> bool:
 def _of_pipeline(names: Sequence[str]) -> list[str]:
     kept = [name for name in names if not _LEFT_OF_PIPELINES.fullmatch(name) and not name.startswith(".")]
     safe = {name.rpartition("/")[0] for name in kept if name.endswith(".safetensors")}
-    return [
-        name for name in kept if not (name.endswith((".bin", ".bin.index.json")) and name.rpartition("/")[0] in safe)
-    ]
+    pickles = {name for name in kept if name.endswith((".bin", ".bin.index.json"))}
+    return [name for name in kept if name not in pickles or name.rpartition("/")[0] not in safe]
 
 
 def download(name: str, revision: str, cache: Path) -> Path:
@@ -98,7 +97,7 @@ def download(name: str, revision: str, cache: Path) -> Path:
         import huggingface_hub as hub
     except ImportError:
         raise CheckpointError(
-            f"{called}: it is not in Hugging Face's cache ({cache}), and to fetch it takes huggingface_hub, which isn't "
+            f"{called}: it is not in Hugging Face's cache ({cache}), and huggingface_hub, which fetches models, isn't "
             "installed",
             advice=f"{INSTALL}; or check the path, if a file or folder here is meant.",
         ) from None
@@ -162,9 +161,7 @@ def told(error: Exception, called: str) -> CheckpointError:
         what, advice = "the hub wants to know who asks", "Log in: hf auth login, or set HF_TOKEN."
     elif kinds & {"ConnectionError", "ConnectError", "ConnectTimeout", "TimeoutException", "OfflineModeIsEnabled"}:
         what = "the hub can't be reached"
-        advice = (
-            "Check the network; HF_ENDPOINT names a mirror. What was fetched is kept, and the rest fetched next time."
-        )
+        advice = "Check the network; HF_ENDPOINT names a mirror. What was fetched is kept."
     else:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         what, advice = f"the hub's library says: {first[:300]}", "What was fetched is kept; try again."

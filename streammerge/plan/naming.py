@@ -12,6 +12,7 @@ from streammerge.errors import PlanError, count, listed, plural
 from streammerge.models.adapters.dialects import Dialect
 from streammerge.models.dialects import Component, Naming, Reading, Recognised, read_as, recognise
 from streammerge.models.dialects.translation import Translated
+from streammerge.models.mixtures.layouts import ExpertsAs, experts_as
 from streammerge.models.views import Decoded, Selected, node_of
 from streammerge.recipe.options import NAMINGS
 from streammerge.tensors import Model, TensorInfo
@@ -32,7 +33,7 @@ class Named:
     @property
     def kept_bytes(self) -> int:
         """What is kept in memory of other names."""
-        return sum(model.kept_bytes for model in self.models.values() if isinstance(model, Translated))
+        return sum(model.kept_bytes for model in self.models.values() if isinstance(model, Translated | ExpertsAs))
 
 
 def of_models(naming: Naming | Dialect | None) -> Naming | None:
@@ -49,7 +50,7 @@ def in_one_naming(models: Mapping[str, Model], layout: str) -> Named:
     strangers = [name for name, model in models.items() if name != layout and _differ(model.tensors, own.tensors)]
     known = recognise(own.tensors) if strangers else None
     if known is None:
-        return Named(models)
+        return _in_one_form(models, layout, strangers)
     seen, remarks = dict(models), list[str]()
     for name in strangers:
         values = Decoded(models[name])
@@ -60,6 +61,20 @@ def in_one_naming(models: Mapping[str, Model], layout: str) -> Named:
             sources = {called: source for called, source in reading.sources.items() if called not in again}
             seen[name] = Translated(models[name], sources)
             remarks += [*_remarks(name, layout, reading, again), *_decoding(name, values)]
+    return Named(seen, tuple(remarks))
+
+
+def _in_one_form(models: Mapping[str, Model], layout: str, strangers: Sequence[str]) -> Named:
+    """Mixtures with their experts stored as the layout's are; PlanError where they can't be seen so."""
+    seen, remarks = dict(models), list[str]()
+    own = Decoded(models[layout]).tensors
+    for name in strangers:
+        found = experts_as(models[name], own, name)
+        if found is not None:
+            seen[name] = found
+            remarks.append(
+                f"{name}: its experts are stored otherwise than those of {layout}, and are read in that form"
+            )
     return Named(seen, tuple(remarks))
 
 

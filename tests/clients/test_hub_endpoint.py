@@ -42,10 +42,8 @@ class Endpoint(BaseHTTPRequestHandler):
         files = [{"rfilename": p.name, "size": p.stat().st_size} for p in sorted(folder.iterdir())]
         body = json.dumps({"id": f"org/{folder.name}", "sha": COMMIT, "siblings": files}).encode()
         if "/tree/" in self.path:
-            tree = [
-                {"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "0" * 40} for p in folder.iterdir()
-            ]
-            body = json.dumps(tree).encode()
+            listed = [{"type": "file", "path": p["rfilename"], "size": p["size"], "oid": "0" * 40} for p in files]
+            body = json.dumps(listed).encode()
         self.send(body, {"Content-Type": "application/json"})
 
     def file(self, path: Path, *, with_body: bool) -> None:

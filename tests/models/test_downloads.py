@@ -203,15 +203,8 @@ def test_files_that_are_needed():
     shards = ["pytorch_model.bin.index.json", "pytorch_model-1-of-2.bin", "pytorch_model-2-of-2.bin"]
     assert needed_files([*shards, "model-1-of-2.safetensors"], "x") == shards
     assert needed_files(["odd.safetensors", "README.md"], "x") == ["odd.safetensors", "README.md"]
-    pipeline = [
-        "model_index.json",
-        "unet/config.json",
-        "unet/a.safetensors",
-        "vae/b.bin",
-        "unet/c.bin",
-        ".gitattributes",
-    ]
-    pipeline += ["all.safetensors", "unet/a.fp16.safetensors", "vae/b.fp16.bin", "text_encoder/model.onnx"]
+    pipeline = ["model_index.json", "unet/config.json", "unet/a.safetensors", "vae/b.bin", "unet/c.bin"]
+    pipeline += ["all.safetensors", "unet/a.fp16.safetensors", "vae/b.fp16.bin", "text_encoder/model.onnx", ".git"]
     assert needed_files(pipeline, "x") == pipeline[:4]
     for names in ([], ["config.json"], ["a.safetensors", "b.safetensors"]):
         with pytest.raises(CheckpointError, match="on the hub, it holds"):

@@ -61,7 +61,8 @@ def config_of(output: str = "out") -> dict[str, Any]:
 
 
 def unit(vector: torch.Tensor) -> torch.Tensor:
-    return vector / vector.norm()
+    length: torch.Tensor = vector.norm()
+    return vector / length
 
 
 def gates() -> torch.Tensor:
