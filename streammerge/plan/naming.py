@@ -72,9 +72,8 @@ def _in_one_form(models: Mapping[str, Model], layout: str, strangers: Sequence[s
         found = experts_as(models[name], own, name)
         if found is not None:
             seen[name] = found
-            remarks.append(
-                f"{name}: its experts are stored otherwise than those of {layout}, and are read in that form"
-            )
+            told = f"its experts are stored otherwise than those of {layout}, and are read in that form"
+            remarks.append(f"{name}: {told}")
     return Named(seen, tuple(remarks))
 
 

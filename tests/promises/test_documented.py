@@ -38,6 +38,7 @@ LIMIT = re.compile(r'(?<=--max-ram )\w+|(?<=max_ram=")\w+')
 LLAMA = {
     "model.embed_tokens.weight": (64, 16),
     **{f"model.layers.{layer}.self_attn.q_proj.weight": (16, 16) for layer in range(4)},
+    **{f"model.layers.{layer}.mlp.{name}_proj.weight": (32, 16) for layer in range(4) for name in ("gate", "up")},
     **{f"model.layers.{layer}.mlp.down_proj.weight": (16, 32) for layer in range(4)},
     "lm_head.weight": (64, 16),
 }
@@ -83,7 +84,7 @@ def save_shards(tensors: Tensors, folder: Path) -> None:
     folder.mkdir(parents=True)
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_text("{}")
-    (folder / "config.json").write_text('{"torch_dtype": "bfloat16", "num_hidden_layers": 4}')
+    (folder / "config.json").write_text('{"model_type": "llama", "torch_dtype": "bfloat16", "num_hidden_layers": 4}')
     save_file(tensors, folder / "all.safetensors")
     words = [str(folder / "all.safetensors"), "-o", str(folder), "--shard-size", "4kB", "--no-metadata", "-q"]
     assert cli.main(words) == 0
