@@ -54,7 +54,6 @@ from streammerge.storage.journal import journal_path
 from streammerge.storage.ledger import Coverage, Entry, Ledger, Span
 from streammerge.storage.resume import Beginning, Bookkeeper, Tell, beginning
 from streammerge.storage.target import check_output, find_older
-from streammerge.storage.uploading import UPLOADED, check_upload, upload
 from streammerge.storage.webui import merge_history
 from streammerge.storage.writer import OutputWriter
 from streammerge.tensors import Model
@@ -118,6 +117,8 @@ def carry_out(
             run.ledger.weigh_against(plan.layout_files)
         report = run.to_report()
     if plan.options.upload is not None:
+        from streammerge.storage.uploading import UPLOADED, upload
+
         with saying_what_is_on_disk(lambda: UPLOADED):
             upload(plan.options.upload, plan.output, tell)
     return report
@@ -175,6 +176,8 @@ def planned(
         )
         plan = _planned_somewhere(options, lambda chosen: planning(options=chosen))
         if options.upload is not None and not replacing:
+            from streammerge.storage.uploading import check_upload
+
             check_upload(options.upload, plan.output)
         if replacing:
             (input_claims(plan.inputs) + beside).check()

@@ -26,9 +26,7 @@ from streammerge.formats.safetensors import is_safetensors, read_header
 from streammerge.formats.shards import find_weights, is_index, read_index
 from streammerge.formats.tables import Column, Names
 from streammerge.formats.torchzip.archive import StoredView, is_torch_zip, legacy_torch_reason, read_torch_zip
-from streammerge.formats.torchzip.distributed import chunk_files, distributed_in, read_distributed
 from streammerge.formats.torchzip.state_dicts import NONE_LEFT, LeftTensors
-from streammerge.models.distributed import chunk_nodes
 from streammerge.models.hub import check_there, located
 from streammerge.tensors import TensorInfo
 
@@ -50,6 +48,10 @@ OTHERS: Final = {
 
 PIPELINE: Final = "diffusers pipeline"
 """What the container is called whose components have folders of their own."""
+
+
+DISTRIBUTED: Final = (".metadata", "pytorch_model_fsdp_0")
+"""What the folder of a distributed checkpoint of torch has in it, or Accelerate's around one."""
 
 
 ROW_BYTES: Final = 24
@@ -214,7 +216,11 @@ def _components(path: Path) -> Mapping[str, Path] | None:
 def _distributed(path: Path) -> Path | None:
     """The folder of a distributed checkpoint of torch, if one is meant."""
     with read_errors(path):
-        return distributed_in(path) if path.is_dir() else None
+        if not any((path / name).exists() for name in DISTRIBUTED):
+            return None
+        from streammerge.formats.torchzip.distributed import distributed_in  # late: few models are such
+
+        return distributed_in(path)
 
 
 def weights_file(path: Path) -> Path:
@@ -229,6 +235,8 @@ def model_files(path: Path) -> list[Path]:
     if components := _components(path):
         return [file for weights in components.values() for file in model_files(weights)]
     if distributed := _distributed(path):
+        from streammerge.formats.torchzip.distributed import chunk_files
+
         return chunk_files(distributed)
     path = weights_file(path)
     return read_index(path).shards if is_index(path) else [path]
@@ -330,6 +338,9 @@ def _open_shards(path: Path, entry: str) -> Checkpoint:
 
 def _open_distributed(path: Path, folder: Path, entry: str) -> Checkpoint:
     """The chunks of all ranks as one model; what lies beside the weights is that of the folder which was named."""
+    from streammerge.formats.torchzip.distributed import read_distributed
+    from streammerge.models.distributed import chunk_nodes
+
     found = read_distributed(folder, entry)
     nodes, files = chunk_nodes(folder, found, _torch_node)
     chunks = sum(len(tensor.chunks) for tensor in found.tensors.values())

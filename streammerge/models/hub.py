@@ -15,7 +15,6 @@ from typing import Final
 
 from streammerge.errors import CheckpointError
 from streammerge.formats.shards import is_model
-from streammerge.models.downloads import download, is_offline, is_whole
 
 SCHEME: Final = "hf://"
 
@@ -66,6 +65,8 @@ def cache_of(environment: Mapping[str, str] = os.environ) -> Path:
 
 def find(name: HubName) -> Path:
     """The folder of a model in the cache, into which it is fetched if it isn't there, or not all of it."""
+    from streammerge.models.downloads import download, is_offline, is_whole  # late: most models are files
+
     folder = cache_of() / name.folder
     if not folder.is_dir():
         return download(name.name, name.revision, folder.parent)

@@ -31,7 +31,6 @@ from streammerge.models.tied import with_heads
 from streammerge.models.vocabularies import check_one_vocabulary
 from streammerge.plan.adapting import told_of, with_adapters
 from streammerge.plan.decide import merge_models
-from streammerge.plan.mixing import mixture_of
 from streammerge.plan.naming import of_models
 from streammerge.plan.plan import Plan
 from streammerge.plan.summing import is_sum, sum_of_adapters
@@ -81,6 +80,8 @@ class OpenInputs:
             return self._stack(recipe, within, of_models(naming))
         models = self._models(recipe, within)
         if recipe.mixture is not None:
+            from streammerge.plan.mixing import mixture_of  # late: who builds no mixture needs none of it
+
             return told_of(mixture_of(recipe, recipe.mixture, models, naming), models)
         if is_sum(recipe, models):
             return sum_of_adapters(recipe, models, naming)

@@ -12,7 +12,6 @@ from streammerge.errors import PlanError, count, listed, plural
 from streammerge.models.adapters.dialects import Dialect
 from streammerge.models.dialects import Component, Naming, Reading, Recognised, read_as, recognise
 from streammerge.models.dialects.translation import Translated
-from streammerge.models.mixtures.layouts import ExpertsAs, experts_as
 from streammerge.models.views import Decoded, Selected, node_of
 from streammerge.recipe.options import NAMINGS
 from streammerge.tensors import Model, TensorInfo
@@ -29,11 +28,13 @@ class Named:
 
     models: Mapping[str, Model]
     remarks: tuple[str, ...] = ()
+    experts: int = 0
+    """What is kept in memory of experts that are stored otherwise."""
 
     @property
     def kept_bytes(self) -> int:
         """What is kept in memory of other names."""
-        return sum(model.kept_bytes for model in self.models.values() if isinstance(model, Translated | ExpertsAs))
+        return sum(model.kept_bytes for model in self.models.values() if isinstance(model, Translated)) + self.experts
 
 
 def of_models(naming: Naming | Dialect | None) -> Naming | None:
@@ -66,15 +67,17 @@ def in_one_naming(models: Mapping[str, Model], layout: str) -> Named:
 
 def _in_one_form(models: Mapping[str, Model], layout: str, strangers: Sequence[str]) -> Named:
     """Mixtures with their experts stored as the layout's are; PlanError where they can't be seen so."""
-    seen, remarks = dict(models), list[str]()
+    from streammerge.models.mixtures.layouts import experts_as  # late: most models are no mixtures
+
+    seen, remarks, kept = dict(models), list[str](), 0
     own = Decoded(models[layout]).tensors
     for name in strangers:
         found = experts_as(models[name], own, name)
         if found is not None:
-            seen[name] = found
+            seen[name], kept = found, kept + found.kept_bytes
             told = f"its experts are stored otherwise than those of {layout}, and are read in that form"
             remarks.append(f"{name}: {told}")
-    return Named(seen, tuple(remarks))
+    return Named(seen, tuple(remarks), kept)
 
 
 def in_naming(model: Model, name: str, naming: Naming) -> Named:

@@ -20,7 +20,6 @@ from streammerge.models.dtypes import parse_dtype
 from streammerge.models.extent import MAX_DEPTH
 from streammerge.models.hub import SCHEME, located, name_of
 from streammerge.recipe.adapters import adapter_entry, adapters_of, is_recipe, with_lora
-from streammerge.recipe.mixtures import mixture_recipe
 from streammerge.recipe.parameters import parse_settings
 from streammerge.recipe.policies import EMA_POLICIES, MISSING_POLICIES, PREDICTION_POLICIES, SHAPE_POLICIES
 from streammerge.recipe.recipe import Input, Recipe, Rule, RuleAction, check_recipe
@@ -97,6 +96,8 @@ class _RecipeParser:
         if "slices" in raw:
             return self._stack(raw)
         if "experts" in raw and "merge_method" not in raw:
+            from streammerge.recipe.mixtures import mixture_recipe
+
             return mixture_recipe(raw, self.where, self._input, distinct_names, self._base)
         self._check_keys(raw, KEYS, self.where)
         self._check_needed(raw)

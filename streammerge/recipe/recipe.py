@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from streammerge.errors import SHOWN, RecipeError
 from streammerge.methods import find_method
 from streammerge.models.dtypes import Storage
 from streammerge.recipe.effects import Kind, Place
-from streammerge.recipe.experts import Expert, Mixture
 from streammerge.recipe.parameters import Settings, describe_settings, holds_everywhere
 from streammerge.recipe.policies import (
     EMA_POLICIES,
@@ -24,6 +23,9 @@ from streammerge.recipe.policies import (
     PredictionPolicy,
     ShapePolicy,
 )
+
+if TYPE_CHECKING:
+    from streammerge.recipe.experts import Expert, Mixture
 
 RuleAction = Literal["merge", "take", "keep", "drop"]
 

@@ -103,7 +103,7 @@ def _form(gate_up: TensorInfo, down: TensorInfo | None, router: str, block: str)
     return "interleaved" if (block, router) == ("mlp", "router") else "transposed"
 
 
-def experts_as(model: Model, layout: Tensors, name: str) -> Model | None:
+def experts_as(model: Model, layout: Tensors, name: str) -> ExpertsAs | None:
     """A model with its experts in the form that those of a layout are in; None where nothing has to be changed.
 
     PlanError if they are in another form and can't be brought into that one.
