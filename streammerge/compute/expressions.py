@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 BLOCK: Final = 2**18
 """Elements that are computed at once at the most: few enough for the CPU's caches, enough to be worth the calls."""
 
-
 PIECE: Final = 2**17
 """Elements that methods are given at once, which make many temporary tensors of that size. Both are constants, because
 sums over a tensor are taken block by block, and random numbers piece by piece, whatever the threads and limits."""
@@ -49,10 +48,9 @@ class Stored:
 class Viewed:
     """A tensor spread over another's flat elements, as strides say; outside `inner` it is `around`, or else zero.
 
-    Element (i, j, …) is `source[offset + i·stride₀ + j·stride₁ + …]` where i, j, … lie inside `inner`, else that of
-    `around`, a tensor of the same shape. It serves torch's strided storages (inner = shape), slices (inner = shape, the
-    source's strides), zero padding, and what is put into the corner of a larger tensor; or into its midst, if `first`
-    is not empty: i, j, … are counted from there.
+    Element (i, j, …), counted from `first` if it isn't empty, is `source[offset + i·stride₀ + j·stride₁ + …]` inside of
+    `inner`, else that of `around`, a tensor of the same shape. It serves torch's strided storages (inner = shape),
+    slices (the source's strides), zero padding, and what is put into the corner or the midst of a larger tensor.
     """
 
     info: TensorInfo
@@ -213,13 +211,10 @@ ModelStatistics = dict[Together, Any]
 """The statistics of tensors that have been measured together. They are no part of the expressions: who carries out a
 merge, or reads from one, holds them and hands them on."""
 
-
 Node = Stored | Viewed | Joined | Rounded | Product | External | Combined | ByGram | ByBlock | ByWhole
-
 
 Applied = ByGram | ByBlock | ByWhole
 """A method applied to inputs, of which something must be known before a block can be computed."""
-
 
 Surveyed = Applied | Product
 """What may have to be gone over, or held, before a block of it can be computed."""

@@ -15,7 +15,7 @@ from streammerge.models.checkpoints import Checkpoint
 from streammerge.models.configs import DTYPE_KEYS, config_in, embedding_and_head, main_dtype
 from streammerge.models.decisions import Decision, Decisions
 from streammerge.models.dialects import Naming
-from streammerge.models.dtypes import parse_dtype, stored_as
+from streammerge.models.dtypes import Scaled, parse_dtype, stored_as
 from streammerge.models.folders import root_of
 from streammerge.models.merged import Merged
 from streammerge.models.mixtures.architectures import ARCHITECTURES, PARTS, Architecture, filled, fitting
@@ -52,7 +52,7 @@ def mixture_of(recipe: Recipe, mixture: Mixture, models: Mapping[str, Model], na
     _check_activations(configs)
     values = {name: Decoded(models[name]) for name in called}
     config = configs[recipe.base.name]
-    dtype = recipe.dtype or _dtype(config, values[recipe.base.name])
+    dtype = _dtype(recipe, config, values[recipe.base.name])
     builder = _Builder(recipe, mixture, architecture, values, recipe.base.name, config)
     places = builder.places()
     gates = _Gates(recipe, mixture, models[recipe.base.name], values[recipe.base.name])
@@ -123,10 +123,15 @@ def _check_activations(configs: Mapping[str, Mapping[str, Any]]) -> None:
         )
 
 
-def _dtype(config: Mapping[str, Any], values: Decoded) -> DType | None:
-    """The dtype of the base model, by its config or else by its tensors."""
+def _dtype(recipe: Recipe, config: Mapping[str, Any], values: Decoded) -> DType | None:
+    """The dtype that is asked for, or else that of the base model, by its config or by its tensors."""
+    if isinstance(recipe.dtype, Scaled):
+        raise PlanError("a mixture is stored in one dtype, without scales", advice="Choose another --dtype.")
+    if recipe.dtype is not None:
+        return recipe.dtype
     said = next((config[key] for key in DTYPE_KEYS if isinstance(config.get(key), str)), main_dtype(values.tensors))
-    return parse_dtype(said, "config.json") if said else None
+    found = parse_dtype(said, "config.json") if said else None
+    return found if isinstance(found, DType) else None
 
 
 @dataclass(frozen=True)
