@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import streammerge
 from streammerge.cli.main import main
 from streammerge.errors import PlanError
+from streammerge.storage.fingerprint import can_be_told
 from tests.make.folders import HIDDEN, TOKENIZER, llama_config, llama_tensors, save_folder
 
 EXPERTS: list[dict[str, Any]] = [
@@ -106,6 +107,12 @@ def test_it_is_computed_again_from_its_metadata(models, capsys):
     assert "Every byte is what the recipe gives." in capsys.readouterr().out
     assert main(["plan", "moe.yaml", "-o", "out2"]) == 0
     assert "gates: cheap_embed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", ["cheap_embed", "random"])
+def test_it_can_be_resumed_for_everybody_can_tell_what_its_gates_are(models, mode):
+    plan = streammerge.make_plan({**RECIPE, "gate_mode": mode}, output="out")
+    assert can_be_told(plan)
 
 
 @pytest.mark.parametrize("mode", ["random", "uniform_random"])

@@ -129,7 +129,7 @@ class EmbeddedGates:
     def node(self) -> Node:
         """The gates of any layer."""
         name, info = next(iter(self.tensors.items()))
-        return External(info, self, name)
+        return External(info, self, name, told=name)
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the gates."""
@@ -157,9 +157,8 @@ class EmbeddedGates:
 
 
 def _unit(vector: torch.Tensor) -> torch.Tensor:
-    """The vector as long as 1."""
-    length: torch.Tensor = vector.norm().clamp(min=LEAST)
-    return vector / length
+    """The vector as long as 1; its squares are added up exactly, so that all machines agree."""
+    return vector / max(math.sqrt(math.fsum((vector * vector).tolist())), LEAST)
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +180,7 @@ class RandomGates:
     def node(self) -> Node:
         """The gates of this layer."""
         name, info = next(iter(self.tensors.items()))
-        return External(info, self, name)
+        return External(info, self, name, told=name)
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the gates."""
