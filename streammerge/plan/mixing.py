@@ -14,7 +14,6 @@ from streammerge.methods import find_method
 from streammerge.models.checkpoints import Checkpoint
 from streammerge.models.configs import DTYPE_KEYS, config_in, embedding_and_head, main_dtype
 from streammerge.models.decisions import Decision, Decisions
-from streammerge.models.dialects import Naming
 from streammerge.models.dtypes import Scaled, parse_dtype, stored_as
 from streammerge.models.folders import root_of
 from streammerge.models.merged import Merged
@@ -41,7 +40,7 @@ class _Place(NamedTuple):
     expert: Expert | None = None
 
 
-def mixture_of(recipe: Recipe, mixture: Mixture, models: Mapping[str, Model], naming: Naming | None = None) -> Merged:
+def mixture_of(recipe: Recipe, mixture: Mixture, models: Mapping[str, Model], naming: str | None = None) -> Merged:
     """The mixture as a merge, its base being the layout; PlanError if the models don't make one."""
     assert recipe.base is not None
     if naming is not None:
