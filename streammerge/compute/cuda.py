@@ -96,7 +96,11 @@ class CudaLane(StagedLane):
 
     def fetch_together(self, made: Sequence[torch.Tensor]) -> Packed:
         """Small tensors on their way as one: each copy takes as long as some kilobytes."""
-        flat = [values.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8) for values in made if values.numel()]
+        flat = [
+            values.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8)
+            for values in made
+            if values.numel()
+        ]
         forms = [(values.shape, values.dtype) for values in made]
         return Packed(forms, self.fetch([torch.cat(flat)] if flat else []))
 
