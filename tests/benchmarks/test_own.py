@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from benchmarks import inputs, own
+from benchmarks import checking, inputs, own
 from benchmarks.cases import CASES, COMPARED, Case
+from benchmarks.peers.plain import PLAIN
 from benchmarks.tools import CannotRun, Job
 
+MERGES = [case for case in COMPARED if case.merge.method != "bake"]
+"""The cases that have recipes; what is baked is a command."""
 
-@pytest.mark.parametrize("case", COMPARED, ids=lambda case: case.name)
+
+@pytest.mark.parametrize("case", MERGES, ids=lambda case: case.name)
 def test_own_recipes_are_recipes(case: Case, tmp_path):
     from streammerge.recipe.parse import parse_recipe
 
@@ -21,6 +27,20 @@ def test_own_recipes_are_recipes(case: Case, tmp_path):
     bound = {role: tmp_path / role for role in case.merge.roles}
     recipe = parse_recipe(raw, tmp_path, bound, "recipe")
     assert recipe.method == case.merge.method
+
+
+@pytest.mark.parametrize("tool", ["streammerge", "script"])
+def test_an_adapter_is_put_in_right(made, tmp_path, tool):
+    case = CASES["bake"]
+    models = inputs.find_or_make(case, made, quick=True)
+    (tmp_path / "out").mkdir()
+    job = Job(case, models, tmp_path / "out", tmp_path, Path(sys.executable))
+    command = own.command(job, case.merge, case.layout) if tool == "streammerge" else PLAIN.command(job)
+    subprocess.run(command.words, check=True, capture_output=True)
+    verdict = checking.check(case.merge, case.layout, models, tmp_path / "out")
+    assert verdict.ok, verdict.text
+    wrong = replace(case.merge, weights=(1.0, 0.5))
+    assert not checking.check(wrong, case.layout, models, tmp_path / "out").ok
 
 
 @pytest.mark.parametrize("name", sorted(CASES["methods"].variants))

@@ -28,7 +28,7 @@ COMPARED = [case for case in CASES.values() if case.peers]
 TOOLS = {tool.name: tool for tool in PEERS}
 
 RUNS = {
-    "script": {"article-fp16", "sdxl", "slerp", "llama", "sixteen", "one-tensor"},
+    "script": {"article-fp16", "bake", "sdxl", "slerp", "llama", "sixteen", "one-tensor"},
     "article-script": {"article-fp32-ckpt"},
     "mergekit-pytorch": {"article-fp16", "article-fp32-ckpt", "sdxl", "slerp", "ties", "sixteen", "one-tensor"},
     "mergekit-yaml": {"llama"},
