@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from streammerge.models.dialects import Naming, recognise
 from streammerge.models.dialects.translation import Translated
 from tests.make.diffusion import diffusion_model, part_of
 from tests.make.models import MemoryModel, Tensors, info_of, near, normal, save_model
+from tests.make.pipelines import INDEX
 
 PAGE = make.ROOT / "docs" / "diffusion.md"
 
@@ -89,6 +91,11 @@ def below(prefix: str, tensors: Tensors) -> Tensors:
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
+def save_pipeline_part(folder: Path, stem: str, tensors: Tensors) -> None:
+    save_model(folder / f"{stem}.safetensors", tensors)
+    (folder / "config.json").write_text(json.dumps({"_class_name": "X"}))
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
@@ -97,7 +104,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipeline = in_naming(diffusion_model("sd1", 10), "diffusers")
     for part in ("unet", "vae", "text_encoder"):
         stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
-        save_model(folder / "pipeline" / part / f"{stem}.safetensors", part_of(pipeline, f"{part}."))
+        save_pipeline_part(folder / "pipeline" / part, stem, part_of(pipeline, f"{part}."))
+    for name, values in (("scheduler/scheduler_config", {}), ("tokenizer/vocab", {}), ("model_index", INDEX)):
+        path = folder / "pipeline" / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(values))
     (folder / "by-block.yaml").write_text(RECIPE)
     return folder
 
@@ -119,4 +130,4 @@ def test_what_is_said_to_be_typed_can_be(command: str, files: Path, tmp_path: Pa
             (tmp_path / path.name).symlink_to(path, target_is_directory=path.is_dir())
     monkeypatch.chdir(tmp_path)
     assert main(words) == 0
-    assert not output or Path(output).is_file()
+    assert not output or Path(output).exists()
