@@ -254,7 +254,7 @@ def test_a_folder_of_peft_is_refused_as_an_adapter(tmp_path, capsys):
         save_model(tmp_path / name / "adapter_model.safetensors", tensors)
         (tmp_path / name / "adapter_config.json").write_text("{}")
         torch.save({}, tmp_path / name / "training_args.bin")
-    for more, told in ((["-m", "slerp"], "2 models are adapters"), ([], "an adapter of PEFT's is no sum's")):
+    for more, told in ((["-m", "slerp"], "2 models are adapters"), ([], "PEFT's adapters are folders")):
         words = [str(tmp_path / "a"), str(tmp_path / "b"), "-o", str(tmp_path / "out.safetensors"), *more]
         assert main(words) == 1
         assert told in capsys.readouterr().err
