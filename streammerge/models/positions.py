@@ -89,4 +89,4 @@ class Positions:
 def mended(name: str, shape: tuple[int, ...]) -> Node:
     """Positions as they should be."""
     info = described(DTYPES["I64"], shape)
-    return External(info, Positions({name: info}), name)
+    return External(info, Positions({name: info}), name, told="0, 1, 2 …")

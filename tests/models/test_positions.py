@@ -8,6 +8,8 @@ import torch
 import streammerge
 from streammerge.models.positions import broken_positions
 from tests.make.models import MemoryModel, load_model, merge_to, save_model, save_models
+from tests.storage.outputs import digests
+from tests.storage.stopped_merges import run, stop, whole
 
 NAME = "cond_stage_model.transformer.text_model.embeddings.position_ids"
 WEIGHT = "cond_stage_model.transformer.text_model.final_layer_norm.weight"
@@ -48,6 +50,18 @@ def test_broken_ones_are_told_and_mended(tmp_path, case):
     made = merge_to(tmp_path / "out.safetensors", recipe, verify=True)[NAME]
     assert made.dtype == torch.int64
     assert torch.equal(made, torch.arange(broken.numel()).reshape(broken.shape))
+
+
+def test_a_merge_that_mends_them_is_resumed(tmp_path, monkeypatch):
+    weights = {f"model.diffusion_model.{number}": torch.full((300, 300), float(number)) for number in range(6)}
+    paths = save_models(tmp_path, a=encoder(BROKEN["averaged"]) | weights, b=encoder() | weights)
+    raw = {"merge_method": "linear", "models": list(map(str, paths.values()))}
+    right = whole(raw, tmp_path / "whole")
+    stop(monkeypatch, raw, tmp_path / "out" / "out.safetensors", after=1)
+    told: list[str] = []
+    run(raw, tmp_path / "out" / "out.safetensors", told.append, resume=True)
+    assert any("resum" in line for line in told)
+    assert digests(tmp_path / "out") == right
 
 
 def test_reports_tell_it(tmp_path):
