@@ -21,6 +21,10 @@ LEAST_SINE: Final = 1e-6
 """Below this sine of an angle float32 tensors no longer tell in which plane it lies."""
 
 
+LEAST_SUM: Final = 1e-6
+"""Below this sum of its weights mergekit's nuslerp takes the middle."""
+
+
 @method(GramMethod, base="first", models=(2, 2))
 def slerp(gram: Gram, *, t: float, lerp_norm: bool = False) -> list[float]:
     """θ = (sin((1−t)Ω) θ₁ + sin(tΩ) θ₂) / sin Ω,   cos Ω = ⟨θ₁, θ₂⟩ / ‖θ₁‖‖θ₂‖
@@ -47,19 +51,19 @@ def nuslerp_slices(parameters: Mapping[str, ParameterValue]) -> Slices | None:
     return "columns" if parameters["nuslerp_row_wise"] else "rows"
 
 
-@method(GramMethod, base="optional", models=(2, 2), slices=nuslerp_slices, check=check_weights)
+@method(GramMethod, base="optional", models=(2, 2), slices=nuslerp_slices)
 def nuslerp(
     gram: Gram, *, weight: PerModel = (1.0,), nuslerp_flatten: bool = True, nuslerp_row_wise: bool = False
 ) -> list[float]:
     """θ = θ₀ + (sin((1−t)Ω) δ₁ + sin(tΩ) δ₂) / sin Ω,   δᵢ = θᵢ − θ₀,   t = w₂ / (w₁ + w₂)
 
-    mergekit's NuSLERP. Without a base θ₀ is zero. Weights that sum to zero are refused (mergekit takes t = ½). Zero
+    mergekit's NuSLERP. Without a base θ₀ is zero. Where weights cancel to less than 1e-6, t is ½, as in mergekit. Zero
     tensors, and those whose angle is 0 or 180°, are interpolated linearly. Not flattened, each row (along the last
     dimension; of convolutions each filter) is interpolated on its own, or with `nuslerp_row_wise`, as in mergekit, each
     column.
     """
-    t = normalized(weight)[1]
     vectors, has_base = directions(gram, weight)
+    t = normalized(weight)[1] if abs(net(*weight)) >= LEAST_SUM else 0.5
     return around_base(arc(vectors.cosine(0, 1), t), has_base=has_base)
 
 

@@ -18,15 +18,13 @@ from streammerge.models.folders import ModelFolder, read_folder, root_of, stem_o
 from streammerge.models.merged import Merged
 from streammerge.plan.beside import CONFIG, Beside, card_beside, kept_of, of_a_file, stated_in
 from streammerge.plan.pipelines import PipelineFolder, pipeline_of
+from streammerge.plan.templates import wanted_template, with_template
 from streammerge.recipe.options import Options
 from streammerge.recipe.recipe import Recipe
 from streammerge.tensors import Model
 
 ADAPTER: Final = "adapter_model"
 """How PEFT calls the file of an adapter's weights."""
-
-TEMPLATE: Final = "chat_template.jinja"
-"""Where libraries look for a chat template first."""
 
 
 def beside_output(merged: Merged, recipe: Recipe | None, output: Path, options: Options) -> Beside:
@@ -44,10 +42,11 @@ def beside_output(merged: Merged, recipe: Recipe | None, output: Path, options: 
             advice=f"Use -o {output.with_suffix('')}, or other names.",
         )
     if is_file_name(output):
+        lost = [f"{output} is a file: the chat template is not written"] if recipe and recipe.chat_template else []
         whole = recipe is not None and not recipe.only
         of_pipeline = pipeline.path if (pipeline := pipeline_of(merged, options.names)) and whole else None
         told = (*of_a_file(output, folder, CONFIG), *of_a_file(output, of_pipeline, INDEX))
-        return Beside(details=told if options.companions else ())
+        return Beside(notes=tuple(lost), details=told if options.companions else ())
     if pipeline := pipeline_of(merged, options.names):
         return PipelineFolder(merged, recipe, output, options, pipeline).beside()
     stem = stem_of(root.path if isinstance(root, Checkpoint) else None)
@@ -86,10 +85,11 @@ class _Folder:
         if adapted is not None and adapted.changed:
             made = Companion(CONFIG, adapted.encoded(), ", ".join(adapted.changed))
             kept = [made if each.name == CONFIG else each for each in kept]
-        if self.recipe is not None and self.recipe.chat_template:
-            made = Companion(TEMPLATE, self.recipe.chat_template.encode("utf-8", "replace"), "the recipe's")
-            kept = [*(each for each in kept if each.name != TEMPLATE), made]
         notes = [f"{CONFIG}: {note}" for note in (adapted.notes if adapted else ())]
+        if self.recipe is not None and self.recipe.chat_template:
+            text, why = wanted_template(self.recipe.chat_template, self._paths())
+            kept = list(with_template(kept, self.found.path, text, why)) if text else kept
+            notes += [] if text else [f"chat_template: {why}, so there is none in the output"]
         if self.recipe is not None and self.options.metadata:
             library = "diffusers" if "_class_name" in (config or {}) else self.found.library
             card, told = card_beside(self.recipe, self.output, library)

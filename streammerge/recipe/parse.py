@@ -18,14 +18,14 @@ from typing import Any, Final
 from streammerge.errors import CheckpointError, RecipeError, suggestion
 from streammerge.models.dtypes import parse_dtype
 from streammerge.models.extent import MAX_DEPTH
-from streammerge.models.hub import SCHEME, located, name_of
+from streammerge.models.hub import located, name_of
 from streammerge.recipe.adapters import adapter_entry, adapters_of, is_recipe, with_lora
+from streammerge.recipe.naming import distinct_names, file_of, revised, same_source, unused_name
 from streammerge.recipe.parameters import parse_settings
 from streammerge.recipe.policies import EMA_POLICIES, MISSING_POLICIES, PREDICTION_POLICIES, SHAPE_POLICIES
 from streammerge.recipe.recipe import Input, Recipe, Rule, RuleAction, check_recipe
 from streammerge.recipe.slices import STACK_KEYS, check_slice, named_apart, parse_layers, slice_recipes
 from streammerge.recipe.spellings import (
-    parse_chat_template,
     parse_flag,
     parse_globs,
     parse_key,
@@ -34,6 +34,7 @@ from streammerge.recipe.spellings import (
     parse_seed,
     wants_one_vocabulary,
 )
+from streammerge.recipe.templates import parse_chat_template
 
 __all__ = ["Input", "Recipe", "Rule", "check_recipe"]
 
@@ -267,7 +268,7 @@ class _RecipeParser:
         if isinstance(model, dict) and "merge_method" in model:
             return self._nested(model, f"{where}: nested recipe")
         while isinstance(model, dict) and (len(model) == 1 or "revision" in model):  # mergekit: {model: {path: …}}
-            model = model.get("model", _revised(model, where))
+            model = model.get("model", revised(model, where))
         if not isinstance(model, str) or not model:
             raise RecipeError(f"{where}: expected a path or a recipe, found {model!r}")
         if model in self.bindings:
@@ -312,7 +313,7 @@ class _RecipeParser:
         if not all(same_source(called[0], entry) for entry in called):
             raise RecipeError(
                 f"{where}: {len(called)} models are called {name!r}",
-                found=[f"{each.name}   {_file_of(each)}".rstrip() for each in called],
+                found=[f"{each.name}   {file_of(each)}".rstrip() for each in called],
                 advice="Say which by its path, or give them names of their own (NAME=MODEL, or name: in a recipe).",
             )
 
@@ -355,45 +356,3 @@ class _RecipeParser:
         keeps_dtype = "dtype" in raw and dtype is None
         rule = Rule(tuple(globs), action, model, parameters, dtype, component, keeps_dtype)
         return replace(recipe, rules=(*recipe.rules, rule))
-
-
-def _revised(model: Mapping[str, Any], where: str) -> Any:  # noqa: ANN401
-    """What mergekit's `{path: …, revision: …}` says as one word: only models of the hub have revisions."""
-    path, revision = model.get("path"), model.get("revision")
-    if revision is None:
-        return path
-    if not isinstance(path, str) or not isinstance(revision, str) or not model.keys() <= {"path", "revision"}:
-        raise RecipeError(f"{where}: expected a path and a revision, found {dict(model)!r}")
-    return f"{SCHEME}{path.removeprefix(SCHEME)}@{revision}"
-
-
-def distinct_names(inputs: list[Input]) -> list[Input]:
-    """The inputs with their names made different, where two files have the same: `model`, `model#2`."""
-    named: dict[str, Input] = {}
-    numbers: dict[str, int] = {}
-    for entry in inputs:
-        name = entry.name
-        while name in named:
-            numbers[entry.name] = numbers.get(entry.name, 1) + 1
-            name = f"{entry.name}#{numbers[entry.name]}"
-        named[name] = replace(entry, name=name)
-    return list(named.values())
-
-
-def _file_of(entry: Input) -> str:
-    """The input's path; nothing for a nested recipe."""
-    return str(entry.source) if isinstance(entry.source, Path) else ""
-
-
-def same_source(one: Input, other: Input) -> bool:
-    """Whether two inputs are the same path, or the same recipe, with the same adapters in it."""
-    if one.adapters != other.adapters:
-        return False
-    if isinstance(one.source, Path) and isinstance(other.source, Path):
-        return one.source.absolute() == other.source.absolute() and one.entry == other.entry
-    return one.source == other.source
-
-
-def unused_name(name: str, recipe: Recipe) -> str:
-    """The name, or one made of it that no input has yet."""
-    return distinct_names([*recipe.named.values(), Input(name, Path())])[-1].name

@@ -41,9 +41,6 @@ def parse_name(raw: Any, where: str) -> str:  # noqa: ANN401
 
 VOCABULARIES: Final = "tokenizer_source"
 
-MIN_TEMPLATE: Final = 20
-"""The shortest chat template, in characters: what is shorter is a word of mergekit's for one of its own."""
-
 
 def wants_one_vocabulary(raw: Mapping[str, Any], where: str) -> bool:
     """Whether a recipe asks, as mergekit's does, for the tokens of its models to be brought together.
@@ -64,18 +61,6 @@ def wants_one_vocabulary(raw: Mapping[str, Any], where: str) -> bool:
                 advice="Remove the key if the models have the same tokens.",
             )
     return True
-
-
-def parse_chat_template(raw: Any, where: str) -> str:  # noqa: ANN401
-    """The text of a chat template, "" where there is none; one that is only named is refused."""
-    if raw is None:
-        return ""
-    if isinstance(raw, str) and len(raw) >= MIN_TEMPLATE and "{" in raw:
-        return raw
-    raise RecipeError(
-        f"{where}: chat_template must be the text of a template, found {str(raw)[:40]!r}",
-        advice="Write out the template; without the key the layout's own is copied.",
-    )
 
 
 def parse_part(raw: Any, where: str) -> str:  # noqa: ANN401

@@ -18,6 +18,7 @@ CASES = [
     Case("slerp", 1, base=True, parameters={"t": 0.3}),
     Case("nuslerp", 2, parameters={"weight": [1.0, 2.0]}),
     Case("nuslerp", 2, base=True, parameters={"weight": [0.6, 0.4]}),
+    Case("nuslerp", 2, parameters={"weight": [-0.5, 0.5]}),
     Case("multislerp", 3, parameters={"weight": [1.0, 2.0, 4.0]}),
     Case("multislerp", 2, base=True, parameters={"weight": [0.3, 0.7]}),
     Case("karcher", 3),

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from streammerge.errors import RecipeError
-from streammerge.recipe.parse import Input, distinct_names, parse_recipe
+from streammerge.recipe.naming import distinct_names
+from streammerge.recipe.parse import Input, parse_recipe
 from tests.recipe.short_recipes import FOLDER, arithmetic, linear, names
 
 

@@ -106,8 +106,8 @@ def test_a_vocabulary_is_read_piece_by_piece(tmp_path):
         ({"tokenizer": {"source": "A", "pad_to_multiple_of": 8}}, "asks for a merged vocabulary"),
         ({"tokenizer": "A"}, "tokenizer must be a map"),
         ({"tokenizer": {"source": "A"}, "tokenizer_source": "A"}, "can't be combined"),
-        ({"chat_template": "chatml"}, "chat_template must be the text of a template, found 'chatml'"),
-        ({"chat_template": 7}, "chat_template must be the text"),
+        ({"chat_template": "chat-ml"}, "chat_template must be a name, or the text of a template in Jinja, found 'chat"),
+        ({"chat_template": 7}, "chat_template must be a name"),
     ],
 )
 def test_what_would_need_more_is_refused(keys, said):

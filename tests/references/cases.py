@@ -45,6 +45,7 @@ CASES: Final[Sequence[Case]] = (
     Case("nuslerp", 2, parameters={"weight": [1.0, 2.0]}),
     Case("nuslerp", 2, base=True, parameters={"weight": [0.6, 0.4]}),
     Case("nuslerp", 2, base=True, parameters={"weight": [0.5, -0.2]}),
+    Case("nuslerp", 2, base=True, parameters={"weight": [0.5, -0.5]}),
     Case("nuslerp", 2, parameters={"weight": [1.0, 2.0], "nuslerp_flatten": False}),
     Case("nuslerp", 2, base=True, parameters={"nuslerp_flatten": False, "nuslerp_row_wise": True}),
     Case("multislerp", 2, parameters={"weight": [0.3, 0.7]}),
