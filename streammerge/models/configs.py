@@ -19,7 +19,7 @@ from typing import Any, Final
 from streammerge.errors import CheckpointError
 from streammerge.formats.header_entries import MalformedHeaderError
 from streammerge.models.codes import find_quantised
-from streammerge.models.layers import Layers, read_config, sections
+from streammerge.models.layers import Layers, read_config, sections, tower_of
 from streammerge.tensors import TensorInfo
 
 Tensors = Mapping[str, TensorInfo]
@@ -29,6 +29,10 @@ DTYPE_KEYS: Final = ("torch_dtype", "dtype")
 
 COUNT_KEYS: Final = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """What the number of layers is called."""
+
+ENCODER_COUNTS: Final = ("num_layers", "encoder_layers", "num_hidden_layers")
+DECODER_COUNTS: Final = ("num_decoder_layers", "decoder_layers")
+"""What it is called for the halves of an encoder-decoder."""
 
 NUMBERED_KEYS: Final = (
     *("first_k_dense_replace", "mlp_only_layers", "decoder_sparse_step", "moe_layer_start_index", "attn_layer_offset"),
@@ -159,18 +163,36 @@ def _rows(tensors: Tensors) -> set[int]:
 
 
 def _layers(values: dict[str, Any], before: Tensors, after: Tensors) -> Iterator[str]:
-    """The layers of the stack that has the number of them that the config says."""
+    """The layers of the stack that has the number of them that the config says: of each tower, and of each half of an
+    encoder-decoder, its own."""
     old, new = Layers.of(before).counts, Layers.of(after).counts
-    moved = {old[stack]: new[stack] for stack in old.keys() & new.keys() if old[stack] != new[stack]}
-    for section in _parts(values) if moved else ():
-        for key in COUNT_KEYS:
-            if section.get(key) in moved and not isinstance(section[key], bool):
-                yield from _set(section, key, moved[section[key]])
+    moved = {
+        (tower_of(stack), _half(stack, values), old[stack]): new[stack]
+        for stack in old.keys() & new.keys()
+        if old[stack] != new[stack]
+    }
+    towers = {tower_of(stack) for stack in old}
+    for path, section in sections(values) if moved else ():
+        tower = tower_of(path) if path or 0 in towers else min(towers)
+        for half, keys in enumerate((COUNT_KEYS, ENCODER_COUNTS, DECODER_COUNTS)):
+            for key in keys:
+                place = (tower, half, section.get(key))
+                if place in moved and not isinstance(section[key], bool) and isinstance(section, dict):
+                    yield from _set(section, key, moved[place])
+
+
+def _half(stack: str, values: Mapping[str, Any]) -> int:
+    """1 for the encoder of an encoder-decoder, 2 for its decoder, 0 for what is neither."""
+    if not values.get("is_encoder_decoder"):
+        return 0
+    return 2 if "decoder" in stack.split(".") else 1
 
 
 def _by_layer(values: dict[str, Any], config: Mapping[str, Any], layers: Sequence[int]) -> Iterator[str]:
     """What is listed for every layer, for those that there are now."""
-    for section, (_, old) in zip(_parts(values), sections(config), strict=True):
+    for section, (path, old) in zip(_parts(values), sections(config), strict=True):
+        if tower_of(path):  # the layers are those of the language model
+            continue
         counts = {old[key] for key in COUNT_KEYS if key in old}
         for key, value in old.items():
             if isinstance(value, list) and len(value) in counts and "layer" in key and max(layers) < len(value):

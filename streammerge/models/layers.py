@@ -89,8 +89,8 @@ def _configured(counts: Mapping[str, int], config: Mapping[str, Any]) -> dict[st
     said: dict[tuple[bool, int], set[int]] = {}
     for path, section in sections(config):
         for number in [number for key in _COUNTS if (number := _count(section.get(key), f"{path}.{key}"))][:1]:
-            said.setdefault((bool(path), _tower(path)), set()).add(number)
-    stacks = {_tower(stack): stack for stack in sorted(counts, key=lambda stack: counts[stack])}
+            said.setdefault((bool(path), tower_of(path)), set()).add(number)
+    stacks = {tower_of(stack): stack for stack in sorted(counts, key=lambda stack: counts[stack])}
     found = {stack: said.get((True, tower)) or said.get((False, tower), set()) for tower, stack in stacks.items()}
     return {stack: min(numbers) for stack, numbers in found.items() if len(numbers) == 1}
 
@@ -103,7 +103,7 @@ def sections(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, M
             yield from sections(value, f"{path}.{key}")
 
 
-def _tower(name: str) -> int:
+def tower_of(name: str) -> int:
     """Which part of a multimodal model is meant: 0 the language model, and one number for each of the others."""
     words = name.lower()
     return next((number for number, marks in enumerate(_TOWERS, 1) if any(mark in words for mark in marks)), 0)

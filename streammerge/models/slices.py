@@ -132,21 +132,27 @@ def _is_outside(name: str, span: Span, called: str) -> bool:
 
 def stacked(slices: Sequence[Merged]) -> Merged:
     """Merges of slices as one: every tensor is that of the slice that has it."""
-    names = Names.of(name for merged in slices for name in merged.decisions.names.order)
-    homes = array("I", (number for number, merged in enumerate(slices) for _ in range(len(merged.decisions))))
+    return joined({f"slice {number}": merged for number, merged in enumerate(slices, 1)}, _remarks(slices))
+
+
+def joined(merges: Mapping[str, Merged], remarks: tuple[str, ...]) -> Merged:
+    """Merges of parts of models, by what these are called, as one: every tensor is that of the part that has it."""
+    parts = list(merges.values())
+    names = Names.of(name for merged in parts for name in merged.decisions.names.order)
+    homes = array("I", (number for number, merged in enumerate(parts) for _ in range(len(merged.decisions))))
 
     def decide(name: str) -> Decision:
-        return slices[homes[names.places[name]]].decisions.of(name)
+        return parts[homes[names.places[name]]].decisions.of(name)
 
-    extents = [merged.extent for merged in slices]
-    first, own = slices[0], [merged.decisions.names for merged in slices]
+    extents = [merged.extent for merged in parts]
+    first, own = parts[0], [merged.decisions.names for merged in parts]
     return replace(
         first,
         decisions=Decisions(names.order, decide),
-        left_out=_joined([merged.left_out for merged in slices]),
-        lacking=_joined([merged.lacking for merged in slices]),
-        kept_bytes=sum(merged.kept_bytes for merged in slices) + names_bytes(own),
-        remarks=_remarks(slices),
+        left_out=_joined({called: merged.left_out for called, merged in merges.items()}),
+        lacking=_joined({called: merged.lacking for called, merged in merges.items()}),
+        kept_bytes=sum(merged.kept_bytes for merged in parts) + names_bytes(own),
+        remarks=remarks,
         extent=Extent(
             max(extent.depth for extent in extents),
             max(extent.parts for extent in extents),
@@ -155,8 +161,8 @@ def stacked(slices: Sequence[Merged]) -> Merged:
     )
 
 
-def _joined(names: Sequence[Mapping[str, tuple[str, ...]]]) -> dict[str, tuple[str, ...]]:
-    return {f"slice {number}/{model}": each for number, part in enumerate(names, 1) for model, each in part.items()}
+def _joined(names: Mapping[str, Mapping[str, tuple[str, ...]]]) -> dict[str, tuple[str, ...]]:
+    return {f"{called}/{model}": each for called, part in names.items() for model, each in part.items()}
 
 
 def _remarks(slices: Sequence[Merged]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from streammerge.models.adapters.files import read_adapter
 from streammerge.models.adapters.recognition import refuse_adapters
 from streammerge.models.checkpoints import Checkpoint
 from streammerge.models.merged import Merged
-from streammerge.models.views import beneath
+from streammerge.models.views import View, beneath
 from streammerge.plan.tuning import Tuning
 from streammerge.recipe.parameters import WEIGHT
 from streammerge.recipe.recipe import Input, Recipe
@@ -49,7 +49,7 @@ def weight_of(value: ParameterValue) -> float:
 
 def told_of(merged: Merged, models: dict[str, Model]) -> Merged:
     """The merge, with the accounts of adapters that are in its inputs, and what is kept of these."""
-    own = [model for model in models.values() if isinstance(model, Adapted)]
+    own = [found for model in models.values() if (found := _adapted_in(model)) is not None]
     inner = [account for model in models.values() for account in getattr(beneath(model), "accounts", ())]
     accounts = tuple(account for model in own for account in model.accounts)
     if not accounts and not inner:
@@ -61,3 +61,10 @@ def told_of(merged: Merged, models: dict[str, Model]) -> Merged:
         accounts=(*accounts, *inner),
         kept_bytes=merged.kept_bytes + sum(model.kept_bytes for model in own),
     )
+
+
+def _adapted_in(model: Model) -> Adapted | None:
+    """The model with adapters in it that this is, or is a view of."""
+    while isinstance(model, View) and not isinstance(model, Adapted):
+        model = model.model
+    return model if isinstance(model, Adapted) else None

@@ -16,6 +16,7 @@ from streammerge.models.checkpoints import Checkpoint
 from streammerge.models.configs import OF_DIFFUSERS, Adapted, adapt, config_in, embedding_and_head
 from streammerge.models.folders import ModelFolder, read_folder, root_of, stem_of
 from streammerge.models.merged import Merged
+from streammerge.models.modules import ROLES
 from streammerge.plan.beside import CONFIG, Beside, card_beside, kept_of, of_a_file, stated_in
 from streammerge.plan.pipelines import PipelineFolder, pipeline_of
 from streammerge.plan.templates import wanted_template, with_template
@@ -86,6 +87,8 @@ class _Folder:
             made = Companion(CONFIG, adapted.encoded(), ", ".join(adapted.changed))
             kept = [made if each.name == CONFIG else each for each in kept]
         notes = [f"{CONFIG}: {note}" for note in (adapted.notes if adapted else ())]
+        if self.recipe is not None and is_renamed(self.recipe):
+            notes.append(f"{CONFIG} is that of the layout, whose tensors have other names here: see whether it fits")
         if self.recipe is not None and self.recipe.chat_template:
             text, why = wanted_template(self.recipe.chat_template, self._paths())
             kept = list(with_template(kept, self.found.path, text, why)) if text else kept
@@ -106,10 +109,19 @@ class _Folder:
 
     def _layers(self) -> list[int] | None:
         """Which of the layout's layers each is, in a stack of slices."""
-        if self.recipe is None or not self.recipe.is_stack:
+        stack = self._stack()
+        if stack is None:
             return None
-        firsts = [entry.source.inputs[0] for entry in self.recipe.inputs if isinstance(entry.source, Recipe)]
+        firsts = [entry.source.inputs[0] for entry in stack.inputs if isinstance(entry.source, Recipe)]
         return [number for first in firsts if first.layers is not None for number in range(*first.layers)]
+
+    def _stack(self) -> Recipe | None:
+        """The stack of slices that the layers of the language model are."""
+        recipe = self.recipe
+        if recipe is None or not recipe.by_module:
+            return recipe if recipe is not None and recipe.is_stack else None
+        stacks = {each.name: each.source for each in recipe.inputs if isinstance(each.source, Recipe)}
+        return next((each for name, each in stacks.items() if each.is_stack and ROLES.get(name) == "text"), None)
 
     def _unties(self, config: Mapping[str, Any]) -> bool:
         """Whether the output's embeddings, tied in the layout, come out as others than the input's."""
@@ -124,6 +136,12 @@ class _Folder:
 
     def _paths(self) -> list[Path]:
         return list(dict.fromkeys(self.recipe.paths())) if self.recipe is not None else []
+
+
+def is_renamed(recipe: Recipe) -> bool:
+    """Whether the layout's tensors have other names in the merge, for it is seen under other prefixes."""
+    layout = recipe.named[recipe.layout_name]
+    return bool(layout.prefixes) or (isinstance(layout.source, Recipe) and is_renamed(layout.source))
 
 
 def _needed(root: Model) -> Iterator[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -26,6 +27,8 @@ from streammerge.models.checkpoints import Checkpoint, open_model
 from streammerge.models.dialects import Naming
 from streammerge.models.extent import check_steps
 from streammerge.models.merged import Merged
+from streammerge.models.modules import Part, assembled, check_modules, layout_of, outside, rest_of
+from streammerge.models.prefixes import Prefixed
 from streammerge.models.slices import LayerRange, Span, stacked
 from streammerge.models.tied import with_heads
 from streammerge.models.vocabularies import check_one_vocabulary
@@ -39,6 +42,9 @@ from streammerge.recipe.metadata import Hashes, recipe_metadata, stored_names
 from streammerge.recipe.options import Options
 from streammerge.recipe.recipe import Input, Recipe
 from streammerge.tensors import Model
+
+PartOf = Callable[[Model], Model]
+"""What is meant of a model."""
 
 NESTED: Final = "Options are for the outer recipe: write them in this one, as keys (on_missing: keep) and rules."
 """What to say of advice that is meant for a nested recipe."""
@@ -67,18 +73,26 @@ class OpenInputs:
         """A checkpoint at this path that is open already, whichever its entry: for what it has in its files."""
         return next(opened for (key, _), opened in self.checkpoints.items() if key == path.resolve())
 
-    def merge(self, recipe: Recipe, within: Within = (), naming: Naming | Dialect | None = None) -> Merged:
+    def merge(
+        self,
+        recipe: Recipe,
+        within: Within = (),
+        naming: Naming | Dialect | None = None,
+        part: PartOf | None = None,
+    ) -> Merged:
         """The recipe as a model, its nested recipes opened first; `within` is where it stands in another, if it does.
 
-        It has its layout's names, unless a naming is asked for.
+        It has its layout's names, unless a naming is asked for; `part` gives what is meant of each model, if not all.
 
         Nested recipes that are equal are gone through once, unless random numbers have to differ.
         """
         if recipe.one_vocabulary:
             check_one_vocabulary(_folders(recipe))
+        if recipe.by_module:
+            return self._assembly(recipe, within, of_models(naming))
         if recipe.is_stack:
-            return self._stack(recipe, within, of_models(naming))
-        models = self._models(recipe, within)
+            return self._stack(recipe, within, of_models(naming), part)
+        models = self._models(recipe, within, part)
         if recipe.mixture is not None:
             from streammerge.plan.mixing import mixture_of  # late: who builds no mixture needs none of it
 
@@ -88,18 +102,37 @@ class OpenInputs:
         whole, told = with_heads(models) if recipe.on_missing == "error" else (models, [])
         return told_of(self._merged(recipe, whole, within, of_models(naming), told), models)
 
-    def _models(self, recipe: Recipe, within: Within) -> dict[str, Model]:
-        """The recipe's inputs by name, nested recipes made models, and adapters put into them."""
-        drop = recipe.on_missing == "drop"
-        return {
-            entry.name: with_adapters(entry, self._input(entry, recipe, (*within, place)), self.open, drop=drop)
-            for place, entry in recipe.by_place.items()
-        }
+    def _models(self, recipe: Recipe, within: Within, part: PartOf | None = None) -> dict[str, Model]:
+        """The recipe's inputs by name, nested recipes made models, adapters put into them, under the names wanted."""
+        drop, models = recipe.on_missing == "drop", {}
+        for place, entry in recipe.by_place.items():
+            model = with_adapters(entry, self._input(entry, recipe, (*within, place)), self.open, drop=drop)
+            model = Prefixed(model, entry.prefixes, entry.name) if entry.prefixes else model
+            models[entry.name] = model if part is None else part(model)
+        return models
 
-    def _stack(self, recipe: Recipe, within: Within, naming: Naming | None) -> Merged:
+    def _assembly(self, recipe: Recipe, within: Within, naming: Naming | None) -> Merged:
+        """The modules of a recipe, each a merge of parts of models, as one model."""
+        parts = {entry.name: entry.source for entry in recipe.inputs if isinstance(entry.source, Recipe)}
+        modules, wholes, made = tuple(parts), dict[str, Model](), dict[str, Merged]()
+        for number, (module, each) in enumerate(parts.items()):
+            for inner in inner_recipes(each):
+                models = self._models(inner, (*within, number))
+                wholes.update({f"{module}/{name}": model for name, model in models.items()})
+        check_modules(wholes, modules)
+        layout = layout_of(wholes, modules)
+        if extra := outside(wholes.values() if recipe.on_missing == "error" else [layout], modules):
+            made |= rest_of(extra, layout, modules, recipe.on_missing)
+        for number, (module, each) in enumerate(parts.items()):
+            part = functools.partial(Part, module=module, modules=modules)
+            with saying_where(module):
+                made[module] = self.merge(each, (*within, number), naming, part)
+        return assembled(made, layout)
+
+    def _stack(self, recipe: Recipe, within: Within, naming: Naming | None, part: PartOf | None) -> Merged:
         """The slices of a stack, each a merge of some layers, as one model."""
         slices = [entry.source for entry in recipe.inputs if isinstance(entry.source, Recipe)]
-        models = [self._models(each, (*within, number)) for number, each in enumerate(slices)]
+        models = [self._models(each, (*within, number), part) for number, each in enumerate(slices)]
         called = [f"slice {number + 1}" for number in range(len(slices))]
         named = {f"{called[number]}: {name}": model for number, own in enumerate(models) for name, model in own.items()}
         headed, told = with_heads(named)
@@ -192,6 +225,13 @@ def _span(entry: Input, first: int, number: int, count: int) -> Span:
     """The layers of a source of one of so many slices, which become layers from number `first` on."""
     start, stop = entry.layers or (0, 0)
     return Span(start, stop, first, before=number == 0, after=number == count - 1)
+
+
+def inner_recipes(recipe: Recipe) -> list[Recipe]:
+    """The recipes that a module is merged by: its slices, or itself."""
+    return (
+        [entry.source for entry in recipe.inputs if isinstance(entry.source, Recipe)] if recipe.is_stack else [recipe]
+    )
 
 
 def seeded(recipe: Recipe, seed: int | None) -> Recipe:

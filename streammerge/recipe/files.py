@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from streammerge.errors import RecipeError, suggestion
+from streammerge.recipe.documents import MAX_DOCUMENTS, as_one_recipe
 from streammerge.recipe.options import RECIPE_KEYS
-from streammerge.recipe.parse import Recipe, parse_recipe
+from streammerge.recipe.parse import RECIPE_WORDS, Recipe, parse_recipe
 from streammerge.recipe.plain import plain
 from streammerge.recipe.scalars import is_ambiguous
 from streammerge.tensors import Model
@@ -46,11 +47,18 @@ def read_recipe_file(path: Path) -> Any:  # noqa: ANN401  (checked by `parse_rec
         raise RecipeError(f"{path}: can't be read as a recipe: {error}") from error
     if len(encoded) > MAX_RECIPE:
         raise RecipeError(f"{path}: a recipe of more than {MAX_RECIPE} bytes is not read")
-    return parse_yaml(text, str(path))
+    return as_one_recipe(parse_documents(text, str(path), MAX_DOCUMENTS, RECIPE_WORDS), str(path))
 
 
 def parse_yaml(text: str, where: str) -> Any:  # noqa: ANN401
-    """Plain values from YAML: no tags that make objects, no key twice, no aliases that multiply."""
+    """Plain values from YAML of one document."""
+    found = parse_documents(text, where)
+    return found[0] if found else None
+
+
+def parse_documents(text: str, where: str, most: int = 1, words: Container[str] = ()) -> list[Any]:
+    """Plain values from YAML, of so many documents at most: no tags that make objects, no key twice, no aliases that
+    multiply. Keys that are none of the `words`, if there are any, are left out where they hold anchors for others."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -64,18 +72,17 @@ def parse_yaml(text: str, where: str) -> Any:  # noqa: ANN401
                 raise RecipeError(f"{where}: a recipe of more than {MAX_NODES} values is not read")
             return super().compose_node(parent, index)
 
+    made: list[Any] = []
     try:
         loader = Loader(text)
-        root = loader.get_node() if loader.check_node() else None
-        if root is not None and loader.check_node():
-            raise RecipeError(
-                f"{where}: a recipe is one document, and here are several (---)",
-                advice="Put a recipe that another needs into that one, in place of a model: recipes nest.",
-            )
-        if root is None:
-            return None
-        _check_node(root, {}, where)
-        return loader.construct_document(root)
+        while loader.check_node():
+            if len(made) == most:
+                raise RecipeError(f"{where}: {most} of the documents between --- are read at most, and here are more")
+            root = loader.get_node()
+            _check_node(root, {}, where)
+            if words:
+                leave_out_anchors(root, words)
+            made.append(loader.construct_document(root))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -87,6 +94,7 @@ def parse_yaml(text: str, where: str) -> Any:  # noqa: ANN401
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # PyYAML's own, for scalars that look like a date or a number, or are tagged as one, and are none
         raise RecipeError(f"{where}: is not valid YAML: {error}") from None
+    return made
 
 
 def _check_node(node: Any, sizes: dict[int, int], where: str) -> int:  # noqa: ANN401
@@ -119,6 +127,30 @@ def _check_node(node: Any, sizes: dict[int, int], where: str) -> int:  # noqa: A
             advice="Write out what they stand for.",
         )
     return sizes[id(node)]
+
+
+def leave_out_anchors(root: Any, words: Container[str]) -> None:  # noqa: ANN401
+    """Take keys out of a recipe's map that are there for their anchors alone, to which others refer."""
+    entries = root.value if isinstance(root.value, list) and all(isinstance(each, tuple) for each in root.value) else []
+    unknown = [entry for entry in entries if entry[0].value not in words and entry[0].value != "<<"]
+    used = {id(node) for entry in entries if entry not in unknown for node in _under(entry[1])}
+    while found := [entry for entry in unknown if any(id(node) in used for node in _under(entry[1]))]:
+        unknown = [entry for entry in unknown if entry not in found]
+        used |= {id(node) for entry in found for node in _under(entry[1])}
+        root.value = [entry for entry in root.value if entry not in found]
+
+
+def _under(root: Any) -> Iterator[Any]:  # noqa: ANN401
+    """A node and all that are in it, each once."""
+    seen, waiting = set[int](), [root]
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        yield node
+        parts = node.value if isinstance(node.value, list) else []
+        waiting += [child for part in parts for child in (part if isinstance(part, tuple) else (part,))]
 
 
 def _is_text(node: Any) -> bool:  # noqa: ANN401

@@ -215,6 +215,9 @@ class _Binder:
 
     def recipe(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """The recipe's values with paths instead of names. References are to models of the recipe, and to no others."""
+        if isinstance(raw.get("modules"), dict):
+            modules = {name: own if isinstance(own, dict) else {} for name, own in raw["modules"].items()}
+            return {**raw, "modules": {name: self.recipe(own) for name, own in modules.items()}}
         if isinstance(raw.get("slices"), list):
             return {**raw, "slices": [self._slice(each) for each in raw["slices"]]}
         if isinstance(raw.get("experts"), list):

@@ -41,8 +41,8 @@ def file_of(entry: Input) -> str:
 
 
 def same_source(one: Input, other: Input) -> bool:
-    """Whether two inputs are the same path, or the same recipe, with the same adapters in it."""
-    if one.adapters != other.adapters:
+    """Whether two inputs are the same path, or the same recipe, with the same adapters in it and the same names."""
+    if one.adapters != other.adapters or one.prefixes != other.prefixes:
         return False
     if isinstance(one.source, Path) and isinstance(other.source, Path):
         return one.source.absolute() == other.source.absolute() and one.entry == other.entry

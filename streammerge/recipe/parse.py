@@ -2,7 +2,7 @@
 
 The YAML is mergekit's (`merge_method`, `models`, `base_model`, `parameters`, `dtype`, `out_dtype`) and our own keys
 `layout`, `on_shape_mismatch`, `on_missing`, `on_prediction_mismatch`, `rules`, `inputs`, `seed`, `only`, `ema`,
-`prune`; `model:` may be a whole recipe.
+`prune`; `model:` may be a whole recipe. Instead of `models` there may be `slices` or `modules`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from streammerge.models.dtypes import parse_dtype
 from streammerge.models.extent import MAX_DEPTH
 from streammerge.models.hub import located, name_of
 from streammerge.recipe.adapters import adapter_entry, adapters_of, is_recipe, with_lora
+from streammerge.recipe.documents import Document
+from streammerge.recipe.modules import ASSEMBLY_KEYS, module_recipes
 from streammerge.recipe.naming import distinct_names, file_of, revised, same_source, unused_name
 from streammerge.recipe.parameters import parse_settings
 from streammerge.recipe.policies import EMA_POLICIES, MISSING_POLICIES, PREDICTION_POLICIES, SHAPE_POLICIES
@@ -31,6 +33,7 @@ from streammerge.recipe.spellings import (
     parse_key,
     parse_name,
     parse_part,
+    parse_prefixes,
     parse_seed,
     wants_one_vocabulary,
 )
@@ -46,16 +49,14 @@ KEYS: Final = (
 )
 """The keys of a recipe: mergekit's, then our own."""
 
+RECIPE_WORDS: Final = frozenset((*KEYS, *STACK_KEYS, *ASSEMBLY_KEYS))
+"""All keys that mean something at the top of a recipe."""
+
 NEEDED: Final = {
     "merge_method": "Name the method, as in merge_method: linear.",
     "models": "List the models, as in models: [a.safetensors, b.safetensors].",
 }
 """The keys that every recipe has, and what to do if one is missing."""
-
-MERGEKIT_ONLY: Final = {
-    "modules": "models of several modules",
-}
-"""mergekit's keys that ask for something that streammerge does not do, and what that is."""
 
 
 def parse_recipe(
@@ -94,6 +95,8 @@ class _RecipeParser:
     def parse(self, raw: Any) -> Recipe:  # noqa: ANN401
         if not isinstance(raw, dict):
             raise RecipeError(f"{self.where}: expected a map with merge_method and models, found {type(raw).__name__}")
+        if "modules" in raw:
+            return self._assembly(raw)
         if "slices" in raw:
             return self._stack(raw)
         if "experts" in raw and "merge_method" not in raw:
@@ -128,17 +131,7 @@ class _RecipeParser:
 
     def _stack(self, raw: dict[str, Any]) -> Recipe:
         """mergekit's `slices`: a recipe for each, which has the keys of the whole where it has none of its own."""
-        for key in ("models", "rules", "layout", "modules"):
-            if key in raw:
-                raise RecipeError(
-                    f"{self.where}: slices and {key} can't be combined", advice="Merge to a file, and go on with that."
-                )
-        self._check_keys(raw, STACK_KEYS, self.where)
-        if raw.get("merge_method") in (None, ""):
-            raise RecipeError(f"{self.where}: the key 'merge_method' is missing", advice=NEEDED["merge_method"])
-        if self.depth >= MAX_DEPTH:
-            raise RecipeError(f"recipes are nested deeper than {MAX_DEPTH}")
-        self._check_bound(raw.get("inputs"))
+        self._check_parted(raw, "slices", STACK_KEYS)
         slices = []
         for number, each in enumerate(slice_recipes(raw, self.where), 1):
             where = f"{self.where}: slice {number}"
@@ -156,6 +149,43 @@ class _RecipeParser:
             one_vocabulary=first.one_vocabulary,
             chat_template=first.chat_template,
         )
+
+    def _assembly(self, raw: dict[str, Any]) -> Recipe:
+        """mergekit's `modules`: a recipe for each, which has the keys of the whole where it has none of its own."""
+        self._check_parted(raw, "modules", ASSEMBLY_KEYS)
+        modules = []
+        for name, each in module_recipes(raw, self.where):
+            where = f"{self.where}: module {name}"
+            parser = _RecipeParser(self.folder, self.bindings, where, self.known, self.depth + 1)
+            modules.append(Input(name, check_recipe(parser.parse(each), where)))
+        first = modules[0].source
+        assert isinstance(first, Recipe)
+        words = {"tokenizer": raw.get("tokenizer"), "tokenizer_source": raw.get("tokenizer_source")}
+        return Recipe(
+            where=self.where,
+            method=first.method,
+            inputs=tuple(modules),
+            on_missing=first.on_missing,
+            dtype=first.dtype,
+            seed=first.seed,
+            by_module=True,
+            one_vocabulary=wants_one_vocabulary(words, self.where),
+            chat_template=parse_chat_template(raw.get("chat_template"), self.where),
+        )
+
+    def _check_parted(self, raw: dict[str, Any], parts: str, known: Iterable[str]) -> None:
+        """That a recipe of slices or modules has what it needs, and nothing that is meant for whole models."""
+        for key in ("models", "slices", "modules", "rules", "layout"):
+            if key in raw and key != parts:
+                raise RecipeError(
+                    f"{self.where}: {parts} and {key} can't be combined", advice="Merge to a file, and go on with that."
+                )
+        self._check_keys(raw, known, self.where)
+        if raw.get("merge_method") in (None, ""):
+            raise RecipeError(f"{self.where}: the key 'merge_method' is missing", advice=NEEDED["merge_method"])
+        if self.depth >= MAX_DEPTH:
+            raise RecipeError(f"recipes are nested deeper than {MAX_DEPTH}")
+        self._check_bound(raw.get("inputs"))
 
     def _with_references(self, recipe: Recipe, raw: dict[str, Any]) -> Recipe:
         """Add what refers to inputs: the base, the layout, the rules."""
@@ -182,11 +212,6 @@ class _RecipeParser:
 
     def _check_keys(self, raw: dict[str, Any], known: Iterable[str], where: str) -> None:
         for key in raw:
-            if key in MERGEKIT_ONLY and where == self.where:
-                raise RecipeError(
-                    f"{where}: {key!r} asks for {MERGEKIT_ONLY[key]}, which streammerge does not do",
-                    advice="Remove the key to merge tensors of the same name.",
-                )
             if key not in known:
                 raise RecipeError(
                     f"{where}: unknown key {key!r}",
@@ -232,7 +257,7 @@ class _RecipeParser:
 
     def _input(self, raw: Any, where: str) -> Input:  # noqa: ANN401
         entry = with_lora(raw, self._is_there) if not is_recipe(raw) else {"model": raw}
-        known = ("model", "name", "parameters", "entry", "adapters", *(["layer_range"] * self.is_slice))
+        known = ("model", "name", "parameters", "entry", "adapters", "prefix", *(["layer_range"] * self.is_slice))
         self._check_keys(entry, known, where)
         if "model" not in entry:
             raise RecipeError(f"{where}: the key 'model' is missing")
@@ -245,7 +270,8 @@ class _RecipeParser:
         adapters = tuple(self._adapter(each, f"{where}: adapter {n}") for n, each in adapters_of(entry, where))
         distinct = tuple(distinct_names(list(adapters)))
         layers = parse_layers(entry.get("layer_range"), where) if "layer_range" in entry else None
-        return Input(name, source, parse_settings(entry.get("parameters"), where), key, distinct, layers)
+        prefixes = parse_prefixes(entry.get("prefix"), where)
+        return Input(name, source, parse_settings(entry.get("parameters"), where), key, distinct, layers, prefixes)
 
     def _adapter(self, raw: Any, where: str) -> Input:  # noqa: ANN401
         """An adapter of an input: as an input it has one parameter, which is its weight."""
@@ -257,18 +283,20 @@ class _RecipeParser:
         return path in self.bindings or (self.folder / path).exists()
 
     def _default_name(self, model: Any, source: Path | Recipe) -> str:  # noqa: ANN401
+        while isinstance(model, dict) and not is_recipe(model) and "model" in model:
+            model = model["model"]
         if isinstance(source, Recipe):
-            return source.method
+            return model.name if isinstance(model, Document) else source.method
         if isinstance(model, str) and model in self.bindings:
             return model
         on_hub = name_of(source)
         return source.stem or str(source) if on_hub is None else on_hub.name.rpartition("/")[2]
 
     def _source(self, model: Any, where: str) -> Path | Recipe:  # noqa: ANN401
-        if isinstance(model, dict) and "merge_method" in model:
+        while isinstance(model, dict) and not is_recipe(model) and (len(model) == 1 or "revision" in model):
+            model = model.get("model", revised(model, where))  # mergekit: {model: {path: …}}
+        if is_recipe(model):
             return self._nested(model, f"{where}: nested recipe")
-        while isinstance(model, dict) and (len(model) == 1 or "revision" in model):  # mergekit: {model: {path: …}}
-            model = model.get("model", revised(model, where))
         if not isinstance(model, str) or not model:
             raise RecipeError(f"{where}: expected a path or a recipe, found {model!r}")
         if model in self.bindings:

@@ -43,7 +43,8 @@ class Input:
 
     `entry` names the dict of a torch file that is the model, where several could be. `adapters` are put into it before
     it is merged, each with the parameter `weight`, in this order. `layers` are those of the model that are meant, from
-    the first number to before the second, if not all.
+    the first number to before the second, if not all. `prefixes` are what names of its tensors begin with, each with
+    what they begin with in the merge.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Input:
     entry: str = ""
     adapters: tuple[Input, ...] = ()
     layers: tuple[int, int] | None = None
+    prefixes: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ class Recipe:
     """A merge as asked for. `base`, `layout` and rules name inputs; `others` are inputs that are only taken from.
 
     `where` is what errors call the recipe: its file, if it has one. The inputs of a stack are recipes, its slices,
-    whose layers follow each other. A nested recipe without a seed has that of the recipe it is part of; the outermost
+    whose layers follow each other; with `by_module` they are recipes too, each of a module that is called as the input
+    is. A nested recipe without a seed has that of the recipe it is part of; the outermost
     one has 0.
 
     With `one_vocabulary` the models must have the same tokens; a `chat_template` is the output's, if it is not "".
@@ -109,6 +112,7 @@ class Recipe:
     prune: bool = False
     seed: int | None = None
     is_stack: bool = False
+    by_module: bool = False
     one_vocabulary: bool = False
     chat_template: str = ""
     mixture: Mixture | None = None
@@ -133,7 +137,11 @@ class Recipe:
     def is_conversion(self) -> bool:
         """Whether it is one model in another form, parts of others put in or not."""
         is_alone = len(self.inputs) == 1 and self.base is None and self.layout_name == self.inputs[0].name
-        is_itself = not self.inputs[0].adapters and not isinstance(self.inputs[0].source, Recipe)
+        is_itself = (
+            not self.inputs[0].adapters
+            and not self.inputs[0].prefixes
+            and not isinstance(self.inputs[0].source, Recipe)
+        )
         return self.method == "linear" and is_alone and is_itself
 
     @property
@@ -142,9 +150,15 @@ class Recipe:
         return self.method if self.mixture is None else "mixture"
 
     @property
+    def is_composed(self) -> bool:
+        """Whether its inputs are recipes of parts: slices or modules."""
+        return self.is_stack or self.by_module
+
+    @property
     def layout_name(self) -> str:
-        """The input whose tensors, order and shapes the output has: the first model unless said otherwise."""
-        return self.layout or self.inputs[0].name
+        """The input whose tensors, order and shapes the output has: unless said otherwise the first model whose tensors
+        have their own names."""
+        return self.layout or next((each for each in self.inputs if not each.prefixes), self.inputs[0]).name
 
     @property
     def models(self) -> tuple[Input, ...]:
@@ -154,7 +168,7 @@ class Recipe:
         A + α (B − C) where C is A.
         """
         method = find_method(self.method)
-        if self.is_stack:
+        if self.is_composed:
             return self.inputs
         if method.base == "none" or self.base is None:
             return self.inputs
@@ -182,8 +196,8 @@ class Recipe:
         It can be parsed again. `names` are the texts to write for paths, if not their last parts.
         """
         names = names or {}
-        if self.is_stack:
-            return self._describe_stack(names)
+        if self.is_composed:
+            return self._describe_parts(names)
         if self.mixture is not None:
             return self._describe_mixture(self.mixture, names)
         beside = {entry.name: _describe_input(entry, names) for entry in self.others}
@@ -206,16 +220,25 @@ class Recipe:
         }
         return {key: value for key, value in described.items() if value not in (None, [], {}, "error")}
 
-    def _describe_stack(self, names: Mapping[Path, str]) -> dict[str, Any]:
-        """mergekit's `slices`: what they have in common, and what each has of its own."""
-        described = [entry.source.describe(names) for entry in self.inputs if isinstance(entry.source, Recipe)]
-        own = [
-            {"sources": each["models"], **{key: each[key] for key in ("base_model", "parameters") if key in each}}
-            for each in described
-        ]
-        common = {key: value for key, value in described[0].items() if key in IN_COMMON}
+    def _describe_parts(self, names: Mapping[Path, str]) -> dict[str, Any]:
+        """mergekit's `slices` or `modules`: what they have in common, and what each has of its own."""
+        described = {
+            entry.name: entry.source.describe(names) for entry in self.inputs if isinstance(entry.source, Recipe)
+        }
+        common = {key: value for key, value in next(iter(described.values())).items() if key in IN_COMMON}
         seed = {} if self.seed is None else {"seed": self.seed}
-        return {**common, "slices": own, **seed, **self._describe_words()}
+        if self.by_module:
+            keys = ("models", "slices", "base_model", "parameters", "merge_method")
+            parts: Any = {
+                name: {key: each[key] for key in keys if key in each and (key, each[key]) not in common.items()}
+                for name, each in described.items()
+            }
+            return {**common, "modules": parts, **seed, **self._describe_words()}
+        parts = [
+            {"sources": each["models"], **{key: each[key] for key in ("base_model", "parameters") if key in each}}
+            for each in described.values()
+        ]
+        return {**common, "slices": parts, **seed, **self._describe_words()}
 
     def _describe_mixture(self, mixture: Mixture, names: Mapping[Path, str]) -> dict[str, Any]:
         """What mergekit-moe takes: the base, and the experts, each with its prompts."""
@@ -263,7 +286,7 @@ def _describe_input(entry: Input, names: Mapping[Path, str]) -> dict[str, Any]:
         for each in entry.adapters
     ]
     layers = None if entry.layers is None else list(entry.layers)
-    own = {"entry": entry.entry, "adapters": adapters, "layer_range": layers}
+    own = {"entry": entry.entry, "adapters": adapters, "layer_range": layers, "prefix": dict(entry.prefixes)}
     more = {**own, "parameters": describe_settings(entry.parameters)}
     return {"model": described, "name": entry.name, **{key: value for key, value in more.items() if value}}
 
@@ -283,7 +306,7 @@ def check_recipe(recipe: Recipe, where: str = "recipe", *, strict: bool = False)
     """
     method = find_method(recipe.method)
     _check_words(recipe, where)
-    if recipe.is_stack or recipe.mixture is not None:  # its slices are checked, each by itself; a mixture has no method
+    if recipe.is_composed or recipe.mixture is not None:  # parts are checked each by itself; a mixture has no method
         return recipe
     listed = recipe.base is not None and recipe.base.name in {entry.name for entry in recipe.inputs}
     if method.base == "required" and recipe.base is None:

@@ -23,7 +23,8 @@ STACK_KEYS: Final = (
 )
 """The keys of a recipe that has slices."""
 
-SLICE_KEYS: Final = ("sources", "base_model", "parameters")
+SLICE_KEYS: Final = ("sources", "base_model", "parameters", "residual_weight")
+"""The keys of a slice; mergekit reads the last one, and does nothing with it."""
 
 MAX_LAYER: Final = 100_000
 """The highest number of a layer."""
@@ -44,6 +45,11 @@ def slice_recipes(raw: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]
         unknown = next((str(key) for key in each if key not in SLICE_KEYS), None)
         if unknown is not None:
             raise RecipeError(f"{called}: unknown key {unknown!r}", advice=f"Known: {', '.join(SLICE_KEYS)}.")
+        if each.get("residual_weight") is not None:
+            raise RecipeError(
+                f"{called}: residual_weight has no effect in mergekit, and none here",
+                advice="Remove it, or scale layers with merge_method passthrough and its parameter scale.",
+            )
         yield _recipe(raw, each, called)
 
 
@@ -51,7 +57,7 @@ def _recipe(raw: Mapping[str, Any], own: Mapping[str, Any], called: str) -> dict
     sources = [_source(source, f"{called}: source {number}") for number, source in enumerate(own["sources"], 1)]
     whole = {key: value for key, value in raw.items() if key not in ("slices", "base_model", "parameters")}
     made = {**whole, "models": sources}
-    made["parameters"] = _parameters(raw.get("parameters"), own.get("parameters"), called)
+    made["parameters"] = joined_parameters(raw.get("parameters"), own.get("parameters"), called)
     base = own.get("base_model", raw.get("base_model"))
     if base is None:
         return made
@@ -73,8 +79,8 @@ def _source(raw: Any, where: str) -> dict[str, Any]:  # noqa: ANN401
     return raw
 
 
-def _parameters(whole: Any, own: Any, where: str) -> dict[str, Any]:  # noqa: ANN401
-    """The slice's parameters, and for what these say nothing of, those of the whole."""
+def joined_parameters(whole: Any, own: Any, where: str) -> dict[str, Any]:  # noqa: ANN401
+    """A part's own parameters, and for what these say nothing of, those of the whole."""
     for each in (whole, own):
         if not isinstance(each, dict | None):
             raise RecipeError(f"{where}: parameters must be a map from name to value, found {each!r}")

@@ -79,3 +79,18 @@ def parse_globs(raw: Any, where: str) -> list[str]:  # noqa: ANN401
     if not isinstance(globs, list) or not globs or not all(isinstance(glob, str) for glob in globs):
         raise RecipeError(f"{where}: match must be a glob or a list of globs, found {raw!r}")
     return globs
+
+
+def parse_prefixes(raw: Any, where: str) -> tuple[tuple[str, str], ...]:  # noqa: ANN401
+    """What names begin with and are to begin with: a map, whose texts are empty or end with a dot."""
+    if raw is None:
+        return ()
+    pairs = list(raw.items()) if isinstance(raw, dict) else []
+    if not pairs or not all(
+        isinstance(text, str) and (not text or text.endswith(".")) for pair in pairs for text in pair
+    ):
+        raise RecipeError(
+            f"{where}: prefix must be a map from prefixes to others, each ending with a dot, found {str(raw)[:60]}",
+            advice='Write it like prefix: {"model.language_model.": "model."}, the model\'s own on the left.',
+        )
+    return tuple(pairs)

@@ -86,3 +86,32 @@ def save_llama(
 ) -> Path:
     """A Llama's folder."""
     return save_folder(path, llama_tensors(seed, **made), llama_config(**made), files, shards=shards)
+
+
+IMAGES = {
+    "vision_tower.embeddings.class_embedding": (4,),
+    "vision_tower.encoder.layers.0.mlp.fc1.weight": (6, 4),
+    "vision_tower.encoder.layers.1.mlp.fc1.weight": (6, 4),
+    "multi_modal_projector.linear_1.weight": (HIDDEN, 4),
+}
+"""What a model of images and text has beside its language model, by the names' ends."""
+
+
+def image_tensors(seed: int, **made: Any) -> dict[str, torch.Tensor]:
+    """The weights of a Llama that is given images."""
+    text = {
+        name.replace("model.", "model.language_model.", 1): value for name, value in llama_tensors(seed, **made).items()
+    }
+    drawn = torch.Generator().manual_seed(seed + 1000)
+    return {**{f"model.{name}": torch.randn(shape, generator=drawn) for name, shape in IMAGES.items()}, **text}
+
+
+def save_images(path: Path, seed: int = 1, **made: Any) -> Path:
+    """Its folder."""
+    config = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "text_config": llama_config(**made),
+        "vision_config": {"num_hidden_layers": 2, "hidden_size": 4},
+    }
+    return save_folder(path, image_tensors(seed, **made), config)

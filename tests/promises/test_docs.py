@@ -16,7 +16,7 @@ from docs import make
 from streammerge.cli.main import COMMANDS
 from streammerge.methods import METHODS
 from streammerge.recipe.options import Options
-from streammerge.recipe.parse import KEYS, MERGEKIT_ONLY
+from streammerge.recipe.parse import KEYS
 from streammerge.recipe.policies import MISSING_POLICIES, SHAPE_POLICIES
 from tests.promises.pages import PAGES, anchors, links
 from tests.promises.rooms import ROOMS
@@ -136,12 +136,6 @@ def test_every_option_is_told_to_python_programs_and_to_those_who_type(field):
 def test_every_key_of_a_recipe_is_told(key):
     table = TEXTS["recipes.md"].partition("| key | what it says |\n")[2].partition("\n\n")[0]
     assert f"`{key}`" in "".join(row.split("|")[1] for row in table.splitlines())
-
-
-@pytest.mark.parametrize("key", MERGEKIT_ONLY)
-def test_every_key_that_is_refused_is_told(key):
-    refused = TEXTS["language-models.md"].partition("## What is refused\n")[2]
-    assert re.search(rf"^\|.*`{key}`.*\| {MERGEKIT_ONLY[key]} \|$", refused, re.MULTILINE)
 
 
 @pytest.mark.parametrize(("key", "policies"), [("shape_mismatch", SHAPE_POLICIES), ("missing", MISSING_POLICIES)])

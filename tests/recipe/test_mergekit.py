@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from streammerge.errors import RecipeError
 from streammerge.models.dtypes import STORED_DTYPES, Scaled, parse_dtype
 from streammerge.recipe.parameters import Condition
-from streammerge.recipe.parse import MERGEKIT_ONLY, Input, Recipe
+from streammerge.recipe.parse import Input, Recipe
 from streammerge.tensors import DTYPES
 from tests.recipe.short_recipes import FOLDER, linear, names, parse
 
@@ -128,12 +127,6 @@ def test_the_long_form_of_a_model():
 
 def test_the_name_of_a_multi_merge_is_let_pass():
     assert linear(name="stage one") == linear()
-
-
-@pytest.mark.parametrize("key", MERGEKIT_ONLY)
-def test_what_only_mergekit_does_is_refused_by_name(key):
-    with pytest.raises(RecipeError, match=f"recipe: '{key}' asks for {MERGEKIT_ONLY[key]}, which streammerge does not"):
-        linear(**{key: [{"sources": []}]})
 
 
 @pytest.mark.parametrize(

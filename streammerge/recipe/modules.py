@@ -1,0 +1,52 @@
+"""mergekit's `modules`: parts of models, such as a language model and its tower for images, each merged by itself.
+
+Each module becomes a recipe of its own, which has the keys of the whole where it has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from streammerge.errors import RecipeError
+from streammerge.recipe.slices import joined_parameters
+
+ASSEMBLY_KEYS: Final = (
+    *("merge_method", "modules", "base_model", "parameters", "dtype", "out_dtype", "name"),
+    *("tokenizer", "tokenizer_source", "chat_template", "const_tag"),
+    *("on_shape_mismatch", "on_missing", "inputs", "seed"),
+)
+"""The keys of a recipe that has modules."""
+
+MODULE_KEYS: Final = ("models", "slices", "parameters", "base_model", "merge_method")
+
+MAX_MODULES: Final = 100
+"""The most modules of a recipe."""
+
+_WHOLE: Final = ("modules", "tokenizer", "tokenizer_source", "chat_template", "name")
+"""Keys that say something of the whole model, and nothing of a module."""
+
+
+def module_recipes(raw: Mapping[str, Any], where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each module's name and the values of its recipe; RecipeError if they are no modules."""
+    modules = raw["modules"]
+    if not isinstance(modules, dict) or not modules or len(modules) > MAX_MODULES:
+        raise RecipeError(
+            f"{where}: modules must be a map of 1 to {MAX_MODULES} names, found {str(modules)[:60]}",
+            advice="Write it like modules: {text_decoder: {models: [...]}, vision_tower: {models: [...]}}.",
+        )
+    for name, own in modules.items():
+        called = f"{where}: module {name}"
+        if not isinstance(name, str) or not name or "/" in name or not isinstance(own, dict):
+            raise RecipeError(f"{called}: expected a map with models or slices, found {str(own)[:60]}")
+        unknown = next((str(key) for key in own if key not in MODULE_KEYS), None)
+        if unknown is not None:
+            raise RecipeError(f"{called}: unknown key {unknown!r}", advice=f"Known: {', '.join(MODULE_KEYS)}.")
+        if bool(own.get("models")) == bool(own.get("slices")):
+            raise RecipeError(f"{called}: one of models and slices is needed, and not both")
+        whole = {key: value for key, value in raw.items() if key not in _WHOLE}
+        given = {key: value for key, value in own.items() if value is not None}
+        yield (
+            name,
+            {**whole, **given, "parameters": joined_parameters(raw.get("parameters"), own.get("parameters"), called)},
+        )
