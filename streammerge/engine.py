@@ -253,6 +253,7 @@ class Run:
         if strays:
             self.tell(f"note: {len(strays)} shards of an older output are left: {strays[0].name} …")
         plan.check_disk(self.begun.present_bytes)
+        plan.check_open_files()
         if self.options.torch_must_check:
             self.machine = Machine(plan)
 

@@ -142,3 +142,25 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+SPARE: Final = 64
+"""Descriptors for whatever else a process has open."""
+
+
+def allow_open_files(count: int) -> int | None:
+    """See that so many files may be open at once: as many as the system lets a process ask for; None where there is no
+    such limit, else how many may be open now."""
+    try:
+        import resource
+    except ImportError:  # Windows, whose limit is far above what a merge opens
+        return None
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + SPARE
+    if soft == resource.RLIM_INFINITY or wanted <= soft:
+        return None
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    with contextlib.suppress(OSError, ValueError):  # macOS says that there is no limit, and has one
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        soft = allowed
+    return None if wanted <= soft else soft

@@ -23,6 +23,13 @@ SUFFIX = ".safetensors"
 FOLDER_STEMS: Final = ("model", "adapter_model", "diffusion_pytorch_model", "pytorch_lora_weights")
 """What weights in a folder are called by the libraries that load it, the shards' numbers and the ending left out."""
 
+SINGLE_STEMS: Final = ("adapter_model", "pytorch_lora_weights")
+"""Those of which the libraries read one file only."""
+
+SHARDED_FROM: Final = 10 * 10**9
+SHARD_BYTES: Final = 5 * 10**9
+"""The size above which a folder gets shards if nobody says it, and that of the shards."""
+
 METADATA = "__metadata__"
 """The one name in a header that is no tensor's."""
 
@@ -283,6 +290,17 @@ def _folders(
     for each in components:
         named = OutputName(path / each.name, each.stem, SUFFIX)
         yield named, each.prefix, own[each.name], shard_bytes or each.shard_bytes
+
+
+def default_shards(path: Path, tensors: Mapping[str, TensorInfo], stem: str = "model") -> int | None:
+    """How large the shards of an output are if nobody says it; None for one file.
+
+    A folder of more than 10 GB gets shards of 5 GB, as transformers and mergekit write them; adapters are read from one
+    file only, and what is called a file is one.
+    """
+    if is_file_name(path) or stem in SINGLE_STEMS or sum(info.nbytes for info in tensors.values()) <= SHARDED_FROM:
+        return None
+    return SHARD_BYTES
 
 
 def _output_file(path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], prefix: str) -> OutputFile:

@@ -34,8 +34,9 @@ from streammerge.compute.machine import (
     share_out,
 )
 from streammerge.errors import OutputError, PlanError, count, format_size, listed, plural
+from streammerge.formats.descriptors import SPARE, allow_open_files
 from streammerge.formats.files import ByteFile
-from streammerge.formats.layout import OutputLayout, lay_out
+from streammerge.formats.layout import OutputLayout, default_shards, lay_out
 from streammerge.formats.tables import names_bytes
 from streammerge.formats.torchzip.state_dicts import LeftTensors
 from streammerge.methods.contract import ParameterValue
@@ -312,6 +313,16 @@ class Plan:
         ]
         return [*self.merged.remarks, *left_out, *lacking, *self.left_notes(), *self.beside.told()]
 
+    def check_open_files(self) -> None:
+        """PlanError unless all inputs and outputs may be open at once."""
+        count = len(self.inputs) + len(self.output.files)
+        allowed = allow_open_files(count)
+        if allowed is not None:
+            raise PlanError(
+                f"the merge opens {count:,} files, and the system allows a process {allowed:,}",
+                advice=f"Allow more (ulimit -n {count + SPARE}), or write larger shards with --shard-size.",
+            )
+
     def left_notes(self) -> list[str]:
         """What torch files hold beside their models, and what the output has not beside it."""
         return [*(f"{path.name} holds {left}" for path, left in self.left.items()), *self.beside.notes]
@@ -335,8 +346,10 @@ def plan_merge(
     `description` is the recipe's, if there is one. `described_bytes` is what the models' tables take,
     `left` what torch files hold beside their models, `beside` what the output has beside its own.
     """
-    options, beside = replace(options, device=choose_device(options.device)), beside or Beside()
+    beside = beside or Beside()
     named = beside.stem, beside.components
+    usual = None if beside.components else default_shards(output, merged.tensors, beside.stem)
+    options = replace(options, device=choose_device(options.device), shard_size=options.shard_size or usual)
     layout = lay_out(output, merged.tensors, metadata or {}, options.shard_size, beside.companions, *named)
     jobs = Jobs(merged, layout, options)
     own = {merged.tensors.names} - ({merged.decisions.names} if described_bytes else set())

@@ -197,7 +197,10 @@ class Options:
     io: IoMode = option("auto", "how inputs are read", words=same("auto", "mmap", "pread"))
     sync: bool = option(True, "don't wait for the disk at the end")
     shard_size: int | None = written(
-        None, "write shards of at most this size, and an index", parse=parse_size, metavar="SIZE"
+        None,
+        "write shards of at most this size, and an index (default: 5GB for folders of more than 10 GB)",
+        parse=parse_size,
+        metavar="SIZE",
     )
     names: Naming | Dialect | None = written(
         None,
