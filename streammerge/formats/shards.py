@@ -128,7 +128,9 @@ def read_index(path: Path) -> ShardIndex:
             found=outside,
             advice="A shard must be a file beside its index. Do not trust this download.",
         )
-    return ShardIndex(path.parent, {name: names[shard] for name, shard in weight_map.items()})
+    for name, shard in weight_map.items():
+        weight_map[name] = names[shard]
+    return ShardIndex(path.parent, weight_map)
 
 
 class _TooLongError(Exception):
@@ -164,6 +166,7 @@ def _described_bytes(path: Path) -> int:
 def _weight_map(encoded: bytes) -> dict[str, str]:
     """The index's `weight_map`."""
     text = encoded.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+    del encoded  # an index has megabytes, and parsing it takes three times as much
     index = json.loads(text, object_pairs_hook=no_duplicates, parse_int=_any_number)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:

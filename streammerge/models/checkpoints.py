@@ -302,38 +302,85 @@ def _open_shards(path: Path, entry: str) -> Checkpoint:
     Where two shards hold a tensor, the index decides; one that the index forgot is in the model all the same, unless
     two shards hold it.
     """
-    index = read_index(path)
-    shards = {shard.name: _open_file(shard, entry) for shard in index.shards}
-    nodes: dict[str, Node] = {}
-    holders: dict[str, list[str]] = {}
-    for shard, checkpoint in shards.items():
+    index, gathered, files = read_index(path), _Gathered(), list[ByteFile]()
+    containers, metadata, left = list[str](), list[Mapping[str, str]](), list[LeftTensors]()
+    meant: dict[str, dict[str, str]] = {shard.name: {} for shard in index.shards}
+    for name, shard in index.weight_map.items():
+        meant[shard][name] = name
+    forgotten: dict[str, list[str]] = {}
+    missing: list[str] = []
+    for shard_path in index.shards:
+        checkpoint, own = _open_file(shard_path, entry), meant.pop(shard_path.name)
         for name, node in checkpoint.nodes.items():
-            meant = index.weight_map.get(name)
-            if meant is None:
-                holders.setdefault(name, []).append(shard)
-            if meant in (None, shard):
-                nodes[name] = node
-    twice = [f"{name}   {', '.join(names)}" for name, names in holders.items() if len(names) > 1]
+            if name in own:  # by the index's text, which is there once, however many shards have been read
+                gathered.add(own[name], node)
+            elif name not in index.weight_map:
+                forgotten.setdefault(name, []).append(shard_path.name)
+                gathered.add(name, node)
+        missing += [f"{name}: not in {shard_path.name}" for name in own if name not in checkpoint.nodes]
+        files += checkpoint.files
+        containers.append(checkpoint.container)
+        metadata.append(checkpoint.metadata)
+        left.append(checkpoint.left)
+    _check_shards(path, forgotten, missing)
+    for file in files:
+        file.index = path
+    what = f"sharded {containers[0]} ({len(containers)} files)"
+    nodes = gathered.nodes(files)
+    return Checkpoint(path, what, nodes, tuple(files), metadata[0], functools.reduce(operator.add, left))
+
+
+class _Gathered:
+    """The tensors of shards, in little memory for as long as all of them lie flat in their files."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._infos: list[TensorInfo] = []
+        self._starts = array("Q")
+        self._files: list[ByteFile] = []
+        self._numbers = array("I")
+        self._others: dict[str, Node] | None = None
+
+    def add(self, name: str, node: Node) -> None:
+        """One more tensor."""
+        if self._others is None and is_stored(node):
+            if not self._files or self._files[-1] is not node.file:
+                self._files.append(node.file)
+            self._names.append(name)
+            self._infos.append(node.info)
+            self._starts.append(node.start)
+            self._numbers.append(len(self._files) - 1)
+            return
+        if self._others is None:
+            self._others = dict(self._flat())
+        self._others[name] = node
+
+    def nodes(self, files: Sequence[ByteFile]) -> Mapping[str, Node]:
+        """All of them by name."""
+        if self._others is not None:
+            return compact(self._others, files)
+        return StoredTensors(Names.of(self._names), self._infos, self._starts, self._files, self._numbers)
+
+    def _flat(self) -> Iterator[tuple[str, Node]]:
+        for place, name in enumerate(self._names):
+            yield name, Stored(self._infos[place], self._files[self._numbers[place]], self._starts[place])
+
+
+def _check_shards(path: Path, forgotten: Mapping[str, list[str]], missing: Sequence[str]) -> None:
+    """CheckpointError if two shards hold a tensor and the index doesn't say which is meant, or none has one of its."""
+    twice = [f"{name}   {', '.join(names)}" for name, names in forgotten.items() if len(names) > 1]
     if twice:
         raise CheckpointError(
             f"{path}: {count(twice, 'tensor')} {plural(twice, 'is', 'are')} in several shards, and not in the index",
             found=twice,
             advice="Say in the index's weight_map which file is meant, or fetch index and shards again.",
         )
-    missing = [f"{name}: not in {shard}" for name, shard in index.weight_map.items() if name not in nodes]
     if missing:
         raise CheckpointError(
             f"{path}: {count(missing, 'tensor')} {plural(missing, 'is', 'are')} not in the shards that the index names",
             found=missing,
             advice="Index and shards are of different models, or a shard is incomplete. Fetch them again.",
         )
-    first = next(iter(shards.values()))
-    files = tuple(file for checkpoint in shards.values() for file in checkpoint.files)
-    for file in files:
-        file.index = path
-    left = functools.reduce(operator.add, (checkpoint.left for checkpoint in shards.values()))
-    what = f"sharded {first.container} ({len(shards)} files)"
-    return Checkpoint(path, what, compact(nodes, files), files, first.metadata, left)
 
 
 def _open_distributed(path: Path, folder: Path, entry: str) -> Checkpoint:

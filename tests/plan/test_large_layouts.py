@@ -43,7 +43,7 @@ def test_671_billion_parameters_are_planned_in_little_memory(tmp_path):
     assert {count} == counts == {45_395}
     assert shards > 200
     assert largest < 5.1e9
-    assert peak < 100 * MIB
+    assert peak < 72 * MIB, "64 MiB, and 8 for where modules have to be compiled first"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits on open files, and the memory of a process, as Linux has")
