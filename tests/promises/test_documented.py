@@ -42,6 +42,11 @@ LLAMA = {
     **{f"model.layers.{layer}.mlp.down_proj.weight": (16, 32) for layer in range(4)},
     "lm_head.weight": (64, 16),
 }
+LLAVA = {
+    **{name.replace("model.", "model.language_model.", 1): shape for name, shape in LLAMA.items()},
+    "model.vision_tower.encoder.layers.0.mlp.fc1.weight": (16, 16),
+    "model.multi_modal_projector.linear_1.weight": (16, 16),
+}
 ADAPTED = {f"down_blocks_{block}_attentions_0_proj_in": f"input_blocks.{3 * block + 1}.1.proj_in" for block in range(2)}
 """Modules of LoRAs, and the tensors that they change in the models here."""
 
@@ -60,6 +65,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_file(near(base, seed), folder / f"{name}.safetensors")
         torch.save(near(base, seed), folder / f"{name}.ckpt")
         save_shards(make_tensors(seed, torch.bfloat16, LLAMA), folder / f"llama-{name}")
+        save_shards(make_tensors(seed, torch.bfloat16, LLAVA), folder / f"llava-{name}")
         save_file(lora(base, seed), folder / f"lora-{name}.safetensors")
     for step in (500, 1000, 1500):
         save_shards(make_tensors(step, torch.bfloat16, LLAMA), folder / "training" / f"checkpoint-{step}")
