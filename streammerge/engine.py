@@ -21,6 +21,7 @@ from typing import Any
 from streammerge.compute.machine import may_have_cards, peak_resident_bytes
 from streammerge.errors import OutputError, saying_what_is_on_disk
 from streammerge.formats.claims import NOTHING, Claim, Claims, file_key
+from streammerge.formats.descriptors import check_open_files
 from streammerge.formats.pipelines import is_pipeline_index
 from streammerge.formats.shards import is_index
 from streammerge.methods.loading import method_failure
@@ -253,7 +254,7 @@ class Run:
         if strays:
             self.tell(f"note: {len(strays)} shards of an older output are left: {strays[0].name} …")
         plan.check_disk(self.begun.present_bytes)
-        plan.check_open_files()
+        check_open_files(len(plan.inputs) + len(plan.output.files))
         if self.options.torch_must_check:
             self.machine = Machine(plan)
 

@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 from typing import Final
 
-from streammerge.errors import CheckpointError
+from streammerge.errors import CheckpointError, PlanError
 
 _seek_lock = threading.Lock()
 """Guards the file position where the system has no positional calls (Windows)."""
@@ -148,19 +148,22 @@ SPARE: Final = 64
 """Descriptors for whatever else a process has open."""
 
 
-def allow_open_files(count: int) -> int | None:
-    """See that so many files may be open at once: as many as the system lets a process ask for; None where there is no
-    such limit, else how many may be open now."""
+def check_open_files(count: int) -> None:
+    """See that so many files may be open at once, by what the system lets a process ask for; else PlanError."""
     try:
         import resource
     except ImportError:  # Windows, whose limit is far above what a merge opens
-        return None
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + SPARE
     if soft == resource.RLIM_INFINITY or wanted <= soft:
-        return None
+        return
     allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     with contextlib.suppress(OSError, ValueError):  # macOS says that there is no limit, and has one
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
         soft = allowed
-    return None if wanted <= soft else soft
+    if wanted > soft:
+        raise PlanError(
+            f"the merge opens {count:,} files, and the system allows a process {soft:,}",
+            advice=f"Allow more (ulimit -n {wanted}), or write larger shards with --shard-size.",
+        )

@@ -34,7 +34,6 @@ from streammerge.compute.machine import (
     share_out,
 )
 from streammerge.errors import OutputError, PlanError, count, format_size, listed, plural
-from streammerge.formats.descriptors import SPARE, allow_open_files
 from streammerge.formats.files import ByteFile
 from streammerge.formats.layout import OutputLayout, default_shards, lay_out
 from streammerge.formats.tables import names_bytes
@@ -312,16 +311,6 @@ class Plan:
             for model, names in self.merged.lacking.items()
         ]
         return [*self.merged.remarks, *left_out, *lacking, *self.left_notes(), *self.beside.told()]
-
-    def check_open_files(self) -> None:
-        """PlanError unless all inputs and outputs may be open at once."""
-        count = len(self.inputs) + len(self.output.files)
-        allowed = allow_open_files(count)
-        if allowed is not None:
-            raise PlanError(
-                f"the merge opens {count:,} files, and the system allows a process {allowed:,}",
-                advice=f"Allow more (ulimit -n {count + SPARE}), or write larger shards with --shard-size.",
-            )
 
     def left_notes(self) -> list[str]:
         """What torch files hold beside their models, and what the output has not beside it."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from streammerge.errors import RecipeError
+from streammerge.methods import find_method
 from streammerge.recipe.slices import joined_parameters
 
 ASSEMBLY_KEYS: Final = (
@@ -46,7 +47,8 @@ def module_recipes(raw: Mapping[str, Any], where: str) -> Iterator[tuple[str, di
             raise RecipeError(f"{called}: one of models and slices is needed, and not both")
         whole = {key: value for key, value in raw.items() if key not in _WHOLE}
         given = {key: value for key, value in own.items() if value is not None}
-        yield (
-            name,
-            {**whole, **given, "parameters": joined_parameters(raw.get("parameters"), own.get("parameters"), called)},
-        )
+        method = given.get("merge_method")
+        if method is not None and "base_model" not in given and find_method(str(method)).base == "none":
+            whole.pop("base_model", None)  # that of the other modules
+        parameters = joined_parameters(raw.get("parameters"), own.get("parameters"), called)
+        yield name, {**whole, **given, "parameters": parameters}

@@ -121,7 +121,8 @@ def logits(model: Any, case: str) -> torch.Tensor:
     dtype = torch.float32 if case in SPARSE else torch.float64
     words = {name: value.to(dtype) if value.is_floating_point() else value for name, value in words_for(case).items()}
     with torch.no_grad():
-        return model.eval().to(dtype)(**words).logits.double()
+        answer: torch.Tensor = model.eval().to(dtype)(**words).logits
+    return answer.double()
 
 
 @pytest.mark.parametrize("shard_size", [None, SHARDED])

@@ -59,6 +59,12 @@ def test_each_module_has_its_own_definition(names):
     assert config == json.loads(Path("A/config.json").read_text())
 
 
+def test_a_module_whose_method_has_no_base_has_none():
+    text = {"models": [{"model": "B", "parameters": {"weight": 0.25}}]}
+    found = merged(merge_method="task_arithmetic", base_model="A", modules={"text_decoder": text, "default": PROJECTOR})
+    compare(found, expected(0.75, 0.0, 0.0))
+
+
 def test_it_is_made_again_of_its_metadata():
     merged(modules={"text_decoder": TEXT, "default": IMAGES}, seed=3)
     assert main(["verify", "OUT", "--all", "A=A", "B=B"]) == 0

@@ -172,7 +172,7 @@ def test_a_page_is_true(page: Path, folder: Path) -> None:
                 for command in Command.all_of(block.text):
                     command.run()
             case "yaml":
-                inputs = yaml.safe_load(block.text).get("inputs", {})
+                inputs = next(yaml.safe_load_all(block.text)).get("inputs", {})
                 bound = [f"{name}={name}.safetensors" for name in inputs]
                 assert cli.main(["plan", block.name, *bound, "-q"]) == 0, block.text
             case "python" if not block.name and "import streammerge\n" in block.text:

@@ -128,10 +128,3 @@ def test_a_tag_for_anchors_is_nobody_s():
     merge(TOKENIZER, TOKENIZER)
     Path("r.yaml").write_text("const_tag: &M A\nmerge_method: linear\nmodels: [{model: *M}, {model: B}]\n")
     assert main(["r.yaml", "-o", "X", "-q"]) == 0
-
-
-def test_several_documents_are_refused(capsys):
-    document = "merge_method: linear\nmodels: [{model: A}, {model: B}]\n"
-    Path("r.yaml").write_text(f"name: one\n{document}---\n{document}")
-    assert main(["r.yaml", "-o", "X", "-q"]) == 1
-    assert "a recipe is one document, and here are several" in capsys.readouterr().err
