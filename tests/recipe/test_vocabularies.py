@@ -12,6 +12,7 @@ import streammerge
 from streammerge.cli.main import main
 from streammerge.errors import MergeError, RecipeError
 from streammerge.models.vocabularies import vocabulary_digest
+from streammerge.recipe.templates import TEMPLATES
 from tests.make.folders import TOKENIZER, save_llama
 
 FAST: dict[str, Any] = {
@@ -122,6 +123,60 @@ def test_a_template_of_the_recipe_s_own(capsys):
     Path("OUT/chat_template.jinja").write_text("other")
     assert main(["verify", "OUT", "A=A", "B=B"]) == 1
     assert "chat_template.jinja: another" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_have_names(name):
+    told = json.dumps({"tokenizer_class": "X", "chat_template": "old"})
+    merge({**TOKENIZER, "tokenizer_config.json": told}, TOKENIZER, chat_template=name)
+    assert Path("OUT/chat_template.jinja").read_text() == TEMPLATES[name]
+    stated = json.loads(Path("OUT/tokenizer_config.json").read_text())
+    assert stated == {"tokenizer_class": "X", "chat_template": TEMPLATES[name]}
+
+
+def test_the_template_that_most_models_have():
+    several = json.dumps(
+        {"chat_template": [{"name": "tool", "template": "t"}, {"name": "default", "template": TEMPLATE}]}
+    )
+    for name, files in {
+        "A": {"chat_template.jinja": "one of its own"},
+        "B": {"chat_template.jinja": f"{TEMPLATE}\n"},
+        "C": {"tokenizer_config.json": several},
+        "D": {"tokenizer_config.json": "no JSON"},
+    }.items():
+        save_llama(Path(name), files=files)
+    recipe = {"merge_method": "linear", "models": ["A", "B", "C", "D"], "chat_template": "auto"}
+    streammerge.merge(recipe, output="OUT")
+    assert Path("OUT/chat_template.jinja").read_text() == TEMPLATE
+
+
+def test_where_no_model_has_a_template_none_is_written():
+    for name in "AB":
+        save_llama(Path(name), files={})
+    recipe = {"merge_method": "linear", "models": ["A", "B"], "chat_template": "auto"}
+    assert any("no model has a chat template" in note for note in streammerge.make_plan(recipe, output="OUT").notes())
+    streammerge.merge(recipe, output="OUT")
+    assert not Path("OUT/chat_template.jinja").exists()
+    assert any("is not written" in note for note in streammerge.make_plan(recipe, output="X.safetensors").notes())
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_say_what_is_said(name):
+    jinja = pytest.importorskip("jinja2")
+    talk = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]
+    template = jinja.Environment(trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATES[name])
+    found = template.render(messages=talk, add_generation_prompt=True, bos_token="<s>", eos_token="</s>")
+    assert (
+        found
+        == {
+            "alpaca": "be kind\n\n### Instruction:\nhi\n\n### Response:\n",
+            "chatml": "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
+            "exaone": "[|system|]be kind[|endofturn|]\n[|user|]hi\n[|assistant|]",
+            "llama3": "<s><|start_header_id|>system<|end_header_id|>\n\nbe kind<|eot_id|><|start_header_id|>user"
+            "<|end_header_id|>\n\nhi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+            "mistral": "<s> [INST] be kind\n\nhi [/INST]",
+        }[name]
+    )
 
 
 def test_a_tag_for_anchors_is_nobody_s():
