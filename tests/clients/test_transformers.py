@@ -58,7 +58,11 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "decoder_start_token_id": 1,
         },
     ),
-    "T5": ("T5ForConditionalGeneration", "T5Config", {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48}),
+    "T5": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "decoder_start_token_id": 0},
+    ),
 }
 IMAGES = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
 SPARSE = ("Mixtral", "Qwen3 MoE")
