@@ -11,6 +11,15 @@ from streammerge.tensors import DTYPES
 from tests.recipe.short_recipes import FOLDER, linear, names, parse
 
 
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Folders by whose names models are taken for paths that are wrong, and not fetched."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("psmathur", "WizardLM", "garage-bAInd", "TheBloke", "org"):
+        (tmp_path / name).mkdir()
+
+
+@pytest.mark.usefixtures("folders")
 def test_a_linear_recipe_of_mergekit():
     recipe = parse("""
         models:
@@ -34,6 +43,7 @@ def test_a_linear_recipe_of_mergekit():
     assert recipe.layout_name == "orca_mini_v3_13b"
 
 
+@pytest.mark.usefixtures("folders")
 def test_a_ties_recipe_of_mergekit():
     recipe = parse("""
         models:
@@ -113,6 +123,7 @@ def test_a_task_arithmetic_recipe_of_mergekit_pytorch():
     ]
 
 
+@pytest.mark.usefixtures("folders")
 def test_the_long_form_of_a_model():
     recipe = parse("""
         merge_method: task_arithmetic
