@@ -14,6 +14,7 @@ from streammerge.compute.expressions import (
     ByWhole,
     Combined,
     External,
+    Gathered,
     Joined,
     Node,
     Product,
@@ -54,7 +55,7 @@ def lane_bytes(node: Node, info: TensorInfo, compute: DType) -> int:
             # whole rows of the product, and of what it is made of
             again = part.width + part.inner if part.groups > 1 else 0
             blocks += product_rows(part) * (part.width + part.inner + again + sum(map(row_of, part.factors[:-1])))
-        elif isinstance(part, Rounded) or (isinstance(part, Viewed) and not isinstance(part.source, Stored)):
+        elif isinstance(part, Rounded | Gathered) or (isinstance(part, Viewed) and not isinstance(part.source, Stored)):
             blocks += elements  # as they are before they are rounded, or put in their place
     widest = max((leaf.info.dtype.bits // 8 for leaf in leaves(node)), default=0)
     return blocks * size + elements * (slots(node) * widest + info.dtype.bits // 8)
@@ -158,6 +159,10 @@ def evaluation_bytes(node: Node) -> int:
     """What is read to compute every block once: nothing of what a whole method has made already."""
     if isinstance(node, ByWhole):
         return 0
+    if isinstance(node, Gathered):
+        used = node.rows.used()
+        parts = ((evaluation_bytes(part), part.info.shape[0], used.get(n, 0)) for n, part in enumerate(node.sources))
+        return sum(nbytes * rows // max(height, 1) for nbytes, height, rows in parts)
     return sum(map(evaluation_bytes, children(node))) if children(node) else node.info.nbytes
 
 
@@ -218,8 +223,8 @@ def _has_combination(node: Node) -> bool:
     """Whether it is a linear combination, or joined of some, however it is viewed."""
     while isinstance(node, Viewed | Rounded):
         node = node.source
-    if isinstance(node, Joined):
-        return any(map(_has_combination, node.parts))
+    if isinstance(node, Joined | Gathered):
+        return any(map(_has_combination, children(node)))
     return isinstance(node, Combined | ByGram | Product)
 
 
@@ -234,7 +239,7 @@ def slots(node: Node) -> int:
             return max(_side_by_side(own), 1 + max(own))
         case ByBlock() | ByWhole():
             return _side_by_side(map(slots, node.inputs))
-        case Viewed() | Joined() | Product():
+        case Viewed() | Joined() | Gathered() | Product():
             return 1 + max(map(slots, children(node)))
         case Rounded():
             return slots(node.source)

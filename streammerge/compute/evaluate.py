@@ -19,6 +19,7 @@ from streammerge.compute.expressions import (
     ByWhole,
     Combined,
     External,
+    Gathered,
     Joined,
     Node,
     Product,
@@ -32,6 +33,7 @@ from streammerge.compute.gather import gather
 from streammerge.compute.lanes import Lane, torch_dtype
 from streammerge.compute.makers import Statistics
 from streammerge.compute.rounding import rounded
+from streammerge.compute.rows import ZERO
 from streammerge.methods.statistics.passes import Pass
 from streammerge.methods.statistics.slices import Slicing
 
@@ -65,6 +67,8 @@ class Evaluator:
                 return self._view(node, start, stop, slot)
             case Joined():
                 return self._joined(node, start, stop, slot)
+            case Gathered():
+                return self._gathered(node, start, stop, slot)
             case Rounded():
                 values = rounded(self.values(node.source, start, stop, slot), torch_dtype(node.info.dtype))
                 return self.lane.slot(slot, stop - start, self.dtype).copy_(values)
@@ -277,6 +281,20 @@ class Evaluator:
         for part, first, last in node.within(start, stop):
             out[filled : filled + last - first] = self.values(part, first, last, slot + 1)
             filled += last - first
+        return out
+
+    def _gathered(self, node: Gathered, start: int, stop: int, slot: int) -> torch.Tensor:
+        """Run by run of rows that follow each other where they come from; the first and the last may be cut."""
+        out, width = self.lane.slot(slot, stop - start, self.dtype), max(node.info.elements // max(node.rows.count, 1), 1)
+        filled, skipped = 0, start % width
+        for source, row, count in node.rows.runs(start // width, -(-stop // width)):
+            length = min(count * width - skipped, stop - start - filled)
+            room, first = out[filled : filled + length], row * width + skipped
+            if source == ZERO:
+                room.zero_()
+            else:
+                self.copy(node.sources[source], first, first + length, slot + 1, room)
+            filled, skipped = filled + length, 0
         return out
 
     def copy(self, node: Node, start: int, stop: int, slot: int = 0, room: torch.Tensor | None = None) -> torch.Tensor:

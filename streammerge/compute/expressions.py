@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
+from streammerge.compute.rows import Rows
 from streammerge.formats.files import ByteFile
 from streammerge.formats.readers import FileRange
 from streammerge.tensors import DType, Model, TensorInfo
@@ -77,6 +78,15 @@ class Joined:
             if max(start, first) < min(stop, last):
                 yield part, max(start, first) - first, min(stop, last) - first
             first = last
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gathered:
+    """A tensor made of rows of others, along their first dimension, as `rows` say: of the sources by their number."""
+
+    info: TensorInfo
+    sources: tuple[Node, ...]
+    rows: Rows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -211,7 +221,7 @@ ModelStatistics = dict[Together, Any]
 """The statistics of tensors that have been measured together. They are no part of the expressions: who carries out a
 merge, or reads from one, holds them and hands them on."""
 
-Node = Stored | Viewed | Joined | Rounded | Product | External | Combined | ByGram | ByBlock | ByWhole
+Node = Stored | Viewed | Joined | Gathered | Rounded | Product | External | Combined | ByGram | ByBlock | ByWhole
 
 Applied = ByGram | ByBlock | ByWhole
 """A method applied to inputs, of which something must be known before a block can be computed."""
@@ -278,6 +288,8 @@ def children(node: Node) -> tuple[Node, ...]:
             return (node.source,) if node.around is None else (node.source, node.around)
         case Joined():
             return node.parts
+        case Gathered():
+            return node.sources
         case Rounded():
             return (node.source,)
         case Product():
@@ -354,16 +366,11 @@ def rounded(node: Node, info: TensorInfo) -> Node:
     return node if is_exact else Rounded(info, node)
 
 
-def unrounded(node: Node, info: TensorInfo) -> Node:
-    """The tensor for a file that stores it so: who writes it rounds it, and tells what is lost by that."""
-    return node.source if isinstance(node, Rounded) and node.info == info else node
-
-
 class Job:
     """One output tensor: its expression, the dtype it is computed in, and where its bytes go.
 
-    `compute` is None where the stored bytes are copied as they are, and `is_compiled` is true where compiled loops do
-    all of it. The expression may be left to be made when it is asked for.
+    `compute` is None where stored bytes are copied, and `is_compiled` says whether compiled loops do all of it. The
+    expression may be left to be made when it is asked for.
     """
 
     __slots__ = ("_make", "_node", "compute", "file", "info", "is_compiled", "name", "offset")

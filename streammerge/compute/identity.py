@@ -13,6 +13,7 @@ from streammerge.compute.expressions import (
     ByBlock,
     Combined,
     External,
+    Gathered,
     Job,
     Joined,
     Node,
@@ -52,6 +53,8 @@ def kind_of(node: Node) -> Hashable:
             return "viewed", own, node.inner, node.first, kind_of(node.source), around_it
         case Joined(parts=parts):
             return "joined", own, *map(kind_of, parts)
+        case Gathered(sources=sources):
+            return "gathered", own, id(node.rows), *map(kind_of, sources)
         case Rounded():
             return "rounded", own, kind_of(node.source)
         case Product(left=left, factors=factors):
@@ -93,6 +96,8 @@ class Describer:
                 return ["viewed", info, self.node(node.source), node.offset, node.strides, node.inner, *around, *first]
             case Joined():
                 return ["joined", info, [self.node(part) for part in node.parts]]
+            case Gathered():
+                return ["gathered", info, node.rows.digest(), *map(self.node, node.sources)]
             case Rounded():
                 return ["rounded", info, self.node(node.source)]
             case Product():

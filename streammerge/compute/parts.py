@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from streammerge.compute.expressions import Joined, Node, Stored, Viewed
+from streammerge.compute.expressions import Joined, Node, Rounded, Stored, Viewed
 from streammerge.tensors import TensorInfo, contiguous_strides, described
 
 
@@ -34,6 +34,11 @@ def transposed(node: Node) -> Node:
 def joined(parts: Sequence[Node], info: TensorInfo) -> Node:
     """The parts' elements one after the other."""
     return in_shape(parts[0], info.shape) if len(parts) == 1 else Joined(info, tuple(parts))
+
+
+def unrounded(node: Node, info: TensorInfo) -> Node:
+    """The tensor for a file that stores it so: who writes it rounds it, and tells what is lost by that."""
+    return node.source if isinstance(node, Rounded) and node.info == info else node
 
 
 def _range_of(node: Node, first: int, shape: tuple[int, ...]) -> Node:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streammerge.compute.expressions import ModelStatistics, Node, stored_leaves, unrounded
+from streammerge.compute.expressions import ModelStatistics, Node, stored_leaves
+from streammerge.compute.parts import unrounded
 from streammerge.formats.files import ByteFile
 from streammerge.formats.tables import Column
 from streammerge.models.adapters.adapted import Account
