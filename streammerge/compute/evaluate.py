@@ -285,7 +285,8 @@ class Evaluator:
 
     def _gathered(self, node: Gathered, start: int, stop: int, slot: int) -> torch.Tensor:
         """Run by run of rows that follow each other where they come from; the first and the last may be cut."""
-        out, width = self.lane.slot(slot, stop - start, self.dtype), max(node.info.elements // max(node.rows.count, 1), 1)
+        out = self.lane.slot(slot, stop - start, self.dtype)
+        width = max(node.info.elements // max(node.rows.count, 1), 1)
         filled, skipped = 0, start % width
         for source, row, count in node.rows.runs(start // width, -(-stop // width)):
             length = min(count * width - skipped, stop - start - filled)

@@ -54,7 +54,8 @@ def kind_of(node: Node) -> Hashable:
         case Joined(parts=parts):
             return "joined", own, *map(kind_of, parts)
         case Gathered(sources=sources):
-            return "gathered", own, id(node.rows), *map(kind_of, sources)
+            used = tuple(sorted(node.rows.used().items()))
+            return "gathered", own, used, *map(kind_of, sources)
         case Rounded():
             return "rounded", own, kind_of(node.source)
         case Product(left=left, factors=factors):

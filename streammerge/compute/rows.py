@@ -18,7 +18,7 @@ RUN_BYTES: Final = 10
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """Rows of a tensor, `count` of them: from `starts[i]` on, those of source number `sources[i]` from `firsts[i]` on."""
+    """Rows of a tensor, `count` of them: from `starts[i]` on those of source `sources[i]` from `firsts[i]` on."""
 
     count: int
     starts: array[int] = field(repr=False)

@@ -51,7 +51,8 @@ DEFAULTS: Final = ("F64", "F32", "F16", "BF16")
 """The dtypes in which a model can be made, whatever single weights of it are stored as."""
 
 _EMBEDDING: Final = re.compile(
-    r"(?:.*\.)?(?:embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|shared|token_embd)\.weight"
+    r"(?:.*\.)?(?:embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|shared|token_embd"
+    r"|(?:backbone|rwkv)\.embeddings?)\.weight"
 )
 _HEADS: Final = ("lm_head.weight", "embed_out.weight")
 

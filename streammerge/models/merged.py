@@ -17,6 +17,7 @@ from streammerge.models.decisions import Decision, Decisions, Expressions
 from streammerge.models.extent import Extent
 from streammerge.models.layers import Layers, layers_of
 from streammerge.models.presence import Names
+from streammerge.models.tokenizers import Tokenizer
 from streammerge.models.views import beneath, node_of
 from streammerge.tensors import Model, TensorInfo
 
@@ -36,8 +37,8 @@ class Merged:
     is the model whose tensors the merge has, `extent` how much has been planned for it, and `accounts` what became of
     adapters. `restated` are metadata of inputs that have to say something else, or nothing, of the output, `stated` are
     metadata that its tensors need, `config` is what the output's config has to say if it is of another kind than the
-    layout. What reading from it measures of the whole model is kept for the next time. `companions` are all that lies
-    beside its weights, if it says so itself.
+    layout. `tokenizer` has the tokens that come out, if they are not the layout's. What reading from it measures of the
+    whole model is kept for the next time. `companions` are all that lies beside its weights, if it says so itself.
     """
 
     decisions: Decisions
@@ -52,6 +53,7 @@ class Merged:
     stated: Mapping[str, str] = field(default_factory=dict)
     companions: tuple[Companion, ...] | None = None
     config: Mapping[str, Any] | None = None
+    tokenizer: Tokenizer | None = None
     _measured: ModelStatistics = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @functools.cached_property

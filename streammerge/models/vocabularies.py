@@ -6,14 +6,16 @@ list tokens are equal: of a tokenizer.json the parts that do, if it is written a
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from streammerge.errors import CheckpointError, PlanError
+from streammerge.errors import CheckpointError
 from streammerge.formats.files import read_errors
 from streammerge.models.configs import config_in
+from streammerge.models.tokenizers import Tokenizer
 
 WHOLE: Final = ("tokenizer.json", "tekken.json")
 """Files that have all tokens, each by itself."""
@@ -33,27 +35,28 @@ LINE: Final = 1 << 20
 _SECTIONS: Final = (b'  "added_tokens": [', b'  "model": {')
 
 
-def check_one_vocabulary(folders: Mapping[str, Path]) -> None:
-    """PlanError unless the models in these folders, by their names, all have the first one's tokens."""
-    first, *others = folders.items()
-    found = [line for other in others if (line := _difference(first, other))]
-    if found:
-        raise PlanError(
-            "tokenizer_source asks for one vocabulary, and the models' are not the same",
-            found=found,
-            advice="Vocabularies can't be merged yet. Without tokenizer_source, rows are merged by their number, which "
-            "is right only where they are of the same tokens.",
-        )
+def has_tokens(folder: Path) -> bool:
+    """Whether a folder has a file that lists tokens."""
+    return any((folder / file).is_file() for file in (*WHOLE, *PARTS))
 
 
-def _difference(first: tuple[str, Path], other: tuple[str, Path]) -> str:
+def differences(homes: Mapping[str, Path | Tokenizer], unknown: Iterable[str]) -> list[str]:
+    """In what models' vocabularies differ from the first one's, by their names; nobody knows those of `unknown`."""
+    listed = list(homes.items())
+    found = [line for other in listed[1:] if (line := _difference(listed[0], other))]
+    return [*found, *(f"nobody knows the tokens of {name}" for name in unknown)]
+
+
+def _difference(first: tuple[str, Path | Tokenizer], other: tuple[str, Path | Tokenizer]) -> str:
     """In what two models' vocabularies differ; "" if they don't."""
     (name, folder), (called, beside) = first, other
     if folder == beside:
         return ""
+    if not isinstance(folder, Path) or not isinstance(beside, Path):
+        return f"the tokenizer of {called} or that of {name} is made anew"
     for file in WHOLE:
         if (folder / file).is_file() and (beside / file).is_file():
-            same = vocabulary_digest(folder / file) == vocabulary_digest(beside / file)
+            same = _are_alike(folder / file, beside / file)
             return "" if same else f"{file} of {called} is another than that of {name}"
     there = [{file for file in PARTS if (place / file).is_file()} for place in (folder, beside)]
     if not (there[0] & there[1]):
@@ -61,7 +64,7 @@ def _difference(first: tuple[str, Path], other: tuple[str, Path]) -> str:
     for file in sorted(there[0] ^ there[1]):
         return f"{file}: only one of {called} and {name} has it"
     for file in sorted(there[0]):
-        if vocabulary_digest(folder / file) != vocabulary_digest(beside / file):
+        if not _are_alike(folder / file, beside / file):
             return f"{file} of {called} is another than that of {name}"
     return "" if _added(folder) == _added(beside) else f"{called} and {name} have other {ADDED}"
 
@@ -71,6 +74,14 @@ def _added(folder: Path) -> Any:  # noqa: ANN401
         return (config_in(folder, "tokenizer_config.json") or {}).get(ADDED)
     except CheckpointError:
         return object()  # what can't be read is like nothing else
+
+
+def _are_alike(path: Path, other: Path) -> bool:
+    """Whether two files list the same tokens."""
+    with read_errors(path):
+        if filecmp.cmp(path, other, shallow=False):
+            return True
+    return vocabulary_digest(path) == vocabulary_digest(other)
 
 
 def vocabulary_digest(path: Path) -> bytes:

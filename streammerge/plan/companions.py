@@ -20,6 +20,7 @@ from streammerge.models.modules import ROLES
 from streammerge.plan.beside import CONFIG, Beside, card_beside, kept_of, of_a_file, stated_in
 from streammerge.plan.pipelines import PipelineFolder, pipeline_of
 from streammerge.plan.templates import wanted_template, with_template
+from streammerge.plan.tokenizer_files import TokenizerFiles
 from streammerge.recipe.options import Options
 from streammerge.recipe.recipe import Recipe
 from streammerge.tensors import Model
@@ -83,6 +84,10 @@ class _Folder:
         if adapted is not None and config is not own:
             adapted = replace(adapted, changed=(f"of a {config['model_type']}" if config else "", *adapted.changed))
         kept, left = kept_of(self.found, self.root.tensors, self.merged.tensors)
+        if self.merged.tokenizer is not None:
+            files = TokenizerFiles(self.found, self.merged.tokenizer)
+            kept, left = files.placed(kept, left)
+            adapted = None if adapted is None else files.adapted(adapted)
         if adapted is not None and adapted.changed:
             made = Companion(CONFIG, adapted.encoded(), ", ".join(adapted.changed))
             kept = [made if each.name == CONFIG else each for each in kept]

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -31,14 +31,14 @@ from streammerge.models.modules import Part, assembled, check_modules, layout_of
 from streammerge.models.prefixes import Prefixed
 from streammerge.models.slices import LayerRange, Span, stacked
 from streammerge.models.tied import with_heads
-from streammerge.models.vocabularies import check_one_vocabulary
 from streammerge.plan.adapting import told_of, with_adapters
 from streammerge.plan.decide import merge_models
 from streammerge.plan.naming import of_models
 from streammerge.plan.plan import Plan
 from streammerge.plan.summing import is_sum, sum_of_adapters
+from streammerge.plan.vocabularies import Settled, check_same, settled
 from streammerge.recipe.inherited import LICENCES, MERGED_FROM, TITLE, carried_metadata, stays_itself
-from streammerge.recipe.metadata import Hashes, recipe_metadata, stored_names
+from streammerge.recipe.metadata import Hashes, recipe_metadata
 from streammerge.recipe.options import Options
 from streammerge.recipe.recipe import Input, Recipe
 from streammerge.tensors import Model
@@ -86,8 +86,6 @@ class OpenInputs:
 
         Nested recipes that are equal are gone through once, unless random numbers have to differ.
         """
-        if recipe.one_vocabulary:
-            check_one_vocabulary(_folders(recipe))
         if recipe.by_module:
             return self._assembly(recipe, within, of_models(naming))
         if recipe.is_stack:
@@ -100,7 +98,10 @@ class OpenInputs:
         if is_sum(recipe, models):
             return sum_of_adapters(recipe, models, naming)
         whole, told = with_heads(models) if recipe.on_missing == "error" else (models, [])
-        return told_of(self._merged(recipe, whole, within, of_models(naming), told), models)
+        base = recipe.base.name if recipe.base else ""
+        cuts = recipe.on_shape_mismatch == "error"
+        one = settled(recipe.vocabulary, whole, layout=recipe.layout_name, base=base, cuts=cuts)
+        return told_of(one.told(self._merged(recipe, one.models, within, of_models(naming), told)), models)
 
     def _models(self, recipe: Recipe, within: Within, part: PartOf | None = None) -> dict[str, Model]:
         """The recipe's inputs by name, nested recipes made models, adapters put into them, under the names wanted."""
@@ -116,9 +117,10 @@ class OpenInputs:
         parts = {entry.name: entry.source for entry in recipe.inputs if isinstance(entry.source, Recipe)}
         modules, wholes, made = tuple(parts), dict[str, Model](), dict[str, Merged]()
         for number, (module, each) in enumerate(parts.items()):
-            for inner in inner_recipes(each):
+            for inner in each.parts:
                 models = self._models(inner, (*within, number))
                 wholes.update({f"{module}/{name}": model for name, model in models.items()})
+        check_same(recipe.vocabulary, wholes)
         check_modules(wholes, modules)
         layout = layout_of(wholes, modules)
         if extra := outside(wholes.values() if recipe.on_missing == "error" else [layout], modules):
@@ -136,17 +138,20 @@ class OpenInputs:
         called = [f"slice {number + 1}" for number in range(len(slices))]
         named = {f"{called[number]}: {name}": model for number, own in enumerate(models) for name, model in own.items()}
         headed, told = with_heads(named)
+        one = _settled_stack(recipe, slices, headed)
         made, first = [], 0
         for number, (each, own) in enumerate(zip(slices, models, strict=True)):
             views = {
-                name: LayerRange(headed[f"{called[number]}: {name}"], _span(entry, first, number, len(slices)), name)
+                name: LayerRange(
+                    one.models[f"{called[number]}: {name}"], _span(entry, first, number, len(slices)), name
+                )
                 for name in own
                 if (entry := each.named[name])
             }
             with saying_where(called[number]):
                 made.append(self._merged(each, views, (*within, number), naming))
             first += max(len(range(*entry.layers)) for entry in each.inputs if entry.layers is not None)
-        merged = told_of(stacked(made), named)
+        merged = told_of(one.told(stacked(made)), named)
         return replace(merged, remarks=(*told, *merged.remarks))
 
     def _merged(
@@ -215,23 +220,25 @@ def saying_where(name: str) -> Iterator[None]:
         raise
 
 
-def _folders(recipe: Recipe) -> dict[str, Path]:
-    """The folders that the recipe's models are in, those of nested recipes among them."""
-    paths = dict.fromkeys(recipe.paths())
-    return {name: path if path.is_dir() else path.parent for path, name in stored_names(paths).items()}
+def _settled_stack(recipe: Recipe, slices: Sequence[Recipe], models: Mapping[str, Model]) -> Settled:
+    """The models of slices, by `slice N: NAME`, whose rows are of the same tokens; each model is one, however often
+    slices name it."""
+    first, of, whole = slices[0], dict[str, str](), dict[str, Model]()
+    known: dict[tuple[str, str], str] = {}
+    for number, each in enumerate(slices, 1):
+        for name, entry in each.named.items():
+            key = f"slice {number}: {name}"
+            of[key] = known.setdefault((name, repr(entry.adapters)), key if name in whole else name)
+            whole.setdefault(of[key], models[key])
+    base = first.base.name if first.base else ""
+    one = settled(recipe.vocabulary, whole, layout=first.layout_name, base=base)
+    return replace(one, models={key: one.models[name] for key, name in of.items()})
 
 
 def _span(entry: Input, first: int, number: int, count: int) -> Span:
     """The layers of a source of one of so many slices, which become layers from number `first` on."""
     start, stop = entry.layers or (0, 0)
     return Span(start, stop, first, before=number == 0, after=number == count - 1)
-
-
-def inner_recipes(recipe: Recipe) -> list[Recipe]:
-    """The recipes that a module is merged by: its slices, or itself."""
-    return (
-        [entry.source for entry in recipe.inputs if isinstance(entry.source, Recipe)] if recipe.is_stack else [recipe]
-    )
 
 
 def seeded(recipe: Recipe, seed: int | None) -> Recipe:

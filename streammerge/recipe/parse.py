@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -35,9 +35,9 @@ from streammerge.recipe.spellings import (
     parse_part,
     parse_prefixes,
     parse_seed,
-    wants_one_vocabulary,
 )
 from streammerge.recipe.templates import parse_chat_template
+from streammerge.recipe.vocabulary import parse_vocabulary
 
 __all__ = ["Input", "Recipe", "Rule", "check_recipe"]
 
@@ -124,7 +124,6 @@ class _RecipeParser:
             ema=self._choice(raw, "ema", EMA_POLICIES),
             prune=parse_flag(raw.get("prune", False), f"{self.where}: prune"),
             seed=parse_seed(raw.get("seed"), self.where),
-            one_vocabulary=wants_one_vocabulary(raw, self.where),
             chat_template=parse_chat_template(raw.get("chat_template"), self.where),
         )
         return self._with_references(recipe, raw)
@@ -139,16 +138,31 @@ class _RecipeParser:
             recipe = parser.parse(each)
             slices.append(check_slice(check_recipe(recipe, where), where))
         slices, first = named_apart(slices), slices[0]
-        return Recipe(
+        made = Recipe(
             where=self.where,
             method=first.method,
             inputs=tuple(Input(f"slice {number}", each) for number, each in enumerate(slices, 1)),
             dtype=first.dtype,
             seed=first.seed,
             is_stack=True,
-            one_vocabulary=first.one_vocabulary,
             chat_template=first.chat_template,
         )
+        return replace(made, vocabulary=parse_vocabulary(raw, self.where, self._known_among(slices)))
+
+    def _known_among(self, recipes: Iterable[Recipe]) -> Callable[[Any, str], str]:
+        """What gives the name of the input of these recipes that is meant."""
+        named = {name: entry for recipe in recipes for name, entry in recipe.named.items()}
+        one = Recipe("linear", tuple(replace(entry, parameters={}) for entry in named.values()))
+
+        def name_of(raw: Any, where: str) -> str:  # noqa: ANN401
+            entry = self._reference(one, raw, where)
+            if entry.name in named:
+                return entry.name
+            raise RecipeError(
+                f"{where}: {str(raw)[:80]!r} is none of the models", advice=f"Models: {', '.join(named)}."
+            )
+
+        return name_of
 
     def _assembly(self, raw: dict[str, Any]) -> Recipe:
         """mergekit's `modules`: a recipe for each, which has the keys of the whole where it has none of its own."""
@@ -160,7 +174,7 @@ class _RecipeParser:
             modules.append(Input(name, check_recipe(parser.parse(each), where)))
         first = modules[0].source
         assert isinstance(first, Recipe)
-        words = {"tokenizer": raw.get("tokenizer"), "tokenizer_source": raw.get("tokenizer_source")}
+        inner = [each for module in modules if isinstance(module.source, Recipe) for each in module.source.parts]
         return Recipe(
             where=self.where,
             method=first.method,
@@ -169,7 +183,7 @@ class _RecipeParser:
             dtype=first.dtype,
             seed=first.seed,
             by_module=True,
-            one_vocabulary=wants_one_vocabulary(words, self.where),
+            vocabulary=parse_vocabulary(raw, self.where, self._known_among(inner)),
             chat_template=parse_chat_template(raw.get("chat_template"), self.where),
         )
 
@@ -199,7 +213,7 @@ class _RecipeParser:
             raise RecipeError(f"{self.where}: rules must be a list, found {rules!r}")
         for number, rule in enumerate(rules, 1):
             recipe = self._add_rule(recipe, rule, f"{self.where}: rule {number}")
-        return recipe
+        return replace(recipe, vocabulary=parse_vocabulary(raw, self.where, self._known_among([recipe])))
 
     def _check_given_names(self, models: list[Any]) -> None:
         """No two models may be given one name: rules and parameters would mean the first of them, unsaid."""

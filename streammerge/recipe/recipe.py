@@ -23,6 +23,7 @@ from streammerge.recipe.policies import (
     PredictionPolicy,
     ShapePolicy,
 )
+from streammerge.recipe.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from streammerge.recipe.experts import Expert, Mixture
@@ -88,7 +89,7 @@ class Recipe:
     is. A nested recipe without a seed has that of the recipe it is part of; the outermost
     one has 0.
 
-    With `one_vocabulary` the models must have the same tokens; a `chat_template` is the output's, if it is not "".
+    A `vocabulary` says which tokens come out; a `chat_template` is the output's, if it is not "".
 
     A `mixture` of experts is built of the inputs, which give experts, and of the base, which gives all else.
 
@@ -113,7 +114,7 @@ class Recipe:
     seed: int | None = None
     is_stack: bool = False
     by_module: bool = False
-    one_vocabulary: bool = False
+    vocabulary: Vocabulary | None = None
     chat_template: str = ""
     mixture: Mixture | None = None
     where: str = field(default="recipe", compare=False, repr=False)
@@ -148,6 +149,11 @@ class Recipe:
     def called(self) -> str:
         """What is done, in a word."""
         return self.method if self.mixture is None else "mixture"
+
+    @property
+    def parts(self) -> list[Recipe]:
+        """The recipes by which it is merged: its slices, or itself."""
+        return [each.source for each in self.inputs if isinstance(each.source, Recipe)] if self.is_stack else [self]
 
     @property
     def is_composed(self) -> bool:
@@ -260,7 +266,7 @@ class Recipe:
         return {key: value for key, value in said.items() if value not in (None, [], "")}
 
     def _describe_words(self) -> dict[str, Any]:
-        vocabulary = {"tokenizer_source": "base"} if self.one_vocabulary else {}
+        vocabulary = {} if self.vocabulary is None else self.vocabulary.describe()
         return {**vocabulary, **({"chat_template": self.chat_template} if self.chat_template else {})}
 
     def _describe_base(self, names: Mapping[Path, str]) -> Any:  # noqa: ANN401  (a name, or an input of its own)

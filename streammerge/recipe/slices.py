@@ -26,6 +26,9 @@ STACK_KEYS: Final = (
 SLICE_KEYS: Final = ("sources", "base_model", "parameters", "residual_weight")
 """The keys of a slice; mergekit reads the last one, and does nothing with it."""
 
+OF_ALL: Final = ("slices", "base_model", "parameters", "tokenizer", "tokenizer_source")
+"""What is said of all slices together, or otherwise of each."""
+
 MAX_LAYER: Final = 100_000
 """The highest number of a layer."""
 
@@ -55,7 +58,7 @@ def slice_recipes(raw: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]
 
 def _recipe(raw: Mapping[str, Any], own: Mapping[str, Any], called: str) -> dict[str, Any]:
     sources = [_source(source, f"{called}: source {number}") for number, source in enumerate(own["sources"], 1)]
-    whole = {key: value for key, value in raw.items() if key not in ("slices", "base_model", "parameters")}
+    whole = {key: value for key, value in raw.items() if key not in OF_ALL}
     made = {**whole, "models": sources}
     made["parameters"] = joined_parameters(raw.get("parameters"), own.get("parameters"), called)
     base = own.get("base_model", raw.get("base_model"))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
 from streammerge.errors import RecipeError, suggestion
 from streammerge.recipe.policies import PARTS
@@ -37,30 +36,6 @@ def parse_name(raw: Any, where: str) -> str:  # noqa: ANN401
     if isinstance(raw, str) and raw:
         return raw
     raise RecipeError(f"{where} must be text, found {raw!r}", advice="Put it in quotation marks if it is a name.")
-
-
-VOCABULARIES: Final = "tokenizer_source"
-
-
-def wants_one_vocabulary(raw: Mapping[str, Any], where: str) -> bool:
-    """Whether a recipe asks, as mergekit's does, for the tokens of its models to be brought together.
-
-    Where all have the same tokens any source is right; where they don't, that is refused when the models are known.
-    """
-    whole, source = raw.get("tokenizer"), raw.get(VOCABULARIES)
-    if whole is None and source is None:
-        return False
-    if whole is not None and source is not None:
-        raise RecipeError(f"{where}: tokenizer and {VOCABULARIES} can't be combined", advice="Remove one of them.")
-    if whole is not None and not isinstance(whole, dict):
-        raise RecipeError(f"{where}: tokenizer must be a map with a source, found {whole!r}")
-    for key in whole or {}:
-        if key != "source":
-            raise RecipeError(
-                f"{where}: tokenizer: {key!r} asks for a merged vocabulary, which streammerge does not do",
-                advice="Remove the key if the models have the same tokens.",
-            )
-    return True
 
 
 def parse_part(raw: Any, where: str) -> str:  # noqa: ANN401
