@@ -240,7 +240,7 @@ def slots(node: Node) -> int:
         case ByBlock() | ByWhole():
             return _side_by_side(map(slots, node.inputs))
         case Viewed() | Joined() | Gathered() | Product():
-            return 1 + max(map(slots, children(node)))
+            return 1 + max(map(slots, children(node)), default=0)
         case Rounded():
             return slots(node.source)
         case _:

@@ -121,7 +121,7 @@ _UNLISTED: Final[Mapping[str, Any]] = {
     "single_word": False,
     "lstrip": False,
     "rstrip": False,
-    "normalized": True,
+    "normalized": False,
     "special": False,
 }
 """How a token is added that no tokenizer lists."""

@@ -32,6 +32,8 @@ ADVICE = (
     f"tokenizer_source: {NUMBERS} merges them by number all the same."
 )
 
+ANOTHER = "Name another model."
+
 
 @dataclass(frozen=True)
 class Settled:
@@ -225,6 +227,8 @@ class _Matching:
             self.homes[source], change, tuple(self.homes[name] for name in others) if change.plain else ()
         )
         made = change.applied(full[source])
+        if not made.ids:
+            raise PlanError(f"{source}: its tokenizer has no tokens, which are to be the output's", advice=ANOTHER)
         multiple = self.vocabulary.multiple
         alignment = Alignment(
             list(self.own),
@@ -259,9 +263,7 @@ class _Matching:
         """The model whose tokens come out, at least."""
         chosen = self.vocabulary.source if self.vocabulary.is_model else self.base or next(iter(self.own))
         if chosen not in self.own:
-            raise PlanError(
-                f"{chosen}: it has no embedding, and its tokens are to be the output's", advice="Name another model."
-            )
+            raise PlanError(f"{chosen}: it has no embedding, and its tokens are to be the output's", advice=ANOTHER)
         return chosen
 
     def _choice(self, row: TokenRow, tokens: Mapping[str, Tokens]) -> Choice:
@@ -269,7 +271,7 @@ class _Matching:
         if row.kind == "zero":
             return Choice(force=row.force)
         if row.model not in self.own:
-            raise PlanError(f"token {row.token!r}: {row.model} has no embedding", advice="Name another model.")
+            raise PlanError(f"token {row.token!r}: {row.model} has no embedding", advice=ANOTHER)
         meant = row.other or row.token
         number = tokens[row.model].ids.get(meant) if row.number is None else row.number
         if number is None or number >= self.rows[row.model]:

@@ -10,7 +10,7 @@ import pytest
 
 import streammerge
 from streammerge.cli.main import main
-from streammerge.errors import MergeError, RecipeError
+from streammerge.errors import MergeError, PlanError, RecipeError
 from streammerge.models.vocabularies import vocabulary_digest
 from streammerge.recipe.templates import TEMPLATES
 from tests.make.folders import TOKENIZER, save_llama
@@ -18,7 +18,7 @@ from tests.make.folders import TOKENIZER, save_llama
 FAST: dict[str, Any] = {
     "version": "1.0",
     "truncation": None,
-    "added_tokens": [{"id": 1, "content": "<s>"}],
+    "added_tokens": [{"id": 2, "content": "<s>"}],
     "normalizer": None,
     "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]},
 }
@@ -27,6 +27,13 @@ TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 def fast(**changes) -> str:
     return json.dumps({**FAST, **changes}, indent=2)
+
+
+CONTRARY = {"another token", "another added one"}
+"""Where one number is of two tokens, or of one and of none."""
+
+MATCHED = {"another token", "another added one", "in one line"}
+"""Where all models list their tokens in a tokenizer.json."""
 
 
 @pytest.fixture(autouse=True)
@@ -78,18 +85,28 @@ def test_one_vocabulary_needs_nothing(case, keys):
 
 
 @pytest.mark.parametrize("case", OTHER)
-def test_several_are_refused(case):
-    with pytest.raises(MergeError, match=r"(?s)asks for one vocabulary, and the models' are not the same.*A"):
+def test_several_are_matched_or_refused(case, capsys):
+    """By token where a tokenizer.json lists them, and with words where they can't be."""
+    if case in CONTRARY:
+        with pytest.raises(PlanError, match="the models' vocabularies differ"):
+            merge(*OTHER[case])
+    else:
+        merge(*OTHER[case])
+    if case in MATCHED:
         merge(*OTHER[case], tokenizer_source="base")
-    assert not Path("OUT").exists()
-    merge(*OTHER[case])
+        assert json.loads(Path("OUT/config.json").read_text())["vocab_size"] == 3
+        return
+    with pytest.raises(MergeError, match="tokens, by which|has no tokenizer.json"):
+        merge(*OTHER[case], tokenizer_source="base")
 
 
 def test_nested_models_count():
-    merge({"tokenizer.json": fast()}, {"tokenizer.json": fast(added_tokens=[])})
+    swapped = fast(model={**FAST["model"], "vocab": {"a": 1, "b": 0}})
+    merge({"tokenizer.json": fast()}, {"tokenizer.json": swapped}, tokenizer_source="base")
     nested = {"merge_method": "linear", "models": ["B", "B"]}
-    with pytest.raises(MergeError, match="one vocabulary"):
-        streammerge.merge({"merge_method": "linear", "models": ["A", nested], "tokenizer_source": "base"}, output="X")
+    with pytest.raises(PlanError, match="vocabularies differ"):
+        streammerge.merge({"merge_method": "linear", "models": ["A", nested]}, output="X")
+    streammerge.merge({"merge_method": "linear", "models": ["A", nested], "tokenizer_source": "base"}, output="X")
 
 
 def test_a_vocabulary_is_read_piece_by_piece(tmp_path):
@@ -103,8 +120,27 @@ def test_a_vocabulary_is_read_piece_by_piece(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"tokenizer": {"source": "A", "tokens": {}}}, "tokenizer: 'tokens' asks for a merged vocabulary"),
-        ({"tokenizer": {"source": "A", "pad_to_multiple_of": 8}}, "asks for a merged vocabulary"),
+        ({"tokenizer": {"source": "A", "token": {}}}, "(?s)tokenizer: unknown key 'token'.*tokens"),
+        ({"tokenizer": {"source": "A", "pad_to_multiple_of": 0}}, "a whole number from 1 to 1,048,576, found 0"),
+        ({"tokenizer": {"source": "A", "pad_to_multiple_of": True}}, "a whole number from 1"),
+        ({"tokenizer": {"source": "A", "pad_to_multiple_of": "8"}}, "a whole number from 1"),
+        ({"tokenizer": {"tokens": ["a"]}}, "tokens must be a map"),
+        ({"tokenizer": {"tokens": {1: {}}}}, "a token is text"),
+        ({"tokenizer": {"tokens": {"": {}}}}, "a token is text"),
+        ({"tokenizer": {"tokens": {"a": "B"}}}, "expected a map with source and force"),
+        ({"tokenizer": {"tokens": {"a": {"force": True}}}}, "force without a source"),
+        ({"tokenizer": {"tokens": {"a": {"source": "B", "force": "yes"}}}}, "force must be true or false"),
+        ({"tokenizer": {"tokens": {"a": {"source": "C"}}}}, "'C' is none of the models"),
+        ({"tokenizer": {"tokens": {"a": {"source": {"kind": "mean"}}}}}, "kind must be zero or model_token"),
+        ({"tokenizer": {"tokens": {"a": {"source": {"kind": "model_token", "model": "A"}}}}}, "expected one of token"),
+        (
+            {"tokenizer": {"tokens": {"a": {"source": {"kind": "model_token", "model": "A", "token_id": -1}}}}},
+            "token_id must be a whole number",
+        ),
+        ({"tokenizer": {"source": "numbers", "pad_to_multiple_of": 8}}, "source numbers matches no tokens"),
+        ({"tokenizer_source": "C"}, "'C' is none of the models"),
+        ({"tokenizer_source": 7}, "expected a path"),
+        ({"tokenizer_source": {"model": {"path": "C"}}}, "is none of the models"),
         ({"tokenizer": "A"}, "tokenizer must be a map"),
         ({"tokenizer": {"source": "A"}, "tokenizer_source": "A"}, "can't be combined"),
         ({"chat_template": "chat-ml"}, "chat_template must be a name, or the text of a template in Jinja, found 'chat"),
