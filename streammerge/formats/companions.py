@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,17 +40,38 @@ _NUMBERED: Final = re.compile(r"(.*\.model)\.v\d{1,3}", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
+class Packed:
+    """Bytes that are kept compressed, so that they take a fifth of their room until they are written."""
+
+    data: bytes
+    nbytes: int
+
+    @classmethod
+    def of(cls, content: bytes) -> Packed:
+        """These bytes."""
+        return cls(zlib.compress(content, 6), len(content))
+
+    def pieces(self) -> Iterator[bytes]:
+        """The bytes."""
+        unpacking, left = zlib.decompressobj(), self.data
+        while left:
+            yield unpacking.decompress(left, PIECE)
+            left = unpacking.unconsumed_tail
+        yield unpacking.flush()
+
+
+@dataclass(frozen=True, slots=True)
 class Companion:
     """A file to be written beside weights: its name, parts of which are folders, and `content`, bytes or a file's."""
 
     name: str
-    content: bytes | ByteFile
+    content: bytes | Packed | ByteFile
     why: str = ""
 
     @property
     def nbytes(self) -> int:
         """Its size."""
-        return self.content.nbytes if isinstance(self.content, ByteFile) else len(self.content)
+        return len(self.content) if isinstance(self.content, bytes) else self.content.nbytes
 
     @property
     def source(self) -> ByteFile | None:
@@ -59,7 +81,7 @@ class Companion:
     def pieces(self) -> Iterator[bytes]:
         """Its bytes; CheckpointError if the file that they are copied from changes, or has changed."""
         if not isinstance(self.content, ByteFile):
-            yield self.content
+            yield from [self.content] if isinstance(self.content, bytes) else self.content.pieces()
             return
         file = self.content
         try:

@@ -6,15 +6,18 @@ likely ones, and WordPiece takes the longest piece anyway.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from streammerge.errors import CheckpointError, PlanError, listed
-from streammerge.formats.companions import Companion
+from streammerge.formats.companions import Companion, Packed
 from streammerge.models.configs import config_in
+from streammerge.models.library import rewritten
+from streammerge.models.merges import Merges, Pair, encoded, merged
 from streammerge.models.tokens import FILE, Change, Tokens, read_tokenizer, read_tokens
 
 CONFIG: Final = "tokenizer_config.json"
@@ -82,13 +85,15 @@ class Tokenizer:
         if self.is_unchanged:
             return own, []
         text, values = _written(self)
-        made = {FILE: text, **_older(values)}
+        made: dict[str, bytes] = {FILE: text}
+        if any(each.name in OLDER for each in own):
+            made |= _older(values)
         gone, added = _history(self)
         left: list[tuple[str, str]] = []
         found: list[Companion] = []
         for each in own:
             if each.name in made:
-                found.append(Companion(each.name, made[each.name], _why(self.change)))
+                found.append(Companion(each.name, Packed.of(made[each.name]), _why(self.change)))
             elif each.name in BINARY:
                 left.append((each.name, "it lists other tokens"))
             elif each.name in (CONFIG, "added_tokens.json"):
@@ -135,10 +140,21 @@ def _changed(values: dict[str, Any], change: Change, others: Iterable[dict[str, 
         return values
     model["vocab"] = {token: number for token, number in {**new, **model["vocab"]}.items() if token not in gone}
     if model["type"] == "BPE":
-        merges = [_pair(merge) for merge in model.get("merges") or []]
-        kept = [pair for pair in merges if not gone.intersection((*pair, _merged(pair, model)))] if gone else merges
-        model["merges"] = [*kept, *_new_merges(values, change, others)]
+        model["merges"] = _more(model["merges"], _new_merges(values, change, others), gone, _prefix(model))
     return values
+
+
+def _prefix(model: Mapping[str, Any]) -> str:
+    return str(model.get("continuing_subword_prefix") or "")
+
+
+def _more(merges: Iterable[Pair], new: Sequence[Pair], gone: set[str], prefix: str) -> Merges:
+    """The merges of what is left, and new ones behind."""
+
+    def kept() -> Iterator[Pair]:
+        return (pair for pair in merges if not gone.intersection((*pair, merged(pair, prefix))))
+
+    return Merges(lambda: itertools.chain(kept() if gone else merges, new))
 
 
 def _pieces(pieces: Sequence[Any], gone: set[str], new: Mapping[str, int]) -> list[Any]:
@@ -156,59 +172,24 @@ def _pieces(pieces: Sequence[Any], gone: set[str], new: Mapping[str, int]) -> li
     return [[piece, score] for piece, score in kept] + [[token, score] for _, token in more]
 
 
-def _pair(merge: Any) -> tuple[str, str]:  # noqa: ANN401  (a list of two, or an older file's text)
-    left, right = merge.split(" ") if isinstance(merge, str) else merge
-    return left, right
-
-
-def _merged(pair: tuple[str, str], model: Mapping[str, Any]) -> str:
-    """What two tokens of a BPE make."""
-    return pair[0] + pair[1].removeprefix(model.get("continuing_subword_prefix") or "")
-
-
-def _new_merges(values: Mapping[str, Any], change: Change, others: Iterable[dict[str, Any]]) -> list[tuple[str, str]]:
+def _new_merges(values: Mapping[str, Any], change: Change, others: Iterable[dict[str, Any]]) -> list[Pair]:
     """The merges of other BPEs that make new tokens, if they work as this one does."""
-    found: dict[tuple[str, str], None] = {}
+    found: dict[Pair, None] = {}
     for other in others if change.plain else ():
         if all(other.get(key) == values.get(key) for key in _ALIKE) and all(
             (other["model"].get(key) or None) == (values["model"].get(key) or None) for key in _ALIKE_MODEL
         ):
-            pairs = (_pair(merge) for merge in other["model"].get("merges") or [])
-            found |= dict.fromkeys(pair for pair in pairs if _merged(pair, values["model"]) in change.plain)
+            pairs, prefix = other["model"]["merges"], _prefix(other["model"])
+            found |= dict.fromkeys(pair for pair in pairs if merged(pair, prefix) in change.plain)
     vocabulary = values["model"]["vocab"]
     return [pair for pair in found if pair[0] in vocabulary and pair[1] in vocabulary]
 
 
 def _written(tokenizer: Tokenizer) -> tuple[bytes, dict[str, Any]]:
     """The tokenizer.json as the library writes it, which has read it; and its values."""
-    library = _library()
     values = tokenizer.values()
-    encoded = json.dumps(values, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    where = f"the tokenizer of {tokenizer.folder}, with {_why(tokenizer.change)},"
-    try:
-        made = library.Tokenizer.from_buffer(encoded)
-        found, text = made.get_vocab(with_added_tokens=True), made.to_str(pretty=True)
-    except Exception as problem:  # the library's own kinds of error are no more than this
-        raise PlanError(f"{where} is refused by the tokenizers library: {problem}", advice=_ONE) from problem
-    wanted = tokenizer.tokens().ids
-    if found != dict(wanted):
-        other = sorted(token for token in {*found, *wanted} if found.get(token) != wanted.get(token))
-        raise PlanError(f"{where} has other numbers in the tokenizers library for {listed(other)}", advice=_ONE)
-    return text.encode("utf-8"), values
-
-
-_ONE: Final = "Take the vocabulary of one model as it is: tokenizer_source: base, or the model's path."
-
-
-def _library() -> Any:  # noqa: ANN401
-    try:
-        import tokenizers
-    except ImportError:
-        raise PlanError(
-            "the merged tokenizer is made with the tokenizers library, which is not installed",
-            advice="pip install 'streammerge[llm]', or pip install tokenizers.",
-        ) from None
-    return tokenizers
+    where = f"the tokenizer of {tokenizer.folder}, with {_why(tokenizer.change)}"
+    return rewritten(encoded(values), tokenizer.tokens().ids, where), values
 
 
 def _older(values: Mapping[str, Any]) -> dict[str, bytes]:
@@ -219,7 +200,7 @@ def _older(values: Mapping[str, Any]) -> dict[str, bytes]:
     by_number = sorted(model["vocab"].items(), key=lambda item: item[1])
     if model["type"] != "BPE":
         return {"vocab.txt": "".join(f"{token}\n" for token, _ in by_number).encode("utf-8", "surrogatepass")}
-    merges = "".join(f"{left} {right}\n" for left, right in map(_pair, model["merges"]))
+    merges = "".join(f"{left} {right}\n" for left, right in model["merges"])
     return {
         "vocab.json": json.dumps(dict(by_number), ensure_ascii=False).encode("utf-8", "surrogatepass"),
         "merges.txt": ("#version: 0.2\n" + merges).encode("utf-8", "surrogatepass"),

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from streammerge.errors import CheckpointError
 from streammerge.formats.files import read_errors
+from streammerge.models.merges import BEGIN, END, merges_of
 
 FILE: Final = "tokenizer.json"
 
@@ -25,9 +26,6 @@ MAX_TOKENS: Final = 2**24
 
 KINDS: Final = ("BPE", "Unigram", "WordPiece", "WordLevel")
 """The models of tokenizers that are understood."""
-
-_MERGES: Final = (b'    "merges": [\n', b"    ]")
-"""Where the merges of a BPE begin and end, if the file is written as the library writes it: most of the file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,14 +125,16 @@ _UNLISTED: Final[Mapping[str, Any]] = {
 """How a token is added that no tokenizer lists."""
 
 
-def read_tokenizer(path: Path, *, merges: bool = True) -> dict[str, Any]:
-    """The values of a tokenizer.json, if need be without a BPE's merges; CheckpointError if it is none."""
+def read_tokenizer(path: Path) -> dict[str, Any]:
+    """The values of a tokenizer.json, a BPE's merges as Merges; CheckpointError if it is none."""
     try:
         with read_errors(path):
-            size = path.stat().st_size
-            text = b"" if size > MAX_FILE else path.read_bytes() if merges else _without_merges(path)
+            text, are_left = _without_merges(path) if path.stat().st_size <= MAX_FILE else (b"", False)
         values = json.loads(text)
         kind = values["model"]["type"]
+        if kind == "BPE":
+            listed = values["model"].get("merges") or []
+            values["model"]["merges"] = merges_of(path, None if are_left else listed)
         wrong = "" if kind in KINDS else f"its model is of the type {kind!r}"
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as problem:
         wrong = _told(problem)
@@ -150,21 +150,22 @@ def _told(problem: Exception) -> str:
     return f"it has no {problem}" if isinstance(problem, KeyError) else str(problem)[:120]
 
 
-def _without_merges(path: Path) -> bytes:
-    begin, end = _MERGES
-    kept, inside = bytearray(), False
+def _without_merges(path: Path) -> tuple[bytes, bool]:
+    """The text of a tokenizer.json without its merges, if they are where the library writes them; and whether so."""
+    kept, inside, are_left = bytearray(), False, False
     with path.open("rb") as file:
         for line in file:
-            inside = inside and not line.startswith(end)
+            inside = inside and not line.startswith(END)
             if not inside:
                 kept += line
-            inside = inside or line == begin
-    return bytes(kept)
+            inside = inside or line == BEGIN
+            are_left |= inside
+    return bytes(kept), are_left
 
 
 def read_tokens(path: Path) -> Tokens:
     """The tokens that a tokenizer.json lists; CheckpointError if it is none, or contradicts itself."""
-    values = read_tokenizer(path, merges=False)
+    values = read_tokenizer(path)
     vocabulary = values["model"].get("vocab")
     try:
         ids = (

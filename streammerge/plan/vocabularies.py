@@ -14,8 +14,9 @@ from pathlib import Path
 from streammerge.compute.expressions import Node
 from streammerge.compute.parts import rows_of
 from streammerge.errors import CheckpointError, PlanError, count, listed, plural
-from streammerge.models.by_token import Alignment, Choice, names_by_token
+from streammerge.models.by_token import Alignment, names_by_token
 from streammerge.models.checkpoints import Checkpoint
+from streammerge.models.matching import Choice, Matching
 from streammerge.models.merged import Merged
 from streammerge.models.tokenizers import Tokenizer, check_readable, tokens_of
 from streammerge.models.tokens import FILE, Tokens, change_for
@@ -230,17 +231,17 @@ class _Matching:
         if not made.ids:
             raise PlanError(f"{source}: its tokenizer has no tokens, which are to be the output's", advice=ANOTHER)
         multiple = self.vocabulary.multiple
-        alignment = Alignment(
-            list(self.own),
-            list(self.own.values()),
+        matching = Matching(
             list(tokens.values()),
             made,
             -(-made.size // multiple) * multiple,
             self.numbers.get(self.base),
             self.numbers[source],
+            self.rows[source],
             {row.token: self._choice(row, tokens) for row in self.vocabulary.tokens if row.kind},
         )
-        remarks = (*self._remarks(made, tokens, source), *_zeros(alignment.unknown))
+        alignment = Alignment.of(self.own, matching)
+        remarks = (*self._remarks(made, tokens, source), *_zeros(matching.unknown()))
         is_layouts = source == self.layout and tokenizer.is_unchanged
         return Settled({**self.models, **alignment.views()}, None if is_layouts else tokenizer, remarks, alignment)
 
