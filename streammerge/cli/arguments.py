@@ -157,6 +157,9 @@ def _add_part_arguments(group: argparse._ArgumentGroup) -> None:
         "--ema", choices=EMA_POLICIES, help="averaged weights: left out, or used as the UNet's (default: keep)"
     )
     group.add_argument("--prune", action="store_true", help="leave out what is of use for training alone, EMA too")
+    group.add_argument(
+        "--tokenizer-source", metavar="WORD|MODEL", help="whose tokens come out, rows matched: base, union, a model's"
+    )
     group.add_argument("--on-missing", choices=MISSING_POLICIES, help="(default: error)")
     group.add_argument("--on-prediction-mismatch", choices=PREDICTION_POLICIES, help="(default: error)")
 

@@ -18,6 +18,7 @@ from streammerge.recipe.parse import parse_recipe
 from streammerge.recipe.policies import PARTS
 from streammerge.recipe.recipe import Recipe, overridden
 from streammerge.recipe.scalars import number_of_text
+from streammerge.recipe.vocabulary import SOURCES
 
 _WEIGHTED: Final = re.compile(r"(?P<path>.+):(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)")
 _NAMED: Final = re.compile(r"(?P<name>[A-Za-z_]\w*)=(?P<path>.+)")
@@ -189,6 +190,11 @@ def _weighted(raw: dict[str, Any], weights: dict[str, float]) -> dict[str, Any]:
     return {**raw, "models": changed} if entries else raw
 
 
+def _tokens(word: str | None) -> Any:  # noqa: ANN401
+    """A source of tokens: a word for one, or a model."""
+    return word if word in SOURCES else _reference(word)
+
+
 def _changed(raw: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
     """The recipe's values with what the options say instead; rules of the command line come first."""
     raw = dict(raw)
@@ -197,6 +203,7 @@ def _changed(raw: dict[str, Any], arguments: argparse.Namespace) -> dict[str, An
         "base_model": _reference(arguments.base),
         "layout": _reference(arguments.layout),
         "on_shape_mismatch": arguments.on_shape_mismatch,
+        "tokenizer_source": _tokens(arguments.tokenizer_source),
         "on_missing": arguments.on_missing,
         "on_prediction_mismatch": arguments.on_prediction_mismatch,
         "seed": arguments.seed,

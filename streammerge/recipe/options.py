@@ -247,6 +247,7 @@ def typed_options() -> Iterator[Typed]:
 
 RECIPE_KEYS: Final = (
     *("dtype", "layout", "on_shape_mismatch", "on_missing", "on_prediction_mismatch", "seed", "only", "ema", "prune"),
+    "tokenizer_source",
 )
 """Options that change a recipe's own keys."""
 

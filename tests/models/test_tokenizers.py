@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -70,9 +71,7 @@ def trained(kind: str, text: str, size: int, special: list[str]) -> Any:
     return made
 
 
-def save(
-    name: str, kind: str, special: list[str] | None = None, late: list[Any] | None = None, rows: int = 0, **more: Any
-) -> Any:
+def save(name: str, kind: str, special: Any = None, late: Any = None, rows: Any = 0, **more: Any) -> Any:
     """A model whose tokenizer is trained on its text, some tokens added behind."""
     made = trained(kind, TEXTS[name], 60, special or [])
     made.add_tokens(late or [])
@@ -126,7 +125,7 @@ def test_what_all_encode_alike_is_encoded_so(kind, order):
     words = sorted({word.strip(";,") for name in order for word in TEXTS[name].split()})
     texts = [
         *words,
-        *(f"{one} {other}" for one, other in zip(words, words[1:], strict=False)),
+        *(f"{one} {other}" for one, other in itertools.pairwise(words)),
         "<tool>the cat",
         "on<s>",
     ]

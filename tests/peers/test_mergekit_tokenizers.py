@@ -136,7 +136,7 @@ def compare(theirs: Path, ours: Path, name: str) -> None:
         rows = each in (EMBEDDING, HEAD)
         left = found[each][[own[token] for token in order]] if rows else found[each]
         right = expected[each][[tokens[token] for token in order]] if rows else expected[each]
-        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6, msg=lambda text: f"{name}: {each}: {text}")
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6, msg=f"{name}: {each}")
         assert found[each].shape == expected[each].shape, name
     if name == "padded":
         torch.testing.assert_close(found[HEAD][len(own) :], expected[HEAD][len(own) :], rtol=1e-4, atol=1e-6)
