@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import shlex
@@ -28,6 +29,7 @@ from streammerge.cli import main as cli
 from streammerge.methods import METHODS
 from streammerge.tools.demo.files import make_models
 from tests.make.models import Tensors, load_model, make_tensors, near
+from tests.make.vocabularies import tokenizer_values
 from tests.promises.pages import PAGES, blocks
 
 EXAMPLES = make.ROOT / "examples"
@@ -90,6 +92,8 @@ def save_shards(tensors: Tensors, folder: Path) -> None:
     folder.mkdir(parents=True)
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_text("{}")
+    tokens = ["<s>", *(f"w{number}" for number in range(1, 64))]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_values(tokens)))
     (folder / "config.json").write_text('{"model_type": "llama", "torch_dtype": "bfloat16", "num_hidden_layers": 4}')
     save_file(tensors, folder / "all.safetensors")
     words = [str(folder / "all.safetensors"), "-o", str(folder), "--shard-size", "4kB", "--no-metadata", "-q"]
