@@ -53,7 +53,9 @@ def add_average_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=a_path, metavar="OUT", help="the file (or folder) to write")
     _without_a_recipe(parser)
     parser.set_defaults(take=[], vae=None, drop=[], keep=[], only=None, ema=None, prune=False)
-    parser.set_defaults(on_missing=None, on_prediction_mismatch=None, on_shape_mismatch=None, rest="merge")
+    parser.set_defaults(
+        on_missing=None, on_prediction_mismatch=None, on_shape_mismatch=None, rest="merge", tokenizer_source=None
+    )
     group = parser.add_argument_group("what to average")
     group.add_argument("--last", type=worded(parse_positive), metavar="K", help="the last K checkpoints alone")
     group.add_argument(
