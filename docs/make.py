@@ -193,7 +193,7 @@ def usage_of(command: str) -> Callable[[], str]:
     def part() -> str:
         parser, of_a_merge = parser_of(command), named(parser_of())
         own = named(parser)
-        merges = "--take" in own
+        merges = "--resume" in own
         if merges:
             own = {name: action for name, action in own.items() if name not in of_a_merge}
         words = positionals(parser)

@@ -14,7 +14,6 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +25,18 @@ from streammerge.formats.pipelines import is_pipeline_index
 from streammerge.formats.shards import is_index
 from streammerge.methods.loading import method_failure
 from streammerge.models.adapters.accounts import changes_of
+from streammerge.models.adapters.kept import told_of_factors
 from streammerge.models.checkpoints import open_model
-from streammerge.models.merged import Merged, as_merged, files_of
+from streammerge.models.merged import files_of
 from streammerge.plan.companions import beside_output
 from streammerge.plan.inputs import OUTPUT, OpenInputs, check_with_library, input_claims, output_metadata, restated
-from streammerge.plan.naming import in_naming, of_models
+from streammerge.plan.naming import as_named
 from streammerge.plan.pipelines import check_folder
 from streammerge.plan.plan import Plan, plan_merge
 from streammerge.recipe.files import Mergeable, as_recipe
 from streammerge.recipe.options import Options, as_options
 from streammerge.recipe.recipe import Recipe
-from streammerge.report import PARTS, Elsewhere, InputFile, Report, Watch
+from streammerge.report import PARTS, Elsewhere, InputFile, Measuring, Report, Watch
 from streammerge.storage.companions import note_on_older
 from streammerge.storage.copying import Copying
 from streammerge.storage.hashing import (
@@ -76,7 +76,9 @@ def merge(recipe: Mergeable, *, output: str | os.PathLike[str], **options: Any) 
 
 def make_plan(recipe: Mergeable, *, output: str | os.PathLike[str], **options: Any) -> Plan:  # noqa: ANN401
     """What `merge` would do with the same arguments, from headers alone."""
-    with planned(as_recipe(recipe, options), output_path(output), as_options(options), replacing=True) as plan:
+    with planned(
+        as_recipe(recipe, options), output_path(output), as_options(options), replacing=True, measuring=None
+    ) as plan:
         return plan
 
 
@@ -134,27 +136,30 @@ def run_verification(
         return confirm(plan, found, watch, sampled=sampled)
 
 
-def _named(model: Model, options: Options) -> Merged:
-    """A model that is no recipe's as a merge, in the names that are asked for."""
-    if options.names is None:
-        return as_merged(model)
-    named = in_naming(model, "the model", of_models(options.names) or "original")
-    merged = as_merged(named.models["the model"])
-    return replace(merged, remarks=(*merged.remarks, *named.remarks))
-
-
 @contextlib.contextmanager
 def planned(
-    recipe: Recipe | Model, output: Path, options: Options, *, replacing: bool = False, beside: Claims = NOTHING
+    recipe: Recipe | Model,
+    output: Path,
+    options: Options,
+    *,
+    replacing: bool = False,
+    beside: Claims = NOTHING,
+    measuring: Measuring | None = contextlib.nullcontext,
 ) -> Iterator[Plan]:
     """The plan of a merge, its inputs open for as long as the `with` statement lasts.
 
-    Unless it is `replacing` whatever lies at the output, or writing none, the output is checked.
+    What has to be measured before the header is known is, as `measuring` shows; without it the plan says what the
+    output is at the most. Unless it is `replacing` whatever lies at the output, or writing none, the output is checked.
     """
     opened = OpenInputs()
     try:
-        merged = opened.merge(recipe, naming=options.names) if isinstance(recipe, Recipe) else _named(recipe, options)
+        merged = opened.merge(recipe, naming=options.names) if isinstance(recipe, Recipe) else as_named(recipe, options)
         check_folder(merged, recipe if isinstance(recipe, Recipe) else None, output, options)
+        if measuring is not None and merged.factored is not None and merged.factored.has_to_be_measured:
+            from streammerge.workers.measuring import settled  # late: only adapters of a rank are measured
+
+            with measuring() as watch:
+                merged = settled(merged, output, options, opened, watch)
         method = recipe.called if isinstance(recipe, Recipe) else ""
         recorded = isinstance(recipe, Recipe) and options.metadata and options.hash_inputs
         hashes = input_hashes(recipe, opened) if isinstance(recipe, Recipe) and recorded else None
@@ -367,6 +372,7 @@ def report_of(
         inputs=[InputFile(str(file.path), file.nbytes) for file in plan.inputs],
         hashes=hashes_by_file(plan, hashes),
         stale_hashes="" if hashes else stale_sidecar(plan.output),
+        factored=told_of_factors(plan.merged.factored, ledger.factored),
         adapters=[account.to_json() for account in plan.merged.accounts],
         changes={} if ledger.found.spans else changes_of(ledger.changes),
         version=__version__,

@@ -6,6 +6,7 @@ import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -44,7 +45,7 @@ class Report:
     what became of each of them.
     `stale_hashes` is a file of hashes that is not of this output, `resumed_bytes` what an interrupted run had put on
     the disk; no `threads` were at work if that was all. `companions` are the files that lie beside the weights.
-    `notes` are what was told of the models before the merge.
+    `notes` are what was told of the models before the merge, `factored` how much of each matrix an adapter holds.
 
     `loops` says what computed: compiled loops, torch, or both. `baseline_rss_bytes` is what a bare `import torch`
     takes, 0 where torch was not imported.
@@ -79,6 +80,7 @@ class Report:
     resumed_bytes: int = 0
     adapters: Sequence[Mapping[str, Any]] = ()
     changes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    factored: Mapping[str, Any] = field(default_factory=dict)
     companions: Sequence[str] = ()
     notes: Sequence[str] = ()
     elsewhere: Elsewhere | None = None
@@ -118,12 +120,19 @@ class Report:
             "io": self.io,
             "loops": self.loops,
             **({"adapters": list(self.adapters)} if self.adapters else {}),
+            **({"factored": dict(self.factored)} if self.factored else {}),
             **({"elsewhere": self.elsewhere.to_json()} if self.elsewhere else {}),
             **({"changes": {part: dict(found) for part, found in self.changes.items()}} if self.changes else {}),
             "inputs": [{"path": file.path, "bytes": file.nbytes} for file in self.inputs],
             "hashes": {path: dict(found) for path, found in self.hashes.items()},
             "version": self.version,
         }
+
+    def _rows_of_factors(self) -> list[tuple[str, str]]:
+        """How far the factors are from what they stand for, as far as that is known."""
+        error, worst = self.factored.get("error"), self.factored.get("worst")
+        known = f"{self.factored['known']:,} of {len(self.factored['modules']):,}" if worst else ""
+        return [("factors", f"relative error {error:.3g} in {known} modules, {worst}")] if worst else []
 
     def rows(self) -> list[tuple[str, str]]:
         """The short table: what was made, from how much, how fast, in how much memory."""
@@ -132,6 +141,7 @@ class Report:
             ("output", ", ".join(self.output[:2]) + more),
             *([("beside it", listed(_inner_names(self.companions)))] if self.companions else []),
             ("tensors", f"{self.merged:,} merged, {self.copied:,} copied, {self.dropped:,} dropped"),
+            *self._rows_of_factors(),
             *((f"adapter {one['adapter']}", self._adapted(one)) for one in self.adapters),
             *([("changed by", self._changed())] if self.changes else []),
             *(self._rows_of_work() if self.threads else [("time", f"{self.seconds['total']:.1f} s")]),
@@ -245,3 +255,7 @@ class Progress:
 
 Watch = Callable[[Progress], None]
 """Called from time to time, with what has been done so far."""
+
+
+Measuring = Callable[[], AbstractContextManager[Watch | None]]
+"""Shows how far it is with what has to be measured before there is a plan."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from streammerge.errors import RecipeError
+from streammerge.recipe.low_rank import ASKED
 from streammerge.recipe.options import Group, Typed, parse_positive, typed_options
 from streammerge.recipe.policies import EMA_POLICIES, MISSING_POLICIES, PARTS, PREDICTION_POLICIES, SHAPE_POLICIES
 
@@ -20,11 +21,11 @@ def new_parser(command: str, usage: str | None, description: str | None) -> argp
 
 def add_merge_arguments(parser: argparse.ArgumentParser, *, output: bool = True) -> None:
     """What merge, plan and verify have in common."""
-    parser.set_defaults(bakes=False, averages=None)
+    parser.set_defaults(does="merge", averages=None)
     parser.add_argument(
         "models", nargs="*", type=not_empty, metavar="RECIPE.yaml | MODEL[:WEIGHT] | NAME=MODEL[:WEIGHT]"
     )
-    parser.set_defaults(rest="merge")
+    parser.set_defaults(rest="merge", plot=None)
     if output:
         parser.add_argument("-o", "--output", type=a_path, metavar="OUT", help="the file (or folder) to write")
     else:
@@ -32,6 +33,42 @@ def add_merge_arguments(parser: argparse.ArgumentParser, *, output: bool = True)
     _add_recipe_arguments(parser.add_argument_group("what to merge"))
     _add_run_arguments(parser.add_argument_group("how to run"))
     _add_output_arguments(parser.add_argument_group("what to write and to show"))
+
+
+def add_extract_arguments(parser: argparse.ArgumentParser) -> None:
+    """What can be asked of the difference of two models; whatever else a merge is asked for is at its default."""
+    parser.add_argument("models", nargs="*", type=not_empty, metavar="TUNED | BASE", help="the model, and its base")
+    parser.add_argument("-o", "--output", type=a_path, metavar="OUT", help="the file (or folder) to write")
+    parser.set_defaults(recipe=None, recipe_from_metadata=False, method=None, methods=[], base=None, parameter=[])
+    parser.set_defaults(layout=None, keep=[], take=[], vae=None, only=None, ema=None, prune=False, rest="merge")
+    parser.set_defaults(does="extract", averages=None)
+    group = parser.add_argument_group("what to extract")
+    _add_low_rank_arguments(group, of_models=True)
+    add_entry_argument(group)
+    group.add_argument("--drop", action="append", default=[], metavar="GLOB|COMPONENT", help="leave tensors out")
+    group.add_argument(
+        "--dtype", action="append", default=[], metavar="fp32|fp16|bf16", help="of the factors (default: the base's)"
+    )
+    group.add_argument("--on-shape-mismatch", choices=SHAPE_POLICIES, help="(default: error)")
+    group.add_argument("--on-missing", choices=MISSING_POLICIES, help="(default: error)")
+    group.add_argument("--on-prediction-mismatch", choices=PREDICTION_POLICIES, help="(default: error)")
+    _add_run_arguments(parser.add_argument_group("how to run"))
+    _add_output_arguments(parser.add_argument_group("what to write and to show"), without=("names",))
+    parser.set_defaults(names=None)
+
+
+def _add_low_rank_arguments(group: argparse._ArgumentGroup, *, of_models: bool = False) -> None:
+    """How large the factors of an adapter are; of models, what of them is written and how it is called."""
+    for asked in ASKED:
+        if asked.of_models and not of_models:
+            continue
+        own: dict[str, Any] = {"dest": f"low_rank_{asked.key}", "help": asked.help, "default": None}
+        if asked.choices:
+            group.add_argument(asked.flag, choices=asked.choices, **own)
+        elif asked.metavar:
+            group.add_argument(asked.flag, type=worded(asked.typed), metavar=asked.metavar, **own)
+        else:
+            group.add_argument(asked.flag, action="store_true", **own)
 
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +110,7 @@ def add_average_arguments(parser: argparse.ArgumentParser) -> None:
 def _without_a_recipe(parser: argparse.ArgumentParser) -> None:
     """What a merge is asked for, at its default."""
     parser.set_defaults(recipe=None, recipe_from_metadata=False, method=None, methods=[], base=None, parameter=[])
-    parser.set_defaults(layout=None, seed=None, bakes=False, averages=None)
+    parser.set_defaults(layout=None, seed=None, does="merge", averages=None, plot=None)
 
 
 def add_methods_argument(group: argparse._ActionsContainer) -> None:
@@ -137,6 +174,7 @@ def _add_recipe_arguments(group: argparse._ArgumentGroup) -> None:
         help="copy them from the layout model; wins over --drop",
     )
     group.add_argument("--on-shape-mismatch", choices=SHAPE_POLICIES, help="(default: error)")
+    _add_low_rank_arguments(group)
     _add_part_arguments(group)
 
 
@@ -181,8 +219,8 @@ def _add_run_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--seed", type=int, metavar="N", help="of methods that draw random numbers (default: 0)")
 
 
-def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
-    _add_group(group, "what to write and to show")
+def _add_output_arguments(group: argparse._ArgumentGroup, without: Collection[str] = ()) -> None:
+    _add_group(group, "what to write and to show", without)
     group.add_argument(
         "--thumbnail", type=a_path, metavar="FILE", help="a picture (PNG, JPEG, WebP, GIF) for modelspec.thumbnail"
     )
@@ -205,9 +243,9 @@ def a_path(text: str) -> Path:
     return Path(not_empty(text))
 
 
-def _add_group(group: argparse._ArgumentGroup, name: Group) -> None:
+def _add_group(group: argparse._ArgumentGroup, name: Group, without: Collection[str] = ()) -> None:
     """The options of this group, as `Options` tells them."""
-    add_options(group, *(typed.name for typed in typed_options() if typed.group == name))
+    add_options(group, *(typed.name for typed in typed_options() if typed.group == name and typed.name not in without))
 
 
 def add_options(group: argparse._ActionsContainer, *names: str) -> None:

@@ -96,10 +96,10 @@ def command(words: Sequence[str]) -> int:
 
 
 COMMANDS: Final = (
-    *("average", "bake", "convert", "inspect", "compare", "plan"),
+    *("average", "bake", "extract", "convert", "inspect", "compare", "plan"),
     *("methods", "recipes", "verify", "bench", "clean", "demo"),
 )
 """The words that are commands when they come first."""
 
-WRITING: Final = ("average", "bake", "convert")
+WRITING: Final = ("average", "bake", "extract", "convert")
 """Those that write a model."""

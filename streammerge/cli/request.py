@@ -25,6 +25,7 @@ class Show:
     verbose: bool = False
     as_json: bool = False
     report: Path | None = None
+    plot: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def read_request(arguments: argparse.Namespace) -> Request:
         with_entries(recipe, arguments.entry),
         recorded.options(options) if recorded else options,
         arguments.output,
-        Show(arguments.quiet, arguments.verbose, arguments.json, arguments.report),
+        Show(arguments.quiet, arguments.verbose, arguments.json, arguments.report, arguments.plot),
         recorded,
         _named(arguments),
     )

@@ -23,6 +23,9 @@ from streammerge.recipe.vocabulary import SOURCES
 _WEIGHTED: Final = re.compile(r"(?P<path>.+):(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)")
 _NAMED: Final = re.compile(r"(?P<name>[A-Za-z_]\w*)=(?P<path>.+)")
 
+LOW_RANK: Final = "low_rank_"
+"""How the names of arguments begin that say how large an adapter's factors are."""
+
 RECIPE_SUFFIXES: Final = (".yaml", ".yml")
 
 
@@ -32,9 +35,9 @@ def as_typed(arguments: argparse.Namespace) -> Recipe:
     first = Path(words[0]) if words else None
     if arguments.averages is not None:
         return parse_recipe(_changed(arguments.averages, arguments), Path(), strict=True)
-    if arguments.bakes:
-        recipe = parse_recipe(_changed(_recipe_of_baking(words, arguments), arguments), Path(), strict=True)
-        return _with_effect(recipe, arguments)
+    if arguments.does in _OWN_WORDS:
+        raw = _OWN_WORDS[arguments.does](words, arguments)
+        return _with_effect(parse_recipe(_changed(raw, arguments), Path(), strict=True), arguments)
     if arguments.recipe is not None:
         raw, folder, bound = packaged_recipe(arguments.recipe), Path(), words
     elif first is not None and first.suffix.lower() in RECIPE_SUFFIXES:
@@ -111,6 +114,8 @@ def _recipe_of_baking(words: list[str], arguments: argparse.Namespace) -> dict[s
     for option, value in without.items():
         if value is not None:
             raise RecipeError(f"{option} has no meaning for bake", advice="Leave it out, or write a recipe.")
+    if any(key.startswith(LOW_RANK) and value is not None for key, value in vars(arguments).items()):
+        raise RecipeError("bake writes a model, of which there is no rank", advice="Leave it out.")
     if len(words) < 2:
         raise RecipeError("bake takes a model, and one adapter or more", advice="streammerge bake MODEL ADAPTER -o OUT")
     model, adapters = _model_entry(words[0]), list[dict[str, Any]]()
@@ -120,6 +125,25 @@ def _recipe_of_baking(words: list[str], arguments: argparse.Namespace) -> dict[s
         entry = _model_entry(word)
         adapters.append({"adapter": entry.pop("model"), **entry})
     return {"merge_method": "linear", "models": [{**model, "adapters": adapters}]}
+
+
+def _recipe_of_extraction(words: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
+    """A recipe's values from TUNED BASE."""
+    if len(words) != 2:
+        raise RecipeError(
+            "extract takes a model and its base", advice="streammerge extract TUNED BASE -o ADAPTER --rank 32"
+        )
+    tuned, base = map(_model_entry, words)
+    if "parameters" in tuned or "parameters" in base:
+        raise RecipeError("models of which the difference is extracted have no weights", advice="Leave them out.")
+    if Path(tuned["model"]).absolute() == Path(base["model"]).absolute():
+        raise RecipeError(f"{words[0]}: is named as the model and as its base, and does not differ from itself")
+    given = {**base, "name": base.get("name", "base")}
+    return {"merge_method": "task_arithmetic", "models": [tuned], "base_model": given, "low_rank": {}}
+
+
+_OWN_WORDS: Final = {"bake": _recipe_of_baking, "extract": _recipe_of_extraction}
+"""The commands whose words are models, and mean something of their own."""
 
 
 def _model_entry(word: str) -> dict[str, Any]:
@@ -212,6 +236,13 @@ def _changed(raw: dict[str, Any], arguments: argparse.Namespace) -> dict[str, An
         "prune": arguments.prune or None,
     }
     raw.update({key: value for key, value in options.items() if value is not None})
+    low_rank = {
+        key.removeprefix(LOW_RANK): value
+        for key, value in vars(arguments).items()
+        if key.startswith(LOW_RANK) and value is not None
+    }
+    if low_rank:
+        raw["low_rank"] = {**_map(raw.get("low_rank")), **low_rank}
     whole, of_parts = _dtypes(arguments.dtype)
     if whole is not None:
         raw.pop("out_dtype", None)

@@ -125,6 +125,9 @@ def card_bytes(node: Node) -> int:
 def _held_by(node: Applied) -> int:
     target = Target(node.name, node.info.shape, len(node.inputs))
     match node:
+        case ByWhole(method=method) if method.readings:
+            beside = method.held(target, node.parameters) if method.held else 0
+            return node.info.elements * 8 + beside
         case ByWhole():
             widest = 8 if any(leaf.info.dtype.bits == 64 for leaf in leaves(node)) else 4
             beside = node.method.held(target, node.parameters) if node.method.held else 0
@@ -149,7 +152,10 @@ def _measured(node: ByBlock) -> Target:
 
 
 def bytes_read(node: Node) -> int:
-    """What evaluating a whole tensor reads, the passes of its methods included."""
+    """What evaluating a whole tensor reads, the passes of its methods included; a further part of what is made by
+    another tensor's passes reads nothing."""
+    if isinstance(node, Viewed) and isinstance(node.source, ByWhole) and node.offset:
+        return 0
     return evaluation_bytes(node) + sum(
         own_passes(part) * sum(map(evaluation_bytes, part.inputs)) for part in applications(node)
     )
@@ -195,13 +201,15 @@ def decomposed(node: Node) -> int:
 def passes(node: Node) -> int:
     """How often the tensor's inputs are gone over, at most: nested methods' passes follow each other."""
     if isinstance(node, ByWhole):
-        return max(map(passes, node.inputs))
+        return max(map(passes, node.inputs)) + own_passes(node) - 1
     below = max((passes(child) - 1 for child in children(node)), default=0)
     return 1 + below + (own_passes(node) if isinstance(node, Applied) else 0)
 
 
 def own_passes(node: Applied) -> int:
     """The passes over its inputs that the node itself makes before it can be computed."""
+    if isinstance(node, ByWhole) and node.method.readings:
+        return node.method.readings(node.parameters)
     return node.method.passes if isinstance(node, ByBlock) else 1
 
 

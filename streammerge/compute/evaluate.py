@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -36,6 +36,9 @@ from streammerge.compute.rounding import rounded
 from streammerge.compute.rows import ZERO
 from streammerge.methods.statistics.passes import Pass
 from streammerge.methods.statistics.slices import Slicing
+
+if TYPE_CHECKING:
+    from streammerge.methods.matrices import Tall
 
 GRAINS: Final = 1000
 """The first of a lane's slots that are rooms of products, which keep what is in them while others are computed."""
@@ -104,7 +107,7 @@ class Evaluator:
         for piece in pieces:
             yield first_block + piece, self.measure(step, node, piece, first_block + piece)
 
-    def inputs(self, node: Surveyed, piece: int, part: int | None = None) -> list[torch.Tensor]:
+    def inputs(self, node: Surveyed, piece: int, part: int | None = None) -> list[Any]:
         """What the method is given of every input at once: pieces, each in a slot of its own; rows; whole tensors.
 
         With `part`, no more than so many of the first elements of pieces. Of a product it is the factors.
@@ -113,9 +116,11 @@ class Evaluator:
             return [self._matrix(factor, factor.info.shape[0]) for factor in node.factors]
         return self._inputs(node, piece, 0, part)
 
-    def _inputs(self, node: Applied, piece: int, slot: int, part: int | None = None) -> list[torch.Tensor]:
+    def _inputs(self, node: Applied, piece: int, slot: int, part: int | None = None) -> list[Any]:
         step = piece_elements(node)
         start, stop = piece * step, min((piece + 1) * step, node.info.elements)
+        if isinstance(node, ByWhole) and node.method.readings:
+            return [self._by_pieces_of_rows(child) for child in node.inputs]
         if isinstance(node, ByWhole):
             whole = [self.copy(child, start, stop, slot) for child in node.inputs]
             self._suspect(whole)
@@ -183,6 +188,19 @@ class Evaluator:
         """The whole tensor, as a matrix."""
         room = self.lane.allocate(node.info.elements, self.dtype)
         return self.copy(node, 0, node.info.elements, 0, room).view(rows, -1)
+
+    def _by_pieces_of_rows(self, node: Node) -> Tall:
+        """The tensor as a matrix in float64, whose rows are computed when they are asked for."""
+        from streammerge.methods.matrices import Tall  # late: few merges decompose
+
+        rows, device = node.info.shape[0], device_in_float64(self.lane.device)
+        columns = node.info.elements // rows
+
+        def piece(wanted: slice) -> torch.Tensor:
+            made = self.copy(node, wanted.start * columns, wanted.stop * columns)
+            return made.to(device, torch.float64).view(-1, columns)
+
+        return Tall.of(rows, columns, device, piece)
 
     def _by_rows(self, node: Product, start: int, stop: int, slot: int) -> torch.Tensor:
         """Cut from the rows that it touches, which are made so many at a time whatever is asked for."""
@@ -307,6 +325,11 @@ class Evaluator:
             out[start - stop : end - stop or None] = self.values(node, start, end, slot)
             start = end
         return out
+
+
+def device_in_float64(device: torch.device) -> torch.device:
+    """This device if it decomposes matrices in float64, else the CPU."""
+    return device if device.type in costs.DECOMPOSING else torch.device("cpu")
 
 
 def device_for_whole(node: ByWhole, device: torch.device) -> torch.device:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from streammerge.compute.expressions import Combined, Node, Product, Viewed
 from streammerge.compute.parts import in_shape
 from streammerge.compute.parts import rows_of as cut
@@ -67,3 +69,29 @@ def factors_of(node: Node) -> tuple[Node, Node]:
     if not isinstance(node, Product) or len(node.factors) != 1 or node.groups > 1:
         raise ValueError("is no product of two matrices")
     return node.left, node.factors[0]
+
+
+def products_of(node: Node) -> tuple[tuple[float, ...], tuple[Node, ...]] | None:
+    """c₁, c₂, … and L₁, R₁, L₂, R₂, … of a node that is Σᵢ cᵢ Lᵢ Rᵢ; None if it is something else."""
+    terms = list(_terms(node, 1.0))
+    products = [part for _, part in terms if isinstance(part, Product) and len(part.factors) == 1]
+    if not terms or len(products) < len(terms):
+        return None
+    sides = [side for product in products for side in _sides(product)]
+    return tuple(coefficient for coefficient, _ in terms), tuple(sides)
+
+
+def _terms(node: Node, factor: float) -> Iterator[tuple[float, Node]]:
+    """What is added up, and how often."""
+    if not isinstance(node, Combined):
+        yield factor, node
+        return
+    for term in node.terms:
+        yield from _terms(term.node, factor * term.coefficient / node.divisor)
+
+
+def _sides(product: Product) -> tuple[Node, Node]:
+    """The two factors of a product, as matrices."""
+    left, right = product.left, product.factors[0]
+    rows = right.info.shape[0]
+    return in_shape(left, (left.info.elements // rows, rows)), in_shape(right, (rows, right.info.elements // rows))

@@ -17,12 +17,12 @@ def rows_of(node: Node, start: int, stop: int) -> Node:
     shape = node.info.shape
     if not shape or (start, stop) == (0, shape[0]):
         return node
-    return _range_of(node, start * math.prod(shape[1:]), (stop - start, *shape[1:]))
+    return range_of(node, start * math.prod(shape[1:]), (stop - start, *shape[1:]))
 
 
 def in_shape(node: Node, shape: tuple[int, ...]) -> Node:
     """The same elements in another shape."""
-    return node if node.info.shape == shape else _range_of(node, 0, shape)
+    return node if node.info.shape == shape else range_of(node, 0, shape)
 
 
 def transposed(node: Node) -> Node:
@@ -41,7 +41,7 @@ def unrounded(node: Node, info: TensorInfo) -> Node:
     return node.source if isinstance(node, Rounded) and node.info == info else node
 
 
-def _range_of(node: Node, first: int, shape: tuple[int, ...]) -> Node:
+def range_of(node: Node, first: int, shape: tuple[int, ...]) -> Node:
     """So many of the flat elements from the first on as the shape has."""
     info, bits = described(node.info.dtype, shape), node.info.dtype.bits
     if isinstance(node, Stored) and first * bits % 8 == 0:

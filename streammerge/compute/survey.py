@@ -205,7 +205,7 @@ class WholePass(Pass["torch.Tensor"]):
         self.node = node
         self.result: Any = None
 
-    def measure(self, block: int, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    def measure(self, block: int, inputs: Sequence[Any]) -> torch.Tensor:
         """The whole output, flattened, in main memory: any lane may be the one that wants a block of it."""
         import torch
 
@@ -213,7 +213,7 @@ class WholePass(Pass["torch.Tensor"]):
         try:
             made = node.method.compute(target_of(node).place(0), inputs, node.parameters)
         except RuntimeError as error:
-            finite = all(bool(torch.isfinite(values).all()) for values in inputs)
+            finite = all(bool(torch.isfinite(values).all()) for values in inputs if isinstance(values, torch.Tensor))
             if finite and not isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
                 raise
             reason = f"torch can't decompose it ({error})" if finite else "an input holds infinite values or NaNs"

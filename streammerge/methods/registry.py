@@ -307,21 +307,25 @@ class WholeMethod(Method):
 
     `temporaries` is how many tensors of the output's size the function holds at once beside its inputs and what it
     returns; `held(target, parameters)` what it takes in bytes beside these, where that is no multiple of the size.
+    With `readings(parameters)` the function is given `Tall` matrices instead, whose rows are made when it asks for
+    them, and over which it goes so often; what it returns need not have their shape.
     """
 
     temporaries: int = 6
     held: Callable[[Target, Parameters], int] | None = None
     anywhere: bool = False
+    readings: Callable[[Parameters], int] | None = None
 
     @property
     def kind(self) -> str:
         """Holds whole tensors."""
         return "whole"
 
-    def compute(self, place: Place, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
+    def compute(self, place: Place, inputs: Sequence[Any], parameters: Parameters) -> Tensor:
         """The output."""
         given = {"place": place} if "place" in self.wanted else {}
-        return checked_tensor(self.name, self.function(*inputs, **keywords(parameters), **given), inputs[0])
+        made: Tensor = self.function(*inputs, **keywords(parameters), **given)
+        return made if self.readings else checked_tensor(self.name, made, inputs[0])
 
 
 METHODS: Final[dict[str, Method]] = {}

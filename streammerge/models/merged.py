@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import torch
 
     from streammerge.formats.companions import Companion
+    from streammerge.models.adapters.factored import Factored
+    from streammerge.models.adapters.ranks import Spectrum
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,9 @@ class Merged:
     metadata that its tensors need, `config` is what the output's config has to say if it is of another kind than the
     layout. `tokenizer` has the tokens that come out, if they are not the layout's. What reading from it measures of the
     whole model is kept for the next time. `companions` are all that lies beside its weights, if it says so itself.
+
+    Of an adapter that is made of factors `factored` are its parts. What is measured of these, if they have to be, is
+    for it to `settle` what is written.
     """
 
     decisions: Decisions
@@ -51,9 +56,11 @@ class Merged:
     accounts: tuple[Account, ...] = ()
     restated: Mapping[str, str] = field(default_factory=dict)
     stated: Mapping[str, str] = field(default_factory=dict)
+    factored: Factored | None = None
     companions: tuple[Companion, ...] | None = None
     config: Mapping[str, Any] | None = None
     tokenizer: Tokenizer | None = None
+    settle: Callable[[Mapping[str, Spectrum]], Merged] | None = None
     _measured: ModelStatistics = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @functools.cached_property

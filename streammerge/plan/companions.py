@@ -34,8 +34,8 @@ def beside_output(merged: Merged, recipe: Recipe | None, output: Path, options: 
 
     CheckpointError if the layout's config can't be read.
     """
-    if merged.companions is not None and not is_file_name(output):
-        return Beside(merged.companions if options.companions else (), ADAPTER)
+    if not is_file_name(output) and (merged.companions is not None or merged.factored is not None):
+        return Beside((merged.companions or ()) if options.companions else (), ADAPTER)
     root = root_of(merged)
     folder = root.folder if isinstance(root, Checkpoint) else None
     if is_file_name(output) and merged.companions:

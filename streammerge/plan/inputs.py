@@ -35,7 +35,7 @@ from streammerge.plan.adapting import told_of, with_adapters
 from streammerge.plan.decide import merge_models
 from streammerge.plan.naming import of_models
 from streammerge.plan.plan import Plan
-from streammerge.plan.summing import is_sum, sum_of_adapters
+from streammerge.plan.summing import are_adapters, is_sum, sum_of_adapters
 from streammerge.plan.vocabularies import Settled, check_same, settled
 from streammerge.recipe.inherited import LICENCES, MERGED_FROM, TITLE, carried_metadata, stays_itself
 from streammerge.recipe.metadata import Hashes, recipe_metadata
@@ -95,13 +95,30 @@ class OpenInputs:
             from streammerge.plan.mixing import mixture_of  # late: who builds no mixture needs none of it
 
             return told_of(mixture_of(recipe, recipe.mixture, models, naming), models)
-        if is_sum(recipe, models):
+        if recipe.low_rank is None and is_sum(recipe, models):
             return sum_of_adapters(recipe, models, naming)
+        if recipe.low_rank is not None or (recipe.method != "linear" and are_adapters(models)):
+            return self._of_low_rank(recipe, models, within, naming)
         whole, told = with_heads(models) if recipe.on_missing == "error" else (models, [])
-        base = recipe.base.name if recipe.base else ""
-        cuts = recipe.on_shape_mismatch == "error"
-        one = settled(recipe.vocabulary, whole, layout=recipe.layout_name, base=base, cuts=cuts)
+        one = _settled(recipe, whole)
         return told_of(one.told(self._merged(recipe, one.models, within, of_models(naming), told)), models)
+
+    def _of_low_rank(
+        self, recipe: Recipe, models: dict[str, Model], within: Within, naming: Naming | Dialect | None
+    ) -> Merged:
+        """Adapters merged to a rank, or the adapter of what a merge is beyond its base."""
+        from streammerge.plan import extracting, refactoring  # late: few merges are of these
+
+        refactoring.refuse_without_rank(recipe, models)
+        recipe, naming = extracting.with_names(recipe, naming)
+        if are_adapters(models):
+            return refactoring.refactored(recipe, models, within, naming)
+        refactoring.refuse_malformed(recipe, models)
+        plain = extracting.to_be_merged(recipe, naming)
+        whole, told = with_heads(models) if recipe.on_missing == "error" else (models, [])
+        one = _settled(recipe, whole)
+        merged = told_of(one.told(self._merged(plain, one.models, within, None, told)), models)
+        return extracting.extracted(recipe, merged, one.models)
 
     def _models(self, recipe: Recipe, within: Within, part: PartOf | None = None) -> dict[str, Model]:
         """The recipe's inputs by name, nested recipes made models, adapters put into them, under the names wanted."""
@@ -218,6 +235,13 @@ def saying_where(name: str) -> Iterator[None]:
         if not error.advice.endswith(NESTED):
             error.advice = f"{error.advice} {NESTED}"
         raise
+
+
+def _settled(recipe: Recipe, models: Mapping[str, Model]) -> Settled:
+    """The models of a recipe, whose rows are of the same tokens."""
+    base = recipe.base.name if recipe.base else ""
+    cuts = recipe.on_shape_mismatch == "error"
+    return settled(recipe.vocabulary, models, layout=recipe.layout_name, base=base, cuts=cuts)
 
 
 def _settled_stack(recipe: Recipe, slices: Sequence[Recipe], models: Mapping[str, Model]) -> Settled:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from streammerge.compute.expressions import stored_place
@@ -12,8 +12,9 @@ from streammerge.errors import PlanError, count, listed, plural
 from streammerge.models.adapters.dialects import Dialect
 from streammerge.models.dialects import Component, Naming, Reading, Recognised, read_as, recognise
 from streammerge.models.dialects.translation import Translated
+from streammerge.models.merged import Merged, as_merged
 from streammerge.models.views import Decoded, Selected, node_of
-from streammerge.recipe.options import NAMINGS
+from streammerge.recipe.options import NAMINGS, Options
 from streammerge.tensors import Model, TensorInfo
 
 WITHOUT: Final = "Without --names the output has the layout model's names."
@@ -43,6 +44,15 @@ def of_models(naming: Naming | Dialect | None) -> Naming | None:
     if naming is not None and found is None:
         raise PlanError(f"{naming} names are an adapter's, and this is no merge of adapters alone", advice=WITHOUT)
     return found
+
+
+def as_named(model: Model, options: Options) -> Merged:
+    """A model that is no recipe's as a merge, in the names that are asked for."""
+    if options.names is None:
+        return as_merged(model)
+    named = in_naming(model, "the model", of_models(options.names) or "original")
+    merged = as_merged(named.models["the model"])
+    return replace(merged, remarks=(*merged.remarks, *named.remarks))
 
 
 def in_one_naming(models: Mapping[str, Model], layout: str) -> Named:

@@ -1,8 +1,7 @@
 """Recipes from YAML's values, checked piece by piece: whatever is not understood is an error that says where it is.
 
-The YAML is mergekit's (`merge_method`, `models`, `base_model`, `parameters`, `dtype`, `out_dtype`) and our own keys
-`layout`, `on_shape_mismatch`, `on_missing`, `on_prediction_mismatch`, `rules`, `inputs`, `seed`, `only`, `ema`,
-`prune`; `model:` may be a whole recipe. Instead of `models` there may be `slices` or `modules`.
+The YAML is mergekit's (`merge_method`, `models`, `slices`, `modules`, `base_model`, `parameters`, `dtype`, …) and our own
+keys `layout`, `rules`, `inputs`, `seed`, `low_rank` and others; `model:` may be a whole recipe.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from streammerge.models.extent import MAX_DEPTH
 from streammerge.models.hub import located, name_of
 from streammerge.recipe.adapters import adapter_entry, adapters_of, is_recipe, with_lora
 from streammerge.recipe.documents import Document
+from streammerge.recipe.low_rank import parse_low_rank
 from streammerge.recipe.modules import ASSEMBLY_KEYS, module_recipes
 from streammerge.recipe.naming import distinct_names, file_of, revised, same_source, unused_name
 from streammerge.recipe.parameters import parse_settings
@@ -45,7 +45,7 @@ KEYS: Final = (
     *("merge_method", "models", "base_model", "parameters", "dtype", "out_dtype", "name"),
     *("tokenizer", "tokenizer_source", "chat_template", "const_tag"),
     *("layout", "on_shape_mismatch", "on_missing", "on_prediction_mismatch", "rules", "inputs", "seed"),
-    *("only", "ema", "prune"),
+    *("only", "ema", "prune", "low_rank"),
 )
 """The keys of a recipe: mergekit's, then our own."""
 
@@ -124,6 +124,7 @@ class _RecipeParser:
             ema=self._choice(raw, "ema", EMA_POLICIES),
             prune=parse_flag(raw.get("prune", False), f"{self.where}: prune"),
             seed=parse_seed(raw.get("seed"), self.where),
+            low_rank=parse_low_rank(raw.get("low_rank"), self.where),
             chat_template=parse_chat_template(raw.get("chat_template"), self.where),
         )
         return self._with_references(recipe, raw)

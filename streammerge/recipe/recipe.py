@@ -26,6 +26,7 @@ from streammerge.recipe.policies import (
 from streammerge.recipe.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
+    from streammerge.models.adapters.ranks import LowRank
     from streammerge.recipe.experts import Expert, Mixture
 
 RuleAction = Literal["merge", "take", "keep", "drop"]
@@ -93,6 +94,8 @@ class Recipe:
 
     A `mixture` of experts is built of the inputs, which give experts, and of the base, which gives all else.
 
+    With `low_rank` the output is an adapter: of adapters that are merged, or of what the merge is beyond its base.
+
     With `only`, one of PARTS, the output is this component alone; `ema` is what becomes of averaged weights beside the
     others; what is pruned is of use for training alone.
     """
@@ -117,6 +120,7 @@ class Recipe:
     vocabulary: Vocabulary | None = None
     chat_template: str = ""
     mixture: Mixture | None = None
+    low_rank: LowRank | None = None
     where: str = field(default="recipe", compare=False, repr=False)
 
     @property
@@ -222,6 +226,7 @@ class Recipe:
             "ema": None if self.ema == "keep" else self.ema,
             "prune": self.prune or None,
             "seed": self.seed,
+            "low_rank": self.low_rank.described() if self.low_rank else None,
             **self._describe_words(),
         }
         return {key: value for key, value in described.items() if value not in (None, [], {}, "error")}
@@ -315,8 +320,12 @@ def check_recipe(recipe: Recipe, where: str = "recipe", *, strict: bool = False)
     if recipe.is_composed or recipe.mixture is not None:  # parts are checked each by itself; a mixture has no method
         return recipe
     listed = recipe.base is not None and recipe.base.name in {entry.name for entry in recipe.inputs}
-    if method.base == "required" and recipe.base is None:
-        raise RecipeError(f"method {method.name!r} needs a base model", advice="Name it with --base or base_model.")
+    if method.base == "required" and recipe.base is None and recipe.low_rank is None:  # what adapters change has none
+        raise RecipeError(
+            f"method {method.name!r} needs a base model",
+            advice="Name it with --base or base_model. Adapters are "
+            "merged by it without one, as factors of a rank: --rank R.",
+        )
     if method.base == "none" and recipe.base is not None and not listed:
         raise RecipeError(
             f"method {method.name!r} has no base model, and {recipe.base.name!r} is not among its models",

@@ -75,11 +75,13 @@ class Ledger(Progress):
     """What is finished, and what was found in it.
 
     `found` was on the disk when the run began: it counts as done and needn't be made again. `findings` are of all.
+    `factored` has of matrices whose factors this run has made the norms of what these hold, and of what they don't.
     """
 
     def __init__(self, total_bytes: int = 0, found: Entry | None = None) -> None:
         self.found = found or Entry()
         self.findings = dict(self.found.findings)
+        self.factored: dict[str, tuple[float, float]] = {}
         self._news = Entry()
         self._bases: frozenset[int] = frozenset()
         self.changes: dict[str, tuple[float, float]] = {}
@@ -122,6 +124,11 @@ class Ledger(Progress):
             with self.lock:
                 moved, length = self.changes.get(job.name, (0.0, 0.0))
                 self.changes[job.name] = moved + change[0], length + change[1]
+
+    def tell(self, name: str, kept: float, missed: float) -> None:
+        """The factors of the matrix of this name hold a part of this norm, and miss one of that."""
+        with self.lock:
+            self.factored[name] = kept, missed
 
     def take(self) -> Entry:
         """What was finished since this was last asked."""

@@ -16,6 +16,7 @@ from streammerge.compute.kernels.maker import KernelMaker
 from streammerge.compute.machine import OWN_BYTES, import_torch, resident_bytes
 from streammerge.compute.makers import Maker
 from streammerge.compute.neighbours import neighbours
+from streammerge.compute.sharing import sharing, whole_of
 from streammerge.findings import refuse_nonfinite
 from streammerge.formats.readers import open_reader
 from streammerge.methods import METHODS
@@ -115,14 +116,18 @@ class Machine:
         works: Iterator[Work] = (
             (SampledWork(job, sink, ledger, self.measured, samples[job]) for job in waiting)
             if samples
-            else (self._work(group, sink, ledger) for group in neighbours(waiting))
+            else (self._work(group, sink, ledger) for group in sharing(neighbours(waiting)))
         )
         run(works, makers, look, copying, held_bytes=self.allotment.held_bytes)
         look()
 
     def _work(self, jobs: Sequence[Job], sink: Sink, ledger: Ledger) -> Work:
-        if len(jobs) > 1:
+        if len(jobs) > 1 and jobs[0].is_compiled:
             return NeighboursWork(jobs, sink, ledger)
+        if whole_of(jobs[0].node) is not None:
+            from streammerge.workers.sharing import SharedWork  # late: few merges have factors
+
+            return SharedWork(jobs, sink, ledger, self.measured)
         return MergeWork(jobs[0], sink, ledger, self.measured)
 
     def _measure(self, makers: Sequence[Maker], ledger: Ledger, look: Callable[[], None]) -> None:

@@ -44,6 +44,8 @@ class Stopping:
             def write(work: MergeWork, window: Window, *arguments: Any) -> None:
                 whole(work, window, *arguments)
                 with self.lock:
+                    if not keepers:  # what is measured before there is a plan is not written
+                        return
                     self.windows += [job.name for job in work.jobs] if isinstance(work, NeighboursWork) else [work.name]
                     keepers[0].record()
                     self.left -= 1

@@ -15,7 +15,7 @@ def run(words: Sequence[str]) -> int:
     """Put adapters into a model: a merge of one model, whose adapters are the other words."""
     parser = new_parser("bake", USAGE, "Put adapters (LoRA and its kin) into a model: W' = W + weight · scale · B A.")
     add_merge_arguments(parser)
-    parser.set_defaults(bakes=True)
+    parser.set_defaults(does="bake")
     if not words:
         parser.print_help()
         return 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ streammerge RECIPE.yaml -o OUT.safetensors [options]
        streammerge MODEL[:WEIGHT] MODEL[:WEIGHT] ... -o OUT.safetensors [options]
        streammerge --recipe NAME NAME=MODEL ... -o OUT.safetensors [options]
        streammerge OLD.safetensors --recipe-from-metadata -o OUT.safetensors [NAME=MODEL ...] [options]
-       streammerge average|bake|convert|inspect|compare|plan|methods|recipes|verify|bench|clean|demo ... --help"""
+       streammerge average|bake|extract|convert|inspect|compare|plan|methods|recipes|verify|bench|clean|demo ..."""
 
 
 def run(words: Sequence[str]) -> int:
@@ -65,23 +66,34 @@ def merge(output: Path, arguments: argparse.Namespace) -> int:
     from streammerge.cli.commands.plan import show_plan
     from streammerge.cli.request import read_request
     from streammerge.engine import carry_out, planned
+    from streammerge.formats.claims import Claims
     from streammerge.report import dump_json
-    from streammerge.storage.side_files import reported, write_text
+    from streammerge.storage.side_files import reported, side_file, write_text
 
     with saying_what_is_on_disk():
         request = read_request(arguments)
         show, beside = request.show, request.named + reported(request.show.report)
+        beside += Claims(written=side_file(show.plot, "the plot"))
         check_recorded_inputs(request)
+        if show.plot is not None:
+            from streammerge.tools.plotting import kind_of_plot
+
+            kind_of_plot(show.plot)
         started = time.perf_counter()
-        with planned(request.recipe, output, request.options, beside=beside) as plan:
+        measuring = functools.partial(watching, "measure", quiet=show.quiet)
+        with planned(request.recipe, output, request.options, beside=beside, measuring=measuring) as plan:
             if show.verbose and not show.quiet:
                 show_plan(plan, every_tensor=True)
             with watching("merge", quiet=show.quiet) as watch:
                 weighs = show.report is not None or show.verbose
                 report = carry_out(plan, started, watch, telling(quiet=show.quiet), beside, weighs=weighs)
-    if show.report is not None:
-        with saying_what_is_on_disk(lambda: "The output is complete."):
+    with saying_what_is_on_disk(lambda: "The output is complete."):
+        if show.report is not None:
             write_text(show.report, dump_json(report.to_json()))
+        if show.plot is not None:
+            from streammerge.tools.kept_plot import plot_kept
+
+            plot_kept(report.factored, show.plot)
     show_report(report, quiet=show.quiet)
     return 0
 

@@ -36,7 +36,7 @@ def plan(arguments: argparse.Namespace) -> int:
         request = read_request(arguments)
         show, options = request.show, replace(request.options, hash_inputs=False)
         output = request.output or Path("merged.safetensors")
-        with planned(request.recipe, output, options, replacing=request.output is None) as made:
+        with planned(request.recipe, output, options, replacing=request.output is None, measuring=None) as made:
             if show.as_json:
                 say(dump_json({**made.to_json(), **estimated(made)}).rstrip())
             elif not show.quiet:

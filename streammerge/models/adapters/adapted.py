@@ -171,7 +171,7 @@ class Adapted(View):
 
 def _used(use: Use, node: Node, strength: float) -> Node:
     change, height = _change(use), use.stop - use.start
-    if change.is_linear and change.shape[0] != height:
+    if change.is_linear and change.shape and change.shape[0] != height:
         change = change.of_rows(use.first, use.first + height)
     if height == rows(node.info):
         return change.applied(node, strength)
