@@ -44,6 +44,7 @@ from streammerge.storage.hashing import (
     HashingWriter,
     check_sidecar,
     hash_output,
+    hashes_by_file,
     hashing,
     input_hashes,
     is_in_sidecar,
@@ -392,11 +393,3 @@ def _elsewhere(plan: Plan, machine: Machine | None, took: float) -> Elsewhere | 
         rates_here()  # once and for all, when the output is in place
     found = estimates.elsewhere(plan, machine.device, took)
     return None if found is None else Elsewhere(found.device, found.seconds, found.told())
-
-
-def hashes_by_file(plan: Plan, hashes: Sequence[FileHashes]) -> Mapping[str, Mapping[str, str]]:
-    """The hashes of the output for its report."""
-    return {
-        str(file.path): {"sha256": found.sha256, "tensors": found.tensors}
-        for file, found in zip(plan.output.files, hashes, strict=False)
-    }

@@ -41,7 +41,7 @@ def add_extract_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=a_path, metavar="OUT", help="the file (or folder) to write")
     parser.set_defaults(recipe=None, recipe_from_metadata=False, method=None, methods=[], base=None, parameter=[])
     parser.set_defaults(layout=None, keep=[], take=[], vae=None, only=None, ema=None, prune=False, rest="merge")
-    parser.set_defaults(does="extract", averages=None)
+    parser.set_defaults(does="extract", averages=None, tokenizer_source=None)
     group = parser.add_argument_group("what to extract")
     _add_low_rank_arguments(group, of_models=True)
     add_entry_argument(group)

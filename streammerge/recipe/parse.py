@@ -1,6 +1,6 @@
 """Recipes from YAML's values, checked piece by piece: whatever is not understood is an error that says where it is.
 
-The YAML is mergekit's (`merge_method`, `models`, `slices`, `modules`, `base_model`, `parameters`, `dtype`, …) and our own
+The YAML is mergekit's (`merge_method`, `models`, `slices`, `modules`, `base_model`, `parameters`, …) and our own
 keys `layout`, `rules`, `inputs`, `seed`, `low_rank` and others; `model:` may be a whole recipe.
 """
 

@@ -23,6 +23,7 @@ from streammerge.formats.files import read_errors
 from streammerge.formats.layout import OutputFile, OutputLayout
 from streammerge.formats.safetensors import is_safetensors
 from streammerge.plan.inputs import OpenInputs
+from streammerge.plan.plan import Plan
 from streammerge.recipe.metadata import Hashes, stored_names
 from streammerge.recipe.parse import Recipe
 from streammerge.storage.copying import CopyRange
@@ -289,4 +290,12 @@ def input_hashes(recipe: Recipe, opened: OpenInputs) -> Hashes:
     return {
         name: {file.path.name: file_sha256(file.path) for file in opened.opened(path).files}
         for path, name in stored_names(recipe.paths()).items()
+    }
+
+
+def hashes_by_file(plan: Plan, hashes: Sequence[FileHashes]) -> Mapping[str, Mapping[str, str]]:
+    """The hashes of the output for its report."""
+    return {
+        str(file.path): {"sha256": found.sha256, "tensors": found.tensors}
+        for file, found in zip(plan.output.files, hashes, strict=False)
     }
