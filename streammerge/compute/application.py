@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TypeGuard
 
+from streammerge.compute.combining import combine
 from streammerge.compute.costs import together_blocks
-from streammerge.compute.expressions import ByBlock, ByGram, ByWhole, Node, Term, Together, combine
+from streammerge.compute.expressions import ByBlock, ByGram, ByWhole, Node, Term, Together
 from streammerge.errors import MethodError
 from streammerge.methods.contract import ParameterValue
 from streammerge.methods.place import Within

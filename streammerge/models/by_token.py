@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from streammerge.compute.expressions import ByBlock, Gathered, Node, Term, combine
+from streammerge.compute.combining import combine
+from streammerge.compute.expressions import ByBlock, Gathered, Node, Term
 from streammerge.compute.parts import rows_of
 from streammerge.compute.rows import ZERO, Rows
 from streammerge.errors import PlanError, listed

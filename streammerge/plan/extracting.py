@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
-from streammerge.compute.expressions import Node, Term, combine
+from streammerge.compute.combining import combine
+from streammerge.compute.expressions import Node, Term
 from streammerge.compute.matrices import transposed
 from streammerge.compute.parts import joined, rows_of
 from streammerge.errors import PlanError, count, listed, plural

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
 from streammerge.compute.application import apply_method
-from streammerge.compute.expressions import Node, Term, combine
+from streammerge.compute.combining import combine
+from streammerge.compute.expressions import Node, Term
 from streammerge.errors import PlanError, count, listed, plural
 from streammerge.methods import find_method
 from streammerge.models.checkpoints import Checkpoint

@@ -33,7 +33,7 @@ from streammerge.compute.machine import (
     free_bytes,
     share_out,
 )
-from streammerge.errors import OutputError, PlanError, count, format_size, listed, plural
+from streammerge.errors import OutputError, count, format_size, listed, plural
 from streammerge.formats.files import ByteFile
 from streammerge.formats.layout import OutputLayout, default_shards, lay_out
 from streammerge.formats.tables import names_bytes
@@ -369,42 +369,3 @@ def by_component(names: Sequence[str]) -> str:
 def plain(parameters: Mapping[str, ParameterValue]) -> dict[str, Any]:
     """Parameters' values for JSON: of one that every model has, a list in the order of the models."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in parameters.items()}
-
-
-def allot_memory(plan: Plan, resident: int, vram: int | None, *, card_bytes: int = 0, cards: int = 1) -> Allotment:
-    """Share out what --max-ram leaves beside what the process takes already; PlanError naming the least that works.
-
-    `vram` is what may be taken of each of so many cards' memory, `card_bytes` what whole tensors take of it.
-    """
-    limit = plan.options.max_ram
-    if vram is not None:
-        _check_vram(plan, vram, card_bytes)
-    if limit is None:
-        return plan.allot(vram_limit=vram, card_bytes=card_bytes, cards=cards)
-    needed = plan.lane_bytes + plan.mapped_bytes[1] + plan.held_bytes
-    fixed = resident + OVERHEAD_BYTES
-    taking = "Python and torch take" if plan.needs_torch else "Python takes"
-    if limit < fixed + needed:
-        raise PlanError(
-            f"--max-ram {format_size(limit)} is too small: {taking} {format_size(fixed)}, and this merge needs "
-            f"{format_size(needed)} to work in",
-            # one to spare: what these take is not the same to the page in every process
-            advice=f"The least that works is {-(-(fixed + needed) // MIB) + 1}MiB.",
-        )
-    return plan.allot(limit - fixed, vram, card_bytes=card_bytes, cards=cards)
-
-
-def _check_vram(plan: Plan, vram: int, card_bytes: int) -> None:
-    """PlanError unless a worker's buffers fit the card's memory, and the whole tensors that it holds."""
-    needed = plan.lane_bytes + card_bytes
-    if vram >= needed:
-        return
-    what = f"{format_size(vram)} of memory on the card"
-    if plan.options.max_vram == vram:
-        what = f"--max-vram {format_size(vram)}"
-    taking = f"one worker's buffers take {format_size(plan.lane_bytes)}"
-    beside = f", and whole tensors {format_size(card_bytes)}" if card_bytes else ""
-    instead = ", or use --device cpu" if card_bytes else ""
-    raise PlanError(
-        f"{what} is too small: {taking}{beside}", advice=f"The least that works is {-(-needed // MIB)}MiB{instead}."
-    )

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from streammerge.compute.application import apply_method
-from streammerge.compute.expressions import Node, Term, combine
+from streammerge.compute.combining import combine
+from streammerge.compute.expressions import Node, Term
 from streammerge.compute.matrices import zeros
 from streammerge.compute.parts import in_shape
 from streammerge.errors import PlanError, count, listed, plural

@@ -252,8 +252,7 @@ class _RecipeParser:
             raise RecipeError(
                 f"{self.where}: it needs {len(names)} models", found=missing, advice="Add them to the command."
             )
-        unknown = sorted(set(self.bindings) - set(names))
-        if unknown:
+        if unknown := sorted(set(self.bindings) - set(names)):
             raise RecipeError(
                 f"{self.where}: it has no input {unknown[0]!r}",
                 advice=f"{suggestion(unknown[0], names)}Its inputs: {', '.join(names) or 'none'}.",

@@ -20,7 +20,8 @@ from streammerge.compute.sharing import sharing, whole_of
 from streammerge.findings import refuse_nonfinite
 from streammerge.formats.readers import open_reader
 from streammerge.methods import METHODS
-from streammerge.plan.plan import Plan, allot_memory
+from streammerge.plan.allotting import allot_memory
+from streammerge.plan.plan import Plan
 from streammerge.report import Watch
 from streammerge.storage.copying import Copying
 from streammerge.storage.ledger import Ledger, Sink

@@ -11,9 +11,10 @@ import torch
 
 from benchmarks.standin import CPU, Cards, LateCard
 from streammerge.compute import tensor_maker
+from streammerge.compute.combining import combine
 from streammerge.compute.costs import RING
 from streammerge.compute.cuda import CudaLane
-from streammerge.compute.expressions import BLOCK, Term, combine
+from streammerge.compute.expressions import BLOCK, Term
 from streammerge.compute.makers import Wanted
 from streammerge.compute.tensor_maker import BlocksAhead, TensorMaker
 from streammerge.formats.readers import MappedReader, PositionalReader

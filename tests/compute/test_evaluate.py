@@ -17,7 +17,8 @@ import streammerge.models.merged
 from streammerge.compute import costs
 from streammerge.compute import evaluate as compute
 from streammerge.compute.application import apply_method
-from streammerge.compute.expressions import Applied, ByBlock, External, Node, Stored, Term, Viewed, combine, rounded
+from streammerge.compute.combining import combine
+from streammerge.compute.expressions import Applied, ByBlock, External, Node, Stored, Term, Viewed, rounded
 from streammerge.compute.lanes import Lane, torch_dtype
 from streammerge.compute.reading import read_range, read_stored
 from streammerge.compute.survey import Survey

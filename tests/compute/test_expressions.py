@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import streammerge
 from streammerge.compute.application import apply_method
+from streammerge.compute.combining import combine
 from streammerge.compute.costs import compute_dtype, is_copy, slots
 from streammerge.compute.evaluate import Evaluator
 from streammerge.compute.expressions import (
@@ -22,7 +23,6 @@ from streammerge.compute.expressions import (
     Term,
     Viewed,
     children,
-    combine,
     leaves,
     walk,
 )

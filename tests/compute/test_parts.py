@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import streammerge
+from streammerge.compute.combining import combine
 from streammerge.compute.costs import bytes_read, compute_dtype, is_copy, slots
-from streammerge.compute.expressions import BLOCK, Combined, Joined, Node, Stored, Term, Viewed, combine
+from streammerge.compute.expressions import BLOCK, Combined, Joined, Node, Stored, Term, Viewed
 from streammerge.compute.identity import Describer, kind_of
 from streammerge.compute.inputs import inputs_of, is_input
 from streammerge.compute.kernels.library import kernels

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from streammerge.compute.combining import combine
 from streammerge.compute.costs import (
     bytes_read,
     compute_dtype,
@@ -18,7 +19,7 @@ from streammerge.compute.costs import (
     slots,
     write_step,
 )
-from streammerge.compute.expressions import BLOCK, Combined, Joined, Node, Product, Term, Viewed, combine, is_merged
+from streammerge.compute.expressions import BLOCK, Combined, Joined, Node, Product, Term, Viewed, is_merged
 from streammerge.compute.identity import Describer, kind_of
 from streammerge.compute.kernels.maker import is_compiled
 from streammerge.compute.lanes import Lane

@@ -10,7 +10,8 @@ from streammerge.compute.costs import card_bytes, holds_on
 from streammerge.compute.expressions import Node
 from streammerge.compute.machine import MIB
 from streammerge.errors import PlanError
-from streammerge.plan.plan import Plan, allot_memory
+from streammerge.plan.allotting import allot_memory
+from streammerge.plan.plan import Plan
 from tests.make.models import make_tensors, near, normal, save_models
 
 SIDE = 500

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 import streammerge
-from streammerge.compute.expressions import Job, Stored, Term, combine
+from streammerge.compute.combining import combine
+from streammerge.compute.expressions import Job, Stored, Term
 from streammerge.errors import CheckpointError, OutputError
 from streammerge.formats import descriptors as positional
 from streammerge.formats.descriptors import copy_at

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streammerge.compute import costs
+from streammerge.compute.combining import combine
 from streammerge.compute.costs import WINDOW_BYTES, window_blocks
-from streammerge.compute.expressions import BLOCK, ByGram, External, Stored, Term, combine
+from streammerge.compute.expressions import BLOCK, ByGram, External, Stored, Term
 from streammerge.compute.survey import Survey
 from streammerge.formats.readers import FileRange
 from streammerge.methods import METHODS

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal
 
-from streammerge.compute.expressions import ByBlock, Node, Product, Term, combine
+from streammerge.compute.combining import combine
+from streammerge.compute.expressions import ByBlock, Node, Product, Term
 from streammerge.compute.matrices import permuted, rows_of, transposed, vector, zeros
 from streammerge.compute.parts import in_shape, joined
 from streammerge.methods.registry import BlockMethod, Needs

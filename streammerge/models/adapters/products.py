@@ -10,7 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from streammerge.compute.expressions import ByBlock, Node, Product, Term, Viewed, combine
+from streammerge.compute.combining import combine
+from streammerge.compute.expressions import ByBlock, Node, Product, Term, Viewed
 from streammerge.compute.matrices import factors_of, transposed, zeros
 from streammerge.compute.parts import in_shape, joined
 from streammerge.models.adapters.changes import MULTIPLY, Change

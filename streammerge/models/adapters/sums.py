@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from streammerge.compute.expressions import Node, Term, combine
+from streammerge.compute.combining import combine
+from streammerge.compute.expressions import Node, Term
 from streammerge.compute.matrices import transposed
 from streammerge.compute.parts import in_shape
 from streammerge.errors import PlanError, count
