@@ -250,6 +250,16 @@ def children(node: Node) -> tuple[Node, ...]:
             return ()
 
 
+def block_method(node: Node) -> BlockMethod | None:
+    """The method of blocks whose result it is, if it is one's."""
+    return node.method if isinstance(node, ByBlock) else None
+
+
+def is_product_of_two(node: Node) -> bool:
+    """Whether it is the product of two factors."""
+    return isinstance(node, Product) and len(node.factors) == 1
+
+
 def walk(node: Node) -> Iterator[Node]:
     """The node's whole tree, children before parents."""
     for child in children(node):

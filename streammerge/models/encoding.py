@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from streammerge.compute.expressions import ByBlock, External, Node, Viewed, applications
+from streammerge.compute.expressions import ByBlock, External, Node, Viewed, applications, block_method
 from streammerge.errors import MethodError
 from streammerge.methods.registry import BlockMethod, Needs, Statistics
 from streammerge.methods.statistics.passes import Magnitudes, Pass
@@ -73,7 +73,7 @@ def has_codes(node: Node) -> bool:
 
 def loses_scales(node: Node) -> bool:
     """Whether it had scales, and is not given others."""
-    return has_scales(node) and not (isinstance(node, ByBlock) and id(node.method) in _MADE)
+    return has_scales(node) and id(block_method(node)) not in _MADE
 
 
 @dataclass(frozen=True, eq=False)

@@ -213,7 +213,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
 
 
 def test_a_missing_file_is_an_error_that_says_what_is_read(tmp_path):
-    with pytest.raises(CheckpointError, match="No such file or directory\n  Check the path; streammerge reads local"):
+    with pytest.raises(CheckpointError, match="missing: can't be read: No such file or directory\n  Check the path"):
         identify(tmp_path / "missing")
 
 

@@ -297,7 +297,7 @@ def test_what_a_recipe_says_of_tokens_is_kept(capsys):
     merged(recipe)
     assert main(["verify", "OUT", "A=A", "B=B", "C=C"]) == 0
     before = Path("OUT/model.safetensors").read_bytes()
-    streammerge.merge(recipe, output="AGAIN", threads=1, max_ram="600MB")
+    streammerge.merge(recipe, output="AGAIN", threads=1)
     assert Path("AGAIN/model.safetensors").read_bytes() == before
     said = main(["plan", "--recipe-from-metadata", "OUT", "A=A", "B=B", "C=C", "-o", "X"])
     assert said == 0, capsys.readouterr().err

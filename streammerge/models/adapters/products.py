@@ -11,7 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from streammerge.compute.combining import combine
-from streammerge.compute.expressions import ByBlock, Node, Product, Term, Viewed
+from streammerge.compute.expressions import (
+    ByBlock,
+    Node,
+    Product,
+    Term,
+    Viewed,
+    block_method,
+    children,
+    is_product_of_two,
+)
 from streammerge.compute.matrices import factors_of, transposed, zeros
 from streammerge.compute.parts import in_shape, joined
 from streammerge.models.adapters.changes import MULTIPLY, Change
@@ -33,10 +42,10 @@ class Share:
 
 def as_lora(change: Change) -> Change:
     """A LoHa without cores as the LoRA that it is, of the rank r₁ · r₂; any other change as it is."""
-    if change.kind != "LoHa" or not isinstance(change.value, ByBlock):
+    if change.kind != "LoHa" or block_method(change.value) is None:
         return change
-    sides = change.value.inputs
-    if not all(isinstance(side, Product) and len(side.factors) == 1 for side in sides):
+    sides = children(change.value)
+    if not all(map(is_product_of_two, sides)):
         return change
     (b1, a1), (b2, a2) = map(factors_of, sides)
     if len(a1.info.shape) != 2:
