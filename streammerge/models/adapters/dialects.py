@@ -34,12 +34,14 @@ ROLES: Final[Mapping[Dialect, Mapping[str, str]]] = {
 }
 """How the tensors of a module are called in each; what a dialect has no name for can't be written in it."""
 
-_COMFY: Final[Mapping[Role | None, str]] = {
+COMFY: Final[Mapping[Role | None, str]] = {
     "denoiser": "diffusion_model.",
     "CLIP": "text_encoders.clip_l.transformer.",
     "CLIP 2": "text_encoders.clip_g.transformer.",
     "T5": "text_encoders.t5xxl.transformer.",
 }
+"""What ComfyUI's names of a component's modules begin with."""
+
 _DIFFUSERS: Final[Mapping[Role | None, str]] = {
     "denoiser": "transformer.",
     "CLIP": "text_encoder.",
@@ -90,7 +92,7 @@ def spelled(
         return prefix + path
     if dialect == "diffusers" and role == "denoiser" and path.startswith(("down_blocks.", "mid_block.", "up_blocks.")):
         return f"unet.{path}"
-    return (_COMFY if dialect == "comfy" else _DIFFUSERS)[role] + path
+    return (COMFY if dialect == "comfy" else _DIFFUSERS)[role] + path
 
 
 def _kohya(role: Role, roles: Collection[Role | None]) -> str:

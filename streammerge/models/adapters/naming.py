@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from streammerge.models.adapters.dialects import COMFY
 from streammerge.models.adapters.modules import PEFT
 from streammerge.models.adapters.ranks import Dialect
 from streammerge.models.adapters.targets import Targets, underscored
@@ -95,7 +96,7 @@ def _modules(tensors: Mapping[str, TensorInfo], dialect: Dialect) -> Iterator[Mo
 
 
 def _of_component(known: Recognised, component: Component, dialect: Dialect) -> Iterator[Module]:
-    prefix = (_KOHYA if dialect == "kohya" else _COMFY).get(component.role, "")
+    prefix = (_KOHYA if dialect == "kohya" else COMFY).get(component.role, "")
     if component.role == "CLIP" and dialect == "kohya" and len(_encoders(known)) > 1:
         prefix = "lora_te1_"
     if component.role == "T5" and any(name.startswith("text_encoders.umt5xxl.") for name in known.tensors):
@@ -126,12 +127,6 @@ _KOHYA: Final[Mapping[Role, str]] = {
     "CLIP": "lora_te_",
     "CLIP 2": "lora_te2_",
     "T5": "lora_te3_",
-}
-_COMFY: Final[Mapping[Role, str]] = {
-    "denoiser": "diffusion_model.",
-    "CLIP": "text_encoders.clip_l.transformer.",
-    "CLIP 2": "text_encoders.clip_g.transformer.",
-    "T5": "text_encoders.t5xxl.transformer.",
 }
 
 
