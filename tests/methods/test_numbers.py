@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -27,15 +29,18 @@ def tolerance(case: Case, dtype: torch.dtype) -> float:
     return 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 2 + 2e-6
 
 
-@pytest.mark.parametrize("distance", ["near", "far"])
+def marks(case: Case, dtype: str, distance: str) -> list[pytest.MarkDecorator]:
+    """Every case in float32, near and far; one of each method in the other dtypes; the rest with the slow tests."""
+    quick = dtype == "F32" or (case in ONE_CASE_EACH and distance == "near")
+    return [] if quick else [pytest.mark.slow]
+
+
 @pytest.mark.parametrize(
-    ("case", "dtype"),
+    ("case", "dtype", "distance"),
     [
-        pytest.param(case, dtype, marks=[] if dtype == "F32" or case in ONE_CASE_EACH else pytest.mark.slow)
-        for case in CASES
-        for dtype in DTYPE_NAMES
+        pytest.param(*one, marks=marks(*one), id="-".join(map(str, one)))
+        for one in itertools.product(CASES, DTYPE_NAMES, ("near", "far"))
     ],
-    ids=str,
 )
 def test_a_method_gives_what_its_formula_says(families, tmp_path, case, dtype, distance):
     family = families(dtype, distance)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,7 @@ UPWARD: dict[tuple[str, str], str] = {}
 """Imports that go up all the same, each with its reason."""
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     """Every module of the package by its name without `streammerge.`, and its file."""
     found = {}
@@ -46,10 +48,16 @@ def room(name: str) -> str:
     return DOOR if first in ("", "__main__") else first
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
 def imported(path: Path) -> set[str]:
     """Modules of the package that this one imports: at once, in a function, or for type checkers only."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -85,7 +93,7 @@ def test_modules_do_not_import_in_circles():
 
 @pytest.mark.parametrize("name", sorted(modules()))
 def test_torch_is_reached_only_where_something_is_computed(name):
-    body = ast.parse(modules()[name].read_text(encoding="utf-8")).body
+    body = parsed(modules()[name]).body
     at_once = {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
     at_once |= {str(node.module) for node in body if isinstance(node, ast.ImportFrom)}
     reaches = any(other.partition(".")[0] == "torch" for other in at_once)

@@ -73,7 +73,7 @@ def plain(paths, tmp_path_factory):
     return output
 
 
-WAYS: dict[str, dict[str, Any]] = {
+SINGLY: dict[str, dict[str, Any]] = {
     "mapped": {"threads": 1, "io": "mmap"},
     "2 threads": {"threads": 2, "io": "pread"},
     "8 threads": {"threads": 8, "io": "mmap"},
@@ -84,6 +84,21 @@ WAYS: dict[str, dict[str, Any]] = {
     "little memory": {"threads": 8},
     "by torch": {"threads": 2},
 }
+
+TOGETHER: dict[str, dict[str, Any]] = {
+    "mapped, verified, synced, hashed": {
+        "threads": 2,
+        "io": "mmap",
+        "verify": True,
+        "sync": True,
+        "hash": True,
+        "on_nonfinite": "error",
+        "max_ram": "4GiB",
+    },
+    "8 threads, read": {"threads": 8, "io": "pread"},
+    "by torch in little memory": {"threads": 8},
+}
+"""What is of no effect alone has none together: every method shows that, and some of every kind show each way."""
 
 
 def whole_bytes(method: str) -> int:
@@ -96,13 +111,23 @@ def whole_bytes(method: str) -> int:
     return 4 * largest * (case.models + 2 + found.temporaries) + max(held)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", TOGETHER)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_bytes_do_not_depend_on_how_it_is_run(paths, plain, tmp_path, monkeypatch, method, way):
-    options, plainly = dict(WAYS[way]), plain(method)
-    if way == "by torch":
+    assert_the_way_does_not_matter(paths, plain(method), tmp_path, monkeypatch, method, way)
+
+
+@pytest.mark.parametrize("way", SINGLY)
+@pytest.mark.parametrize("method", mostly(ONE_OF_A_KIND, METHODS))
+def test_the_bytes_do_not_depend_on_any_one_way(paths, plain, tmp_path, monkeypatch, method, way):
+    assert_the_way_does_not_matter(paths, plain(method), tmp_path, monkeypatch, method, way)
+
+
+def assert_the_way_does_not_matter(paths, plainly: Tensors, tmp_path, monkeypatch, method: str, way: str) -> None:
+    options = dict({**SINGLY, **TOGETHER}[way])
+    if "by torch" in way:
         monkeypatch.setenv("STREAMMERGE_KERNELS", "off")
-    if way == "little memory":
+    if "little memory" in way:
         options["max_ram"] = least_ram(CASES[method].merge(paths), tmp_path / "least.safetensors")
     merged = merge_to(tmp_path / "out.safetensors", CASES[method].merge(paths), **options)
     assert_same_bytes(merged, plainly)
@@ -159,9 +184,15 @@ def test_sharded_inputs_give_the_same_bytes(paths, plain, tmp_path, method):
     assert_same_bytes(merge_to(tmp_path / "out.safetensors", CASES[method].merge(sharded)), plain(method))
 
 
-@pytest.mark.parametrize("window", mostly([1, 3], [1, 3, 16]))
 @pytest.mark.parametrize("method", METHODS)
-def test_the_length_of_windows_does_not_matter(paths, plain, tmp_path, monkeypatch, method, window):
+def test_the_length_of_windows_does_not_matter(paths, plain, tmp_path, monkeypatch, method):
+    monkeypatch.setattr(costs, "WINDOW", 1)
+    assert_same_bytes(merge_to(tmp_path / "out.safetensors", CASES[method].merge(paths), threads=3), plain(method))
+
+
+@pytest.mark.parametrize("window", [3, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", mostly(ONE_OF_A_KIND, METHODS))
+def test_no_other_length_of_windows_does_not_matter(paths, plain, tmp_path, monkeypatch, method, window):
     monkeypatch.setattr(costs, "WINDOW", window)
     assert_same_bytes(merge_to(tmp_path / "out.safetensors", CASES[method].merge(paths), threads=3), plain(method))
 
