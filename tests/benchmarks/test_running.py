@@ -55,7 +55,7 @@ def test_a_fast_wrong_answer_is_shown_as_wrong(made, tmp_path):
 def test_a_case_of_hours_has_fewer_rounds(made, tmp_path, asked, allowed, rounds):
     settings = Settings(made, runs=asked, quick=True, cold=False, limits=False, results=tmp_path)
     case = dataclasses.replace(CASES["one-tensor"], rounds=allowed)
-    result = running.CaseRunner(case, [own.STREAMMERGE], settings, lambda text: None).run()
+    result = running.CaseRunner(case, [scripted("copier", COPY)], settings, lambda text: None).run()
     assert [len(tool.warm) for tool in result.tools] == [rounds]
 
 

@@ -20,7 +20,7 @@ from streammerge.compute.tensor_maker import BlocksAhead, TensorMaker
 from streammerge.formats.readers import MappedReader, PositionalReader
 from streammerge.tensors import DTYPES
 from tests.make.models import assert_same_bytes, merge_to, normal, raw_bytes, store_tensors
-from tests.references.cases import CASES, ONE_CASE_EACH, mostly
+from tests.references.cases import CASES, ONE_CASE_EACH, ONE_OF_A_KIND, mostly
 
 
 @pytest.fixture
@@ -66,9 +66,20 @@ def test_a_cuda_lane_hands_out_what_has_arrived(card):
         assert [bytes(part) for part in fetched[1].arrived()] == [raw_bytes(values[200:])]
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 8])
 @pytest.mark.parametrize("case", mostly(ONE_CASE_EACH, CASES), ids=str)
-def test_the_bytes_are_the_cpus_however_much_a_card_takes_at_once(families, tmp_path, cards, monkeypatch, case, blocks):
+def test_the_bytes_are_the_cpus(families, tmp_path, cards, monkeypatch, case):
+    assert_the_bytes_are_the_cpus(families, tmp_path, cards, monkeypatch, case, blocks=8)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize(
+    "case", mostly([case for case in ONE_CASE_EACH if case.method in ONE_OF_A_KIND], CASES), ids=str
+)
+def test_they_are_however_little_a_card_takes_at_once(families, tmp_path, cards, monkeypatch, case, blocks):
+    assert_the_bytes_are_the_cpus(families, tmp_path, cards, monkeypatch, case, blocks)
+
+
+def assert_the_bytes_are_the_cpus(families, tmp_path, cards, monkeypatch, case, blocks):
     _, paths = families["F16"]
     cards.blocks = blocks
     made = merge_to(tmp_path / "card.safetensors", case.merge(paths), device="cuda")

@@ -50,7 +50,7 @@ pytestmark = pytest.mark.skipif(kernels() is None, reason="the library is not bu
 
 @pytest.mark.parametrize("name", ["ties", "breadcrumbs", "breadcrumbs_ties", "sce"])
 @given(problem=problems())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_every_option_of_every_method(name, problem):
     inputs, parameters, compute = problem
     with small_pieces():
@@ -131,7 +131,7 @@ def measured_of(nodes: Sequence[ByBlock], step: Pass[Any], block: int) -> Any:
 
 @pytest.mark.parametrize("name", ["ties", "breadcrumbs", "sce"])
 @given(problem=problems())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_passes_measure_the_same(name, problem):
     inputs, parameters, compute = problem
     with small_pieces():
@@ -192,7 +192,7 @@ def test_torch_is_not_needed():
 
 
 @given(data=st.data(), spread=st.sampled_from([1, 50, 3000, 2**20, 2**31]), seed=st.integers(0, 2**31))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_numbers_are_counted_and_selected_alike(data, spread, seed):
     """Few or many, all over the place or nearly equal: those of the bin that is sought in move only if they are few."""
     library = kernels()

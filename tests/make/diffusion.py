@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
@@ -16,7 +17,12 @@ CONTEXTS: Final = {"sd1": 768, "sd2-base": 1024, "sd2-depth": 1024, "sd2-inpaint
 
 
 def diffusion_model(name: str, seed: int = 0, dtype: torch.dtype = torch.float16) -> Tensors:
-    """A model with normal values, positions that count from 0."""
+    """A model with normal values, positions that count from 0; its tensors are made once, and not to be written to."""
+    return dict(_diffusion_model(name, seed, dtype))
+
+
+@functools.lru_cache(maxsize=8)
+def _diffusion_model(name: str, seed: int, dtype: torch.dtype) -> Tensors:
     shapes = ORIGINALS[name]()
     made = make_tensors(seed, dtype, shapes, scale=0.1)
     return {

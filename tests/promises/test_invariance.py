@@ -30,16 +30,13 @@ from tests.make.models import (
     save_model,
     with_integers,
 )
-from tests.references.cases import ONE_CASE_EACH, mostly
+from tests.references.cases import ONE_CASE_EACH, ONE_OF_A_KIND, mostly
 
 BASELINE = 400 * MIB
 """What the process is said to take before the merge, so that limits mean the same in every run."""
 
 WINDOWED = {**SHAPES, "layers.3.several.windows": (3, BLOCK + BLOCK // 2)}
 """The largest tensor has 5 blocks: 3 windows of 2 blocks."""
-
-ONE_OF_A_KIND = ("linear", "slerp", "nuslerp", "ties", "della", "smooth_add", "pcb", "truncate_rank", "knots")
-"""Methods of every kind, of rows, with a halo, of the whole model: files treat the windows of others just alike."""
 
 CASES = {case.method: case for case in ONE_CASE_EACH}
 

@@ -189,6 +189,10 @@ ONE_CASE_EACH: Final[Sequence[Case]] = tuple({case.method: case for case in reve
 """The first case of every method that has more than default parameters is enough where numbers are not the point."""
 
 
+ONE_OF_A_KIND = ("linear", "slerp", "nuslerp", "ties", "della", "smooth_add", "pcb", "truncate_rank", "knots")
+"""Methods of every kind: by blocks, of rows, with a halo, of the whole model, at random."""
+
+
 def mostly(chosen: Iterable[Any], of: Iterable[Any]) -> list[Any]:
     """All of them as parameters of a test; those that aren't chosen are tried with the slow tests."""
     kept = list(chosen)

@@ -251,7 +251,7 @@ def write(*words):
     if count[0] == 4:
         keepers[0].record()
         os.kill(os.getpid(), int(os.environ["NUMBER"]))
-        import time; time.sleep(5)
+        import time; time.sleep(1)
 resume.Bookkeeper.every = noted
 works.MergeWork.write = write
 run()

@@ -121,7 +121,7 @@ def test_a_work_that_only_looks_is_done_with_what_it_reads(tmp_path):
 def test_copies_are_the_stored_bytes(tmp_path, dtype, size):
     info = TensorInfo(DTYPES[dtype], (size * 8 // DTYPES[dtype].bits,))
     content = raw_bytes(torch.randint(0, 256, (info.nbytes,), dtype=torch.uint8))
-    (at,) = store_tensors(tmp_path / "leaf", [torch.tensor(list(b"xyz" + content), dtype=torch.uint8)])
+    (at,) = store_tensors(tmp_path / "leaf", [torch.frombuffer(bytearray(b"xyz" + content), dtype=torch.uint8)])
     leaf = Stored(info, at.file, 3)
     sink = run_jobs([Job("w", info, leaf, None, 0, 0), job_of("other", leaf, dtype, None)], threads=2)
     if info.nbytes:
