@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -44,6 +45,20 @@ GRAINS: Final = 1000
 """The first of a lane's slots that are rooms of products, which keep what is in them while others are computed."""
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Elements [start, stop) of a node that were made already."""
+
+    node: Node
+    start: int
+    stop: int
+    values: torch.Tensor
+
+    def is_of(self, node: Node, start: int, stop: int) -> bool:
+        """Whether they are these."""
+        return node is self.node and (start, stop) == (self.start, self.stop)
+
+
 class Evaluator:
     """Computes blocks of expressions in the lane's slots, in one compute dtype.
 
@@ -56,11 +71,14 @@ class Evaluator:
         self.dtype = dtype
         self.statistics = statistics
         self._doubts: list[torch.Tensor] = []
+        self._held: Held | None = None
         self._kept: dict[int, tuple[int, torch.Tensor]] = {}
         self._sent: dict[int, list[torch.Tensor]] = {}
 
     def values(self, node: Node, start: int, stop: int, slot: int = 0) -> torch.Tensor:
         """Elements [start, stop), a block at the most; in this slot, or where they are stored; not to be written to."""
+        if self._held and self._held.is_of(node, start, stop):
+            return self._held.values
         match node:
             case Stored():
                 return self.lane.load(node, start, stop, self.dtype, slot)
@@ -85,6 +103,12 @@ class Evaluator:
                 return self._by_pieces(node, start, stop, slot)
             case ByWhole():
                 return self.lane.bring(self.statistics[id(node)][start:stop], self.dtype, slot)
+
+    def hold(self, node: Node, start: int, stop: int, slot: int) -> torch.Tensor:
+        """These values, in a slot that nothing else uses: what is computed of them too does not make them again."""
+        self._held = None
+        self._held = Held(node, start, stop, self.values(node, start, stop, slot))
+        return self._held.values
 
     @property
     def suspicious(self) -> bool:

@@ -98,12 +98,13 @@ class TensorBlocks:
     def make(self, start: int, stop: int) -> Block:
         """Elements [start, stop), computed, rounded once, and looked at."""
         lane, wanted, evaluator = self.evaluator.lane, self.wanted, self.evaluator
+        base = None if wanted.base is None else evaluator.hold(wanted.base, start, stop, BESIDE)
         values = evaluator.values(wanted.node, start, stop)
         stored = lane.store(values, self.stored)
         found = examine(values, stored, unscaled=wanted.unscaled)
         is_suspicious = evaluator.suspicious or self.suspicious
         evaluator.take_doubt()
-        change = self._change(values, start, stop)
+        change = (0.0, 0.0) if base is None else self._change(values.reshape(-1), base.reshape(-1))
         if is_suspicious or (found and found.nonfinite):
             quieted(stored)
             found = found or Finding()
@@ -112,13 +113,9 @@ class TensorBlocks:
             found.elements = wanted.node.info.elements
         return Block(lane.stored_bytes(stored), found if found and found.is_any else None, change)
 
-    def _change(self, values: torch.Tensor, start: int, stop: int) -> tuple[float, float]:
+    def _change(self, values: torch.Tensor, base: torch.Tensor) -> tuple[float, float]:
         """Σ (θ − base)² and Σ base², of numbers that are to be measured: to a few digits, which is told to fewer."""
-        if self.wanted.base is None:
-            return 0.0, 0.0
-        lane, values = self.evaluator.lane, values.reshape(-1)
-        base = self.evaluator.values(self.wanted.base, start, stop, BESIDE).reshape(-1)
-        moved = torch.sub(values, base, out=lane.slot(BESIDE + 2, stop - start, values.dtype))
+        moved = torch.sub(values, base, out=self.evaluator.lane.slot(BESIDE + 2, len(values), values.dtype))
         return float(torch.dot(moved, moved)), float(torch.dot(base, base))
 
     def each(self, ranges: Sequence[Range]) -> Iterator[Block]:

@@ -75,6 +75,16 @@ def test_what_stands_in_a_tensors_place_is_not_measured(folder):
     assert baked("saved.safetensors") == {}
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_nothing_is_read_twice_for_it(folder, dtype):
+    for name, tensors in {"model": MODEL, "lora": LORA}.items():
+        save_model(folder / f"{name}.safetensors", {name: tensor.to(dtype) for name, tensor in tensors.items()})
+    used = [*MODEL.values(), *(tensor for name, tensor in LORA.items() if not name.endswith("alpha"))]
+    baked("lora.safetensors")
+    read = json.loads(Path("r.json").read_text())["bytes_read"]
+    assert read <= sum(tensor.numel() for tensor in used) * dtype.itemsize
+
+
 def test_it_is_told_on_the_screen_and_changes_no_byte(folder, capsys):
     assert main(["bake", "model.safetensors", "lora.safetensors", "-o", "a.safetensors"]) == 0
     assert "changed by" not in capsys.readouterr().out
