@@ -13,7 +13,7 @@ from streammerge.compute.parts import joined, rows_of
 from streammerge.errors import PlanError, count, listed, plural
 from streammerge.formats.companions import Companion
 from streammerge.models.adapters.config import IN_METADATA
-from streammerge.models.adapters.dialects import Dialect as AdapterDialect
+from streammerge.models.adapters.dialects import DIALECTS, Dialect
 from streammerge.models.adapters.factored import Factored, Part
 from streammerge.models.adapters.naming import (
     EMBEDDING,
@@ -25,7 +25,7 @@ from streammerge.models.adapters.naming import (
     usual_dialect,
 )
 from streammerge.models.adapters.peft_config import config_of_ranks
-from streammerge.models.adapters.ranks import DIALECTS, Dialect, LowRank
+from streammerge.models.adapters.ranks import LowRank
 from streammerge.models.dialects import Naming, Source
 from streammerge.models.merged import Merged
 from streammerge.models.views import Decoded
@@ -43,14 +43,15 @@ RESTATED: Final = {"ss_network_args": "", "ss_network_module": "networks.lora", 
 """What metadata say of factors that are others now: what is "" is left out."""
 
 
-def with_names(recipe: Recipe, naming: Naming | AdapterDialect | None) -> tuple[Recipe, Naming | AdapterDialect | None]:
+def with_names(recipe: Recipe, naming: Naming | Dialect | None) -> tuple[Recipe, Naming | Dialect | None]:
     """The recipe with the dialect that is asked for as an option; and the naming, if that is none of these."""
-    if recipe.low_rank is None or naming not in DIALECTS:
+    dialect = next((each for each in DIALECTS if each == naming), None)
+    if recipe.low_rank is None or dialect is None:
         return recipe, naming
-    return replace(recipe, low_rank=replace(recipe.low_rank, names=naming)), None
+    return replace(recipe, low_rank=replace(recipe.low_rank, names=dialect)), None
 
 
-def to_be_merged(recipe: Recipe, naming: Naming | AdapterDialect | None) -> Recipe:
+def to_be_merged(recipe: Recipe, naming: Naming | Dialect | None) -> Recipe:
     """The merge whose difference from its base is extracted; PlanError if it says no base, or another layout."""
     if recipe.base is None:
         raise PlanError(
@@ -79,7 +80,7 @@ def extracted(recipe: Recipe, merged: Merged, models: Mapping[str, Model]) -> Me
     assert recipe.low_rank is not None
     assert recipe.base is not None
     base = Decoded(models[recipe.base.name])
-    dialect: Dialect = recipe.low_rank.names or usual_dialect(base.tensors)  # type: ignore[assignment]
+    dialect = recipe.low_rank.names or usual_dialect(base.tensors)
     made = _Extraction(recipe, merged, base, recipe.low_rank, dialect)
     return made.adapter()
 

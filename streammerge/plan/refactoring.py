@@ -26,11 +26,10 @@ from streammerge.methods.registry import Method
 from streammerge.models.adapters.changes import Change
 from streammerge.models.adapters.config import FILE, config_of
 from streammerge.models.adapters.decompositions import SAVED
-from streammerge.models.adapters.dialects import Dialect
+from streammerge.models.adapters.dialects import PEFT, Dialect
 from streammerge.models.adapters.factored import Factored, Part
 from streammerge.models.adapters.files import Adapter, read_adapter
 from streammerge.models.adapters.matching import matched
-from streammerge.models.adapters.modules import PEFT
 from streammerge.models.adapters.parts import sorted_parts
 from streammerge.models.adapters.peft_config import config_of_ranks
 from streammerge.models.checkpoints import Checkpoint

@@ -7,7 +7,7 @@ from typing import Final
 
 from streammerge.errors import PlanError, count, listed
 from streammerge.formats.companions import Companion
-from streammerge.models.adapters.dialects import ADAPTER_NAMES, Dialect
+from streammerge.models.adapters.dialects import DIALECTS, Dialect
 from streammerge.models.adapters.files import Adapter, read_adapter
 from streammerge.models.adapters.peft_config import config_of_ranks
 from streammerge.models.adapters.recognition import find_adapter
@@ -75,11 +75,9 @@ def sum_of_adapters(recipe: Recipe, models: Mapping[str, Model], naming: Naming 
 
 def _dialect(naming: Naming | Dialect | None) -> Dialect | None:
     """The dialect that is asked for; PlanError for a naming that adapters don't have."""
-    found = next((dialect for dialect in ADAPTER_NAMES if dialect == naming), None)
+    found = next((dialect for dialect in DIALECTS if dialect == naming), None)
     if naming is not None and found is None:
-        raise PlanError(
-            f"adapters have no {naming} names", advice=f"Those that they have are {', '.join(ADAPTER_NAMES)}."
-        )
+        raise PlanError(f"adapters have no {naming} names", advice=f"Those that they have are {', '.join(DIALECTS)}.")
     return found
 
 

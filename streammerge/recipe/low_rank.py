@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from streammerge.errors import RecipeError, suggestion
+from streammerge.recipe.options import DIALECTS
 from streammerge.recipe.scalars import number, number_of_text
 from streammerge.recipe.spellings import parse_flag
 
 if TYPE_CHECKING:
     from streammerge.models.adapters.ranks import LowRank
-
-NAMES: Final = ("kohya", "peft", "comfy")
-"""In whose names an adapter may be written."""
 
 SVDS: Final = ("auto", "exact", "randomized")
 
@@ -114,8 +112,8 @@ ASKED: Final = (
     Asked(
         "names",
         "whose names the adapter has (default: kohya for Stable Diffusion, peft for language models, else comfy)",
-        _one_of(NAMES),
-        choices=NAMES,
+        _one_of(DIALECTS),
+        choices=DIALECTS,
         of_models=True,
     ),
 )  # fmt: skip

@@ -17,7 +17,7 @@ from streammerge.methods import METHODS
 from streammerge.methods.loading import loaded_from
 from streammerge.models.hub import located, name_of
 from streammerge.recipe.files import MAX_RECIPE
-from streammerge.recipe.options import COMPUTE_DTYPES, DIALECTS, NAMINGS, Options, parse_entry
+from streammerge.recipe.options import COMPUTE_DTYPES, NAMES, Options, parse_entry
 from streammerge.recipe.parse import parse_recipe
 from streammerge.recipe.recipe import Recipe
 from streammerge.version import __version__
@@ -127,8 +127,7 @@ def _positive(value: Any) -> int | None:  # noqa: ANN401
 
 
 def _naming(value: Any) -> Naming | Dialect | None:  # noqa: ANN401
-    known: tuple[Naming | Dialect, ...] = (*NAMINGS, *DIALECTS)
-    return next((naming for naming in known if naming == value), None)
+    return next((naming for naming in NAMES if naming == value), None)
 
 
 def has_recipe(metadata: Mapping[str, str]) -> bool:

@@ -29,10 +29,13 @@ COMPUTE_DTYPES: Final[Mapping[str, DType]] = {
 
 
 NAMINGS: Final[tuple[Naming, ...]] = ("original", "diffusers", "bare")
-
-DIALECTS: Final[tuple[Dialect, ...]] = ("kohya", "peft", "comfy")
-"""Namings that adapters alone have; diffusers' is one too."""
 """Names that diffusion models may be given."""
+
+DIALECTS: Final[tuple[Dialect, ...]] = ("kohya", "peft", "comfy", "diffusers")
+"""Names that adapters may be given."""
+
+NAMES: Final[tuple[Naming | Dialect, ...]] = tuple(dict.fromkeys((*NAMINGS, *DIALECTS)))
+"""Names that an output may be given: diffusers' are of both."""
 
 
 _UNITS: Final = {
@@ -205,7 +208,7 @@ class Options:
     names: Naming | Dialect | None = written(
         None,
         "whose names a diffusion model gets, or an adapter (default: the layout's, the first's)",
-        words=same(*NAMINGS, *DIALECTS),
+        words=same(*NAMES),
     )
     resume: bool = written(False, "continue an interrupted merge")
     journal: float = written(

@@ -1,4 +1,4 @@
-"""What the modules of an adapter are called that is made of others, and their tensors.
+"""What the modules of an adapter are called, and their tensors, by whose programs read it: what is read and written.
 
 kohya       lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight
 comfy       diffusion_model.double_blocks.0.img_attn.qkv.lora_up.weight
@@ -8,98 +8,137 @@ peft        base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight, and 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
-from typing import Final, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal
 
-from streammerge.models.adapters.meanings import FLAT, Meaning, dotted
-from streammerge.models.adapters.modules import PEFT
-from streammerge.models.adapters.targets import PREFIXES, underscored
-from streammerge.models.dialects.places import Role
+if TYPE_CHECKING:
+    from streammerge.models.dialects.places import Role
 
 Dialect = Literal["kohya", "peft", "comfy", "diffusers"]
 """Whose names modules have."""
 
-ADAPTER_NAMES: Final[tuple[Dialect, ...]] = ("kohya", "peft", "comfy", "diffusers")
+PEFT: Final = "base_model.model."
+"""How the names of modules begin in PEFT's files."""
 
-ROLES: Final[Mapping[Dialect, Mapping[str, str]]] = {
-    "kohya": {"up": "lora_up.weight", "down": "lora_down.weight", "diff": "diff", "diff_b": "diff_b"},
-    "comfy": {"up": "lora_up.weight", "down": "lora_down.weight", "diff": "diff", "diff_b": "diff_b"},
-    "diffusers": {"up": "lora_B.weight", "down": "lora_A.weight"},
-    "peft": {
-        "up": "lora_B.weight",
-        "down": "lora_A.weight",
-        "embedding.up": "lora_embedding_B",
-        "embedding.down": "lora_embedding_A",
-    },
-}
-"""How the tensors of a module are called in each; what a dialect has no name for can't be written in it."""
 
-COMFY: Final[Mapping[Role | None, str]] = {
-    "denoiser": "diffusion_model.",
-    "CLIP": "text_encoders.clip_l.transformer.",
-    "CLIP 2": "text_encoders.clip_g.transformer.",
-    "T5": "text_encoders.t5xxl.transformer.",
-}
-"""What ComfyUI's names of a component's modules begin with."""
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """How a dialect spells: what stands before the modules of each component, and what the tensors of a module are
+    called by their roles.
 
-_DIFFUSERS: Final[Mapping[Role | None, str]] = {
-    "denoiser": "transformer.",
-    "CLIP": "text_encoder.",
-    "CLIP 2": "text_encoder_2.",
-    "T5": "text_encoder_2.",
+    Of several `prefixes` the first is what is written; `plain` ones say nothing of components, and are written where
+    there are no others. What `tensors` have no name for can't be written. It `is_flat` with underscores for dots; where
+    it `has_tables`, what reads it takes factors of embeddings.
+    """
+
+    prefixes: Mapping[Role, tuple[str, ...]]
+    plain: tuple[str, ...]
+    tensors: Mapping[str, str]
+    is_flat: bool = False
+    has_tables: bool = True
+
+    @property
+    def beginnings(self) -> tuple[str, ...]:
+        """All that may stand before a module's name, what tells a component first."""
+        return (*(each for prefixes in self.prefixes.values() for each in prefixes), *self.plain)
+
+
+_FACTORS: Final = {"up": "lora_up.weight", "down": "lora_down.weight", "alpha": "alpha"}
+_PEFTS_FACTORS: Final = {"up": "lora_B.weight", "down": "lora_A.weight"}
+_DIFFERENCES: Final = {"diff": "diff", "diff_b": "diff_b"}
+
+SPELLINGS: Final[Mapping[Dialect, Spelling]] = {
+    "kohya": Spelling(
+        {
+            "denoiser": ("lora_unet_", "lora_transformer_", "lycoris_unet_", "oft_unet_"),
+            "CLIP": ("lora_te_", "lora_te1_"),
+            "CLIP 2": ("lora_te2_",),
+            "T5": ("lora_te3_", "lora_te2_"),
+        },
+        ("lycoris_", "lora_"),
+        {**_FACTORS, **_DIFFERENCES},
+        is_flat=True,
+        has_tables=False,
+    ),
+    "peft": Spelling(
+        {},
+        (PEFT,),
+        {**_PEFTS_FACTORS, "embedding.up": "lora_embedding_B", "embedding.down": "lora_embedding_A"},
+    ),
+    "comfy": Spelling(
+        {
+            "denoiser": ("diffusion_model.", "model.diffusion_model."),
+            "CLIP": ("text_encoders.clip_l.transformer.", "text_encoders.clip_h.transformer."),
+            "CLIP 2": ("text_encoders.clip_g.transformer.",),
+            "T5": ("text_encoders.t5xxl.transformer.", "text_encoders.umt5xxl.transformer."),
+        },
+        (),
+        {**_FACTORS, **_DIFFERENCES},
+    ),
+    "diffusers": Spelling(
+        {
+            "denoiser": ("transformer.", "unet."),
+            "CLIP": ("text_encoder.",),
+            "CLIP 2": ("text_encoder_2.",),
+            "T5": ("text_encoder_2.", "text_encoder_3."),
+        },
+        (),
+        _PEFTS_FACTORS,
+        has_tables=False,
+    ),
 }
+"""Every dialect's spelling."""
+
+DIALECTS: Final[tuple[Dialect, ...]] = tuple(SPELLINGS)
+
+
+def _components() -> dict[str, tuple[Role, ...]]:
+    found: dict[str, tuple[Role, ...]] = {}
+    for spelling in SPELLINGS.values():
+        for role, prefixes in spelling.prefixes.items():
+            found.update({each: (*found.get(each, ()), role) for each in prefixes})
+    return found
+
+
+PREFIXES: Final[Mapping[str, tuple[Role, ...]]] = _components()
+"""What stands before the names of modules in any dialect, and of which components these may be."""
+
+FLAT: Final = SPELLINGS["kohya"].beginnings
+"""How names begin that have underscores for dots."""
+
+ANY: Final = (*(each for spelling in SPELLINGS.values() for each in spelling.plain), "")
+"""What may stand there that says nothing of components."""
+
+_DOTS: Final = re.compile(r"[._]+")
+
+
+def underscored(name: str) -> str:
+    """The name with underscores for its dots."""
+    return _DOTS.sub("_", name).strip("_")
 
 
 def dialect_of(module: str) -> Dialect | None:
     """In which dialect a module's name is; None where it has nothing before it that would tell."""
-    if module.startswith(PEFT):
-        return "peft"
-    if module.startswith(FLAT):
-        return "kohya"
-    prefix = next((each for each in PREFIXES if module.startswith(each)), "")
-    if not prefix:
-        return None
-    return "comfy" if "diffusion_model." in prefix or prefix.startswith("text_encoders.") else "diffusers"
+    return next((name for name, spelling in SPELLINGS.items() if module.startswith(spelling.beginnings)), None)
 
 
 def spelled(
-    meaning: Meaning,
     dialect: Dialect,
+    role: Role | None,
+    path: str,
     roles: Collection[Role | None],
     like: Mapping[Role | None, str],
-    *,
-    is_told: bool,
-) -> str:
-    """A module's name in a dialect, with the prefixes that others have there; ValueError with the reason if it has
-    none. `roles` are those of all modules; `is_told` says that it is known where dots stand in flat names."""
-    role, prefix = meaning.role, like.get(meaning.role)
-    if dialect == "kohya":
-        if role is None:
-            raise ValueError("kohya's names are those of diffusion models")
-        return (prefix or _kohya(role, roles)) + underscored(meaning.path)
-    if meaning.is_flat and not is_told:
-        raise ValueError("nobody can tell which of its underscores are dots")
-    path = dotted(meaning)
-    if dialect == "peft":
-        if len(roles) > 1:
-            raise ValueError("PEFT's files are of one component, and these are of several")
-        return PEFT + path
-    if role is None:
-        raise ValueError(f"nothing says which component {path} is of")
-    if role == "denoiser" and meaning.side == ("theirs" if dialect == "comfy" else "ours"):
-        raise ValueError(f"{path} is {'no original name' if dialect == 'comfy' else 'an original name'}")
-    if prefix:
-        return prefix + path
-    if dialect == "diffusers" and role == "denoiser" and path.startswith(("down_blocks.", "mid_block.", "up_blocks.")):
-        return f"unet.{path}"
-    return (COMFY if dialect == "comfy" else _DIFFUSERS)[role] + path
+) -> str | None:
+    """What a dialect calls the module at this path of a component; None if it has no names for such components.
 
-
-def _kohya(role: Role, roles: Collection[Role | None]) -> str:
-    first = "lora_te1_" if {"CLIP 2", "T5"} & set(roles) else "lora_te_"
-    return {"denoiser": "lora_unet_", "CLIP": first, "CLIP 2": "lora_te2_", "T5": "lora_te3_"}[role]
-
-
-def prefix_of(module: str, meaning: Meaning) -> str:
-    """What stands before a module's path."""
-    return module[: len(module) - len(meaning.path)]
+    `roles` are those of all components, `like` what stands before the modules of some of them, if not the usual.
+    """
+    spelling = SPELLINGS[dialect]
+    own = () if role is None else spelling.prefixes.get(role, ())
+    usual = own if spelling.prefixes else spelling.plain
+    if not usual:
+        return None
+    first = "lora_te1_" if usual[0] == "lora_te_" and {"CLIP 2", "T5"} & set(roles) else usual[0]
+    return like.get(role, first) + (underscored(path) if spelling.is_flat else path)

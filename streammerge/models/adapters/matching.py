@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from streammerge.errors import PlanError
-from streammerge.models.adapters.dialects import Dialect, dialect_of, prefix_of, spelled
-from streammerge.models.adapters.meanings import Meaning, Part, are_told, meaning_of, meanings
-from streammerge.models.adapters.targets import underscored
+from streammerge.models.adapters.dialects import Dialect, dialect_of, spelled, underscored
+from streammerge.models.adapters.meanings import Meaning, Part, are_told, dotted, meaning_of, meanings
 from streammerge.models.dialects.places import Role
 
 BAKE: Final = "Bake the adapters into their model: streammerge bake MODEL ADAPTER ADAPTER -o OUT."
+
+OF_UNETS: Final = ("down_blocks", "mid_block", "up_blocks")
+"""How diffusers' names of a U-Net's modules begin, of most of them."""
 
 Own = tuple[str, Part | None]
 """A module of an adapter, and which rows of one of the sum's it is, if not all."""
@@ -99,22 +101,45 @@ class _Naming:
         """A module's name: its own in the dialect's adapters, else spelled anew."""
         if self.dialect is None or _is_as_it_is(module, meaning, self.dialect):
             return module
-        roles = {each.role for _, _, each in _all(self.meant)}
-        try:
-            return spelled(meaning, self.dialect, roles, self.prefixes, is_told=meaning.role in self.told)
-        except ValueError as error:
+        name = spelled(self.dialect, meaning.role, dotted(meaning), self.roles, self.prefixes)
+        reason = self._reason(meaning, self.dialect)
+        if reason or name is None:
             raise PlanError(
-                f"{module} has no name as {self.dialect} would have it: {error}",
+                f"{module} has no name as {self.dialect} would have it: {reason}",
                 advice="Choose other names: --names kohya, peft, comfy or diffusers; or bake the adapters.",
-            ) from None
+            )
+        return name
+
+    def _reason(self, meaning: Meaning, dialect: Dialect) -> str:
+        """Why a module has no name in a dialect; nothing if it has one."""
+        if dialect == "kohya":
+            return "" if meaning.role else "kohya's names are those of diffusion models"
+        if meaning.is_flat and meaning.role not in self.told:
+            return "nobody can tell which of its underscores are dots"
+        if dialect == "peft":
+            return "" if len(self.roles) == 1 else "PEFT's files are of one component, and these are of several"
+        path = dotted(meaning)
+        if meaning.role is None:
+            return f"nothing says which component {path} is of"
+        if meaning.role == "denoiser" and meaning.side == ("theirs" if dialect == "comfy" else "ours"):
+            return f"{path} is {'no original name' if dialect == 'comfy' else 'an original name'}"
+        return ""
+
+    @functools.cached_property
+    def roles(self) -> frozenset[Role | None]:
+        """The components of all modules."""
+        return frozenset(each.role for _, _, each in _all(self.meant))
 
     @functools.cached_property
     def prefixes(self) -> dict[Role | None, str]:
-        """What stands before modules in the dialect, where an adapter has some of it."""
+        """What stands before modules in the dialect, as an adapter has it; and diffusers has UNets apart."""
         found: dict[Role | None, str] = {}
         for _, module, meaning in _all(self.meant):
             if _is_as_it_is(module, meaning, self.dialect):
-                found.setdefault(meaning.role, prefix_of(module, meaning_of(module)))
+                found.setdefault(meaning.role, module.removesuffix(meaning_of(module).path))
+        blocks = (each.path.startswith(OF_UNETS) for _, _, each in _all(self.meant) if each.role == "denoiser")
+        if self.dialect == "diffusers" and any(blocks):
+            found.setdefault("denoiser", "unet.")
         return found
 
 

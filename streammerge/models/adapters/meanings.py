@@ -15,14 +15,10 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
-from streammerge.models.adapters.modules import PEFT
-from streammerge.models.adapters.targets import PREFIXES, underscored
+from streammerge.models.adapters.dialects import FLAT, PEFT, PREFIXES, underscored
 from streammerge.models.dialects.places import Role
 from streammerge.models.dialects.recognition import KINDS
 from streammerge.models.dialects.rules import Kind, Link, Linking, Side
-
-FLAT: Final = ("lora_", "lycoris_", "oft_unet_")
-"""How names begin that have underscores for dots."""
 
 _SIDES: Final[Mapping[Side, re.Pattern[str]]] = {
     "ours": re.compile(

@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
 
 from streammerge.compute.expressions import Node
 from streammerge.models.adapters.changes import Change
 from streammerge.models.adapters.config import Config
+from streammerge.models.adapters.dialects import PEFT
 from streammerge.models.adapters.numbers import can_be_read, number_of
-
-PEFT: Final = "base_model.model."
-"""How the names of modules begin in PEFT's files."""
 
 
 class Malformed(Exception):  # noqa: N818  (a word for the user, gathered with others into one error)

@@ -1,9 +1,10 @@
 """What the modules of an adapter are called that is made of a model's differences: the way back of `targets.py`.
 
     model.diffusion_model.input_blocks.1.1.proj_in.weight
-        kohya   ─►  lora_unet_down_blocks_0_attentions_0_proj_in
-        comfy   ─►  diffusion_model.input_blocks.1.1.proj_in
-        peft    ─►  base_model.model.model.diffusion_model.input_blocks.1.1.proj_in
+        kohya      ─►  lora_unet_down_blocks_0_attentions_0_proj_in
+        comfy      ─►  diffusion_model.input_blocks.1.1.proj_in
+        diffusers  ─►  unet.down_blocks.0.attentions.0.proj_in
+        peft       ─►  base_model.model.model.diffusion_model.input_blocks.1.1.proj_in
 
 Kohya's names of Stable Diffusion 1 and 2 are diffusers', of all else the original's; those of text encoders are
 transformers'. Where a naming has several tensors for one, each is a module of its own: rows of the difference.
@@ -11,21 +12,21 @@ transformers'. Where a naming has several tensors for one, each is a module of i
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from streammerge.models.adapters.dialects import COMFY
-from streammerge.models.adapters.modules import PEFT
-from streammerge.models.adapters.ranks import Dialect
-from streammerge.models.adapters.targets import Targets, underscored
+from streammerge.models.adapters.dialects import SPELLINGS, Dialect, spelled
+from streammerge.models.adapters.targets import Targets
 from streammerge.models.configs import embedding_and_head
 from streammerge.models.dialects import Component, Recognised, Source, recognise
 from streammerge.models.dialects.encoders import CLIP, T5
 from streammerge.models.dialects.pieces import whole
 from streammerge.models.dialects.places import Role
 from streammerge.models.dialects.recognition import moved
+from streammerge.models.dialects.rules import Side
 from streammerge.models.dialects.unets import UNET
 from streammerge.tensors import TensorInfo
 
@@ -38,9 +39,9 @@ TRANSPOSED: Final = re.compile(r"(?:.*\.)?(?:c_attn|c_proj|c_fc|q_attn)")
 """The modules of GPT-2 and its kin whose weights lie transposed."""
 
 NO_VECTORS: Final = "biases, norms and other vectors: --biases"
-NO_PLACE: Final = "PEFT's files have no place for vectors: --names comfy"
+NO_PLACE: Final = "PEFT has no place for vectors, nor has diffusers: --names comfy"
 NO_NAME: Final = "no program has names for them in adapters"
-NO_TABLES: Final = "kohya's tools have no factors of embeddings: --names comfy"
+NO_TABLES: Final = "kohya's tools and diffusers have no factors of embeddings: --names comfy"
 NOT_FOUND: Final = "it could not be told again which tensors these names mean"
 NO_MODULE: Final = "their names end neither in weight nor in bias"
 
@@ -85,9 +86,10 @@ def modules_of(tensors: Mapping[str, TensorInfo], dialect: Dialect) -> Iterator[
 def _modules(tensors: Mapping[str, TensorInfo], dialect: Dialect) -> Iterator[Module]:
     known = recognise(tensors) if dialect != "peft" else None
     if known is None:
-        prefix = {"kohya": "lora_unet_", "comfy": "diffusion_model.", "peft": PEFT}[dialect]
+        called = functools.partial(spelled, dialect, "denoiser", roles=(), like={})
         for name, info in tensors.items():
-            yield _module(name, whole(name, info), prefix, dialect)
+            inner = name if dialect == "peft" else _within(name)
+            yield _module(inner, name, whole(name, info), dialect, called)
         return
     for component in known.components:
         yield from _of_component(known, component, dialect)
@@ -95,59 +97,60 @@ def _modules(tensors: Mapping[str, TensorInfo], dialect: Dialect) -> Iterator[Mo
         yield _nameless(name, whole(name, info), NO_NAME)
 
 
+def _within(name: str) -> str:
+    """What a tensor of a model that isn't recognised is called in its denoiser."""
+    return name.removeprefix("model.diffusion_model.").removeprefix("diffusion_model.")
+
+
 def _of_component(known: Recognised, component: Component, dialect: Dialect) -> Iterator[Module]:
-    prefix = (_KOHYA if dialect == "kohya" else COMFY).get(component.role, "")
-    if component.role == "CLIP" and dialect == "kohya" and len(_encoders(known)) > 1:
-        prefix = "lora_te1_"
-    if component.role == "T5" and any(name.startswith("text_encoders.umt5xxl.") for name in known.tensors):
-        prefix = prefix.replace("t5xxl", "umt5xxl")
-    own, theirs = component.place.own, component.kind in (CLIP, T5) or _is_in_diffusers(known, component, dialect)
-    side = "theirs" if theirs else "ours"
-    if component.kind is T5:
-        side = component.side
-    for inner, source in component.seen(side).items():  # type: ignore[arg-type]
-        found = moved(source, own)
-        if prefix:
-            yield _module(inner, found, prefix, dialect)
-        else:
-            yield _nameless(own(inner), found, NO_NAME)
-    for inner in component.unnamed(side):  # type: ignore[arg-type]
+    own, side = component.place.own, _side(known, component, dialect)
+    roles = {part.role for part in known.components}
+    called = functools.partial(spelled, dialect, component.role, roles=roles, like=_unusual(known, dialect))
+    for inner, source in component.seen(side).items():
+        yield _module(inner, own(inner), moved(source, own), dialect, called)
+    for inner in component.unnamed(side):
         yield _nameless(own(inner), whole(own(inner), component.tensors[inner]), NO_NAME)
 
 
-def _is_in_diffusers(known: Recognised, component: Component, dialect: Dialect) -> bool:
-    """Whether the denoiser's modules are called as in diffusers: kohya's of Stable Diffusion 1 and 2."""
-    return dialect == "kohya" and component.kind is UNET and known.architecture in _IN_DIFFUSERS
+def _side(known: Recognised, component: Component, dialect: Dialect) -> Side:
+    """In which naming a dialect has a component's modules."""
+    if component.kind is T5:
+        return component.side
+    is_kohyas = dialect == "kohya" and component.kind is UNET and known.architecture in _IN_DIFFUSERS
+    return "theirs" if component.kind is CLIP or dialect == "diffusers" or is_kohyas else "ours"
 
 
 _IN_DIFFUSERS: Final = ("Stable Diffusion 1", "Stable Diffusion 2")
-
-_KOHYA: Final[Mapping[Role, str]] = {
-    "denoiser": "lora_unet_",
-    "CLIP": "lora_te_",
-    "CLIP 2": "lora_te2_",
-    "T5": "lora_te3_",
-}
+"""Of these kohya's names are diffusers'."""
 
 
-def _encoders(known: Recognised) -> list[Role]:
-    return [part.role for part in known.components if part.role in ("CLIP", "CLIP 2", "T5")]
+def _unusual(known: Recognised, dialect: Dialect) -> Mapping[Role | None, str]:
+    """What stands before the modules of components that are other than most models'."""
+    found: dict[Role | None, str] = {}
+    if dialect == "comfy" and known.architecture == "Stable Diffusion 2":
+        found["CLIP"] = "text_encoders.clip_h.transformer."
+    if dialect == "comfy" and any(name.startswith("text_encoders.umt5xxl.") for name in known.tensors):
+        found["T5"] = "text_encoders.umt5xxl.transformer."
+    if dialect == "diffusers" and any(each.role == "denoiser" and each.kind is UNET for each in known.components):
+        found["denoiser"] = "unet."
+    if dialect == "diffusers" and any(each.role == "CLIP 2" for each in known.components):
+        found["T5"] = "text_encoder_3."
+    return found
 
 
-def _module(name: str, source: Source, prefix: str, dialect: Dialect) -> Module:
-    """A tensor as a module's weight or bias, by its name in the dialect's naming."""
-    stem, _, part = name.rpartition(".")
-    for own in ("model.diffusion_model.", "diffusion_model."):
-        stem = stem.removeprefix(own) if dialect != "peft" else stem
-    called = prefix + (underscored(stem) if dialect == "kohya" else stem)
-    shape = source.info.shape
+def _module(inner: str, name: str, source: Source, dialect: Dialect, called: Callable[[str], str | None]) -> Module:
+    """A tensor as a module's weight or bias: `inner` is its name in its component, `name` in the model."""
+    stem, _, part = inner.rpartition(".")
+    module, shape, spelling = called(stem), source.info.shape, SPELLINGS[dialect]
+    if module is None:
+        return _nameless(name, source, NO_NAME)
     if part not in ("weight", "bias") or not stem:
         return _nameless(name, source, NO_MODULE)
-    if dialect == "peft" and len(shape) < 2:
+    if "diff" not in spelling.tensors and (len(shape) < 2 or part == "bias"):
         return _nameless(name, source, NO_PLACE)
-    if dialect == "kohya" and EMBEDDING.fullmatch(stem) and len(shape) > 1:
+    if not spelling.has_tables and EMBEDDING.fullmatch(stem) and len(shape) > 1:
         return _nameless(name, source, NO_TABLES)
-    return Module(f"{called}.{part}", part, source, called)
+    return Module(f"{module}.{part}", part, source, module)
 
 
 def _nameless(name: str, source: Source, reason: str) -> Module:
@@ -156,11 +159,10 @@ def _nameless(name: str, source: Source, reason: str) -> Module:
 
 def tensor_names(module: Module, dialect: Dialect) -> Mapping[str, str]:
     """What the tensors of a module are called, by their roles."""
-    name, is_matrix = module.name, len(module.source.info.shape) > 1
+    tensors, is_matrix = SPELLINGS[dialect].tensors, len(module.source.info.shape) > 1
     if not is_matrix or module.part == "bias":
-        return {"diff": f"{name}.{'diff_b' if module.part == 'bias' else 'diff'}"}
-    if dialect != "peft":
-        return {"up": f"{name}.lora_up.weight", "down": f"{name}.lora_down.weight", "alpha": f"{name}.alpha"}
-    if EMBEDDING.fullmatch(name):
-        return {"up": f"{name}.lora_embedding_B", "down": f"{name}.lora_embedding_A"}
-    return {"up": f"{name}.lora_B.weight", "down": f"{name}.lora_A.weight"}
+        role = "diff_b" if module.part == "bias" else "diff"
+        return {"diff": f"{module.name}.{tensors[role]}"}
+    table = "embedding." if "embedding.up" in tensors and EMBEDDING.fullmatch(module.name) else ""
+    own = {role: tensors.get(table + role) for role in ("up", "down", "alpha")}
+    return {role: f"{module.name}.{tail}" for role, tail in own.items() if tail is not None}

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from streammerge.formats.companions import Companion
 from streammerge.models.adapters.config import FILE
-from streammerge.models.adapters.modules import PEFT
+from streammerge.models.adapters.dialects import PEFT
 
 BEGUN: Final[Mapping[str, Any]] = {
     "peft_type": "LORA",

@@ -14,16 +14,10 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from streammerge.methods.factoring import is_exact
-
-Dialect = Literal["kohya", "peft", "comfy"]
-"""In whose names an adapter is written."""
-
-DIALECTS: Final[tuple[Dialect, ...]] = ("kohya", "peft", "comfy")
-
-SVDS: Final = ("auto", "exact", "randomized")
+from streammerge.models.adapters.dialects import Dialect
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +47,7 @@ class LowRank:
     clamp_quantile: float = 1.0
     min_diff: float = 0.0
     biases: bool = False
-    names: str = ""
+    names: Dialect | None = None
 
     @property
     def criteria(self) -> dict[str, float]:

@@ -19,7 +19,7 @@ from streammerge.compute.parts import in_shape
 from streammerge.errors import PlanError, count
 from streammerge.models.adapters.changes import Change
 from streammerge.models.adapters.config import config_of
-from streammerge.models.adapters.dialects import ROLES, Dialect
+from streammerge.models.adapters.dialects import SPELLINGS, Dialect
 from streammerge.models.adapters.files import Adapter
 from streammerge.models.adapters.matching import Matched, matched
 from streammerge.models.adapters.meanings import Part
@@ -150,12 +150,13 @@ class Sum:
             if own == module and role in adapter.roles[own]:
                 return adapter.roles[own][role]
         dialect = self.matched.dialect or "kohya"
-        if role not in ROLES[dialect]:
+        tensors = SPELLINGS[dialect].tensors
+        if role not in tensors:
             raise PlanError(
                 f"{module} is {role.replace('_b', ' of a bias')}, for which {dialect} has no name",
                 advice="Write it under other names: --names kohya or comfy.",
             )
-        return f"{module}.{ROLES[dialect][role]}"
+        return f"{module}.{tensors[role]}"
 
     def _shares(self, module: str, part: str) -> list[Share]:
         """What each adapter has of a module's part, those left out that have no weight."""

@@ -16,34 +16,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from streammerge.models.adapters.dialects import ANY, PEFT, PREFIXES, underscored
 from streammerge.models.dialects import Source, recognise
 from streammerge.models.dialects.pieces import whole
 from streammerge.models.dialects.places import ROLES, Role
 from streammerge.models.dialects.recognition import moved
 from streammerge.tensors import TensorInfo
-
-PREFIXES: Final[Mapping[str, tuple[Role, ...]]] = {
-    **dict.fromkeys(("lora_unet_", "lora_transformer_", "lycoris_unet_", "oft_unet_"), ("denoiser",)),
-    **dict.fromkeys(("lora_te_", "lora_te1_"), ("CLIP",)),
-    "lora_te2_": ("CLIP 2", "T5"),
-    "lora_te3_": ("T5",),
-    **dict.fromkeys(("unet.", "transformer.", "diffusion_model.", "model.diffusion_model."), ("denoiser",)),
-    "text_encoder.": ("CLIP",),
-    "text_encoder_2.": ("CLIP 2", "T5"),
-    "text_encoder_3.": ("T5",),
-    **{prefix: (role,) for prefix, role in ROLES.items() if role and prefix.startswith("text_encoders.")},
-}
-"""What stands before the names of modules, and which component these are of."""
-
-ANY: Final = ("base_model.model.", "lycoris_", "lora_", "")
-"""What may stand there that says nothing of components."""
-
-_DOTS: Final = re.compile(r"[._]+")
-
-
-def underscored(name: str) -> str:
-    """The name with underscores for its dots."""
-    return _DOTS.sub("_", name).strip("_")
 
 
 @dataclass(frozen=True)
@@ -82,7 +60,7 @@ class Targets:
 
     def _indexes(self, module: str) -> Iterator[tuple[Mapping[str, Source | None], str]]:
         """Where to look a module up, and as what."""
-        inner = module.removeprefix("base_model.model.")
+        inner = module.removeprefix(PEFT)
         for prefix, roles in PREFIXES.items():
             if inner.startswith(prefix):
                 found = [self._by_role[role] for role in roles if role in self._by_role] or [self._bare]

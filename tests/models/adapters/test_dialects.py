@@ -12,6 +12,7 @@ import torch
 
 from streammerge.cli.main import main
 from streammerge.errors import MergeError
+from streammerge.models.adapters.matching import matched
 from streammerge.models.adapters.meanings import Meaning, Part, dotted, meaning_of, meanings
 from tests.make.diffusion import diffusion_model
 from tests.make.models import Tensors, load_model, merge_to, save_model
@@ -167,6 +168,12 @@ def test_names_of_another_dialect(tmp_path, names, module):
     one = kohya("lora_unet_blocks_0_self_attn_q", "lora_unet_blocks_1_ffn_0", shapes={"ffn_0": (16, 8)} | SMALL)
     output = "out" if names == "peft" else "out.safetensors"
     assert module in assert_the_same(tmp_path, diffusion_model("wan"), (one,), names=names, output=output)
+
+
+def test_a_unet_is_no_transformer():
+    kohyas = ["lora_unet_down_blocks_0_attentions_0_proj_in", "lora_unet_conv_in"]
+    found = matched({"a": kohyas}, "diffusers").modules
+    assert list(found) == ["unet.down_blocks.0.attentions.0.proj_in", "unet.conv_in"]
 
 
 def test_diffusers_names_become_original_ones(tmp_path):

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 
 import pytest
 
+from streammerge.models.adapters.dialects import DIALECTS, PREFIXES
 from streammerge.models.adapters.naming import EMBEDDING, NOT_FOUND, modules_of, tensor_names, usual_dialect
-from streammerge.models.adapters.ranks import DIALECTS
 from streammerge.models.adapters.targets import Targets
+from streammerge.models.dialects.places import ROLES
+from streammerge.recipe import options
 from streammerge.tensors import TensorInfo
 from streammerge.tools.demo.layouts import checkpoint
 from tests.models.adapters.test_layouts import LAYOUTS
@@ -62,6 +64,15 @@ def test_the_usual_dialect(name, dialect):
             "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1",
             "encoder.layers.0.mlp.fc1.weight",
         ),
+        (
+            "sd2-depth",
+            "comfy",
+            "text_encoders.clip_h.transformer.text_model.encoder.layers.0.mlp.fc1",
+            "resblocks.0.mlp.c_fc.weight",
+        ),
+        ("sdxl", "diffusers", "unet.down_blocks.1.attentions.0.proj_in", "input_blocks.4.1.proj_in.weight"),
+        ("sdxl", "diffusers", "unet.time_embedding.linear_1", "time_embed.0.weight"),
+        ("sdxl", "diffusers", "text_encoder_2.text_model.encoder.layers.0.mlp.fc1", "resblocks.0.mlp.c_fc.weight"),
         ("llama", "peft", "base_model.model.model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.q_proj.weight"),
     ],
 )
@@ -87,3 +98,10 @@ def test_names_as_programs_have_them(name, dialect, module, tensor):
 )
 def test_what_an_embedding_is(module, is_one):
     assert (EMBEDDING.fullmatch(f"base_model.model.{module}") is not None) is is_one
+
+
+def test_what_is_read_and_what_may_be_asked_for_is_of_one_table():
+    assert {*options.DIALECTS} == {*DIALECTS}
+    assert {each: (role,) for each, role in ROLES.items() if each.startswith("text_encoders.")} == {
+        each: roles for each, roles in PREFIXES.items() if each.startswith("text_encoders.")
+    }
