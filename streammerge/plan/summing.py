@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final
+from dataclasses import dataclass
 
 from streammerge.errors import PlanError, count, listed
-from streammerge.formats.companions import Companion
 from streammerge.models.adapters.dialects import DIALECTS, Dialect
-from streammerge.models.adapters.files import Adapter, read_adapter
+from streammerge.models.adapters.files import read_adapter
 from streammerge.models.adapters.peft_config import config_of_ranks
 from streammerge.models.adapters.recognition import find_adapter
 from streammerge.models.adapters.sums import Sum
+from streammerge.models.adapters.together import Together
 from streammerge.models.checkpoints import Checkpoint
 from streammerge.models.decisions import Decision, Decisions
 from streammerge.models.dialects import Naming
@@ -21,9 +21,6 @@ from streammerge.plan.tuning import Tuning
 from streammerge.recipe.parameters import WEIGHT
 from streammerge.recipe.recipe import Recipe
 from streammerge.tensors import DType, Model
-
-KEPT: Final = ("auto_mapping", "base_model_name_or_path", "revision", "task_type")
-"""What a PEFT adapter's config says that is true of a sum with others."""
 
 
 def are_adapters(models: Mapping[str, Model]) -> bool:
@@ -44,22 +41,14 @@ def sum_of_adapters(recipe: Recipe, models: Mapping[str, Model], naming: Naming 
 
     Strengths add up: the weights are not divided by their sum, unless `normalize` is said to be true.
     """
-    _check(recipe)
-    names = [entry.name for entry in recipe.models]
+    check_asked(recipe, "added up")
     adapters = {}
-    for name in names:
-        model = models[name]
+    for entry in recipe.models:
+        model = models[entry.name]
         assert isinstance(model, Checkpoint)
-        adapters[name] = read_adapter(model, str(model.path))
-    tuning = Tuning(recipe, models[names[0]])
-    is_normalised = recipe.parameters.get("normalize") is True
-
-    def weights(module: str) -> Sequence[float]:
-        found = tuning.values(module, None)[WEIGHT]
-        own = [float(each) for each in found] if isinstance(found, tuple) else [float(found)] * len(names)
-        return [each / sum(own) for each in own] if is_normalised else own
-
-    made = Sum(adapters, weights, _dtype(recipe), _dialect(naming))
+        adapters[entry.name] = read_adapter(model, str(model.path))
+    tuning = Tuning(recipe, models[recipe.models[0].name])
+    made = Sum(Together(adapters, dialect_asked(naming)), Strengths(recipe, tuning).of, _dtype(recipe))
 
     def decide(name: str) -> Decision:
         return Decision(name, "merged", "sum of adapters", made.tensors[name], made.node(name))
@@ -69,11 +58,27 @@ def sum_of_adapters(recipe: Recipe, models: Mapping[str, Model], naming: Naming 
         Decisions(made.tensors, decide),
         remarks=tuple(remarks),
         restated=_restated(made),
-        companions=(_config(made, adapters),) if made.matched.dialect == "peft" else None,
+        companions=(config_of_ranks(made.ranks, made.together.configs),) if made.together.is_pefts else None,
     )
 
 
-def _dialect(naming: Naming | Dialect | None) -> Dialect | None:
+@dataclass(frozen=True)
+class Strengths:
+    """How much of each adapter goes into a module. They add up: weights are not divided by their sum, unless
+    `normalize` is said to be true."""
+
+    recipe: Recipe
+    tuning: Tuning
+
+    def of(self, module: str) -> Sequence[float]:
+        """Of the module that the first adapter calls so."""
+        found = self.tuning.values(module, None)[WEIGHT]
+        own = [float(each) for each in found] if isinstance(found, tuple) else [float(found)] * len(self.recipe.models)
+        is_normalised = self.recipe.parameters.get("normalize") is True
+        return [each / sum(own) for each in own] if is_normalised else own
+
+
+def dialect_asked(naming: Naming | Dialect | None) -> Dialect | None:
     """The dialect that is asked for; PlanError for a naming that adapters don't have."""
     found = next((dialect for dialect in DIALECTS if dialect == naming), None)
     if naming is not None and found is None:
@@ -81,16 +86,8 @@ def _dialect(naming: Naming | Dialect | None) -> Dialect | None:
     return found
 
 
-def _config(made: Sum, adapters: Mapping[str, Adapter]) -> Companion:
-    """PEFT's config of the sum, that of the first adapter which has one in what doesn't change."""
-    configs = [config for adapter in adapters.values() for config in adapter.configs.values()]
-    said = next((config.said for config in configs if config.said), {})
-    turned = any(config.fan_in_fan_out for config in configs)
-    return config_of_ranks(made.ranks, {key: said[key] for key in KEPT if key in said}, fan_in_fan_out=turned)
-
-
-def _check(recipe: Recipe) -> None:
-    """PlanError for what can't be asked for where adapters are added up."""
+def check_asked(recipe: Recipe, done: str, **more: bool) -> None:
+    """PlanError for what has no meaning where adapters are `done` to one another: this, and `more` that is asked."""
     asked = {
         "a base": recipe.base is not None,
         "rules or a conversion": bool(recipe.rules),
@@ -98,10 +95,11 @@ def _check(recipe: Recipe) -> None:
         "what training left": recipe.prune or recipe.ema != "keep",
         "a layout": recipe.layout_name != recipe.inputs[0].name,
         "adapters inside of adapters": any(entry.adapters for entry in recipe.inputs),
+        **more,
     }
     if meaningless := [what for what, is_asked in asked.items() if is_asked]:
         raise PlanError(
-            f"adapters are added up, where {listed(meaningless)} has no meaning", advice="Leave that out of the merge."
+            f"adapters are {done}, where {listed(meaningless)} has no meaning", advice="Leave that out of the merge."
         )
 
 
@@ -118,8 +116,9 @@ def _dtype(recipe: Recipe) -> DType | None:
 def _remark(made: Sum) -> str:
     low, high = min(made.ranks.values(), default=0), max(made.ranks.values(), default=0)
     ranks = f"; the rank is {low}" + (f" to {high}" if high != low else "") if high else ""
-    names = f"; modules are named as in {made.matched.dialect}'s files" if made.matched.is_renamed else ""
-    return f"{count(made.adapters, 'adapter')} are added up, their factors side by side{ranks}{names}"
+    adapters, found = made.together.adapters, made.together.matched
+    names = f"; modules are named as in {found.dialect}'s files" if found.is_renamed else ""
+    return f"{count(adapters, 'adapter')} are added up, their factors side by side{ranks}{names}"
 
 
 def _restated(made: Sum) -> Mapping[str, str]:

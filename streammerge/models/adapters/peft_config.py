@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from streammerge.formats.companions import Companion
-from streammerge.models.adapters.config import FILE
+from streammerge.models.adapters.config import FILE, Config
 from streammerge.models.adapters.dialects import PEFT
 
 BEGUN: Final[Mapping[str, Any]] = {
@@ -23,10 +23,20 @@ BEGUN: Final[Mapping[str, Any]] = {
 """What a config says that was made of no other."""
 
 
+KEPT: Final = ("auto_mapping", "base_model_name_or_path", "revision", "task_type")
+"""What the config of an adapter says that is true of others that are made of it."""
+
+
 def config_of_ranks(
-    ranks: Mapping[str, int], like: Mapping[str, Any] | None = None, *, fan_in_fan_out: bool = False
+    ranks: Mapping[str, int], configs: Iterable[Config] = (), *, fan_in_fan_out: bool | None = None
 ) -> Companion:
-    """The config for modules of these ranks; what else it says is as in the one that it is made `like`."""
+    """The config for modules of these ranks, made of adapters with these configs, if any.
+
+    Weights lie transposed (`fan_in_fan_out`) if any of the configs says so, unless it is said here.
+    """
+    configs = list(configs)
+    like = next((config.said for config in configs if config.said), {})
+    is_turned = any(config.fan_in_fan_out for config in configs) if fan_in_fan_out is None else fan_in_fan_out
     usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
     others = {module.removeprefix(PEFT): rank for module, rank in sorted(ranks.items()) if rank != usual}
     own = {
@@ -37,10 +47,12 @@ def config_of_ranks(
         "use_rslora": False,
         "use_dora": False,
         "init_lora_weights": True,
-        "fan_in_fan_out": fan_in_fan_out,
+        "fan_in_fan_out": is_turned,
         "target_modules": sorted(module.removeprefix(PEFT) for module in ranks),
     }
-    text = json.dumps({**BEGUN, **(like or {}), **own}, indent=2, sort_keys=True) + "\n"
+    text = (
+        json.dumps({**BEGUN, **{key: like[key] for key in KEPT if key in like}, **own}, indent=2, sort_keys=True) + "\n"
+    )
     return Companion(FILE, text.encode(), "the adapter's config")
 
 

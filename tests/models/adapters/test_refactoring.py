@@ -246,6 +246,80 @@ def test_what_diffusers_says_of_the_old_scale_is_gone(tmp_path):
     assert torch.allclose(up @ down, nearest(right, 4), atol=1e-6)
 
 
+# ── names ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+QKV, APART = "lora_unet_double_blocks_0_img_attn_qkv", "transformer.transformer_blocks.0.attn.to_"
+
+
+def in_parts(rank: int = 2) -> Tensors:
+    """A LoRA of Flux in diffusers' names: queries, keys and values are modules of their own."""
+    found: Tensors = {}
+    for number, part in enumerate("qkv"):
+        found[f"{APART}{part}.lora_A.weight"] = numbers(rank, 5, seed=number)
+        found[f"{APART}{part}.lora_B.weight"] = numbers(4, rank, seed=number + 9)
+    return found
+
+
+def below(adapter: Tensors) -> torch.Tensor:
+    """Δ of queries, keys and values, one below the other."""
+    up, down = ([adapter[f"{APART}{part}.lora_{side}.weight"].double() for part in "qkv"] for side in "BA")
+    return torch.cat([b @ a for b, a in zip(up, down, strict=True)])
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "max"])
+def test_several_dialects(tmp_path, method):
+    one = parts(QKV, lora_up__weight=numbers(12, 3, seed=30), lora_down__weight=numbers(3, 5, seed=31), alpha=6.0)
+    two = in_parts()
+    made = merged(tmp_path, one, two, method=method, low_rank={"rank": 4})
+    whole = below(two)
+    alike = parts(QKV, lora_up__weight=whole.float(), lora_down__weight=torch.eye(5), alpha=5.0)
+    right = merged(tmp_path, one, alike, method=method, low_rank={"rank": 4})
+    assert made.keys() == one.keys()
+    assert torch.allclose(product(made, QKV), product(right, QKV), atol=1e-5)
+    if method == "linear":
+        assert torch.allclose(product(made, QKV), nearest(summed(product(one, QKV), whole), 4), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("names", "module", "factors"),
+    [
+        ("kohya", "lora_unet_blocks_0_self_attn_q", "lora_up lora_down"),
+        ("comfy", "diffusion_model.blocks.0.self_attn.q", "lora_up lora_down"),
+        ("peft", "base_model.model.blocks.0.self_attn.q", "lora_B lora_A"),
+    ],
+)
+def test_other_names_of_a_rank(tmp_path, names, module, factors):
+    one = lora(1, 6, 3.0, "lora_unet_blocks_0_self_attn_q")
+    path = save_model(tmp_path / "one.safetensors", one)
+    out = tmp_path / ("out" if names == "peft" else "out.safetensors")
+    assert main([str(path), "--rank", "4", "--names", names, "-o", str(out), "-q"]) == 0
+    made = load_model(out)
+    up, down = (made[f"{module}.{each}.weight"].double() for each in factors.split())
+    assert torch.allclose(up @ down, nearest(product(one, "lora_unet_blocks_0_self_attn_q"), 4), atol=1e-6)
+    assert (f"{module}.alpha" in made) is (names != "peft")
+    assert main(["verify", str(out), f"one={path}", "--all"]) == 0
+
+
+def test_rows_of_a_module_are_of_loras(tmp_path):
+    one = parts(QKV, lora_up__weight=numbers(12, 3, seed=30), lora_down__weight=numbers(3, 5, seed=31))
+    two = {f"{APART}{part}.diff": numbers(4, 5) for part in "qkv"}
+    with pytest.raises(PlanError, match="only LoRAs may be"):
+        merged(tmp_path, one, two, low_rank={"rank": 4})
+    short = {**in_parts(), f"{APART}v.lora_B.weight": numbers(3, 2)}
+    with pytest.raises(PlanError, match="12 rows in one adapter"):
+        merged(tmp_path, one, short, low_rank={"rank": 4})
+
+
+def test_names_that_adapters_do_not_have(tmp_path):
+    path = save_model(tmp_path / "a.safetensors", both(1, 4, 2.0))
+    with pytest.raises(PlanError, match="adapters have no original names"):
+        merge_to(
+            tmp_path / "out.safetensors",
+            {"merge_method": "linear", "models": [str(path)], "low_rank": {"rank": 2}},
+            names="original",
+        )
+
+
 # ── PEFT's folders ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -267,6 +341,17 @@ def test_a_folder_of_pefts_has_a_config_of_the_new_ranks(tmp_path):
     assert torch.allclose(up @ down, nearest(right, 2), atol=1e-6)
     with pytest.raises(MergeError, match=r"folders"):
         streammerge.merge(recipe, output=tmp_path / "out.safetensors", sync=False)
+
+
+def test_what_was_a_loha_is_a_lora_by_its_config(tmp_path):
+    hada = {f"x.hada_{part}": numbers(*((8, 4) if part[-1] == "a" else (4, 6))) for part in HADA}
+    (tmp_path / "one").mkdir()
+    folder = peft_folder(tmp_path / "one", hada, peft_type="LOHA", r=4, alpha=8, module_dropout=0.1)
+    recipe = {"merge_method": "linear", "models": [str(folder)], "low_rank": {"rank": 2}}
+    streammerge.merge(recipe, output=tmp_path / "out", sync=False)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["lora_alpha"], "module_dropout" in config) == ("LORA", 2, False)
+    assert load_model(tmp_path / "out").keys() == {f"base_model.model.x.lora_{part}.weight" for part in "AB"}
 
 
 # ── what is refused ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -305,7 +390,6 @@ def test_without_a_rank_other_methods_say_what_they_need(tmp_path):
     [
         (parts(PLAIN, lora_A__weight=numbers(3, 9), lora_B__weight=numbers(14, 3)), r"\[14, 11\].*\[14, 9\]"),
         (lora(2, 3, 3.0, dora_scale=torch.ones(14, 1)), "DoRA, which depends on the weight"),
-        (lora(2, 3, 3.0, "diffusion_model.mid.x"), "named in several ways"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, second, words):
