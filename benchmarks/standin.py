@@ -248,7 +248,6 @@ class Cards:
             for name in LOOKS:
                 stack.enter_context(mock.patch.object(torch.Tensor, name, self.looking(name)))
             stack.enter_context(mock.patch.object(cuda, "pinned_bytes", lambda nbytes: self.late.pin(nbytes)))
-            stack.enter_context(mock.patch.object(devices, "pinned_bytes", lambda nbytes: self.late.pin(nbytes)))
             stack.enter_context(mock.patch.object(devices, "open_lane", self.open_lane))
             stack.enter_context(mock.patch.object(probing, "card_device", return_value=CPU))
             if self.seen:

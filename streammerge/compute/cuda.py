@@ -6,14 +6,19 @@ import contextlib
 import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
 from streammerge.compute.costs import RING
-from streammerge.compute.expressions import Stored
-from streammerge.compute.lanes import StagedLane
+from streammerge.compute.expressions import PIECE, Stored
+from streammerge.compute.lanes import StagedLane, torch_dtype
 from streammerge.compute.rounding import rounded, rounded_into
+from streammerge.formats.descriptors import read_at
 from streammerge.formats.readers import PositionalReader, Reader
+
+LITTLE: Final = 2**10
+"""Elements of the smallest pinned buffers."""
 
 
 class CudaLane(StagedLane):
@@ -48,27 +53,31 @@ class CudaLane(StagedLane):
 
     def load(self, node: Stored, start: int, stop: int, dtype: torch.dtype, slot: int) -> torch.Tensor:
         """Elements [start, stop), read into pinned memory if the reader reads, and sent from there."""
-        if not isinstance(self.reader, PositionalReader):
+        if start == stop or not isinstance(self.reader, PositionalReader):
             return super().load(node, start, stop, dtype, slot)
-        buffer = self._next_buffer()
-        return self._send(self.read(node, start, stop, buffer), dtype, slot, buffer)
+        stored = torch_dtype(node.info.dtype)
+        nbytes = (stop - start) * stored.itemsize
+        self.bytes_read += nbytes
+        buffer, room = self._next_buffer(stop - start, stored)
+        read_at(node.file.descriptor, room[:nbytes], node.start + start * stored.itemsize)
+        return self._send(torch.frombuffer(room, dtype=stored, count=stop - start), dtype, slot, buffer)
 
     def bring(self, values: torch.Tensor, dtype: torch.dtype, slot: int) -> torch.Tensor:
         """A copy of the values on the device, sent from pinned memory."""
-        buffer, nbytes = self._next_buffer(), values.numel() * values.element_size()
-        if not nbytes:
+        if not values.numel():
             return values.to(self.device, dtype)
-        if len(self._pinned.get(buffer, b"")) < nbytes:
-            self._pinned[buffer] = pinned_bytes(nbytes)
-        staged = torch.frombuffer(self._pinned[buffer], dtype=values.dtype, count=values.numel()).copy_(values)
+        buffer, room = self._next_buffer(values.numel(), values.dtype)
+        staged = torch.frombuffer(room, dtype=values.dtype, count=values.numel()).copy_(values)
         return self._send(staged, dtype, slot, buffer)
 
-    def _next_buffer(self) -> int:
-        """The number of the next pinned buffer, when nothing is on its way from it any more."""
+    def _next_buffer(self, elements: int, dtype: torch.dtype) -> tuple[int, memoryview]:
+        """The number of the next pinned buffer, when nothing is on its way from it any more, and room in it."""
         buffer = self._turn = (self._turn + 1) % RING
         if buffer in self._on_its_way:
             self._on_its_way.pop(buffer).synchronize()
-        return buffer
+        if len(self._pinned.get(buffer, b"")) < elements * dtype.itemsize:
+            self._pinned[buffer] = self._host_bytes(elements, dtype)
+        return buffer, self._pinned[buffer]
 
     def _send(self, staged: torch.Tensor, dtype: torch.dtype, slot: int, buffer: int) -> torch.Tensor:
         sent = self.slot(slot, staged.numel(), staged.dtype).copy_(staged, non_blocking=True)
@@ -88,7 +97,7 @@ class CudaLane(StagedLane):
         for number, values in enumerate(made):
             key, nbytes = (self._fetches % 2, number), values.numel() * values.element_size()
             if len(self._fetched.get(key, b"")) < nbytes:
-                self._fetched[key] = pinned_bytes(nbytes)
+                self._fetched[key] = self._host_bytes(values.numel(), values.dtype)
             found.append(self._fetched.get(key, memoryview(b""))[:nbytes])
             if nbytes:
                 torch.frombuffer(found[-1], dtype=values.dtype).copy_(values, non_blocking=True)
@@ -110,8 +119,11 @@ class CudaLane(StagedLane):
         self.stream.synchronize()
         return stored
 
-    def _host_bytes(self, nbytes: int) -> memoryview:
-        return pinned_bytes(nbytes)
+    def _host_bytes(self, elements: int, dtype: torch.dtype) -> memoryview:
+        """Pinned memory for so many elements, or at once for as many as a piece or the lane's ranges have: torch keeps
+        what is outgrown."""
+        sizes = [size for size in (LITTLE, PIECE, self.room) if size >= elements]
+        return pinned_bytes(min(sizes, default=elements) * dtype.itemsize)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,12 +15,12 @@ from typing import Final, Literal
 import torch
 
 from streammerge.compute.costs import needs_float64
-from streammerge.compute.cuda import CudaLane, pinned_bytes
+from streammerge.compute.cuda import CudaLane
 from streammerge.compute.expressions import BLOCK, Job, walk
 from streammerge.compute.lanes import Lane, StagedLane
 from streammerge.compute.machine import VRAM_BYTES, Allotment
 from streammerge.errors import DeviceError, OutOfMemoryError, machine_is_full
-from streammerge.formats.readers import Reader, open_reader, page_aligned
+from streammerge.formats.readers import Reader, open_reader
 from streammerge.tensors import DTYPES
 
 with warnings.catch_warnings():
@@ -35,8 +35,7 @@ NO_FLOAT64: Final = frozenset({"mps"})
 
 def open_lanes(devices: Sequence[torch.device], io: Literal["mmap", "pread"], allotment: Allotment) -> list[Lane]:
     """As many lanes as were allotted, spread over the devices in turn, each with a reader of its own."""
-    allocate = pinned_bytes if devices[0].type == "cuda" else page_aligned
-    readers = [open_reader(io, allotment.mapped_bytes, allocate) for _ in range(allotment.threads)]
+    readers = [open_reader(io, allotment.mapped_bytes) for _ in range(allotment.threads)]
     return [
         open_lane(reader, device, allotment.blocks)
         for reader, device in zip(readers, itertools.cycle(devices), strict=False)

@@ -95,12 +95,12 @@ class Lane:
             return torch.empty(0, dtype=dtype)
         nbytes = elements * dtype.itemsize
         if len(self._out) < nbytes:
-            self._out = self._host_bytes(nbytes)
+            self._out = self._host_bytes(elements, dtype)
         return torch.frombuffer(self._out, dtype=dtype, count=elements)
 
-    def _host_bytes(self, nbytes: int) -> memoryview:
-        """Main memory for what is to be written."""
-        return page_aligned(nbytes)
+    def _host_bytes(self, elements: int, dtype: torch.dtype) -> memoryview:
+        """Main memory for so many elements that are to be written."""
+        return page_aligned(elements * dtype.itemsize)
 
     def release(self) -> None:
         """Give mapped memory back."""

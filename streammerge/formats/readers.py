@@ -99,13 +99,12 @@ class _Window:
 
 
 class PositionalReader:
-    """Reads into one buffer per slot, which stays in the CPU's cache; `allocate` makes the buffers.
+    """Reads into one buffer per slot, which stays in the CPU's cache.
 
     Where `fill` can fill many at once, it is asked first.
     """
 
-    def __init__(self, allocate: Callable[[int], memoryview] | None = None, fill: Fill | None = None) -> None:
-        self._allocate = allocate or page_aligned
+    def __init__(self, fill: Fill | None = None) -> None:
         self._fill = fill or (lambda _, __: 0)
         self._buffers: dict[int, memoryview] = {}
 
@@ -125,7 +124,7 @@ class PositionalReader:
     def _buffer(self, slot: int, nbytes: int) -> memoryview:
         buffer = self._buffers.get(slot)
         if buffer is None or nbytes > len(buffer):
-            buffer = self._buffers[slot] = self._allocate(nbytes)
+            buffer = self._buffers[slot] = page_aligned(nbytes)
         return buffer[:nbytes]
 
     def check(self) -> None:
@@ -135,14 +134,9 @@ class PositionalReader:
         """Nothing is mapped."""
 
 
-def open_reader(
-    io: Literal["mmap", "pread"],
-    mapped_bytes: int,
-    allocate: Callable[[int], memoryview] | None = None,
-    fill: Fill | None = None,
-) -> Reader:
+def open_reader(io: Literal["mmap", "pread"], mapped_bytes: int, fill: Fill | None = None) -> Reader:
     """A worker's own reader."""
-    return MappedReader(mapped_bytes) if io == "mmap" else PositionalReader(allocate, fill)
+    return MappedReader(mapped_bytes) if io == "mmap" else PositionalReader(fill)
 
 
 def page_aligned(nbytes: int) -> memoryview:

@@ -14,12 +14,12 @@ from streammerge.compute import tensor_maker
 from streammerge.compute.combining import combine
 from streammerge.compute.costs import RING
 from streammerge.compute.cuda import CudaLane
-from streammerge.compute.expressions import BLOCK, Term
+from streammerge.compute.expressions import BLOCK, PIECE, Term
 from streammerge.compute.makers import Wanted
 from streammerge.compute.tensor_maker import BlocksAhead, TensorMaker
 from streammerge.formats.readers import MappedReader, PositionalReader
 from streammerge.tensors import DTYPES
-from tests.make.models import assert_same_bytes, merge_to, normal, raw_bytes, store_tensors
+from tests.make.models import assert_same_bytes, merge_to, normal, raw_bytes, save_models, store_tensors
 from tests.references.cases import CASES, ONE_CASE_EACH, ONE_OF_A_KIND, mostly
 
 
@@ -37,7 +37,7 @@ def card(cards):
 
 
 def card_lane(late: LateCard, room: int = BLOCK, *, mapped: bool = False) -> CudaLane:
-    lane = CudaLane(MappedReader() if mapped else PositionalReader(late.pin), CPU)
+    lane = CudaLane(MappedReader() if mapped else PositionalReader(), CPU)
     lane.room = room
     return lane
 
@@ -53,6 +53,34 @@ def test_a_buffer_is_waited_for_before_it_is_filled_again(tmp_path, card, mapped
             assert card.waits == max(number + 1 - RING, 0)
         assert torch.equal(lane.bring(tensors[0][:7], torch.float16, 3), tensors[0][:7])
         assert lane.bring(tensors[0][:0], torch.float32, 3).numel() == 0
+
+
+def test_what_is_gathered_in_main_memory_is_not_read_into_what_is_being_sent(tmp_path, cards, monkeypatch):
+    shapes = {"a": (600, 1100), "b": (600, 1100), "wider": (600, 1101)}
+    models = {name: {"w": normal(shape, seed, torch.float16)} for seed, (name, shape) in enumerate(shapes.items())}
+    words = {
+        "merge_method": "linear",
+        "models": [str(path) for path in save_models(tmp_path, **models).values()],
+        "on_shape_mismatch": "slice",
+    }
+    cards.blocks = 1
+    made = merge_to(tmp_path / "card.safetensors", words, device="cuda", io="pread", threads=1)
+    monkeypatch.setenv("STREAMMERGE_KERNELS", "off")
+    assert_same_bytes(made, merge_to(tmp_path / "cpu.safetensors", words))
+
+
+def test_pinned_memory_is_made_for_a_range_at_once(tmp_path, card):
+    """torch keeps what is outgrown, in powers of two: buffers that grow with each tensor would be twice as much."""
+    room, sizes = 2 * BLOCK, [1, 70, 1500, PIECE - 1, PIECE, PIECE + 1, BLOCK - 5, BLOCK, BLOCK + 1, 2 * BLOCK]
+    tensors = [normal((size,), seed, torch.float16) for seed, size in enumerate(sizes)]
+    nodes, lane = store_tensors(tmp_path / "leaves", tensors), card_lane(card, room)
+    with lane.running():
+        for node, tensor in zip(nodes, tensors, strict=True):
+            for _ in range(RING):
+                lane.load(node, 0, tensor.numel(), torch.float16, 0)
+                lane.fetch([tensor]).arrived()
+    usual = 2 * (RING + 2) * room  # two bytes each
+    assert usual <= sum(memory.numel() for memory in card.pinned) <= 1.3 * usual
 
 
 def test_a_cuda_lane_hands_out_what_has_arrived(card):

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import streammerge
-from streammerge.compute import cuda
 from streammerge.compute.cuda import CudaLane, bytes_of
 from streammerge.compute.devices import open_lane, vram_limit
 from streammerge.compute.expressions import BLOCK
@@ -135,7 +134,7 @@ def test_cuda_memory_stays_within_its_limit(families, tmp_path):
 def test_a_cuda_lane_can_be_asked_again_before_its_copies_have_arrived(tmp_path):
     tensors = [normal((BLOCK,), seed, torch.float16) for seed in range(20)]
     nodes = store_tensors(tmp_path / "leaves", tensors)
-    lane = open_lane(PositionalReader(cuda.pinned_bytes), torch.device("cuda"))
+    lane = open_lane(PositionalReader(), torch.device("cuda"))
     assert isinstance(lane, CudaLane)
     with lane.running():
         sums = [lane.load(node, 0, BLOCK, torch.float32, 0).double().sum() for node in nodes]
