@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from streammerge.compute.expressions import BLOCK, PIECE, Stored
+from streammerge.compute.precision import exact_products
 from streammerge.compute.rounding import rounded, rounded_into
 from streammerge.errors import DeviceError
 from streammerge.formats.readers import Reader, page_aligned
@@ -34,7 +35,7 @@ class Lane:
     def running(self) -> Iterator[None]:
         """What the worker's thread needs around its work: one thread per lane, so that lanes don't fight for cores."""
         torch.set_num_threads(1)
-        with torch.inference_mode():
+        with exact_products(), torch.inference_mode():
             yield
 
     def slot(self, slot: int, elements: int, dtype: torch.dtype) -> torch.Tensor:

@@ -14,6 +14,7 @@ from streammerge.compute.expressions import ModelStatistics, Node, Stored, Viewe
 from streammerge.compute.gather import gather
 from streammerge.compute.lanes import Lane, torch_dtype
 from streammerge.compute.makers import Maker
+from streammerge.compute.precision import exact_products
 from streammerge.compute.rounding import rounded
 from streammerge.compute.survey import Survey, TogetherSurvey
 from streammerge.compute.tensor_maker import TensorMaker
@@ -58,11 +59,12 @@ def carry_out(survey: AnySurvey, maker: Maker) -> AnySurvey:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Have torch compute in this thread alone."""
+    """Have torch compute in this thread alone, and multiply exactly."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with exact_products():
+            yield
     finally:
         torch.set_num_threads(threads)
 

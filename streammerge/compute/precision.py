@@ -1,0 +1,59 @@
+"""Products of float32 matrices to all digits of float32, whatever torch is told otherwise.
+
+A program may let torch cut their inputs to 10 or 7 digits of two (`torch.set_float32_matmul_precision`), and so may the
+environment: NVIDIA's containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE. That is a setting of the whole process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import torch
+
+
+class ExactProducts:
+    """Turns the setting off as long as anybody multiplies, and then sets what there was."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+        self.restore: Callable[[], None] = lambda: None
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        """As long as this lasts, in this thread or another, products are exact to rounding."""
+        with self.lock:
+            if not self.users:
+                self.restore = set_exact()
+            self.users += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.users -= 1
+                if not self.users:
+                    self.restore()
+
+
+exact_products: Final = ExactProducts()
+
+
+def set_exact() -> Callable[[], None]:
+    """Have products made exactly; gives what sets it back."""
+    backends: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    if not all(hasattr(backend, "fp32_precision") for backend in backends):  # as before torch 2.9
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        return lambda: torch.set_float32_matmul_precision(before)
+    told = [backend.fp32_precision for backend in backends]
+
+    def restore() -> None:
+        for backend, word in zip(backends, told, strict=True):
+            backend.fp32_precision = word
+
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    return restore

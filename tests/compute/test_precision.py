@@ -1,0 +1,66 @@
+"""Products of float32 matrices are made exactly, whatever the program around a merge has asked torch for."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from streammerge.compute.evaluate import Evaluator
+from streammerge.compute.lanes import Lane
+from streammerge.compute.precision import exact_products
+from streammerge.compute.reading import read_range
+from streammerge.formats.readers import PositionalReader
+from streammerge.tensors import DTYPES
+from tests.compute.test_products import product
+from tests.make.models import normal
+
+
+def told() -> list[str]:
+    """How float32 matrices are multiplied, by CUDA's library and the CPU's."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        return [torch.get_float32_matmul_precision()]
+    return [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
+
+
+EXACT = (["ieee", "ieee"], ["highest"])
+
+
+@pytest.fixture(params=["medium", "high", "highest"])
+def asked(request):
+    """What the program has asked for."""
+    torch.set_float32_matmul_precision(request.param)
+    before = told()
+    yield request.param
+    assert told() == before  # it is what it was, when all is done
+    assert torch.get_float32_matmul_precision() == request.param
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_a_lane_multiplies_exactly_until_the_last_one_is_done(asked):
+    inside, others = threading.Event(), threading.Event()
+
+    def run() -> None:
+        with Lane(PositionalReader()).running():
+            inside.set()
+            others.wait(60)
+
+    thread = threading.Thread(target=run)
+    with exact_products():
+        thread.start()
+        assert inside.wait(60)
+    assert told() in EXACT
+    others.set()
+    thread.join()
+    with pytest.raises(ValueError, match="on the way"), exact_products():
+        raise ValueError("on the way")
+
+
+def test_products_are_read_exactly(tmp_path, monkeypatch, asked):
+    seen, multiply = [], Evaluator._multiplied
+    monkeypatch.setattr(Evaluator, "_multiplied", lambda *given: seen.append(told()) or multiply(*given))
+    node = product(tmp_path, (6, 5), normal((6, 3), 1), normal((3, 5), 2))
+    read_range(node, 0, 30, Lane(PositionalReader()), DTYPES["F32"])
+    assert seen
+    assert all(words in EXACT for words in seen)
