@@ -133,7 +133,7 @@ def vram_limit(devices: Sequence[torch.device], wanted: int | None, held: int = 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the machine's or a device's memory has run out: torch has errors of its own for some devices' only."""
-    words = ("out of memory", "can't allocate memory")
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # the last of a card's libraries
     said = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     return said or isinstance(error, MemoryError)
 

@@ -209,10 +209,14 @@ class WholePass(Pass["torch.Tensor"]):
         """The whole output, flattened, in main memory: any lane may be the one that wants a block of it."""
         import torch
 
+        from streammerge.compute.devices import is_out_of_memory  # late: it needs torch
+
         node = self.node
         try:
             made = node.method.compute(target_of(node).place(0), inputs, node.parameters)
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             finite = all(bool(torch.isfinite(values).all()) for values in inputs if isinstance(values, torch.Tensor))
             if finite and not isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
                 raise

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 from streammerge.methods.contract import Between, PerModel, Share
-from streammerge.methods.decompositions import NOTHING, Decomposition, decompose
+from streammerge.methods.decompositions import NOTHING, Decomposition, decompose, decomposed
 from streammerge.methods.linear import check_weights
 from streammerge.methods.matrices import Tall, Tasks, above, beside, check_squares, is_finite, workspace
 from streammerge.methods.registry import WholeMethod, method
@@ -251,9 +251,9 @@ def procrustes(products: Tensor, *, proper: bool) -> Tensor:
     """
     import torch
 
-    left, values, right = torch.linalg.svd(products)
+    left, values, right = decomposed(torch.linalg.svd, products)
     known = int((values > 1e-12 * len(values) * values[0]).sum())
-    rest, _, turned = torch.linalg.svd(left[:, known:].T @ right[known:].T)
+    rest, _, turned = decomposed(torch.linalg.svd, left[:, known:].T @ right[known:].T)
     left = torch.cat([left[:, :known], left[:, known:] @ rest], dim=1)
     right = torch.cat([right[:known], turned @ right[known:]])
     if proper and float(torch.linalg.slogdet(left @ right)[0]) < 0:
@@ -270,7 +270,7 @@ def rotation_power(rotation: Tensor, power: float) -> Tensor:
         whole: Tensor = torch.linalg.matrix_power(rotation, round(power))
         return whole
     quarter = half(half(rotation))
-    sines, vectors = torch.linalg.eigh(-0.5j * (quarter - quarter.T))
+    sines, vectors = decomposed(torch.linalg.eigh, -0.5j * (quarter - quarter.T))
     angles = 4 * power * sines.clamp(-1, 1).asin()
     turned = torch.polar(torch.ones_like(angles), angles)
     made: Tensor = ((vectors * turned) @ vectors.mH).real
@@ -281,6 +281,7 @@ def half(rotation: Tensor) -> Tensor:
     """The rotation by half of every angle: the polar factor of I + Q."""
     import torch
 
-    left, _, right = torch.linalg.svd(rotation + torch.eye(len(rotation), dtype=rotation.dtype, device=rotation.device))
+    identity = torch.eye(len(rotation), dtype=rotation.dtype, device=rotation.device)
+    left, _, right = decomposed(torch.linalg.svd, rotation + identity)
     polar: Tensor = left @ right
     return polar

@@ -9,8 +9,9 @@ computed; where that hangs on a rounding, both are right.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from streammerge.methods.matrices import Tall
 
@@ -75,10 +76,27 @@ def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
     """The eigenvalues of a symmetric matrix, the greatest first, and their vectors."""
     import torch
 
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = decomposed(torch.linalg.eigh, gram)
     if not math.isfinite(float(values.sum())):  # of 1 × 1 not every library says so
         raise torch.linalg.LinAlgError("the matrix holds infinite values or NaNs")  # type: ignore[attr-defined]
     return values.flip(0), vectors.flip(1)
+
+
+def decomposed(by: Callable[[Tensor], Any], matrix: Tensor) -> tuple[Tensor, ...]:
+    """What a function of torch.linalg makes of a matrix; LinAlgError where it can't.
+
+    What a card's library gives up, as it may where many eigenvalues are the same, the CPU does.
+    """
+    import torch
+
+    try:
+        found = by(matrix)
+    except RuntimeError as error:
+        gave_up = isinstance(error, torch.linalg.LinAlgError) or "cusolver" in str(error)  # type: ignore[attr-defined]
+        if not gave_up or "ALLOC_FAILED" in str(error) or matrix.device.type == "cpu":
+            raise
+        found = by(matrix.cpu())
+    return tuple(part.to(matrix.device) for part in (found if isinstance(found, tuple) else (found,)))
 
 
 def _tells(squares: Tensor, least: float) -> bool:
@@ -93,7 +111,7 @@ def _of_triangle(matrix: Tall) -> tuple[Tensor, Tensor]:
     """All n singular values and right vectors, from R of M = Q R."""
     import torch
 
-    _, values, right = torch.linalg.svd(triangle(matrix))
+    _, values, right = decomposed(torch.linalg.svd, triangle(matrix))
     return values, right.T
 
 

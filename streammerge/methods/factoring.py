@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from streammerge.errors import MethodError
 from streammerge.methods.contract import Parameters
-from streammerge.methods.decompositions import ITERATIONS, NOTHING, OVERSAMPLING, decompose_at_random
+from streammerge.methods.decompositions import ITERATIONS, NOTHING, OVERSAMPLING, decompose_at_random, decomposed
 from streammerge.methods.matrices import BAND, PIECE, Tall
 from streammerge.methods.registry import WholeMethod
 
@@ -96,7 +96,7 @@ def _exactly(matrix: Tall, rank: int) -> tuple[Tensor, Tensor]:
     """M V and V, or Uᵀ's sides, of the `rank` greatest singular values."""
     import torch
 
-    squares, vectors = torch.linalg.eigh(gram(matrix), UPLO="U")
+    squares, vectors = decomposed(lambda upper: torch.linalg.eigh(upper, UPLO="U"), gram(matrix))
     kept = vectors[:, len(squares) - rank :].flip(1).contiguous()
     del squares, vectors
     if matrix.rows >= matrix.columns:
@@ -201,7 +201,8 @@ def _values(matrix: Tall, *, place: Place, rows: int, columns: int, count: int, 
     found = torch.zeros(count, dtype=torch.float64, device=matrix.device)
     if count and whole and math.isfinite(whole):
         if is_exact(svd, rows, columns):
-            found = torch.linalg.eigvalsh(gram(matrix), UPLO="U").flip(0)[:count].clamp(min=0).sqrt()
+            (ascending,) = decomposed(lambda upper: torch.linalg.eigvalsh(upper, UPLO="U"), gram(matrix))
+            found = ascending.flip(0)[:count].clamp(min=0).sqrt()
         else:
             found = decompose_at_random(matrix, count, place.generator(0)).values
     before = torch.tensor([whole, max(greatest)], dtype=torch.float64, device=found.device)
@@ -248,7 +249,7 @@ def _factors_of_products(
     core = _core(matrices, coefficients)
     whole = float(core.between.square().sum().sqrt())
     _refuse_nonfinite(place.tensor.name, whole)
-    outer, values, inside = torch.linalg.svd(core.between, full_matrices=False)
+    outer, values, inside = decomposed(lambda between: torch.linalg.svd(between, full_matrices=False), core.between)
     left = core.left @ (outer[:, :rank] * values[:rank])
     made = _tidied(left, core.right @ inside[:rank].T, whole)
     if clamp >= 1:
@@ -275,7 +276,7 @@ def _values_of_products(
     whole = core.between.square().sum().sqrt()
     found = torch.zeros(count, dtype=torch.float64, device=whole.device)
     if math.isfinite(float(whole)):
-        found = torch.linalg.svdvals(core.between)[:count]
+        found = decomposed(torch.linalg.svdvals, core.between)[0][:count]
     return torch.cat([whole[None], whole[None], found])
 
 

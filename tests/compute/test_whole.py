@@ -175,3 +175,23 @@ def test_the_rank_is_what_was_asked_for(tmp_path):
         delta = (merged[name].double() - base[name].double()).flatten(1)
         assert int((torch.linalg.svdvals(delta) > 1e-4).sum()) == 4
     assert torch.equal(merged["bias"], load_model(paths["a"])["bias"])
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_numbers(tmp_path):
+    """Also where some of these are infinite: the tensor is given once more."""
+    failures = iter([True, False])
+
+    @method(WholeMethod, temporaries=1)
+    def short(*models: torch.Tensor) -> torch.Tensor:
+        """θ₁"""
+        if next(failures):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 MiB")
+        return models[0]
+
+    paths = save_models(tmp_path, a={"w": torch.tensor([[1.0, torch.inf], [2.0, 3.0]])})
+    try:
+        merged = merge_to(tmp_path / "out.safetensors", streammerge.short(paths["a"]))
+    finally:
+        del METHODS["short"]
+    assert_same_bytes(merged, load_model(paths["a"]))
+    assert not list(failures)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.standin import Cards
 from streammerge.methods import matrices as tall
 from streammerge.methods.decompositions import (
     NOTHING,
@@ -14,6 +15,7 @@ from streammerge.methods.decompositions import (
     Decomposition,
     decompose,
     decompose_at_random,
+    decomposed,
     triangle,
 )
 from streammerge.methods.matrices import Tall
@@ -238,3 +240,44 @@ def test_the_randomised_decomposition_depends_on_the_seed_alone():
 def test_where_nothing_is_saved_it_is_exact(rank):
     given = matrix(50, 40)
     assert torch.equal(at_random(given, rank).right, decompose(Tall.held(given), rank).right)
+
+
+class OnCard(torch.Tensor):
+    """A matrix that lies on a card, as far as it tells."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("cuda")
+
+    def cpu(self, memory_format: Any = None) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+
+SINGULAR = torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("error", [SINGULAR, RuntimeError("cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED")])
+@pytest.mark.parametrize("by", [torch.linalg.eigh, torch.linalg.eigvalsh, torch.linalg.svd])
+def test_what_a_card_gives_up_the_cpu_decomposes(by, error):
+    def on_a_card(given: torch.Tensor) -> Any:
+        if isinstance(given, OnCard):
+            raise error
+        return by(given)
+
+    square = matrix(8, 8) @ matrix(8, 8).T
+    with Cards(everywhere=True).there():
+        found = decomposed(on_a_card, square.as_subclass(OnCard))  # type: ignore[type-var]
+    expected = by(square)
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("words", ["cusolver error: CUSOLVER_STATUS_ALLOC_FAILED", "CUDA out of memory", "shapes"])
+def test_what_is_no_failure_of_the_algorithm_is_none(words):
+    def fails(given: torch.Tensor) -> Any:
+        raise RuntimeError(words)
+
+    with pytest.raises(RuntimeError, match=words):
+        decomposed(fails, matrix(3, 3).as_subclass(OnCard))  # type: ignore[type-var]
+    with pytest.raises(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+        decomposed(torch.linalg.eigh, torch.full((3, 3), torch.nan, dtype=F64))
