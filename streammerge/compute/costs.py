@@ -20,6 +20,7 @@ from streammerge.compute.expressions import (
     Product,
     Rounded,
     Stored,
+    Surveyed,
     Together,
     Viewed,
     applications,
@@ -67,6 +68,16 @@ def pinned_bytes(node: Node, info: TensorInfo) -> int:
     return BLOCK * (RING * widest + 2 * info.dtype.bits // 8)
 
 
+LIBRARY_BYTES: Final = 32 << 20
+"""What CUDA's library takes in each worker that multiplies matrices: so much since Hopper, a quarter of it before."""
+
+
+def library_bytes(node: Node) -> int:
+    """What of a card's memory a worker's library takes, if it multiplies matrices for this tensor."""
+    multiplies = any(isinstance(part, Product) or holds_on("cuda", part) for part in surveyed(node))
+    return LIBRARY_BYTES if multiplies else 0
+
+
 RING: Final = 6
 """Pinned buffers that a card's lane reads into, one after the other: three inputs of two ranges."""
 
@@ -112,7 +123,7 @@ DECOMPOSING: Final = frozenset({"cuda"})
 """Kinds of device, beside the CPU, that decompose matrices in float64."""
 
 
-def holds_on(device: str, node: Applied) -> bool:
+def holds_on(device: str, node: Surveyed) -> bool:
     """Whether a device of this kind holds the node's whole tensors, rather than main memory."""
     return isinstance(node, ByWhole) and node.method.anywhere and device in DECOMPOSING
 

@@ -95,6 +95,7 @@ def share_out(
     threads: int | None = None,
     limit: int | None = None,
     *,
+    device_bytes: int = 0,
     device_limit: int | None = None,
     most_threads: int = MAX_THREADS,
     mapped: tuple[int, int] = MAPPED_BYTES,
@@ -103,14 +104,14 @@ def share_out(
     """As many lanes of this size, and what they keep `mapped`, as fit the limit and as there are cores for; one at the
     least.
 
-    `device_limit` bounds the lanes' buffers on each of so many `devices`, which are no larger than those in main
-    memory.
+    `device_limit` bounds what the lanes take on each of so many `devices`: as much as in main memory, unless
+    `device_bytes` says more of each.
     """
     most, least = mapped
     limit = max(limit or DEFAULT_WORK_BYTES, lane_bytes + least)
     count = min(threads or min(usable_cores(), most_threads), limit // max(lane_bytes + least, 1))
     if device_limit is not None:
-        count = max(1, min(count, devices * (device_limit // max(lane_bytes, 1))))
+        count = max(1, min(count, devices * (device_limit // max(device_bytes, lane_bytes, 1))))
     kept = min(most, limit // count - lane_bytes)
     return Allotment(count, kept, count * (lane_bytes + kept))
 

@@ -32,13 +32,13 @@ def allot_memory(plan: Plan, resident: int, vram: int | None, *, card_bytes: int
 
 def _check_vram(plan: Plan, vram: int, card_bytes: int) -> None:
     """PlanError unless a worker's buffers fit the card's memory, and the whole tensors that it holds."""
-    needed = plan.lane_bytes + card_bytes
+    needed = plan.card_lane_bytes + card_bytes
     if vram >= needed:
         return
     what = f"{format_size(vram)} of memory on the card"
     if plan.options.max_vram == vram:
         what = f"--max-vram {format_size(vram)}"
-    taking = f"one worker's buffers take {format_size(plan.lane_bytes)}"
+    taking = f"one worker's buffers take {format_size(plan.card_lane_bytes)}"
     beside = f", and whole tensors {format_size(card_bytes)}" if card_bytes else ""
     instead = ", or use --device cpu" if card_bytes else ""
     raise PlanError(

@@ -42,6 +42,7 @@ class Kind:
     is_told: bool
     is_compiled: bool
     lane_bytes: int
+    library_bytes: int
     pinned_bytes: int
     held_bytes: int
     card_bytes: int
@@ -73,6 +74,7 @@ class Kind:
             not has_external(node),
             is_by_kernels,
             _maker_bytes(node, info, compute, is_compiled=is_by_kernels),
+            0 if options.device == "cpu" else costs.library_bytes(node),
             0 if options.device == "cpu" else costs.pinned_bytes(node, info),
             costs.held_bytes(node, compute or info.dtype),
             costs.card_bytes(node),

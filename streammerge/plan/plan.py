@@ -145,6 +145,11 @@ class Plan:
         return max((kind.lane_bytes for kind in self.jobs.kinds), default=0)
 
     @property
+    def card_lane_bytes(self) -> int:
+        """What a lane takes of a card at the most: as much, and what a library takes that multiplies matrices."""
+        return self.lane_bytes + max((kind.library_bytes for kind in self.jobs.kinds), default=0)
+
+    @property
     def held_bytes(self) -> int:
         """What has to be held beside the lanes' buffers, for the tensor that takes the most of it."""
         return self.held_together(1)
@@ -182,6 +187,7 @@ class Plan:
             self.lane_bytes,
             self.options.threads,
             lanes_limit,
+            device_bytes=self.card_lane_bytes,
             device_limit=None if vram is None else vram - card_bytes,
             most_threads=self._most_threads * cards,
             mapped=self.mapped_bytes,
@@ -191,7 +197,7 @@ class Plan:
         if held:
             room = self._room_beside(shared.work_bytes) if work_limit is None else work_limit - shared.work_bytes
             if card_bytes and vram is not None:
-                room = min(room, vram - max(VRAM_BYTES, each * self.lane_bytes))
+                room = min(room, vram - max(VRAM_BYTES, each * self.card_lane_bytes))
             held = max(held, min(room, self.held_together(shared.threads)))
         if card_bytes and vram is not None:
             vram -= held  # the rest is for the lanes
@@ -217,9 +223,10 @@ class Plan:
         if not self.pinned_bytes:
             return 1
         most = CARD_BLOCKS.get(self.options.device.partition(":")[0], USUAL_BLOCKS)
-        room = (vram or VRAM_BYTES) // (lanes * max(self.lane_bytes, 1))
+        beside = self.card_lane_bytes - self.lane_bytes
+        room = ((vram or VRAM_BYTES) // lanes - beside) // max(self.lane_bytes, 1)
         pinned = (CARD_PINNED_BYTES * cards if left is None else left) // (lanes * cards * self.pinned_bytes)
-        return max(1, min(most, room, pinned))
+        return max(1, min(most, room, 1 << max(pinned, 1).bit_length() - 1))  # torch pins powers of two
 
     def _room_beside(self, lanes_bytes: int) -> int:
         """What may be held beside the lanes where there is no limit: for one tensor where that keeps the promise."""

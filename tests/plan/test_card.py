@@ -6,7 +6,7 @@ import pytest
 
 import streammerge
 from streammerge.compute import evaluate
-from streammerge.compute.costs import card_bytes, holds_on
+from streammerge.compute.costs import LIBRARY_BYTES, card_bytes, holds_on
 from streammerge.compute.expressions import Node
 from streammerge.compute.machine import MIB
 from streammerge.errors import PlanError
@@ -80,3 +80,27 @@ def test_the_advice_of_what_is_too_small_is_enough(paths):
     assert allot_memory(made, 0, least * MIB, card_bytes=made.card_bytes).threads == 1
     with pytest.raises(PlanError):
         allot_memory(made, 0, (least - 1) * MIB, card_bytes=made.card_bytes)
+
+
+def test_what_a_library_takes_of_a_card_is_counted_where_matrices_are_multiplied(paths):
+    made = planned(streammerge.iso_c(paths["a"], base=paths["base"]), device="cuda", threads=4)
+    held, own, lane = made.card_bytes, made.lane_bytes, made.card_lane_bytes
+    assert lane == own + LIBRARY_BYTES
+    for vram, threads in ((held + lane, 1), (held + 2 * lane, 2), (2 * held + 9 * lane, 4), (512 * MIB, 4)):
+        allotted = allot_memory(made, 0, vram, card_bytes=held)
+        assert allotted.threads == threads
+        assert threads * (allotted.blocks * own + LIBRARY_BYTES) + allotted.held_bytes <= vram
+    with pytest.raises(PlanError, match="too small"):
+        allot_memory(made, 0, held + lane - 1, card_bytes=held)
+    streamed = planned(streammerge.ties(paths["a"], base=paths["base"]), device="cuda")
+    assert streamed.card_lane_bytes == streamed.lane_bytes
+
+
+@pytest.mark.parametrize("models", range(2, 9))
+def test_what_is_pinned_is_within_its_bound_when_torch_has_rounded_it(paths, models):
+    merge = streammerge.linear(*[paths["a"], paths["b"]] * (models // 2), *[paths["base"]] * (models % 2))
+    for limit in (100, 130, 170, 230, 300):
+        made = planned(merge, device="cuda", max_ram=limit * MIB, threads=3)
+        allotted = allot_memory(made, 0, None)
+        assert allotted.blocks.bit_count() == 1
+        assert allotted.work_bytes <= limit * MIB
