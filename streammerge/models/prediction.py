@@ -24,8 +24,15 @@ MARKS: Final[Mapping[str, str]] = {
 }
 """The tensors by which ComfyUI and others know what a model predicts, those first that decide where there are more."""
 
-SCHEDULE: Final = frozenset({"ztsnr"})
-"""Tensors that say how noise is added: to none that is left at the last step."""
+SCHEDULE: Final = re.compile(
+    r"ztsnr|(?:noise_augmentor\.|low_scale_model\.)?(?:betas|lvlb_weights"
+    r"|(?:(?:log|sqrt)_)?(?:recip_|recipm1_|one_minus_)?alphas_cumprod(?:_prev)?"
+    r"|posterior_(?:variance|log_variance_clipped|mean_coef[12]))|denoiser\.(?:log_)?sigmas"
+)
+"""Tensors that say how noise is added: that none is left at the last step, or how much at each (CompVis' `ddpm.py`).
+
+In 16 bits the first of `alphas_cumprod`, 0.99915, is a third off in what it lacks of 1, which is what samplers ask.
+"""
 
 _WORDS: Final[Mapping[str, str]] = {
     **dict.fromkeys(("epsilon", "eps"), EPSILON),
@@ -71,7 +78,7 @@ def few_steps(metadata: Mapping[str, str]) -> str:
 
 def is_mark(name: str) -> bool:
     """Whether a tensor of this name says how the model is to be sampled: it is copied, never averaged."""
-    return name in MARKS or name in SCHEDULE
+    return name in MARKS or SCHEDULE.fullmatch(name) is not None
 
 
 def stated_prediction(names: Container[str], metadata: Mapping[str, str], scheduler: str = "") -> Prediction | None:

@@ -151,6 +151,8 @@ class _Resolution:
     def _decide(self, name: str, info: TensorInfo) -> Decision:
         rule = self.rules.find(name)
         dtype, codes = self.scaling.storage(name, rule, self.recipe)
+        if is_mark(name) and not (rule and rule.dtype):
+            dtype, codes = None, None
         made = self._fate(name, info, rule, dtype)
         return made if dtype is None else replace(made, rounds=not isinstance(dtype, Scaled), codes=codes)
 
@@ -294,7 +296,7 @@ class _Resolution:
         if lacking:
             return self._without(name, lacking, dtype)
         if is_mark(name):
-            return self._copy(name, self.layout_name, "it says how to sample, and is never averaged", None)
+            return self._copy(name, self.layout_name, "it says how to sample, and is never averaged", dtype)
         inputs = {model: self.values[model].node(name) for model in self.input_names}
         if not all(node.info.dtype.mergeable for node in inputs.values()):
             kinds = ", ".join(f"{model} {node.info.dtype}" for model, node in inputs.items())

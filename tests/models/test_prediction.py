@@ -40,6 +40,12 @@ def test_marks():
     assert not any(map(is_mark, ("x", "model.v_pred", "logvar", "sigma_max", "")))
 
 
+def test_schedules_are_marks():
+    ours = ("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_recipm1_alphas_cumprod", "posterior_mean_coef2")
+    assert all(map(is_mark, (*ours, "log_one_minus_alphas_cumprod", "noise_augmentor.betas", "denoiser.sigmas")))
+    assert not any(map(is_mark, ("model.betas", "betas.weight", "my_alphas_cumprod", "noise_augmentor.data_mean")))
+
+
 @pytest.mark.parametrize(
     ("metadata", "told"),
     [

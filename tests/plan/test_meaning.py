@@ -103,6 +103,15 @@ def test_marks_are_copied_in_the_layouts_dtype():
         assert made.tensors[name].dtype.name == "F32"
 
 
+def test_schedules_are_neither_averaged_nor_cast():
+    schedule = {"betas": "F32 1000", "alphas_cumprod": "F32 1000"}
+    made = merged({"a": model(**schedule), "b": model(**schedule)}, dtype="float16")
+    assert fates(made)["betas"] == "copied: from a: it says how to sample, and is never averaged"
+    kept = merged({"a": model(**schedule)}, dtype="float16", rules=[{"match": "*", "keep": True}])
+    asked = merged({"a": model(**schedule)}, rules=[{"match": "betas", "keep": True, "dtype": "float16"}])
+    assert [each.tensors["betas"].dtype.name for each in (made, kept, asked)] == ["F32", "F32", "F16"]
+
+
 def test_marks_that_some_lack_are_still_an_error():
     with pytest.raises(PlanError, match="not in every model"):
         merged({"a": model(v_pred="F32 0"), "b": model()})
