@@ -98,6 +98,7 @@ class _Resolution:
         self.meaning.check(self.recipe.on_prediction_mismatch)
         self.problems.report(self.recipe, self._compared, self.rules.unused, merged=merged)
         self.scaling.check()
+        cut = [*self.problems.cut()] if self.recipe.on_shape_mismatch == "overlap" else []
         self.is_reported = True
         whole = {name: model for name, model in self.models.items() if name not in self._parts}
         lacking = names_lacking(whole, weights, coded)
@@ -107,7 +108,7 @@ class _Resolution:
             with_inner(left_out, self.models, "left_out"),
             with_inner(lacking, self.models, "lacking"),
             inner + kept_bytes(coded.weights) + self.named.kept_bytes,
-            tuple(dict.fromkeys([*self._remarks(decisions)])),
+            tuple(dict.fromkeys([*self._remarks(decisions), *cut])),
             self.layout,
             self.extent,
             stated=stated_layers(self.codes_of, self.models),

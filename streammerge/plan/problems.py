@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -97,6 +97,19 @@ class Problems:
             self.fitted.append(found)
         else:
             self.misshapen.append(found)
+
+    def cut(self) -> Iterator[str]:
+        """What is told of models that have more than the output has room for, where only what all have is merged."""
+        by_model: dict[str, list[Misshapen]] = {}
+        for found in self.fitted:
+            for model in found.shapes:
+                if found.is_largest(model):
+                    by_model.setdefault(model, []).append(found)
+        for model, larger in by_model.items():
+            first = larger[0]
+            told = f"{count(larger, 'tensor')} of {model} {plural(larger, 'is', 'are')} larger than {first.layout}'s"
+            shapes = f"{first.name} {list(first.shapes[model])}, not {list(first.shapes[first.layout])}"
+            yield f"{told} ({shapes}), and what is more is left out: --layout {model} keeps it"
 
     def report(self, recipe: Recipe, models: Mapping[str, Tensors], unused: Sequence[str], *, merged: int) -> None:
         """PlanError with every problem of the first kind that there is, and what settles it.

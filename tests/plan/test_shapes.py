@@ -29,6 +29,14 @@ def test_the_depth_models_convolution_gives_the_message_of_the_founding_job():
     )
 
 
+def test_what_has_no_room_where_models_overlap_is_told():
+    models = {"a": header(x=(3, 4), y=(2,)), "b": header(x=(3, 9), y=(2,)), "c": header(x=(2, 4), y=(2,))}
+    told = "1 tensor of b is larger than a's (x [3, 9], not [3, 4]), and what is more is left out: --layout b keeps it"
+    assert merged(models, on_shape_mismatch="overlap").remarks == (told,)
+    assert not merged({"b": models["b"], "a": models["a"]}, on_shape_mismatch="overlap").remarks
+    assert not merged({"a": models["a"], "b": models["b"]}, on_shape_mismatch="slice").remarks
+
+
 def test_every_shape_is_told_the_layouts_first():
     models = {"a": header(x=(3, 4)), "b": header(x=(3, 5)), "c": header(x=(3, 4)), "d": header(x=(12,))}
     with pytest.raises(PlanError, match=r"\n  x   c, a \[3, 4\]   b \[3, 5\]   d \[12\]\n"):
