@@ -108,7 +108,7 @@ _SIGNS: Final = (
 
 _PREFIXES: Final = (
     "",
-    *("model.diffusion_model.", "diffusion_model.", "unet.", "control_model.", "model.model."),
+    *("model.diffusion_model.", "diffusion_model.", "unet.", "control_model.", "model.model.", "net."),
     *("model.", "transformer.", "language_model.model.", "model.language_model.", "gpt_neox."),
     *("encoder.", "bert.encoder.", "roberta.encoder."),
     *("cond_stage_model.", "cond_stage_model.transformer.", "cond_stage_model.model."),
@@ -180,7 +180,7 @@ def _each(prefixes: Iterable[str], parts: Iterable[str]) -> tuple[str, ...]:
     return tuple(prefix + part for prefix, part in itertools.product(prefixes, parts))
 
 
-_DIFFUSION_MODEL: Final = ("", "model.diffusion_model.", "diffusion_model.", "unet.")
+_DIFFUSION_MODEL: Final = ("", "model.diffusion_model.", "diffusion_model.", "unet.", "net.")
 _UNET_PARTS: Final = (
     *("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out."),
     *("down_blocks.", "mid_block.", "up_blocks.", "time_embedding.", "add_embedding."),

@@ -34,7 +34,7 @@ from streammerge.tensors import TensorInfo
 
 BASE: Final = "BASE"
 
-_DENOISER: Final = r"(?:(?:model\.diffusion_model|diffusion_model|unet|transformer|control_model)\.)?"
+_DENOISER: Final = r"(?:(?:(?:model\.)?diffusion_model|unet|transformer|control_model|net|model(?:\.model)?)\.)?"
 _NUMBERED: Final = re.compile(r"(?!T5$)([A-Z]+?)(\d{1,3})")
 _SYNONYMS: Final = {"DOUBLE": "D", "SINGLE": "S"}
 

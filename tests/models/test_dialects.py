@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from streammerge.models.blocks import Blocks
 from streammerge.models.dialects import Naming, Recognised, recognise
 from streammerge.models.dialects.translation import Translated
 from streammerge.tensors import DTYPES, Model, TensorInfo
@@ -159,6 +160,16 @@ def test_old_names_of_a_vae_are_understood():
 
 
 # ── parts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("prefix", ["net.", "model.", "model.model.", "diffusion_model."])
+def test_a_transformer_behind_whatever_trainers_put_before_it(prefix):
+    original = diffusion_model("flux")
+    prefixed = {prefix + name: tensor for name, tensor in original.items()}
+    assert known(prefixed).architecture == "Flux"
+    assert_same_bytes(named(prefixed, "original"), original)
+    blocks = Blocks.of({name: info_of(tensor) for name, tensor in prefixed.items()})
+    assert blocks.places[f"{prefix}single_blocks.1.linear1.weight"] == ("S01",)
 
 
 def test_a_component_alone_has_no_prefix():

@@ -19,6 +19,8 @@ ROLES: Final[Mapping[str, Role | None]] = {
     "model.diffusion_model.": "denoiser",
     "diffusion_model.": "denoiser",
     "model.model.": "denoiser",
+    "model.": "denoiser",
+    "net.": "denoiser",
     "unet.": "denoiser",
     "transformer.": "denoiser",
     "control_model.": "ControlNet",
