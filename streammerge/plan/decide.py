@@ -202,8 +202,15 @@ class _Resolution:
             self.problems.alone.extend(wanted)
         if self.recipe.on_missing == "error":
             self.problems.missing.extend(self._unshared(name, taken=taken) for name, taken in wanted.items())
-        left = {model: names_beside(names, dropped) for model, names in outside.items()}
+        left = {model: self._expected(model, names_beside(names, dropped)) for model, names in outside.items()}
         return {model: names for model, names in left.items() if names}
+
+    def _expected(self, model: str, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of a model's tensors that somebody may miss: where only components are taken from it, what is theirs."""
+        if model not in self._parts:
+            return names
+        rules = ((name, self.rules.peek(name)) for name in names)
+        return tuple(name for name, rule in rules if rule and rule.action == "take" and rule.model == model)
 
     def _unshared(self, name: str, *, taken: bool) -> Unshared:
         models = list(self._compared)

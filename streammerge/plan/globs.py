@@ -85,5 +85,5 @@ class RuleIndex:
 
     @property
     def unused(self) -> list[str]:
-        """The rules that held for no tensor."""
-        return [str(rule) for number, rule in enumerate(self.rules) if number not in self.used]
+        """The rules that held for no tensor; one for all that is left may find nothing."""
+        return [str(rule) for number, rule in enumerate(self.rules) if number not in self.used and not rule.is_last]

@@ -74,6 +74,11 @@ class Rule:
     component: str = ""
     keeps_dtype: bool = False
 
+    @property
+    def is_last(self) -> bool:
+        """Whether it is for all that the rules before it left."""
+        return self.match == ("*",)
+
     def __str__(self) -> str:
         if self.component:
             return f"for {self.component}"

@@ -58,6 +58,16 @@ def test_names_dtypes_and_parts_are_changed_and_nothing_else(model, run):
     assert run("verify", "out.safetensors", "--all").code == 0
 
 
+def test_a_part_alone_may_be_another_models(model, run):
+    other = diffusion_model("sd1", 2, torch.float32)
+    save_model(Path("b.safetensors"), other)
+    result = run("convert", "a.safetensors", "--only", "vae", "--vae", "b.safetensors", "-o", "vae.safetensors")
+    assert result.code == 0, result.err
+    assert "left out" not in result.out + result.err
+    expected = {name: tensor for name, tensor in other.items() if name.startswith(VAE)}
+    assert_same_bytes(load_model(Path("vae.safetensors")), expected)
+
+
 def test_a_model_that_is_converted_keeps_what_its_author_said(model, run):
     assert run("convert", "a.safetensors", "--dtype", "fp16", "-o", "out.safetensors", "-q").code == 0
     found = metadata_of("out.safetensors")
