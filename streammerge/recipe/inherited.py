@@ -71,8 +71,12 @@ QUANTISATION: Final = "_quantization_metadata"
 """ComfyUI's key for what its layers are quantised as."""
 
 
-STALE: Final = ("format", "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash", QUANTISATION)
+STALE: Final = ("format", "sshs_model_hash", "sshs_legacy_hash", QUANTISATION)
 """The keys of metadata that are true of one file alone: hashes, and what is said of single tensors."""
+
+
+HASH: Final = "modelspec.hash_"
+"""How modelspec's keys begin for hashes, of any kind, of a file's tensors."""
 
 
 MetadataOf = Callable[[Path], Mapping[str, str]]
@@ -104,7 +108,7 @@ def _carries(recipe: Recipe, key: str) -> bool:
     if recipe.only not in ("", "unet", "transformer") and key == "modelspec.architecture":
         return False
     if stays_itself(recipe) and recipe.is_conversion:
-        return key in USE or (key not in STALE and not key.startswith("streammerge."))
+        return key in USE or (key not in STALE and not key.startswith((HASH, "streammerge.")))
     return key in USE or (key in DESCRIPTION and stays_itself(recipe))
 
 
