@@ -14,10 +14,12 @@ A tensor may have several names, the narrowest first, and a value for the narrow
     SD 3    IN00 …    joint_blocks.0 … (transformer_blocks)
             EMBED     pos_embed, x_embedder, context_embedder, y_embedder, t_embedder: a part of BASE
             FINAL     final_layer (norm_out, proj_out): a part of BASE
+    Wan, Z-Image, HunyuanDiT
+            IN00 …    blocks.0 … or layers.0 …; BASE has what is around them, refiners too
     all     BASE      everything else; of that, CLIP, CLIPL, CLIPG and T5 are the text encoders, VAE the VAE, DEPTH the
                       depth model of Stable Diffusion 2, and EMA the averages that some checkpoints carry
 
-The UNet's and Flux's blocks are SuperMerger's, SD 3's Model-Mixer's. The denoiser's tensors are known with or without
+The UNet's and Flux's blocks are SuperMerger's, SD 3's Model-Mixer's; others with one stack of blocks follow SD 3. The denoiser's tensors are known with or without
 what full checkpoints put before their names.
 """
 
@@ -211,7 +213,7 @@ def _flux_forms(counts: Mapping[str, int]) -> tuple[ListForm, ...]:
     )
 
 
-def _sd3_forms(counts: Mapping[str, int]) -> tuple[ListForm, ...]:
+def _stack_forms(counts: Mapping[str, int]) -> tuple[ListForm, ...]:
     return _with_and_without_base((BASE, *_numbered("IN", counts["IN"])))
 
 
@@ -269,6 +271,12 @@ _FAMILIES: Final = (
             _denoiser(r"pos_embed|[xyt]_embedder\.|context_embedder\.|time_text_embed\.", "EMBED", BASE),
             _denoiser(r"final_layer\.|norm_out\.|proj_out\.", "FINAL", BASE),
         ),
-        _sd3_forms,
+        _stack_forms,
+    ),
+    _Family(
+        "a diffusion transformer",
+        _DENOISER + r"(?:blocks\.\d+\.(?:self_attn|cross_attn|attn1)\.|layers\.\d+\.adaLN_modulation\.)",
+        (*_PARTS_OF_BASE, _denoiser(r"(?:blocks|layers)\.(?P<n>\d{1,3})\.", "IN#")),
+        _stack_forms,
     ),
 )

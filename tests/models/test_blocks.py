@@ -199,6 +199,21 @@ def test_what_has_no_blocks_with_names():
     assert Blocks.of({}).names == ()
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "around"),
+    [
+        ("blocks.0.self_attn.q.weight", "blocks.11.ffn.0.weight", "text_embedding.2.weight"),
+        ("blocks.0.attn1.to_q.weight", "blocks.11.ffn.net.2.weight", "condition_embedder.time_proj.weight"),
+        ("layers.0.adaLN_modulation.0.weight", "layers.11.attention.qkv.weight", "noise_refiner.1.ffn_norm1.weight"),
+        ("net.blocks.0.attn1.Wqkv.weight", "net.blocks.11.mlp.fc1.weight", "net.t_embedder.mlp.2.weight"),
+    ],
+)
+def test_a_single_stack_of_blocks_is_counted_and_nothing_else(one, other, around):
+    blocks = Blocks.of(tensors(one, other, around, "vae.decoder.conv1.weight"))
+    assert blocks.order == ("BASE", *(f"IN{number:02}" for number in range(12)))
+    assert [blocks.places[name][-1] for name in (one, other, around)] == ["IN00", "IN11", "BASE"]
+
+
 # ── names ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
