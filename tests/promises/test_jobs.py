@@ -79,7 +79,24 @@ def models() -> Iterator[tuple[str, Tensors]]:
     yield from (("flux1-dev", flux), ("flux1-b", near(flux, 8)), ("flux-diffusers", in_naming(flux, "diffusers")))
     clip = part_of(diffusion_model("sd1", 9), "cond_stage_model.transformer.")
     yield from (("clip_l", clip), ("t5xxl", t5()), ("ae", vae_of_flux()))
+    yield "flux1-schnell", {name: tensor for name, tensor in near(flux, 11).items() if "guidance_in" not in name}
+    yield from families()
     yield "all", below(UNET, flux) | below("text_encoders.t5xxl.transformer.", t5())
+
+
+def families() -> Iterator[tuple[str, Tensors]]:
+    """Fine-tunes of transformers that have no VAE and no text encoders beside them."""
+    sd35, wan, chroma = diffusion_model("sd3", 1), diffusion_model("wan", 1), chroma_model()
+    yield from (("sd35-a", sd35), ("sd35-b", near(sd35, 2)))
+    yield from (("wan-high", wan), ("wan-low", near(wan, 2)), ("wan-b", near(wan, 3)))
+    yield from (("chroma", chroma), ("chroma-a", near(chroma, 2)), ("chroma-b", near(chroma, 3)))
+
+
+def chroma_model() -> Tensors:
+    """Flux with one module that gives all modulations."""
+    flux, without = diffusion_model("flux", 12), ("_mod.lin", "modulation.lin", "vector_in", "guidance_in", "time_in")
+    own = {f"distilled_guidance_layer.layers.0.{part}_layer.weight": normal((8, 8), 1) for part in ("in", "out")}
+    return {**{name: tensor for name, tensor in flux.items() if not any(part in name for part in without)}, **own}
 
 
 def with_averages(model: Tensors) -> Tensors:
