@@ -30,6 +30,7 @@ from streammerge.models.checkpoints import open_model
 from streammerge.models.merged import files_of
 from streammerge.plan.companions import beside_output
 from streammerge.plan.inputs import OUTPUT, OpenInputs, check_with_library, input_claims, output_metadata, restated
+from streammerge.plan.locating import with_places
 from streammerge.plan.naming import as_named
 from streammerge.plan.pipelines import check_folder
 from streammerge.plan.plan import Plan, plan_merge
@@ -154,6 +155,7 @@ def planned(
     """
     opened = OpenInputs()
     try:
+        recipe = with_places(recipe) if isinstance(recipe, Recipe) else recipe
         merged = opened.merge(recipe, naming=options.names) if isinstance(recipe, Recipe) else as_named(recipe, options)
         check_folder(merged, recipe if isinstance(recipe, Recipe) else None, output, options)
         if measuring is not None and merged.factored is not None and merged.factored.has_to_be_measured:

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from streammerge.errors import RecipeError
 from streammerge.methods import find_method
+from streammerge.models.hub import HubName, meant
 from streammerge.recipe import blockwise
 from streammerge.recipe.files import packaged_recipe, parse_yaml, read_recipe_file
 from streammerge.recipe.metadata import Recorded, read_recorded
@@ -183,15 +184,15 @@ def _check_no_weight(word: str) -> None:
         )
 
 
-def _bindings(words: list[str]) -> tuple[dict[str, Path], dict[str, float]]:
-    """The files, and the weights, that `NAME=PATH[:WEIGHT]` words give to a recipe's inputs."""
+def _bindings(words: list[str]) -> tuple[dict[str, Path | HubName], dict[str, float]]:
+    """The models, and the weights, that `NAME=PATH[:WEIGHT]` words give to a recipe's inputs."""
     bindings, weights = {}, {}
     for word in words:
         match = _NAMED.fullmatch(word)
         if match is None:
             raise RecipeError(f"{word!r}: beside a recipe, models are given as NAME=PATH")
         path, weight = _split_weight(match["path"])
-        bindings[match["name"]] = Path(path)
+        bindings[match["name"]] = meant(Path(path), path)
         if weight is not None:
             weights[match["name"]] = weight
     return bindings, weights

@@ -6,15 +6,17 @@ the model beside them.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from streammerge.errors import CheckpointError
+from streammerge.errors import CheckpointError, listed
 from streammerge.formats.companions import is_companion_name
 from streammerge.formats.pipelines import INDEX
 from streammerge.formats.shards import PREFERRED, find_weights, is_index, is_model, read_index
@@ -85,41 +87,83 @@ def _of_pipeline(names: Sequence[str]) -> list[str]:
     return [name for name in kept if name not in pickles or name.rpartition("/")[0] not in safe]
 
 
-def download(name: str, revision: str, cache: Path) -> Path:
-    """The folder of a model that is fetched into the cache; CheckpointError, which says what to do, if it can't be."""
-    called = f"{name}@{revision}" if revision else name
+@dataclass(frozen=True)
+class Order:
+    """What is to be fetched of a model on the hub: the files that are needed, and how large they are together.
+
+    `called` is how the user named it.
+    """
+
+    name: str
+    revision: str
+    called: str
+    files: tuple[str, ...]
+    nbytes: int
+    cache: Path
+
+    def fetched(self) -> Path:
+        """The model's folder in the cache, into which its files are fetched; CheckpointError if they can't be."""
+        hub = _library(self.called, self.cache)
+        with _telling(self.called):
+            found = _snapshot(hub, self.name, self.revision, self.files, self.cache)
+            weights = find_weights(found) if not (found / INDEX).is_file() else found
+            if is_index(weights):
+                more = [shard.name for shard in read_index(weights).shards if not shard.is_file()]
+                found = _snapshot(hub, self.name, self.revision, more, self.cache) if more else found
+            return found
+
+
+def order(name: str, revision: str, called: str, cache: Path) -> Order:
+    """What there is to be fetched of a model, as the hub tells; CheckpointError, which says what to do, if it can't."""
     if is_offline():
         raise CheckpointError(
             f"{called}: it is not in Hugging Face's cache ({cache}), and this machine is offline (HF_HUB_OFFLINE)",
             advice=f"Unset HF_HUB_OFFLINE, or copy the model's folder of a cache that has it to {cache}.",
         )
+    hub = _library(called, cache)
+    with _telling(called):
+        info = hub.HfApi().model_info(name, revision=revision, files_metadata=True)
+        sizes = {each.rfilename: each.size or 0 for each in info.siblings or ()}
+        files = needed_files(list(sizes), called)
+        return Order(name, revision, called, tuple(files), sum(sizes[file] for file in files), cache)
+
+
+def check_disk(orders: Sequence[Order]) -> None:
+    """CheckpointError if the files of these models don't fit the disk that the cache is on."""
+    if not orders:
+        return
+    cache, nbytes = orders[0].cache, sum(each.nbytes for each in orders)
+    here = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(here).free
+    if nbytes > free:
+        raise CheckpointError(
+            f"{listed([each.called for each in orders])}: the files to be fetched take {nbytes / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB are free at {cache}",
+            advice="Free some disk, or set HF_HUB_CACHE to a folder on another one.",
+        )
+
+
+def _library(called: str, cache: Path) -> Any:  # noqa: ANN401  (a module)
     try:
-        import huggingface_hub as hub
+        import huggingface_hub
     except ImportError:
         raise CheckpointError(
             f"{called}: it is not in Hugging Face's cache ({cache}), and huggingface_hub, which fetches models, isn't "
             "installed",
             advice=f"{INSTALL}; or check the path, if a file or folder here is meant.",
         ) from None
+    return huggingface_hub
+
+
+@contextlib.contextmanager
+def _telling(called: str) -> Iterator[None]:
+    """Have what the hub's library raises say what to do."""
     try:
-        return _fetched(hub, name, revision or "main", called, cache)
+        yield
     except CheckpointError:
         raise
     except Exception as error:  # the library's own are of many kinds, and change
         raise told(error, called) from error
-
-
-def _fetched(hub: Any, name: str, revision: str, called: str, cache: Path) -> Path:  # noqa: ANN401
-    info = hub.HfApi().model_info(name, revision=revision, files_metadata=True)
-    sizes = {each.rfilename: each.size or 0 for each in info.siblings or ()}
-    files = needed_files(list(sizes), called)
-    _check_disk(cache, sum(sizes[file] for file in files), called)
-    found = _snapshot(hub, name, revision, files, cache)
-    weights = find_weights(found) if not (found / INDEX).is_file() else found
-    if is_index(weights):
-        more = [shard.name for shard in read_index(weights).shards if not shard.is_file()]
-        found = _snapshot(hub, name, revision, more, cache) if more else found
-    return found
 
 
 def _snapshot(hub: Any, name: str, revision: str, files: Sequence[str], cache: Path) -> Path:  # noqa: ANN401
@@ -132,17 +176,6 @@ def _literal(name: str) -> str:
     pattern = re.sub(r"([\[*?])", r"[\1]", name)
     assert fnmatch.fnmatchcase(name, pattern)
     return pattern
-
-
-def _check_disk(cache: Path, nbytes: int, called: str) -> None:
-    """CheckpointError if the files don't fit the disk that the cache is on."""
-    here = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(here).free
-    if nbytes > free:
-        raise CheckpointError(
-            f"{called}: its files take {nbytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free at {cache}",
-            advice="Free some disk, or set HF_HUB_CACHE to a folder on another one.",
-        )
 
 
 def told(error: Exception, called: str) -> CheckpointError:

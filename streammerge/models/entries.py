@@ -39,12 +39,12 @@ class Entries:
                 raise RecipeError(f"--entry {word}: expected KEY once, and NAME=KEY once for a model")
         return entries
 
-    def choose(self, name: str, path: Path) -> str:
-        """The entry of the model of this name at this path, "" if none is asked for."""
+    def choose(self, name: str, path: Path | None) -> str:
+        """The entry of a model, "" if none is asked for. One of the hub has no path, and gets what its name has."""
         if name in self.named:
             self.used.add(name)
             return self.named[name]
-        if self.default and has_entries(path):
+        if self.default and path is not None and has_entries(path):
             self.used.add("")
             return self.default
         return ""

@@ -11,12 +11,18 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from streammerge.errors import CheckpointError
 from streammerge.formats.shards import is_model
 
+if TYPE_CHECKING:
+    from streammerge.models.downloads import Order
+
 SCHEME: Final = "hf://"
+
+MAIN: Final = "main"
+"""The branch that is meant where no revision is named."""
 
 MAX_REF: Final = 200
 """The longest name of a commit that is read."""
@@ -63,31 +69,39 @@ def cache_of(environment: Mapping[str, str] = os.environ) -> Path:
     return (Path(general) if general else Path.home() / ".cache").expanduser() / "huggingface" / "hub"
 
 
-def find(name: HubName) -> Path:
-    """The folder of a model in the cache, into which it is fetched if it isn't there, or not all of it."""
-    from streammerge.models.downloads import download, is_offline, is_whole  # late: most models are files
+def sought(source: Path | HubName) -> Path | Order:
+    """Where a model is, or what there is to be fetched of it: what is in the cache, and whole, is not asked for.
 
-    folder = cache_of() / name.folder
+    A model's whole folder in the cache stands for its main branch. CheckpointError for one that nobody can fetch.
+    """
+    if isinstance(source, Path):
+        is_cached = _FOLDER.fullmatch(source.name) is not None and (source / "snapshots").is_dir()
+        return snapshot(source) if is_cached else source
+    from streammerge.models.downloads import is_offline, is_whole, order  # late: most models are files
+
+    folder, revision = cache_of() / source.folder, source.revision or MAIN
     if not folder.is_dir():
-        return download(name.name, name.revision, folder.parent)
+        return order(source.name, revision, str(source), folder.parent)
     try:
-        found = snapshot(folder, name)
+        found = snapshot(folder, source)
     except CheckpointError as error:
         if is_offline():
             raise
         try:
-            return download(name.name, name.revision, folder.parent)
+            return order(source.name, revision, str(source), folder.parent)
         except CheckpointError as problem:
             error.advice = f"{error.advice} Fetching it failed: {problem.what}."
             raise error from problem
-    return found if is_offline() or is_whole(found) else download(name.name, name.revision or found.name, folder.parent)
+    if is_offline() or is_whole(found):
+        return found
+    return order(source.name, source.revision or found.name, str(source), folder.parent)
 
 
 def snapshot(folder: Path, name: HubName | None = None) -> Path:
     """The revision that is meant of those in a model's folder in the cache; CheckpointError if it is not there."""
     name = name or name_of(folder) or HubName(folder.name)
     there = sorted(entry.name for entry in (folder / "snapshots").glob("*") if entry.is_dir())
-    commit = _commit(folder, name.revision or "main")
+    commit = _commit(folder, name.revision or MAIN)
     found = [entry for entry in there if entry == commit]
     if not found and _COMMIT.fullmatch(name.revision):
         found = [entry for entry in there if entry.startswith(name.revision)]
@@ -137,27 +151,39 @@ def _is_name(name: str) -> bool:
     return all(re.fullmatch(_PART, part) for part in name.split("/"))
 
 
-def located(path: Path, text: str = "", *, fetch: bool = True) -> Path:
-    """Where a model is: at its path if something is there, else in the cache if its text is a name on the hub.
+def meant(path: Path, text: str) -> Path | HubName:
+    """What a text means: its path if something is there, else a model of the hub if it is the name of one.
 
-    A model's whole folder in the cache stands for its main branch. With `fetch` what is in neither is fetched; a name
-    whose first part is a folder here is taken for a path that is wrong. What is nowhere keeps its path, but for a name
-    that is the hub's for certain (`hf://`): that is a CheckpointError.
+    A name whose first part is a folder here is taken for a path that is wrong. Nothing is looked for in the cache, or
+    fetched. CheckpointError for what says that it is a name on the hub (`hf://`), and is none.
     """
-    text = text or path.as_posix()
-    if not text.startswith(SCHEME) and is_there(path):
-        is_cached = _FOLDER.fullmatch(path.name) is not None and (path / "snapshots").is_dir()
-        return snapshot(path) if is_cached else path
-    name = HubName.of(text)
-    if text.startswith(SCHEME):
-        if name is None:
-            raise CheckpointError(
-                f"{text}: is no model's name", advice="Write hf://org/name or hf://org/name@revision."
-            )
-        return find(name)
-    if name is None or Path(name.name).parent.is_dir():
+    is_name = text.startswith(SCHEME)
+    if not is_name and is_there(path):
         return path
-    return find(name) if fetch or (cache_of() / name.folder).is_dir() else path
+    name = HubName.of(text)
+    if name is None and is_name:
+        raise CheckpointError(f"{text}: is no model's name", advice="Write hf://org/name or hf://org/name@revision.")
+    return path if name is None or (path.parent.is_dir() and not is_name) else name
+
+
+def located(path: Path, text: str = "", *, fetch: bool = True) -> Path:
+    """Where the model is that a text means, which is fetched if it isn't here.
+
+    Without `fetch` the hub isn't asked for anything: what is neither here nor in the cache keeps its path.
+    """
+    source = meant(path, text or path.as_posix())
+    if isinstance(source, HubName) and not fetch:
+        try:
+            return snapshot(cache_of() / source.folder, source)
+        except CheckpointError:
+            return path
+    found = sought(source)
+    if isinstance(found, Path):
+        return found
+    from streammerge.models.downloads import check_disk
+
+    check_disk([found])
+    return found.fetched()
 
 
 def is_there(path: Path) -> bool:

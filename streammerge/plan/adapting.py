@@ -26,8 +26,7 @@ def with_adapters(entry: Input, model: Model, opening: Callable[[Path, str], Che
     refuse_adapters({entry.name: model.tensors})
     given = []
     for each in entry.adapters:
-        assert isinstance(each.source, Path)
-        read = read_adapter(opening(each.source, each.entry), str(each.source))
+        read = read_adapter(opening(each.path, each.entry), str(each.path))
         given.append(Given(each.name, read, strength_of(each, model)))
     return adapted(entry.name, model, given, drop=drop)
 

@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from streammerge.models.entries import Entries
+from streammerge.models.hub import HubName
 from streammerge.recipe.recipe import Input, Recipe
 
 
-def with_entry(recipe: Recipe, chosen: Callable[[str, Path], str]) -> Recipe:
+def with_entry(recipe: Recipe, chosen: Callable[[str, Path | HubName], str]) -> Recipe:
     """The recipe with entries, by name and path, for its models and its nested recipes' models that have none."""
 
     def change(entry: Input) -> Input:
@@ -33,9 +34,9 @@ def with_entries(recipe: Recipe, words: Sequence[str]) -> Recipe:
     entries = Entries.of(words)
     names: list[str] = []
 
-    def chosen(name: str, path: Path) -> str:
+    def chosen(name: str, source: Path | HubName) -> str:
         names.append(name)
-        return entries.choose(name, path)
+        return entries.choose(name, source if isinstance(source, Path) else None)
 
     changed = with_entry(recipe, chosen)
     entries.check(dict.fromkeys(names))

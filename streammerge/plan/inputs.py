@@ -189,7 +189,7 @@ class OpenInputs:
         """An input's model, without the adapters that it may have."""
         if isinstance(entry.source, Recipe):
             return self._nested(entry.name, seeded(entry.source, recipe.seed), within)
-        return self.open(entry.source, entry.entry)
+        return self.open(entry.path, entry.entry)
 
     def _nested(self, name: str, recipe: Recipe, within: Within) -> Merged:
         """A nested recipe as a model; a PlanError says that it is meant, which options don't reach."""

@@ -33,6 +33,7 @@ from streammerge.models.adapters.products import as_lora
 from streammerge.models.adapters.together import Together
 from streammerge.models.checkpoints import Checkpoint
 from streammerge.models.dialects import Naming
+from streammerge.models.hub import HubName
 from streammerge.models.merged import Merged
 from streammerge.plan.ensemble import Ensemble
 from streammerge.plan.extracting import factors_dtype, merged_of
@@ -78,7 +79,7 @@ def refactored(
     return _Refactoring(recipe, together, find_method(recipe.method), tuning, within).adapter()
 
 
-def _read(name: str, source: Path | Recipe, model: Model) -> Adapter:
+def _read(name: str, source: Path | HubName | Recipe, model: Model) -> Adapter:
     if not isinstance(model, Checkpoint) or not isinstance(source, Path):
         raise PlanError(f"{name} is an adapter that a recipe makes", advice="Write it to a file, and merge that.")
     return read_adapter(model, str(source))

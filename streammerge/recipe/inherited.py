@@ -84,8 +84,9 @@ MetadataOf = Callable[[Path], Mapping[str, str]]
 
 def carried_metadata(recipe: Recipe, metadata_of: MetadataOf) -> dict[str, str]:
     """What the output's metadata has from the inputs'; nested recipes' layouts and licences count."""
-    layout = recipe.named[recipe.layout_name].source
-    own = carried_metadata(layout, metadata_of) if isinstance(layout, Recipe) else metadata_of(layout)
+    layout = recipe.named[recipe.layout_name]
+    nested = layout.source if isinstance(layout.source, Recipe) else None
+    own = metadata_of(layout.path) if nested is None else carried_metadata(nested, metadata_of)
     stays = stays_itself(recipe)
     carried = {key: value for key, value in own.items() if len(value) <= LONGEST and _carries(recipe, key)}
     stated = licences(recipe, metadata_of)
@@ -136,7 +137,7 @@ def title_of(recipe: Recipe, metadata_of: MetadataOf) -> str:
 def _title_in(entry: Input, metadata_of: MetadataOf) -> str:
     if isinstance(entry.source, Recipe):
         return entry.name
-    title = metadata_of(entry.source).get(TITLE, "")
+    title = metadata_of(entry.path).get(TITLE, "")
     return title if 0 < len(title) <= LONGEST_TITLE else entry.name
 
 
@@ -148,10 +149,9 @@ def licences(recipe: Recipe, metadata_of: MetadataOf) -> dict[str, str | None]:
             inner = licences(entry.source, metadata_of)
             found |= {f"{entry.name}/{name}": text for name, text in inner.items()}
         else:
-            found[entry.name] = licence(metadata_of(entry.source))
+            found[entry.name] = licence(metadata_of(entry.path))
         for each in entry.adapters:
-            if isinstance(each.source, Path):
-                found[f"{entry.name}+{each.name}"] = licence(metadata_of(each.source))
+            found[f"{entry.name}+{each.name}"] = licence(metadata_of(each.path))
     return found
 
 

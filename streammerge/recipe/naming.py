@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.errors import RecipeError
-from streammerge.models.hub import SCHEME
+from streammerge.models.hub import MAIN, SCHEME, HubName, name_of
 from streammerge.recipe.recipe import Input, Recipe
 
 
@@ -20,6 +20,14 @@ def revised(model: Mapping[str, Any], where: str) -> Any:  # noqa: ANN401
     if not isinstance(path, str) or not isinstance(revision, str) or not model.keys() <= {"path", "revision"}:
         raise RecipeError(f"{where}: expected a path and a revision, found {dict(model)!r}")
     return f"{SCHEME}{path.removeprefix(SCHEME)}@{revision}"
+
+
+def default_name(source: Path | HubName) -> str:
+    """What a model is called that is given no name: as its file, without an ending, or as on the hub, without who."""
+    if isinstance(source, Path):
+        on_hub = name_of(source)
+        return source.stem or str(source) if on_hub is None else default_name(on_hub)
+    return source.name.rpartition("/")[2]
 
 
 def distinct_names(inputs: list[Input]) -> list[Input]:
@@ -36,17 +44,23 @@ def distinct_names(inputs: list[Input]) -> list[Input]:
 
 
 def file_of(entry: Input) -> str:
-    """The input's path; nothing for a nested recipe."""
-    return str(entry.source) if isinstance(entry.source, Path) else ""
+    """The input's path, or its name on the hub; nothing for a nested recipe."""
+    return "" if isinstance(entry.source, Recipe) else str(entry.source)
 
 
 def same_source(one: Input, other: Input) -> bool:
     """Whether two inputs are the same path, or the same recipe, with the same adapters in it and the same names."""
     if one.adapters != other.adapters or one.prefixes != other.prefixes:
         return False
-    if isinstance(one.source, Path) and isinstance(other.source, Path):
-        return one.source.absolute() == other.source.absolute() and one.entry == other.entry
-    return one.source == other.source
+    return _place(one) == _place(other) and one.entry == other.entry
+
+
+def _place(entry: Input) -> Path | HubName | Recipe:
+    """Where an input is, told in one way."""
+    source = entry.source
+    if isinstance(source, HubName):
+        return HubName(source.name, source.revision or MAIN)
+    return source.absolute() if isinstance(source, Path) else source
 
 
 def unused_name(name: str, recipe: Recipe) -> str:

@@ -17,12 +17,12 @@ from typing import Any, Final
 from streammerge.errors import CheckpointError, RecipeError, suggestion
 from streammerge.models.dtypes import parse_dtype
 from streammerge.models.extent import MAX_DEPTH
-from streammerge.models.hub import located, name_of
+from streammerge.models.hub import HubName, meant
 from streammerge.recipe.adapters import adapter_entry, adapters_of, is_recipe, with_lora
 from streammerge.recipe.documents import Document
 from streammerge.recipe.low_rank import parse_low_rank
 from streammerge.recipe.modules import ASSEMBLY_KEYS, module_recipes
-from streammerge.recipe.naming import distinct_names, file_of, revised, same_source, unused_name
+from streammerge.recipe.naming import default_name, distinct_names, file_of, revised, same_source, unused_name
 from streammerge.recipe.parameters import parse_settings
 from streammerge.recipe.policies import EMA_POLICIES, MISSING_POLICIES, PREDICTION_POLICIES, SHAPE_POLICIES
 from streammerge.recipe.recipe import Input, Recipe, Rule, RuleAction, check_recipe
@@ -62,7 +62,7 @@ NEEDED: Final = {
 def parse_recipe(
     raw: Any,  # noqa: ANN401  (whatever YAML gave)
     folder: Path,
-    bindings: Mapping[str, Path] | None = None,
+    bindings: Mapping[str, Path | HubName] | None = None,
     where: str = "recipe",
     *,
     strict: bool = False,
@@ -85,7 +85,7 @@ class _RecipeParser:
     """Turns YAML's values into a Recipe, saying where it finds something that it doesn't expect."""
 
     folder: Path
-    bindings: Mapping[str, Path]
+    bindings: Mapping[str, Path | HubName]
     where: str = "recipe"
     known: dict[int, Recipe] = field(default_factory=dict)
     depth: int = 1
@@ -296,17 +296,16 @@ class _RecipeParser:
         """Whether a file lies at this path, or one is bound to it."""
         return path in self.bindings or (self.folder / path).exists()
 
-    def _default_name(self, model: Any, source: Path | Recipe) -> str:  # noqa: ANN401
+    def _default_name(self, model: Any, source: Path | HubName | Recipe) -> str:  # noqa: ANN401
         while isinstance(model, dict) and not is_recipe(model) and "model" in model:
             model = model["model"]
         if isinstance(source, Recipe):
             return model.name if isinstance(model, Document) else source.method
         if isinstance(model, str) and model in self.bindings:
             return model
-        on_hub = name_of(source)
-        return source.stem or str(source) if on_hub is None else on_hub.name.rpartition("/")[2]
+        return default_name(source)
 
-    def _source(self, model: Any, where: str) -> Path | Recipe:  # noqa: ANN401
+    def _source(self, model: Any, where: str) -> Path | HubName | Recipe:  # noqa: ANN401
         while isinstance(model, dict) and not is_recipe(model) and (len(model) == 1 or "revision" in model):
             model = model.get("model", revised(model, where))  # mergekit: {model: {path: …}}
         if is_recipe(model):
@@ -321,7 +320,7 @@ class _RecipeParser:
             with contextlib.suppress(RuntimeError):  # nobody knows where home is
                 return Path(model).expanduser()
         try:
-            return located(self.folder / model, model)
+            return meant(self.folder / model, model)
         except CheckpointError as error:
             raise RecipeError(f"{where}: {error.what}", found=error.found, advice=error.advice) from error
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from streammerge.errors import SHOWN, RecipeError
 from streammerge.methods import find_method
 from streammerge.models.dtypes import Storage
+from streammerge.models.hub import HubName
 from streammerge.recipe.effects import Kind, Place
 from streammerge.recipe.parameters import Settings, describe_settings, holds_everywhere
 from streammerge.recipe.policies import (
@@ -41,7 +42,9 @@ MAX_INPUTS: Final = 1024
 
 @dataclass(frozen=True)
 class Input:
-    """A model of the recipe: what it is called, where it is (a path, or a recipe of its own), and its parameters.
+    """A model of the recipe: what it is called, what it is, and its parameters.
+
+    It is a file or folder, one of the hub, of which it is known where it lies when the recipe is planned, or a recipe.
 
     `entry` names the dict of a torch file that is the model, where several could be. `adapters` are put into it before
     it is merged, each with the parameter `weight`, in this order. `layers` are those of the model that are meant, from
@@ -50,12 +53,18 @@ class Input:
     """
 
     name: str
-    source: Path | Recipe
+    source: Path | HubName | Recipe
     parameters: Settings = field(default_factory=dict)
     entry: str = ""
     adapters: tuple[Input, ...] = ()
     layers: tuple[int, int] | None = None
     prefixes: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def path(self) -> Path:
+        """Where the model lies; there is no such place for a recipe, and for a name on the hub until it is located."""
+        assert isinstance(self.source, Path), f"{self.name} is not located"
+        return self.source
 
 
 @dataclass(frozen=True)
@@ -290,13 +299,13 @@ class Recipe:
             if isinstance(entry.source, Recipe):
                 yield from entry.source.paths()
             else:
-                yield entry.source
-            yield from (each.source for each in entry.adapters if isinstance(each.source, Path))
+                yield entry.path
+            yield from (each.path for each in entry.adapters)
 
 
 def _describe_input(entry: Input, names: Mapping[Path, str]) -> dict[str, Any]:
     source = entry.source
-    described = source.describe(names) if isinstance(source, Recipe) else names.get(source, source.name)
+    described = source.describe(names) if isinstance(source, Recipe) else _called(source, names)
     adapters = [
         {"adapter" if key == "model" else key: value for key, value in _describe_input(each, names).items()}
         for each in entry.adapters
@@ -305,6 +314,10 @@ def _describe_input(entry: Input, names: Mapping[Path, str]) -> dict[str, Any]:
     own = {"entry": entry.entry, "adapters": adapters, "layer_range": layers, "prefix": dict(entry.prefixes)}
     more = {**own, "parameters": describe_settings(entry.parameters)}
     return {"model": described, "name": entry.name, **{key: value for key, value in more.items() if value}}
+
+
+def _called(source: Path | HubName, names: Mapping[Path, str]) -> str:
+    return names.get(source, source.name) if isinstance(source, Path) else str(source)
 
 
 def _describe_rule(rule: Rule, beside: Mapping[str, Any]) -> dict[str, Any]:

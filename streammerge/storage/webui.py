@@ -37,10 +37,10 @@ def merge_history(recipe: Recipe, opened: OpenInputs, hashes: Hashes) -> dict[st
 
     `hashes` are the sha256 of the inputs' files, by the names that recipes in metadata have for them.
     """
-    layout = recipe.named[recipe.layout_name].source
-    if recipe.is_conversion or isinstance(layout, Recipe):
+    layout = recipe.named[recipe.layout_name]
+    if recipe.is_conversion or isinstance(layout.source, Recipe):
         return {}
-    architecture = guess_architecture(opened.opened(layout).tensors)
+    architecture = guess_architecture(opened.opened(layout.path).tensors)
     if not architecture.startswith(KNOWN):
         return {}
     files = dict(_files(recipe, opened, hashes))

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 
 import streammerge
 from streammerge.cli.main import main
-from streammerge.errors import CheckpointError, OutputError
+from streammerge.errors import CheckpointError, OutputError, RecipeError
 from streammerge.models.downloads import needed_files
-from streammerge.models.hub import located
+from streammerge.models.hub import HubName, located
+from streammerge.recipe.parse import parse_recipe
 from tests.make.folders import llama_config, llama_tensors, save_folder, save_llama
 
 COMMIT = "0123abcd" * 5
@@ -137,9 +138,37 @@ def test_what_is_needed_is_fetched_once_and_nothing_else(hub):
 def test_a_merge_of_names_fetches_them(hub, capsys):
     assert main(["org/tiny", "org/one@main", "-o", "OUT", "-q"]) == 0
     assert f"model: org/tiny@{COMMIT}\n" in Path("OUT/README.md").read_text()
-    assert [what for what, _ in hub.log] == ["info", "download", "info", "download"]
+    assert [what for what, _ in hub.log] == ["info", "info", "download", "download"]
     assert main(["verify", "OUT"]) == 0
     assert "are what the recipe gives" in capsys.readouterr().out
+
+
+def test_a_recipe_is_read_without_asking_the_hub(hub):
+    raw = {"merge_method": "linear", "models": ["org/tiny", {"model": {"path": "org/one", "revision": "v1"}}]}
+    recipe = parse_recipe(raw, Path())
+    assert [entry.source for entry in recipe.inputs] == [HubName("org/tiny"), HubName("org/one", "v1")]
+    assert [entry.name for entry in recipe.inputs] == ["tiny", "one"]
+    assert not hub.log
+
+
+def test_nothing_is_fetched_until_all_models_are_found(hub, capsys):
+    assert main(["org/tiny", "org/none", "gone.safetensors", "-o", "OUT"]) == 1
+    told = capsys.readouterr().err
+    assert "2 models of the recipe can't be had" in told
+    assert "org/none: there is no such file or folder here" in told
+    assert "gone.safetensors: can't be read: No such file" in told
+    assert [what for what, _ in hub.log] == ["info", "info"]
+
+
+def test_a_base_that_is_one_of_the_models_is_known_by_where_it_lies(hub):
+    raw = {"merge_method": "task_arithmetic", "models": [{"model": "org/tiny", "parameters": {"weight": 1}}]}
+    with pytest.raises(RecipeError, match="the base is the same model as tiny"):
+        streammerge.merge({**raw, "base_model": f"org/tiny@{COMMIT}"}, output="OUT")
+
+
+def test_a_bound_model_may_be_named_as_on_the_hub(hub):
+    assert main(["--recipe", "weighted-sum", "a=org/tiny", "b=hf://org/one", "-o", "OUT", "-q"]) == 0
+    assert f"model: org/tiny@{COMMIT}\n" in Path("OUT/README.md").read_text()
 
 
 def test_what_is_there_in_part_is_completed(hub):
@@ -170,6 +199,15 @@ def test_metadata_of_strangers_fetch_nothing(hub, capsys):
     hub.log.clear()
     assert main(["verify", "OUT"]) == 0
     assert "values: not checked" in capsys.readouterr().out
+    assert not hub.log
+
+
+def test_metadata_of_strangers_complete_nothing(hub):
+    assert main(["org/tiny", "-o", "OUT", "-q"]) == 0
+    for shard in Path("..").glob("hf/**/model-0000*"):
+        shard.unlink()
+    hub.log.clear()
+    assert main(["verify", "OUT"]) == 1
     assert not hub.log
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import streammerge
 from streammerge.cli.main import main
 from streammerge.errors import CheckpointError
-from streammerge.models.hub import HubName, cache_of, located, name_of
+from streammerge.models.hub import HubName, cache_of, located, meant, name_of
 from tests.make.folders import save_llama
 
 COMMIT, OTHER = "a1b2c3d4" * 5, "a1b2ffff" * 5
@@ -136,9 +136,12 @@ def test_a_merge_of_names(home, capsys):
 
 def test_what_is_not_there_says_how_to_get_it(home, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert main(["org/nope", "org/tiny@main", "-o", "OUT"]) == 1
+    assert main(["org/nope", "org/tiny@main", "a.safetensors", "-o", "OUT"]) == 1
     told = capsys.readouterr().err
+    assert "3 models of the recipe can't be had" in told
     assert "org/nope: it is not in Hugging Face's cache" in told
+    assert "org/tiny@main: it is not in Hugging Face's cache" in told
+    assert "a.safetensors: can't be read: No such file" in told
     assert "pip install huggingface_hub" in told
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert main(["hf://org/nope@v1", "-o", "OUT"]) == 1
@@ -148,3 +151,10 @@ def test_what_is_not_there_says_how_to_get_it(home, capsys, monkeypatch):
         streammerge.open_model("hf://nope")
     with pytest.raises(CheckpointError, match="can't be read: No such file"):
         streammerge.open_model("nope.safetensors")
+
+
+def test_a_folder_beside_the_recipe_makes_a_path_of_a_name(home, tmp_path):
+    (tmp_path / "recipes" / "models").mkdir(parents=True)
+    path = tmp_path / "recipes" / "models" / "a"
+    assert meant(path, "models/a") == path
+    assert meant(tmp_path / "recipes" / "org" / "a", "org/a") == HubName("org/a")

@@ -16,7 +16,7 @@ def folders(tmp_path, monkeypatch):
     """Folders by whose names models are taken for paths that are wrong, and not fetched."""
     monkeypatch.chdir(tmp_path)
     for name in ("psmathur", "WizardLM", "garage-bAInd", "TheBloke", "org"):
-        (tmp_path / name).mkdir()
+        (tmp_path / FOLDER / name).mkdir(parents=True)
 
 
 @pytest.mark.usefixtures("folders")
