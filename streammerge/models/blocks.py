@@ -19,8 +19,8 @@ A tensor may have several names, the narrowest first, and a value for the narrow
     all     BASE      everything else; of that, CLIP, CLIPL, CLIPG and T5 are the text encoders, VAE the VAE, DEPTH the
                       depth model of Stable Diffusion 2, and EMA the averages that some checkpoints carry
 
-The UNet's and Flux's blocks are SuperMerger's, SD 3's Model-Mixer's; others with one stack of blocks follow SD 3. The denoiser's tensors are known with or without
-what full checkpoints put before their names.
+The UNet's and Flux's blocks are SuperMerger's, SD 3's Model-Mixer's; others with one stack of blocks follow SD 3. The
+denoiser's tensors are known with or without what full checkpoints put before their names.
 """
 
 from __future__ import annotations

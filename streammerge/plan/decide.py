@@ -206,7 +206,7 @@ class _Resolution:
         return {model: names for model, names in left.items() if names}
 
     def _expected(self, model: str, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of a model's tensors that somebody may miss: where only components are taken from it, what is theirs."""
+        """Those of a model's tensors that somebody may miss: of one that only gives components, theirs."""
         if model not in self._parts:
             return names
         rules = ((name, self.rules.peek(name)) for name in names)

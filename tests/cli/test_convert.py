@@ -21,7 +21,13 @@ OWN = {
     "ss_tag_frequency": "{}",
     "trigger": "a word",
 }
-STALE = {"modelspec.hash_sha256": "0x1", "modelspec.hash_md5": "0x4", "sshs_model_hash": "2", "sshs_legacy_hash": "3", "format": "pt"}
+STALE = {
+    "modelspec.hash_sha256": "0x1",
+    "modelspec.hash_md5": "0x4",
+    "sshs_model_hash": "2",
+    "sshs_legacy_hash": "3",
+    "format": "pt",
+}
 
 
 def metadata_of(path):
