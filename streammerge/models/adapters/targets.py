@@ -99,7 +99,8 @@ class Targets:
 NEAR: Final = 20_000
 """How many names are compared to find the nearest."""
 
-_ROOTS: Final = tuple(sorted((prefix for prefix in ROLES if prefix), key=len, reverse=True))
+_ROOTS: Final = tuple(sorted(ROLES.keys() - {"", "model."}, key=len, reverse=True))
+"""What names of components begin with, in models that aren't known: those of language models begin with `model.`."""
 
 
 def _note(index: dict[str, Source | None], name: str, source: Source) -> None:
