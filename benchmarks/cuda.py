@@ -381,7 +381,7 @@ def rates_in(log: Path) -> list[Rate]:
 def marked_tests() -> list[Path]:
     """The files of tests that have any that need a card."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
-    return [path for path in files if "\n@pytest.mark.cuda" in path.read_text(encoding="utf-8")]
+    return [path for path in files if "pytest.mark.cuda" in path.read_text(encoding="utf-8")]
 
 
 def driver() -> str:
