@@ -56,8 +56,8 @@ CARD_THREADS: Final = 4
 """The most workers on a card unless the user asks for more: each has two ranges under way, and more share one bus."""
 
 
-CARD_BLOCKS: Final = {"mps": 4}
-"""Blocks that a card of a kind takes at once at the most, if it is not the usual number: what shares memory with the
+CARD_BLOCKS: Final = {"cpu": 1, "mps": 4}
+"""Blocks that a device of a kind takes at once at the most, if it is not the usual number: what shares memory with the
 CPU gains nothing by longer ranges than hide its launches."""
 
 

@@ -20,6 +20,7 @@ from streammerge.compute.expressions import ByBlock, External, Node, Viewed, app
 from streammerge.errors import MethodError
 from streammerge.methods.registry import BlockMethod, Needs, Statistics
 from streammerge.methods.statistics.passes import Magnitudes, Pass
+from streammerge.methods.statistics.stretches import Pending, Stretch
 from streammerge.methods.steps import Kernel, Step
 from streammerge.methods.tracing import traced
 from streammerge.models.codes import split_name
@@ -105,6 +106,11 @@ class ScalePass(Pass[float]):
     def measure(self, block: int, inputs: Sequence[torch.Tensor]) -> float:
         """The block's greatest magnitude."""
         return float(_finite(inputs).max())
+
+    def begin(self, stretch: Stretch, inputs: Sequence[torch.Tensor]) -> Pending:
+        """That of many blocks."""
+        greatest = stretch.reduced(_finite(inputs), lambda rows: rows.amax(1)).double()
+        return Pending([greatest], lambda told: (dict(zip(stretch.blocks, told[0].tolist(), strict=True)), ()))
 
     def measure_compiled(self, block: int, operands: Magnitudes) -> float:
         """The same by compiled loops."""

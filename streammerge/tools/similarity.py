@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from streammerge.compute.devices import find_devices, open_lanes
 from streammerge.compute.expressions import ByBlock, Node
-from streammerge.compute.machine import MIB, IoMode, choose_io, share_out
+from streammerge.compute.machine import CARD_BLOCKS, MIB, USUAL_BLOCKS, IoMode, choose_io, share_out
 from streammerge.compute.tensor_maker import TensorMaker
 from streammerge.methods.registry import BlockMethod, Statistics
 from streammerge.methods.statistics.gram import Gram, GramPass
 from streammerge.methods.statistics.passes import Pass
+from streammerge.methods.statistics.stretches import Measures, Pending, Stretch
 from streammerge.models.adapters.recognition import adapter_text
 from streammerge.models.checkpoints import Checkpoint
 from streammerge.models.views import Decoded
@@ -39,6 +41,20 @@ class ComparingPass(Pass[Any]):
         """Whether a block is the same, and its products."""
         return are_same(*inputs), self.gram.measure(block, inputs)
 
+    def begin(self, stretch: Stretch, inputs: Sequence[torch.Tensor]) -> Pending | None:
+        """The same of many blocks."""
+        products = self.gram.begin(stretch, inputs)
+        if products is None:
+            return None
+        unlike = stretch.counts(~_same(*inputs))
+
+        def take(told: Sequence[torch.Tensor]) -> Measures:
+            counted = dict(zip(stretch.blocks, told[0].tolist(), strict=True))
+            shares, alone = products.take(told[1:])
+            return {block: (not counted[block], share) for block, share in shares.items()}, alone
+
+        return Pending([unlike, *products.tensors], take)
+
     def add(self, block: int, measured: tuple[bool, Any]) -> None:
         """Take a block into account."""
         identical, products = measured
@@ -54,7 +70,12 @@ def are_same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether all values are equal, or NaN in both."""
     import torch
 
-    return torch.equal(a, b) or bool((a.eq(b) | (a.isnan() & b.isnan())).all())
+    return torch.equal(a, b) or bool(_same(a, b).all())
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Of every value whether both have it, or NaN."""
+    return a.eq(b) | (a.isnan() & b.isnan())
 
 
 INNER_PRODUCTS = BlockMethod(
@@ -97,7 +118,9 @@ def compare_models(
     progress = Progress(sum(a.tensors[name].nbytes + b.tensors[name].nbytes for name in comparable))
     works = (_Comparing(name, [model.node(name) for model in values], found, progress) for name in comparable)
     paths = [file.path for file in (*a.files, *b.files)]
-    lanes = open_lanes(find_devices(device), choose_io(io, paths), share_out(LANE_BYTES, threads))
+    devices = find_devices(device)
+    shared = replace(share_out(LANE_BYTES, threads), blocks=CARD_BLOCKS.get(devices[0].type, USUAL_BLOCKS))
+    lanes = open_lanes(devices, choose_io(io, paths), shared)
     run(works, [TensorMaker(lane) for lane in lanes], lambda: watch(progress) if watch else None)
     return Comparison(
         path_a=str(a.path),

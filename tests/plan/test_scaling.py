@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 import streammerge
+from benchmarks.standin import Cards
 from streammerge.cli.main import main
 from streammerge.compute import costs
 from streammerge.errors import MethodError, PlanError, RecipeError
-from streammerge.models.encoding import LEAST
+from streammerge.models.encoding import LEAST, ScalePass
 from tests.make.diffusion import diffusion_model, part_of
 from tests.make.models import (
     Tensors,
@@ -32,6 +33,7 @@ from tests.storage.stopped_merges import run, stop
 FP8 = {"fp8_scaled": torch.float8_e4m3fn, "fp8_scaled_e5m2": torch.float8_e5m2}
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 MARKS = ("_scale", "comfy_quant")
+WEIGHT = "double_blocks.0.img_mlp.0.weight"
 
 
 def recipe_of(*paths: Path, **keys: Any) -> dict[str, Any]:
@@ -65,6 +67,22 @@ def quantum(codes: torch.Tensor) -> torch.Tensor:
 
 
 # ── what is written ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_card_measures_scales_in_stretches_and_gives_the_same_bytes(tmp_path, monkeypatch):
+    values = normal((500, 5000), 1)
+    values[400, 7] = 300.0  # what the scale hangs on is in the last stretch, beside what is no number
+    values[410, 8] = math.inf
+    paths = save_models(tmp_path, a={**diffusion_model("flux", 1, torch.bfloat16), WEIGHT: values.bfloat16()})
+    words, begun = recipe_of(paths["a"], paths["a"]), []
+    begin = ScalePass.begin
+    monkeypatch.setattr(ScalePass, "begin", lambda *given: begun.append(given[1]) or begin(*given))
+    with Cards().there() as cards:
+        made = merge_to(tmp_path / "card.safetensors", words, device="cuda", threads=1)
+    assert max(len(stretch.blocks) for stretch in begun) == 8
+    assert cards.lanes
+    monkeypatch.setenv("STREAMMERGE_KERNELS", "off")
+    assert_same_bytes(made, merge_to(tmp_path / "cpu.safetensors", words))
 
 
 @pytest.mark.parametrize("loops", ["on", "off"])

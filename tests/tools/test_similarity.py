@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import streammerge
+from benchmarks.standin import Cards
 from streammerge.compute import costs
 from streammerge.compute import evaluate as compute
+from streammerge.compute.expressions import PIECE
 from streammerge.errors import DeviceError
-from streammerge.tools.similarity import compare_models
+from streammerge.tools.similarity import ComparingPass, compare_models
 from tests.make.models import DTYPE_NAMES, make_tensors, near, normal, save_models, with_integers
 
 
@@ -125,6 +127,20 @@ def test_the_result_does_not_depend_on_how_it_is_run(opened, monkeypatch, thread
     monkeypatch.setattr(costs, "WINDOW", 3)
     a, b = opened(make_tensors(1, torch.float16), make_tensors(2, torch.float16))
     assert compare_models(a, b, threads=threads, io=io) == compare_models(a, b, threads=1)
+
+
+def test_a_card_finds_the_same_in_stretches(opened, monkeypatch):
+    a = {"w": normal((12 * PIECE + 5,), 1), "half": normal((3 * PIECE, 2), 2, torch.float16), "one": torch.ones(1)}
+    b = {**near(a, 3), "half": a["half"].clone()}
+    a["w"][PIECE] = b["w"][PIECE] = torch.nan  # neither a length nor a cosine, but the same in both
+    models, alone, measure = opened(a, b), [], ComparingPass.measure
+    monkeypatch.setattr(ComparingPass, "measure", lambda *given: alone.append(given[1]) or measure(*given))
+    with Cards().there() as cards:
+        found = compare_models(*models, device="cuda", threads=1)
+    assert cards.lanes
+    assert alone == [1]
+    assert str(found) == str(compare_models(*models, threads=1))  # of which NaNs are the same too
+    assert {entry.name for entry in found.similarities if entry.identical} == {"half"}
 
 
 def test_progress_is_watched_to_the_end(opened):
