@@ -29,7 +29,7 @@ from streammerge.models.adapters.kept import told_of_factors
 from streammerge.models.checkpoints import open_model
 from streammerge.models.merged import files_of
 from streammerge.plan.companions import beside_output
-from streammerge.plan.inputs import OUTPUT, OpenInputs, check_with_library, input_claims, output_metadata, restated
+from streammerge.plan.inputs import OUTPUT, OpenInputs, check_with_library, input_claims
 from streammerge.plan.locating import with_places
 from streammerge.plan.naming import as_named
 from streammerge.plan.pipelines import check_folder
@@ -47,7 +47,6 @@ from streammerge.storage.hashing import (
     hash_output,
     hashes_by_file,
     hashing,
-    input_hashes,
     is_in_sidecar,
     sidecar_of,
     stale_sidecar,
@@ -56,8 +55,8 @@ from streammerge.storage.hashing import (
 from streammerge.storage.journal import journal_path
 from streammerge.storage.ledger import Coverage, Entry, Ledger, Span
 from streammerge.storage.resume import Beginning, Bookkeeper, Tell, beginning
+from streammerge.storage.stated import metadata_of
 from streammerge.storage.target import check_output, find_older
-from streammerge.storage.webui import merge_history
 from streammerge.storage.writer import OutputWriter
 from streammerge.tensors import Model
 from streammerge.version import __version__
@@ -155,35 +154,7 @@ def planned(
     """
     opened = OpenInputs()
     try:
-        recipe = with_places(recipe) if isinstance(recipe, Recipe) else recipe
-        merged = opened.merge(recipe, naming=options.names) if isinstance(recipe, Recipe) else as_named(recipe, options)
-        check_folder(merged, recipe if isinstance(recipe, Recipe) else None, output, options)
-        if measuring is not None and merged.factored is not None and merged.factored.has_to_be_measured:
-            from streammerge.workers.measuring import settled  # late: only adapters of a rank are measured
-
-            with measuring() as watch:
-                merged = settled(merged, output, options, opened, watch)
-        method = recipe.called if isinstance(recipe, Recipe) else ""
-        recorded = isinstance(recipe, Recipe) and options.metadata and options.hash_inputs
-        hashes = input_hashes(recipe, opened) if isinstance(recipe, Recipe) and recorded else None
-        metadata = restated(output_metadata(recipe, options, opened, hashes), merged)
-        if isinstance(recipe, Recipe) and hashes is not None:
-            metadata = {**merge_history(recipe, opened, hashes), **metadata}
-        description = recipe.describe() if isinstance(recipe, Recipe) else {}
-        inputs = opened.files or files_of(merged)
-        planning = functools.partial(
-            plan_merge,
-            merged,
-            output,
-            method=method,
-            inputs=inputs,
-            metadata=metadata,
-            description=description,
-            described_bytes=opened.described_bytes,
-            left=opened.left,
-            beside=beside_output(merged, recipe if isinstance(recipe, Recipe) else None, output, options),
-        )
-        plan = _planned_somewhere(options, lambda chosen: planning(options=chosen))
+        plan = _plan(recipe, output, options, opened, measuring)
         if options.upload is not None and not replacing:
             from streammerge.storage.uploading import check_upload
 
@@ -201,6 +172,37 @@ def planned(
         raise
     finally:
         opened.close()
+
+
+def _plan(
+    asked: Recipe | Model, output: Path, options: Options, opened: OpenInputs, measuring: Measuring | None
+) -> Plan:
+    """The plan of a recipe, whose inputs are opened, or of a model that is none's."""
+    recipe: Recipe | None = None
+    if isinstance(asked, Recipe):
+        recipe = with_places(asked)
+        merged = opened.merge(recipe, naming=options.names)
+    else:
+        merged = as_named(asked, options)
+    check_folder(merged, recipe, output, options)
+    if measuring is not None and merged.factored is not None and merged.factored.has_to_be_measured:
+        from streammerge.workers.measuring import settled  # late: only adapters of a rank are measured
+
+        with measuring() as watch:
+            merged = settled(merged, output, options, opened, watch)
+    planning = functools.partial(
+        plan_merge,
+        merged,
+        output,
+        method=recipe.called if recipe else "",
+        inputs=opened.files or files_of(merged),
+        metadata=metadata_of(recipe, merged, options, opened),
+        description=recipe.describe() if recipe else {},
+        described_bytes=opened.described_bytes,
+        left=opened.left,
+        beside=beside_output(merged, recipe, output, options),
+    )
+    return _planned_somewhere(options, lambda chosen: planning(options=chosen))
 
 
 def _planned_somewhere(options: Options, planning: Callable[[Options], Plan]) -> Plan:

@@ -37,9 +37,6 @@ from streammerge.plan.naming import of_models
 from streammerge.plan.plan import Plan
 from streammerge.plan.summing import are_adapters, is_sum, sum_of_adapters
 from streammerge.plan.vocabularies import Settled, check_same, settled
-from streammerge.recipe.inherited import LICENCES, MERGED_FROM, TITLE, carried_metadata, stays_itself
-from streammerge.recipe.metadata import Hashes, recipe_metadata
-from streammerge.recipe.options import Options
 from streammerge.recipe.recipe import Input, Recipe
 from streammerge.tensors import Model
 
@@ -311,29 +308,6 @@ def check_with_library(plan: Plan) -> None:
 def _is_safetensors(path: Path) -> bool:
     with read_errors(path), path.open("rb") as opened:
         return is_safetensors(opened.read(9))
-
-
-def output_metadata(
-    recipe: Recipe | Model, options: Options, opened: OpenInputs, hashes: Hashes | None = None
-) -> dict[str, str]:
-    """The output's `__metadata__`: the format mark that loaders look for, what the inputs' metadata say of its use and
-    licences, and the recipe, with the inputs' hashes if there are any, unless that is not wanted."""
-    marks = {"format": "pt"}
-    if not isinstance(recipe, Recipe):
-        return marks | dict(options.meta)
-    marks |= carried_metadata(recipe, lambda path: opened.opened(path).metadata)
-    if not options.metadata:
-        names_inputs = {LICENCES, MERGED_FROM} if stays_itself(recipe) else {LICENCES, MERGED_FROM, TITLE}
-        marks = {key: text for key, text in marks.items() if key not in names_inputs}
-        return marks | dict(options.meta)
-    return marks | dict(options.meta) | recipe_metadata(recipe, options, hashes)
-
-
-def restated(metadata: Mapping[str, str], merged: Merged) -> dict[str, str]:
-    """The metadata with what has to be said, or said otherwise, of the output, without what would be wrong of it."""
-    changes = merged.restated
-    said = {key: changes.get(key, text) for key, text in metadata.items()}
-    return {key: text for key, text in said.items() if text or key not in changes} | dict(merged.stated)
 
 
 def may_draw(recipe: Recipe) -> bool:
