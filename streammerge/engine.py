@@ -17,15 +17,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from streammerge.compute.machine import may_have_cards, peak_resident_bytes
+from streammerge.compute.machine import may_have_cards
 from streammerge.errors import OutputError, saying_what_is_on_disk
 from streammerge.formats.claims import NOTHING, Claim, Claims, file_key
 from streammerge.formats.descriptors import check_open_files
 from streammerge.formats.pipelines import is_pipeline_index
 from streammerge.formats.shards import is_index
 from streammerge.methods.loading import method_failure
-from streammerge.models.adapters.accounts import changes_of
-from streammerge.models.adapters.kept import told_of_factors
 from streammerge.models.checkpoints import open_model
 from streammerge.models.merged import files_of
 from streammerge.plan.companions import beside_output
@@ -37,7 +35,7 @@ from streammerge.plan.plan import Plan, plan_merge
 from streammerge.recipe.files import Mergeable, as_recipe
 from streammerge.recipe.options import Options, as_options
 from streammerge.recipe.recipe import Recipe
-from streammerge.report import PARTS, Elsewhere, InputFile, Measuring, Report, Watch
+from streammerge.report import PARTS, Measuring, Report, Watch
 from streammerge.storage.companions import note_on_older
 from streammerge.storage.copying import Copying
 from streammerge.storage.hashing import (
@@ -45,11 +43,9 @@ from streammerge.storage.hashing import (
     HashingWriter,
     check_sidecar,
     hash_output,
-    hashes_by_file,
     hashing,
     is_in_sidecar,
     sidecar_of,
-    stale_sidecar,
     write_sidecar,
 )
 from streammerge.storage.journal import journal_path
@@ -59,9 +55,9 @@ from streammerge.storage.stated import metadata_of
 from streammerge.storage.target import check_output, find_older
 from streammerge.storage.writer import OutputWriter
 from streammerge.tensors import Model
-from streammerge.version import __version__
 from streammerge.workers.confirmation import Confirmed, confirm, confirm_finished
 from streammerge.workers.machine import Machine
+from streammerge.workers.outcome import report_of
 
 
 def merge(recipe: Mergeable, *, output: str | os.PathLike[str], **options: Any) -> Report:  # noqa: ANN401
@@ -345,55 +341,3 @@ class Run:
         parts = dict(zip(PARTS, (b - a for a, b in itertools.pairwise(self.marks)), strict=False))
         total = self.marks[-1] - self.marks[0]
         return {**dict.fromkeys(PARTS, 0.0), **parts, "ahead": self.seconds_ahead, "total": total}
-
-
-def report_of(
-    plan: Plan, ledger: Ledger, machine: Machine | None, seconds: Mapping[str, float], hashes: Sequence[FileHashes]
-) -> Report:
-    """How it went; no machine if there was nothing to be done any more."""
-    return Report(
-        output=[str(path) for path in plan.output.weights],
-        companions=[str(plan.output.path_of(companion)) for companion in plan.output.companions],
-        method=plan.method,
-        merged=plan.count("merged"),
-        copied=plan.count("copied"),
-        dropped=plan.count("dropped"),
-        left_out=plan.merged.left_out,
-        notes=plan.merged.remarks,
-        findings=dict(sorted(ledger.findings.items())),
-        on_nonfinite=plan.options.on_nonfinite,
-        bytes_read=ledger.bytes_read,
-        bytes_written=plan.output.nbytes,
-        seconds=seconds,
-        peak_rss_bytes=peak_resident_bytes(),
-        baseline_rss_bytes=machine.baseline if machine else peak_resident_bytes(),
-        peak_vram_bytes=machine.peak_vram_bytes() if machine else 0,
-        device=str(machine.device) if machine else plan.options.device,
-        dtype=sorted({kind.info.dtype.name for kind in plan.jobs.kinds}),
-        threads=machine.allotment.threads if machine else 0,
-        io=machine.io if machine else plan.options.io,
-        loops=machine.loops if machine else "",
-        resumed_bytes=ledger.found.spans.nbytes,
-        inputs=[InputFile(str(file.path), file.nbytes) for file in plan.inputs],
-        hashes=hashes_by_file(plan, hashes),
-        stale_hashes="" if hashes else stale_sidecar(plan.output),
-        factored=told_of_factors(plan.merged.factored, ledger.factored),
-        adapters=[account.to_json() for account in plan.merged.accounts],
-        changes={} if ledger.found.spans else changes_of(ledger.changes),
-        version=__version__,
-        elsewhere=_elsewhere(plan, machine, seconds["total"]),
-    )
-
-
-def _elsewhere(plan: Plan, machine: Machine | None, took: float) -> Elsewhere | None:
-    """Where it would have been faster, if there are cards, and it was done here from its beginning to its end."""
-    if machine is None or not may_have_cards():
-        return None
-    from streammerge.plan import estimates
-
-    if machine.device.startswith("cuda"):
-        from streammerge.compute.probing import rates_here
-
-        rates_here()  # once and for all, when the output is in place
-    found = estimates.elsewhere(plan, machine.device, took)
-    return None if found is None else Elsewhere(found.device, found.seconds, found.told())
