@@ -10,10 +10,9 @@ import itertools
 import json
 import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from json.decoder import scanstring  # type: ignore[attr-defined]  # what it calls itself for every string
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from streammerge.formats.bounds import bound
@@ -220,22 +219,6 @@ def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise MalformedHeaderError(f"it names {twice[:MAX_NAME]!r} twice")
     return entries
-
-
-def read_object(file: Path, most: int) -> Mapping[str, Any]:
-    """The object that a small JSON file is, of so many bytes at the most.
-
-    OSError, ValueError or RecursionError if it can't be read, MalformedHeaderError if it is longer, no object, or has a
-    name twice.
-    """
-    with file.open("rb") as opened:
-        encoded = opened.read(most + 1)
-    if len(encoded) > most:
-        raise MalformedHeaderError(f"it is longer than {most} bytes")
-    values = json.loads(encoded.removeprefix(b"\xef\xbb\xbf").decode("utf-8"), object_pairs_hook=no_duplicates)
-    if not isinstance(values, dict):
-        raise MalformedHeaderError("it is no map")
-    return values
 
 
 def _no_constant(name: str) -> None:

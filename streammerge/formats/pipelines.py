@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from streammerge.errors import CheckpointError, count, plural
-from streammerge.formats.header_entries import MalformedHeaderError, read_object
+from streammerge.formats.objects import UnreadableError, read_object
 from streammerge.formats.shards import PREFERRED, find_weights, is_index, is_model, is_plain_name
 
 INDEX: Final = "model_index.json"
@@ -75,7 +75,7 @@ def stated_by_scheduler(folder: Path) -> str:
     """What a pipeline's scheduler says that the model predicts; "" if it says nothing, or nobody can read it."""
     try:
         stated = read_object(folder / SCHEDULER, MAX_BYTES).get("prediction_type", "")
-    except (OSError, ValueError, RecursionError, MalformedHeaderError):
+    except UnreadableError:
         return ""
     return stated if isinstance(stated, str) else ""
 
@@ -143,9 +143,9 @@ def _read(index: Path) -> Mapping[str, Any]:
     """What the index says."""
     try:
         return read_object(index, MAX_BYTES)
-    except (OSError, ValueError, RecursionError, MalformedHeaderError) as problem:
+    except UnreadableError as problem:
         raise CheckpointError(
-            f"{index}: can't be read as a pipeline's index: {getattr(problem, 'strerror', None) or problem}",
+            f"{index}: can't be read as a pipeline's index: {problem}",
             advice="Fetch it again, or name a component's own folder.",
         ) from None
 

@@ -7,7 +7,6 @@ name may be a symbolic link, as it is in the cache of Hugging Face's hub: whoeve
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -15,7 +14,7 @@ from typing import Final
 
 from streammerge.errors import CheckpointError
 from streammerge.formats.bounds import PICKLE_BYTES, bound
-from streammerge.formats.header_entries import MalformedHeaderError, no_duplicates
+from streammerge.formats.objects import UnreadableError, object_of
 from streammerge.formats.safetensors import MAX_HEADER, is_safetensors
 
 MAX_INDEX: Final = 24 * 2**20
@@ -108,17 +107,17 @@ def find_weights(folder: Path) -> Path:
 def read_index(path: Path) -> ShardIndex:
     """Read and check an index of shards."""
     try:
-        weight_map = _weight_map(_index_bytes(path))
-    except MalformedHeaderError as problem:
-        raise CheckpointError(f"{path}: is no index of shards: {problem}", advice="Fetch the index again.") from None
+        weight_map = object_of(_index_bytes(path), parse_int=_any_number).get("weight_map")
     except _TooLongError as problem:
         raise CheckpointError(
             f"{path}: {problem}", advice="Fetch index and shards again: the shards may be incomplete."
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, UnreadableError) as error:
         raise CheckpointError(
             f"{path}: can't be read as an index of shards: {error}", advice="Fetch the index again."
         ) from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: the index has no weight_map", advice="Fetch the index again.")
     names = {name: name for name in weight_map.values() if isinstance(name, str)}
     outside = sorted({str(name) for name in names if not is_plain_name(name)})
     outside += [str(name) for name in weight_map.values() if not isinstance(name, str)]
@@ -161,17 +160,6 @@ def _described_bytes(path: Path) -> int:
     if is_safetensors(head):
         return min(nbytes, int.from_bytes(head[:8], "little"), MAX_HEADER)
     return bound(0, nbytes, PICKLE_BYTES)
-
-
-def _weight_map(encoded: bytes) -> dict[str, str]:
-    """The index's `weight_map`."""
-    text = encoded.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
-    del encoded  # an index has megabytes, and parsing it takes three times as much
-    index = json.loads(text, object_pairs_hook=no_duplicates, parse_int=_any_number)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise MalformedHeaderError("the index has no weight_map")
-    return weight_map
 
 
 def _any_number(digits: str) -> int:

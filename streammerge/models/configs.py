@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from streammerge.errors import CheckpointError
-from streammerge.formats.header_entries import MalformedHeaderError
+from streammerge.formats.objects import UnreadableError
 from streammerge.models.codes import find_quantised
 from streammerge.models.layers import Layers, read_config, sections, tower_of
 from streammerge.tensors import TensorInfo
@@ -77,10 +77,9 @@ def config_in(folder: Path, name: str = "config.json") -> Mapping[str, Any] | No
         return None
     try:
         return read_config(file)
-    except (OSError, ValueError, RecursionError, MalformedHeaderError) as problem:
+    except UnreadableError as problem:
         raise CheckpointError(
-            f"{file}: can't be read as the model's config, which the output has to get: "
-            f"{getattr(problem, 'strerror', None) or problem}",
+            f"{file}: can't be read as the model's config, which the output has to get: {problem}",
             advice="Fetch it again, or use --no-companions to write weights alone.",
         ) from None
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from streammerge.errors import CheckpointError
-from streammerge.formats.header_entries import MalformedHeaderError, read_object
+from streammerge.formats.objects import UnreadableError, read_object
 from streammerge.formats.shards import is_index, is_model
 from streammerge.models.views import beneath
 
@@ -131,16 +131,15 @@ def config_beside(path: Path) -> Mapping[str, Any]:
         return {}
     try:
         return read_config(file)
-    except (OSError, ValueError, RecursionError, MalformedHeaderError) as problem:
+    except UnreadableError as problem:
         raise CheckpointError(
-            f"{file}: can't be read as the model's config, which says how many layers a gradient goes over: "
-            f"{getattr(problem, 'strerror', None) or problem}",
+            f"{file}: can't be read as the model's config, which says how many layers a gradient goes over: {problem}",
             advice="Fetch it again, or move it away: then the layers are counted in the tensors' names.",
         ) from None
 
 
 def read_config(file: Path) -> Mapping[str, Any]:
-    """The values of a config.json; one of several kinds of error, all told by `config_beside`, if it is none."""
+    """The values of a config.json; UnreadableError if it is none."""
     return read_object(file, MAX_CONFIG)
 
 

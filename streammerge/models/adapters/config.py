@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from streammerge.errors import CheckpointError
-from streammerge.formats.header_entries import MalformedHeaderError, no_duplicates
+from streammerge.formats.objects import UnreadableError, object_of, read_object
 
 MAX_CONFIG: Final = 4 * 2**20
 """The longest adapter_config.json, in bytes, that is read."""
@@ -84,12 +83,18 @@ def read_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, Config]:
     has none."""
     beside = (path if path.is_dir() else path.parent) / FILE
     if (path.is_dir() or path.name.startswith("adapter_model.")) and beside.is_file():
-        said = _read(beside)
+        try:
+            said = read_object(beside, MAX_CONFIG)
+        except UnreadableError as problem:
+            raise CheckpointError(f"{beside}: can't be read: {problem}", advice="Fetch it again.") from None
         return {"": replace(_config(said, str(beside)), said=said)}
     if IN_METADATA not in metadata:
         return {}
     where = f"{path}: {IN_METADATA} in its metadata"
-    return _by_component(_parsed(metadata[IN_METADATA], where), where)
+    try:
+        return _by_component(object_of(metadata[IN_METADATA].encode("utf-8", "surrogatepass")), where)
+    except UnreadableError as problem:
+        raise CheckpointError(f"{where}: can't be read: {problem}", advice="Fetch it again.") from None
 
 
 def _by_component(raw: Mapping[str, Any], where: str) -> dict[str, Config]:
@@ -99,27 +104,6 @@ def _by_component(raw: Mapping[str, Any], where: str) -> dict[str, Config]:
         f"{name}.": _config({key.partition(".")[2]: raw[key] for key in raw if key.startswith(f"{name}.")}, where)
         for name in components
     }
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_CONFIG + 1)
-    except OSError as error:
-        raise CheckpointError(f"{path}: can't be read: {error.strerror or error}", advice="Check the path.") from error
-    if len(text) > MAX_CONFIG:
-        raise CheckpointError(f"{path}: is longer than {MAX_CONFIG} bytes and not read")
-    return _parsed(text.decode("utf-8", "replace"), str(path))
-
-
-def _parsed(text: str, where: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text, object_pairs_hook=no_duplicates)
-    except (ValueError, RecursionError, MalformedHeaderError) as error:
-        raise CheckpointError(f"{where}: is no JSON: {error}", advice="Fetch it again.") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{where}: is no map", advice="Fetch it again.")
-    return found
 
 
 def _config(raw: Mapping[str, Any], where: str) -> Config:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 from streammerge.compute.expressions import External, Node
 from streammerge.errors import PlanError
 from streammerge.formats.files import read_errors
-from streammerge.formats.header_entries import MalformedHeaderError, read_object
+from streammerge.formats.objects import UnreadableError, read_object
 from streammerge.methods.random_numbers import Stream
 from streammerge.tensors import DTYPES, Model, TensorInfo, described
 
@@ -94,7 +94,7 @@ def _begin(folder: Path) -> str:
         path = folder / name
         try:
             values = read_object(path, MAX_SMALL) if path.is_file() else {}
-        except (OSError, ValueError, RecursionError, MalformedHeaderError) as error:
+        except UnreadableError as error:
             raise PlanError(f"{path}: can't be read: {error}", advice="Save the tokenizer again.") from None
         token = values.get("bos_token")
         token = token.get("content") if isinstance(token, dict) else token
