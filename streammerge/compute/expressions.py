@@ -178,7 +178,7 @@ class ByBlock:
     """A function of the inputs' blocks (the base, if there is one, comes first) and of statistics of the tensors.
 
     `together` are the tensors of which the statistics are taken, if not of this one alone; among the blocks of all of
-    them, its own begin with `first_block`.
+    them, its own begin with `first_block`. Its statistics are `shared` where another tensor needs the same ones.
     """
 
     info: TensorInfo
@@ -190,6 +190,7 @@ class ByBlock:
     within: Within = ()
     together: Together | None = None
     first_block: int = 0
+    shared: Shared | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -219,6 +220,23 @@ class Together:
 ModelStatistics = dict[Together, Any]
 """The statistics of tensors that have been measured together. They are no part of the expressions: who carries out a
 merge, or reads from one, holds them and hands them on."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shared:
+    """Statistics that several tensors need: the first of them measures, and the others are told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What was measured of a tensor, and whether it may hold infinite values or NaNs of which this doesn't tell."""
+
+    statistics: Any
+    suspicious: bool
+
+
+SharedStatistics = dict[Shared, Measured]
+"""What has been measured in one run, for those that share it."""
 
 Node = Stored | Viewed | Joined | Gathered | Rounded | Product | External | Combined | ByGram | ByBlock | ByWhole
 

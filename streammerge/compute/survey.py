@@ -12,9 +12,11 @@ from streammerge.compute.expressions import (
     ByBlock,
     ByGram,
     ByWhole,
+    Measured,
     ModelStatistics,
     Node,
     Product,
+    SharedStatistics,
     Surveyed,
     Together,
     measured_together,
@@ -40,11 +42,18 @@ class Survey:
 
     Nodes whose inputs are known are measured together; a node above them has its turn in a later pass. It is
     `suspicious` once what was measured may hold infinite values or NaNs, of which the output may not tell. What is
-    measured of whole models has to be among `measured` already.
+    measured of whole models has to be among `measured` already; what another tensor of this run needs too is `shared`.
     """
 
-    def __init__(self, root: Node, compute: DType = DTYPES["F32"], measured: ModelStatistics | None = None) -> None:
+    def __init__(
+        self,
+        root: Node,
+        compute: DType = DTYPES["F32"],
+        measured: ModelStatistics | None = None,
+        shared: SharedStatistics | None = None,
+    ) -> None:
         self.compute = compute
+        self.shared: SharedStatistics = {} if shared is None else shared
         applied = {id(node): node for node in surveyed(root)}
         before = measured or {}
         self.known: dict[int, Any] = {
@@ -120,7 +129,17 @@ class Survey:
         for node in list(self.waiting):
             if all(id(child) in self.known for child in _measured_below(node)):
                 self.waiting.remove(node)
-                self._take(node, _first_step(node, wide=self.compute.bits == 64))
+                if not self._is_told(node):
+                    self._take(node, _first_step(node, wide=self.compute.bits == 64))
+
+    def _is_told(self, node: Surveyed) -> bool:
+        """Take in what another tensor has measured, if it has."""
+        found = self.shared.get(node.shared) if isinstance(node, ByBlock) and node.shared else None
+        if found is None:
+            return False
+        self.known[id(node)] = found.statistics
+        self.suspicious |= found.suspicious
+        return True
 
     def _take(self, node: Surveyed, outcome: Any) -> None:  # noqa: ANN401
         """Note a pass's outcome: another pass, or a result."""
@@ -131,6 +150,8 @@ class Survey:
             self.known[id(node)] = _coefficients(node, outcome)
         else:
             self.known[id(node)] = outcome
+            if isinstance(node, ByBlock) and node.shared:
+                self.shared[node.shared] = Measured(outcome, self.suspicious)
 
 
 def _first_step(node: Surveyed, *, wide: bool) -> Any:  # noqa: ANN401  (a pass, or a result)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from streammerge.compute.expressions import ByBlock, External, Node, Viewed, applications, block_method
+from streammerge.compute.expressions import ByBlock, External, Node, Shared, Viewed, applications, block_method
 from streammerge.errors import MethodError
 from streammerge.methods.registry import BlockMethod, Needs, Statistics
 from streammerge.methods.statistics.passes import Magnitudes, Pass
@@ -49,14 +49,16 @@ def names_beside(codes: str) -> tuple[str, str]:
     return f"{module}{own}_scale", f"{module}comfy_quant"
 
 
-def encoded(node: Node, name: str, kind: DType) -> Node:
-    """The codes of a weight."""
-    return ByBlock(described(kind, node.info.shape), _ENCODE[kind.name], {}, (node,), name)
+def encoded(node: Node, name: str, kind: DType, shared: Shared | None = None) -> Node:
+    """The codes of a weight; what is measured of it is `shared` with their scale."""
+    made = described(kind, node.info.shape)
+    return ByBlock(made, _ENCODE[kind.name], {}, (node,), name, shared=shared)
 
 
-def scale_of(node: Node, name: str, kind: DType) -> Node:
-    """The scale of the codes: the first element of a tensor that has it everywhere."""
-    everywhere = ByBlock(described(DTYPES["F32"], node.info.shape), _SCALE[kind.name], {}, (node,), name)
+def scale_of(node: Node, name: str, kind: DType, shared: Shared | None = None) -> Node:
+    """The scale of the codes, with which it may share: the first element of a tensor that has it everywhere."""
+    made = described(DTYPES["F32"], node.info.shape)
+    everywhere = ByBlock(made, _SCALE[kind.name], {}, (node,), name, shared=shared)
     return Viewed(described(DTYPES["F32"], ()), everywhere, 0, (), ())
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from streammerge.compute.expressions import External
+from streammerge.compute.expressions import External, Shared
 from streammerge.errors import PlanError
 from streammerge.models.decisions import Decision, Decisions
 from streammerge.models.dialects import Component, Recognised, recognise
@@ -136,6 +136,7 @@ def with_scales(merged: Merged) -> Merged:
     if not kinds:
         return merged
     beside = {own: name for name in kinds for own in names_beside(name)}
+    shared = {name: Shared() for name in kinds}
     own = merged.decisions
     taken = [name for name, fate in own.told() if name in beside and fate.action != "dropped"]
     if taken:
@@ -150,9 +151,9 @@ def with_scales(merged: Merged) -> Merged:
             return made
         assert made.node is not None
         if name == weight:
-            node, why = encoded(made.node, weight, kind), f"{made.why}, with a scale"
+            node, why = encoded(made.node, weight, kind, shared[weight]), f"{made.why}, with a scale"
         elif name == names_beside(weight)[0]:
-            node, why = scale_of(made.node, weight, kind), "the scale of its weight"
+            node, why = scale_of(made.node, weight, kind, shared[weight]), "the scale of its weight"
             made = replace(made, parameters={}, block="")
         else:
             return Decision(name, made.action, f"its weight is {kind} with a scale", *_mark(name, kind))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from streammerge.compute.costs import DECOMPOSING
-from streammerge.compute.expressions import Job, ModelStatistics, applications
+from streammerge.compute.expressions import Job, ModelStatistics, SharedStatistics, applications
 from streammerge.compute.kernels.library import filled, kernels
 from streammerge.compute.kernels.maker import KernelMaker
 from streammerge.compute.machine import OWN_BYTES, import_torch, resident_bytes
@@ -113,23 +113,24 @@ class Machine:
 
         if first := next(due, None):
             self._measure(makers, ledger, look)
+        shared: SharedStatistics = {}  # of this run alone: who checks an output measures again
         waiting = itertools.chain([first] if first else [], due)
         works: Iterator[Work] = (
             (SampledWork(job, sink, ledger, self.measured, samples[job]) for job in waiting)
             if samples
-            else (self._work(group, sink, ledger) for group in sharing(neighbours(waiting)))
+            else (self._work(group, sink, ledger, shared) for group in sharing(neighbours(waiting)))
         )
         run(works, makers, look, copying, held_bytes=self.allotment.held_bytes)
         look()
 
-    def _work(self, jobs: Sequence[Job], sink: Sink, ledger: Ledger) -> Work:
+    def _work(self, jobs: Sequence[Job], sink: Sink, ledger: Ledger, shared: SharedStatistics) -> Work:
         if len(jobs) > 1 and jobs[0].is_compiled:
             return NeighboursWork(jobs, sink, ledger)
         if whole_of(jobs[0].node) is not None:
             from streammerge.workers.sharing import SharedWork  # late: few merges have factors
 
             return SharedWork(jobs, sink, ledger, self.measured)
-        return MergeWork(jobs[0], sink, ledger, self.measured)
+        return MergeWork(jobs[0], sink, ledger, self.measured, shared)
 
     def _measure(self, makers: Sequence[Maker], ledger: Ledger, look: Callable[[], None]) -> None:
         """Take the statistics of the whole model that are wanted, unless they have been."""

@@ -15,7 +15,15 @@ from streammerge.compute.costs import (
     window_blocks,
     write_step,
 )
-from streammerge.compute.expressions import BLOCK, Job, ModelStatistics, Node, Together, stored_leaves
+from streammerge.compute.expressions import (
+    BLOCK,
+    Job,
+    ModelStatistics,
+    Node,
+    SharedStatistics,
+    Together,
+    stored_leaves,
+)
 from streammerge.compute.makers import Block, Blocks, Maker, Wanted
 from streammerge.compute.neighbours import as_one
 from streammerge.compute.survey import Survey, TogetherSurvey
@@ -170,14 +178,21 @@ class Window:
 class MergeWork(Work):
     """A tensor of the output that is computed, and rounded once; what the ledger has of it is left out.
 
-    What it needs to know of the whole model has to be `measured`.
+    What it needs to know of the whole model has to be `measured`; what other tensors need to know too is `shared`.
     """
 
     writes = True
 
-    def __init__(self, job: Job, sink: Sink, ledger: Ledger, measured: ModelStatistics | None = None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        sink: Sink,
+        ledger: Ledger,
+        measured: ModelStatistics | None = None,
+        shared: SharedStatistics | None = None,
+    ) -> None:
         assert job.compute is not None
-        survey = Survey(job.node, job.compute, measured)
+        survey = Survey(job.node, job.compute, measured, shared)
         super().__init__(job.name, job.node, job.compute, ledger, survey)
         self.job, self.sink, self.ledger = job, sink, ledger
         self.held_bytes = held_bytes(job.node, job.compute)

@@ -253,6 +253,25 @@ def test_the_bytes_are_the_same_whatever_computes_them(tmp_path, monkeypatch, la
     assert_same_bytes(by_torch, wanted)
 
 
+def test_what_the_scale_was_measured_by_is_not_read_again_for_the_codes(tmp_path):
+    """Of many weights: windows stand in line, those of few before their scales are known."""
+    weights = {f"double_blocks.{n}.img_mlp.0.weight": normal((64, 8), n, torch.bfloat16) for n in range(100)}
+    path = save_model(tmp_path / "a.safetensors", diffusion_model("flux", 1, torch.bfloat16) | weights)
+    report = streammerge.merge(recipe_of(path), output=tmp_path / "out.safetensors", threads=1, verify=True)
+    most = streammerge.make_plan(recipe_of(path), output=tmp_path / "out.safetensors").bytes_to_read
+    assert most - report.bytes_read >= sum(tensor.nbytes for tensor in weights.values())
+
+
+def test_a_merge_of_scaled_merges_has_the_scales_of_its_own(tmp_path, large):
+    inner = recipe_of(large["a"], large["b"])
+    tenfold = {"merge_method": "linear", "models": [{"model": inner, "name": "x", "parameters": {"weight": 10}}]}
+    tenfold |= {"parameters": {"normalize": False}, "dtype": "fp8_scaled"}
+    found = merge_to(tmp_path / "out.safetensors", tenfold, threads=1)
+    wanted = in_halves(load_model(large["a"]), load_model(large["b"]))
+    for name in LARGE:
+        assert float(found[f"{name}_scale"]) == pytest.approx(float(wanted[name].abs().max()) / 44.8, rel=0.05)
+
+
 def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch, large):
     recipe, output = recipe_of(large["a"], large["b"]), tmp_path / "out.safetensors"
     wanted = merge_to(tmp_path / "whole.safetensors", recipe, metadata=False)
