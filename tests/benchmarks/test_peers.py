@@ -212,7 +212,12 @@ def test_sd_meh_can_not_add_two_task_vectors():
 
 
 @pytest.mark.parametrize(
-    ("tool", "name"), [(tool, name) for tool in ("script", "article-script") for name in sorted(RUNS[tool])]
+    ("tool", "name"),
+    [
+        pytest.param(tool, name, marks=[] if name in ("article-fp16", "slerp", "bake") else pytest.mark.slow)
+        for tool in ("script", "article-script")
+        for name in sorted(RUNS[tool])
+    ],
 )
 def test_a_plain_script_merges_rightly(tool, name, made, tmp_path):
     asked = job(name, made, tmp_path)
