@@ -17,17 +17,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from streammerge.compute.machine import may_have_cards
+from streammerge.compute.machine import may_have_cards, usable_cores
 from streammerge.errors import OutputError, saying_what_is_on_disk
-from streammerge.formats.claims import NOTHING, Claim, Claims, file_key
+from streammerge.formats.claims import NOTHING, Claims, file_key
 from streammerge.formats.descriptors import check_open_files
 from streammerge.formats.pipelines import is_pipeline_index
+from streammerge.formats.safetensors import check_with_library
 from streammerge.formats.shards import is_index
 from streammerge.methods.loading import method_failure
 from streammerge.models.checkpoints import open_model
 from streammerge.models.merged import files_of
 from streammerge.plan.companions import beside_output
-from streammerge.plan.inputs import OUTPUT, OpenInputs, check_with_library, input_claims
+from streammerge.plan.inputs import OpenInputs
 from streammerge.plan.locating import with_places
 from streammerge.plan.naming import as_named
 from streammerge.plan.pipelines import check_folder
@@ -45,14 +46,12 @@ from streammerge.storage.hashing import (
     hash_output,
     hashing,
     is_in_sidecar,
-    sidecar_of,
     write_sidecar,
 )
-from streammerge.storage.journal import journal_path
 from streammerge.storage.ledger import Coverage, Entry, Ledger, Span
 from streammerge.storage.resume import Beginning, Bookkeeper, Tell, beginning
 from streammerge.storage.stated import metadata_of
-from streammerge.storage.target import check_output, find_older
+from streammerge.storage.target import check_output, check_place, find_older
 from streammerge.storage.writer import OutputWriter
 from streammerge.tensors import Model
 from streammerge.workers.confirmation import Confirmed, confirm, confirm_finished
@@ -73,9 +72,7 @@ def merge(recipe: Mergeable, *, output: str | os.PathLike[str], **options: Any) 
 
 def make_plan(recipe: Mergeable, *, output: str | os.PathLike[str], **options: Any) -> Plan:  # noqa: ANN401
     """What `merge` would do with the same arguments, from headers alone."""
-    with planned(
-        as_recipe(recipe, options), output_path(output), as_options(options), replacing=True, measuring=None
-    ) as plan:
+    with planned(as_recipe(recipe, options), output_path(output), as_options(options), measuring=None) as plan:
         return plan
 
 
@@ -100,7 +97,8 @@ def run_merge(
     written around the merge, which must be none of its files.
     """
     started = time.perf_counter()
-    with saying_what_is_on_disk(), planned(recipe, output, options, beside=beside) as plan:
+    with saying_what_is_on_disk(), planned(recipe, output, options) as plan:
+        check_place(plan, beside)
         return carry_out(plan, started, watch, tell, beside)
 
 
@@ -129,7 +127,7 @@ def run_verification(
 ) -> Confirmed:
     """Compute an output again, every byte or samples of it, and compare; OutputError if the recipe gives another."""
     place = output.parent if is_index(output) or is_pipeline_index(output) else output
-    with planned(recipe, place, options, replacing=True) as plan, open_model(output) as found:
+    with planned(recipe, place, options) as plan, open_model(output) as found:
         return confirm(plan, found, watch, sampled=sampled)
 
 
@@ -139,29 +137,16 @@ def planned(
     output: Path,
     options: Options,
     *,
-    replacing: bool = False,
-    beside: Claims = NOTHING,
     measuring: Measuring | None = contextlib.nullcontext,
 ) -> Iterator[Plan]:
     """The plan of a merge, its inputs open for as long as the `with` statement lasts.
 
     What has to be measured before the header is known is, as `measuring` shows; without it the plan says what the
-    output is at the most. Unless it is `replacing` whatever lies at the output, or writing none, the output is checked.
+    output is at the most. Whether the output may be written is for `check_place` to say.
     """
     opened = OpenInputs()
     try:
-        plan = _plan(recipe, output, options, opened, measuring)
-        if options.upload is not None and not replacing:
-            from streammerge.storage.uploading import check_upload
-
-            check_upload(options.upload, plan.output)
-        if replacing:
-            (input_claims(plan.inputs) + beside).check()
-        else:
-            # an interrupted run may have put its output in place; whoever resumes it looks again
-            beside += claims_beside(plan)
-            check_output(plan, find_older(plan.output), beside, may_exist=options.force or options.resume)
-        yield plan
+        yield _plan(recipe, output, options, opened, measuring)
     except (Exception, SystemExit) as error:
         if (failure := method_failure(error)) is not None:
             raise failure from error
@@ -208,13 +193,6 @@ def _planned_somewhere(options: Options, planning: Callable[[Options], Plan]) ->
     from streammerge.plan.estimates import plan_where_faster
 
     return plan_where_faster(options, planning)
-
-
-def claims_beside(plan: Plan) -> Claims:
-    """What a merge writes beside its output."""
-    journal = Claim(journal_path(plan.output), "the merge's journal", OUTPUT)
-    hashes = (Claim(sidecar_of(plan.output), "the file of hashes", OUTPUT),) if plan.options.hash else ()
-    return Claims(written=(journal, *hashes))
 
 
 class Run:
@@ -268,7 +246,7 @@ class Run:
         """Copy what is only copied for as long as torch is being imported and the inputs are looked at again."""
         with copying.ahead():
             machine = self.machine = self.machine or Machine(self.plan)
-            check_with_library(self.plan)
+            check_with_library([file.path for file in self.plan.inputs], usable_cores())
         self.seconds_ahead = copying.seconds_ahead
         self._mark()
         return machine

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from streammerge.errors import OutputError
+from streammerge.formats.files import ByteFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,28 @@ class Claims:
 
 
 NOTHING: Final = Claims()
+
+BESIDE: Final = (
+    *("config.json", "generation_config.json", "model_index.json", "scheduler_config.json", "preprocessor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("adapter_config.json", "quantization_config.json"),
+)
+"""What lies beside a model's weights and belongs to it."""
+
+
+def input_claims(files: Iterable[ByteFile]) -> Claims:
+    """Everything that models are made of: their files, their indexes, and what describes them beside these."""
+    files = list(files)
+    folders = dict.fromkeys(file.path.parent for file in files)
+    beside = [folder / name for folder in folders for name in BESIDE]
+    indexes = dict.fromkeys(file.index for file in files if file.index is not None)
+    return Claims(
+        (
+            *(Claim(file.path, "the input") for file in files),
+            *(Claim(index, "the index of the input") for index in indexes),
+            *(Claim(path, "a part of the input:") for path in beside if path.is_file()),
+        )
+    )
 
 
 def _keyed(claims: Iterable[Claim]) -> Iterable[tuple[Claim, Hashable]]:

@@ -11,13 +11,15 @@ import json
 import re
 import struct
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from streammerge.errors import CheckpointError
+from streammerge.formats.files import read_errors
 from streammerge.formats.header_entries import Bounds, Entries, MalformedHeaderError
+from streammerge.formats.library import RefusedError, digests_elsewhere, library_digest
 from streammerge.formats.tables import Column, Names
 from streammerge.tensors import DTYPE_RANK, TensorInfo
 
@@ -219,3 +221,20 @@ def _texts(names: Sequence[str], infos: Sequence[TensorInfo], metadata: Mapping[
 
 
 _dump: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def check_with_library(paths: Iterable[Path], processes: int) -> None:
+    """Open every safetensors file with the format's own library too, so many at once; CheckpointError if it refuses."""
+    own = [path for path in paths if _is_safetensors(path)]
+    found = digests_elsewhere(own, processes)
+    for path in own:
+        try:
+            with read_errors(path):
+                found.get(path) or library_digest(path)
+        except RefusedError as error:
+            raise CheckpointError(f"{path}: safetensors refuses it: {error}", advice="Fetch it again.") from error
+
+
+def _is_safetensors(path: Path) -> bool:
+    with read_errors(path), path.open("rb") as opened:
+        return is_safetensors(opened.read(9))

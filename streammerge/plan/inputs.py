@@ -1,4 +1,4 @@
-"""Opening what a recipe names, and making sure that the output is none of it."""
+"""Opening what a recipe names, each file once, and making one model of it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
-from streammerge.compute.machine import usable_cores
 from streammerge.errors import CheckpointError, PlanError
-from streammerge.formats.claims import Claim, Claims
-from streammerge.formats.files import ByteFile, read_errors
-from streammerge.formats.library import RefusedError, digests_elsewhere, library_digest
-from streammerge.formats.safetensors import is_safetensors
+from streammerge.formats.files import ByteFile
 from streammerge.formats.tables import names_bytes
 from streammerge.formats.torchzip.state_dicts import LeftTensors
 from streammerge.methods import find_method
@@ -34,7 +30,6 @@ from streammerge.models.tied import with_heads
 from streammerge.plan.adapting import told_of, with_adapters
 from streammerge.plan.decide import merge_models
 from streammerge.plan.naming import of_models
-from streammerge.plan.plan import Plan
 from streammerge.plan.summing import are_adapters, is_sum, sum_of_adapters
 from streammerge.plan.vocabularies import Settled, check_same, settled
 from streammerge.recipe.recipe import Input, Recipe
@@ -265,49 +260,6 @@ def _span(entry: Input, first: int, number: int, count: int) -> Span:
 def seeded(recipe: Recipe, seed: int | None) -> Recipe:
     """A nested recipe with the seed of the one that it is part of, unless it has its own."""
     return recipe if recipe.seed is not None else replace(recipe, seed=seed)
-
-
-OUTPUT: Final = "the output"
-
-
-COMPANIONS: Final = (
-    *("config.json", "generation_config.json", "model_index.json", "scheduler_config.json", "preprocessor_config.json"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("adapter_config.json", "quantization_config.json"),
-)
-"""What lies beside a model's weights and belongs to it."""
-
-
-def input_claims(files: Iterable[ByteFile]) -> Claims:
-    """Everything that models are made of: their files, their indexes, and what describes them beside these."""
-    files = list(files)
-    folders = dict.fromkeys(file.path.parent for file in files)
-    beside = [folder / name for folder in folders for name in COMPANIONS]
-    indexes = dict.fromkeys(file.index for file in files if file.index is not None)
-    return Claims(
-        (
-            *(Claim(file.path, "the input") for file in files),
-            *(Claim(index, "the index of the input") for index in indexes),
-            *(Claim(path, "a part of the input:") for path in beside if path.is_file()),
-        )
-    )
-
-
-def check_with_library(plan: Plan) -> None:
-    """Open every safetensors input with the format's own library too, whose parser is audited."""
-    paths = [file.path for file in plan.inputs if _is_safetensors(file.path)]
-    found = digests_elsewhere(paths, usable_cores())
-    for path in paths:
-        try:
-            with read_errors(path):
-                found.get(path) or library_digest(path)
-        except RefusedError as error:
-            raise CheckpointError(f"{path}: safetensors refuses it: {error}", advice="Fetch it again.") from error
-
-
-def _is_safetensors(path: Path) -> bool:
-    with read_errors(path), path.open("rb") as opened:
-        return is_safetensors(opened.read(9))
 
 
 def may_draw(recipe: Recipe) -> bool:

@@ -9,14 +9,18 @@ import os
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from streammerge.errors import CheckpointError, OutputError
-from streammerge.formats.claims import Claim, Claims, file_key
+from streammerge.formats.claims import NOTHING, Claim, Claims, file_key, input_claims
 from streammerge.formats.layout import OutputLayout, OutputName
 from streammerge.formats.shards import read_index
-from streammerge.plan.inputs import OUTPUT, input_claims
 from streammerge.plan.plan import Plan
+from streammerge.storage.hashing import sidecar_of
+from streammerge.storage.journal import journal_path
 from streammerge.storage.placing import folders_between
+
+OUTPUT: Final = "the output"
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,24 @@ def output_claims(plan: Plan, older: Older) -> Claims:
     written += [Claim(path, "what belongs to the output", OUTPUT) for path in companions]
     copied = (Claim(file.path, "a part of the input:") for file in plan.output.copied)
     return input_claims(plan.inputs) + Claims((*read, *copied), tuple(written))
+
+
+def check_place(plan: Plan, beside: Claims = NOTHING) -> None:
+    """OutputError if the output can't go where it is wanted, as far as that can be told before anything is begun."""
+    options = plan.options
+    if options.upload is not None:
+        from streammerge.storage.uploading import check_upload  # late: few outputs are uploaded
+
+        check_upload(options.upload, plan.output)
+    # an interrupted run may have put its output in place; whoever resumes it looks again
+    check_output(plan, find_older(plan.output), beside + claims_beside(plan), may_exist=options.force or options.resume)
+
+
+def claims_beside(plan: Plan) -> Claims:
+    """What a merge writes beside its output."""
+    journal = Claim(journal_path(plan.output), "the merge's journal", OUTPUT)
+    hashes = (Claim(sidecar_of(plan.output), "the file of hashes", OUTPUT),) if plan.options.hash else ()
+    return Claims(written=(journal, *hashes))
 
 
 def check_output(plan: Plan, older: Older, beside: Claims, *, may_exist: bool) -> None:

@@ -139,7 +139,7 @@ class OutputWriter:
     def check(self) -> None:
         """OutputError unless the format's own library can read what was written, and finds what was planned."""
         for temporary in self._open:
-            check_with_library(temporary.path, temporary.file)
+            _check_with_library(temporary.path, temporary.file)
 
     def commit(
         self, *, sync: bool, superseded: Sequence[Path] = (), identity: Callable[[], Fingerprint] = dict
@@ -279,7 +279,7 @@ def preallocate(descriptor: int, nbytes: int) -> None:
     os.ftruncate(descriptor, nbytes)
 
 
-def check_with_library(path: Path, file: OutputFile) -> None:
+def _check_with_library(path: Path, file: OutputFile) -> None:
     """Open the file with safetensors itself, whose parser is audited, and compare names; OutputError if it refuses."""
     try:
         with output_errors(file.path):

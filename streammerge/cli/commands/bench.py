@@ -44,6 +44,7 @@ def bench(arguments: argparse.Namespace) -> int:
     """Time a merge against its floor, and show what it takes."""
     from streammerge.cli.request import read_request
     from streammerge.engine import planned
+    from streammerge.formats.claims import input_claims
     from streammerge.report import dump_json
     from streammerge.storage.side_files import reported, write_text
     from streammerge.tools.bench.benchmark import OUTPUT, Timing, time_merge
@@ -53,8 +54,8 @@ def bench(arguments: argparse.Namespace) -> int:
     written = reported(arguments.report)
     with saying_what_is_on_disk(lambda: "What was measured so far, and every output, is removed."):
         request = read_request(arguments.merge)
-        beside = request.named + written
-        with planned(request.recipe, folder / OUTPUT, request.options, replacing=True, beside=beside) as made:
+        with planned(request.recipe, folder / OUTPUT, request.options) as made:
+            (input_claims(made.inputs) + request.named + written).check()
             measured = time_merge(arguments.merge_words, made, folder, timing, telling(quiet=arguments.quiet))
     if arguments.report is not None:
         write_text(arguments.report, dump_json(measured.to_json()))

@@ -27,10 +27,9 @@ def run(words: Sequence[str]) -> int:
 
 def compare(arguments: argparse.Namespace) -> int:
     """Compare two models and show how far they are apart."""
-    from streammerge.formats.claims import Claims
+    from streammerge.formats.claims import Claims, input_claims
     from streammerge.models.checkpoints import open_model
     from streammerge.models.entries import entries_of
-    from streammerge.plan.inputs import input_claims
     from streammerge.report import dump_json
     from streammerge.storage.side_files import side_file
     from streammerge.tools import comparison, plotting

@@ -69,6 +69,7 @@ def merge(output: Path, arguments: argparse.Namespace) -> int:
     from streammerge.formats.claims import Claims
     from streammerge.report import dump_json
     from streammerge.storage.side_files import reported, side_file, write_text
+    from streammerge.storage.target import check_place
 
     with saying_what_is_on_disk():
         request = read_request(arguments)
@@ -81,7 +82,8 @@ def merge(output: Path, arguments: argparse.Namespace) -> int:
             kind_of_plot(show.plot)
         started = time.perf_counter()
         measuring = functools.partial(watching, "measure", quiet=show.quiet)
-        with planned(request.recipe, output, request.options, beside=beside, measuring=measuring) as plan:
+        with planned(request.recipe, output, request.options, measuring=measuring) as plan:
+            check_place(plan, beside)
             if show.verbose and not show.quiet:
                 show_plan(plan, every_tensor=True)
             with watching("merge", quiet=show.quiet) as watch:

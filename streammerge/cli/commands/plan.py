@@ -31,12 +31,15 @@ def plan(arguments: argparse.Namespace) -> int:
     from streammerge.cli.request import read_request
     from streammerge.engine import planned
     from streammerge.report import dump_json
+    from streammerge.storage.target import check_place
 
     with saying_what_is_on_disk():
         request = read_request(arguments)
         show, options = request.show, replace(request.options, hash_inputs=False)
         output = request.output or Path("merged.safetensors")
-        with planned(request.recipe, output, options, replacing=request.output is None, measuring=None) as made:
+        with planned(request.recipe, output, options, measuring=None) as made:
+            if request.output is not None:
+                check_place(made)
             if show.as_json:
                 say(dump_json({**made.to_json(), **estimated(made)}).rstrip())
             elif not show.quiet:
