@@ -167,36 +167,17 @@ def _named(link: Link, path: str) -> Meaning:
 WORDS: Final = re.compile(
     "|".join(
         (
-            *("down_blocks", "mid_block", "up_blocks", "single_transformer_blocks", "transformer_blocks", "text_model"),
-            *("input_blocks", "middle_block", "output_blocks", "double_blocks", "single_blocks", "joint_blocks"),
-            *(
-                "to_add_out",
-                "to_out",
-                "to_qkv_mlp_proj",
-                "to_[qkv]",
-                "add_[qkv]_proj",
-                "proj_in",
-                "proj_out",
-                "proj_mlp",
-            ),
-            *("ff_context", "norm1_context", "conv_in", "conv_out", "conv_shortcut", "time_emb_proj", "in_layers"),
-            *("out_layers", "emb_layers", "skip_connection", "time_embedding", "add_embedding", "label_emb"),
-            *(
-                "self_attn",
-                "cross_attn",
-                "[kv]_img",
-                "img_mlp",
-                "txt_mlp",
-                "img_attn",
-                "txt_attn",
-                "img_mod",
-                "txt_mod",
-            ),
-            *("x_block", "context_block", "feed_forward", "noise_refiner", "context_refiner", "x_embedder"),
-            *("context_embedder", "[qkv]_proj", "out_proj", "time_text_embed", "timestep_embedder", "text_embedder"),
-            *("guidance_embedder", "linear_[12]", "img_in", "txt_in", "time_in", "vector_in", "guidance_in"),
-            *("in_layer", "out_layer", "final_layer", "adaLN_modulation", "time_embed", "text_embedding"),
-            *("time_projection", "patch_embedding", "norm_out", "linear_fc[12]"),
+            *("down_blocks", "mid_block", "up_blocks", "single_transformer_blocks", "transformer_blocks"),
+            *("text_model", "input_blocks", "middle_block", "output_blocks", "double_blocks", "single_blocks"),
+            *("joint_blocks", "to_add_out", "to_out", "to_qkv_mlp_proj", "to_[qkv]", "add_[qkv]_proj", "proj_in"),
+            *("proj_out", "proj_mlp", "ff_context", "norm1_context", "conv_in", "conv_out", "conv_shortcut"),
+            *("time_emb_proj", "in_layers", "out_layers", "emb_layers", "skip_connection", "time_embedding"),
+            *("add_embedding", "label_emb", "self_attn", "cross_attn", "[kv]_img", "img_mlp", "txt_mlp", "img_attn"),
+            *("txt_attn", "img_mod", "txt_mod", "x_block", "context_block", "feed_forward", "noise_refiner"),
+            *("context_refiner", "x_embedder", "context_embedder", "[qkv]_proj", "out_proj", "time_text_embed"),
+            *("timestep_embedder", "text_embedder", "guidance_embedder", "linear_[12]", "img_in", "txt_in"),
+            *("time_in", "vector_in", "guidance_in", "in_layer", "out_layer", "final_layer", "adaLN_modulation"),
+            *("time_embed", "text_embedding", "time_projection", "patch_embedding", "norm_out", "linear_fc[12]"),
         )
     )
 )

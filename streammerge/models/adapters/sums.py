@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from streammerge.compute.combining import combine
 from streammerge.compute.expressions import Node, Term
@@ -24,9 +24,6 @@ from streammerge.tensors import DType, TensorInfo, described
 Weights = Callable[[str], Sequence[float]]
 """How much of each adapter is in the module of this name."""
 
-TURNED: Final = {"turned up": "down", "turned down": "up"}
-"""The factors of what lies transposed, each with the one of which it is the transpose."""
-
 REASONS: Final[Mapping[str, str]] = {
     "DoRA": "it goes by the lengths of the weights that it finds",
     "GLoRA": "it goes by the weights that it finds",
@@ -38,6 +35,25 @@ REASONS: Final[Mapping[str, str]] = {
     "saved": "it stands in a tensor's place",
 }
 """Why a kind can't be added up in factors."""
+
+
+Side = Literal["up", "down"]
+"""A factor: the left or the right one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A tensor of the sum: its role in a module, of which `part`, and what it looks like.
+
+    Of a product it is one `side`; where that is kept the other way round it is the other side's transpose: `is_turned`.
+    """
+
+    module: str
+    part: str
+    role: str
+    info: TensorInfo
+    side: Side | None = None
+    is_turned: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,56 +72,58 @@ class Sum:
     @functools.cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """The tensors of the sum, in the order in which modules come in the adapters."""
-        return {name: self._stored(info) for name, (_, info, _) in self._places.items()}
+        return {name: self._stored(place.info) for name, place in self._places.items()}
 
     def node(self, name: str) -> Node:
         """A tensor of the sum."""
-        module, info, part = self._places[name]
-        shares = self._shares(module, "bias" if part == "bias" else "weight")
-        if part in TURNED:
-            return transposed(side_by_side(shares, described(info.dtype, info.shape[::-1]), TURNED[part]))
-        if part in ("up", "down"):
-            return side_by_side(shares, info, part)
-        return combine(
-            info, tuple(Term(share.coefficient, in_shape(share.change.value, info.shape)) for share in shares)
-        )
+        place = self._places[name]
+        shares, info = self._shares(place.module, place.part), place.info
+        if place.side is None:
+            terms = (Term(share.coefficient, in_shape(share.change.value, info.shape)) for share in shares)
+            return combine(info, tuple(terms))
+        if place.is_turned:
+            return transposed(side_by_side(shares, described(info.dtype, info.shape[::-1]), place.side))
+        return side_by_side(shares, info, place.side)
 
     @functools.cached_property
     def ranks(self) -> Mapping[str, int]:
         """The rank of each module that has one."""
-        return {
-            module: info.shape[0] for module, info, part in self._places.values() if part in ("down", "turned down")
-        }
+        downs = (place for place in self._places.values() if place.role.removeprefix("embedding.") == "down")
+        return {place.module: place.info.shape[0] for place in downs}
 
     def _stored(self, info: TensorInfo) -> TensorInfo:
         return described(self.dtype, info.shape) if self.dtype else info
 
     @functools.cached_property
-    def _places(self) -> dict[str, tuple[str, TensorInfo, str]]:
-        """Every tensor's module, its shape with the first adapter's dtype, and which part of the module it is."""
-        found: dict[str, tuple[str, TensorInfo, str]] = {}
-        for module in self.together.matched.modules:
-            for part in ("weight", "bias"):
-                if shares := self._shares(module, part):
-                    for role, info, which in self._parts(module, part, shares):
-                        found[self.together.tensor(module, role)] = module, info, which
-        return found
+    def _places(self) -> dict[str, Place]:
+        """Every tensor of the sum by its name."""
+        modules = ((module, part) for module in self.together.matched.modules for part in ("weight", "bias"))
+        return {
+            self.together.tensor(module, place.role): place
+            for module, part in modules
+            if (shares := self._shares(module, part))
+            for place in self._tensors(module, part, shares)
+        }
 
-    def _parts(self, module: str, part: str, shares: Sequence[Share]) -> Iterator[tuple[str, TensorInfo, str]]:
-        """The tensors that a module's change of its weight, or of its bias, is stored as, by their role."""
-        first = shares[0].change
+    def _tensors(self, module: str, part: str, shares: Sequence[Share]) -> Iterator[Place]:
+        """What a module's change of its weight, or of its bias, is stored as, with the first adapter's dtypes."""
+        first, dtype = shares[0].change, functools.partial(self.together.dtype, module)
         rank, (rows, *behind) = sum(share.change.rank for share in shares), first.shape
         if not first.rank:
             role = "diff" if part == "weight" else "diff_b"
-            yield role, described(self.together.dtype(module, role), first.shape), part
+            yield Place(module, part, role, described(dtype(role), first.shape))
         elif self.together.is_turned(module):
-            embedding = "embedding." * self.together.has(module, "embedding.up")
-            yield f"{embedding}down", described(self.together.dtype(module, "down"), (rank, rows)), "turned down"
-            yield f"{embedding}up", described(self.together.dtype(module, "up"), (*behind, rank)), "turned up"
+            table = "embedding." * self.together.has(module, "embedding.up")
+            down, up = described(dtype("down"), (rank, rows)), described(dtype("up"), (*behind, rank))
+            yield Place(module, part, f"{table}down", down, "up", is_turned=True)
+            yield Place(module, part, f"{table}up", up, "down", is_turned=True)
         else:
-            dtype = self.together.dtype(module, "up")
-            yield "up", described(dtype, (rows, rank, *(1 for _ in behind[1:]))), "up"
-            yield "down", described(dtype, (rank, *behind)), "down"
+            up, down = (
+                described(dtype("up"), (rows, rank, *(1 for _ in behind[1:]))),
+                described(dtype("up"), (rank, *behind)),
+            )
+            yield Place(module, part, "up", up, "up")
+            yield Place(module, part, "down", down, "down")
 
     def _shares(self, module: str, part: str) -> list[Share]:
         """What each adapter has of a module's part, those left out that have no weight."""
