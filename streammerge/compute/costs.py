@@ -330,6 +330,14 @@ def copied_from(node: Node) -> Stored:
     return node
 
 
+def at_once(node: Node, room: int) -> int:
+    """How many elements are made at once where there is room for so many."""
+    step = write_step(node)
+    if isinstance(node, ByBlock) and not node.method.needs.rows:
+        return step * (max(room // BLOCK, 1) if node.method.spans_blocks else 1)
+    return max(room if room < step else room // step * step, least_step(node))
+
+
 WINDOW: Final = 16
 """Whole blocks that a worker takes at once, at the most: long enough to read on, short enough to share a tensor."""
 

@@ -36,6 +36,7 @@ from streammerge.compute.makers import Statistics
 from streammerge.compute.rounding import rounded
 from streammerge.compute.rows import ZERO
 from streammerge.methods.statistics.passes import Pass
+from streammerge.methods.statistics.ranks import edges
 from streammerge.methods.statistics.slices import Slicing
 
 if TYPE_CHECKING:
@@ -157,23 +158,26 @@ class Evaluator:
         stop = min(start + part, stop) if part else stop
         return [self.values(child, start, stop, slot + place) for place, child in enumerate(node.inputs)]
 
-    def inputs_of(self, node: ByBlock | ByGram, first: int, last: int) -> list[torch.Tensor]:
-        """Pieces [first, last) of every input."""
+    def inputs_of(self, node: ByBlock | ByGram, first: int, last: int, slot: int = 0) -> list[torch.Tensor]:
+        """Pieces [first, last) of every input, each in a slot of its own; rows of matrices."""
         step = piece_elements(node)
         start, stop = first * step, min(last * step, node.info.elements)
         if isinstance(node, ByBlock) and node.method.needs.rows:
-            return self._rows(node, start, stop, 0)
-        return [self.values(child, start, stop, place) for place, child in enumerate(node.inputs)]
+            return self._rows(node, start, stop, slot)
+        return [self.values(child, start, stop, slot + place) for place, child in enumerate(node.inputs)]
 
     def _rows(self, node: ByBlock, start: int, stop: int, slot: int) -> list[torch.Tensor]:
         """The rows of every input that elements [start, stop) are, as matrices."""
         width = row_width(node)
         return [self.copy(child, start, stop, slot).view(-1, width) for child in node.inputs]
 
-    def _method(self, node: ByBlock, piece: int, slot: int) -> torch.Tensor:
-        """What the method makes of a piece of its inputs."""
-        place, statistics = target_of(node).place(piece), self.statistics.get(id(node))
-        inputs = self._with_halo(node, place.start, slot) if node.method.needs.halo else self._inputs(node, piece, slot)
+    def _method(self, node: ByBlock, first: int, last: int, slot: int) -> torch.Tensor:
+        """What the method makes of pieces [first, last) of its inputs."""
+        place, statistics = target_of(node).place(first), self.statistics.get(id(node))
+        if node.method.needs.halo:
+            inputs = self._with_halo(node, place.start, slot)
+        else:
+            inputs = self.inputs_of(node, first, last, slot)
         if not node.method.needs.blind:
             self._suspect(inputs)
         made = node.method.compute(place, inputs, node.parameters, statistics)
@@ -194,19 +198,37 @@ class Evaluator:
 
     def _by_pieces(self, node: ByBlock, start: int, stop: int, slot: int) -> torch.Tensor:
         """Cut from the pieces that it touches. One that goes on is kept, because the next range begins in it."""
-        step = piece_elements(node)
-        if start % step == 0 and stop == min(start + step, node.info.elements):
-            return self._method(node, start // step, slot).reshape(-1)
+        step, parts = piece_elements(node), self._parts(node, start, stop)
+        if len(parts) == 1 and start == parts[0].start * step and stop == min(parts[0].stop * step, node.info.elements):
+            return self._method(node, parts[0].start, parts[0].stop, slot).reshape(-1)
         out = torch.empty(stop - start, dtype=self.dtype, device=self.lane.device)
-        for piece in range(start // step, -(-stop // step)):
+        for part in parts:
             kept, made = self._kept.pop(id(node), (-1, out))
-            if kept != piece:
-                made = self._method(node, piece, slot).reshape(-1)
-            first, last = piece * step, piece * step + made.numel()
+            if kept != part.start or len(part) > 1:
+                made = self._method(node, part.start, part.stop, slot).reshape(-1)
+            first, last = part.start * step, part.start * step + made.numel()
             out[max(start, first) - start : min(stop, last) - start] = made[max(start, first) - first : stop - first]
             if stop < last:
-                self._kept[id(node)] = piece, made
+                self._kept[id(node)] = part.start, made
         return out
+
+    def _parts(self, node: ByBlock, start: int, stop: int) -> list[range]:
+        """The pieces that elements [start, stop) touch: on a card as many of those at once that lie inside as the lane
+        has room for, if the method may be given so many."""
+        step, elements = piece_elements(node), node.info.elements
+        most = self.lane.room // BLOCK if node.method.spans_blocks else 1
+        split = {edge - node.first_block for edge in edges(self.statistics.get(id(node)))} if most > 1 else set()
+
+        def is_alone(piece: int) -> bool:
+            return piece in split or piece * step < start or min((piece + 1) * step, elements) > stop
+
+        parts: list[range] = []
+        for piece in range(start // step, -(-stop // step) if elements else 1):
+            if parts and len(parts[-1]) < most and not (is_alone(piece) or is_alone(parts[-1].start)):
+                parts[-1] = range(parts[-1].start, piece + 1)
+            else:
+                parts.append(range(piece, piece + 1))
+        return parts
 
     def _matrix(self, node: Node, rows: int) -> torch.Tensor:
         """The whole tensor, as a matrix."""

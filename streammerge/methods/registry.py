@@ -276,6 +276,14 @@ class BlockMethod(Method):
         """Whether compiled loops can do its work."""
         return self.elementwise or self.kernel is not None
 
+    @property
+    def spans_blocks(self) -> bool:
+        """Whether it may be given several blocks at once, those left out of which a cut has its quota.
+
+        What compiled loops can do is done element by element; of a user's own function that is not taken for granted.
+        """
+        return self.has_kernel and self.needs.rows is None and not self.is_own
+
     def steps(self, target: Target, parameters: Parameters, statistics: Any) -> Sequence[Step]:  # noqa: ANN401
         """How compiled loops do its work."""
         if self.kernel:

@@ -9,21 +9,14 @@ from typing import Any, Final
 
 from streammerge.compute.costs import (
     LEAST_STEP,
+    at_once,
     compute_dtype,
     held_bytes,
     least_step,
     window_blocks,
     write_step,
 )
-from streammerge.compute.expressions import (
-    BLOCK,
-    Job,
-    ModelStatistics,
-    Node,
-    SharedStatistics,
-    Together,
-    stored_leaves,
-)
+from streammerge.compute.expressions import Job, ModelStatistics, Node, SharedStatistics, Together, stored_leaves
 from streammerge.compute.makers import Block, Blocks, Maker, Wanted
 from streammerge.compute.neighbours import as_one
 from streammerge.compute.survey import Survey, TogetherSurvey
@@ -255,8 +248,8 @@ class MergeWork(Work):
         maker.make_room(max(elements // 2, LEAST_STEP))
 
     def _at_once(self, maker: Maker) -> int:
-        """How many elements the maker makes at once: what a method makes at once, else as many as it has room for."""
-        return max(min(self._step, maker.room) if self._step < BLOCK else maker.room, self.least)
+        """How many elements the maker makes at once."""
+        return at_once(self.node, maker.room)
 
 
 def _next_unless_full(each: Iterator[Block], maker: Maker) -> Block | None:

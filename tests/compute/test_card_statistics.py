@@ -10,6 +10,7 @@ from streammerge.compute.ahead import StretchEvaluator
 from streammerge.compute.expressions import BLOCK, PIECE
 from streammerge.methods import METHODS
 from streammerge.methods.registry import BlockMethod
+from streammerge.methods.statistics.ranks import edges
 from streammerge.methods.statistics.stretches import Stretch
 from streammerge.methods.statistics.sums import totals
 from tests.make.models import assert_same_bytes, merge_to, near, normal, save_models
@@ -141,6 +142,37 @@ def test_a_card_whose_memory_runs_out_on_the_way_measures_the_same(large, on_the
         made = merge_to(tmp_path / "card.safetensors", case.merge(large), device="cuda", threads=1)
     assert next(failures) is False
     assert_same_bytes(made, on_the_cpu(case))
+
+
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs", "sce", "dare_ties", "trust_region"])
+def test_elements_are_made_in_ranges_of_many_pieces_but_for_those_in_which_a_cut_has_its_quota(
+    tmp_path, monkeypatch, method
+):
+    values = (normal((19 * PIECE + 3,), 1) * 8).round() / 8  # of which many are the same
+    paths = save_models(
+        tmp_path,
+        base={"w": torch.zeros(19 * PIECE + 3).half()},
+        **{f"m{number}": {"w": (values * number).half()} for number in (1, 2, 3)},
+    )
+    case = next(one for one in ONE_CASE_EACH if one.method == method)
+    merge, compute = case.merge(list(paths.values())), BlockMethod.compute
+    given: list[tuple[int, int, frozenset[int]]] = []
+
+    def noted(self, place, inputs, parameters, statistics):
+        given.append((place.block, inputs[0].numel(), frozenset(edges(statistics))))
+        return compute(self, place, inputs, parameters, statistics)
+
+    monkeypatch.setattr(BlockMethod, "compute", noted)
+    with Cards(blocks=8).there():
+        made = merge_to(tmp_path / "card.safetensors", merge, device="cuda", threads=1)
+    ranges, (split,) = {block: elements for block, elements, _ in given}, {found for _, _, found in given}
+    assert sum(ranges.values()) == 19 * PIECE + 3
+    assert all(ranges[block] == PIECE for block in split)
+    assert bool(split) == (method in ("ties", "breadcrumbs", "sce"))
+    # of what has no compiled loops it isn't said that it goes element by element
+    assert max(ranges.values()) in ([PIECE] if method == "trust_region" else [5 * PIECE, 8 * PIECE])
+    monkeypatch.setenv("STREAMMERGE_KERNELS", "off")
+    assert_same_bytes(made, merge_to(tmp_path / "cpu.safetensors", merge))
 
 
 @pytest.mark.parametrize("elements", [1, 7, 8, 15, 16, 17, 24])

@@ -96,6 +96,15 @@ class Cut:
         return torch.nn.functional.hardshrink(values, number_of(below))
 
 
+def edges(statistics: Any) -> Iterator[int]:  # noqa: ANN401
+    """The blocks in which a cut among the statistics has its quota, so that they are cut otherwise than others."""
+    if isinstance(statistics, Cut):
+        yield from () if statistics.last_block is None else (statistics.last_block,)
+    elif isinstance(statistics, Sequence):
+        for part in statistics:
+            yield from edges(part)
+
+
 def quotas(key: int, k: int, equals: Mapping[int, int], *, signed: bool, wide: bool = False) -> Cut:
     """The cut that takes `k` of the values that have the key, which are so many in each block."""
     for block in sorted(equals):
