@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +14,12 @@ from streammerge.tools.bench.benchmark import Spread
 from streammerge.tools.bench.floor import Floor
 
 FILE: Final = "cuda.json"
+
+TAIL: Final = 4000
+"""Characters kept of what the tests print."""
+
+PROGRESS: Final = re.compile(r"^([.sFExX]+)(?:\s+\[[ \d]+%\])?$", re.MULTILINE)
+"""A line of pytest's in which each test has a letter."""
 
 Side = Literal["card", "cpu"]
 Step = Literal["to the card", "from the card", "reading", "writing", "loop"]
@@ -49,6 +56,16 @@ class Checks:
     ok: bool
     seconds: float
     tail: str
+
+    @classmethod
+    def told(cls, said: str, seconds: float, *, ok: bool, cut_short: bool) -> Checks:
+        """By what pytest printed. A run that was cut short has no last line, and is right if nothing had failed."""
+        if cut_short:
+            each = "".join(match[1] for match in re.finditer(PROGRESS, said))
+            passed, failed = each.count("."), each.count("F") + each.count("E")
+            said += f"\n{passed} passed, {failed} failed, then stopped after {seconds:.0f} s"
+            ok = passed > 0 and not failed
+        return cls(ok, seconds, said[-TAIL:])
 
     @property
     def summary(self) -> str:

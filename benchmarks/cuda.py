@@ -57,9 +57,6 @@ SETTLE_SECONDS: Final = 20.0
 FEW_TESTS: Final = "random or limit or copies"
 """What a stand-in runs of the tests that need a card: all of them take it as many minutes."""
 
-TAIL: Final = 4000
-"""Characters kept of what the tests print."""
-
 MACHINE: Final = """\
 import json
 from streammerge.tools.bench.benchmark import describe_machine
@@ -221,11 +218,17 @@ class CardBench:
         self.result.took = time.monotonic() - self.started
         card.save(self.result, self.settings.results)
 
-    def process(self, words: Sequence[str], log: Path, seconds: float, folder: Path = ROOT) -> Measured:
+    def process(
+        self, words: Sequence[str], log: Path, seconds: float, folder: Path = ROOT, **environment: str
+    ) -> Measured:
         """A process of our own modules, for so many seconds at most, and no longer than there is time."""
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH", "")])]
-        environment = {"PYTHONPATH": os.pathsep.join(paths)}
-        around = Surroundings(folder, environment, log, timeout=min(seconds, max(self.left(), LEAST)))
+        around = Surroundings(
+            folder,
+            {"PYTHONPATH": os.pathsep.join(paths), **environment},
+            log,
+            timeout=min(seconds, max(self.left(), LEAST)),
+        )
         stand_in = ("-m", "benchmarks.standin", "1") if self.settings.stands_in else ()
         return measure([sys.executable, *stand_in, *words], around)
 
@@ -258,11 +261,9 @@ class CardBench:
             log = folder / "log.txt"
             words = ["-m", "pytest", "-q", "-m", "cuda", "-p", "no:benchmark", "-p", "no:cacheprovider"]
             words += ["-k", FEW_TESTS] if self.settings.stands_in else []
-            done = self.process([*words, *files], log, TEST_SECONDS)
-            said = log.read_text(encoding="utf-8", errors="replace")[-TAIL:]
-        if done.ending == "timeout":
-            said += f"\nstopped after {done.wall:.0f} s"
-        self.result.tests = Checks(done.ok, done.wall, said)
+            done = self.process([*words, *files], log, TEST_SECONDS, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+            said = log.read_text(encoding="utf-8", errors="replace")
+        self.result.tests = Checks.told(said, done.wall, ok=done.ok, cut_short=done.ending == "timeout")
         self.say(f"        {self.result.tests.summary}")
 
     def make(self, case: Case) -> None:

@@ -253,6 +253,22 @@ def test_what_was_measured_survives_the_file(quick, tmp_path):
     assert card.load(tmp_path) == quick
 
 
+@pytest.mark.parametrize(
+    ("letters", "passed", "failed"), [("..s", 74, 0), (".F.", 74, 1), (".E", 73, 1), ("xX", 72, 0), ("", 72, 0)]
+)
+def test_tests_that_are_cut_short_are_right_if_none_has_failed_by_then(letters, passed, failed):
+    said = f"{'.' * 72} [ 16%]\n{letters}"
+    found = Checks.told(said, 150.4, ok=False, cut_short=True)
+    assert found.ok == (failed == 0)
+    assert found.summary == f"{passed} passed, {failed} failed, then stopped after 150 s"
+
+
+def test_tests_that_end_are_as_right_as_they_say():
+    assert not Checks.told("no module named pytest", 150, ok=False, cut_short=True).ok
+    assert not Checks.told(".F\n1 failed in 2 s", 2, ok=False, cut_short=False).ok
+    assert len(Checks.told("." * 10_000, 2, ok=True, cut_short=False).tail) == card.TAIL
+
+
 @pytest.mark.parametrize(("found", "ok"), [((5, 5, 1, 1, 1), True), ((5, 5, 1, 1, 2), False), ((5, 0, 0, 0, 0), False)])
 def test_one_unit_apart_is_right(found, ok):
     assert Difference("x", *found).ok == ok

@@ -52,6 +52,9 @@ def card(request):
         yield
 
 
+ALL_CASES = {"F16": CASES, "F32": ONE_CASE_EACH}
+"""What is tried of each dtype: all of it has to be done on a card in two minutes and a half."""
+
 on_a_card = pytest.mark.usefixtures("card")
 
 
@@ -60,8 +63,10 @@ def merge_on_cuda(path: Path, merge, **options):
 
 
 @on_a_card
-@pytest.mark.parametrize("dtype", ["F16", "F32"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [pytest.param(case, dtype, id=f"{case}-{dtype}") for dtype, cases in ALL_CASES.items() for case in cases],
+)
 def test_cuda_gives_the_cpus_numbers(families, tmp_path, case, dtype):
     tensors, paths = families[dtype]
     on_cpu = merge_to(tmp_path / "cpu.safetensors", case.merge(paths))
