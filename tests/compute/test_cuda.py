@@ -8,14 +8,16 @@ from __future__ import annotations
 import contextlib
 import gc
 import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 import torch
 
 import streammerge
 from benchmarks.standin import Cards
+from streammerge.cli.main import main
 from streammerge.compute import devices
 from streammerge.compute.cuda import CudaLane, bytes_of
 from streammerge.compute.devices import vram_limit
@@ -26,6 +28,7 @@ from streammerge.formats.readers import PositionalReader
 from streammerge.methods import METHODS
 from streammerge.methods.place import Target
 from tests.make.models import (
+    Tensors,
     assert_same_bytes,
     load_model,
     merge_to,
@@ -224,3 +227,45 @@ def test_too_little_vram_is_an_error_that_names_the_least(families, tmp_path):
         streammerge.merge(merge, output=tmp_path / "out.safetensors", max_vram="1kB")
     least = raised.value.advice.rpartition(" ")[2].rstrip(".")
     merge_to(tmp_path / "out.safetensors", merge, max_vram=least)
+
+
+OTHERWISE: Final[Mapping[str, Sequence[str]]] = {
+    "cut": ("a", "wider", "b", "--on-shape-mismatch", "slice"),
+    "padded": ("wider", "a", "b", "--on-shape-mismatch", "pad"),
+    "with codes": ("a", "codes", "b"),
+    "as codes": ("a", "b", "--dtype", "fp8_e4m3"),
+    "in float64": ("a", "b", "--compute-dtype", "fp64", "--dtype", "fp32"),
+    "in float16": ("a", "b", "--compute-dtype", "fp16"),
+    "an adapter made": ("extract", "b", "a", "--rank", "4", "--dtype", "fp32"),
+    "an adapter put in": ("bake", "a", "adapter"),
+}
+"""Merges on which more hangs than the method, as they are typed; models by their names."""
+
+
+@on_a_card
+@pytest.mark.parametrize("words", OTHERWISE.values(), ids=OTHERWISE)
+def test_cuda_makes_what_is_more_than_a_method(tmp_path, words):
+    a = {"w.weight": normal((600, 1000), 1, torch.float16), "x.weight": normal((300, 300), 2, torch.float16)}
+    up, down = normal((600, 8), 3), normal((8, 1000), 4)
+    paths = save_models(
+        tmp_path,
+        a=a,
+        b=near(a, 5, 0.1),
+        wider={**near(a, 6, 0.1), "w.weight": normal((600, 1001), 7, torch.float16)},
+        codes={name: (tensor.float() * 50).to(torch.float8_e4m3fn) for name, tensor in a.items()},
+        adapter={"w.lora_B.weight": up, "w.lora_A.weight": down},
+    )
+    typed = [str(paths.get(word, word)) for word in words]
+
+    def made(*options: str) -> Tensors:
+        assert main([*typed, "-o", str(tmp_path / "out.safetensors"), "--force", "-q", *options]) == 0
+        return load_model(tmp_path / "out.safetensors")
+
+    on_cpu, once = made("--device", "cpu"), made("--device", "cuda")
+    for io, threads in (("mmap", "1"), ("pread", "3")):
+        assert_same_bytes(made("--device", "cuda", "--io", io, "--threads", threads), once)
+    for name, tensor in once.items():
+        if words[0] == "extract":
+            assert torch.allclose(tensor, on_cpu[name], rtol=1e-4, atol=1e-5), name
+        else:
+            assert int(ulps_apart(tensor, on_cpu[name].double().numpy()).max()) <= 1, name

@@ -23,6 +23,7 @@ def ulps_apart(actual: torch.Tensor, expected: Array) -> torch.Tensor:
 
 def places(values: torch.Tensor) -> torch.Tensor:
     """Each number's place among all of its dtype, by which neighbours differ by 1 and both zeros are 0."""
-    bits = values.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]).long()
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    bits = values.contiguous().view(whole).long()
     least = -(2 ** (8 * values.element_size() - 1))
     return torch.where(bits < 0, least - bits, bits)
