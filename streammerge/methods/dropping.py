@@ -39,7 +39,7 @@ def add_deltas(
     else:
         total = sum(weighted[1:], start=weighted[0])
         if normalize:
-            total = total / net(*weight)
+            total = total / total.new_full((), net(*weight))  # by numbers CUDA multiplies
     return total.mul_(scale).add_(base)
 
 
