@@ -81,6 +81,11 @@ def is_mark(name: str) -> bool:
     return name in MARKS or SCHEDULE.fullmatch(name) is not None
 
 
+def is_of_denoiser(name: str) -> bool:
+    """Whether a tensor of this name belongs to a UNet or transformer wherever it goes: it says what that predicts."""
+    return name in MARKS or name == "ztsnr"
+
+
 def stated_prediction(names: Container[str], metadata: Mapping[str, str], scheduler: str = "") -> Prediction | None:
     """What tensors of these names or, where none says it, a pipeline's scheduler or these metadata say.
 

@@ -13,6 +13,7 @@ from streammerge.models.adapters.dialects import Dialect
 from streammerge.models.dialects import Component, Naming, Reading, Recognised, read_as, recognise
 from streammerge.models.dialects.translation import Translated
 from streammerge.models.merged import Merged, as_merged
+from streammerge.models.prediction import is_of_denoiser
 from streammerge.models.views import Decoded, Selected, node_of
 from streammerge.recipe.options import NAMINGS, Options
 from streammerge.tensors import Model, TensorInfo
@@ -111,7 +112,7 @@ def in_naming(model: Model, name: str, naming: Naming) -> Named:
             found=[f"{part.title}   {part.place.prefix}…" for part in found.unplaced],
             advice=WITHOUT,
         )
-    sources, left = found.named(naming), found.unnamed(naming)
+    sources, left = found.named(naming), _strange(found, naming)
     if all(source.is_whole(called, found.tensors) for called, source in sources.items()):
         return Named({name: model})
     if values.weights and (names := _under_another_prefix(model, found, naming)):
@@ -121,14 +122,21 @@ def in_naming(model: Model, name: str, naming: Naming) -> Named:
     return Named({name: Translated(model, sources)}, (*remarks, *_decoding(name, values)))
 
 
+def _strange(found: Recognised, naming: Naming) -> list[str]:
+    """What has no name in a naming; marks of what a denoiser predicts are called so in all but diffusers'."""
+    return [name for name in found.unnamed(naming) if naming == "diffusers" or not is_of_denoiser(name)]
+
+
 def _under_another_prefix(model: Model, found: Recognised, naming: Naming) -> dict[str, str]:
     """What the tensors of one component are called, codes and all, if nothing but what stands before them changes."""
     [component, *others], own = found.components, found.components[0].place
     place = found.place(component, naming)
     if others or (place.side, place.within, place.accent) != (own.side, own.within, own.accent):
         return {}
-    names = {place.prefix + name.removeprefix(own.prefix): name for name in model.tensors}
-    return names if all(name.startswith(own.prefix) for name in model.tensors) else {}
+    inside = [name for name in model.tensors if name not in found.others]
+    names = {place.prefix + name.removeprefix(own.prefix): name for name in inside}
+    is_all = all(name.startswith(own.prefix) for name in inside)
+    return {**names, **{name: name for name in found.others}} if is_all else {}
 
 
 def _decoding(name: str, values: Decoded) -> Iterator[str]:

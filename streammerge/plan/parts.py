@@ -18,6 +18,7 @@ from streammerge.models.dialects.encoders import CLIP
 from streammerge.models.dialects.parts import home, incomplete, misfit, other_shapes, part_of, role_of
 from streammerge.models.dialects.recognition import moved
 from streammerge.models.dialects.translation import Translated
+from streammerge.models.prediction import is_of_denoiser
 from streammerge.models.views import Assembled, Decoded, Selected
 from streammerge.plan.naming import Named, in_naming, in_one_naming
 from streammerge.recipe.recipe import Recipe, Rule
@@ -41,6 +42,9 @@ AVERAGES: Final = "averaged weights (EMA)"
 REPLACED: Final = "the averaged weights are used"
 TRAINING: Final = "of use for training alone"
 COUNTING: Final = "it counts from 0, which programs know"
+
+DENOISERS: Final = ("unet", "transformer")
+"""The words for the component that predicts."""
 
 ONLY: Final = "only wanted: "
 
@@ -68,6 +72,8 @@ def prepared(recipe: Recipe, models: Mapping[str, Model], naming: Naming | None 
     if naming is not None:
         named = in_naming(seen[layout], layout, naming)
         seen, remarks = {**seen, **named.models}, [*remarks, *named.remarks]
+    if naming == "diffusers" and recipe.only in DENOISERS:
+        recipe = _without_marks(recipe, seen, remarks)
     if any(rule.component for rule in recipe.rules):
         seen = {**seen, layout: _assembled(recipe, seen, remarks)}
         recipe = _resolved(recipe, seen[layout])
@@ -193,9 +199,10 @@ class _Belonging:
 
     prefix: str
     others: frozenset[str]
+    has_marks: bool
 
     def __call__(self, name: str) -> bool:
-        return name.startswith(self.prefix) and name not in self.others
+        return (self.has_marks and is_of_denoiser(name)) or (name.startswith(self.prefix) and name not in self.others)
 
 
 def _component(name: str, model: Model, word: str) -> _Belonging:
@@ -208,9 +215,8 @@ def _component(name: str, model: Model, word: str) -> _Belonging:
     others = (
         own for other in found.components if other is not component for own in map(other.place.own, other.tensors)
     )
-    return _Belonging(
-        component.place.prefix, frozenset((*others, *(found.others if len(found.components) > 1 else ())))
-    )
+    besides = found.others if len(found.components) > 1 else ()
+    return _Belonging(component.place.prefix, frozenset((*others, *besides)), role == "denoiser")
 
 
 def _told(found: Recognised | None) -> list[str]:
@@ -219,6 +225,18 @@ def _told(found: Recognised | None) -> list[str]:
 
 def _advice(found: Recognised | None) -> str:
     return "Its parts are these." if found else "None of its names are those of a part that streammerge knows."
+
+
+def _without_marks(recipe: Recipe, models: Mapping[str, Model], remarks: list[str]) -> Recipe:
+    """The recipe for a denoiser in diffusers' names, whose library knows no marks: it goes by the scheduler."""
+    marks = tuple(dict.fromkeys(own for model in models.values() for own in model.tensors if is_of_denoiser(own)))
+    if not marks:
+        return recipe
+    remarks.append(
+        f"{recipe.layout_name}: {', '.join(marks)} {plural(marks, 'is', 'are')} left out: what the {recipe.only} "
+        "predicts, a pipeline has in scheduler/scheduler_config.json"
+    )
+    return replace(recipe, rules=(Rule(marks, "drop"), *recipe.rules))
 
 
 # ── what is put in ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -305,7 +323,7 @@ def _at_its_place(name: str, layout: Model, found: Recognised, remarks: list[str
     if denoiser is None or place is None or denoiser.place.prefix:
         return layout
     remarks.append(f"{name}: its names have {place.prefix} before them in a whole model")
-    return Selected(layout, {place.prefix + own: own for own in layout.tensors})
+    return Selected(layout, {own if is_of_denoiser(own) else place.prefix + own: own for own in layout.tensors})
 
 
 def _resolved(recipe: Recipe, layout: Model) -> Recipe:

@@ -17,6 +17,7 @@ from tests.make.models import (
     Tensors,
     assert_same_bytes,
     info_of,
+    load_model,
     merge_to,
     normal,
     save_model,
@@ -369,3 +370,42 @@ def test_what_is_not_there_is_refused(tmp_path, monkeypatch, keys, said):
 def test_pruning_what_nobody_knows_is_refused(tmp_path):
     paths = save_models(tmp_path, a={"loss.weight": torch.zeros(3), "model.x": torch.zeros(3)})
     assert "What training left can't be told" in refusal(recipe_of(paths["a"], prune=True))
+
+
+# ── what a denoiser predicts goes with it ────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def predicting(tmp_path) -> dict[str, Path]:
+    """A model that predicts v, its UNet alone, and a model that says that it predicts noise."""
+    v = diffusion_model("sd1", 1) | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    alone = {name.removeprefix(UNET): tensor for name, tensor in without(v, VAE, TEXT).items()}
+    epsilon = save_model(
+        tmp_path / "e.safetensors", diffusion_model("sd1", 2), {"modelspec.prediction_type": "epsilon"}
+    )
+    return {**save_models(tmp_path, v=v, alone=alone), "epsilon": epsilon}
+
+
+@pytest.mark.parametrize(("model", "naming"), [("v", None), ("v", "bare"), ("alone", "original"), ("alone", None)])
+def test_marks_go_with_the_denoiser_under_their_own_names(tmp_path, predicting, model, naming):
+    found = merge_to(tmp_path / "out.safetensors", recipe_of(predicting[model], only="unet"), names=naming)
+    assert {"v_pred", "ztsnr"} < found.keys()
+    prefix = UNET if (model, naming) in (("v", None), ("alone", "original")) else ""
+    assert f"{prefix}input_blocks.0.0.weight" in found
+    assert not any("pred" in name for name in found if name != "v_pred")
+
+
+def test_marks_are_no_part_of_a_vae_and_of_nothing_in_diffusers_names(tmp_path, predicting):
+    vae = merge_to(tmp_path / "vae.safetensors", recipe_of(predicting["v"], only="vae"))
+    report = streammerge.merge(
+        recipe_of(predicting["v"], only="unet"), output=tmp_path / "unet.safetensors", names="diffusers"
+    )
+    assert not {"v_pred", "ztsnr"} & (vae.keys() | load_model(tmp_path / "unet.safetensors").keys())
+    assert any("v_pred, ztsnr are left out" in note and "scheduler_config.json" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("naming", [None, "diffusers"])
+def test_denoisers_alone_that_predict_different_things_are_not_mixed(tmp_path, predicting, naming):
+    recipe = recipe_of(predicting["epsilon"], predicting["v"], only="unet")
+    with pytest.raises(PlanError, match="predict different things"):
+        streammerge.merge(recipe, output=tmp_path / "out.safetensors", names=naming)

@@ -27,6 +27,7 @@ from streammerge.models.dialects.rules import Kind, Linking, Side
 from streammerge.models.dialects.unets import UNET
 from streammerge.models.dialects.vaes import VAE, WAN_22_VAE, WAN_VAE
 from streammerge.models.dialects.videos import HUNYUAN, QWEN_IMAGE, WAN
+from streammerge.models.prediction import is_of_denoiser
 from streammerge.tensors import TensorInfo
 
 Naming = Literal["original", "diffusers", "bare"]
@@ -194,7 +195,8 @@ def recognise(tensors: Mapping[str, TensorInfo]) -> Recognised | None:
     """What the names of a model are, by its header alone; None if no component of it is known."""
     if adapter_text(tensors):
         return None
-    groups = _by_place(tensors)
+    marks = {name: info for name, info in tensors.items() if is_of_denoiser(name)}  # they are called so everywhere
+    groups = _by_place({name: info for name, info in tensors.items() if name not in marks} if marks else tensors)
     has_second = any(name.startswith(SECOND) for name in tensors)
     found, others = list[Component](), dict[str, TensorInfo]()
     for prefix in sorted(groups, key=len, reverse=True):
@@ -208,7 +210,7 @@ def recognise(tensors: Mapping[str, TensorInfo]) -> Recognised | None:
             others = groups[""]
     ordered = sorted(found, key=lambda component: list(KINDS).index(component.role))
     architecture = guess_architecture(tensors).partition(" (")[0]
-    return Recognised(tensors, architecture, tuple(ordered), others) if found else None
+    return Recognised(tensors, architecture, tuple(ordered), {**others, **marks}) if found else None
 
 
 _PREFIX: Final = re.compile("|".join(re.escape(prefix) for prefix in sorted(ROLES, key=len, reverse=True)))
