@@ -29,6 +29,12 @@ USE: Final = frozenset(
 """The keys of metadata that say how a model is to be used."""
 
 
+IMPLEMENTATION: Final = "modelspec.implementation"
+
+
+DIFFUSERS: Final = "diffusers"
+
+
 TITLE: Final = "modelspec.title"
 
 
@@ -102,6 +108,18 @@ def carried_metadata(recipe: Recipe, metadata_of: MetadataOf) -> dict[str, str]:
     if not stays and any(key.startswith("modelspec.") for key in own):
         carried[TITLE] = title_of(recipe, metadata_of)
     return carried
+
+
+def named_so(metadata: Mapping[str, str], naming: str | None) -> dict[str, str]:
+    """The metadata with the program whose names the output has, where another naming is asked for.
+
+    By modelspec tensors are called as in it; who else's the original names of a diffusers model are isn't known.
+    """
+    said, is_theirs = metadata.get(IMPLEMENTATION), naming == DIFFUSERS
+    if said is None or naming is None or (said == DIFFUSERS) == is_theirs:
+        return dict(metadata)
+    rest = {key: text for key, text in metadata.items() if not key.startswith(IMPLEMENTATION)}
+    return {**rest, IMPLEMENTATION: DIFFUSERS} if is_theirs else rest
 
 
 def _carries(recipe: Recipe, key: str) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from streammerge.models.merged import Merged
 from streammerge.plan.inputs import OpenInputs
-from streammerge.recipe.inherited import LICENCES, MERGED_FROM, TITLE, carried_metadata, stays_itself
+from streammerge.recipe.inherited import LICENCES, MERGED_FROM, TITLE, carried_metadata, named_so, stays_itself
 from streammerge.recipe.metadata import Hashes, recipe_metadata
 from streammerge.recipe.options import Options
 from streammerge.recipe.recipe import Recipe
@@ -26,7 +26,8 @@ def metadata_of(recipe: Recipe | None, merged: Merged, options: Options, opened:
 def _of_recipe(recipe: Recipe, options: Options, opened: OpenInputs, hashes: Hashes | None) -> dict[str, str]:
     """The mark that loaders look for, what the inputs' metadata say of use and licences, and the recipe, unless that is
     not wanted; with the inputs' hashes if there are any."""
-    marks = {"format": "pt", **carried_metadata(recipe, lambda path: opened.opened(path).metadata)}
+    carried = carried_metadata(recipe, lambda path: opened.opened(path).metadata)
+    marks = {"format": "pt", **named_so(carried, options.names)}
     if not options.metadata:
         names_inputs = {LICENCES, MERGED_FROM} if stays_itself(recipe) else {LICENCES, MERGED_FROM, TITLE}
         marks = {key: text for key, text in marks.items() if key not in names_inputs}

@@ -84,6 +84,24 @@ def test_a_model_that_is_converted_keeps_what_its_author_said(model, run):
     assert "modelspec.architecture" not in metadata_of("vae.safetensors")
 
 
+def test_the_metadata_name_the_program_whose_names_the_output_has(model, run):
+    said = "modelspec.implementation"
+    versioned = {said: "sgm", f"{said}_version": "1"}
+    save_model(Path("a.safetensors"), model, versioned)
+    for source, output, naming in (
+        ("a", "theirs", "diffusers"),
+        ("theirs", "ours", "original"),
+        ("a", "b", "original"),
+    ):
+        words = (f"{source}.safetensors", "--names", naming, "-o", f"{output}.safetensors", "-q")
+        assert run("convert", *words).code == 0
+    found = {name: metadata_of(f"{name}.safetensors") for name in ("theirs", "ours", "b")}
+    assert found["theirs"][said] == "diffusers"
+    assert f"{said}_version" not in found["theirs"]
+    assert said not in found["ours"]
+    assert versioned.items() <= found["b"].items()
+
+
 def test_a_merge_does_not_keep_what_one_author_said(model, run):
     assert run("a.safetensors", "a.safetensors:0.5", "-o", "out.safetensors", "-q").code == 0
     found = metadata_of("out.safetensors")
