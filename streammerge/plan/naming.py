@@ -91,8 +91,11 @@ def _in_one_form(models: Mapping[str, Model], layout: str, strangers: Sequence[s
     return Named(seen, tuple(remarks), kept)
 
 
-def in_naming(model: Model, name: str, naming: Naming) -> Named:
-    """A model in another naming; itself if these are its names. PlanError if its names aren't understood."""
+def in_naming(model: Model, name: str, naming: Naming, architecture: str = "") -> Named:
+    """A model in another naming; itself if these are its names. PlanError if its names aren't understood.
+
+    A part of a model doesn't tell of which `architecture` that is.
+    """
     values = Decoded(model)
     if values.left:
         told = f"{count(values.left, 'tensor')} {plural(values.left, 'is', 'are')} quantised in a way that streammerge"
@@ -112,6 +115,7 @@ def in_naming(model: Model, name: str, naming: Naming) -> Named:
             found=[f"{part.title}   {part.place.prefix}…" for part in found.unplaced],
             advice=WITHOUT,
         )
+    found = replace(found, architecture=architecture) if architecture else found
     sources, left = found.named(naming), _strange(found, naming)
     if all(source.is_whole(called, found.tensors) for called, source in sources.items()):
         return Named({name: model})

@@ -70,7 +70,8 @@ def prepared(recipe: Recipe, models: Mapping[str, Model], naming: Naming | None 
     cut = _Cutting(recipe, models)
     seen, remarks = cut.models(), list(cut.remarks)
     if naming is not None:
-        named = in_naming(seen[layout], layout, naming)
+        architecture = recognised.architecture if (recognised := cut.only_of(layout)) else ""
+        named = in_naming(seen[layout], layout, naming, architecture)
         seen, remarks = {**seen, **named.models}, [*remarks, *named.remarks]
     if naming == "diffusers" and recipe.only in DENOISERS:
         recipe = _without_marks(recipe, seen, remarks)
@@ -101,6 +102,10 @@ class _Cutting:
                 f"--ema use: no model has averaged weights ({EMA}…)", advice="Leave it out: their weights are all."
             )
         return {name: self._cut(name, model) for name, model in self.whole.items()}
+
+    def only_of(self, name: str) -> Recognised | None:
+        """The whole model, if a component of it is all that is wanted."""
+        return recognise(Decoded(self.whole[name]).tensors) if self.recipe.only else None
 
     def _cut(self, name: str, model: Model) -> Model:
         names = {own: own for own in model.tensors}

@@ -372,6 +372,15 @@ def test_pruning_what_nobody_knows_is_refused(tmp_path):
     assert "What training left can't be told" in refusal(recipe_of(paths["a"], prune=True))
 
 
+@pytest.mark.parametrize(("model", "word"), [("sd1", "text_encoder"), ("sd2-base", "clip_l"), ("sdxl", "clip_g")])
+def test_a_text_encoder_of_a_pipeline_has_the_original_names_of_its_architecture(tmp_path, model, word):
+    original = diffusion_model(model)
+    path = save_model(tmp_path / "theirs.safetensors", named(original, "diffusers"))
+    found = merge_to(tmp_path / "out.safetensors", recipe_of(path, only=word), names="original")
+    prefix = {"sd1": TEXT, "sd2-base": "cond_stage_model.model.", "sdxl": "conditioner.embedders.1.model."}[model]
+    assert_same_bytes(found, {name: tensor for name, tensor in original.items() if name.startswith(prefix)})
+
+
 # ── what a denoiser predicts goes with it ────────────────────────────────────────────────────────────────────────────
 
 

@@ -160,10 +160,10 @@ class Recognised:
 
     def place(self, component: Component, naming: Naming) -> Place:
         """Where a naming has a component: its own place, if that isn't known."""
+        home = self.homes(naming).get(component.role, component.place)
         if len(self.components) == 1:
-            return _alone(component, naming)
-        place = self.homes(naming).get(component.role, component.place)
-        return replace(place, prefix="") if naming == "bare" else place
+            return _alone(component, naming, home)
+        return replace(home, prefix="") if naming == "bare" else home
 
     def homes(self, naming: Naming) -> Mapping[Role, Place]:
         """Where whole models of the architecture have each component in a naming; nothing if that isn't known."""
@@ -176,12 +176,12 @@ class Recognised:
         return ARRANGEMENTS.get(self.architecture) or ARRANGEMENTS.get(next(kinds, ""), UNKNOWN_ARRANGEMENT)
 
 
-def _alone(component: Component, naming: Naming) -> Place:
-    """Where a component is that is all of a model: behind no prefix, but for the original's UNet."""
+def _alone(component: Component, naming: Naming, home: Place) -> Place:
+    """Where a component is that is all of a model: behind no prefix, but for the original's UNet and text encoders."""
     if naming == "diffusers":
         return Place("", "theirs")
     if component.kind is CLIP:  # some originals have it in transformers' names
-        return component.place if naming == "original" else Place("", component.side)
+        return home if naming == "original" else Place("", component.side)
     is_unet = component.kind is UNET and naming == "original"
     return Place(ARRANGEMENTS[UNET.name].original[component.role].prefix if is_unet else "", "ours")
 
