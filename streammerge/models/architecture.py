@@ -164,12 +164,25 @@ def _variant(sign: _Sign, prefix: str, tensors: Mapping[str, TensorInfo]) -> str
     if "{}" in sign.name:
         layers = sign.layers(tensors, prefix)
         return f", {layers} layer" if layers == 1 else f", {layers} layers"
-    for name in _FIRST_CONVOLUTIONS:
-        convolution = tensors.get(prefix + name)
-        if convolution is not None and convolution.shape[1:2]:
-            purpose = _INPUT_CHANNELS.get(convolution.shape[1])
-            return f" ({purpose})" if purpose else ""
-    return ""
+    purpose = _purpose(prefix, tensors)
+    return f" ({purpose})" if purpose else ""
+
+
+def _purpose(prefix: str, tensors: Mapping[str, TensorInfo]) -> str:
+    found = (tensors.get(prefix + name) for name in _FIRST_CONVOLUTIONS)
+    channels = next((info.shape[1] for info in found if info is not None and info.shape[1:2]), 0)
+    return _INPUT_CHANNELS.get(channels, "")
+
+
+def purpose_of(tensors: Mapping[str, TensorInfo]) -> str:
+    """What a UNet takes channels for beside the latent image, such as "inpainting"; "" for one that takes none."""
+    found = _first_sign(tensors)
+    return _purpose(found[1], tensors) if found else ""
+
+
+def is_first_convolution(name: str) -> bool:
+    """Whether a denoiser's tensor of this name is the convolution that takes these channels."""
+    return name.endswith(_FIRST_CONVOLUTIONS)
 
 
 def _enumerated(labels: list[str]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from streammerge.errors import PlanError, count, plural
-from streammerge.models.architecture import component_of, family_of
+from streammerge.models.architecture import component_of, family_of, is_first_convolution, purpose_of
 from streammerge.models.decisions import Decisions
 from streammerge.models.merged import Merged
 from streammerge.models.prediction import EPSILON, Prediction, stated_prediction
@@ -35,7 +35,8 @@ STARTS: Final = ("model.diffusion_model.", "diffusion_model.", "unet.", "transfo
 class Meaning:
     """Which models give the output's denoiser: noted while a merge's tensors are decided on, and judged afterwards.
 
-    `inputs` are the models that are merged. `architectures` are those of models that don't mix with others, `said` is
+    `inputs` are the models that are merged. `purposes` say what UNets take more channels for, `convolution` is the one
+    that is merged and takes them. `architectures` are those of models that don't mix with others, `said` is
     what models say that they predict; `givers` are the models that give any of the denoiser, each with such a tensor.
     """
 
@@ -44,6 +45,8 @@ class Meaning:
     architectures: Mapping[str, str]
     said: Mapping[str, Prediction | None]
     has_ema: bool
+    purposes: Mapping[str, str] = field(default_factory=dict)
+    convolution: str = ""
     givers: dict[str, str] = field(default_factory=dict)
     is_merged: bool = False
 
@@ -56,10 +59,13 @@ class Meaning:
             {name: architecture_of(model) for name, model in models.items()},
             {name: prediction_of(model) for name, model in models.items()},
             any(name.startswith(EMA) for name in models[layout].tensors),
+            {name: purpose for name in (layout, *inputs) if (purpose := purpose_of(models[name].tensors))},
         )
 
     def note_merged(self, name: str) -> None:
         """The tensor is merged of all inputs."""
+        if self._take_different_things and is_first_convolution(name) and component_of(name) in DENOISER:
+            self.convolution = name
         if not self.is_merged and self._is_watched and component_of(name) in DENOISER:
             self.is_merged = True
             self.givers.update(dict.fromkeys(self.inputs, name))
@@ -73,10 +79,15 @@ class Meaning:
     def _is_watched(self) -> bool:
         return self.has_ema or any(self.architectures.values()) or any(self.said.values())
 
+    @property
+    def _take_different_things(self) -> bool:
+        return len(set(self.purposes.values())) > 1
+
     def check(self, policy: PredictionPolicy) -> None:
         """PlanError if the denoiser would be mixed of models that share no more than names, or that say that they
         predict different things, which somebody may want all the same."""
         self._check_architectures()
+        self._check_purposes()
         found = self._mixed_predictions
         if found and policy == "error":
             raise PlanError(
@@ -93,6 +104,16 @@ class Meaning:
                 f"{' and '.join(found)} are of different architectures, and what is mixed of both is neither",
                 found=[f"{name}   {architecture}" for name, architecture in found.items()],
                 advice=f"Merge models of one architecture, or {self._apart}.",
+            )
+
+    def _check_purposes(self) -> None:
+        """PlanError for channels of one convolution that mean one thing in one model, and another in another."""
+        if self.convolution:
+            raise PlanError(
+                f"{' and '.join(self.purposes)} take different things beside the latent image, and what is mixed of "
+                "the channels for these takes neither",
+                found=[f"{name}   {purpose}" for name, purpose in self.purposes.items()],
+                advice=f"Keep {self.layout}'s first convolution: --keep '{self.convolution}'.",
             )
 
     @property

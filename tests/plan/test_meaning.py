@@ -166,3 +166,16 @@ def test_stale_ema_is_told():
     assert not merged(models, on_missing="keep", rules=[{"match": "model.*", "keep": True}]).remarks
     (remark,) = merged({"a": model(**EMA), "b": model(**EMA)}).remarks  # its counters are integers
     assert remark.startswith("1 EMA tensor stays a's")
+
+
+@pytest.mark.parametrize("policy", ["overlap", "pad"])
+def test_channels_for_different_things_are_not_mixed(policy):
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    shapes = {"plain": 4, "depth": 5, "pix2pix": 8, "inpainting": 9}
+    models = {name: with_context(768, **{first: (4, size, 3, 3)}) for name, size in shapes.items()}
+    two = {name: models[name] for name in ("inpainting", "pix2pix")}
+    with pytest.raises(PlanError, match=rf"(.|\n)*instruct-pix2pix(.|\n)*--keep '{first}'"):
+        merged(two, on_shape_mismatch=policy)
+    kept = merged(two, on_shape_mismatch=policy, rules=[{"match": first, "keep": True}])
+    assert fates(kept)[UNET] == "merged: linear"
+    assert merged({name: models[name] for name in ("inpainting", "plain")}, on_shape_mismatch=policy)
