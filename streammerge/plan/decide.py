@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from streammerge.compute.application import apply_method
 from streammerge.compute.costs import is_only
 from streammerge.compute.expressions import Node
+from streammerge.errors import count, plural
 from streammerge.methods import find_method
 from streammerge.methods.place import Within
 from streammerge.methods.registry import Method
@@ -65,6 +66,7 @@ class _Resolution:
     codes_of: dict[str, str] = field(default_factory=dict)
     ensemble: Ensemble = field(default_factory=Ensemble)
     mended: dict[str, str] = field(default_factory=dict)
+    uncast: dict[str, dict[str, None]] = field(default_factory=dict)
     looked_at: dict[tuple[str, str], str] = field(default_factory=dict)
     is_reported: bool = False
 
@@ -126,6 +128,9 @@ class _Resolution:
         yield from self.tuning.remarks()
         yield from self.meaning.remarks(decisions)
         yield from self.mended.values()
+        for kind, names in self.uncast.items():
+            told = f"{count(names, 'quantised weight')} ({kind}) {plural(names, 'stays', 'stay')} as stored"
+            yield f"{told}: streammerge can't decode {plural(names, 'it', 'them')}, so no other dtype is given"
         yield from self._nested_remarks()
 
     def _nested_remarks(self) -> Iterator[str]:
@@ -262,6 +267,8 @@ class _Resolution:
         if quantised is not None:
             is_kept = not quantised.is_readable or stored_as(node.info, dtype) == node.info
             if is_kept and self.coded.stay_whole(quantised):
+                if dtype is not None and not quantised.is_readable:
+                    self.uncast.setdefault(quantised.kind, {})[name] = None
                 self.codes_of[name], dtype = model, None
             elif not quantised.is_readable:
                 return self._refuse(name, {model: quantised}, self.problems.uncopied)
