@@ -78,6 +78,7 @@ def find_weights(folder: Path) -> Path:
     """The weights file or index that a folder stands for; CheckpointError if there is none, or more than one."""
     for name in PREFERRED:
         if (folder / name).is_file():
+            _refuse_two(folder / name)
             return folder / name
     found = sorted(entry for entry in folder.iterdir() if entry.is_file() and is_index(entry))
     found = found or sorted(entry for entry in folder.iterdir() if entry.is_file() and is_model(entry))
@@ -96,12 +97,34 @@ def find_weights(folder: Path) -> Path:
             f"{folder}: a distributed checkpoint of torch without .metadata, which says what its files hold",
             advice="torch writes that file last: it is hidden, and was not copied, or the checkpoint is incomplete.",
         )
+    if not found and any(entry.suffix.lower() == ".gguf" for entry in folder.iterdir()):
+        raise CheckpointError(
+            f"{folder}: the folder holds GGUF files, whose tensors are quantised in blocks that streammerge does not "
+            "decode",
+            advice="Merge the safetensors that they were made from.",
+        )
     what = "holds no model" if not found else f"holds {len(found)} files that could be the model"
     raise CheckpointError(
         f"{folder}: the folder {what}",
         found=[entry.name for entry in found],
         advice=f"Name the file itself, or call it {PREFERRED[2]}.",
     )
+
+
+def single_of(index: str) -> str:
+    """What the file is called that holds what an index of this name is about, where that is in one file."""
+    return index.removesuffix(".index.json")
+
+
+def _refuse_two(path: Path) -> None:
+    """CheckpointError for an index of shards beside a file that is a model: libraries differ in which they load."""
+    whole = path.with_name(single_of(path.name))
+    if whole != path and whole.is_file() and whole.name not in read_index(path).weight_map.values():
+        raise CheckpointError(
+            f"{path.parent}: the folder holds two models, one in shards and one in a single file",
+            found=[path.name, whole.name],
+            advice="Name the one that is meant, or remove the other; transformers loads the single file.",
+        )
 
 
 def read_index(path: Path) -> ShardIndex:

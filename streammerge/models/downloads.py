@@ -19,7 +19,7 @@ from typing import Any, Final
 from streammerge.errors import CheckpointError, listed
 from streammerge.formats.companions import is_companion_name
 from streammerge.formats.pipelines import INDEX
-from streammerge.formats.shards import PREFERRED, find_weights, is_index, is_model, read_index
+from streammerge.formats.shards import PREFERRED, find_weights, is_index, is_model, read_index, single_of
 
 INSTALL: Final = "pip install huggingface_hub (or streammerge[hub])"
 
@@ -61,6 +61,12 @@ def needed_files(names: Sequence[str], called: str) -> list[str]:
             f"{called}: on the hub, it holds {'no model' if not models else 'several files that could be the model'}",
             found=models or list(names),
             advice="Download the file that is meant, and name that.",
+        )
+    if is_index(Path(weights)) and single_of(weights) in names:
+        raise CheckpointError(
+            f"{called}: on the hub, it holds two models, one in shards and one in a single file",
+            found=[weights, single_of(weights)],
+            advice="Download the one that is meant, and name that; transformers loads the single file.",
         )
     shards = _shards_of(weights, names) if is_index(Path(weights)) else []
     beside = [name for name in names if _is_beside(name) and name not in (weights, *shards)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 
 from streammerge.errors import CheckpointError
 from streammerge.formats import shards
-from streammerge.formats.shards import PREFERRED, find_weights, is_index, read_index
+from streammerge.formats.shards import PREFERRED, find_weights, is_index, read_index, single_of
 from streammerge.models.checkpoints import open_model
 
 
@@ -28,6 +29,8 @@ def test_the_usual_names_are_found_the_better_first(tmp_path, place):
     for name in PREFERRED[place:]:
         (tmp_path / name).touch()
     (tmp_path / "other.safetensors").touch()
+    if is_index(Path(PREFERRED[place])):
+        (tmp_path / single_of(PREFERRED[place])).unlink()
     assert find_weights(tmp_path) == tmp_path / PREFERRED[place]
 
 
@@ -54,6 +57,28 @@ def test_several_models_are_an_error_that_lists_them(tmp_path, names):
         find_weights(tmp_path)
     assert error.value.found == tuple(sorted(names))
     assert error.value.advice == "Name the file itself, or call it model.safetensors."
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_shards_and_a_single_file_are_two_models(tmp_path, name):
+    """transformers loads the single file, diffusers the shards."""
+    (tmp_path / name).touch()
+    write_index(tmp_path, {"x": "other.safetensors"}, f"{name}.index.json")
+    with pytest.raises(CheckpointError, match="the folder holds two models") as error:
+        find_weights(tmp_path)
+    assert error.value.found == (f"{name}.index.json", name)
+
+
+def test_an_index_may_name_a_single_file(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    index = write_index(tmp_path, {"x": "model.safetensors"})
+    assert find_weights(tmp_path) == index
+
+
+def test_a_folder_of_gguf_says_what_it_is(tmp_path):
+    (tmp_path / "model-Q4_K_M.gguf").touch()
+    with pytest.raises(CheckpointError, match=r"holds GGUF files, .*\n.*the safetensors that they were made from"):
+        find_weights(tmp_path)
 
 
 @pytest.mark.parametrize("numbers", [[1], [2], [1, 2, 3]])

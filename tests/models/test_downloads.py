@@ -244,7 +244,8 @@ def test_files_that_are_needed():
     pipeline = ["model_index.json", "unet/config.json", "unet/a.safetensors", "vae/b.bin", "unet/c.bin"]
     pipeline += ["all.safetensors", "unet/a.fp16.safetensors", "vae/b.fp16.bin", "text_encoder/model.onnx", ".git"]
     assert needed_files(pipeline, "x") == pipeline[:4]
-    for names in ([], ["config.json"], ["a.safetensors", "b.safetensors"]):
+    two = ["model.safetensors.index.json", "model-1-of-1.safetensors", "model.safetensors"]
+    for names in ([], ["config.json"], ["a.safetensors", "b.safetensors"], two):
         with pytest.raises(CheckpointError, match="on the hub, it holds"):
             needed_files(names, "x")
 
