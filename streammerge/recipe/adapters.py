@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from streammerge.errors import RecipeError, suggestion
+from streammerge.errors import RecipeError
 from streammerge.recipe.parameters import WEIGHT, parse_settings, points_of, values_of
+from streammerge.recipe.spellings import check_keys
 
 KEYS: Final = ("adapter", "weight", "name", "entry", "parameters")
 """The keys of an adapter."""
@@ -22,7 +23,7 @@ def is_recipe(raw: Any) -> bool:  # noqa: ANN401
 
 def with_lora(raw: Any, is_there: Callable[[str], bool]) -> dict[str, Any]:  # noqa: ANN401
     """A model's entry; what mergekit calls its LoRA is the first of its adapters."""
-    entry = dict(raw) if isinstance(raw, dict) else {"model": raw}
+    entry = dict(raw) if isinstance(raw, dict) and "path" not in raw else {"model": raw}
     model, lora = entry.get("model"), entry.pop("lora", None)
     if isinstance(model, dict) and "merge_method" not in model and "lora" in model:
         inner = with_lora(model, is_there)
@@ -49,11 +50,8 @@ def adapters_of(entry: dict[str, Any], where: str) -> Iterator[tuple[int, Any]]:
 def adapter_entry(raw: Any, where: str) -> dict[str, Any]:  # noqa: ANN401
     """An adapter as if it were a model whose one parameter is its weight; RecipeError for what it can't have."""
     entry = dict(raw) if isinstance(raw, dict) else {"adapter": raw}
-    for key in entry:
-        if key not in KEYS:
-            advice = f"{suggestion(str(key), list(KEYS))}Known: {', '.join(KEYS)}."
-            raise RecipeError(f"{where}: unknown key {key!r}", advice=advice)
-    if not isinstance(_path(entry.get("adapter")), str):
+    check_keys(entry, KEYS, where)
+    if not isinstance(path_of(entry.get("adapter")), str):
         raise RecipeError(f"{where}: expected the path of an adapter, found {entry.get('adapter')!r}")
     parameters = entry.get("parameters") or {}
     if not isinstance(parameters, dict) or parameters.keys() - {WEIGHT} or ("weight" in entry and parameters):
@@ -64,7 +62,7 @@ def adapter_entry(raw: Any, where: str) -> dict[str, Any]:  # noqa: ANN401
     return {"model": entry["adapter"], **beside, "parameters": {WEIGHT: weight}}
 
 
-def _path(raw: Any) -> Any:  # noqa: ANN401
+def path_of(raw: Any) -> Any:  # noqa: ANN401
     """A path, in mergekit's long form or as it is."""
     while isinstance(raw, dict) and len(raw) == 1:
         raw = raw.get("model", raw.get("path"))

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from streammerge.errors import RecipeError, listed
+from streammerge.recipe.adapters import path_of
+from streammerge.recipe.vocabulary import SOURCE, SOURCES
 
 MAX_DOCUMENTS: Final = 100
 """The most recipes of a file."""
@@ -17,7 +19,7 @@ MAX_DOCUMENTS: Final = 100
 _OF_A_MODEL: Final = ("model", "base_model", "layout", "take")
 """The keys whose value is a model."""
 
-_NOT_MODELS: Final = ("parameters", "inputs", "tokenizer", "tokenizer_source", "chat_template", "const_tag")
+_NOT_MODELS: Final = ("parameters", "inputs", "chat_template", "const_tag")
 """The keys under which there are none."""
 
 
@@ -109,12 +111,38 @@ class _Joiner:
         for key, value in raw.items():
             if key in _NOT_MODELS:
                 yield key, value
+            elif key == SOURCE:
+                yield key, self._source(value)
+            elif key == "tokenizer":
+                yield key, self._tokenizer(value)
             elif key in _OF_A_MODEL:
                 yield key, self._model(value)
             elif key == "models" and isinstance(value, list):
                 yield key, [self._model(each) if isinstance(each, str) else self._placed(each) for each in value]
             else:
                 yield key, self._placed(value)
+
+    def _tokenizer(self, raw: Any) -> Any:  # noqa: ANN401
+        """What is said of tokens, with the merges that they come from in place of their names."""
+        if not isinstance(raw, dict):
+            return raw
+        made, tokens = self._with_source(raw), raw.get("tokens")
+        if not isinstance(tokens, dict):
+            return made
+        return {**made, "tokens": {token: self._with_source(own) for token, own in tokens.items()}}
+
+    def _with_source(self, raw: Any) -> Any:  # noqa: ANN401
+        if not isinstance(raw, dict) or "source" not in raw:
+            return raw
+        source = raw["source"]
+        is_row = isinstance(source, dict) and "kind" in source and "model" in source
+        return {**raw, "source": {**source, "model": self._source(source["model"])} if is_row else self._source(source)}
+
+    def _source(self, raw: Any) -> Any:  # noqa: ANN401
+        """A model that tokens come from, which has to be among a merge's models, and is not made one by that."""
+        name = path_of(raw)
+        is_merge = isinstance(name, str) and name in self.named and name not in SOURCES
+        return self._document(name) if is_merge else raw
 
     def _model(self, raw: Any) -> Any:  # noqa: ANN401
         """A model, in any of the ways that it may be told: `NAME`, `NAME+LORA`, `{model: {path: NAME}, lora: …}`."""

@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from streammerge.errors import RecipeError, suggestion
+from streammerge.errors import RecipeError
 from streammerge.models.dtypes import parse_dtype
 from streammerge.recipe.experts import GATE_MODES, Expert, GateMode, Mixture
 from streammerge.recipe.recipe import MAX_INPUTS, Input, Recipe
-from streammerge.recipe.spellings import parse_name, parse_seed
+from streammerge.recipe.spellings import check_keys, parse_name, parse_seed
 
 MIXTURE_KEYS: Final = (
     *("base_model", "experts", "gate_mode", "dtype", "experts_per_token", "shared_experts", "architecture"),
@@ -42,7 +42,7 @@ def mixture_recipe(
     base_of: Callable[[Recipe, Any], Input],
 ) -> Recipe:
     """The recipe for a mixture; RecipeError for what is no such recipe, or can't be made of headers and embeddings."""
-    _check_keys(raw, MIXTURE_KEYS, where)
+    check_keys(raw, MIXTURE_KEYS, f"{where}: of a mixture of experts")
     if raw.get("base_model") is None:
         raise RecipeError(f"{where}: the key 'base_model' is missing", advice="Name the model whose attention is used.")
     mode = _gate_mode(raw.get("gate_mode", HIDDEN[0]), where)
@@ -72,15 +72,6 @@ def mixture_recipe(
     )
 
 
-def _check_keys(raw: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
-    for key in raw:
-        if key not in known:
-            raise RecipeError(
-                f"{where}: unknown key {key!r}, where a mixture of experts is to be built",
-                advice=f"{suggestion(str(key), list(known))}Known: {', '.join(known)}.",
-            )
-
-
 def _gate_mode(raw: Any, where: str) -> GateMode:  # noqa: ANN401
     found = next((mode for mode in GATE_MODES if mode == raw), None)
     if found is not None:
@@ -104,7 +95,7 @@ def _entries(raw: Any, where: str) -> list[dict[str, Any]]:  # noqa: ANN401
     for number, each in enumerate(raw, 1):
         if not isinstance(each, dict) or each.get("source_model") is None:
             raise RecipeError(f"{where}: {number}: expected a map with source_model, found {str(each)[:60]}")
-        _check_keys(each, EXPERT_KEYS, f"{where}: {number}")
+        check_keys(each, EXPERT_KEYS, f"{where}: {number}")
     return raw
 
 

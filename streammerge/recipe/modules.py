@@ -11,6 +11,7 @@ from typing import Any, Final
 from streammerge.errors import RecipeError
 from streammerge.methods import find_method
 from streammerge.recipe.slices import joined_parameters
+from streammerge.recipe.spellings import check_keys
 
 ASSEMBLY_KEYS: Final = (
     *("merge_method", "modules", "base_model", "parameters", "dtype", "out_dtype", "name"),
@@ -40,9 +41,7 @@ def module_recipes(raw: Mapping[str, Any], where: str) -> Iterator[tuple[str, di
         called = f"{where}: module {name}"
         if not isinstance(name, str) or not name or "/" in name or not isinstance(own, dict):
             raise RecipeError(f"{called}: expected a map with models or slices, found {str(own)[:60]}")
-        unknown = next((str(key) for key in own if key not in MODULE_KEYS), None)
-        if unknown is not None:
-            raise RecipeError(f"{called}: unknown key {unknown!r}", advice=f"Known: {', '.join(MODULE_KEYS)}.")
+        check_keys(own, MODULE_KEYS, called)
         if bool(own.get("models")) == bool(own.get("slices")):
             raise RecipeError(f"{called}: one of models and slices is needed, and not both")
         whole = {key: value for key, value in raw.items() if key not in _WHOLE}

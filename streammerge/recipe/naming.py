@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,18 @@ from streammerge.models.hub import MAIN, SCHEME, HubName, name_of
 from streammerge.recipe.recipe import Input, Recipe
 
 
-def revised(model: Mapping[str, Any], where: str) -> Any:  # noqa: ANN401
+def revised(model: Mapping[str, Any], is_there: Callable[[str], bool], where: str) -> Any:  # noqa: ANN401
     """What mergekit's `{path: …, revision: …}` says as one word: only models of the hub have revisions."""
     path, revision = model.get("path"), model.get("revision")
     if revision is None:
         return path
     if not isinstance(path, str) or not isinstance(revision, str) or not model.keys() <= {"path", "revision"}:
         raise RecipeError(f"{where}: expected a path and a revision, found {dict(model)!r}")
+    if is_there(path) or HubName.of(path) is None:
+        raise RecipeError(
+            f"{where}: {path} is no model of the hub, and others have no revisions, found {revision!r}",
+            advice="Remove the revision, or name the model as on the hub, org/name.",
+        )
     return f"{SCHEME}{path.removeprefix(SCHEME)}@{revision}"
 
 

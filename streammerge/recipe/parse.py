@@ -28,6 +28,8 @@ from streammerge.recipe.policies import EMA_POLICIES, MISSING_POLICIES, PREDICTI
 from streammerge.recipe.recipe import Input, Recipe, Rule, RuleAction, check_recipe
 from streammerge.recipe.slices import STACK_KEYS, check_slice, named_apart, parse_layers, slice_recipes
 from streammerge.recipe.spellings import (
+    check_keys,
+    in_our_words,
     parse_flag,
     parse_globs,
     parse_key,
@@ -95,6 +97,7 @@ class _RecipeParser:
     def parse(self, raw: Any) -> Recipe:  # noqa: ANN401
         if not isinstance(raw, dict):
             raise RecipeError(f"{self.where}: expected a map with merge_method and models, found {type(raw).__name__}")
+        raw = in_our_words(raw)
         if "modules" in raw:
             return self._assembly(raw)
         if "slices" in raw:
@@ -103,7 +106,7 @@ class _RecipeParser:
             from streammerge.recipe.mixtures import mixture_recipe
 
             return mixture_recipe(raw, self.where, self._input, distinct_names, self._base)
-        self._check_keys(raw, KEYS, self.where)
+        check_keys(raw, KEYS, self.where)
         self._check_needed(raw)
         if not isinstance(raw["models"], list):
             raise RecipeError(f"{self.where}: models must be a list, found {raw['models']!r}")
@@ -195,7 +198,7 @@ class _RecipeParser:
                 raise RecipeError(
                     f"{self.where}: {parts} and {key} can't be combined", advice="Merge to a file, and go on with that."
                 )
-        self._check_keys(raw, known, self.where)
+        check_keys(raw, known, self.where)
         if raw.get("merge_method") in (None, ""):
             raise RecipeError(f"{self.where}: the key 'merge_method' is missing", advice=NEEDED["merge_method"])
         if self.depth >= MAX_DEPTH:
@@ -223,14 +226,6 @@ class _RecipeParser:
             if times > 1:
                 raise RecipeError(
                     f"{self.where}: {times} models are named {name!r}", advice="Give each a name of its own."
-                )
-
-    def _check_keys(self, raw: dict[str, Any], known: Iterable[str], where: str) -> None:
-        for key in raw:
-            if key not in known:
-                raise RecipeError(
-                    f"{where}: unknown key {key!r}",
-                    advice=f"{suggestion(str(key), list(known))}Known: {', '.join(known)}.",
                 )
 
     def _check_needed(self, raw: dict[str, Any]) -> None:
@@ -272,7 +267,7 @@ class _RecipeParser:
     def _input(self, raw: Any, where: str) -> Input:  # noqa: ANN401
         entry = with_lora(raw, self._is_there) if not is_recipe(raw) else {"model": raw}
         known = ("model", "name", "parameters", "entry", "adapters", "prefix", *(["layer_range"] * self.is_slice))
-        self._check_keys(entry, known, where)
+        check_keys(entry, known, where)
         if "model" not in entry:
             raise RecipeError(f"{where}: the key 'model' is missing")
         source = self._source(entry["model"], where)
@@ -307,9 +302,11 @@ class _RecipeParser:
 
     def _source(self, model: Any, where: str) -> Path | HubName | Recipe:  # noqa: ANN401
         while isinstance(model, dict) and not is_recipe(model) and (len(model) == 1 or "revision" in model):
-            model = model.get("model", revised(model, where))  # mergekit: {model: {path: …}}
+            model = model.get("model", revised(model, self._is_there, where))  # mergekit: {model: {path: …}}
         if is_recipe(model):
             return self._nested(model, f"{where}: nested recipe")
+        if isinstance(model, dict) and "model" in model:
+            check_keys(model, ("model", "lora"), where)
         if not isinstance(model, str) or not model:
             raise RecipeError(f"{where}: expected a path or a recipe, found {model!r}")
         if model in self.bindings:
@@ -376,7 +373,7 @@ class _RecipeParser:
     def _add_rule(self, recipe: Recipe, raw: Any, where: str) -> Recipe:  # noqa: ANN401
         if not isinstance(raw, dict):
             raise RecipeError(f"{where}: expected a map with match or component, found {raw!r}")
-        self._check_keys(raw, ("match", "component", "take", "keep", "drop", "parameters", "dtype"), where)
+        check_keys(raw, ("match", "component", "take", "keep", "drop", "parameters", "dtype"), where)
         component = parse_part(raw.get("component"), f"{where}: component")
         globs = [] if component and "match" not in raw else parse_globs(raw.get("match"), where)
         if component and globs:

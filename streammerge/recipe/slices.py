@@ -15,6 +15,7 @@ from streammerge.errors import RecipeError
 from streammerge.methods import find_method
 from streammerge.recipe.parameters import filters_of
 from streammerge.recipe.recipe import Input, Recipe
+from streammerge.recipe.spellings import check_keys
 
 STACK_KEYS: Final = (
     *("merge_method", "slices", "base_model", "parameters", "dtype", "out_dtype", "name"),
@@ -45,9 +46,7 @@ def slice_recipes(raw: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]
         called = f"{where}: slice {number}"
         if not isinstance(each, dict) or not isinstance(each.get("sources"), list) or not each["sources"]:
             raise RecipeError(f"{called}: expected a map with sources, found {str(each)[:60]}")
-        unknown = next((str(key) for key in each if key not in SLICE_KEYS), None)
-        if unknown is not None:
-            raise RecipeError(f"{called}: unknown key {unknown!r}", advice=f"Known: {', '.join(SLICE_KEYS)}.")
+        check_keys(each, SLICE_KEYS, called)
         if each.get("residual_weight") is not None:
             raise RecipeError(
                 f"{called}: residual_weight has no effect in mergekit, and none here",

@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
 
 from streammerge.errors import RecipeError, suggestion
 from streammerge.recipe.policies import PARTS
+
+_DEFINITIONS: Final = ("models", "slices", "modules")
+"""The keys that say what is merged, of which a recipe has one."""
+
+
+def in_our_words(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's values as we write them, of two things that recipes for mergekit say otherwise.
+
+    It writes out keys that have nothing beside the one of `models`, `slices` and `modules` that is meant. Published
+    recipes call the seed `random_seed`; a `seed`, which options give too, counts before it.
+    """
+    is_said = any(raw.get(key) is not None for key in _DEFINITIONS)
+    empty = [key for key in _DEFINITIONS if is_said and key in raw and raw[key] is None]
+    made = {key: value for key, value in raw.items() if key not in empty}
+    if (seed := made.pop("random_seed", None)) is not None:
+        made.setdefault("seed", seed)
+    return made
+
+
+def check_keys(raw: Mapping[Any, Any], known: Iterable[str], where: str) -> None:
+    """RecipeError for the first key that is not known, with the one that is likely to be meant."""
+    known = list(known)
+    for key in raw:
+        if key not in known:
+            from streammerge.methods import METHODS  # late: help pages need none of them
+
+            is_parameter = "parameters" in known and any(key in method.parameter_names for method in METHODS.values())
+            hint = f"Write it under parameters: {{{key}: …}}. " if is_parameter else suggestion(str(key), known)
+            raise RecipeError(f"{where}: unknown key {key!r}", advice=f"{hint}Known: {', '.join(known)}.")
 
 
 def parse_seed(raw: Any, where: str) -> int | None:  # noqa: ANN401

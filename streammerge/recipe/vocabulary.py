@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from streammerge.errors import RecipeError, suggestion
+from streammerge.errors import RecipeError
+from streammerge.recipe.spellings import check_keys
 
 SOURCE: Final = "tokenizer_source"
 
@@ -86,7 +87,7 @@ def parse_vocabulary(raw: Mapping[str, Any], where: str, named: Named) -> Vocabu
     if not isinstance(whole, dict):
         raise RecipeError(f"{where}: tokenizer must be a map with a source, found {whole!r}")
     where = f"{where}: tokenizer"
-    _check_keys(whole, KEYS, where)
+    check_keys(whole, KEYS, where)
     made = _of(whole.get("source", UNION), f"{where}: source", named)
     tokens = whole.get("tokens") or {}
     if not isinstance(tokens, dict) or len(tokens) > MAX_TOKENS:
@@ -107,14 +108,6 @@ def _of(raw: Any, where: str, named: Named) -> Vocabulary:  # noqa: ANN401
     return Vocabulary(named(raw, where), is_model=True)
 
 
-def _check_keys(raw: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
-    for key in raw:
-        if key not in known:
-            raise RecipeError(
-                f"{where}: unknown key {key!r}", advice=f"{suggestion(str(key), list(known))}Known: {', '.join(known)}."
-            )
-
-
 def _multiple(raw: Any, where: str) -> int:  # noqa: ANN401
     if raw is None:
         return 1
@@ -132,7 +125,7 @@ def _row(token: Any, raw: Any, where: str, named: Named) -> TokenRow:  # noqa: A
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
         raise RecipeError(f"{where}: expected a map with source and force, found {str(raw)[:60]!r}")
-    _check_keys(raw, ("source", "force"), where)
+    check_keys(raw, ("source", "force"), where)
     force, source = raw.get("force", False), raw.get("source")
     if not isinstance(force, bool):
         raise RecipeError(f"{where}: force must be true or false, found {force!r}")
@@ -148,11 +141,11 @@ def _row(token: Any, raw: Any, where: str, named: Named) -> TokenRow:  # noqa: A
 def _of_kind(token: str, raw: Mapping[str, Any], where: str, named: Named, *, force: bool) -> TokenRow:
     """mergekit's kinds of sources."""
     if raw["kind"] == "zero":
-        _check_keys(raw, ("kind",), where)
+        check_keys(raw, ("kind",), where)
         return TokenRow(token, "zero", force=force)
     if raw["kind"] != "model_token":
         raise RecipeError(f"{where}: kind must be zero or model_token, found {raw['kind']!r}")
-    _check_keys(raw, ("kind", "model", "token", "token_id"), where)
+    check_keys(raw, ("kind", "model", "token", "token_id"), where)
     other, number = raw.get("token"), raw.get("token_id")
     if (other is None) == (number is None) or not isinstance(other, str | None):
         raise RecipeError(f"{where}: expected one of token, a text, and token_id, a number")

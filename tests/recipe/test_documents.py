@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 import streammerge
 from streammerge.cli.main import main
 from streammerge.errors import RecipeError
-from streammerge.recipe.files import read_recipe_file
+from streammerge.recipe.files import as_recipe, read_recipe_file
+from streammerge.recipe.recipe import Recipe
+from streammerge.recipe.vocabulary import Vocabulary
 from tests.make.folders import llama_tensors, save_llama
 
 CHAIN = """
@@ -129,3 +131,40 @@ def test_a_key_that_nobody_refers_to_is_a_mistake():
     recipe = written("merge_method: linear\ncnst: &M A\nmodels: [A, B]\n")
     with pytest.raises(RecipeError, match="unknown key 'cnst'"):
         streammerge.make_plan(recipe, output="OUT")
+
+
+TOKENS = """
+name: one
+merge_method: linear
+models: [A, B]
+---
+merge_method: linear
+models: [{model: one, name: first}, B]
+"""
+
+
+def vocabulary_of(text: str) -> Vocabulary:
+    recipe = as_recipe(written(text), {})
+    assert isinstance(recipe, Recipe)
+    assert recipe.vocabulary is not None
+    return recipe.vocabulary
+
+
+@pytest.mark.parametrize("source", ["one", "{model: {path: one}}", "{path: one}"])
+def test_a_document_may_be_where_tokens_come_from(source):
+    assert vocabulary_of(f"{TOKENS}tokenizer_source: {source}\n") == Vocabulary("first", is_model=True)
+
+
+@pytest.mark.parametrize("row", ["one", "{kind: model_token, model: one, token: x}"])
+def test_a_document_may_be_where_a_token_s_row_comes_from(row):
+    text = f"{TOKENS}tokenizer: {{source: base, tokens: {{one: {{source: {row}}}, source: {{source: A}}}}}}\n"
+    with pytest.raises(RecipeError, match="token 'source': source: 'A' is none of the models"):
+        vocabulary_of(text)
+    rows = vocabulary_of(text.replace("source: A", "source: B")).tokens
+    assert [(each.token, each.model) for each in rows] == [("one", "first"), ("source", "B")]
+
+
+def test_a_document_is_not_used_by_giving_tokens():
+    text = TOKENS.replace("{model: one, name: first}", "A")
+    with pytest.raises(RecipeError, match="2 of these merges are used by no other"):
+        vocabulary_of(f"{text}tokenizer_source: one\n")

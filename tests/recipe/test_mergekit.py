@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from streammerge.errors import RecipeError
 from streammerge.models.dtypes import STORED_DTYPES, Scaled, parse_dtype
 from streammerge.recipe.parameters import Condition
 from streammerge.recipe.parse import Input, Recipe
@@ -165,3 +166,22 @@ def test_every_spelling_of_a_dtype_is_known(spelling):
     assert dtype == STORED_DTYPES[spelling]
     stored = dtype.codes if isinstance(dtype, Scaled) else dtype
     assert stored is None or (stored.mergeable and spelling != "keep")
+
+
+@pytest.mark.parametrize("keys", ["slices:\nmodules: null", "slices: ~"])
+def test_what_is_empty_beside_the_models_is_not_there(keys):
+    text = f"merge_method: linear\nmodels: [./a, ./b]\nbase_model:\ntokenizer:\n{keys}\n"
+    assert parse(text) == linear(models=["./a", "./b"])
+
+
+def test_the_seed_of_published_recipes():
+    assert linear(random_seed=7).seed == 7
+    assert linear(random_seed=7, seed=8).seed == 8
+    assert linear(random_seed=None).seed is None
+
+
+def test_a_path_has_no_revisions(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / FOLDER / "org" / "a").mkdir(parents=True)
+    with pytest.raises(RecipeError, match="org/a is no model of the hub, and others have no revisions, found 'v1'"):
+        linear(models=[{"model": {"path": "org/a", "revision": "v1"}}])

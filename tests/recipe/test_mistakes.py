@@ -61,7 +61,7 @@ REFUSED_KEYS: dict[str, tuple[dict[Any, Any], str]] = {
     "a key that is a number": ({7: 1}, "recipe: unknown key 7\n  Known: "),
     "an unknown key of a model": (
         {"models": [{"model": "a", "weight": 0.5}]},
-        "recipe: model 1: unknown key 'weight'\n  Known: model, name, parameters",
+        r"recipe: model 1: unknown key 'weight'\n  Write it under parameters: {weight: …}. Known: model, name",
     ),
     "a model without its file": ({"models": ["a", {"name": "b"}]}, "recipe: model 2: the key 'model' is missing"),
     "a model that is a number": ({"models": [7]}, "recipe: model 1: expected a path or a recipe, found 7"),
@@ -69,7 +69,11 @@ REFUSED_KEYS: dict[str, tuple[dict[Any, Any], str]] = {
     "a model that is a list": ({"models": [["a"]]}, "recipe: model 1: expected a path or a recipe, found"),
     "a model with a revision": (
         {"models": [{"model": {"path": "a", "revision": "x"}}]},
-        "recipe: model 1: hf://a@x: is no model's name",
+        "recipe: model 1: a is no model of the hub, and others have no revisions",
+    ),
+    "an architecture": (
+        {"models": [{"model": {"model": {"path": "a"}, "override_architecture": "x"}}]},
+        "recipe: model 1: unknown key 'override_architecture'\n  Known: model, lora",
     ),
     "a revision that is a list": (
         {"models": [{"model": {"path": "a/b", "revision": ["x"]}}]},
