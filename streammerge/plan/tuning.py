@@ -20,6 +20,7 @@ from streammerge.recipe.parameters import (
     Setting,
     check_blocks,
     filters_of,
+    hidden_filters,
     is_by_block,
     is_gradient,
     values_of,
@@ -102,6 +103,10 @@ class Tuning:
                 for part in dict.fromkeys(filters_of(setting)):
                     if part not in names and not place.ignores(self.method, name):
                         yield f"{place.where}: the filter {part!r} of {name} fits no tensor"
+                for part, hiding in hidden_filters(setting):
+                    late = repr(part) if part else "all others"
+                    first = f"the filter {hiding!r}" if hiding else "a value without a filter"
+                    yield f"{place.where}: the value of {name} for {late} is never taken: {first} stands before it"
 
     def _resolved(self, sources: ParameterSources, name: str) -> Values:
         found = sources.resolve(self.method, name, self.models, self.layers, self.blocks)

@@ -136,6 +136,15 @@ def filters_of(setting: Setting) -> Iterator[str]:
         yield from (part.filter for part in setting if isinstance(part, Condition))  # type: ignore[union-attr]
 
 
+def hidden_filters(setting: Setting) -> Iterator[tuple[str, str]]:
+    """The conditions' filters that no tensor comes to, each with one before it that fits every name that it fits."""
+    earlier: list[str] = []
+    for part in filters_of(setting):
+        if (hiding := next((each for each in earlier if each in part), None)) is not None:
+            yield part, hiding
+        earlier.append(part)
+
+
 def leaves_out(setting: Setting | None, name: str) -> bool:
     """Whether the setting is a list of conditions of which none fits the tensor's name."""
     return setting is not None and is_conditional(setting) and not any(part in name for part in filters_of(setting))

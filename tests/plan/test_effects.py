@@ -213,6 +213,15 @@ def test_a_filter_that_fits_nothing_is_told():
     assert made.remarks == ("recipe: the filter 'q_porj' of t fits no tensor",)
 
 
+@pytest.mark.parametrize("first", [{"value": 1}, {"filter": "layers", "value": 1}])
+def test_a_filter_behind_one_that_fits_all_of_it_is_told(first):
+    conditions = [first, {"filter": "layers.1", "value": 0.5}, {"filter": "w", "value": 0}]
+    made = merged(recipe(METHODS["slerp"], parameters={"t": conditions}))
+    before = "the filter 'layers'" if "filter" in first else "a value without a filter"
+    assert made.remarks[0] == f"recipe: the value of t for 'layers.1' is never taken: {before} stands before it"
+    assert len(made.remarks) == (1 if "filter" in first else 2)
+
+
 @pytest.mark.parametrize("over", ["models", "rule", "copied"])
 def test_a_value_that_no_tensor_takes_is_told(over):
     raw = recipe(METHODS["linear"], parameters={"weight": 1})
