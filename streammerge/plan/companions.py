@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from streammerge.errors import OutputError
+from streammerge.errors import OutputError, listed
 from streammerge.formats.companions import Companion
 from streammerge.formats.layout import FOLDER_STEMS, is_file_name
 from streammerge.formats.pipelines import INDEX
 from streammerge.models import configs
 from streammerge.models.checkpoints import Checkpoint
+from streammerge.models.config_meaning import contradictions
 from streammerge.models.configs import OF_DIFFUSERS, Adapted, adapt, config_in, embedding_and_head
 from streammerge.models.folders import ModelFolder, read_folder, root_of, stem_of
 from streammerge.models.merged import Merged
@@ -21,6 +22,7 @@ from streammerge.plan.beside import CONFIG, Beside, card_beside, kept_of, of_a_f
 from streammerge.plan.pipelines import PipelineFolder, pipeline_of
 from streammerge.plan.templates import wanted_template, with_template
 from streammerge.plan.tokenizer_files import TokenizerFiles
+from streammerge.recipe.metadata import stored_names
 from streammerge.recipe.options import Options
 from streammerge.recipe.recipe import Recipe
 from streammerge.tensors import Model
@@ -91,7 +93,8 @@ class _Folder:
         if adapted is not None and adapted.changed:
             made = Companion(CONFIG, adapted.encoded(), ", ".join(adapted.changed))
             kept = [made if each.name == CONFIG else each for each in kept]
-        notes = [f"{CONFIG}: {note}" for note in (adapted.notes if adapted else ())]
+        said = (*(adapted.notes if adapted else ()), *self._contradictions(own or {}))
+        notes = [f"{CONFIG}: {note}" for note in said]
         if self.recipe is not None and is_renamed(self.recipe):
             notes.append(f"{CONFIG} is that of the layout, whose tensors have other names here: see whether it fits")
         if self.recipe is not None and self.recipe.chat_template:
@@ -103,6 +106,15 @@ class _Folder:
             card, told = card_beside(self.recipe, self.output, library)
             kept, notes = [*kept, *card], [*notes, *told]
         return Beside(tuple(kept), stem, tuple(notes), tuple(left))
+
+    def _contradictions(self, config: Mapping[str, Any]) -> Iterator[str]:
+        """Where other models' configs say that their weights are for another arithmetic."""
+        found: dict[tuple[str, str, str], list[str]] = {}
+        for path, name in stored_names(self._paths()).items():
+            for each in contradictions(config, stated_in(path)):
+                found.setdefault((each.key, str(each.own)[:60], str(each.other)[:60]), []).append(name)
+        for (key, own, other), names in found.items():
+            yield f"{key} is {own}, as in the layout, while it is {other} in {listed(names)}: see whether they fit"
 
     def _adapted(self, config: Mapping[str, Any]) -> Adapted:
         untied, layers = self._unties(config), self._layers()

@@ -12,10 +12,11 @@ import pytest
 import streammerge
 from streammerge.cli.main import main
 from streammerge.errors import CheckpointError, OutputError
+from streammerge.models.config_meaning import Contradiction, contradictions
 from streammerge.recipe.card import CARD
 from streammerge.storage.placing import state_of
 from streammerge.storage.records import VERSION, encode
-from tests.make.folders import TOKENIZER, llama_tensors, save_folder, save_llama
+from tests.make.folders import TOKENIZER, llama_config, llama_tensors, save_folder, save_llama
 from tests.storage.outputs import digests
 
 COPIED = {**TOKENIZER, "modeling_x.py": "raise SystemExit(7)", "1_Pooling/config.json": "{}"}
@@ -328,3 +329,28 @@ def test_models_in_python_have_companions_too(folders):
         streammerge.merge(streammerge.Cast(a, "fp16"), output="CAST")
     assert files() == sorted(["model.safetensors", "config.json", *COPIED])  # no recipe, no card
     assert json.loads(Path("CAST/config.json").read_text())["torch_dtype"] == "float16"
+
+
+def test_configs_that_contradict_each_other_are_told(tmp_path):
+    for name, changes in {
+        "a": {"rope_theta": 1e4, "text_config": {"head_dim": 4}, "num_key_value_heads": 2, "hidden_act": "silu"},
+        "b": {
+            "rope_theta": 1e6,
+            "text_config": {"head_dim": 8},
+            "num_key_value_heads": 2,
+            "rope_scaling": {"factor": 2},
+        },
+        "c": {"rope_theta": 1e6, "text_config": {}, "hidden_act": None, "transformers_version": "x"},
+    }.items():
+        save_folder(tmp_path / name, llama_tensors(1), {**llama_config(), **changes})
+    recipe = {"merge_method": "linear", "models": [str(tmp_path / name) for name in "abc"]}
+    notes = [note for note in streammerge.make_plan(recipe, output="OUT").notes() if "see whether they fit" in note]
+    assert notes == [
+        "config.json: rope_theta is 10000.0, as in the layout, while it is 1000000.0 in b, c: see whether they fit",
+        "config.json: text_config.head_dim is 4, as in the layout, while it is 8 in b: see whether they fit",
+    ]
+    given = {"model_type": "llava", "head_dim": 7, "text_config": {**llama_config(), "rope_theta": 1e4}}
+    text = {**llama_config(), "rope_theta": 1e6, "head_dim": 8}
+    assert list(contradictions(given, text)) == [Contradiction("text_config.rope_theta", 1e4, 1e6)]
+    other = {**text, "model_type": "mistral"}
+    assert [each.key for each in contradictions(given, other)] == ["model_type", "head_dim"]
