@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 
 import pytest
 import torch
@@ -32,6 +33,18 @@ def test_other_rows_have_another_digest():
     cases = [[(0, 1)], [(0, 2)], [(1, 1)], [(0, 1), (0, 2)], [(0, 1), (0, 1)], [(ZERO, 0)], []]
     assert len({Rows.of(case).digest() for case in cases}) == len(cases)
     assert Rows.of(cases[3]).digest() == Rows.of(list(cases[3])).digest()
+
+
+def test_a_digest_is_of_every_row_and_takes_no_memory():
+    count = 100_000
+    rows = Rows.of((row % 2, 2 * row) for row in range(count))
+    other = Rows.of((row % 2, 2 * row + (row == count - 1)) for row in range(count))
+    assert rows.digest() != other.digest()
+    tracemalloc.start()
+    rows.digest()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < count
 
 
 @pytest.mark.parametrize("width", [(), (1,), (7,), (3, 5), (300,)])
