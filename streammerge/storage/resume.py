@@ -133,6 +133,9 @@ def _resume(begun: Beginning, tell: Tell) -> None:
             f"{begun.plan.output.path}: a merge of models that are Python objects can't be resumed",
             advice="Nobody can tell whether such a model is the same as before. Leave out resume.",
         )
+    begun.is_there = _is_there(begun.plan)
+    if begun.is_there and begun.journal.contents.placing is None:
+        return  # what an earlier run left of the same merge is of no use any more
     changes: list[str] = []
     for number, path in enumerate([begun.journal.path, *set_aside(begun.journal.path)]):
         journal = begun.journal if not number else lock_journal(path, create=False)
@@ -149,7 +152,6 @@ def _resume(begun: Beginning, tell: Tell) -> None:
             changes = changes or found
         if number:
             journal.close()
-    begun.is_there = _is_there(begun.plan)
     if begun.is_there:
         return
     if changes:

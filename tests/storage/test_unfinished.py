@@ -80,3 +80,14 @@ def test_a_finished_merge_leaves_no_journal_whatever_it_finds(tmp_path, paths):
     (tmp_path / f".out.safetensors{JOURNAL_SUFFIX}").write_bytes(b"\xff" * 100)
     run(recipe_of(paths), tmp_path / "out.safetensors", resume=True)
     assert not list(tmp_path.glob(f"*{JOURNAL_SUFFIX}"))
+
+
+def test_what_is_unfinished_is_no_matter_where_the_output_is_complete(tmp_path, paths, monkeypatch):
+    raw, output = recipe_of(paths), tmp_path / "new" / "out.safetensors"
+    stop(monkeypatch, raw, output)
+    run(raw, output)  # from its beginning
+    told: list[str] = []
+    before = output.read_bytes()
+    assert not run(raw, output, told.append, resume=True).threads
+    assert [line for line in told if line.startswith("nothing to do: the output is there already")]
+    assert output.read_bytes() == before
