@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from typing import Final, NoReturn
@@ -52,6 +53,8 @@ def run() -> NoReturn:
     A merge is not judged by whether its last words could be printed; what was only to be shown, fails if it can't be.
     """
     streams, has_merged = guard_streams(), False
+    # torch tells every process that imports it that NumPy is not there, which nothing here has a use for
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     try:
         code = main()
         has_merged = code == DONE and is_merge(sys.argv[1:])

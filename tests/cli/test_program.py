@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from streammerge.cli import main as cli
 from tests.cli.small_models import VALUES, value
 
 SLOW = """
@@ -129,3 +131,20 @@ def test_a_terminal_gets_a_bar_and_a_table(folder):
     assert "\x1b[" in text
     assert "2 merged, 1 copied, 0 dropped" in text
     assert "RAM" in text
+
+
+def test_that_there_is_no_numpy_is_nobody_s_business(monkeypatch):
+    """It is none of our dependencies, and torch tells every process that it is missing."""
+
+    def told(words: object) -> int:
+        warnings.warn("Failed to initialize NumPy: No module named 'numpy' (…)", UserWarning, stacklevel=1)
+        return 0
+
+    monkeypatch.setattr(cli, "command", told)
+    monkeypatch.setattr(os, "_exit", lambda code: None)
+    for name in ("stdout", "stderr"):  # put back what `run` puts others in the place of
+        monkeypatch.setattr(sys, name, getattr(sys, name))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        cli.run()
+    assert not found
