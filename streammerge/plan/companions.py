@@ -46,7 +46,7 @@ def beside_output(merged: Merged, recipe: Recipe | None, output: Path, options: 
             advice=f"Use -o {output.with_suffix('')}, or other names.",
         )
     if is_file_name(output):
-        lost = [f"{output} is a file: the chat template is not written"] if recipe and recipe.chat_template else []
+        lost = [f"{output} is a file: {each} not written" for each in _beyond_weights(merged, recipe)]
         whole = recipe is not None and not recipe.only
         of_pipeline = pipeline.path if (pipeline := pipeline_of(merged, options.names)) and whole else None
         told = (*of_a_file(output, folder, CONFIG), *of_a_file(output, of_pipeline, INDEX))
@@ -57,7 +57,8 @@ def beside_output(merged: Merged, recipe: Recipe | None, output: Path, options: 
     if not options.companions or not isinstance(root, Checkpoint):
         return Beside(stem=stem)
     if folder is None:
-        return Beside(stem=stem, details=tuple(_needed(root)))
+        lost = [f"the layout is a file: {each} not written" for each in _beyond_weights(merged, recipe)]
+        return Beside(stem=stem, notes=tuple(lost), details=tuple(_needed(root)))
     found = read_folder(folder, (file.path for file in root.files))
     if found.library is None:
         none = f"{folder} has no {CONFIG} that is copied, so nothing is written beside the weights"
@@ -66,6 +67,14 @@ def beside_output(merged: Merged, recipe: Recipe | None, output: Path, options: 
         others = tuple((each.name, "it is for diffusers' names") for each in found.companions)
         return Beside(stem=FOLDER_STEMS[0], left=(*found.left, *others))
     return _Folder(merged, recipe, output, options, root, found).beside(stem)
+
+
+def _beyond_weights(merged: Merged, recipe: Recipe | None) -> Iterator[str]:
+    """What the merge makes that is nobody's file yet, and stands in files beside weights alone."""
+    if merged.tokenizer is not None:
+        yield "the tokenizer of the tokens that come out, whose rows the weights have, is"
+    if recipe is not None and recipe.chat_template:
+        yield "the chat template is"
 
 
 @dataclass(frozen=True)

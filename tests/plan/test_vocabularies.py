@@ -478,3 +478,16 @@ def test_equal_tokens_are_told_by_the_tokens_and_not_by_the_text():
     )
     torch.testing.assert_close(merged(two({}))[HEAD], (a[HEAD] + b[HEAD]) / 2)
     assert written_tokens(Path("OUT")) == ids(WORDS)
+
+
+def test_a_tokenizer_that_is_written_nowhere_is_told(capsys):
+    save_with_tokens(Path("A"), 1, WORDS[:18])
+    save_with_tokens(Path("B"), 2, WORDS)
+    lost = "the tokenizer of the tokens that come out, whose rows the weights have, is not written"
+    words = ["--tokenizer-source", "B"]
+    assert main(["A", "B", "-o", "out.safetensors", *words]) == 0
+    assert f"out.safetensors is a file: {lost}" in capsys.readouterr().err
+    assert main(["A/model.safetensors", "B", "-o", "out", *words]) == 0
+    assert f"the layout is a file: {lost}" in capsys.readouterr().err
+    assert main(["A", "B", "-o", "whole", *words]) == 0
+    assert lost not in capsys.readouterr().err
