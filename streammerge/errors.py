@@ -23,6 +23,9 @@ SHOWN: Final = 5
 """How many findings of one kind a message lists before it only counts the rest."""
 
 
+NO_THREADS: Final = "can't start new thread"
+"""What Python says where the system starts no thread."""
+
 WAY_OUT: Final = "Check the folder, its permissions, and the free disk."
 
 
@@ -92,8 +95,17 @@ def machine_is_full() -> OutOfMemoryError:
     )
 
 
-def refusal(error: OSError | MemoryError) -> MergeError:
+def is_of_the_system(error: OSError | MemoryError | RuntimeError) -> bool:
+    """Whether it is the system that refuses; of a RuntimeError, which is a bug's else, only its words tell."""
+    return not isinstance(error, RuntimeError) or str(error) == NO_THREADS
+
+
+def refusal(error: OSError | MemoryError | RuntimeError) -> MergeError:
     """The error to tell when the system refuses something and nobody nearer could say it better."""
+    if isinstance(error, RuntimeError):
+        return MergeError(
+            "the system allows no more threads", advice="Take fewer with --threads 1, or allow more (ulimit -u, -v)."
+        )
     if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
         return machine_is_full()
     where = f"{error.filename}: " if error.filename else ""
@@ -195,7 +207,9 @@ def saying_what_is_on_disk(state: Callable[[], str] = lambda: "Nothing was writt
     except KeyboardInterrupt as interrupt:
         interrupt.args = interrupt.args or (state(),)
         raise
-    except (OSError, MemoryError) as error:
+    except (OSError, MemoryError, RuntimeError) as error:
+        if not is_of_the_system(error):
+            raise
         refused = refusal(error)
         refused.state = state()
         raise refused from error

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from streammerge.errors import DeviceError
+
 IoMode = Literal["auto", "mmap", "pread"]
 
 
@@ -238,11 +240,20 @@ def torch_version() -> str:
 
 
 def import_torch() -> None:
-    """Import torch without looking for garbage on the way: there is none, and the search takes a tenth of the time."""
+    """Import torch without looking for garbage on the way: there is none, and the search takes a tenth of the time.
+
+    DeviceError if it is not there, or can't be loaded, as where a process may have too little memory.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
         import torch  # noqa: F401
+    except (ImportError, OSError) as error:
+        raise DeviceError(
+            f"torch can't be loaded: {error}",
+            advice="Allow the process more memory (ulimit -v), or install torch anew: pip install --force-reinstall "
+            "torch.",
+        ) from error
     finally:
         if enabled:
             gc.enable()

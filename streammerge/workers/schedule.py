@@ -51,16 +51,18 @@ def run(
     schedule = Schedule(works, copying, held_bytes)
     threads = [threading.Thread(target=_work, args=(schedule, maker), daemon=True) for maker in makers]
     with bus_errors_are_caught():
-        for thread in threads:
-            thread.start()
+        started: list[threading.Thread] = []
         try:
+            for thread in threads:
+                thread.start()
+                started.append(thread)
             finished = False
             while not finished:
                 finished = schedule.finished.wait(0.05)
                 watch()
         finally:
             schedule.stop()
-            for thread in threads:
+            for thread in started:
                 thread.join()
     if schedule.error is not None:
         raise schedule.error

@@ -16,6 +16,7 @@ from streammerge.compute.machine import (
     is_virtual_machine,
     share_out,
 )
+from streammerge.errors import DeviceError
 
 
 @pytest.fixture
@@ -121,3 +122,9 @@ def test_what_is_free_is_free_in_the_container(tmp_path: Path, monkeypatch, limi
     (tmp_path / "memory.current").write_text(taken + "\n")
     assert free_bytes(tmp_path) == (10**9 if free is None else free)
     assert free_bytes(tmp_path / "nothing") == 10**9
+
+
+def test_a_torch_that_can_not_be_loaded_is_no_traceback(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(DeviceError, match=r"torch can't be loaded: .*\n  Allow the process more memory"):
+        machine.import_torch()

@@ -13,18 +13,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import streammerge
 from streammerge.compute import costs
 from streammerge.compute.combining import combine
 from streammerge.compute.costs import WINDOW_BYTES, window_blocks
 from streammerge.compute.expressions import BLOCK, ByGram, External, Stored, Term
 from streammerge.compute.survey import Survey
+from streammerge.errors import MergeError
 from streammerge.formats.readers import FileRange
 from streammerge.methods import METHODS
 from streammerge.storage.ledger import Ledger
 from streammerge.tensors import DTYPES, TensorInfo
-from streammerge.workers.schedule import AHEAD_BYTES, AHEAD_WINDOWS, LARGE, Schedule
+from streammerge.workers.schedule import AHEAD_BYTES, AHEAD_WINDOWS, LARGE, Schedule, _work
 from streammerge.workers.windows import MergeWork, Window, ranges_of
-from tests.make.models import MemoryModel, store_tensors
+from tests.make.models import MemoryModel, make_tensors, merge_to, save_models, store_tensors
 from tests.workers.jobs import MemorySink, job_of
 
 # ── the schedule ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -273,3 +275,23 @@ def test_the_more_models_the_shorter_the_windows(tmp_path, models, dtype):
     read = sum(BLOCK * DTYPES[dtype].bits // 8 for _ in leaves)
     assert blocks == 1 or blocks * read <= WINDOW_BYTES
     assert blocks == costs.WINDOW or (blocks + 1) * read > WINDOW_BYTES
+
+
+def test_where_the_system_starts_no_more_threads_those_that_run_are_stopped(tmp_path, monkeypatch):
+    """Else they would go on to write to an output that is removed."""
+    start = threading.Thread.start
+    workers: list[threading.Thread] = []
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread._target is _work and workers:  # type: ignore[attr-defined]
+            raise RuntimeError("can't start new thread")
+        workers.extend([thread] if thread._target is _work else [])  # type: ignore[attr-defined]
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    paths = save_models(tmp_path, a=make_tensors(1), b=make_tensors(2))
+    with pytest.raises(MergeError, match=r"the system allows no more threads\n.*unfinished output was removed"):
+        merge_to(tmp_path / "out.safetensors", streammerge.linear(paths["a"], paths["b"]), threads=2)
+    assert len(workers) == 1
+    assert not workers[0].is_alive()
+    assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", "b.safetensors"}

@@ -27,6 +27,7 @@ def run(words: Sequence[str]) -> int:
 
 def compare(arguments: argparse.Namespace) -> int:
     """Compare two models and show how far they are apart."""
+    from streammerge.compute.machine import import_torch
     from streammerge.formats.claims import Claims, input_claims
     from streammerge.models.checkpoints import open_model
     from streammerge.models.entries import entries_of
@@ -44,6 +45,7 @@ def compare(arguments: argparse.Namespace) -> int:
         watching("compare", quiet=arguments.quiet) as watch,
     ):
         (input_claims((*a.files, *b.files)) + written).check()
+        import_torch()
         from streammerge.tools import similarity
 
         compared = similarity.compare_models(
