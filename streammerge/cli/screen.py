@@ -60,18 +60,20 @@ def _bar(what: str) -> Iterator[Watch]:
 
 
 def _lines(what: str) -> Watch:
-    started = last = time.monotonic()
+    last = time.monotonic()
+    begun: dict[str, tuple[float, int]] = {}
 
     def watch(progress: Progress) -> None:
         nonlocal last
-        now = time.monotonic()
+        now, doing = time.monotonic(), progress.stage or what
+        # neither what went before, such as the import of torch, nor what an earlier run did says how fast it goes
+        since, before = begun.setdefault(doing, (now, progress.done_bytes))
         if now - last >= PLAIN_INTERVAL:
             last = now
             share = progress.done_bytes / progress.total_bytes if progress.total_bytes else 1.0
-            rate = progress.done_bytes / (now - started)
-            left = (progress.total_bytes - progress.done_bytes) / rate if rate else 0.0
-            doing = progress.stage or what
-            say_on_stderr(f"{doing}: {share:.0%}, {format_size(rate)}/s, {left:.0f} s left, {memory_now()}")
+            rate = (progress.done_bytes - before) / (now - since) if now > since else 0.0
+            left = f"{(progress.total_bytes - progress.done_bytes) / rate:.0f} s left, " if rate > 0 else ""
+            say_on_stderr(f"{doing}: {share:.0%}, {format_size(rate)}/s, {left}{memory_now()}")
 
     return watch
 
