@@ -15,7 +15,7 @@ def combine(info: TensorInfo, terms: tuple[Term, ...], divisor: float = 1.0) -> 
     What has the coefficient 0 is never read: 0.5·depth + 0.5·waifu over one base does not read the base. A tensor that
     occurs twice is read once.
     """
-    from streammerge.methods.registry import net  # late: who only opens a checkpoint needs no method
+    from streammerge.methods.results import net  # late: who only opens a checkpoint needs no method
 
     parts = list(_flatten(terms, 1.0, 1.0))
     common = {below for _, below, _ in parts}

@@ -9,7 +9,8 @@ from typing import Annotated, Final, Literal
 
 from streammerge.methods.contract import Between, ParameterValue, PerModel
 from streammerge.methods.linear import check_weights, normalized
-from streammerge.methods.registry import GramMethod, method, net
+from streammerge.methods.registry import GramMethod, method
+from streammerge.methods.results import net
 from streammerge.methods.statistics.gram import Gram, Products
 from streammerge.methods.statistics.slices import Slices
 

@@ -9,7 +9,8 @@ from streammerge.errors import MethodError
 from streammerge.methods.contract import ParameterValue, PerModel, Share
 from streammerge.methods.linear import check_weights
 from streammerge.methods.place import Place, Target
-from streammerge.methods.registry import BlockMethod, Needs, Statistics, method, net
+from streammerge.methods.registry import BlockMethod, Needs, Statistics, method
+from streammerge.methods.results import net
 from streammerge.methods.sparse import banded_kernel, divided, elect_and_sum, l1_pass, merge_step
 from streammerge.methods.statistics.ranking import begin_ranking
 from streammerge.methods.statistics.ranks import Cut, Ranking

@@ -8,7 +8,8 @@ from typing import Any
 
 from streammerge.errors import MethodError
 from streammerge.methods.contract import ParameterValue, PerModel
-from streammerge.methods.registry import LinearMethod, Quotient, method, net
+from streammerge.methods.registry import LinearMethod, Quotient, method
+from streammerge.methods.results import net
 
 
 @method(LinearMethod)

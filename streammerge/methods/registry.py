@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
@@ -388,20 +387,3 @@ def find_method(name: str) -> Method:
             f"unknown merge method {name!r}",
             advice=f"{suggestion(name, METHODS)}Known methods: {', '.join(sorted(METHODS))}.",
         ) from None
-
-
-def net(*contributions: float) -> float:
-    """The contributions' sum, exactly 0 where they cancel but for the rounding of decimal fractions.
-
-    1 - 0.1 - 0.2 - 0.7 is 0 to whoever typed it, and a base that is multiplied by 0 need not be read. Contributions
-    that are too large to be added come to no number.
-    """
-    if len(contributions) == 1:
-        return contributions[0] if math.isfinite(contributions[0]) else math.nan
-    try:
-        total, size = math.fsum(contributions), math.fsum(abs(value) for value in contributions)
-    except (OverflowError, ValueError):
-        return math.nan
-    if not math.isfinite(size):
-        return math.nan
-    return 0.0 if abs(total) <= 4 * 2.0**-53 * size else total

@@ -1,4 +1,4 @@
-"""What merge methods give, made sure of: a user's own may give anything."""
+"""What merge methods give, made sure of: a user's own may give anything; and sums that come to 0 as typed."""
 
 from __future__ import annotations
 
@@ -50,3 +50,20 @@ def checked_coefficients(name: str, made: Any) -> Sequence[float]:  # noqa: ANN4
 
 def _kind(made: Any) -> str:  # noqa: ANN401
     return "nothing (None)" if made is None else f"a {type(made).__name__}"
+
+
+def net(*contributions: float) -> float:
+    """The contributions' sum, exactly 0 where they cancel but for the rounding of decimal fractions.
+
+    1 - 0.1 - 0.2 - 0.7 is 0 to whoever typed it, and a base that is multiplied by 0 need not be read. Contributions
+    that are too large to be added come to no number.
+    """
+    if len(contributions) == 1:
+        return contributions[0] if math.isfinite(contributions[0]) else math.nan
+    try:
+        total, size = math.fsum(contributions), math.fsum(abs(value) for value in contributions)
+    except (OverflowError, ValueError):
+        return math.nan
+    if not math.isfinite(size):
+        return math.nan
+    return 0.0 if abs(total) <= 4 * 2.0**-53 * size else total

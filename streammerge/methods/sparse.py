@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from streammerge.methods.contract import Parameters, PerModel, Share
 from streammerge.methods.linear import check_weights
-from streammerge.methods.registry import BlockMethod, Statistics, method, net
+from streammerge.methods.registry import BlockMethod, Statistics, method
+from streammerge.methods.results import net
 from streammerge.methods.statistics.ranking import begin_ranking
 from streammerge.methods.statistics.ranks import Cut, Ranking
 from streammerge.methods.statistics.sums import L1Pass, SumPass, VectorPass

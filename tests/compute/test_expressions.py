@@ -32,7 +32,7 @@ from streammerge.compute.tensor_maker import TensorMaker
 from streammerge.formats.files import ByteFile
 from streammerge.formats.readers import PositionalReader
 from streammerge.methods import find_method
-from streammerge.methods.registry import net
+from streammerge.methods.results import net
 from streammerge.models.merged import Merged
 from streammerge.models.shapes import placed, reshaped
 from streammerge.tensors import DTYPES, TensorInfo

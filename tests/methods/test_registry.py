@@ -8,7 +8,8 @@ import pytest
 import streammerge
 from streammerge.errors import RecipeError
 from streammerge.methods import METHODS, find_method
-from streammerge.methods.registry import LinearMethod, method, net
+from streammerge.methods.registry import LinearMethod, method
+from streammerge.methods.results import net
 from streammerge.methods.statistics.brackets import Gathering, Sample
 from streammerge.methods.statistics.gram import GramPass
 from streammerge.methods.statistics.histograms import Equals, LowerBits, UpperBits
