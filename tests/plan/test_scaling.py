@@ -264,8 +264,9 @@ def test_what_the_scale_was_measured_by_is_not_read_again_for_the_codes(tmp_path
 
 def test_a_merge_of_scaled_merges_has_the_scales_of_its_own(tmp_path, large):
     inner = recipe_of(large["a"], large["b"])
-    tenfold = {"merge_method": "linear", "models": [{"model": inner, "name": "x", "parameters": {"weight": 10}}]}
-    tenfold |= {"parameters": {"normalize": False}, "dtype": "fp8_scaled"}
+    nested = {"model": inner, "name": "x", "parameters": {"weight": 10}}
+    tenfold: dict[str, Any] = {"merge_method": "linear", "models": [nested], "parameters": {"normalize": False}}
+    tenfold["dtype"] = "fp8_scaled"
     found = merge_to(tmp_path / "out.safetensors", tenfold, threads=1)
     wanted = in_halves(load_model(large["a"]), load_model(large["b"]))
     for name in LARGE:
