@@ -123,6 +123,10 @@ _FIRST_CONVOLUTIONS: Final = (
 _INPUT_CHANNELS: Final = {5: "depth", 7: "upscaler", 8: "instruct-pix2pix", 9: "inpainting"}
 """What a UNet is for whose first convolution takes so many channels, beside the usual 4 of the latent image."""
 
+_FIRST_MATRICES: Final = ("img_in.weight", "x_embedder.weight")
+_INPUT_COLUMNS: Final = {128: "control", 384: "Fill"}
+"""The same of Flux, which takes the image in patches of 64 numbers; Canny and Depth are built alike."""
+
 
 def guess_architecture(tensors: Mapping[str, TensorInfo]) -> str:
     """The model's architecture by its header alone, such as "Stable Diffusion 2 (depth)", or "unknown"."""
@@ -164,25 +168,26 @@ def _variant(sign: _Sign, prefix: str, tensors: Mapping[str, TensorInfo]) -> str
     if "{}" in sign.name:
         layers = sign.layers(tensors, prefix)
         return f", {layers} layer" if layers == 1 else f", {layers} layers"
-    purpose = _purpose(prefix, tensors)
+    purpose = _purpose(sign, prefix, tensors)
     return f" ({purpose})" if purpose else ""
 
 
-def _purpose(prefix: str, tensors: Mapping[str, TensorInfo]) -> str:
-    found = (tensors.get(prefix + name) for name in _FIRST_CONVOLUTIONS)
+def _purpose(sign: _Sign, prefix: str, tensors: Mapping[str, TensorInfo]) -> str:
+    is_flux = sign.architecture == "Flux"
+    found = (tensors.get(prefix + name) for name in (_FIRST_MATRICES if is_flux else _FIRST_CONVOLUTIONS))
     channels = next((info.shape[1] for info in found if info is not None and info.shape[1:2]), 0)
-    return _INPUT_CHANNELS.get(channels, "")
+    return (_INPUT_COLUMNS if is_flux else _INPUT_CHANNELS).get(channels, "")
 
 
 def purpose_of(tensors: Mapping[str, TensorInfo]) -> str:
-    """What a UNet takes channels for beside the latent image, such as "inpainting"; "" for one that takes none."""
+    """What a denoiser takes channels for beside the latent image, such as "inpainting"; "" for one that takes none."""
     found = _first_sign(tensors)
-    return _purpose(found[1], tensors) if found else ""
+    return _purpose(*found, tensors) if found else ""
 
 
-def is_first_convolution(name: str) -> bool:
-    """Whether a denoiser's tensor of this name is the convolution that takes these channels."""
-    return name.endswith(_FIRST_CONVOLUTIONS)
+def takes_channels(name: str) -> bool:
+    """Whether a denoiser's tensor of this name is the layer that takes these channels."""
+    return name.endswith((*_FIRST_CONVOLUTIONS, *_FIRST_MATRICES))
 
 
 def _enumerated(labels: list[str]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from streammerge.errors import PlanError, count, plural
-from streammerge.models.architecture import component_of, family_of, is_first_convolution, purpose_of
+from streammerge.models.architecture import component_of, family_of, purpose_of, takes_channels
 from streammerge.models.decisions import Decisions
 from streammerge.models.merged import Merged
 from streammerge.models.prediction import EPSILON, Prediction, stated_prediction
@@ -35,7 +35,7 @@ STARTS: Final = ("model.diffusion_model.", "diffusion_model.", "unet.", "transfo
 class Meaning:
     """Which models give the output's denoiser: noted while a merge's tensors are decided on, and judged afterwards.
 
-    `inputs` are the models that are merged. `purposes` say what UNets take more channels for, `convolution` is the one
+    `inputs` are the models that are merged. `purposes` say what denoisers take more channels for, `first` is the layer
     that is merged and takes them. `architectures` are those of models that don't mix with others, `said` is
     what models say that they predict; `givers` are the models that give any of the denoiser, each with such a tensor.
     """
@@ -46,7 +46,7 @@ class Meaning:
     said: Mapping[str, Prediction | None]
     has_ema: bool
     purposes: Mapping[str, str] = field(default_factory=dict)
-    convolution: str = ""
+    first: str = ""
     givers: dict[str, str] = field(default_factory=dict)
     is_merged: bool = False
 
@@ -64,8 +64,8 @@ class Meaning:
 
     def note_merged(self, name: str) -> None:
         """The tensor is merged of all inputs."""
-        if self._take_different_things and is_first_convolution(name) and component_of(name) in DENOISER:
-            self.convolution = name
+        if self._take_different_things and takes_channels(name) and component_of(name) in DENOISER:
+            self.first = name
         if not self.is_merged and self._is_watched and component_of(name) in DENOISER:
             self.is_merged = True
             self.givers.update(dict.fromkeys(self.inputs, name))
@@ -107,13 +107,13 @@ class Meaning:
             )
 
     def _check_purposes(self) -> None:
-        """PlanError for channels of one convolution that mean one thing in one model, and another in another."""
-        if self.convolution:
+        """PlanError for channels of one layer that mean one thing in one model, and another in another."""
+        if self.first:
             raise PlanError(
                 f"{' and '.join(self.purposes)} take different things beside the latent image, and what is mixed of "
                 "the channels for these takes neither",
                 found=[f"{name}   {purpose}" for name, purpose in self.purposes.items()],
-                advice=f"Keep {self.layout}'s first convolution: --keep '{self.convolution}'.",
+                advice=f"Keep {self.layout}'s first layer: --keep '{self.first}'.",
             )
 
     @property

@@ -179,3 +179,14 @@ def test_channels_for_different_things_are_not_mixed(policy):
     kept = merged(two, on_shape_mismatch=policy, rules=[{"match": first, "keep": True}])
     assert fates(kept)[UNET] == "merged: linear"
     assert merged({name: models[name] for name in ("inpainting", "plain")}, on_shape_mismatch=policy)
+
+
+def test_flux_for_filling_is_not_mixed_with_flux_for_control():
+    wide = {name: (8, size) for name, size in {"dev": 64, "control": 128, "fill": 384}.items()}
+    models = {
+        name: header(img_in__weight=shape, double_blocks__0__img_attn__proj__weight=(8, 8))
+        for name, shape in wide.items()
+    }
+    with pytest.raises(PlanError, match=r"fill   Fill(.|\n)*--keep 'img_in.weight'"):
+        merged({name: models[name] for name in ("control", "fill")}, on_shape_mismatch="overlap")
+    assert merged({name: models[name] for name in ("fill", "dev")}, on_shape_mismatch="overlap")
