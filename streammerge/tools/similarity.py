@@ -119,8 +119,8 @@ def compare_models(
     works = (_Comparing(name, [model.node(name) for model in values], found, progress) for name in comparable)
     paths = [file.path for file in (*a.files, *b.files)]
     devices = find_devices(device)
-    shared = replace(share_out(LANE_BYTES, threads), blocks=CARD_BLOCKS.get(devices[0].type, USUAL_BLOCKS))
-    lanes = open_lanes(devices, choose_io(io, paths), shared)
+    allotted = replace(share_out(LANE_BYTES, threads), blocks=CARD_BLOCKS.get(devices[0].type, USUAL_BLOCKS))
+    lanes = open_lanes(devices, choose_io(io, paths), allotted)
     run(works, [TensorMaker(lane) for lane in lanes], lambda: watch(progress) if watch else None)
     return Comparison(
         path_a=str(a.path),

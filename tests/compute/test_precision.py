@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ def told() -> list[str]:
     """How float32 matrices are multiplied, by CUDA's library and the CPU's."""
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         return [torch.get_float32_matmul_precision()]
-    return [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
+    backends: list[Any] = [torch.backends.cuda, torch.backends.mkldnn]
+    return [backend.matmul.fp32_precision for backend in backends]
 
 
 EXACT = (["ieee", "ieee"], ["highest"])
@@ -58,8 +60,14 @@ def test_a_lane_multiplies_exactly_until_the_last_one_is_done(asked):
 
 
 def test_products_are_read_exactly(tmp_path, monkeypatch, asked):
-    seen, multiply = [], Evaluator._multiplied
-    monkeypatch.setattr(Evaluator, "_multiplied", lambda *given: seen.append(told()) or multiply(*given))
+    multiply = Evaluator._multiplied
+    seen: list[list[str]] = []
+
+    def noted(*given):
+        seen.append(told())
+        return multiply(*given)
+
+    monkeypatch.setattr(Evaluator, "_multiplied", noted)
     node = product(tmp_path, (6, 5), normal((6, 3), 1), normal((3, 5), 2))
     read_range(node, 0, 30, Lane(PositionalReader()), DTYPES["F32"])
     assert seen

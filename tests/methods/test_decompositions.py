@@ -266,7 +266,7 @@ def test_what_a_card_gives_up_the_cpu_decomposes(by, error):
 
     square = matrix(8, 8) @ matrix(8, 8).T
     with Cards(everywhere=True).there():
-        found = decomposed(on_a_card, square.as_subclass(OnCard))  # type: ignore[type-var]
+        found = decomposed(on_a_card, square.as_subclass(OnCard))
     expected = by(square)
     expected = expected if isinstance(expected, tuple) else (expected,)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
@@ -278,6 +278,6 @@ def test_what_is_no_failure_of_the_algorithm_is_none(words):
         raise RuntimeError(words)
 
     with pytest.raises(RuntimeError, match=words):
-        decomposed(fails, matrix(3, 3).as_subclass(OnCard))  # type: ignore[type-var]
+        decomposed(fails, matrix(3, 3).as_subclass(OnCard))
     with pytest.raises(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
         decomposed(torch.linalg.eigh, torch.full((3, 3), torch.nan, dtype=F64))

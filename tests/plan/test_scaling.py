@@ -16,6 +16,7 @@ from benchmarks.standin import Cards
 from streammerge.cli.main import main
 from streammerge.compute import costs
 from streammerge.errors import MethodError, PlanError, RecipeError
+from streammerge.methods.statistics.stretches import Stretch
 from streammerge.models.encoding import LEAST, ScalePass
 from tests.make.diffusion import diffusion_model, part_of
 from tests.make.models import (
@@ -74,9 +75,14 @@ def test_a_card_measures_scales_in_stretches_and_gives_the_same_bytes(tmp_path, 
     values[400, 7] = 300.0  # what the scale hangs on is in the last stretch, beside what is no number
     values[410, 8] = math.inf
     paths = save_models(tmp_path, a={**diffusion_model("flux", 1, torch.bfloat16), WEIGHT: values.bfloat16()})
-    words, begun = recipe_of(paths["a"], paths["a"]), []
-    begin = ScalePass.begin
-    monkeypatch.setattr(ScalePass, "begin", lambda *given: begun.append(given[1]) or begin(*given))
+    words, begin = recipe_of(paths["a"], paths["a"]), ScalePass.begin
+    begun: list[Stretch] = []
+
+    def noted(self, stretch, inputs):
+        begun.append(stretch)
+        return begin(self, stretch, inputs)
+
+    monkeypatch.setattr(ScalePass, "begin", noted)
     with Cards().there() as cards:
         made = merge_to(tmp_path / "card.safetensors", words, device="cuda", threads=1)
     assert max(len(stretch.blocks) for stretch in begun) == 8
@@ -264,9 +270,8 @@ def test_what_the_scale_was_measured_by_is_not_read_again_for_the_codes(tmp_path
 
 def test_a_merge_of_scaled_merges_has_the_scales_of_its_own(tmp_path, large):
     inner = recipe_of(large["a"], large["b"])
-    nested = {"model": inner, "name": "x", "parameters": {"weight": 10}}
-    tenfold: dict[str, Any] = {"merge_method": "linear", "models": [nested], "parameters": {"normalize": False}}
-    tenfold["dtype"] = "fp8_scaled"
+    ten: dict[str, Any] = {"model": inner, "name": "x", "parameters": {"weight": 10}}
+    tenfold = {"merge_method": "linear", "models": [ten], "parameters": {"normalize": False}, "dtype": "fp8_scaled"}
     found = merge_to(tmp_path / "out.safetensors", tenfold, threads=1)
     wanted = in_halves(load_model(large["a"]), load_model(large["b"]))
     for name in LARGE:

@@ -133,8 +133,14 @@ def test_a_card_finds_the_same_in_stretches(opened, monkeypatch):
     a = {"w": normal((12 * PIECE + 5,), 1), "half": normal((3 * PIECE, 2), 2, torch.float16), "one": torch.ones(1)}
     b = {**near(a, 3), "half": a["half"].clone()}
     a["w"][PIECE] = b["w"][PIECE] = torch.nan  # neither a length nor a cosine, but the same in both
-    models, alone, measure = opened(a, b), [], ComparingPass.measure
-    monkeypatch.setattr(ComparingPass, "measure", lambda *given: alone.append(given[1]) or measure(*given))
+    models, measure = opened(a, b), ComparingPass.measure
+    alone: list[int] = []
+
+    def noted(self, block, inputs):
+        alone.append(block)
+        return measure(self, block, inputs)
+
+    monkeypatch.setattr(ComparingPass, "measure", noted)
     with Cards().there() as cards:
         found = compare_models(*models, device="cuda", threads=1)
     assert cards.lanes
