@@ -16,6 +16,7 @@ from streammerge.methods.place import Place, Target
 from streammerge.methods.registry import BlockMethod, Needs, Statistics
 from streammerge.methods.statistics.passes import Pass
 from streammerge.methods.statistics.slices import Slicing
+from streammerge.methods.statistics.stretches import Pending, Stretch, pending_shares
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,9 +55,16 @@ class SumsPass(Pass["Tensor"]):
 
     def measure(self, block: int, inputs: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
         """The block's sums: where they begin among the columns, and they themselves."""
+        return [(first, sums.cpu()) for first, sums in self._sums(block, inputs)]
+
+    def begin(self, stretch: Stretch, inputs: Sequence[Tensor]) -> Pending:
+        """The same of many blocks."""
+        return pending_shares(stretch, inputs, self._sums)
+
+    def _sums(self, block: int, inputs: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
         start, values = block * self.step, inputs[0].reshape(-1)
         parts = self.slicing.rectangles(start, start + values.numel())
-        return [(part.column, part.of(values).double().sum(0).cpu()) for part in parts]
+        return [(part.column, part.of(values).double().sum(0)) for part in parts]
 
     def add(self, block: int, measured: list[tuple[int, Tensor]]) -> None:
         """Add a block's sums to the totals."""

@@ -9,10 +9,12 @@ from benchmarks.standin import Cards
 from streammerge.compute.ahead import StretchEvaluator
 from streammerge.compute.expressions import BLOCK, PIECE
 from streammerge.methods import METHODS
+from streammerge.methods.place import Target
 from streammerge.methods.registry import BlockMethod
 from streammerge.methods.statistics.ranks import edges
 from streammerge.methods.statistics.stretches import Stretch
 from streammerge.methods.statistics.sums import totals
+from streammerge.models.padding import SumsPass
 from tests.make.models import assert_same_bytes, merge_to, near, normal, save_models
 from tests.references.cases import CASES, ONE_CASE_EACH, mostly
 
@@ -173,6 +175,21 @@ def test_elements_are_made_in_ranges_of_many_pieces_but_for_those_in_which_a_cut
     assert max(ranges.values()) in ([PIECE] if method == "trust_region" else [5 * PIECE, 8 * PIECE])
     monkeypatch.setenv("STREAMMERGE_KERNELS", "off")
     assert_same_bytes(made, merge_to(tmp_path / "cpu.safetensors", merge))
+
+
+def test_means_of_rows_are_measured_in_stretches():
+    """Of which rows beyond a vocabulary are made."""
+    values = normal((5 * PIECE // 300, 300), 1)
+    step = SumsPass(Target("w", tuple(values.shape), 1, step=PIECE))
+    stretch = Stretch(0, PIECE, values.numel())
+    pending = step.begin(stretch, [values.reshape(-1)])
+    found, alone = pending.take(pending.tensors)
+    assert list(found) == list(stretch.blocks)
+    assert not alone
+    for block, parts in stretch.each([values.reshape(-1)]):
+        for (first, sums), (same, expected) in zip(found[block], step.measure(block, parts), strict=True):
+            assert first == same
+            assert torch.equal(sums, expected)
 
 
 @pytest.mark.parametrize("elements", [1, 7, 8, 15, 16, 17, 24])
