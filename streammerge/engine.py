@@ -26,7 +26,6 @@ from streammerge.formats.safetensors import check_with_library
 from streammerge.formats.shards import is_index
 from streammerge.methods.loading import method_failure
 from streammerge.models.checkpoints import open_model
-from streammerge.models.merged import files_of
 from streammerge.plan.companions import beside_output
 from streammerge.plan.inputs import OpenInputs
 from streammerge.plan.locating import with_places
@@ -167,20 +166,17 @@ def _plan(
         merged = as_named(asked, options)
     check_folder(merged, recipe, output, options)
     if measuring is not None and merged.factored is not None and merged.factored.has_to_be_measured:
-        from streammerge.workers.measuring import settled  # late: only adapters of a rank are measured
+        from streammerge.workers.measuring import with_measured_ranks  # late: only adapters of a rank are measured
 
         with measuring() as watch:
-            merged = settled(merged, output, options, opened, watch)
+            merged = with_measured_ranks(merged, output, options, opened, watch)
     planning = functools.partial(
         plan_merge,
         merged,
         output,
-        method=recipe.called if recipe else "",
-        inputs=opened.files or files_of(merged),
+        sources=opened.sources(merged),
+        recipe=recipe,
         metadata=metadata_of(recipe, merged, options, opened),
-        description=recipe.describe() if recipe else {},
-        described_bytes=opened.described_bytes,
-        left=opened.left,
         beside=beside_output(merged, recipe, output, options),
     )
     return _planned_somewhere(options, lambda chosen: planning(options=chosen))

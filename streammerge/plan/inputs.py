@@ -14,7 +14,6 @@ from typing import Final
 from streammerge.errors import CheckpointError, PlanError
 from streammerge.formats.files import ByteFile
 from streammerge.formats.tables import names_bytes
-from streammerge.formats.torchzip.state_dicts import LeftTensors
 from streammerge.methods import find_method
 from streammerge.methods.place import Within
 from streammerge.methods.registry import BlockMethod, WholeMethod
@@ -22,7 +21,7 @@ from streammerge.models.adapters.dialects import Dialect
 from streammerge.models.checkpoints import Checkpoint, open_model
 from streammerge.models.dialects import Naming
 from streammerge.models.extent import check_steps
-from streammerge.models.merged import Merged
+from streammerge.models.merged import Merged, files_of
 from streammerge.models.modules import Part, assembled, check_modules, layout_of, outside, rest_of
 from streammerge.models.prefixes import Prefixed
 from streammerge.models.slices import LayerRange, Span, stacked
@@ -30,6 +29,7 @@ from streammerge.models.tied import with_heads
 from streammerge.plan.adapting import told_of, with_adapters
 from streammerge.plan.decide import merge_models
 from streammerge.plan.naming import of_models
+from streammerge.plan.sources import Sources
 from streammerge.plan.summing import are_adapters, is_sum, sum_of_adapters
 from streammerge.plan.vocabularies import Settled, check_same, settled
 from streammerge.recipe.recipe import Input, Recipe
@@ -199,17 +199,13 @@ class OpenInputs:
         """Every file of every open checkpoint."""
         return [file for opened in self.checkpoints.values() for file in opened.files]
 
-    @property
-    def described_bytes(self) -> int:
-        """What is kept in memory of the checkpoints' tensors."""
+    def sources(self, merged: Merged) -> Sources:
+        """What is read for a merge: of models that were opened elsewhere, their files."""
         opened = self.checkpoints.values()
         names = names_bytes(one.names for one in opened if one.names is not None)
-        return names + sum(one.described_bytes for one in opened)
-
-    @property
-    def left(self) -> dict[Path, LeftTensors]:
-        """The tensors that torch files have beside their state dicts."""
-        return {opened.path: opened.left for opened in self.checkpoints.values() if opened.left.count}
+        described_bytes = names + sum(one.described_bytes for one in opened)
+        left = {one.path: one.left for one in opened if one.left.count}
+        return Sources(tuple(self.files or files_of(merged)), described_bytes, left)
 
     def close(self) -> None:
         """Close all files."""

@@ -46,7 +46,9 @@ from streammerge.models.merged import Merged
 from streammerge.models.views import beneath
 from streammerge.plan.beside import Beside
 from streammerge.plan.jobs import Jobs, together_of
+from streammerge.plan.sources import Sources
 from streammerge.recipe.options import Options
+from streammerge.recipe.recipe import Recipe
 from streammerge.tensors import DType
 
 OVERHEAD_BYTES: Final = 16 * MIB
@@ -328,19 +330,15 @@ def plan_merge(
     merged: Merged,
     output: Path,
     options: Options,
+    sources: Sources,
     *,
-    method: str = "",
-    inputs: Sequence[ByteFile] = (),
+    recipe: Recipe | None = None,
     metadata: Mapping[str, str] | None = None,
-    description: Mapping[str, Any] | None = None,
-    described_bytes: int = 0,
-    left: Mapping[Path, LeftTensors] | None = None,
     beside: Beside | None = None,
 ) -> Plan:
     """Lay out the output of a merge and turn every tensor into a job, in the order of the output's bytes.
 
-    `description` is the recipe's, if there is one. `described_bytes` is what the models' tables take,
-    `left` what torch files hold beside their models, `beside` what the output has beside its own.
+    The recipe is for what is told, `metadata` and what is `beside` the weights are for the output.
     """
     beside = beside or Beside()
     named = beside.stem, beside.components
@@ -348,11 +346,13 @@ def plan_merge(
     options = replace(options, device=choose_device(options.device), shard_size=options.shard_size or usual)
     layout = lay_out(output, merged.tensors, metadata or {}, options.shard_size, beside.companions, *named)
     jobs = Jobs(merged, layout, options)
-    own = {merged.tensors.names} - ({merged.decisions.names} if described_bytes else set())
-    described_bytes += names_bytes(own) + TENSOR_BYTES * len(merged.decisions) + merged.kept_bytes
-    described_bytes += MEMBER_BYTES * jobs.together
-    files = tuple(inputs)
-    return Plan(method, merged, jobs, layout, files, options, description or {}, described_bytes, left or {}, beside)
+    own = {merged.tensors.names} - ({merged.decisions.names} if sources.described_bytes else set())
+    kept_bytes = names_bytes(own) + TENSOR_BYTES * len(merged.decisions) + merged.kept_bytes
+    described_bytes = sources.described_bytes + kept_bytes + MEMBER_BYTES * jobs.together
+    method, description = ("", {}) if recipe is None else (recipe.called, recipe.describe())
+    return Plan(
+        method, merged, jobs, layout, sources.files, options, description, described_bytes, sources.left, beside
+    )
 
 
 def existing_folder(path: Path) -> Path:

@@ -33,13 +33,15 @@ class Collected:
         kept[position : position + data.nbytes] = data.cast("B")
 
 
-def settled(merged: Merged, output: Path, options: Options, opened: OpenInputs, watch: Watch | None) -> Merged:
+def with_measured_ranks(
+    merged: Merged, output: Path, options: Options, opened: OpenInputs, watch: Watch | None
+) -> Merged:
     """An adapter with the ranks that follow from what is measured of the differences that it is made of."""
     assert merged.factored is not None
     assert merged.settle is not None
     measures = Merged(merged.factored.measures(), kept_bytes=merged.kept_bytes)
     once = replace(options, shard_size=None, on_nonfinite="ignore")
-    plan = plan_merge(measures, output, once, inputs=opened.files, described_bytes=opened.described_bytes)
+    plan = plan_merge(measures, output, once, opened.sources(measures))
     return merged.settle(measured(plan, watch))
 
 

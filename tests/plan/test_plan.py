@@ -17,6 +17,7 @@ from streammerge.compute.machine import DEFAULT_WORK_BYTES, MAPPED_BYTES, MIB, s
 from streammerge.engine import planned, run_merge
 from streammerge.errors import OutputError
 from streammerge.plan.plan import Plan, by_component, existing_folder, plan_merge
+from streammerge.plan.sources import Sources
 from streammerge.recipe.options import Options
 from streammerge.recipe.parse import parse_recipe
 from streammerge.tensors import DTYPES
@@ -27,7 +28,7 @@ OUT = Path("out.safetensors")
 
 
 def plan(by_name, method="linear", *, options: Options | None = None, **keys) -> Plan:
-    return plan_merge(merged(by_name, method, **keys), OUT, options or Options(), method=method)
+    return plan_merge(merged(by_name, method, **keys), OUT, options or Options(), Sources())
 
 
 def pair(dtype: str = "F16", **shapes):
@@ -248,7 +249,7 @@ def test_free_disk_is_that_of_the_folder_that_will_hold_the_output(tmp_path, mon
     model = merged(pair(x=(10,)))
     (tmp_path / "mounted").mkdir()
     for output in ("out.safetensors", "new/deep/out.safetensors", "mounted", "new/folder"):
-        assert plan_merge(model, tmp_path / output, Options()).free_disk == 0
+        assert plan_merge(model, tmp_path / output, Options(), Sources()).free_disk == 0
     assert asked == [tmp_path, tmp_path, tmp_path / "mounted", tmp_path]
     assert existing_folder(tmp_path / "x" / "y" / "z") == tmp_path
 
@@ -275,7 +276,7 @@ def test_the_plan_as_json_is_plain():
     assert plain["free_disk_bytes"] > 0
     assert plain["work_ram_bytes"] == made.work_bytes
     assert {key: value for key, value in plain.items() if key not in ("free_disk_bytes", "work_ram_bytes")} == {
-        "method": "linear",
+        "method": "",  # a recipe tells it, and there is none
         "output": ["out.safetensors"],
         "output_bytes": made.output.nbytes,
         "bytes_to_read": 6 + 6 + 8 + 24,

@@ -16,6 +16,7 @@ from streammerge.errors import MergeError
 from streammerge.models.merged import Merged
 from streammerge.plan.inputs import OpenInputs
 from streammerge.plan.plan import plan_merge
+from streammerge.plan.sources import Sources
 from streammerge.recipe.options import Options
 from streammerge.recipe.parse import parse_recipe
 from tests.make.models import merge_to, normal, save_model
@@ -39,7 +40,7 @@ def planned(raw: Any, folder: Path) -> Merged:
     opened = OpenInputs()
     try:
         merged = opened.merge(parse_recipe(raw, folder))
-        plan_merge(merged, folder / "out.safetensors", Options()).to_json()
+        plan_merge(merged, folder / "out.safetensors", Options(), Sources()).to_json()
         return merged
     finally:
         opened.close()
