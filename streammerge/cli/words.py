@@ -207,7 +207,7 @@ def _weighted(raw: dict[str, Any], weights: dict[str, float]) -> dict[str, Any]:
         name = entry.get("model") if isinstance(entry, dict) else entry
         if isinstance(name, str) and name in weights:
             own = entry if isinstance(entry, dict) else {"model": entry}
-            changed.append({**own, "parameters": {**_map(own.get("parameters")), "weight": weights.pop(name)}})
+            changed.append({**own, "parameters": {**_map(own, "parameters"), "weight": weights.pop(name)}})
         else:
             changed.append(entry)
     if weights:
@@ -222,7 +222,22 @@ def _tokens(word: str | None) -> Any:  # noqa: ANN401
 
 def _changed(raw: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
     """The recipe's values with what the options say instead; rules of the command line come first."""
-    raw = dict(raw)
+    whole, of_parts = _dtypes(arguments.dtype)
+    raw = {**raw, **_said(arguments)}
+    if low_rank := _said_of_rank(arguments):
+        raw["low_rank"] = {**_map(raw, "low_rank"), **low_rank}
+    if whole is not None:
+        raw.pop("out_dtype", None)
+        raw["dtype"] = whole
+    if arguments.parameter:
+        raw["parameters"] = {**_map(raw, "parameters"), **_parameters(arguments.parameter)}
+    if rules := _rules(arguments, of_parts, _names_of(raw)):
+        raw["rules"] = [*rules, *_list(raw.get("rules"))]
+    return raw
+
+
+def _said(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keys of a recipe that options say as they are."""
     options = {
         "merge_method": arguments.method,
         "base_model": _reference(arguments.base),
@@ -236,32 +251,24 @@ def _changed(raw: dict[str, Any], arguments: argparse.Namespace) -> dict[str, An
         "ema": arguments.ema,
         "prune": arguments.prune or None,
     }
-    raw.update({key: value for key, value in options.items() if value is not None})
-    low_rank = {
-        key.removeprefix(LOW_RANK): value
-        for key, value in vars(arguments).items()
-        if key.startswith(LOW_RANK) and value is not None
-    }
-    if low_rank:
-        raw["low_rank"] = {**_map(raw.get("low_rank")), **low_rank}
-    whole, of_parts = _dtypes(arguments.dtype)
-    if whole is not None:
-        raw.pop("out_dtype", None)
-        raw["dtype"] = whole
-    if arguments.parameter:
-        raw["parameters"] = {**_map(raw.get("parameters")), **_parameters(arguments.parameter)}
-    names = _names_of(raw)
-    takes = [
-        _take_rule(word, names) for word in [*arguments.take, *([f"vae={arguments.vae}"] if arguments.vae else [])]
-    ]
-    keeps = [{**_matching(glob), "keep": True} for glob in arguments.keep]  # before what is dropped: '*' may be
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _said_of_rank(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keys of `low_rank` that options say."""
+    options = {key: value for key, value in vars(arguments).items() if key.startswith(LOW_RANK)}
+    return {key.removeprefix(LOW_RANK): value for key, value in options.items() if value is not None}
+
+
+def _rules(arguments: argparse.Namespace, of_parts: dict[str, str], names: Set[str]) -> list[dict[str, Any]]:
+    """The rules that options say: the first that fits counts, so what is kept comes before what is dropped ('*')."""
+    vae = [f"vae={arguments.vae}"] if arguments.vae else []
+    takes = [_take_rule(word, names) for word in [*arguments.take, *vae]]
+    keeps = [{**_matching(glob), "keep": True} for glob in arguments.keep]
     drops = [{**_matching(glob), "drop": True} for glob in arguments.drop]
     rest: dict[str, Any] = {"keep": True} if arguments.rest == "keep" else {}
     rules = _with_dtypes([*takes, *keeps, *drops], of_parts, rest)
-    rules += [{"match": "*", **rest}] if rest else []
-    if rules:
-        raw["rules"] = [*rules, *_list(raw.get("rules"))]
-    return raw
+    return [*rules, {"match": "*", **rest}] if rest else rules
 
 
 def _dtypes(words: Iterable[str]) -> tuple[str | None, dict[str, str]]:
@@ -286,11 +293,12 @@ def _matching(glob: str) -> dict[str, str]:
     return {"component": glob} if glob in PARTS else {"match": glob}
 
 
-def _map(raw: Any) -> dict[str, Any]:  # noqa: ANN401
-    """A recipe's parameters, to be added to."""
-    if isinstance(raw, dict | None):
-        return raw or {}
-    raise RecipeError(f"parameters must be a map from name to value, found {raw!r}")
+def _map(raw: dict[str, Any], key: str) -> dict[str, Any]:
+    """What a recipe has under a key, to be added to."""
+    found = raw.get(key)
+    if isinstance(found, dict | None):
+        return found or {}
+    raise RecipeError(f"{key} must be a map from name to value, found {found!r}")
 
 
 def _list(raw: Any) -> list[Any]:  # noqa: ANN401
