@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,28 @@ from streammerge.recipe.spellings import parse_seed
 from streammerge.tensors import Model
 
 ModelLike = Model | str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """The parameters of a call: those of all models, and those that are sequences with a value for each."""
+
+    shared: Mapping[str, Any]
+    per_model: Mapping[str, Sequence[Any]]
+
+    @classmethod
+    def of(cls, method: Method, parameters: Mapping[str, Any]) -> _Given:
+        """The parameters, sorted; RecipeError for one that the method has not."""
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in parameters.items()}
+        apart = [key for key, value in plain.items() if isinstance(value, list) and has_one_per_model(method, key)]
+        return cls({key: plain[key] for key in plain if key not in apart}, {key: plain[key] for key in apart})
+
+    def one_of(self, number: int, count: int) -> dict[str, Any]:
+        """The share of one of so many models."""
+        for name, values in self.per_model.items():
+            if len(values) != count:
+                raise RecipeError(f"parameter {name!r} has {len(values)} values for {count} models")
+        return dict(parse_settings({key: each[number] for key, each in self.per_model.items()}, f"model {number}"))
 
 
 def merge_function(name: str) -> Callable[..., Merged]:
@@ -44,20 +67,13 @@ def merge_function(name: str) -> Callable[..., Merged]:
         seed: int = 0,
         **parameters: Any,  # noqa: ANN401
     ) -> Merged:
-        parameters = {key: list(value) if isinstance(value, tuple) else value for key, value in parameters.items()}
-        per_model = {
-            key: value
-            for key, value in parameters.items()
-            if isinstance(value, list) and has_one_per_model(method, key)
-        }
+        given = _Given.of(method, parameters)
         opened = {str(number): _opened(model) for number, model in enumerate(models)}
         recipe = Recipe(
             method=method.name,
-            inputs=tuple(
-                Input(number, Path(number), _one_of(per_model, int(number), len(models))) for number in opened
-            ),
+            inputs=tuple(Input(number, Path(number), given.one_of(int(number), len(models))) for number in opened),
             base=None if base is None else Input("base", Path("base")),
-            parameters=parse_settings({k: v for k, v in parameters.items() if k not in per_model}, name),
+            parameters=parse_settings(given.shared, name),
             layout="" if layout is None else str(layout),
             on_shape_mismatch=on_shape_mismatch,
             on_missing=on_missing,
@@ -66,9 +82,9 @@ def merge_function(name: str) -> Callable[..., Merged]:
             dtype=parse_dtype(dtype, name),
             seed=parse_seed(seed, name),
         )
-        return merge_models(
-            check_recipe(recipe, name, strict=True), opened if base is None else {**opened, "base": _opened(base)}
-        )
+        if base is not None:
+            opened["base"] = _opened(base)
+        return merge_models(check_recipe(recipe, name, strict=True), opened)
 
     merge.__name__ = merge.__qualname__ = name
     merge.__doc__ = method.doc
@@ -86,11 +102,3 @@ def _opened(model: ModelLike) -> Model:
 def has_one_per_model(method: Method, name: str) -> bool:
     """Whether every model has this parameter of the method; RecipeError if the method has no such parameter."""
     return method.parameter(name).per_model
-
-
-def _one_of(per_model: Mapping[str, Sequence[Any]], number: int, count: int) -> dict[str, Any]:
-    """One model's share of the parameters that were given as sequences."""
-    for name, values in per_model.items():
-        if len(values) != count:
-            raise RecipeError(f"parameter {name!r} has {len(values)} values for {count} models")
-    return dict(parse_settings({name: values[number] for name, values in per_model.items()}, f"model {number}"))

@@ -23,6 +23,9 @@ IN_METADATA: Final = "lora_adapter_metadata"
 KINDS: Final = ("LORA", "ADALORA", "LOHA", "LOKR", "IA3", "VERA", "OFT", "BOFT")
 """The kinds of PEFT's adapters that are read, as its configs call them."""
 
+ALPHAS: Final[Mapping[str, str]] = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}
+"""Where the configs of those that have one say α."""
+
 CHANGED_BASES: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to begin a LoRA that change the model's own weights too: without that change the LoRA means nothing."""
 
@@ -121,24 +124,20 @@ def _config(raw: Mapping[str, Any], where: str) -> Config:
         raise CheckpointError(f"{where}: it stacks layers anew (layer_replication), which streammerge does not do")
     if raw.get("target_parameters"):
         raise CheckpointError(f"{where}: it changes parameters, such as fused experts (target_parameters)")
-    turned = bool(raw.get("fan_in_fan_out", False))
+    usual = Config(where, kind, fan_in_fan_out=bool(raw.get("fan_in_fan_out", False)))
     if kind == "ADALORA":
-        rank = int(_number(raw.get("init_r", 12), where, "init_r"))
-        return Config(where, kind, _number(raw.get("lora_alpha", 8), where, "lora_alpha"), {}, rank, {}, False, turned)
-    usual = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}.get(kind, "")
-    if not usual:
-        turning = _turning(raw, where) if kind == "OFT" else None
-        return Config(where, kind, fan_in_fan_out=turned, turning=turning)
+        alpha = _number(raw.get("lora_alpha", 8), where, "lora_alpha")
+        return replace(usual, alpha=alpha, usual_rank=int(_number(raw.get("init_r", 12), where, "init_r")))
+    if kind not in ALPHAS:
+        return replace(usual, turning=_turning(raw, where) if kind == "OFT" else None)
     rank = int(_number(raw.get("r", 0), where, "r"))
-    return Config(
-        where,
-        kind,
-        _number(raw.get(usual, rank), where, usual),
-        _patterns(raw, "alpha_pattern", where),
-        rank,
-        {pattern: int(each) for pattern, each in _patterns(raw, "rank_pattern", where).items()},
-        bool(raw.get("use_rslora", False)),
-        turned,
+    return replace(
+        usual,
+        alpha=_number(raw.get(ALPHAS[kind], rank), where, ALPHAS[kind]),
+        alphas=_patterns(raw, "alpha_pattern", where),
+        usual_rank=rank,
+        ranks={pattern: int(each) for pattern, each in _patterns(raw, "rank_pattern", where).items()},
+        is_rank_stabilised=bool(raw.get("use_rslora", False)),
     )
 
 
