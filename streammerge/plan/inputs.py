@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from streammerge.methods import find_method
 from streammerge.methods.place import Within
 from streammerge.methods.registry import BlockMethod, WholeMethod
 from streammerge.models.adapters.dialects import Dialect
+from streammerge.models.by_token import names_by_token
 from streammerge.models.checkpoints import Checkpoint, open_model
 from streammerge.models.dialects import Naming
 from streammerge.models.extent import check_steps
@@ -31,12 +31,12 @@ from streammerge.plan.decide import merge_models
 from streammerge.plan.naming import of_models
 from streammerge.plan.sources import Sources
 from streammerge.plan.summing import are_adapters, is_sum, sum_of_adapters
-from streammerge.plan.vocabularies import Settled, check_same, settled
+from streammerge.plan.vocabularies import MATCHED, Settled, settled, tokenizer_beside
 from streammerge.recipe.recipe import Input, Recipe
 from streammerge.tensors import Model
 
-PartOf = Callable[[Model], Model]
-"""What is meant of a model."""
+PartOf = Callable[[Input, Model], Model]
+"""What is meant of an input's model."""
 
 NESTED: Final = "Options are for the outer recipe: write them in this one, as keys (on_missing: keep) and rules."
 """What to say of advice that is meant for a nested recipe."""
@@ -118,7 +118,7 @@ class OpenInputs:
         for place, entry in recipe.by_place.items():
             model = with_adapters(entry, self._input(entry, recipe, (*within, place)), self.open, drop=drop)
             model = Prefixed(model, entry.prefixes, entry.name) if entry.prefixes else model
-            models[entry.name] = model if part is None else part(model)
+            models[entry.name] = model if part is None else part(entry, model)
         return models
 
     def _assembly(self, recipe: Recipe, within: Within, naming: Naming | None) -> Merged:
@@ -128,17 +128,23 @@ class OpenInputs:
         for number, (module, each) in enumerate(parts.items()):
             for inner in each.parts:
                 models = self._models(inner, (*within, number))
-                wholes.update({f"{module}/{name}": model for name, model in models.items()})
-        check_same(recipe.vocabulary, wholes)
+                wholes.update({_called(module, inner.named[name]): model for name, model in models.items()})
         check_modules(wholes, modules)
-        layout = layout_of(wholes, modules)
-        if extra := outside(wholes.values() if recipe.on_missing == "error" else [layout], modules):
+        having = _having_tokens(wholes, modules)
+        one = _settled_modules(recipe, parts, wholes, having)
+        layout = layout_of({called: one.models[called] for called in (*having, *wholes)}, modules)
+        if extra := outside(one.models.values() if recipe.on_missing == "error" else [layout], modules):
             made |= rest_of(extra, layout, modules, recipe.on_missing)
         for number, (module, each) in enumerate(parts.items()):
-            part = functools.partial(Part, module=module, modules=modules)
+
+            def part(entry: Input, _: Model, module: str = module) -> Model:
+                return Part(one.models[_called(module, entry)], module, modules)
+
             with saying_where(module):
-                made[module] = self.merge(each, (*within, number), naming, part)
-        return assembled(made, layout)
+                made[module] = self.merge(replace(each, vocabulary=MATCHED), (*within, number), naming, part)
+        whole = assembled(made, layout)
+        texts = (merged for merged in made.values() if names_by_token(merged.tensors))
+        return one.told(replace(whole, tokenizer=tokenizer_beside(next(texts, whole), layout)))
 
     def _stack(self, recipe: Recipe, within: Within, naming: Naming | None, part: PartOf | None) -> Merged:
         """The slices of a stack, each a merge of some layers, as one model."""
@@ -245,6 +251,34 @@ def _settled_stack(recipe: Recipe, slices: Sequence[Recipe], models: Mapping[str
     base = first.base.name if first.base else ""
     one = settled(recipe.vocabulary, whole, layout=first.layout_name, base=base)
     return replace(one, models={key: one.models[name] for key, name in of.items()})
+
+
+def _called(module: str, entry: Input) -> str:
+    """What a model of a module is called among those of all: by its own name, and that of what is put into it."""
+    return f"{module}/{entry.name}" + "".join(f" + {adapter!r}" for adapter in entry.adapters)
+
+
+def _having_tokens(wholes: Mapping[str, Model], modules: tuple[str, ...]) -> list[str]:
+    """Those of the models of modules, by `MODULE/NAME`, of whose tensors by token the module has some."""
+    parts = {called: Part(model, called.partition("/")[0], modules) for called, model in wholes.items()}
+    return [called for called, part in parts.items() if names_by_token(part.tensors)]
+
+
+def _settled_modules(
+    recipe: Recipe, parts: Mapping[str, Recipe], wholes: Mapping[str, Model], having: Sequence[str]
+) -> Settled:
+    """The models of modules, those whose tokens count with rows of the same ones; each is one, however many modules
+    name it."""
+    if not having:
+        return Settled(wholes)
+    of = {called: called.partition("/")[2] for called in having}
+    module = having[0].partition("/")[0]
+    first = parts[module].parts[0]
+    base = _called("", first.base)[1:] if first.base else ""
+    layout = _called("", first.named[first.layout_name])[1:]
+    cuts, models = first.on_shape_mismatch == "error", {of[called]: wholes[called] for called in having}
+    one = settled(recipe.vocabulary, models, layout=layout, base=base, cuts=cuts)
+    return replace(one, models={**wholes, **{called: one.models[name] for called, name in of.items()}})
 
 
 def _span(entry: Input, first: int, number: int, count: int) -> Span:

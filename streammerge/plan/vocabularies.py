@@ -19,7 +19,7 @@ from streammerge.models.checkpoints import Checkpoint
 from streammerge.models.matching import Choice, Matching
 from streammerge.models.merged import Merged
 from streammerge.models.tokenizers import Tokenizer, check_readable, tokens_of
-from streammerge.models.tokens import FILE, Tokens, change_for
+from streammerge.models.tokens import FILE, Change, Tokens, change_for
 from streammerge.models.views import View, beneath, seen
 from streammerge.models.vocabularies import differences, has_tokens
 from streammerge.recipe.vocabulary import NUMBERS, UNION, TokenRow, Vocabulary
@@ -34,6 +34,9 @@ ADVICE = (
 )
 
 ANOTHER = "Name another model."
+
+MATCHED = Vocabulary(NUMBERS)
+"""The vocabulary of models whose rows are matched already."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Settled:
         return replace(
             merged,
             remarks=(*self.remarks, *merged.remarks),
-            tokenizer=self.tokenizer,
+            tokenizer=self.tokenizer or merged.tokenizer,
             kept_bytes=merged.kept_bytes + kept,
         )
 
@@ -82,21 +85,6 @@ def settled(
     return _Matching(vocabulary, models, own, homes, rows, layout, base).settled()
 
 
-def check_same(vocabulary: Vocabulary | None, models: Mapping[str, Model]) -> None:
-    """PlanError unless models whose parts are merged apart have the same tokens, where a recipe says which come out."""
-    if vocabulary is None or (vocabulary.source == NUMBERS and not vocabulary.is_model):
-        return
-    own = {name: model for name, model in models.items() if names_by_token(model.tensors)}
-    homes = {name: home for name, model in own.items() if (home := home_of(model, alone=True)) is not None}
-    found = differences(homes, [name for name in own if name not in homes])
-    if found or not vocabulary.is_plain or len({rows_in(model) for model in own.values()}) > 1:
-        raise PlanError(
-            "the vocabularies of models whose modules are merged apart are not joined",
-            found=found or ["their embeddings have to be of one size, and nothing may be asked for single tokens"],
-            advice=f"Merge the language models first, or merge rows by number: tokenizer_source: {NUMBERS}.",
-        )
-
-
 def home_of(model: Model | None, *, alone: bool = False) -> Home | None:
     """Where a model's tokens are listed, None if nobody knows. A file that lies `alone` in a folder may be meant by
     what lies beside it."""
@@ -111,6 +99,15 @@ def home_of(model: Model | None, *, alone: bool = False) -> Home | None:
             return inner.tokenizer
         model = inner.layout
     return None
+
+
+def tokenizer_beside(text: Model, layout: Model) -> Tokenizer | None:
+    """The tokenizer of an output whose rows are the text's and whose other files are the layout's; None if that is
+    the layout's own."""
+    home, beside = home_of(text), home_of(layout)
+    if home is None or (beside is not None and not differences({"": beside, "text": home}, ())):
+        return None
+    return home if isinstance(home, Tokenizer) else Tokenizer(home, Change(rows_in(text)))
 
 
 def rows_in(model: Model) -> int:

@@ -106,7 +106,7 @@ def image_tensors(seed: int, **made: Any) -> dict[str, torch.Tensor]:
     return {**{f"model.{name}": torch.randn(shape, generator=drawn) for name, shape in IMAGES.items()}, **text}
 
 
-def save_images(path: Path, seed: int = 1, **made: Any) -> Path:
+def save_images(path: Path, seed: int = 1, files: Mapping[str, str | bytes] = TOKENIZER, **made: Any) -> Path:
     """Its folder."""
     config = {
         "architectures": ["LlavaForConditionalGeneration"],
@@ -114,4 +114,4 @@ def save_images(path: Path, seed: int = 1, **made: Any) -> Path:
         "text_config": llama_config(**made),
         "vision_config": {"num_hidden_layers": 2, "hidden_size": 4},
     }
-    return save_folder(path, image_tensors(seed, **made), config)
+    return save_folder(path, image_tensors(seed, **made), config, files)

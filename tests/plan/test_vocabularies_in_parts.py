@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+import streammerge
 from streammerge.compute.machine import MIB
-from streammerge.errors import OutputError
+from streammerge.errors import OutputError, PlanError
 from streammerge.formats.safetensors import build_header
 from streammerge.tensors import DTYPES, TensorInfo
-from tests.make.folders import llama_config
-from tests.make.vocabularies import save_with_tokens, tokenizer_files, tokenizer_values
+from tests.make.folders import llama_config, save_images
+from tests.make.vocabularies import save_with_tokens, tokenizer_files, tokenizer_values, written_tokens
+from tests.references.vocabularies import rows_by_token
 from tests.storage.outputs import digests
 from tests.storage.stopped_merges import run, stop
 
@@ -57,6 +61,73 @@ def test_other_tokens_are_another_merge(tmp_path, monkeypatch):
         (tmp_path / "models" / "B" / name).write_text(text)
     with pytest.raises(OutputError):
         run(raw, output, resume=True)
+
+
+# ── modules ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def images(place: Path, seed: int, words: list[str]) -> dict[str, torch.Tensor]:
+    """Save a model of images and text, of these tokens; its tensors."""
+    save_images(place, seed, files=tokenizer_files(words), vocab=len(words))
+    return load_file(place / "model.safetensors")
+
+
+@pytest.mark.parametrize("source", ["base", "B"])
+@pytest.mark.parametrize("has_heads_apart", [False, True])
+def test_modules_are_merged_by_token(tmp_path, monkeypatch, source, has_heads_apart):
+    monkeypatch.chdir(tmp_path)
+    words = {"A": WORDS[:20], "B": WORDS[25:4:-1], "C": WORDS[:7]}
+    own = {name: images(Path(name), seed, each) for seed, (name, each) in enumerate(words.items())}
+    text = {"models": ["A", "B"], "base_model": "A", "parameters": {"weight": 0.25}}
+    whole = {"merge_method": "linear", "tokenizer_source": source, "dtype": "float32", "on_missing": "keep"}
+    modules = {"vision_tower": {"models": ["C", "A"], "parameters": {"weight": 0.5}}}
+    heads = {"models": ["B", "A"], "parameters": {"weight": 0.25}}
+    modules |= {"default": text, "lm_head": heads} if has_heads_apart else {"text_decoder": text}
+    streammerge.merge({**whole, "modules": modules}, output="OUT")
+    found = load_file("OUT/model.safetensors")
+    ids = [{word: number for number, word in enumerate(words[name])} for name in "AB"]
+    out = ids[source == "B"]
+    assert written_tokens(Path("OUT")) == out
+    assert json.loads(Path("OUT/config.json").read_text())["text_config"]["vocab_size"] == len(out)
+    for name in (name for name in found if "embed_tokens" in name or "lm_head" in name):
+        a, b = rows_by_token([own["A"][name], own["B"][name]], ids, out)
+        torch.testing.assert_close(found[name].double(), (a.double() + b.double()) / 2, rtol=1e-6, atol=1e-6)
+    vision = next(name for name in found if "vision" in name)
+    torch.testing.assert_close(found[vision], (own["C"][vision] + own["A"][vision]) / 2)
+
+
+def test_a_module_without_tokens_needs_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images(Path("A"), 1, WORDS[:20])
+    images(Path("B"), 2, WORDS[25:4:-1])
+    modules = {"vision_tower": {"models": ["A", "B"], "parameters": {"weight": 1}}, "default": {"models": ["A"]}}
+    recipe = {"merge_method": "linear", "modules": modules, "tokenizer": {"source": "union", "pad_to_multiple_of": 64}}
+    recipe["modules"]["default"]["parameters"] = {"weight": 1}
+    streammerge.merge(recipe, output="OUT")
+    assert load_file("OUT/model.safetensors")["model.language_model.embed_tokens.weight"].shape[0] == 64
+
+
+def test_the_tokenizer_is_that_of_the_rows_and_not_the_layouts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images(Path("A"), 1, WORDS[:20])
+    save_with_tokens(Path("T"), 2, WORDS[25:4:-1])
+    text = {"models": [{"model": "T", "prefix": {"model.": "model.language_model."}, "parameters": {"weight": 1}}]}
+    modules = {"vision_tower": {"models": ["A"]}, "multi_modal_projector": {"models": ["A"]}, "text_decoder": text}
+    weight = {"merge_method": "linear", "parameters": {"weight": 1}}
+    streammerge.merge({**weight, "modules": modules}, output="OUT")
+    assert written_tokens(Path("OUT")) == written_tokens(Path("T"))
+    assert json.loads(Path("OUT/config.json").read_text())["text_config"]["vocab_size"] == 21
+
+
+def test_modules_whose_numbers_mean_other_tokens_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images(Path("A"), 1, WORDS[:20])
+    images(Path("B"), 2, WORDS[19::-1])
+    modules = {"lm_head": {"models": ["A"]}, "default": {"models": ["B"]}}
+    recipe = {"merge_method": "linear", "parameters": {"weight": 1}, "modules": modules}
+    with pytest.raises(PlanError, match="vocabularies differ"):
+        streammerge.merge(recipe, output="OUT")
+    streammerge.merge({**recipe, "tokenizer_source": "numbers"}, output="OUT")
 
 
 # ── memory ───────────────────────────────────────────────────────────────────────────────────────────────────────────
