@@ -21,6 +21,7 @@ from streammerge.models.by_token import names_by_token
 from streammerge.models.checkpoints import Checkpoint, open_model
 from streammerge.models.dialects import Naming
 from streammerge.models.extent import check_steps
+from streammerge.models.flattened import check_not_flattened
 from streammerge.models.merged import Merged, files_of
 from streammerge.models.modules import Part, assembled, check_modules, layout_of, outside, rest_of
 from streammerge.models.prefixes import Prefixed
@@ -58,7 +59,8 @@ class OpenInputs:
             loop = os.strerror(errno.ELOOP)
             raise CheckpointError(f"{path}: can't be read: {loop}", advice="Name a checkpoint file.") from error
         if (key, entry) not in self.checkpoints:
-            self.checkpoints[key, entry] = open_model(path, entry)
+            self.checkpoints[key, entry] = opened = open_model(path, entry)
+            check_not_flattened(str(path), opened)
         return self.checkpoints[key, entry]
 
     def opened(self, path: Path) -> Checkpoint:

@@ -108,6 +108,20 @@ def test_a_checkpoint_without_a_model_is_refused(tmp_path):
         open_model(tmp_path / "none")
 
 
+@pytest.mark.parametrize("name", ["_flat_param", "model.layers.0._fsdp_wrapped_module._flat_param", "flat_param_0"])
+def test_flattened_parameters_are_refused(tmp_path, name):
+    state = {"model": {name: torch.ones(6, dtype=torch.bfloat16), "norm.weight": torch.ones(2)}}
+    for step in (1, 2):
+        save(state, checkpoint_id=tmp_path / f"step-{step}")
+    words = [str(tmp_path / f"step-{step}") for step in (1, 2)]
+    with pytest.raises(CheckpointError, match="flattened") as caught:
+        streammerge.merge(
+            {"merge_method": "linear", "models": words, "parameters": {"weight": 1}}, output=tmp_path / "OUT"
+        )
+    assert list(caught.value.found) == [name]
+    assert not (tmp_path / "OUT").exists()
+
+
 # ── folders that are incomplete, or lie ──────────────────────────────────────────────────────────────────────────────
 
 

@@ -100,10 +100,10 @@ def test_a_module_without_tokens_needs_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     images(Path("A"), 1, WORDS[:20])
     images(Path("B"), 2, WORDS[25:4:-1])
-    modules = {"vision_tower": {"models": ["A", "B"], "parameters": {"weight": 1}}, "default": {"models": ["A"]}}
-    recipe = {"merge_method": "linear", "modules": modules, "tokenizer": {"source": "union", "pad_to_multiple_of": 64}}
-    recipe["modules"]["default"]["parameters"] = {"weight": 1}
-    streammerge.merge(recipe, output="OUT")
+    weight = {"parameters": {"weight": 1}}
+    modules = {"vision_tower": {"models": ["A", "B"], **weight}, "default": {"models": ["A"], **weight}}
+    tokenizer = {"source": "union", "pad_to_multiple_of": 64}
+    streammerge.merge({"merge_method": "linear", "modules": modules, "tokenizer": tokenizer}, output="OUT")
     assert load_file("OUT/model.safetensors")["model.language_model.embed_tokens.weight"].shape[0] == 64
 
 
