@@ -19,6 +19,7 @@ from streammerge.methods.registry import BlockMethod, WholeMethod
 from streammerge.models.adapters.dialects import Dialect
 from streammerge.models.by_token import names_by_token
 from streammerge.models.checkpoints import Checkpoint, open_model
+from streammerge.models.configs import has_head
 from streammerge.models.dialects import Naming
 from streammerge.models.extent import check_steps
 from streammerge.models.flattened import check_not_flattened
@@ -93,7 +94,7 @@ class OpenInputs:
             return sum_of_adapters(recipe, models, naming)
         if recipe.low_rank is not None or (recipe.method != "linear" and are_adapters(models)):
             return self._of_low_rank(recipe, models, within, naming)
-        whole, told = with_heads(models) if recipe.on_missing == "error" else (models, [])
+        whole, told = _with_heads(recipe, models)
         one = _settled(recipe, whole)
         return told_of(one.told(self._merged(recipe, one.models, within, of_models(naming), told)), models)
 
@@ -109,7 +110,7 @@ class OpenInputs:
             return refactoring.refactored(recipe, models, within, naming)
         refactoring.refuse_malformed(recipe, models)
         plain = extracting.to_be_merged(recipe, naming)
-        whole, told = with_heads(models) if recipe.on_missing == "error" else (models, [])
+        whole, told = _with_heads(recipe, models)
         one = _settled(recipe, whole)
         merged = told_of(one.told(self._merged(plain, one.models, within, None, told)), models)
         return extracting.extracted(recipe, merged, one.models)
@@ -231,6 +232,15 @@ def saying_where(name: str) -> Iterator[None]:
         if not error.advice.endswith(NESTED):
             error.advice = f"{error.advice} {NESTED}"
         raise
+
+
+def _with_heads(recipe: Recipe, models: Mapping[str, Model]) -> tuple[Mapping[str, Model], list[str]]:
+    """The models, those that are tied with the head that is their embedding; and what was done.
+
+    Where the layout's tensors are kept that others have not, it is not missing in a tied model, if the layout has one.
+    """
+    may_be_missing = recipe.on_missing == "keep" and not has_head(models[recipe.layout_name].tensors)
+    return (models, []) if recipe.on_missing == "drop" or may_be_missing else with_heads(models)
 
 
 def _settled(recipe: Recipe, models: Mapping[str, Model]) -> Settled:

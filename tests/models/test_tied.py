@@ -50,6 +50,19 @@ def test_models_that_are_all_tied_stay_so(models):
     assert config()["tie_word_embeddings"] is True
 
 
+@pytest.mark.parametrize("names", [("untied", "tied"), ("tied", "untied")])
+def test_where_missing_tensors_are_kept_only_a_layout_with_a_head_has_one(models, names):
+    more = load_file(f"{names[0]}/model.safetensors") | {"model.vision.weight": torch.ones(2)}
+    save_folder(Path("more"), more, json.loads(Path(names[0], "config.json").read_text()))
+    merge("more", names[1], on_missing="keep")
+    out, other = load_file("OUT/model.safetensors"), load_file(f"{names[1]}/model.safetensors")
+    assert torch.equal(out["model.vision.weight"], torch.ones(2))
+    assert (HEAD in out) == (HEAD in more)
+    if HEAD in out:
+        head = (more[HEAD].double() + other[EMBEDDING].double()) / 2
+        torch.testing.assert_close(out[HEAD].double(), head, rtol=0, atol=1e-6)
+
+
 def test_it_is_told(models, capsys):
     assert main(["plan", "tied", "untied", "-o", "OUT"]) == 0
     told = capsys.readouterr().out
