@@ -19,6 +19,7 @@ from streammerge.errors import CheckpointError, OutputError, RecipeError
 from streammerge.models.downloads import needed_files
 from streammerge.models.hub import HubName, located
 from streammerge.recipe.parse import parse_recipe
+from streammerge.recipe.vocabulary import Vocabulary
 from tests.make.folders import llama_config, llama_tensors, save_folder, save_llama
 
 COMMIT = "0123abcd" * 5
@@ -145,7 +146,8 @@ def test_a_merge_of_names_fetches_them(hub, capsys):
 
 def test_a_recipe_is_read_without_asking_the_hub(hub):
     raw = {"merge_method": "linear", "models": ["org/tiny", {"model": {"path": "org/one", "revision": "v1"}}]}
-    recipe = parse_recipe(raw, Path())
+    recipe = parse_recipe({**raw, "tokenizer_source": {"path": "org/one", "revision": "v1"}}, Path())
+    assert recipe.vocabulary == Vocabulary("one", is_model=True)
     assert [entry.source for entry in recipe.inputs] == [HubName("org/tiny"), HubName("org/one", "v1")]
     assert [entry.name for entry in recipe.inputs] == ["tiny", "one"]
     assert not hub.log
