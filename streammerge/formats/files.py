@@ -16,6 +16,10 @@ from streammerge.errors import CheckpointError
 READ_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
+LFS_POINTER: Final = b"version https://git-lfs"
+"""How a file begins that stands for one which Git LFS has not fetched."""
+
+
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
     """What tells one state of a file from another: device, inode, size and time of change."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from streammerge.compute.expressions import Node, Stored, Viewed, is_stored
 from streammerge.errors import CheckpointError, count, plural
-from streammerge.formats.files import ByteFile, read_errors
+from streammerge.formats.files import LFS_POINTER, ByteFile, read_errors
 from streammerge.formats.pipelines import (
     INDEX,
     check_alone,
@@ -40,7 +40,7 @@ OTHERS: Final = {
         "is GGUF, whose tensors are quantised in blocks that streammerge does not decode; merge the safetensors that "
         "it was made from"
     ),
-    b"version https://git-lfs": "is a pointer of Git LFS and not the file that it stands for; fetch that: git lfs pull",
+    LFS_POINTER: "is a pointer of Git LFS and not the file that it stands for; fetch that: git lfs pull",
     b"<!doctype html": "is a web page and not a model; log in where it was fetched from, or copy its download link",
     b"<html": "is a web page and not a model; log in where it was fetched from, or copy its download link",
 }

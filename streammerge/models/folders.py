@@ -17,12 +17,15 @@ from typing import Final, Literal
 
 from streammerge.errors import CheckpointError
 from streammerge.formats.companions import Companion, is_companion_name
-from streammerge.formats.files import ByteFile, read_errors
+from streammerge.formats.files import LFS_POINTER, ByteFile, read_errors
 from streammerge.formats.layout import FOLDER_STEMS
 from streammerge.formats.shards import is_index, is_model
 from streammerge.models.merged import Merged
 from streammerge.models.views import beneath
 from streammerge.tensors import Model
+
+MAX_POINTER: Final = 1024
+"""The longest pointer of Git LFS, in bytes, by its specification."""
 
 MAX_COMPANION: Final = 256 * 2**20
 """The largest companion, in bytes, that is copied; the largest tokenizers have 40 MB."""
@@ -94,7 +97,11 @@ def stem_of(weights: Path | None) -> str:
 
 
 def read_folder(path: Path, weights: Iterable[Path] = ()) -> ModelFolder:
-    """Look at a folder's files, `weights` being those that its tensors are in. Only names and sizes are read."""
+    """Look at a folder's files, `weights` being those that its tensors are in.
+
+    Names and sizes are read, and how small ones begin.
+    CheckpointError for a pointer of Git LFS, which would be copied in place of a tokenizer.
+    """
     own = {file.name for file in weights}
     companions: list[Companion] = []
     left: list[tuple[str, str]] = []
@@ -106,6 +113,7 @@ def read_folder(path: Path, weights: Iterable[Path] = ()) -> ModelFolder:
         if reason is not None:
             left.append((name, reason))
             continue
+        _refuse_pointer(path / name)
         taken.add(name.casefold())
         companions.append(Companion(name, ByteFile(path / name), CODE if name.endswith(".py") else ""))
     return ModelFolder(path, tuple(companions), tuple(left))
@@ -156,6 +164,19 @@ def _reason(folder: Path, name: str, taken: set[str], number: int) -> str | None
     if status.st_size > MAX_COMPANION:
         return "too large"
     return "one of too many" if number >= MAX_COMPANIONS else None
+
+
+def _refuse_pointer(path: Path) -> None:
+    with read_errors(path):
+        if path.stat().st_size > MAX_POINTER:
+            return
+        with path.open("rb") as file:
+            is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
+    if is_pointer:
+        raise CheckpointError(
+            f"{path}: is a pointer of Git LFS and not the file that it stands for, which belongs to the model",
+            advice="Fetch that (git lfs pull), move the pointer away, or use --no-companions to write weights alone.",
+        )
 
 
 def _status(path: Path) -> os.stat_result | None:

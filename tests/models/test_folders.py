@@ -156,3 +156,12 @@ def test_the_folder_of_a_model_is_that_of_its_layout(tmp_path):
         assert root_of(streammerge.Cast(streammerge.linear(streammerge.Cast(inner, "fp16"), one), "fp32")) is two
     with streammerge.open_model(a / "model.safetensors") as file:
         assert file.folder is None
+
+
+def test_a_pointer_of_git_lfs_is_no_tokenizer(tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    save_llama(tmp_path / "A", 1, {**TOKENIZER, "tokenizer.model": pointer})
+    recipe = {"merge_method": "linear", "models": [str(tmp_path / "A")]}
+    with pytest.raises(CheckpointError, match=r"tokenizer.model: is a pointer of Git LFS .*\n.*git lfs pull"):
+        streammerge.make_plan(recipe, output=tmp_path / "OUT")
+    streammerge.make_plan(recipe, output=tmp_path / "OUT", companions=False)
