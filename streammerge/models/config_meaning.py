@@ -25,6 +25,9 @@ KEYS: Final = frozenset(
 )
 """Keys that change what the same weights compute, also of configs within configs."""
 
+SWITCHES: Final = frozenset({"sliding_window", "rope_scaling", "attn_logit_softcapping", "final_logit_softcapping"})
+"""Keys of which null says that there is no such thing; of others it leaves the value to the library."""
+
 MAX_DEPTH: Final = 3
 """How deep configs within configs are looked into."""
 
@@ -54,7 +57,8 @@ def contradictions(own: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator
 def _within(own: Mapping[str, Any], other: Mapping[str, Any], called: str, depth: int) -> Iterator[Contradiction]:
     for key, value in own.items():
         theirs = other.get(key)
+        is_told = key in KEYS if None not in (value, theirs) else key in SWITCHES and key in other
         if isinstance(value, Mapping) and isinstance(theirs, Mapping) and depth < MAX_DEPTH:
             yield from _within(value, theirs, f"{called}{key}.", depth + 1)
-        elif key in KEYS and theirs is not None and value is not None and theirs != value:
+        elif is_told and theirs != value:
             yield Contradiction(f"{called}{key}", value, theirs)

@@ -352,5 +352,8 @@ def test_configs_that_contradict_each_other_are_told(tmp_path):
     given = {"model_type": "llava", "head_dim": 7, "text_config": {**llama_config(), "rope_theta": 1e4}}
     text = {**llama_config(), "rope_theta": 1e6, "head_dim": 8}
     assert list(contradictions(given, text)) == [Contradiction("text_config.rope_theta", 1e4, 1e6)]
+    null = {"rope_scaling": None, "head_dim": None}
+    assert list(contradictions(null, {"rope_scaling": 2, "head_dim": 8})) == [Contradiction("rope_scaling", None, 2)]
+    assert not list(contradictions({"head_dim": 8}, null))
     other = {**text, "model_type": "mistral"}
     assert [each.key for each in contradictions(given, other)] == ["model_type", "head_dim"]
