@@ -21,9 +21,9 @@ from streammerge.compute.machine import may_have_cards, usable_cores
 from streammerge.errors import OutputError, saying_what_is_on_disk
 from streammerge.formats.claims import NOTHING, Claims, file_key
 from streammerge.formats.descriptors import check_open_files
-from streammerge.formats.pipelines import is_pipeline_index
+from streammerge.formats.files import path_of
+from streammerge.formats.layout import output_of
 from streammerge.formats.safetensors import check_with_library
-from streammerge.formats.shards import is_index
 from streammerge.methods.loading import method_failure
 from streammerge.models.checkpoints import open_model
 from streammerge.plan.companions import beside_output
@@ -79,7 +79,7 @@ def output_path(output: str | os.PathLike[str]) -> Path:
     """The output's path; OutputError for an empty text, which would be taken for the folder that we are in."""
     if os.fspath(output) == "":
         raise OutputError("the output's name is empty", advice="Name a file, such as OUT.safetensors, or a folder.")
-    return Path(output)
+    return path_of(output)
 
 
 def run_merge(
@@ -125,9 +125,10 @@ def run_verification(
     recipe: Recipe | Model, output: Path, options: Options, watch: Watch | None = None, *, sampled: bool = False
 ) -> Confirmed:
     """Compute an output again, every byte or samples of it, and compare; OutputError if the recipe gives another."""
-    place = output.parent if is_index(output) or is_pipeline_index(output) else output
-    with planned(recipe, place, options) as plan, open_model(output) as found:
-        return confirm(plan, found, watch, sampled=sampled)
+    with open_model(output) as found:
+        place = found.path if found.is_pipeline else output_of(output, found.path)
+        with planned(recipe, place, options) as plan:
+            return confirm(plan, found, watch, sampled=sampled)
 
 
 @contextlib.contextmanager

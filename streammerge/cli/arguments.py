@@ -239,8 +239,10 @@ def not_empty(text: str) -> str:
 
 
 def a_path(text: str) -> Path:
-    """A path that is no empty text."""
-    return Path(not_empty(text))
+    """A path that is no empty text; `~/` is the home folder also where no shell has made it so, as in `--output=~/`."""
+    from streammerge.formats.files import path_of  # late: help has no use for files
+
+    return path_of(not_empty(text))
 
 
 def _add_group(group: argparse._ArgumentGroup, name: Group, without: Collection[str] = ()) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from streammerge.cli.words import RECIPE_SUFFIXES, as_typed, read_from_metadata
 from streammerge.formats.claims import NOTHING, Claim, Claims, file_key
+from streammerge.formats.files import path_of
 from streammerge.methods.loading import load_methods
 from streammerge.plan.entries import with_entries
 from streammerge.recipe.metadata import Recorded
@@ -71,7 +72,7 @@ def _named(arguments: argparse.Namespace) -> Claims:
     """
     claims = [Claim(path, "the file of methods") for path in arguments.methods]
     claims += [Claim(arguments.thumbnail, "the thumbnail")] if arguments.thumbnail is not None else []
-    first = Path(arguments.models[0]) if arguments.models and not arguments.recipe else None
+    first = path_of(arguments.models[0]) if arguments.models and not arguments.recipe else None
     if first is not None and arguments.recipe_from_metadata:
         is_output = arguments.output is not None and file_key(first) == file_key(arguments.output)
         claims += [] if is_output else [Claim(first, "the model with the recipe,")]

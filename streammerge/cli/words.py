@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from streammerge.errors import RecipeError
+from streammerge.formats.files import path_of
 from streammerge.methods import find_method
 from streammerge.models.hub import HubName, meant
 from streammerge.recipe import blockwise
@@ -33,7 +34,7 @@ RECIPE_SUFFIXES: Final = (".yaml", ".yml")
 def as_typed(arguments: argparse.Namespace) -> Recipe:
     """What to merge: a recipe file, a packaged recipe, or models; options change the recipe's keys."""
     words: list[str] = arguments.models
-    first = Path(words[0]) if words else None
+    first = path_of(words[0]) if words else None
     if arguments.averages is not None:
         return parse_recipe(_changed(arguments.averages, arguments), Path(), strict=True)
     if arguments.does in _OWN_WORDS:
@@ -85,9 +86,9 @@ def read_from_metadata(arguments: argparse.Namespace) -> Recorded:
         name, equals, path = word.partition("=")
         if not (name and equals and path):
             raise RecipeError(f"{word!r}: beside a recipe, models are given as NAME=PATH")
-        bindings[name] = Path(path)
+        bindings[name] = path_of(path)
     with open_model(words[0]) as model:
-        found = read_recorded(Path(words[0]), model.metadata, bindings, lambda raw: _changed(raw, arguments))
+        found = read_recorded(path_of(words[0]), model.metadata, bindings, lambda raw: _changed(raw, arguments))
     _with_effect(found.recipe, arguments)
     return found
 
@@ -192,7 +193,7 @@ def _bindings(words: list[str]) -> tuple[dict[str, Path | HubName], dict[str, fl
         if match is None:
             raise RecipeError(f"{word!r}: beside a recipe, models are given as NAME=PATH")
         path, weight = _split_weight(match["path"])
-        bindings[match["name"]] = meant(Path(path), path)
+        bindings[match["name"]] = meant(path_of(path), path)
         if weight is not None:
             weights[match["name"]] = weight
     return bindings, weights

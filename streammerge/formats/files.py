@@ -160,6 +160,18 @@ def kind_of(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "something else")
 
 
+def path_of(text: str | os.PathLike[str]) -> Path:
+    """The path that is meant: `~`, and what begins with `~/`, lie in the home folder.
+
+    Nothing else is expanded, no variables and nobody else's folder; nor is `~` where nobody knows what home is.
+    """
+    path = os.fspath(text)
+    if path == "~" or path.startswith("~/"):
+        with contextlib.suppress(RuntimeError):
+            return Path(path).expanduser()
+    return Path(path)
+
+
 @contextlib.contextmanager
 def read_errors(path: Path) -> Iterator[None]:
     """Turn the system's refusals into a CheckpointError that names the file."""

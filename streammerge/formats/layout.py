@@ -20,6 +20,9 @@ from streammerge.tensors import TensorInfo
 
 SUFFIX = ".safetensors"
 
+INDEX_SUFFIX: Final = ".index.json"
+"""What an index of shards has more at the end of its name than the file that it stands for."""
+
 FOLDER_STEMS: Final = ("model", "adapter_model", "diffusion_pytorch_model", "pytorch_lora_weights")
 """What weights in a folder are called by the libraries that load it, the shards' numbers and the ending left out."""
 
@@ -64,7 +67,7 @@ class OutputName:
     @property
     def index(self) -> Path:
         """The index, if there are shards."""
-        return self.folder / f"{self.stem}{self.suffix}.index.json"
+        return self.folder / f"{self.stem}{self.suffix}{INDEX_SUFFIX}"
 
     def shard(self, number: int, count: int) -> Path:
         """One of so many shards."""
@@ -113,6 +116,15 @@ class Component:
 def is_file_name(path: Path) -> bool:
     """Whether an output of this name is a file; else it is a folder."""
     return path.suffix.lower() in SAFETENSORS
+
+
+def output_of(named: Path, weights: Path) -> Path:
+    """The output that is meant by a name and the weights found there: the file of this name, or that, or the folder of
+    which the shards of an index are."""
+    own = weights.with_name(weights.name.removesuffix(INDEX_SUFFIX))
+    if own == weights == named:
+        return named
+    return own if is_file_name(own) and own.stem not in FOLDER_STEMS else own.parent
 
 
 @dataclass(frozen=True, slots=True)

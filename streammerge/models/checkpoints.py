@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Final
 
 from streammerge.compute.expressions import Node, Stored, Viewed, is_stored
 from streammerge.errors import CheckpointError, count, plural
-from streammerge.formats.files import LFS_POINTER, ByteFile, read_errors
+from streammerge.formats.files import LFS_POINTER, ByteFile, path_of, read_errors
+from streammerge.formats.layout import OutputName, is_file_name
 from streammerge.formats.pipelines import (
     INDEX,
     check_alone,
@@ -27,7 +28,7 @@ from streammerge.formats.shards import find_weights, is_index, read_index
 from streammerge.formats.tables import Names
 from streammerge.formats.torchzip.archive import StoredView, is_torch_zip, legacy_torch_reason, read_torch_zip
 from streammerge.formats.torchzip.state_dicts import NONE_LEFT, LeftTensors
-from streammerge.models.hub import check_there, located
+from streammerge.models.hub import check_there, is_there, located
 from streammerge.models.stored import StoredTensors, compact
 from streammerge.tensors import TensorInfo
 
@@ -148,7 +149,7 @@ def open_model(path: str | os.PathLike[str], entry: str = "") -> Checkpoint:
     """
     if os.fspath(path) == "":
         raise CheckpointError("the model's name is empty", advice="Name a checkpoint file, or a folder of one.")
-    named = located(Path(path), os.fspath(path))
+    named = located(path_of(path), os.fspath(path))
     if components := _components(named):
         return _open_pipeline(named, components, entry)
     if distributed := _distributed(named):
@@ -181,9 +182,18 @@ def _distributed(path: Path) -> Path | None:
 
 def weights_file(path: Path) -> Path:
     """The file that is read first: the path's own, or that of the model in the folder; an index if it has shards."""
+    if index := index_at(path):
+        return index
     check_there(path)
     with read_errors(path):
         return find_weights(path) if path.is_dir() else path
+
+
+def index_at(path: Path) -> Path | None:
+    """The index of the shards that a merge to `OUT.safetensors` has written, where there is no file of that name."""
+    index = OutputName.of(path).index
+    with read_errors(path):
+        return index if is_file_name(path) and not is_there(path) and index.is_file() else None
 
 
 def model_files(path: Path) -> list[Path]:

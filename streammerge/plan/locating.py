@@ -11,6 +11,7 @@ from pathlib import Path
 
 from streammerge.errors import CheckpointError, RecipeError, count
 from streammerge.formats.files import read_errors
+from streammerge.models.checkpoints import index_at
 from streammerge.models.hub import HubName, check_there, is_there, sought
 from streammerge.recipe.naming import same_source
 from streammerge.recipe.recipe import Input, Recipe
@@ -48,7 +49,7 @@ def _sources(recipe: Recipe) -> Iterator[Path | HubName]:
 
 def _check_path(source: Path | HubName) -> None:
     """CheckpointError if nothing is at a path."""
-    if isinstance(source, Path) and not is_there(source):
+    if isinstance(source, Path) and not is_there(source) and not index_at(source):
         check_there(source)
         with read_errors(source):
             source.lstat()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from streammerge.errors import RecipeError, suggestion
+from streammerge.formats.files import path_of
 from streammerge.recipe.documents import MAX_DOCUMENTS, as_one_recipe
 from streammerge.recipe.options import RECIPE_KEYS
 from streammerge.recipe.parse import RECIPE_WORDS, Recipe, parse_recipe
@@ -188,7 +189,7 @@ def as_recipe(recipe: Mergeable, options: Mapping[str, Any]) -> Recipe | Model:
     """The recipe that is meant, with its keys changed as the options say; models are what they are."""
     changes = {key: options[key] for key in RECIPE_KEYS if key in options}
     if isinstance(recipe, str | os.PathLike):
-        path = Path(recipe)
+        path = path_of(recipe)
         raw = read_recipe_file(path)
         return parse_recipe({**raw, **changes} if isinstance(raw, dict) else raw, path.parent, where=str(path))
     if isinstance(recipe, Mapping):

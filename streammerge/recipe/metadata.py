@@ -7,7 +7,7 @@ says where they are.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Final
@@ -143,8 +143,9 @@ def read_recorded(
 ) -> Recorded:
     """The recipe in the metadata of an output; RecipeError if there is none, or it is none that we wrote.
 
-    Its models are those that `bindings` say by name, or files of their names beside the output. It may come from a
-    stranger: no path in it leads out of the output's folder, and methods that are not there are not fetched or run.
+    Its models are those that `bindings` say by name, or what is called so beside the output: in its folder, and if it
+    is a folder also where that lies. It may come from a stranger: no path in it leads elsewhere, and methods that are
+    not there are not fetched or run.
     `change` is what the user wants to be different.
     """
     where = f"{output}: the recipe in its metadata"
@@ -156,7 +157,8 @@ def read_recorded(
     try:
         raw, settings, hashes = (_load(metadata.get(key, "{}"), where) for key in (RECIPE, SETTINGS, INPUTS))
         _check_methods(raw, settings, where)
-        binder = _Binder(output.parent if output.is_file() else output, bindings, where)
+        folders = (output.parent,) if output.is_file() else (output, output.absolute().parent)
+        binder = _Binder(folders, bindings, where)
         bound = binder.recipe(raw)
         binder.report()
         recipe = parse_recipe(change(bound), Path(), where=where)
@@ -205,7 +207,7 @@ def _checked_hashes(raw: Mapping[str, Any], where: str) -> Hashes:
 class _Binder:
     """Puts files for the names in a recipe that may come from anywhere."""
 
-    folder: Path
+    folders: Sequence[Path]
     bindings: Mapping[str, Path]
     where: str
     paths: dict[str, Path] = field(default_factory=dict)
@@ -278,7 +280,8 @@ class _Binder:
 
     def _path(self, name: str, stored: str) -> Path:
         self.known.add(name)
-        beside = self.folder / stored
+        places = [folder / stored for folder in self.folders]
+        beside = next(filter(Path.exists, places), places[0]) if is_beside(stored) else places[0]
         if name in self.bindings:
             self.paths[stored] = self.bindings[name]
         elif is_beside(stored) and beside.exists():

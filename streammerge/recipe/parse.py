@@ -6,7 +6,6 @@ keys `layout`, `rules`, `inputs`, `seed`, `low_rank` and others; `model:` may be
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from streammerge.errors import CheckpointError, RecipeError, suggestion
+from streammerge.formats.files import path_of
 from streammerge.models.dtypes import parse_dtype
 from streammerge.models.extent import MAX_DEPTH
 from streammerge.models.hub import HubName, meant
@@ -313,11 +313,8 @@ class _RecipeParser:
             return self.bindings[model]
         if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in model):
             raise RecipeError(f"{where}: no file can be called {model!r}")
-        if model == "~" or model.startswith("~/"):  # nothing else is expanded: no variables, nobody else's folder
-            with contextlib.suppress(RuntimeError):  # nobody knows where home is
-                return Path(model).expanduser()
         try:
-            return meant(self.folder / model, model)
+            return meant(self.folder / path_of(model), model)
         except CheckpointError as error:
             raise RecipeError(f"{where}: {error.what}", found=error.found, advice=error.advice) from error
 

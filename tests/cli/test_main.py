@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import streammerge
 from streammerge import __version__
 from streammerge.cli.main import COMMANDS
 from tests.cli.small_models import UNET, VAE, VALUES, value, write_recipe
@@ -139,3 +140,21 @@ def test_every_command_has_a_help(run, command):
 
 def test_the_version(run):
     assert run("--version").out.startswith(f"streammerge {__version__}, loops: ")
+
+
+def test_the_home_folder_is_meant_wherever_a_path_is_typed(folder, run, monkeypatch):
+    """`--output=~/out` reaches us as it is typed: no shell expands it there."""
+    home = folder / "home"
+    home.mkdir()
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(home))
+    shutil.copy("a.safetensors", home)
+    words = ("~/a.safetensors", "b.safetensors", "--output=~/out.safetensors", "--report=~/told.json", "-q")
+    assert run(*words).code == 0
+    assert {path.name for path in home.iterdir()} == {"a.safetensors", "out.safetensors", "told.json"}
+    assert not Path("~").exists()
+    assert run("verify", "~/out.safetensors", "b=b.safetensors", "--all").code == 0
+    assert run("inspect", "~/out.safetensors").code == 0
+    (home / "recipe.yaml").write_text("{merge_method: passthrough, models: [~/out.safetensors]}")
+    report = streammerge.merge("~/recipe.yaml", output="~/again")
+    assert report.output == [str(home / "again" / "model.safetensors")]

@@ -66,3 +66,22 @@ def test_verify_reads_shards(folder, run):
 
 def test_a_merge_may_verify_itself(folder, run):
     assert run("a.safetensors", "b.safetensors", "-o", "out.safetensors", "--verify", "-q").code == 0
+
+
+def test_what_was_typed_for_a_file_that_came_out_in_shards_finds_them(folder, run):
+    merge = ("a.safetensors", "b.safetensors", "-o", "out.safetensors", "--shard-size", "16", "-q")
+    assert run(*merge).code == 0
+    for name in ("out.safetensors", "out.safetensors.index.json"):
+        result = run("verify", name, "--all")
+        assert (result.code, result.err) == (0, "")
+        assert result.out.endswith("Every byte is what the recipe gives.\n")
+    assert run("out.safetensors", "a.safetensors", "-o", "more.safetensors", "-q").code == 0
+    assert run("out.safetensors", "a.safetensors", "-o", "out.safetensors", "-q", "--force").code == 1
+
+
+def test_models_are_looked_for_where_a_folder_lies_too(folder, run):
+    assert run("a.safetensors", "b.safetensors", "-o", "out", "-q").code == 0
+    assert "Every byte" in run("verify", "out", "--all").out
+    Path("elsewhere").mkdir()
+    Path("out").rename("elsewhere/out")
+    assert "needs models that are not beside it" in run("verify", "elsewhere/out", "--all").err

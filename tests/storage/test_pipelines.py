@@ -436,3 +436,11 @@ def test_a_model_of_python(pipelines):
     with streammerge.open_model("A") as model:
         streammerge.merge(model, output="OUT", sync=False)
     assert digests(Path("OUT")).keys() == {*WEIGHTS, *COPIED}
+
+
+def test_shards_of_a_file_in_diffusers_names_are_verified(pipelines, capsys):
+    words = ["A", "B", "--names", "diffusers", "-o", "out.safetensors", "--shard-size", "60kB", "-q", "--no-sync"]
+    save_model(Path("a.safetensors"), as_checkpoint(1))
+    assert main(["a.safetensors", *words[1:]]) == 0
+    for name in ("out.safetensors", "out.safetensors.index.json"):
+        assert main(["verify", name, "--all"]) == 0, capsys.readouterr().err

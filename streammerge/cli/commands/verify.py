@@ -33,6 +33,7 @@ def verify(arguments: argparse.Namespace) -> int:
     """Say what was checked."""
     from streammerge.cli.request import read_request
     from streammerge.cli.words import is_there
+    from streammerge.formats.files import path_of
     from streammerge.models.checkpoints import open_model
     from streammerge.recipe.metadata import has_recipe
     from streammerge.tools.verification import check_files
@@ -49,12 +50,13 @@ def verify(arguments: argparse.Namespace) -> int:
         say("values: not checked: there is no recipe in its metadata.")
         say("Name the recipe, or the models and options it was made with, to compute every byte again.")
         return 0
-    return verify_values(read_request(arguments), Path(arguments.merged), sampled=False)
+    return verify_values(read_request(arguments), path_of(arguments.merged), sampled=False)
 
 
 def verify_recorded(arguments: argparse.Namespace) -> int:
     """Check an output's inputs and values by the recipe in its metadata, as far as its models are there."""
     from streammerge.cli.request import read_request
+    from streammerge.formats.files import path_of
     from streammerge.recipe.metadata import ModelsMissingError
     from streammerge.tools.verification import check_inputs
 
@@ -68,7 +70,7 @@ def verify_recorded(arguments: argparse.Namespace) -> int:
         return 0
     if request.recorded is not None:
         say(one_line(check_inputs(request.recorded)))
-    return verify_values(request, Path(arguments.merged), sampled=not arguments.all)
+    return verify_values(request, path_of(arguments.merged), sampled=not arguments.all)
 
 
 def verify_values(request: Request, merged: Path, *, sampled: bool) -> int:
