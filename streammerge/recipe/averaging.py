@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,9 @@ DECAYS: Final[Mapping[str, Callable[[float], float]]] = {
 }
 """How a learning rate falls from 1 to 0, by name."""
 
+GOING_BY_ORDER: Final = DECAYS.keys() - {"linear"}
+"""Those by which not all checkpoints weigh the same."""
+
 _STEP: Final = re.compile(r"(?P<stem>.*?)(?P<step>\d{1,18})")
 
 
@@ -39,6 +44,20 @@ class Averaged:
     checkpoints: tuple[str, ...]
     steps: tuple[int, ...] = ()
     remarks: tuple[str, ...] = ()
+
+    def check_order(self, count: int | None, weights: str | None) -> None:
+        """RecipeError if checkpoints of one folder are named in another order than their steps', as a shell's `*` has
+        them, and the last of them are asked for or a decay that goes by it."""
+        named = [(path.parent, _STEP.fullmatch(path.name)) for path in map(Path, self.checkpoints)]
+        of_one = len({(parent, match["stem"] if match else None) for parent, match in named}) == 1
+        steps = [int(match["step"]) for _, match in named if match] if of_one else []
+        if steps != sorted(steps) and (count is not None or weights in GOING_BY_ORDER):
+            asked = "--last" if count is not None else f"--weights {weights}"
+            raise RecipeError(
+                f"{asked} goes by the order of the checkpoints, and they are not named in that of their steps",
+                found=list(self.checkpoints),
+                advice=f"Name them in order, or the folder that they are in: {named[0][0]}.",
+            )
 
     def last(self, count: int | None) -> Averaged:
         """The last so many; RecipeError if there are fewer."""
@@ -72,8 +91,18 @@ def averaged(words: Sequence[str]) -> Averaged:
         checkpoints += map(str, steps.values()) if steps else [word]
         if steps and _reason(Path(word)) is None:
             remarks.append(f"{word} has weights of its own, which are not taken: its {len(steps)} checkpoints are")
+    _check_each_once(checkpoints)
     are_known = len(known) == len(checkpoints) and known == sorted(set(known))
     return Averaged(tuple(checkpoints), tuple(known) if are_known else (), tuple(remarks))
+
+
+def _check_each_once(checkpoints: Sequence[str]) -> None:
+    """RecipeError if one is named twice, as where a folder is named beside a checkpoint that is in it."""
+    times = Counter(os.path.realpath(checkpoint) for checkpoint in checkpoints)
+    if twice := [checkpoint for checkpoint in checkpoints if times[os.path.realpath(checkpoint)] > 1]:
+        raise RecipeError(
+            "a checkpoint is named more than once, and would weigh as much more", found=twice, advice="Name it once."
+        )
 
 
 def _steps_in(folder: Path) -> dict[int, Path]:

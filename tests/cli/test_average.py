@@ -15,6 +15,8 @@ from streammerge import open_model
 from streammerge.recipe.averaging import DECAYS, weights_of
 
 STEPS = (90, 100, 1000, 1100)
+BY_TEXT = sorted(f"run/checkpoint-{step}" for step in STEPS)
+"""As a shell has `run/checkpoint-*`."""
 
 
 def tensors(seed: int) -> dict[str, torch.Tensor]:
@@ -109,6 +111,7 @@ def test_the_last_ones_alone_and_a_note_on_steps_that_are_not_even(training, run
 def test_folders_by_name_in_the_order_in_which_they_are_named(training, run):
     run("average", "run/checkpoint-1100", "run/checkpoint-90", "--weights", "3,1", "-o", "out")
     check("out/model.safetensors", [1, 3], (90, 1100))
+    assert run("average", *BY_TEXT, "-o", "all.safetensors", "-q").code == 0  # all weigh the same
     assert json.loads(Path("out/config.json").read_text())["step"] == 90
     assert (
         run("verify", "out", "checkpoint-90=run/checkpoint-90", "checkpoint-1100=run/checkpoint-1100", "--all").code
@@ -149,6 +152,9 @@ def test_distributed_checkpoints_are_averaged_and_optimizers_left_out(tmp_path, 
         (["run", "--last", "1"], "two checkpoints or more"),
         (["run/checkpoint-90"], "two checkpoints or more"),
         (["nowhere", "run/checkpoint-90"], "nowhere: can't be read"),
+        (["run", "run/../run/checkpoint-90"], "a checkpoint is named more than once"),
+        ([*BY_TEXT, "--last", "2"], "--last goes by the order of the checkpoints"),
+        ([*BY_TEXT, "--weights", "1-sqrt"], "--weights 1-sqrt goes by the order of the checkpoints"),
     ],
 )
 def test_what_makes_no_average_is_refused(training, refuse, words, told):

@@ -28,7 +28,9 @@ def run(words: Sequence[str]) -> int:
     arguments = parser.parse_args(words)
     from streammerge.recipe.averaging import average_recipe, averaged, weights_of
 
-    chosen = averaged(arguments.models).last(arguments.last)
+    found = averaged(arguments.models)
+    found.check_order(arguments.last, arguments.weights)
+    chosen = found.last(arguments.last)
     weights = weights_of(arguments.weights or "", len(chosen.checkpoints))
     arguments.averages = average_recipe(chosen, weights)
     tell, total = telling(quiet=arguments.quiet), sum(weights)
