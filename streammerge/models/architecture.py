@@ -26,15 +26,18 @@ class _Sign:
     """The tensor by which an architecture is known, and, where its name alone does not tell, its second dimension.
 
     A `{}` in the name stands for the number of a layer: the layers are counted, and the count is part of the guess.
+    What is a part of whole models tells nothing of one that has a denoiser.
     """
 
     architecture: str
     name: str
     columns: int | None = None
+    is_part: bool = False
 
     def fits(self, tensors: Mapping[str, TensorInfo], prefix: str) -> bool:
         info = tensors.get(prefix + self.name.format(0))
-        return info is not None and self.columns in (None, *info.shape[1:2])
+        fits = info is not None and self.columns in (None, *info.shape[1:2])
+        return fits and not (self.is_part and any(name.startswith(_DENOISERS) for name in tensors))
 
     def layers(self, tensors: Mapping[str, TensorInfo], prefix: str) -> int:
         numbered = (prefix + self.name.format(number) for number in itertools.count())
@@ -89,7 +92,7 @@ _SIGNS: Final = (
     _Sign("Stable Diffusion 2", "cond_stage_model.model.ln_final.weight"),
     _Sign("Stable Diffusion 1", "cond_stage_model.transformer.text_model.final_layer_norm.weight"),
     *(
-        _Sign(architecture, attention, columns=columns)
+        _Sign(architecture, attention, columns=columns, is_part=True)
         for attention in (
             "transformer.resblocks.0.attn.in_proj_weight",
             "text_model.encoder.layers.0.self_attn.q_proj.weight",
@@ -101,8 +104,8 @@ _SIGNS: Final = (
             ("CLIP-G text encoder", 1280),
         )
     ),
-    _Sign("VAE", "decoder.conv_in.weight"),
-    _Sign("MiDaS depth model", "pretrained.act_postprocess3.0.project.0.bias"),
+    _Sign("VAE", "decoder.conv_in.weight", is_part=True),
+    _Sign("MiDaS depth model", "pretrained.act_postprocess3.0.project.0.bias", is_part=True),
 )
 """The architectures by their telling tensors, whole checkpoints before the parts of which they are made."""
 
@@ -115,6 +118,9 @@ _PREFIXES: Final = (
     *("first_stage_model.", "vae.", "depth_model.model."),
 )
 """What may stand before the name of a telling tensor."""
+
+_DENOISERS: Final = ("unet.", "transformer.transformer_blocks.", "model.diffusion_model.", "diffusion_model.")
+"""How names of a denoiser begin in a whole model."""
 
 _FIRST_CONVOLUTIONS: Final = (
     *("input_blocks.0.0.weight", "conv_in.weight"),

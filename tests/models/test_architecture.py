@@ -244,3 +244,9 @@ def test_headers_are_looked_at_without_torch_and_rich():
         "assert not {'torch', 'numpy', 'rich', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_part_is_not_the_whole():
+    vae = header(("vae.decoder.conv_in.weight", (8, 4, 3, 3)))
+    assert guess_architecture(vae) == "VAE"
+    assert guess_architecture(vae | header(("unet.conv_in.weight", (8, 4, 3, 3)))) == UNKNOWN

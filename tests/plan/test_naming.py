@@ -289,3 +289,13 @@ def test_an_output_that_is_joined_is_the_same_by_any_means(tmp_path):
     first = merge_to(tmp_path / "one", recipe, names="original")
     for options in ({"threads": 1}, {"io": "mmap"}, {"io": "pread", "threads": 3}, {"verify": True}):
         assert_same_bytes(merge_to(tmp_path / "other", recipe, names="original", **options), first)
+
+
+def test_a_unet_of_a_width_that_nobody_has_merges_in_other_names_too(tmp_path):
+    """As those of the demo: what it is was told of the text encoder in the one naming, and of the VAE in the other."""
+    whole = diffusion_model("sd1")
+    a = {name: tensor[:, :16].clone() if tensor.shape[1:] == (768,) else tensor for name, tensor in whole.items()}
+    paths = save_models(tmp_path, a=a, b=near(a, 2, 0.05))
+    recipe = {"merge_method": "linear", "models": [str(path) for path in paths.values()]}
+    mixed = merge_to(tmp_path / "mixed.safetensors", recipe, names="diffusers")
+    assert_same_bytes(mixed, named(merge_to(tmp_path / "alike.safetensors", recipe), "diffusers"))
