@@ -33,7 +33,7 @@ from streammerge.compute.machine import (
     free_bytes,
     share_out,
 )
-from streammerge.errors import OutputError, count, format_size, listed, plural
+from streammerge.errors import OutputError, PlanError, count, format_size, listed, plural
 from streammerge.formats.files import ByteFile
 from streammerge.formats.layout import OutputLayout, default_shards, lay_out
 from streammerge.formats.tables import names_bytes
@@ -338,8 +338,14 @@ def plan_merge(
 ) -> Plan:
     """Lay out the output of a merge and turn every tensor into a job, in the order of the output's bytes.
 
-    The recipe is for what is told, `metadata` and what is `beside` the weights are for the output.
+    The recipe is for what is told, `metadata` and what is `beside` the weights are for the output. PlanError if no
+    tensor is left of those that there are.
     """
+    if len(merged.decisions) and not merged.tensors:
+        raise PlanError(
+            f"nothing is left to be written: all {len(merged.decisions):,} tensors are left out",
+            advice="Leave out fewer of them: see --drop, --only, --on-missing and the recipe's rules.",
+        )
     beside = beside or Beside()
     named = beside.stem, beside.components
     usual = None if beside.components else default_shards(output, merged.tensors, beside.stem)

@@ -214,3 +214,11 @@ def test_terminal_codes_in_names_are_not_sent_to_the_terminal(folder, run):
         assert "owned" in printed, words
         assert all(character == "\n" or character.isprintable() for character in printed), words
         assert not any(line.startswith("error: all is lost") for line in printed.splitlines())
+
+
+def test_a_merge_of_which_nothing_is_left_replaces_no_output(folder, run):
+    Path("out.safetensors").write_bytes(Path("a.safetensors").read_bytes())
+    result = run("a.safetensors", "b.safetensors", "--drop", "*", "-o", "out.safetensors", "--force")
+    assert (result.code, result.out) == (1, "")
+    assert "nothing is left to be written: all 3 tensors are left out" in result.err
+    assert Path("out.safetensors").read_bytes() == Path("a.safetensors").read_bytes()
