@@ -103,8 +103,8 @@ def _shown(text: str | None) -> str:
 
 def _on_headers(plan: Plan, found: Checkpoint) -> Iterator[str]:
     """Which files hold the same tensors and metadata, but are not laid out as they would be."""
-    infos = {job.name: job.info for job in plan.jobs}
-    named = Path("model"), infos, found.metadata, plan.options.shard_size
+    # shards are cut in the order of the merge's tensors, which is not that of the bytes
+    named = Path("model"), plan.merged.tensors, found.metadata, plan.options.shard_size
     files = lay_out(*named, components=plan.output.components).files
     if len(files) != len(found.files):
         yield f"headers: not compared: there are {count(found.files, 'file')}, the options here give {len(files)}"

@@ -444,3 +444,4 @@ def test_shards_of_a_file_in_diffusers_names_are_verified(pipelines, capsys):
     assert main(["a.safetensors", *words[1:]]) == 0
     for name in ("out.safetensors", "out.safetensors.index.json"):
         assert main(["verify", name, "--all"]) == 0, capsys.readouterr().err
+        assert capsys.readouterr().out.endswith("Every byte is what the recipe gives.\n")
