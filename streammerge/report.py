@@ -79,7 +79,7 @@ class Report:
     stale_hashes: str = ""
     resumed_bytes: int = 0
     adapters: Sequence[Mapping[str, Any]] = ()
-    changes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    changes: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     factored: Mapping[str, Any] = field(default_factory=dict)
     companions: Sequence[str] = ()
     notes: Sequence[str] = ()
@@ -171,7 +171,7 @@ class Report:
 
     def _changed(self) -> str:
         """How far each component was moved: ‖Δ‖ / ‖W‖ of the tensors that were changed."""
-        return ", ".join(f"{part} {found['relative']:.2%}" for part, found in self.changes.items())
+        return ", ".join(f"{part} {_share(found['relative'])}" for part, found in self.changes.items())
 
     @staticmethod
     def _adapted(account: Mapping[str, Any]) -> str:
@@ -251,6 +251,10 @@ class Progress:
         with self.lock:
             self.done_bytes += nbytes
             self.bytes_read += read
+
+
+def _share(share: float | None) -> str:
+    return "by values that are no numbers" if share is None else f"{share:.2%}"
 
 
 Watch = Callable[[Progress], None]

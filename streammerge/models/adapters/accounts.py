@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from streammerge.models.architecture import component_of
 
 
-def changes_of(squares: Mapping[str, tuple[float, float]]) -> dict[str, dict[str, float]]:
+def changes_of(squares: Mapping[str, tuple[float, float]]) -> dict[str, dict[str, float | None]]:
     """Of each component: how many of its tensors are changed, and how long the difference is beside them.
 
-    `squares` has of tensors Σ Δ² and Σ W².
+    `squares` has of tensors Σ Δ² and Σ W². A length, or a share, that is no finite number is None.
     """
     own: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
     for name, each in squares.items():
@@ -20,7 +20,11 @@ def changes_of(squares: Mapping[str, tuple[float, float]]) -> dict[str, dict[str
     return {component: _change(each) for component, each in own.items()}
 
 
-def _change(squares: list[tuple[float, float]]) -> dict[str, float]:
+def _change(squares: list[tuple[float, float]]) -> dict[str, float | None]:
     moved, length = (math.sqrt(math.fsum(each)) for each in zip(*squares, strict=True))
-    relative = moved / length if length else math.inf
-    return {"tensors": len(squares), "change": moved, "relative": relative if math.isfinite(relative) else 0.0}
+    relative = moved / length if length else math.inf if moved else 0.0
+    return {"tensors": len(squares), "change": _finite(moved), "relative": _finite(relative)}
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None

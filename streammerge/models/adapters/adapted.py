@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from streammerge.compute.expressions import Node
-from streammerge.errors import PlanError, count, listed, plural
+from streammerge.errors import SHOWN, PlanError, count, listed, plural
 from streammerge.models.adapters.changes import Change
 from streammerge.models.adapters.files import Adapter, kinds_of
 from streammerge.models.adapters.targets import Targets
@@ -90,13 +90,17 @@ class Account:
         """How many modules are applied."""
         return self.modules - len(self.left)
 
+    @property
+    def _all(self) -> str:
+        return count(range(self.modules), "module")
+
     def __str__(self) -> str:
         ranks = [f"rank {_spread(self.ranks)}"] if self.ranks else []
         scales = [f"scale {_spread(self.scales)}"] if self.scales else []
         what = ", ".join([kinds_of(self.kinds) or "nothing", *ranks, *scales])
         return (
-            f"{self.adapter} in {self.model}: {self.applied:,} of {self.modules:,} modules applied, "
-            f"to {self.tensors:,} tensors: {what}"
+            f"{self.adapter} in {self.model}: {self.applied:,} of {self._all} applied, "
+            f"to {count(range(self.tensors), 'tensor')}: {what}"
         )
 
     def remarks(self) -> Iterator[str]:
@@ -203,8 +207,8 @@ class _Placing:
     given: Given
     uses: dict[str, list[Use]]
     drop: bool
-    left: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+    """The modules that aren't in the model, each with the part that it would change there."""
     misfits: list[str] = field(default_factory=list)
     tensors: set[str] = field(default_factory=set)
     placed: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -219,7 +223,12 @@ class _Placing:
         for module in adapter.roles:
             self._place(module)
         self._refuse()
-        told = [f"{number:,} modules have {what}: it counts as the rank" for what, number in self.told.items()]
+        told = [
+            f"{count(range(number), 'module')} {'has' if number == 1 else 'have'} {what}: it counts as the rank"
+            for what, number in self.told.items()
+        ]
+        if not any(self.given.strength(tensor) for tensors in self.placed.values() for tensor in tensors):
+            told.append("its weight is 0 in all of these tensors: it changes nothing, and is not read")
         return Account(
             self.name,
             self.given.name,
@@ -238,10 +247,7 @@ class _Placing:
         found = {part: self.targets.find(module, part) for part in changes}
         lacking = [part for part, source in found.items() if source is None and not changes[part].optional]
         if lacking:
-            self.left.append(module)
-            if not self.drop:
-                near = self.targets.near(module, lacking[0])
-                self.missing.append(f"{module}.{lacking[0]}" + (f"   the nearest: {near}" if near else ""))
+            self.left[module] = lacking[0]
             return
         for part, source in found.items():
             if source is not None:
@@ -300,13 +306,26 @@ class _Placing:
                 found=self.misfits,
                 advice="Name the model that the adapter was made for.",
             )
-        if self.missing:
+        everything = f"{len(self.given.adapter):,}"
+        if self.left and len(self.left) == len(self.given.adapter):
             raise PlanError(
-                f"{self.given.name}: {count(self.missing, 'module')} of {len(self.given.adapter):,} "
-                f"{plural(self.missing, 'is', 'are')} not in {self.name}",
-                found=self.missing,
+                f"{self.given.name}: none of its modules ({everything}) is in {self.name}",
+                found=list(self._told()),
+                advice="Name the model that the adapter was made for, or leave the adapter out.",
+            )
+        if self.left and not self.drop:
+            raise PlanError(
+                f"{self.given.name}: {count(self.left, 'module')} of {everything} "
+                f"{plural(self.left, 'is', 'are')} not in {self.name}",
+                found=list(self._told()),
                 advice="Name the model that the adapter was made for, or leave them out with --on-missing drop.",
             )
+
+    def _told(self) -> Iterator[str]:
+        """The modules that aren't in the model; beside those that are shown, what is nearest there."""
+        for number, (module, part) in enumerate(self.left.items()):
+            near = self.targets.near(module, part) if number < SHOWN else ""
+            yield f"{module}.{part}" + (f"   the nearest: {near}" if near else "")
 
 
 def _rows(given: Given, placed: Mapping[str, tuple[str, ...]]) -> Iterator[Row]:

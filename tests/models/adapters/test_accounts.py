@@ -85,6 +85,33 @@ def test_nothing_is_read_twice_for_it(folder, dtype):
     assert read <= sum(tensor.numel() for tensor in used) * dtype.itemsize
 
 
+def test_what_is_no_number_is_no_small_change(folder, capsys):
+    broken = {**LORA, f"{FC1}.lora_up.weight": torch.full((16, 3), float("nan"))}
+    save_model(folder / "broken.safetensors", broken)
+    found = baked("broken.safetensors")
+    assert found["text encoder"] == {"tensors": 1, "change": None, "relative": None}
+    assert found["UNet"]["relative"]
+    assert "text encoder by values that are no numbers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("weight", "is_told"), [("0", True), ("0.001", False)])
+def test_a_weight_of_0_is_told(folder, capsys, weight, is_told):
+    assert main(["bake", "model.safetensors", f"lora.safetensors:{weight}", "-o", "x.safetensors", "-v"]) == 0
+    assert ("lora: its weight is 0 in all of these tensors: it changes nothing" in capsys.readouterr().err) == is_told
+
+
+def test_an_adapter_of_which_nothing_fits_is_refused_though_some_may_be_left_out(folder, capsys):
+    """It would be the model itself, under another name."""
+    alien = parts("lora_unet_elsewhere", lora_up__weight=numbers(8, 3), lora_down__weight=numbers(3, 8))
+    save_model(folder / "alien.safetensors", alien)
+    words = ["bake", "model.safetensors", "alien.safetensors", "-o", "x.safetensors", "--on-missing", "drop"]
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert "error: alien: none of its modules (1) is in model" in said
+    assert "Nothing was written" in said
+    assert not (folder / "x.safetensors").exists()
+
+
 def test_it_is_told_on_the_screen_and_changes_no_byte(folder, capsys):
     assert main(["bake", "model.safetensors", "lora.safetensors", "-o", "a.safetensors"]) == 0
     assert "changed by" not in capsys.readouterr().out
