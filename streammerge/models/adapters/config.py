@@ -20,7 +20,7 @@ FILE: Final = "adapter_config.json"
 IN_METADATA: Final = "lora_adapter_metadata"
 """The key of a file's metadata under which diffusers keeps the configs of a pipeline's parts."""
 
-KINDS: Final = ("LORA", "ADALORA", "LOHA", "LOKR", "IA3", "VERA", "OFT", "BOFT")
+KINDS: Final = ("LORA", "ADALORA", "LOHA", "LOKR", "IA3", "VERA", "OFT", "BOFT", "TRAINABLE_TOKENS")
 """The kinds of PEFT's adapters that are read, as its configs call them."""
 
 ALPHAS: Final[Mapping[str, str]] = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}
@@ -49,8 +49,8 @@ class Turning:
 class Config:
     """How strong a module's change is, where it isn't told by tensors: s = α/r, or α/√r if it is rank-stabilised.
 
-    `where` is what errors call it. `fan_in_fan_out` says that weights lie transposed in the model. `said` is all that
-    the file says.
+    `where` is what errors call it. `fan_in_fan_out` says that weights lie transposed in the model. `tokens` are those
+    that were trained alone, by the end of a module's name, or of any under "". `said` is all that the file says.
     """
 
     where: str
@@ -62,6 +62,7 @@ class Config:
     is_rank_stabilised: bool = False
     fan_in_fan_out: bool = False
     turning: Turning | None = None
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     said: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def scale(self, module: str, rank: int) -> float:
@@ -74,6 +75,11 @@ class Config:
     def rank(self, module: str) -> int:
         """The rank that a module is said to have, 0 if nothing is said."""
         return next((each for pattern, each in self.ranks.items() if fits(pattern, module)), self.usual_rank)
+
+    def tokens_of(self, module: str) -> tuple[int, ...]:
+        """The tokens of a module that were trained alone, in the order of their rows."""
+        own = (each for end, each in self.tokens.items() if f".{module}".endswith(f".{end}" if end else ""))
+        return next(own, ())
 
 
 def fits(pattern: str, module: str) -> bool:
@@ -90,7 +96,7 @@ def read_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, Config]:
             said = read_object(beside, MAX_CONFIG)
         except UnreadableError as problem:
             raise CheckpointError(f"{beside}: can't be read: {problem}", advice="Fetch it again.") from None
-        return {"": replace(_config(said, str(beside)), said=said)}
+        return {"": replace(_config(said, str(beside)), tokens=_tokens(said, str(beside)), said=said)}
     if IN_METADATA not in metadata:
         return {}
     where = f"{path}: {IN_METADATA} in its metadata"
@@ -150,6 +156,17 @@ def _turning(raw: Mapping[str, Any], where: str) -> Turning:
         raise CheckpointError(f"{where}: num_cayley_neumann_terms is {terms}, and should be 1 to {MOST_TERMS}")
     freedom = _number(raw.get("eps", 6e-5), where, "eps") if raw.get("coft") else 0.0
     return Turning(terms if raw["use_cayley_neumann"] else 0, freedom, bool(raw.get("block_share", False)))
+
+
+def _tokens(raw: Mapping[str, Any], where: str) -> dict[str, tuple[int, ...]]:
+    """Which tokens were trained alone, by the end of the names of the modules that have them."""
+    found = raw.get("trainable_token_indices") or raw.get("token_indices") or {}
+    by_module = found if isinstance(found, dict) else {"": found}
+    for numbers in by_module.values():
+        is_list = isinstance(numbers, list) and all(type(number) is int and number >= 0 for number in numbers)
+        if not is_list or len(set(numbers)) < len(numbers):
+            raise CheckpointError(f"{where}: trained tokens must be a list of different numbers, found {numbers!r}")
+    return {str(end): tuple(numbers) for end, numbers in by_module.items()}
 
 
 def _patterns(raw: Mapping[str, Any], key: str, where: str) -> dict[str, float]:

@@ -17,6 +17,7 @@ from streammerge.compute.parts import in_shape, rows_of
 from streammerge.models.adapters.changes import MULTIPLY, Change
 from streammerge.models.adapters.modules import Changes, Malformed, Module
 from streammerge.models.adapters.rotations import input_butterfly, input_rotation, rotation
+from streammerge.models.adapters.tokens import tokens
 from streammerge.tensors import DTYPES, TensorInfo
 
 
@@ -192,16 +193,15 @@ def _lycoris_ia3(module: Module) -> Changes:
 
 
 def _whole(module: Module) -> Changes:
-    """Δ itself, of a weight or a norm and of its bias; what is to stand in its place; PEFT's `modules_to_save`."""
+    """Δ itself, of a weight or a norm and of its bias; what is to stand in its place; what PEFT saves whole."""
     found: dict[str, Change] = {}
-    for role, part in (("diff", "weight"), ("diff_b", "bias"), ("set_weight", "weight")):
+    for role, part in WHOLES.items():
         if role in module:
-            node = module.part(role)
-            found[part] = Change("difference", node.info.shape, node, "replace" if role == "set_weight" else "add")
-    for role in ("weight", "bias"):
-        if role in module:
-            node = module.part(role)
-            found[role] = Change("saved", node.info.shape, node, "replace")
+            node, adds = module.part(role), role.startswith("diff")
+            if part in found:
+                raise _twice(module, part)
+            kind = "saved" if role in SAVED else "difference"
+            found[part] = Change(kind, node.info.shape, node, "add" if adds else "replace")
     return found
 
 
@@ -275,14 +275,25 @@ KINDS: Final[tuple[tuple[frozenset[str], frozenset[str], Kind], ...]] = (
     (frozenset({"oft_blocks"}), frozenset({"rescale", "alpha"}), rotation),
     (frozenset({"oft_R", "oft.embedding"}), frozenset(), input_rotation),
     (frozenset({"boft_R", "boft_s"}), frozenset(), input_butterfly),
+    (frozenset({"tokens"}), frozenset(), tokens),
 )
 """The kinds: by which roles each is known, which others may stand beside these, and what it comes to."""
+
+WHOLES: Final = {
+    "diff": "weight",
+    "diff_b": "bias",
+    "set_weight": "weight",
+    "weight": "weight",
+    "base": "weight",
+    "bias": "bias",
+}
+"""The tensor that each of these roles changes, whole."""
 
 WHOLE: Final = frozenset({"diff", "diff_b", "set_weight"})
 """Differences that may stand beside any kind, if only for the tensor that it doesn't change."""
 
-SAVED: Final = frozenset({"weight", "bias"})
-"""What a PEFT adapter has of modules that were trained whole."""
+SAVED: Final = frozenset({"weight", "bias", "base"})
+"""What a PEFT adapter has of modules that were trained whole, or of embeddings: the weight beneath its factors."""
 
 
 def changes_of(module: Module) -> Changes:
@@ -301,10 +312,25 @@ def changes_of(module: Module) -> Changes:
         raise Malformed(f"{next(iter(module.names.values()))}   stands alone: its factors are missing")
     made = dict(make(module)) if make else {}
     for part, change in _whole(replace(module, nodes={role: module.nodes[role] for role in whole})).items():
+        if part in made and "base" in whole and part == "weight":
+            made[part] = _upon(module, change, made[part])
+            continue
         if part in made:
-            raise Malformed(f"{module.name}   changes its {part} in two ways: {', '.join(module.names.values())}")
+            raise _twice(module, part)
         made[part] = change
     return made
+
+
+def _twice(module: Module, part: str) -> Malformed:
+    return Malformed(f"{module.name}   changes its {part} in two ways: {', '.join(module.names.values())}")
+
+
+def _upon(module: Module, saved: Change, change: Change) -> Change:
+    """What PEFT saves of an embedding that it changes: the weight too, which has other rows if tokens were added."""
+    if not change.fits(saved.shape):
+        raise Malformed(f"{module.names['base']}   is {list(saved.shape)}, and {list(change.shape)} of it are changed")
+    kind = f"{change.kind} on a saved weight"
+    return replace(saved, kind=kind, rank=change.rank, scale=change.scale, value=change.applied(saved.value, 1.0))
 
 
 def _others(module: Module, over: frozenset[str]) -> str:

@@ -30,6 +30,11 @@ class Module:
     def __contains__(self, role: str) -> bool:
         return role in self.nodes
 
+    @property
+    def own_name(self) -> str:
+        """What the model calls the module, as PEFT's configs do."""
+        return self.name.removeprefix(PEFT)
+
     def part(self, role: str, dimensions: int = 0) -> Node:
         """The part of this role; Malformed if it is missing, is empty, or has fewer dimensions than it needs."""
         node = self.nodes.get(role)
@@ -74,13 +79,12 @@ class Module:
 
     def _configured(self, config: Config, rank: int) -> float:
         """The strength that the config says for this rank, which must be the one that it speaks of."""
-        name = self.name.removeprefix(PEFT)
-        said = config.rank(name)
+        said = config.rank(self.own_name)
         if rank and said not in (0, rank) and config.kind != "ADALORA":
             raise Malformed(f"{self.name}   is of rank {rank}, and {config.where} says {said}")
         if not (rank or said):
             raise Malformed(f"{self.name}   has no rank of its own, and {config.where} says none")
-        return config.scale(name, rank or said)
+        return config.scale(self.own_name, rank or said)
 
     def turned(self, change: Change) -> Change:
         """The change, transposed if the config says that the model's weights are (`fan_in_fan_out`)."""

@@ -42,7 +42,9 @@ _ROLES: Final[Mapping[str, str]] = {
     "boft_s": rf"boft_s{_NAMED}",
     "vera.b": rf"vera_lambda_b{_NAMED}",
     "vera.d": rf"vera_lambda_d{_NAMED}",
-    "weight": rf"(?:modules_to_save{_NAMED}\.)?weight|base_layer\.weight",
+    "tokens": rf"(?:token_adapter\.)?trainable_tokens_delta{_NAMED}",
+    "base": r"base_layer\.weight",
+    "weight": rf"(?:modules_to_save{_NAMED}\.)?weight",
     "bias": rf"(?:modules_to_save{_NAMED}\.)?bias|base_layer\.bias",
 }
 """The roles, each with how the names of its tensors go on after their module's."""
@@ -61,7 +63,6 @@ _REFUSED: Final[Mapping[str, str]] = {
     r".*[._](?:qkv|proj)_lora[12]?\..*": "XLabs' LoRA",
     r".*(?:fourierft_spectrum|hra_u|bone_block|miss_block|vblora_\w+|shira_weight|road_theta).*": "one of PEFT's kinds "
     "that is not read",
-    r".*trainable_tokens_(?:delta|original).*": "PEFT's trained tokens",
     r"bundle_emb\..*|.*string_to_param.*|emb_params|clip_[lg]|t5xxl": "a textual inversion",
     r"(?:.*\.)?prompt_embeddings": "a trained prompt",
     r"lora_controlnet": "a control LoRA",

@@ -77,6 +77,7 @@ _FAMILIES: Final = (
     _family("LyCORIS (IA)³", r"(?P<role>weight|on_input)", "weight on_input"),
     _family("VeRA", rf"vera_lambda_(?P<role>[bd]){_NAME}", "b d"),
     _family("full-difference", r"(?P<role>diff|diff_b|w_norm|b_norm|set_weight)", "diff", "diff_b", "w_norm", "b_norm"),
+    _family("trained tokens", rf"(?P<role>trainable_tokens_delta){_NAME}", "trainable_tokens_delta"),
     _family(
         "PEFT",
         rf"(?P<role>fourierft_spectrum|hra_u|(?:bone|miss)_block|vblora_logits_[AB]|shira_weight|road_theta){_NAME}",
@@ -95,7 +96,7 @@ _MARKS: Final = frozenset(
         *("oft_blocks", "oft_diag", "oft_R", "oft_r", "boft_blocks", "boft_R", "ia3_l", "on_input"),
         *("vera_lambda_b", "vera_lambda_d", "diff", "diff_b", "w_norm", "b_norm", "set_weight"),
         *("fourierft_spectrum", "hra_u", "bone_block", "miss_block", "vblora_logits_A", "vblora_logits_B"),
-        *("shira_weight", "road_theta"),
+        *("shira_weight", "road_theta", "trainable_tokens_delta"),
     }
 )
 """The parts of names of which each adapter has one: models of many tensors must not cost many searches."""

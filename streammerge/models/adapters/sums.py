@@ -32,9 +32,11 @@ REASONS: Final[Mapping[str, str]] = {
     "BOFT": "it turns weights",
     "LoKr": "it is no product of two small factors",
     "LoHa": "with cores it is no product of two small factors",
-    "saved": "it stands in a tensor's place",
 }
 """Why a kind can't be added up in factors."""
+
+REPLACES: Final = "it stands in a tensor's place"
+"""Why no saved module can, nor a trained token."""
 
 
 Side = Literal["up", "down"]
@@ -155,7 +157,7 @@ class Sum:
                 made, rows = as_lora(change), own.rows
                 first = first or (None if rows else made)
                 if not made.is_linear or made.kind not in ("LoRA", "difference") or (rows and made.kind != "LoRA"):
-                    reason = f": {REASONS[made.kind]}" if made.kind in REASONS else ""
-                    yield f"{own.module}   is {made.kind}{reason}"
+                    reason = REPLACES if made.way == "replace" else REASONS.get(made.kind, "")
+                    yield f"{own.module}   is {made.kind}" + (f": {reason}" if reason else "")
                 elif first and (made.kind != first.kind or not (rows or made.fits(first.shape))):
                     yield f"{own.module}   is {first.kind} {list(first.shape)} and {made.kind} {list(made.shape)}"

@@ -47,6 +47,8 @@ MALFORMED = {
     "magnitudes of another size": (whole(dora_scale=torch.ones(7, 1)), "should be 12 × 1"),
     "magnitudes of no axis": (whole(dora_scale=torch.ones(OUT)), "should be 12 × 1"),
     "a weight changed twice": (whole(diff=numbers(OUT, IN)), "in two ways"),
+    "a weight replaced and changed": (parts(diff=numbers(OUT, IN), set_weight=numbers(OUT, IN, seed=3)), "in two ways"),
+    "trained tokens without a config": (parts(trainable_tokens_delta=numbers(2, IN)), "which would tell which"),
     "a kernel in the wrong half": (
         parts(lora_up__weight=numbers(OUT, RANK, 3, 3), lora_down__weight=numbers(RANK, IN, 1, 1)),
         "its kernel should be 1",
@@ -225,6 +227,54 @@ def test_modules_that_were_trained_whole(tmp_path):
     assert torch.equal(made[BIAS], saved["mid.x.bias"])
     with pytest.raises(PlanError, match=r"changes \[12, 10\], and mid.x.weight is \[14, 10\]"):
         bake(tmp_path, {WEIGHT: numbers(14, IN), BIAS: MODEL[BIAS]}, folder)
+
+
+def test_factors_upon_a_weight_that_is_saved_with_them(tmp_path):
+    """So PEFT saves embeddings that it changes: the model's own weight, or one with more rows."""
+    saved = numbers(OUT, IN, seed=5)
+    tensors = {**pair(), "mid.x.base_layer.weight": saved}
+    folder = peft_folder(tmp_path / "adapter", tensors, r=RANK, lora_alpha=6)
+    changed = saved.double() + 2 * PRODUCT
+    assert torch.allclose(bake(tmp_path, MODEL, folder)[WEIGHT].double(), changed, atol=1e-6)
+    half = (MODEL[WEIGHT].double() + changed) / 2
+    assert torch.allclose(bake(tmp_path, MODEL, folder, weights=0.5)[WEIGHT].double(), half, atol=1e-6)
+    other = {**pair(), "mid.x.base_layer.weight": numbers(OUT + 1, IN)}
+    with pytest.raises(CheckpointError, match=r"base_layer.weight   is \[13, 10\], and \[12, 10\] of it are changed"):
+        bake(tmp_path, MODEL, peft_folder(tmp_path / "other", other, r=RANK, lora_alpha=6))
+
+
+@pytest.mark.parametrize(
+    ("config", "places"),
+    [
+        ({"trainable_token_indices": [7, 2, 3]}, [7, 2, 3]),
+        ({"trainable_token_indices": {"y": [1], "x": [0, 11, 10]}}, [0, 11, 10]),
+        ({"peft_type": "TRAINABLE_TOKENS", "token_indices": [0, 1, 2]}, [0, 1, 2]),
+    ],
+)
+def test_tokens_that_were_trained_alone(tmp_path, config, places):
+    trained = numbers(3, IN, seed=5)
+    folder = peft_folder(tmp_path / "adapter", {"mid.x.token_adapter.trainable_tokens_delta": trained}, r=4, **config)
+    for weight in (1.0, 0.25):
+        expected = MODEL[WEIGHT].double().clone()
+        expected[places] += weight * (trained.double() - expected[places])
+        assert torch.allclose(bake(tmp_path, MODEL, folder, weights=weight)[WEIGHT].double(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error", "told"),
+    [
+        ([1, 2], CheckpointError, r"of the shape \[3, 10\], and .*adapter_config.json names 2 trained tokens"),
+        ([1, 2, 1], CheckpointError, "must be a list of different numbers"),
+        ([1, 2, -1], CheckpointError, "must be a list of different numbers"),
+        ({"x": "all"}, CheckpointError, "must be a list of different numbers"),
+        ({"mid": [1, 2, 3]}, CheckpointError, "names 0 trained tokens"),
+        ([1, 2, 12], PlanError, r"changes \[13, 10\], and mid.x.weight is \[12, 10\]"),
+    ],
+)
+def test_tokens_that_are_not_there(tmp_path, tokens, error, told):
+    tensors = {"mid.x.token_adapter.trainable_tokens_delta": numbers(3, IN)}
+    with pytest.raises(error, match=told):
+        bake(tmp_path, MODEL, peft_folder(tmp_path / "adapter", tensors, r=4, trainable_token_indices=tokens))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,80 @@
+"""PEFT's own `merge_and_unload` of transformers' models: embeddings, heads, and tokens that were trained alone.
+
+They run where peft and transformers are installed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.clients.test_peft_adapters import tensors_of
+from tests.make.models import merge_to, normal, save_model
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore")]
+
+LLAMA = {
+    "vocab_size": 20,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+
+
+def llama(*, tied: bool = False) -> Any:
+    transformers.set_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA, tie_word_embeddings=tied))
+
+
+def lora(targets: tuple[str, ...] = ("q_proj",), **keywords: Any) -> Any:
+    return peft.LoraConfig(r=2, lora_alpha=3, target_modules=list(targets), **keywords)
+
+
+CONFIGS = {
+    "embeddings": lambda: lora(("q_proj", "embed_tokens")),
+    "embeddings and the head": lambda: lora(("embed_tokens", "lm_head")),
+    "DoRA of the head": lambda: lora(("q_proj", "lm_head"), use_dora=True),
+    "saved modules": lambda: lora(modules_to_save=["embed_tokens", "lm_head"]),
+    "OFT of embeddings": lambda: peft.OFTConfig(oft_block_size=4, target_modules=["embed_tokens"]),
+    "tokens": lambda: lora(trainable_token_indices=[3, 1]),
+    "tokens in a row": lambda: lora(trainable_token_indices=[0, 1, 2, 19]),
+    "tokens of each": lambda: lora(trainable_token_indices={"embed_tokens": [5, 4, 9], "lm_head": [2]}),
+    "tokens alone": lambda: peft.TrainableTokensConfig(token_indices=[8, 1], target_modules=["embed_tokens"]),
+}
+
+OF_HEADS = ("embeddings and the head", "DoRA of the head", "saved modules", "tokens of each", "tokens alone")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("case", CONFIGS)
+def test_merge_and_unload(tmp_path, case, tied):
+    if tied and case in (
+        "embeddings and the head",
+        "DoRA of the head",
+        "saved modules",
+        "tokens of each",
+        "tokens alone",
+    ):
+        pytest.skip("it changes the head, which the model has not as a tensor of its own")
+    model = peft.get_peft_model(llama(tied=tied), CONFIGS[case]())
+    for number, (_, parameter) in enumerate(model.named_parameters()):
+        if parameter.requires_grad:
+            parameter.data = normal(parameter.shape, number, scale=0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    right = tensors_of(peft.PeftModel.from_pretrained(llama(tied=tied), tmp_path / "adapter").merge_and_unload())
+    before = tensors_of(llama(tied=tied))
+    for tensors in (right, before) if tied else ():
+        del tensors["lm_head.weight"]
+    base = save_model(tmp_path / "base.safetensors", before)
+    given = {"model": str(base), "adapters": [str(tmp_path / "adapter")]}
+    made = merge_to(tmp_path / "out.safetensors", {"merge_method": "linear", "models": [given]})
+    assert made.keys() == right.keys()
+    assert any(not made[name].equal(before[name]) for name in made)
+    for name, tensor in right.items():
+        assert made[name].allclose(tensor, rtol=1e-5, atol=2e-6), name
