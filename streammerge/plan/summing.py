@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from streammerge.errors import PlanError, count, listed
+from streammerge.errors import PlanError, count, listed, plural
 from streammerge.models.adapters.dialects import DIALECTS, Dialect
 from streammerge.models.adapters.files import read_adapter
 from streammerge.models.adapters.peft_config import config_of_ranks
@@ -118,7 +118,8 @@ def _remark(made: Sum) -> str:
     ranks = f"; the rank is {low}" + (f" to {high}" if high != low else "") if high else ""
     adapters, found = made.together.adapters, made.together.matched
     names = f"; modules are named as in {found.dialect}'s files" if found.is_renamed else ""
-    return f"{count(adapters, 'adapter')} are added up, their factors side by side{ranks}{names}"
+    are = plural(adapters, "is", "are")
+    return f"{count(adapters, 'adapter')} {are} added up, their factors side by side{ranks}{names}"
 
 
 def _restated(made: Sum) -> Mapping[str, str]:

@@ -11,6 +11,7 @@ from typing import Final
 from streammerge.errors import PlanError
 from streammerge.models.adapters.dialects import Dialect, dialect_of, spelled, underscored
 from streammerge.models.adapters.meanings import Meaning, Part, are_told, dotted, meaning_of, meanings
+from streammerge.models.adapters.xlabs import XLABS
 from streammerge.models.dialects.places import Role
 
 BAKE: Final = "Bake the adapters into their model: streammerge bake MODEL ADAPTER ADAPTER -o OUT."
@@ -112,6 +113,8 @@ class _Naming:
 
     def _reason(self, meaning: Meaning, dialect: Dialect) -> str:
         """Why a module has no name in a dialect; nothing if it has one."""
+        if XLABS.fullmatch(meaning.path):
+            return "XLabs has queries, keys and values in it, without what else the original has there"
         if dialect == "kohya":
             return "" if meaning.role else "kohya's names are those of diffusion models"
         if meaning.is_flat and meaning.role not in self.told:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from streammerge.models.adapters.dialects import FLAT, PEFT, PREFIXES, underscored
+from streammerge.models.adapters.xlabs import XLABS, usual_path
 from streammerge.models.dialects.places import Role
 from streammerge.models.dialects.recognition import KINDS
 from streammerge.models.dialects.rules import Kind, Link, Linking, Side
@@ -68,6 +69,8 @@ def meaning_of(module: str) -> Meaning:
     """What a module's name means by itself."""
     if module.startswith(PEFT):
         return Meaning(None, module.removeprefix(PEFT), is_flat=False)
+    if XLABS.fullmatch(module):
+        return Meaning("denoiser", usual_path(module), is_flat=False)
     for prefix, roles in PREFIXES.items():
         if module.startswith(prefix):
             path = module.removeprefix(prefix)

@@ -15,10 +15,13 @@ from typing import Final
 _NAMED: Final = r"(?:\.[\w-]+?)?"
 """What PEFT puts behind a role: the adapter's name, as in `lora_A.default.weight`."""
 
+_XLABS: Final = r"(?<=_lora[12]\.)"
+"""What stands before a role in XLabs' names of double blocks, and is their modules' own."""
+
 _ROLES: Final[Mapping[str, str]] = {
     "up.bias": rf"lora_(?:up|B){_NAMED}\.bias",
-    "up": rf"lora_up\.weight|lora(?:_linear_layer)?\.up\.weight|lora_B{_NAMED}(?:\.weight)?",
-    "down": rf"lora_down\.weight|lora(?:_linear_layer)?\.down\.weight|lora_A{_NAMED}(?:\.weight)?",
+    "up": rf"lora_up\.weight|lora(?:_linear_layer)?\.up\.weight|lora_B{_NAMED}(?:\.weight)?|{_XLABS}up\.weight",
+    "down": rf"lora_down\.weight|lora(?:_linear_layer)?\.down\.weight|lora_A{_NAMED}(?:\.weight)?|{_XLABS}down\.weight",
     "mid": r"lora_mid\.weight|lora\.mid\.weight",
     "embedding.up": rf"lora_embedding_B{_NAMED}",
     "embedding.down": rf"lora_embedding_A{_NAMED}",
@@ -60,7 +63,6 @@ _REFUSED: Final[Mapping[str, str]] = {
     r".*[._](?:bias_indices|bias_values|bias_size)": "LyCORIS' sparse biases",
     r".*[._]reshape_weight": "a LoRA that enlarges its weights",
     r".*[._]lora_[ab]": "MLX's LoRA",
-    r".*[._](?:qkv|proj)_lora[12]?\..*": "XLabs' LoRA",
     r".*(?:fourierft_spectrum|hra_u|bone_block|miss_block|vblora_\w+|shira_weight|road_theta).*": "one of PEFT's kinds "
     "that is not read",
     r"bundle_emb\..*|.*string_to_param.*|emb_params|clip_[lg]|t5xxl": "a textual inversion",

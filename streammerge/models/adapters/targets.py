@@ -12,16 +12,17 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from streammerge.models.adapters.dialects import ANY, PEFT, PREFIXES, underscored
+from streammerge.models.adapters.xlabs import xlabs_paths
 from streammerge.models.dialects import Source, recognise
-from streammerge.models.dialects.pieces import whole
+from streammerge.models.dialects.pieces import rows, whole
 from streammerge.models.dialects.places import ROLES, Role
 from streammerge.models.dialects.recognition import moved
-from streammerge.tensors import TensorInfo
+from streammerge.tensors import TensorInfo, described
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Targets:
         """The tensors that a name may mean, in all components that it may be of: each once."""
         found: dict[object, Source] = {}
         for index, rest in self._indexes(module):
-            sources = (index.get(underscored(f"{path}_{part}")) for path in _spellings(rest))
+            sources = (_joined([index.get(underscored(f"{path}_{part}")) for path in paths]) for paths in _ways(rest))
             if source := next(filter(None, sources), None):
                 found.setdefault(source.pieces, source)
         return list(found.values())
@@ -111,11 +112,29 @@ def _note(index: dict[str, Source | None], name: str, source: Source) -> None:
         index[key] = None
 
 
-def _spellings(module: str) -> Iterator[str]:
-    """A module's name, and what older versions of diffusers called it."""
-    yield module
+def _joined(sources: Sequence[Source | None]) -> Source | None:
+    """Several tensors as one, one after the other by rows; None if there are none, or one of them isn't there."""
+    parts = [source for source in sources if source is not None]
+    if not parts or len(parts) < len(sources):
+        return None
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0].info
+    if any(part.transposed or part.info.shape[1:] != first.shape[1:] for part in parts):
+        return None
+    info = described(first.dtype, (sum(map(rows, (part.info for part in parts))), *first.shape[1:]))
+    return Source(info, tuple(piece for part in parts for piece in part.pieces))
+
+
+def _ways(module: str) -> Iterator[tuple[str, ...]]:
+    """A module's name, and what other programs call the same: one module of the model, or several of which it is made.
+
+    diffusers called processors so in its older versions, and XLabs has its own names.
+    """
+    yield (module,)
     plain = re.sub(r"([._])processor[._]", r"\1", module)
     if plain != module:
-        yield plain
+        yield (plain,)
     if plain.endswith("to_out"):
-        yield f"{plain}.0"
+        yield (f"{plain}.0",)
+    yield xlabs_paths(module)

@@ -113,6 +113,18 @@ CASES: dict[str, tuple[str, Tensors, Tensors, str]] = {
         ),
         "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight",
     ),
+    "Flux: XLabs' and kohya's": (
+        "flux",
+        made(
+            (*(f"double_blocks.0.processor.{part}" for part in ("qkv_lora1", "proj_lora2")),),
+            {"qkv_lora1": (24, 8)} | SMALL,
+            3,
+            up="up.weight",
+            down="down.weight",
+        ),
+        kohya("lora_unet_double_blocks_0_img_attn_qkv", shapes=FLUX, seed=9),
+        "lora_unet_double_blocks_0_txt_attn_proj.lora_up.weight",
+    ),
     "Wan: musubi's and diffusers'": (
         "wan",
         kohya("lora_unet_blocks_0_self_attn_q", "lora_unet_blocks_1_cross_attn_o", shapes=SMALL),
@@ -184,6 +196,15 @@ def test_diffusers_names_become_original_ones(tmp_path):
         for name in ("cross_attn.k", "ffn.2")
         for part in ("up", "down")
     }
+
+
+def test_xlabs_single_blocks_have_no_name_elsewhere(tmp_path):
+    """Their queries, keys and values are some rows of a tensor, of which nothing tells how many it has."""
+    names = {"up": "up.weight", "down": "down.weight"}
+    one = made(("single_blocks.0.processor.qkv_lora",), {"": (24, 8)}, 1, **names)
+    two = kohya("lora_unet_single_blocks_0_linear1", shapes=FLUX)
+    with pytest.raises(MergeError, match="has no name as kohya would have it: XLabs has queries"):
+        added(tmp_path, one, two, weights=(1.0, 1.0))
 
 
 def test_what_may_be_several_original_names_is_refused(tmp_path):

@@ -218,6 +218,26 @@ LAYOUTS: dict[str, Layout] = {
         ],
         {},
     ),
+    "Flux, XLabs": Layout(
+        original("flux"),
+        [
+            "double_blocks.{0|1}.processor.{qkv|proj}_lora{1|2}",
+            "single_blocks.{0|1}.processor.{qkv|proj}",
+        ],
+        {
+            "double_blocks.1.processor.qkv_lora2": "double_blocks.1.txt_attn.qkv.weight",
+            "single_blocks.1.processor.qkv": "single_blocks.1.linear1.weight",
+            "single_blocks.1.processor.proj": "single_blocks.1.linear2.weight",
+        },
+    ),
+    "Flux in diffusers' names, XLabs": Layout(
+        in_diffusers("flux"),
+        [
+            "diffusion_model.double_blocks.{0|1}.processor.{qkv|proj}_lora{1|2}",
+            "diffusion_model.single_blocks.{0|1}.processor.{qkv|proj}",
+        ],
+        {"diffusion_model.double_blocks.0.processor.proj_lora2": "transformer_blocks.0.attn.to_add_out.weight"},
+    ),
     "SD 3, kohya": Layout(
         original("sd3"),
         [
