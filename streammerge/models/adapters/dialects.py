@@ -119,6 +119,13 @@ def underscored(name: str) -> str:
     return _DOTS.sub("_", name).strip("_")
 
 
+def beginning_of(module: str) -> str:
+    """What stands before a module's path in its dialect; nothing where it has none."""
+    dialect = dialect_of(module)
+    beginnings = SPELLINGS[dialect].beginnings if dialect else ()
+    return next((each for each in beginnings if module.startswith(each)), "")
+
+
 def dialect_of(module: str) -> Dialect | None:
     """In which dialect a module's name is; None where it has nothing before it that would tell."""
     return next((name for name, spelling in SPELLINGS.items() if module.startswith(spelling.beginnings)), None)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from streammerge.errors import PlanError
-from streammerge.models.adapters.dialects import Dialect, dialect_of, spelled, underscored
+from streammerge.models.adapters.dialects import Dialect, beginning_of, dialect_of, spelled, underscored
 from streammerge.models.adapters.meanings import Meaning, Part, are_told, dotted, meaning_of, meanings
-from streammerge.models.adapters.xlabs import XLABS
+from streammerge.models.adapters.synonyms import XLABS
 from streammerge.models.dialects.places import Role
 
 BAKE: Final = "Bake the adapters into their model: streammerge bake MODEL ADAPTER ADAPTER -o OUT."
@@ -139,7 +139,7 @@ class _Naming:
         found: dict[Role | None, str] = {}
         for _, module, meaning in _all(self.meant):
             if _is_as_it_is(module, meaning, self.dialect):
-                found.setdefault(meaning.role, module.removesuffix(meaning_of(module).path))
+                found.setdefault(meaning.role, beginning_of(module))
         blocks = (each.path.startswith(OF_UNETS) for _, _, each in _all(self.meant) if each.role == "denoiser")
         if self.dialect == "diffusers" and any(blocks):
             found.setdefault("denoiser", "unet.")

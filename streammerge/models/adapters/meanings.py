@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from streammerge.models.adapters.dialects import FLAT, PEFT, PREFIXES, underscored
-from streammerge.models.adapters.xlabs import XLABS, usual_path
+from streammerge.models.adapters.synonyms import XLABS, usual_path, with_text_model
 from streammerge.models.dialects.places import Role
 from streammerge.models.dialects.recognition import KINDS
 from streammerge.models.dialects.rules import Kind, Link, Linking, Side
@@ -76,6 +76,7 @@ def meaning_of(module: str) -> Meaning:
             path = module.removeprefix(prefix)
             is_t5 = re.match(r"encoder[._]block[._]|shared$", path) is not None
             role = "T5" if is_t5 and "T5" in roles else roles[0]
+            path = with_text_model(path) if role in ("CLIP", "CLIP 2") else path
             return Meaning(role, path, module.startswith(FLAT))
     prefix = next((each for each in FLAT if module.startswith(each)), "")
     return Meaning("denoiser" if prefix else None, module.removeprefix(prefix), bool(prefix))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from streammerge.models.adapters.dialects import ANY, PEFT, PREFIXES, underscored
-from streammerge.models.adapters.xlabs import xlabs_paths
+from streammerge.models.adapters.synonyms import with_text_model, xlabs_paths
 from streammerge.models.dialects import Source, recognise
 from streammerge.models.dialects.pieces import rows, whole
 from streammerge.models.dialects.places import ROLES, Role
@@ -129,7 +129,8 @@ def _joined(sources: Sequence[Source | None]) -> Source | None:
 def _ways(module: str) -> Iterator[tuple[str, ...]]:
     """A module's name, and what other programs call the same: one module of the model, or several of which it is made.
 
-    diffusers called processors so in its older versions, and XLabs has its own names.
+    diffusers called processors so in its older versions, transformers 5 leaves out CLIP's `text_model`, and XLabs has
+    its own names.
     """
     yield (module,)
     plain = re.sub(r"([._])processor[._]", r"\1", module)
@@ -137,4 +138,5 @@ def _ways(module: str) -> Iterator[tuple[str, ...]]:
         yield (plain,)
     if plain.endswith("to_out"):
         yield (f"{plain}.0",)
+    yield (with_text_model(module),)
     yield xlabs_paths(module)

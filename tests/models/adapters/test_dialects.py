@@ -168,6 +168,16 @@ def test_original_and_diffusers_names_of_sdxl(tmp_path, module):
     assert all(tensor.shape[0] == 2 * RANK for name, tensor in found.items() if "down" in name)
 
 
+def test_names_of_clip_by_transformers_5(tmp_path):
+    """It leaves out `text_model`, which all others write."""
+    bare = CLIP_L.removeprefix("text_model.")
+    one, two = sdxl("lora_te1_" + CLIP_L.replace(".", "_"), seed=1), sdxl(f"text_encoder.{bare}", seed=5, **PEFT_NAMES)
+    found = assert_the_same(tmp_path, diffusion_model("sdxl"), (one, two))
+    assert {name.partition(".")[0] for name in found} == {"lora_te1_" + CLIP_L.replace(".", "_")}
+    found = assert_the_same(tmp_path, diffusion_model("sdxl"), (two,), names="kohya", output="k.safetensors")
+    assert {name.partition(".")[0] for name in found} == {"lora_te_" + CLIP_L.replace(".", "_")}
+
+
 @pytest.mark.parametrize(
     ("names", "module"),
     [

@@ -1,5 +1,6 @@
-"""XLabs' names of Flux's modules, which are those of its processors.
+"""Names of modules that name the same as others, which are the usual ones.
 
+    encoder.layers.0.mlp.fc1                CLIP's text_model.encoder.layers.0.mlp.fc1, as transformers 5 has it
 double_blocks.0.processor.qkv_lora1     img_attn.qkv of the block, and txt_attn.qkv with a 2
 double_blocks.0.processor.proj_lora1    img_attn.proj, and txt_attn.proj
 single_blocks.0.processor.proj          linear2
@@ -30,7 +31,16 @@ def xlabs_paths(path: str) -> tuple[str, ...]:
     return tuple(f"single_transformer_blocks.{number}.attn.to_{each}" for each in "qkv")
 
 
+_OF_CLIP: Final = re.compile(r"(?:encoder([._])layers|embeddings([._])\w+_embedding|final_layer_norm)(?:[._]|$)")
+
+
+def with_text_model(path: str) -> str:
+    """The name of a module of CLIP as older versions of transformers have it; other names as they are."""
+    match = _OF_CLIP.match(path)
+    return f"text_model{match[1] or match[2] or '.'}{path}" if match else path
+
+
 def usual_path(path: str) -> str:
-    """A module's path in the model as the original calls it, where XLabs has another name for it; else itself."""
+    """A module's path as the original calls it, where XLabs has another name for it; else itself."""
     paths = xlabs_paths(path)
     return paths[0] if len(paths) == 1 else path
