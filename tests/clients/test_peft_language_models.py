@@ -5,10 +5,12 @@ They run where peft and transformers are installed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
+from streammerge.cli.main import main
 from tests.clients.test_peft_adapters import tensors_of
 from tests.make.models import merge_to, normal, save_model
 
@@ -32,7 +34,7 @@ def llama(*, tied: bool = False) -> Any:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA, tie_word_embeddings=tied))
 
 
-def lora(targets: tuple[str, ...] = ("q_proj",), **keywords: Any) -> Any:
+def lora(targets: Sequence[str] = ("q_proj",), **keywords: Any) -> Any:
     return peft.LoraConfig(r=2, lora_alpha=3, target_modules=list(targets), **keywords)
 
 
@@ -78,3 +80,24 @@ def test_merge_and_unload(tmp_path, case, tied):
     assert any(not made[name].equal(before[name]) for name in made)
     for name, tensor in right.items():
         assert made[name].allclose(tensor, rtol=1e-5, atol=2e-6), name
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens", "lm_head"]])
+def test_tokens_that_were_added(tmp_path, targets):
+    """transformers loads what comes out, with as many rows."""
+    llama().save_pretrained(tmp_path / "base")
+    larger = llama()
+    larger.resize_token_embeddings(24)
+    saved = None if "lm_head" in targets else ["embed_tokens", "lm_head"]
+    model = peft.get_peft_model(larger, lora(targets, modules_to_save=saved))
+    for number, (_, parameter) in enumerate(model.named_parameters()):
+        if parameter.requires_grad:
+            parameter.data = normal(parameter.shape, number, scale=0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    right = tensors_of(model.merge_and_unload())
+    words = ["bake", str(tmp_path / "base"), str(tmp_path / "adapter"), "-o", str(tmp_path / "out")]
+    assert main(words) == 0
+    made = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert made.config.vocab_size == 24
+    for name, tensor in tensors_of(made).items():
+        assert right[name].allclose(tensor, rtol=1e-5, atol=2e-6), name

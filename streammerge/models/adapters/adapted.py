@@ -17,10 +17,11 @@ from streammerge.errors import SHOWN, PlanError, count, listed, plural
 from streammerge.models.adapters.changes import Change
 from streammerge.models.adapters.files import Adapter, kinds_of
 from streammerge.models.adapters.targets import Targets
+from streammerge.models.configs import embedding_and_head
 from streammerge.models.dialects import Source
 from streammerge.models.dialects.pieces import rows
 from streammerge.models.views import Decoded, View
-from streammerge.tensors import Model, TensorInfo
+from streammerge.tensors import Model, TensorInfo, described
 
 Strength = Callable[[str], float]
 """How strong an adapter is in the tensor of this name."""
@@ -143,16 +144,20 @@ def _spread(found: Mapping[int, int] | Mapping[float, int]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Adapted(View):
-    """A model with adapters in it; `uses` has of each changed tensor what changes it, in the adapters' order."""
+    """A model with adapters in it; `uses` has of each changed tensor what changes it, in the adapters' order.
+
+    `resized` are the tensors that have other rows than the model's: those of a vocabulary that was resized.
+    """
 
     model: Model
     uses: Mapping[str, Sequence[Use]]
     accounts: tuple[Account, ...] = ()
+    resized: Mapping[str, TensorInfo] = field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """The model's values' tensors."""
-        return self.values.tensors
+        return {**self.values.tensors, **self.resized} if self.resized else self.values.tensors
 
     def adapters_of(self, name: str) -> list[str]:
         """What the adapters are called that change a tensor."""
@@ -191,10 +196,9 @@ def adapted(name: str, model: Model, given: Iterable[Given], *, drop: bool = Fal
     """The model of this name with the adapters in it; PlanError if a module has no tensor there, unless those are to be
     dropped, or doesn't fit the one that it has."""
     values = model if isinstance(model, Decoded) else Decoded(model)
-    targets, uses, accounts = Targets(values.tensors), dict[str, list[Use]](), list[Account]()
-    for each in given:
-        accounts.append(_Placing(name, values, targets, each, uses, drop=drop).account())
-    return Adapted(values, uses, tuple(accounts))
+    targets, uses, resized = Targets(values.tensors), dict[str, list[Use]](), dict[str, TensorInfo]()
+    accounts = tuple(_Placing(name, values, targets, each, uses, resized, drop=drop).account() for each in given)
+    return Adapted(values, uses, accounts, resized)
 
 
 @dataclass
@@ -206,6 +210,7 @@ class _Placing:
     targets: Targets
     given: Given
     uses: dict[str, list[Use]]
+    resized: dict[str, TensorInfo]
     drop: bool
     left: dict[str, str] = field(default_factory=dict)
     """The modules that aren't in the model, each with the part that it would change there."""
@@ -229,6 +234,7 @@ class _Placing:
         ]
         if not any(self.given.strength(tensor) for tensors in self.placed.values() for tensor in tensors):
             told.append("its weight is 0 in all of these tensors: it changes nothing, and is not read")
+        told += self._told_of_tokens()
         return Account(
             self.name,
             self.given.name,
@@ -241,6 +247,16 @@ class _Placing:
             tuple(self.left),
             tuple(told),
         )
+
+    def _told_of_tokens(self) -> Iterator[str]:
+        """What has to be known of a vocabulary that was resized, and of an embedding that is the output's too."""
+        for name in sorted(self.resized.keys() & self.tensors):
+            now, before = self.resized[name].shape[0], self.model.tensors[name].shape[0]
+            told = "the tokenizer that goes with them is the adapter's, not the model's"
+            yield f"{name} has {now:,} rows by it, and had {before:,}: {told}"
+        embedding, head = embedding_and_head(self.model.tensors)
+        if embedding in self.tensors and not head and self.kinds.keys() != {"tokens"}:
+            yield f"it changes {embedding}: where a head is tied to that, so that it isn't stored, it changes too"
 
     def _place(self, module: str) -> None:
         changes = self.given.adapter.changes(module)
@@ -265,6 +281,8 @@ class _Placing:
         if other := self._overlapped(source):
             self.misfits.append(f"{module}.{part}   {other} changes {', '.join(source.tensors)} too")
             return
+        if change.resizes(source.info.shape) and self.given.strength(source.tensors[0]):
+            self.resized[source.tensors[0]] = described(source.info.dtype, change.shape)
         first = 0
         for piece in source.pieces:
             height = piece.stop - piece.start
@@ -294,11 +312,34 @@ class _Placing:
             return f"{change.kind} of what is several tensors here: {names}"
         if source.transposed and not change.can_be_turned:
             return f"{change.kind} of {names}, which lies transposed"
+        if not self.resized.keys().isdisjoint(source.tensors):
+            return f"another adapter has given {names} other rows"
+        if change.resizes(source.info.shape) and {*source.tensors} <= {*embedding_and_head(self.model.tensors)}:
+            is_whole = self.given.strength(names) in (0, 1)
+            return (
+                ""
+                if is_whole
+                else f"has {change.shape[0]} rows, and {names} {infos[0].shape[0]}: its weight has to be 1"
+            )
         if not change.fits(source.info.shape):
             return f"changes {list(change.shape)}, and {names} is {list(source.info.shape)}"
         return ""
 
+    def _check_vocabulary(self) -> None:
+        """Add to what doesn't fit where the input's embedding and the output's come to have different rows."""
+        names = [name for name in embedding_and_head(self.model.tensors) if name]
+        before, after = ({found[name].shape[0] for name in names} for found in (self.model.tensors, self._after))
+        if len(before) == 1 and len(after) > 1:
+            rows = (f"{self._after[name].shape[0]} rows of {name}" for name in names)
+            self.misfits.append(f"it comes to {' and '.join(rows)}, of which there should be as many")
+
+    @property
+    def _after(self) -> Mapping[str, TensorInfo]:
+        return {**self.model.tensors, **self.resized}
+
     def _refuse(self) -> None:
+        if self.resized:
+            self._check_vocabulary()
         if self.misfits:
             raise PlanError(
                 f"{self.given.name}: {count(self.misfits, 'module')} of {len(self.given.adapter):,} "

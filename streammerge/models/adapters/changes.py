@@ -79,6 +79,11 @@ class Change:
         is_flat = len(own) == 2 and len(other) > 2
         return own == ((other[0], math.prod(other[1:])) if is_flat else other)
 
+    def resizes(self, shape: Sequence[int]) -> bool:
+        """Whether it stands in the place of a matrix that has other rows, as where a vocabulary was resized."""
+        is_matrix = self.way == "replace" and len(self.shape) == len(shape) == 2
+        return is_matrix and self.shape[1] == shape[1] and self.shape[0] != shape[0]
+
     @property
     def is_linear(self) -> bool:
         """Whether it adds what doesn't depend on the tensor."""
@@ -105,6 +110,8 @@ class Change:
         """The changed tensor."""
         if self.magnitude is not None:
             return _between(weight, self._resized(self._added(weight, self.scale)), strength)
+        if self.way == "replace" and self.resizes(weight.info.shape):  # then the strength is 1
+            return combine(described(weight.info.dtype, self.shape), (Term(1.0, self.value),))
         if self.way == "replace":
             return _between(weight, self.value, strength)
         if self.way == "multiply":

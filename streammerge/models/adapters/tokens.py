@@ -29,6 +29,10 @@ class Tokens(Change):
         """Whether the tensor has these rows, each as long."""
         return len(shape) == 2 and shape[0] >= self.shape[0] and shape[1] == self.shape[1]
 
+    def resizes(self, shape: Sequence[int]) -> bool:
+        """Its rows are some of the tensor's."""
+        return False
+
     @property
     def can_be_turned(self) -> bool:
         """Its rows are tokens."""
