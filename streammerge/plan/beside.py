@@ -79,14 +79,18 @@ def kept_of(found: ModelFolder, before: Tensors, after: Tensors) -> tuple[list[C
     return kept, [*found.left, *((name, "the weights are decoded") for name in sorted(gone))]
 
 
-def card_beside(recipe: Recipe, output: Path, library: str | None) -> tuple[list[Companion], list[str]]:
+def card_beside(
+    recipe: Recipe, output: Path, library: str | None, *, is_adapter: bool = False
+) -> tuple[list[Companion], list[str]]:
     """The card of a merge that is written to a folder; no card and a note if somebody's own stays there."""
     there = output / CARD
     if (there.exists() or there.is_symlink()) and not is_unchanged_card(there):
         return [], [f"{there} is not streammerge's, or was written on, and stays as it is"]
     names = stored_names(recipe.paths())
     models = [CardModel(_called(path, name), read_stated(path)) for path, name in names.items()]
-    card = model_card(recipe.describe(names), models, library, methods_of(recipe))
+    base = recipe.base.source if recipe.base is not None else None
+    adapts = (_called(base, names[base]) if isinstance(base, Path) else "") if is_adapter else None
+    card = model_card(recipe.describe(names), models, library, methods_of(recipe), adapts=adapts)
     return [Companion(CARD, card, "the model's card")], []
 
 

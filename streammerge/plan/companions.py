@@ -37,7 +37,7 @@ def beside_output(merged: Merged, recipe: Recipe | None, output: Path, options: 
     CheckpointError if the layout's config can't be read.
     """
     if not is_file_name(output) and (merged.companions is not None or merged.factored is not None):
-        return Beside((merged.companions or ()) if options.companions else (), ADAPTER)
+        return _beside_adapter(merged, recipe, output, options)
     root = root_of(merged)
     folder = root.folder if isinstance(root, Checkpoint) else None
     if is_file_name(output) and merged.companions:
@@ -75,6 +75,15 @@ def _beyond_weights(merged: Merged, recipe: Recipe | None) -> Iterator[str]:
         yield "the tokenizer of the tokens that come out, whose rows the weights have, is"
     if recipe is not None and recipe.chat_template:
         yield "the chat template is"
+
+
+def _beside_adapter(merged: Merged, recipe: Recipe | None, output: Path, options: Options) -> Beside:
+    """An adapter's config, and its card."""
+    own = merged.companions or ()
+    if not options.companions or not own or recipe is None or not options.metadata:
+        return Beside(own if options.companions else (), ADAPTER)
+    card, told = card_beside(recipe, output, "peft", is_adapter=True)
+    return Beside((*own, *card), ADAPTER, tuple(told))
 
 
 @dataclass(frozen=True)

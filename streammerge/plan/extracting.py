@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Final
 
 from streammerge.compute.combining import combine
@@ -41,6 +42,9 @@ GPT2: Final = "c_attn"
 
 RESTATED: Final = {"ss_network_args": "", "ss_network_module": "networks.lora", IN_METADATA: ""}
 """What metadata say of factors that are others now: what is "" is left out."""
+
+KOHYA: Final = {"ss_network_module": RESTATED["ss_network_module"]}
+"""What metadata say of adapters in kohya's names, beside their rank: programs show it, and go by it."""
 
 
 def with_names(recipe: Recipe, naming: Naming | Dialect | None) -> tuple[Recipe, Naming | Dialect | None]:
@@ -105,7 +109,9 @@ class _Extraction:
                 advice="Name two models whose tensors have the same names and shapes.",
             )
         self._check_names(parts)
-        return merged_of(Factored(parts, self.rule, differs=True), self.merged, self._remarks(), self._companions)
+        made = Factored(parts, self.rule, differs=True)
+        stated = KOHYA if self.dialect == "kohya" else {}
+        return merged_of(made, self.merged, self._remarks(), self._companions, stated)
 
     def _parts(self) -> Iterator[Part]:
         fates = {name: fate.action for name, fate in self.merged.decisions.told()}
@@ -207,13 +213,16 @@ def merged_of(
     like: Merged | None,
     told: Iterator[str] | tuple[str, ...],
     companions: Callable[[Factored], tuple[Companion, ...] | None],
+    stated: Mapping[str, str] = MappingProxyType({}),
 ) -> Merged:
-    """An adapter as a merge that is carried out, with what is told of it."""
+    """An adapter as a merge that is carried out, with what is told of it, and stated in its metadata beside its rank
+    if anything is."""
     told, like = tuple(told), like or Merged(made.decisions)
 
     def complete(made: Factored) -> Merged:
         low, high = min(made.by_rank, default=0), max(made.by_rank, default=0)
         rank = str(low) if low == high else "Dynamic"
+        ranks = {"ss_network_dim": rank, "ss_network_alpha": rank}
         return Merged(
             made.decisions,
             remarks=tuple(dict.fromkeys((*told, *made.remarks()))),
@@ -221,7 +230,8 @@ def merged_of(
             layout=like.layout,
             extent=like.extent,
             accounts=like.accounts,
-            restated={**RESTATED, "ss_network_dim": rank, "ss_network_alpha": rank},
+            restated={**RESTATED, **ranks},
+            stated={**stated, **ranks} if stated else {},
             factored=made,
             companions=companions(made),
             settle=lambda spectra: complete(made.settled(spectra)),

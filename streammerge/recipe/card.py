@@ -74,14 +74,21 @@ def model_card(
     models: Sequence[CardModel],
     library: str | None,
     methods: Iterable[str] = (),
+    *,
+    adapts: str | None = None,
 ) -> bytes:
-    """The card of a merge. `recipe` are its values as the metadata have them; the same merge has the same card."""
+    """The card of a merge. `recipe` are its values as the metadata have them; the same merge has the same card.
+
+    Of an adapter, `adapts` is the model that it is for, "" if nothing tells.
+    """
     import yaml
 
     what, tags = ("mixture", ["moe"]) if "experts" in recipe else ("merge", [])
+    what, tags = (what, tags) if adapts is None else ("LoRA", ["lora"])
+    bases = [model.name for model in models] if adapts is None else [adapts]
     front = {
-        "base_model": [model.name for model in models if _HUB.fullmatch(model.name)],
-        "base_model_relation": "merge",
+        "base_model": [name for name in bases if _HUB.fullmatch(name)],
+        "base_model_relation": "merge" if adapts is None else "adapter" if adapts else None,
         "library_name": library,
         "tags": ["merge", "streammerge", *tags],
         **_agreed(models),

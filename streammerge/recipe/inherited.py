@@ -38,6 +38,13 @@ DIFFUSERS: Final = "diffusers"
 TITLE: Final = "modelspec.title"
 
 
+ARCHITECTURE: Final = "modelspec.architecture"
+
+
+OF_ADAPTERS: Final = "/lora"
+"""What modelspec has behind the architecture of a model that an adapter is for."""
+
+
 LONGEST_TITLE: Final = 200
 """A longer title is none that another could have in it."""
 
@@ -95,6 +102,8 @@ def carried_metadata(recipe: Recipe, metadata_of: MetadataOf) -> dict[str, str]:
     own = metadata_of(layout.path) if nested is None else carried_metadata(nested, metadata_of)
     stays = stays_itself(recipe)
     carried = {key: value for key, value in own.items() if len(value) <= LONGEST and _carries(recipe, key)}
+    if recipe.low_rank is not None and recipe.base is not None and "/" not in carried.get(ARCHITECTURE, "/"):
+        carried[ARCHITECTURE] += OF_ADAPTERS
     stated = licences(recipe, metadata_of)
     if any(stated.values()):
         distinct = dict.fromkeys(part for text in stated.values() if text for part in text.split(BOTH))
@@ -124,7 +133,7 @@ def named_so(metadata: Mapping[str, str], naming: str | None) -> dict[str, str]:
 
 def _carries(recipe: Recipe, key: str) -> bool:
     """Whether an output has what the layout's metadata say under a key: what a whole model is, its parts are not."""
-    if recipe.only not in ("", "unet", "transformer") and key == "modelspec.architecture":
+    if recipe.only not in ("", "unet", "transformer") and key == ARCHITECTURE:
         return False
     if stays_itself(recipe) and recipe.is_conversion:
         return key in USE or (key not in STALE and not key.startswith((HASH, "streammerge.")))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 import streammerge
 from streammerge.cli.main import main
@@ -197,6 +198,23 @@ def test_stable_diffusion_has_kohyas_names(tmp_path):
     assert len(left) == 3
 
 
+@pytest.mark.parametrize(
+    ("names", "ranks"),
+    [
+        ("kohya", {"ss_network_module": "networks.lora", "ss_network_dim": "2", "ss_network_alpha": "2"}),
+        ("comfy", {}),
+    ],
+)
+def test_metadata_say_what_it_is_and_for_what(tmp_path, names, ranks):
+    base, said = make_tensors(0, torch.float32, SHAPES), {"modelspec.architecture": "stable-diffusion-v1"}
+    save_model(tmp_path / "base.safetensors", base, said)
+    save_model(tmp_path / "tuned.safetensors", near(base, 1, 0.1), said)
+    with safe_open(extract(tmp_path, "--rank", "2", "--names", names), "pt") as file:
+        found = file.metadata()
+    assert found["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert {key: text for key, text in found.items() if key.startswith("ss_")} == ranks
+
+
 def test_stable_diffusion_xl_and_flux_have_the_originals_names(tmp_path):
     flux = {
         "model.diffusion_model.double_blocks.0.img_attn.qkv.weight": (48, 16),
@@ -237,10 +255,12 @@ def test_language_models_have_folders_of_pefts(tmp_path):
     tuned = near(base, 5, 0.1)
     one, other = folder_of(tmp_path / "tuned", tuned), folder_of(tmp_path / "base", base)
     assert main(["extract", str(one), str(other), "-o", str(tmp_path / "adapter"), "--rank", "1000", "-q"]) == 0
-    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
+        *("adapter_config.json", "adapter_model.safetensors", "README.md"),
+    }
+    card = (tmp_path / "adapter/README.md").read_text()
+    assert "base_model:\n- base\nbase_model_relation: adapter\nlibrary_name: peft\n" in card
+    assert "# A LoRA of tuned and base\n" in card
     found = load_model(tmp_path / "adapter")
     assert found["base_model.model.model.embed_tokens.lora_embedding_A"].shape == (16, 40)
     assert main(["bake", str(other), str(tmp_path / "adapter"), "-o", str(tmp_path / "baked"), "-q"]) == 0
