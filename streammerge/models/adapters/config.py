@@ -127,9 +127,15 @@ def _config(raw: Mapping[str, Any], where: str) -> Config:
             advice="Save it as a plain LoRA: in PEFT, save_pretrained(…, path_initial_model_for_weight_conversion=…).",
         )
     if raw.get("layer_replication"):
-        raise CheckpointError(f"{where}: it stacks layers anew (layer_replication), which streammerge does not do")
+        raise CheckpointError(
+            f"{where}: it stacks layers anew (layer_replication), which is not done here",
+            advice="Stack the model's layers first (slices: in a recipe), and bake an adapter without that key.",
+        )
     if raw.get("target_parameters"):
-        raise CheckpointError(f"{where}: it changes parameters, such as fused experts (target_parameters)")
+        raise CheckpointError(
+            f"{where}: it changes parameters, such as fused experts (target_parameters), which is not read",
+            advice="Put it into its model with PEFT's merge_and_unload, and name what that saves.",
+        )
     usual = Config(where, kind, fan_in_fan_out=bool(raw.get("fan_in_fan_out", False)))
     if kind == "ADALORA":
         alpha = _number(raw.get("lora_alpha", 8), where, "lora_alpha")

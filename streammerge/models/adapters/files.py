@@ -12,7 +12,7 @@ from streammerge.errors import CheckpointError, count
 from streammerge.models.adapters.config import Config, config_of, read_configs
 from streammerge.models.adapters.decompositions import SAVED, changes_of
 from streammerge.models.adapters.modules import Changes, Malformed, Module
-from streammerge.models.adapters.parts import sorted_parts
+from streammerge.models.adapters.parts import INVERSION, sorted_parts
 from streammerge.models.adapters.recognition import find_adapter
 from streammerge.models.checkpoints import Checkpoint
 
@@ -52,11 +52,7 @@ def read_adapter(checkpoint: Checkpoint, path: str) -> Adapter:
     configs = read_configs(type(where)(path), checkpoint.metadata)
     if not tensors:
         raise CheckpointError(f"{where}: is empty, and no adapter")
-    if (
-        not configs
-        and not found.is_known
-        and SAVED.issuperset(role for roles in found.modules.values() for role in roles)
-    ):
+    if not configs and not found.kinds and SAVED.issuperset(role for roles in found.modules.values() for role in roles):
         _refuse_models(checkpoint)
     adapter = Adapter(checkpoint, found.modules, found.shared, configs)
     problems = [*found.problems, *_malformed(adapter)]
@@ -64,7 +60,9 @@ def read_adapter(checkpoint: Checkpoint, path: str) -> Adapter:
         raise CheckpointError(
             f"{where}: {count(problems, 'thing')} in it can't be taken for a part of an adapter",
             found=problems,
-            advice="Fetch it again, or bake it with the program that it was made for.",
+            advice="Textual inversions are no part of a model, and are loaded beside it."
+            if found.kinds == {INVERSION}
+            else "Fetch it again, or bake it with the program that it was made for.",
         )
     return adapter
 
@@ -73,8 +71,8 @@ def _refuse_models(checkpoint: Checkpoint) -> None:
     """CheckpointError for a file that has nothing of an adapter."""
     if find_adapter(checkpoint.tensors) is None:
         raise CheckpointError(
-            f"{checkpoint.path}: is no adapter: none of its {count(checkpoint.tensors, 'tensor')} is a part of one",
-            advice="Name a LoRA or one of its kin; whole models are merged, not baked in.",
+            f"{checkpoint.path}: is no adapter: none of its {len(checkpoint.tensors):,} tensors is a part of one",
+            advice="Name a LoRA or one of its kin; whole models are merged, and textual inversions loaded beside one.",
         )
 
 

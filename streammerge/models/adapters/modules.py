@@ -84,7 +84,10 @@ class Module:
             raise Malformed(f"{self.name}   is of rank {rank}, and {config.where} says {said}")
         if not (rank or said):
             raise Malformed(f"{self.name}   has no rank of its own, and {config.where} says none")
-        return config.scale(self.own_name, rank or said)
+        scale = config.scale(self.own_name, rank or said)
+        if not scale:
+            raise Malformed(f"{self.name}   has the alpha 0 by {config.where}, with which it does nothing")
+        return scale
 
     def turned(self, change: Change) -> Change:
         """The change, transposed if the config says that the model's weights are (`fan_in_fan_out`)."""

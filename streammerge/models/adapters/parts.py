@@ -56,6 +56,8 @@ _ANY_ROLE: Final = "|".join(f"(?P<r{number}>{tail})" for number, tail in enumera
 _ROLE: Final = re.compile(rf"(?P<module>.*?)(?:\.|_(?=lora\.))(?:{_ANY_ROLE})", re.DOTALL)
 _NAMES: Final = tuple(_ROLES)
 
+INVERSION: Final = "a textual inversion"
+
 _REFUSED: Final[Mapping[str, str]] = {
     r".*[._]oft_(?:diag|[rR])(?:\..*)?": "OFT of an older form",
     r".*[._]ranknum(?:\..*)?": "AdaLoRA under way",
@@ -65,7 +67,7 @@ _REFUSED: Final[Mapping[str, str]] = {
     r".*[._]lora_[ab]": "MLX's LoRA",
     r".*(?:fourierft_spectrum|hra_u|bone_block|miss_block|vblora_\w+|shira_weight|road_theta).*": "one of PEFT's kinds "
     "that is not read",
-    r"bundle_emb\..*|.*string_to_param.*|emb_params|clip_[lg]|t5xxl": "a textual inversion",
+    r"bundle_emb\..*|.*string_to_param.*|emb_params|clip_[lg]|t5xxl": INVERSION,
     r"(?:.*\.)?prompt_embeddings": "a trained prompt",
     r"lora_controlnet": "a control LoRA",
 }
@@ -80,13 +82,13 @@ SHARED: Final[Mapping[str, str]] = {
 
 @dataclass
 class Sorted:
-    """An adapter's tensors by module and role; `shared` by role alone. What is wrong is told in `problems`, and whether
-    some of that is of adapters in `is_known`."""
+    """An adapter's tensors by module and role; `shared` by role alone. What is wrong is told in `problems`, and of
+    which kinds that are known some of it is in `kinds`."""
 
     modules: dict[str, dict[str, str]] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-    is_known: bool = False
+    kinds: set[str] = field(default_factory=set)
 
     def note(self, name: str, module: str, role: str) -> None:
         """A tensor has this role."""
@@ -106,7 +108,7 @@ def sorted_parts(names: Iterable[str]) -> Sorted:
             found.note(name, match["module"], _NAMES[int(str(match.lastgroup)[1:])])
         elif refused := refused_kind(name):
             found.problems.append(f"{name}   is of {refused}, which is not read")
-            found.is_known = True
+            found.kinds.add(refused)
         else:
             found.problems.append(f"{name}   is no known part of an adapter")
     return found

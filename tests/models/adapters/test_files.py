@@ -107,6 +107,11 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
     assert len(caught.value.found) == 3
 
 
+def test_what_is_loaded_beside_a_model_is_told_apart(tmp_path):
+    with pytest.raises(CheckpointError, match="loaded beside it"):
+        bake(tmp_path, MODEL, {"emb_params": numbers(2, 4)})
+
+
 def test_a_whole_model_is_no_adapter(tmp_path):
     with pytest.raises(CheckpointError, match="is no adapter: none of its 2 tensors"):
         bake(tmp_path, MODEL, {name: tensor.clone() for name, tensor in MODEL.items()})
@@ -289,6 +294,8 @@ def test_tokens_that_are_not_there(tmp_path, tokens, error, told):
         ({"layer_replication": [[0, 4]]}, "stacks layers"),
         ({"lora_alpha": "much"}, "lora_alpha must be a number"),
         ({"lora_alpha": True}, "lora_alpha must be a number"),
+        ({"lora_alpha": 0}, "has the alpha 0 by .*adapter_config.json"),
+        ({"alpha_pattern": {"x": 0}}, "has the alpha 0 by .*adapter_config.json"),
         ({"alpha_pattern": [1]}, "alpha_pattern is no map"),
         ({"alpha_pattern": {"(a+)+b": 1}}, "none of plain names"),
     ],
