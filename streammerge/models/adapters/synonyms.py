@@ -1,5 +1,6 @@
 """Names of modules that name the same as others, which are the usual ones.
 
+    model.language_model.layers.0.mlp       model.layers.0.mlp, language_model.model.layers.0.mlp, layers.0.mlp
     encoder.layers.0.mlp.fc1                CLIP's text_model.encoder.layers.0.mlp.fc1, as transformers 5 has it
 double_blocks.0.processor.qkv_lora1     img_attn.qkv of the block, and txt_attn.qkv with a 2
 double_blocks.0.processor.proj_lora1    img_attn.proj, and txt_attn.proj
@@ -10,6 +11,7 @@ single_blocks.0.processor.qkv           queries, keys and values, which are some
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Final
 
 XLABS: Final = re.compile(
@@ -38,6 +40,16 @@ def with_text_model(path: str) -> str:
     """The name of a module of CLIP as older versions of transformers have it; other names as they are."""
     match = _OF_CLIP.match(path)
     return f"text_model{match[1] or match[2] or '.'}{path}" if match else path
+
+
+_OF_LANGUAGE: Final = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
+
+
+def language_paths(path: str) -> Iterator[str]:
+    """Where else a module of a language model, or of what is around one, may stand: versions of transformers, and its
+    classes with and without a head, put something else before it."""
+    start = next(each for each in _OF_LANGUAGE if path.startswith(each))
+    yield from (each + path.removeprefix(start) for each in _OF_LANGUAGE if each != start)
 
 
 def usual_path(path: str) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from streammerge.models.adapters.dialects import ANY, PEFT, PREFIXES, underscored
-from streammerge.models.adapters.synonyms import with_text_model, xlabs_paths
+from streammerge.models.adapters.synonyms import language_paths, with_text_model, xlabs_paths
 from streammerge.models.dialects import Source, recognise
 from streammerge.models.dialects.pieces import rows, whole
 from streammerge.models.dialects.places import ROLES, Role
@@ -140,3 +140,4 @@ def _ways(module: str) -> Iterator[tuple[str, ...]]:
         yield (f"{plain}.0",)
     yield (with_text_model(module),)
     yield xlabs_paths(module)
+    yield from ((path,) for path in language_paths(module))

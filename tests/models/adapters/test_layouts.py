@@ -359,6 +359,31 @@ LAYOUTS: dict[str, Layout] = {
         ["base_model.model.backbone.layers.{0|1}.mixer.{in_proj|x_proj|dt_proj|out_proj}"],
         {},
     ),
+    "LLaVA, PEFT of transformers 5": Layout(
+        plain(
+            f"language_model.model.layers.{{0|1}}.{LLAMA}", "vision_tower.layers.0.mlp.fc1", "language_model.lm_head"
+        ),
+        [
+            f"base_model.model.model.language_model.layers.{{0|1}}.{LLAMA}",
+            "base_model.model.model.vision_tower.layers.0.mlp.fc1",
+            "base_model.model.lm_head",
+        ],
+        {"base_model.model.lm_head": "language_model.lm_head.weight"},
+    ),
+    "Qwen 2.5 VL, PEFT of transformers 5": Layout(
+        plain(f"model.layers.{{0|1}}.{LLAMA}", "visual.blocks.{0|1}.attn.{qkv|proj}", "lm_head"),
+        [
+            f"base_model.model.model.language_model.layers.{{0|1}}.{LLAMA}",
+            "base_model.model.model.visual.blocks.{0|1}.attn.{qkv|proj}",
+        ],
+        {"base_model.model.model.visual.blocks.1.attn.qkv": "visual.blocks.1.attn.qkv.weight"},
+    ),
+    "Mistral, PEFT of a model without a head": Layout(
+        plain(f"model.layers.{{0|1}}.{LLAMA}", "lm_head"), [f"base_model.model.layers.{{0|1}}.{LLAMA}"], {}
+    ),
+    "Mistral without a head, PEFT of one that has it": Layout(
+        plain(f"layers.{{0|1}}.{LLAMA}"), [f"base_model.model.model.layers.{{0|1}}.{LLAMA}"], {}
+    ),
     "LLaVA, PEFT": Layout(
         plain(f"language_model.model.layers.{{0|1}}.{LLAMA}", "vision_tower.vision_model.encoder.layers.0.mlp.fc1"),
         [f"base_model.model.language_model.model.layers.{{0|1}}.{LLAMA}"],
