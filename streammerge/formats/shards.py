@@ -103,6 +103,13 @@ def find_weights(folder: Path) -> Path:
             "decode",
             advice="Merge the safetensors that they were made from.",
         )
+    entries = [] if found else folder.iterdir()
+    if inner := sorted(entry.name for entry in entries if entry.name.startswith("checkpoint-") and entry.is_dir()):
+        raise CheckpointError(
+            f"{folder}: the folder holds no model, but checkpoints of a training",
+            found=inner,
+            advice="Name one of them.",
+        )
     what = "holds no model" if not found else f"holds {len(found)} files that could be the model"
     raise CheckpointError(
         f"{folder}: the folder {what}",

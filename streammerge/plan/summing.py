@@ -99,7 +99,9 @@ def check_asked(recipe: Recipe, done: str, **more: bool) -> None:
     }
     if meaningless := [what for what, is_asked in asked.items() if is_asked]:
         raise PlanError(
-            f"adapters are {done}, where {listed(meaningless)} has no meaning", advice="Leave that out of the merge."
+            f"adapters are {done}, where {listed(meaningless)} has no meaning",
+            advice="Leave that out of the merge. Another dtype, and other names, they get without convert: streammerge "
+            "ADAPTER --dtype bf16 --names kohya -o OUT.",
         )
 
 

@@ -105,6 +105,14 @@ def test_a_folder_without_a_model_is_an_error(tmp_path):
         find_weights(tmp_path)
 
 
+def test_a_folder_of_checkpoints_names_them(tmp_path):
+    for name in ("checkpoint-500", "checkpoint-1000", "logs"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(CheckpointError, match="holds no model, but checkpoints of a training") as error:
+        find_weights(tmp_path)
+    assert error.value.found == ("checkpoint-1000", "checkpoint-500")
+
+
 @pytest.mark.parametrize(
     ("name", "meant"),
     [("model.safetensors.index.json", True), ("x.index.json", True), ("index.json", False), ("x.json", False)],

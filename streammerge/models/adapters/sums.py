@@ -144,7 +144,8 @@ class Sum:
             raise PlanError(
                 f"{count(problems, 'module')} of the adapters can't be added up in one adapter",
                 found=problems,
-                advice="LoRAs and LoHas are, and plain differences; bake others into their model: streammerge bake.",
+                advice="LoRAs and LoHas are, and plain differences; LoKr, and what has cores, to a rank (--rank R); "
+                "bake others into their model: streammerge bake.",
             )
 
     def _problems(self, module: str) -> Iterator[str]:
@@ -158,6 +159,6 @@ class Sum:
                 first = first or (None if rows else made)
                 if not made.is_linear or made.kind not in ("LoRA", "difference") or (rows and made.kind != "LoRA"):
                     reason = REPLACES if made.way == "replace" else REASONS.get(made.kind, "")
-                    yield f"{own.module}   is {made.kind}" + (f": {reason}" if reason else "")
+                    yield f"{own.module}   of {own.adapter} is {made.kind}" + (f": {reason}" if reason else "")
                 elif first and (made.kind != first.kind or not (rows or made.fits(first.shape))):
                     yield f"{own.module}   is {first.kind} {list(first.shape)} and {made.kind} {list(made.shape)}"

@@ -123,6 +123,11 @@ REFUSED: dict[str, tuple[Tensors, Tensors, str]] = {
     "LoHa with cores": (lora(1, 4), parts(MODULE, **CORED), "is LoHa: with cores"),
     "LoKr": (lora(1, 4), parts(MODULE, lokr_w1=numbers(3, 5), lokr_w2=numbers(4, 2)), "is LoKr: it is no product"),
     "OFT": (lora(1, 4), parts(MODULE, oft_blocks=numbers(2, 6, 6)), "is OFT: it turns weights"),
+    "a tensor's replacement": (
+        lora(1, 4),
+        {**lora(2, 4, module="lora_unet_y"), **parts(MODULE, set_weight=numbers(OUT, IN))},
+        "of lora1 is difference: it stands in a tensor's place",
+    ),
     "DoRA": (lora(1, 4), lora(2, 4, dora_scale=torch.ones(OUT, 1)), "is DoRA: it goes by the lengths"),
     "LoRA and a difference": (lora(1, 4), parts(MODULE, diff=numbers(OUT, IN)), r"LoRA \[12, 10\] and difference"),
     "other shapes": (lora(1, 4), lora(1, 4, kernel=3), r"LoRA \[12, 10\] and LoRA \[12, 10, 3, 3\]"),
