@@ -30,7 +30,7 @@ from streammerge.plan.companions import beside_output
 from streammerge.plan.inputs import OpenInputs
 from streammerge.plan.locating import with_places
 from streammerge.plan.naming import as_named
-from streammerge.plan.pipelines import check_folder
+from streammerge.plan.pipelines import as_written, check_folder
 from streammerge.plan.plan import Plan, plan_merge
 from streammerge.recipe.files import Mergeable, as_recipe
 from streammerge.recipe.options import Options, as_options
@@ -166,6 +166,7 @@ def _plan(
     else:
         merged = as_named(asked, options)
     check_folder(merged, recipe, output, options)
+    merged = as_written(merged, output, options)
     if measuring is not None and merged.factored is not None and merged.factored.has_to_be_measured:
         from streammerge.workers.measuring import with_measured_ranks  # late: only adapters of a rank are measured
 

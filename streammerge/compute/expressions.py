@@ -308,6 +308,16 @@ def stored_leaves(node: Node) -> Iterator[Stored]:
     return (leaf for leaf in leaves(node) if isinstance(leaf, Stored))
 
 
+def gives(part: Node, whole: Node) -> bool:
+    """Whether anything that is read for a part is read for the whole, too."""
+    own = {_place_of(leaf) for leaf in leaves(part)}
+    return any(_place_of(leaf) in own for leaf in leaves(whole))
+
+
+def _place_of(leaf: Stored | External) -> object:
+    return stored_place(leaf) if isinstance(leaf, Stored) else (id(leaf.model), leaf.name)
+
+
 def has_external(node: Node) -> bool:
     """Whether something of it lies in a model that is not ours, and nobody knows what."""
     return any(isinstance(leaf, External) and not leaf.told for leaf in leaves(node))

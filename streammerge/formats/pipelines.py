@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +22,12 @@ INDEX: Final = "model_index.json"
 
 SCHEDULER: Final = Path("scheduler", "scheduler_config.json")
 """What says how a pipeline samples."""
+
+PREDICTION_TYPE: Final = "prediction_type"
+"""By this key it says what the model predicts."""
+
+ZERO_SNR: Final = "rescale_betas_zero_snr"
+"""By this key it says whether nothing of the image is left in the noise of the first step."""
 
 COMPONENTS: Final = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 """The folders by which a pipeline is known whose index was left out."""
@@ -36,6 +43,19 @@ _VARIANT: Final = re.compile(
     r"(?:diffusion_pytorch_)?model\.(?:[A-Za-z0-9_]+\.safetensors|safetensors\.index\.[A-Za-z0-9_]+\.json)"
 )
 """What the weights of a variant are called: one file, or the index of its shards."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduler:
+    """What a pipeline's scheduler says of the model: what it predicts, "" if that isn't said; and whether the signal
+    in its noise ends at zero, None if that isn't said."""
+
+    prediction_type: str = ""
+    zero_snr: bool | None = None
+
+
+NO_SCHEDULER: Final = Scheduler()
+"""What is said where there is none."""
 
 
 def is_pipeline_index(path: Path) -> bool:
@@ -71,13 +91,21 @@ def index_of(folder: Path) -> Mapping[str, Any]:
     return _read(folder / INDEX)
 
 
-def stated_by_scheduler(folder: Path) -> str:
-    """What a pipeline's scheduler says that the model predicts; "" if it says nothing, or nobody can read it."""
+def scheduler_of(folder: Path) -> Scheduler:
+    """What a pipeline's scheduler says; nothing if nobody can read it."""
     try:
-        stated = read_object(folder / SCHEDULER, MAX_BYTES).get("prediction_type", "")
+        stated = read_object(folder / SCHEDULER, MAX_BYTES)
     except UnreadableError:
-        return ""
-    return stated if isinstance(stated, str) else ""
+        return NO_SCHEDULER
+    kind, zero = stated.get(PREDICTION_TYPE), stated.get(ZERO_SNR)
+    return Scheduler(kind if isinstance(kind, str) else "", zero if isinstance(zero, bool) else None)
+
+
+def scheduler_config(folder: Path) -> Mapping[str, Any]:
+    """All that a pipeline's scheduler says; CheckpointError if there is none, or nobody can read it."""
+    return _read(
+        folder / SCHEDULER, "the scheduler's config, which has to say how the model is sampled", "Fetch it again."
+    )
 
 
 def is_variant(weights: Path) -> bool:
@@ -139,15 +167,16 @@ def _named(index: Path) -> Mapping[str, str]:
     return {name: value[1] for name, value in _read(index).items() if _is_component(name, value)}
 
 
-def _read(index: Path) -> Mapping[str, Any]:
-    """What the index says."""
+def _read(
+    path: Path,
+    what: str = "a pipeline's index",
+    advice: str = "Fetch it again, or name a component's own folder.",
+) -> Mapping[str, Any]:
+    """What the file says."""
     try:
-        return read_object(index, MAX_BYTES)
+        return read_object(path, MAX_BYTES)
     except UnreadableError as problem:
-        raise CheckpointError(
-            f"{index}: can't be read as a pipeline's index: {problem}",
-            advice="Fetch it again, or name a component's own folder.",
-        ) from None
+        raise CheckpointError(f"{path}: can't be read as {what}: {problem}", advice=advice) from None
 
 
 def _is_component(name: str, value: Any) -> bool:  # noqa: ANN401

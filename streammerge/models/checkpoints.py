@@ -18,10 +18,12 @@ from streammerge.formats.files import LFS_POINTER, ByteFile, path_of, read_error
 from streammerge.formats.layout import OutputName, is_file_name
 from streammerge.formats.pipelines import (
     INDEX,
+    NO_SCHEDULER,
+    Scheduler,
     check_alone,
     is_pipeline_index,
     pipeline_weights,
-    stated_by_scheduler,
+    scheduler_of,
 )
 from streammerge.formats.safetensors import is_safetensors, read_header
 from streammerge.formats.shards import find_weights, is_index, read_index
@@ -69,8 +71,8 @@ class Checkpoint:
 
     `left` are tensors of a torch file that are not the model's, `folder` the one that was opened, if no single file
     was. Of a pipeline `components` are the files, or indexes, that each of them was opened by, and `scheduler` is what
-    its scheduler says that it predicts. `chunks` is how many pieces tensors are in that are not whole. Close it, or use
-    it in a `with` statement, when nothing is going to be read any more.
+    its scheduler says of it. `chunks` is how many pieces tensors are in that are not whole. Close it, or use it in a
+    `with` statement, when nothing is going to be read any more.
     """
 
     path: Path
@@ -81,7 +83,7 @@ class Checkpoint:
     left: LeftTensors = NONE_LEFT
     folder: Path | None = None
     components: Mapping[str, Path] = field(default_factory=dict)
-    scheduler: str = ""
+    scheduler: Scheduler = NO_SCHEDULER
     chunks: int = 0
 
     @functools.cached_property
@@ -378,7 +380,7 @@ def _open_pipeline(path: Path, components: Mapping[str, Path], entry: str) -> Ch
         _common([part.metadata for part in opened.values()]),
         left,
         components=components,
-        scheduler=stated_by_scheduler(folder),
+        scheduler=scheduler_of(folder),
     )
 
 

@@ -16,6 +16,7 @@ from streammerge.models.adapters.adapted import Account
 from streammerge.models.decisions import Decision, Decisions, Expressions
 from streammerge.models.extent import Extent
 from streammerge.models.layers import Layers, layers_of
+from streammerge.models.prediction import Sampling
 from streammerge.models.presence import Names
 from streammerge.models.tokenizers import Tokenizer
 from streammerge.models.views import beneath, node_of
@@ -39,8 +40,9 @@ class Merged:
     is the model whose tensors the merge has, `extent` how much has been planned for it, and `accounts` what became of
     adapters. `restated` are metadata of inputs that have to say something else, or nothing, of the output, `stated` are
     metadata that its tensors need, `config` is what the output's config has to say if it is of another kind than the
-    layout. `tokenizer` has the tokens that come out, if they are not the layout's. What reading from it measures of the
-    whole model is kept for the next time. `companions` are all that lies beside its weights, if it says so itself.
+    layout. `tokenizer` has the tokens that come out, if they are not the layout's. `sampling` is what has to be said of
+    how it is sampled, if the layout is a pipeline, whose tensors don't tell. What reading from it measures of the whole
+    model is kept for the next time. `companions` are all that lies beside its weights, if it says so itself.
 
     Of an adapter that is made of factors `factored` are its parts. What is measured of these, if they have to be, is
     for it to `settle` what is written.
@@ -60,6 +62,7 @@ class Merged:
     companions: tuple[Companion, ...] | None = None
     config: Mapping[str, Any] | None = None
     tokenizer: Tokenizer | None = None
+    sampling: Sampling | None = None
     settle: Callable[[Mapping[str, Spectrum]], Merged] | None = None
     _measured: ModelStatistics = field(default_factory=dict, init=False, repr=False, compare=False)
 

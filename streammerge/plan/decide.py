@@ -87,7 +87,7 @@ class _Resolution:
         self.is_coded = any(self.coded.weights.values())
         self.values = {name: Decoded(model, self.coded.weights[name]) for name, model in self.models.items()}
         self.rules, self.tuning = RuleIndex(recipe.rules), Tuning(recipe, self.layout)
-        self.meaning = Meaning.of(self.models, self.layout_name, self.input_names)
+        self.meaning = Meaning.of(self.models, self.layout_name, self.input_names, recipe.on_prediction_mismatch)
         self.scaling = Scaling.of(recipe, self.layout)
 
     def resolve(self) -> Merged:
@@ -97,13 +97,17 @@ class _Resolution:
         decisions = Decisions(names, self._decision, (name for name in layout if coded.is_beside(name)))
         left_out = self._look_outside(names_outside(self.models, layout.keys(), coded))
         merged = sum(fate.tensors for fate in decisions.fates if fate.action == "merged")
-        self.meaning.check(self.recipe.on_prediction_mismatch)
+        self.meaning.check()
         self.problems.report(self.recipe, self._compared, self.rules.unused, merged=merged)
         self.scaling.check()
         cut = [*self.problems.cut()] if self.recipe.on_shape_mismatch == "overlap" else []
         self.is_reported = True
         whole = {name: model for name, model in self.models.items() if name not in self._parts}
-        lacking = names_lacking(whole, weights, coded)
+        lacking = {
+            name: told
+            for name, names in names_lacking(whole, weights, coded).items()
+            if (told := tuple(own for own in names if not self.meaning.said[name].says(own)))
+        }
         inner = sum(model.kept_bytes for model in self._nested.values())
         made = Merged(
             decisions,
@@ -114,6 +118,7 @@ class _Resolution:
             self.layout,
             self.extent,
             stated=stated_layers(self.codes_of, self.models),
+            sampling=self.meaning.sampling,
         )
         return with_scales(made)
 
@@ -185,20 +190,22 @@ class _Resolution:
     def _look_outside(self, outside: Names) -> Names:
         """Note what is missing in the layout, as what is missing in other models: which of them it is, is chance.
 
-        Returned are the names without those that rules drop.
+        Returned are the names without those that rules drop, and what the output says otherwise.
         """
         wanted: dict[str, bool] = {}
-        dropped: set[str] = set()
+        told: set[str] = set()
         for model, names in outside.items():
             for name in names_beside(names, self.coded.weights[self.layout_name]):
                 rule = self.rules.peek(name)
                 if rule and rule.action == "drop":
                     self.rules.find(name)
-                    dropped.add(name)
+                    told.add(name)
                 elif rule and rule.action == "take" and rule.model == model:
                     wanted[name] = True
                 elif name.startswith(SAFETY_CHECKER):
                     continue
+                elif is_mark(name) and self.meaning.tells(name):
+                    told.add(name)
                 elif model in self.input_names and (rule is None or rule.action == "merge"):
                     info = self.models[model].tensors[name]
                     if (info.dtype.mergeable or may_be_weights(name, info)) and not are_positions(name, info):
@@ -207,7 +214,7 @@ class _Resolution:
             self.problems.alone.extend(wanted)
         if self.recipe.on_missing == "error":
             self.problems.missing.extend(self._unshared(name, taken=taken) for name, taken in wanted.items())
-        left = {model: self._expected(model, names_beside(names, dropped)) for model, names in outside.items()}
+        left = {model: self._expected(model, names_beside(names, told)) for model, names in outside.items()}
         return {model: names for model, names in left.items() if names}
 
     def _expected(self, model: str, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -259,6 +266,7 @@ class _Resolution:
         return self.looked_at[model, name]
 
     def _copy(self, name: str, model: str, why: str, dtype: Storage | None) -> Decision:
+        self.meaning.note_copied(name, model)
         if broken := self._broken(model, name):
             node = mended(name, self.models[model].tensors[name].shape)
             self.mended[name] = f"{name}: {model}'s are no positions ({broken}), and are written as 0, 1, 2 …"
@@ -281,7 +289,7 @@ class _Resolution:
     def _take(self, name: str, rule: Rule, dtype: Storage | None) -> Decision:
         if name not in self.models[rule.model].tensors:
             return self._without(name, [rule.model], dtype, taken=True)
-        self.meaning.note_taken(name, rule.model)
+        self.meaning.note_copied(name, rule.model)
         if self.models[rule.model].tensors[name].shape == self.layout.tensors[name].shape:
             return self._copy(name, rule.model, f"taken by rule {rule}", dtype)
         if unreadable := self.coded.unreadable([rule.model, self.layout_name], name):
@@ -307,7 +315,10 @@ class _Resolution:
         return self._copy(name, self.layout_name, why, dtype)
 
     def _merge(self, name: str, info: TensorInfo, rule: Rule | None, dtype: Storage | None) -> Decision:
-        lacking = [model for model in self.input_names if name not in self.models[model].tensors]
+        said = self.meaning.said
+        lacking = [
+            model for model in self.input_names if name not in self.models[model].tensors and not said[model].says(name)
+        ]
         if lacking:
             return self._without(name, lacking, dtype)
         if is_mark(name):
@@ -320,12 +331,12 @@ class _Resolution:
         fitting = self._fit(name, inputs)
         if fitting is None:
             return self._keep_shape(name, dtype)
-        self.meaning.note_merged(name)
         own = DECODED if self.coded.find(self.layout_name, name) else info.dtype
         output = stored_as(TensorInfo(own, fitting.shape), dtype)
         parameters, seed = self.tuning.values(name, rule), self.recipe.seed or 0
         nodes = [fitting.nodes[model] for model in self.input_names]  # one may be given twice: as the base, too
         node = apply_method(self.method, output, parameters, nodes, name, seed, self.within)
+        self.meaning.note_merged(name, node, inputs)
         changing = self._adapters_of(name)
         if self.is_baking and not changing and is_only(node, nodes[0]):
             return self._copy(name, self.layout_name, "no adapter changes it", dtype)

@@ -12,7 +12,7 @@ from typing import Final
 from streammerge.errors import CheckpointError, OutputError, count, listed, plural
 from streammerge.formats.companions import Companion, is_companion_name
 from streammerge.formats.layout import COMPONENT, Component, is_file_name
-from streammerge.formats.pipelines import INDEX, index_of, is_variant, named_components
+from streammerge.formats.pipelines import INDEX, SCHEDULER, index_of, is_variant, named_components
 from streammerge.formats.shards import is_index
 from streammerge.models.adapters.dialects import Dialect
 from streammerge.models.checkpoints import Checkpoint
@@ -22,6 +22,8 @@ from streammerge.models.dialects.places import DIFFUSERS
 from streammerge.models.folders import ModelFolder, read_folder, root_of, stem_of
 from streammerge.models.merged import Merged
 from streammerge.plan.beside import CONFIG, Beside, Left, card_beside, kept_of
+from streammerge.plan.meaning import is_pipeline, sampling_of
+from streammerge.plan.sampling import scheduler_saying, with_marks
 from streammerge.recipe.options import Options
 from streammerge.recipe.recipe import Recipe
 from streammerge.tensors import TensorInfo
@@ -35,7 +37,7 @@ AS_A_FILE: Final = (
 def pipeline_of(merged: Merged, naming: Naming | Dialect | None) -> Checkpoint | None:
     """The pipeline that a merge has its names of, if it has."""
     root = root_of(merged) if naming in (None, "diffusers") else None
-    return root if isinstance(root, Checkpoint) and root.is_pipeline else None
+    return root if is_pipeline(root) else None
 
 
 def check_folder(merged: Merged, recipe: Recipe | None, output: Path, options: Options) -> None:
@@ -80,6 +82,12 @@ def check_folder(merged: Merged, recipe: Recipe | None, output: Path, options: O
     _check_names(root, output)
 
 
+def as_written(merged: Merged, output: Path, options: Options) -> Merged:
+    """The merge as it is written: with tensors that say how it is sampled, where no scheduler of a pipeline does."""
+    is_folder = not is_file_name(output) and pipeline_of(merged, options.names) is not None
+    return merged if is_folder else with_marks(merged, output)
+
+
 def _check_names(root: Checkpoint, output: Path) -> None:
     """OutputError if components can't have folders by their names."""
     odd = [name for name in root.components if not COMPONENT.fullmatch(name)]
@@ -120,12 +128,29 @@ class PipelineFolder:
         if self.recipe is not None and self.options.metadata:
             card, told = card_beside(self.recipe, self.output, "diffusers")
             parts.append(_Part(card, notes=told))
+        parts = self._said(parts)
         return Beside(
             tuple(each for part in parts for each in part.companions),
             notes=(*self._of_variants(after), *(note for part in parts for note in part.notes)),
             left=tuple(each for part in parts for each in part.left),
             components=tuple(self._made(name) for name in self.root.components if name in after),
         )
+
+    def _said(self, parts: list[_Part]) -> list[_Part]:
+        """The same, with a scheduler that says of the model what those do that it is made of."""
+        adapted = scheduler_saying(sampling_of(self.merged), self.root.path, self.output)
+        if adapted is None:
+            return parts
+        name = SCHEDULER.as_posix()
+        if not any(each.name == name for part in parts for each in part.companions):
+            raise self._uncopied(SCHEDULER, "it isn't among what the pipeline's index names, or a link")
+        made = Companion(name, adapted.encoded(), ", ".join(adapted.changed))
+        told = _Part([], notes=[f"{name}: {note}" for note in adapted.notes])
+        replaced = [
+            replace(part, companions=[made if each.name == name else each for each in part.companions])
+            for part in parts
+        ]
+        return [*replaced, told]
 
     def _top(self, gone: list[str]) -> _Part:
         """The files of the pipeline's own folder, its index without the components that are gone."""

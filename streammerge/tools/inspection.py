@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from streammerge.errors import one_line
+from streammerge.formats.pipelines import NO_SCHEDULER, Scheduler
 from streammerge.formats.torchzip.state_dicts import NONE_LEFT, LeftTensors
 from streammerge.models.adapters.profile import profile_of
 from streammerge.models.adapters.recognition import Adapter, find_adapter
@@ -46,7 +47,7 @@ class Inspection:
     `container` is the kind of file, such as "safetensors" or "sharded safetensors (3 files)"; `nbytes` the size on
     disk; `dtypes` the element types with the number of tensors of each, most frequent first; `left` what a torch file
     holds beside the model; `broken` what is wrong with text encoders' positions, by tensor; `hashes` those of its
-    files and of their tensors alone, if they were asked for; `scheduler` what a pipeline's says that it predicts.
+    files and of their tensors alone, if they were asked for; `scheduler` what a pipeline's says of it.
     """
 
     path: Path
@@ -60,7 +61,7 @@ class Inspection:
     left: LeftTensors = NONE_LEFT
     broken: Mapping[str, str] = field(default_factory=dict)
     hashes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    scheduler: str = ""
+    scheduler: Scheduler = NO_SCHEDULER
 
     @property
     def prediction(self) -> Prediction | None:
@@ -142,7 +143,7 @@ def inspect_model(
     left: LeftTensors = NONE_LEFT,
     broken: Mapping[str, str] | None = None,
     hashes: Mapping[str, Mapping[str, str]] | None = None,
-    scheduler: str = "",
+    scheduler: Scheduler = NO_SCHEDULER,
 ) -> Inspection:
     """Look at a model's header: what it is, and what it is made of."""
     return Inspection(
