@@ -7,16 +7,28 @@ model again, to the last bit and without a name more or less.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 
+import streammerge
 from streammerge.models.dialects import Naming, recognise
 from streammerge.models.dialects.translation import Translated
+from tests.clients.miniatures import UNET, UNET_XL, clip, vae
 from tests.make.diffusion import diffusion_model
-from tests.make.models import MemoryModel, Tensors, assert_same_bytes, normal
+from tests.make.models import (
+    MemoryModel,
+    Tensors,
+    assert_same_bytes,
+    load_model,
+    merge_to,
+    near,
+    normal,
+    save_models,
+)
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -45,35 +57,15 @@ def named(tensors: Tensors, naming: Naming) -> Tensors:
 
 # ── UNets, and what is beside them ───────────────────────────────────────────────────────────────────────────────────
 
-SD1 = {
-    "block_out_channels": (8, 16, 32, 32),
-    "norm_num_groups": 4,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 4,
-    "sample_size": 8,
-}
-SDXL = {
-    **SD1,
-    "block_out_channels": (8, 16, 32),
-    "cross_attention_dim": 2048,
-    "attention_head_dim": (2, 4, 4),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 3),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 56,
-}
 UNETS: dict[str, dict[str, Any]] = {
-    "Stable Diffusion 1": SD1,
-    "Stable Diffusion 1, inpainting": {**SD1, "in_channels": 9},
-    "Stable Diffusion 1, pix2pix": {**SD1, "in_channels": 8},
-    "Stable Diffusion 2": {**SD1, "cross_attention_dim": 1024, "use_linear_projection": True},
-    "Stable Diffusion 2, depth": {**SD1, "in_channels": 5, "cross_attention_dim": 1024, "use_linear_projection": True},
-    "SDXL": SDXL,
+    "Stable Diffusion 1": UNET,
+    "Stable Diffusion 1, inpainting": {**UNET, "in_channels": 9},
+    "Stable Diffusion 1, pix2pix": {**UNET, "in_channels": 8},
+    "Stable Diffusion 2": {**UNET, "cross_attention_dim": 1024, "use_linear_projection": True},
+    "Stable Diffusion 2, depth": {**UNET, "in_channels": 5, "cross_attention_dim": 1024, "use_linear_projection": True},
+    "SDXL": UNET_XL,
     "SDXL refiner": {
-        **SDXL,
+        **UNET_XL,
         "block_out_channels": (8, 16, 32, 32),
         "cross_attention_dim": 1280,
         "attention_head_dim": (2, 4, 4, 4),
@@ -81,9 +73,9 @@ UNETS: dict[str, dict[str, Any]] = {
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         "transformer_layers_per_block": 4,
     },
-    "unCLIP": {**SD1, "class_embed_type": "projection", "projection_class_embeddings_input_dim": 8},
-    "upscaler": {**SD1, "in_channels": 7, "num_class_embeds": 10},
-    "distilled, a block less in each level": {**SD1, "layers_per_block": 1},
+    "unCLIP": {**UNET, "class_embed_type": "projection", "projection_class_embeddings_input_dim": 8},
+    "upscaler": {**UNET, "in_channels": 7, "num_class_embeds": 10},
+    "distilled, a block less in each level": {**UNET, "layers_per_block": 1},
 }
 
 
@@ -99,16 +91,7 @@ def test_unets(name):
 
 @pytest.mark.parametrize("channels", [4, 16])
 def test_vaes(channels):
-    model = diffusers.AutoencoderKL(
-        block_out_channels=(4, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        norm_num_groups=4,
-        latent_channels=channels,
-        use_quant_conv=channels == 4,
-        use_post_quant_conv=channels == 4,
-    )
+    model = vae(channels)
     expected = weights(model)
     original = named(expected, "original")
     behind = {f"first_stage_model.{name}": tensor for name, tensor in original.items()}
@@ -197,7 +180,7 @@ def test_the_depth_estimator_of_stable_diffusion_2():
 
 
 def test_controlnets():
-    unet = diffusers.UNet2DConditionModel(**SD1)
+    unet = diffusers.UNet2DConditionModel(**UNET)
     model = diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 4, 8, 8))
     expected = weights(model)
     original = named(expected, "original")
@@ -206,39 +189,17 @@ def test_controlnets():
 
 def test_clip():
     """Of Stable Diffusion 1, which has it in transformers' names, behind a prefix of its own."""
-    text = {
-        f"text_model.{name.removeprefix('text_model.')}": tensor
-        for name, tensor in weights(transformers.CLIPTextModel(CLIP_L)).items()
-    }
+    text = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in weights(clip(16)).items()}
     whole = {f"text_encoder.{name}": tensor for name, tensor in text.items()}
-    whole |= {f"unet.{name}": tensor for name, tensor in weights(diffusers.UNet2DConditionModel(**SD1)).items()}
+    whole |= {f"unet.{name}": tensor for name, tensor in weights(diffusers.UNet2DConditionModel(**UNET)).items()}
     original = named(whole, "original")
     assert_same_bytes(utils.convert_ldm_clip_checkpoint(original), text)
     assert_same_bytes(named(original, "diffusers"), whole)
 
 
-CLIP_L = transformers.CLIPTextConfig(
-    vocab_size=50,
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    max_position_embeddings=7,
-)
-
-
 def test_open_clip():
-    config = transformers.CLIPTextConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        projection_dim=12,
-        max_position_embeddings=7,
-    )
-    model = transformers.CLIPTextModelWithProjection(config)
-    text, unet = weights(model), weights(diffusers.UNet2DConditionModel(**SDXL))
+    model = clip(16, 12)
+    text, unet = weights(model), weights(diffusers.UNet2DConditionModel(**UNET_XL))
     whole = {f"unet.{name}": tensor for name, tensor in unet.items()}
     whole |= {f"text_encoder_2.{name}": tensor for name, tensor in text.items()}
     original = named(whole, "original")
@@ -358,10 +319,12 @@ def agree(build: Build, function: str) -> None:
 WIDE = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 128, "num_attention_heads": 24}
 """diffusers' functions for these know one width only, that of the real models."""
 
-FULL_WIDTH: dict[str, tuple[Build, str]] = {
-    "Flux": (
-        lambda: diffusers.FluxTransformer2DModel(
-            **WIDE,
+NARROW = {"num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
+
+FULL_WIDTH: dict[str, tuple[Callable[[Mapping[str, int]], Any], str]] = {
+    "Flux": (  # Kontext has the same tensors
+        lambda size: diffusers.FluxTransformer2DModel(
+            **size,
             in_channels=4,
             joint_attention_dim=8,
             pooled_projection_dim=8,
@@ -371,14 +334,14 @@ FULL_WIDTH: dict[str, tuple[Build, str]] = {
         "convert_flux_transformer",
     ),
     "Flux schnell": (
-        lambda: diffusers.FluxTransformer2DModel(
-            **WIDE, in_channels=4, joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8)
+        lambda size: diffusers.FluxTransformer2DModel(
+            **size, in_channels=4, joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8)
         ),
         "convert_flux_transformer",
     ),
     "Flux Fill": (
-        lambda: diffusers.FluxTransformer2DModel(
-            **WIDE,
+        lambda size: diffusers.FluxTransformer2DModel(
+            **size,
             in_channels=24,
             out_channels=4,
             joint_attention_dim=8,
@@ -389,8 +352,8 @@ FULL_WIDTH: dict[str, tuple[Build, str]] = {
         "convert_flux_transformer",
     ),
     "Chroma": (
-        lambda: diffusers.ChromaTransformer2DModel(
-            **WIDE,
+        lambda size: diffusers.ChromaTransformer2DModel(
+            **size,
             in_channels=4,
             joint_attention_dim=8,
             axes_dims_rope=(4, 4, 8),
@@ -401,8 +364,8 @@ FULL_WIDTH: dict[str, tuple[Build, str]] = {
         "convert_chroma_transformer",
     ),
     "HunyuanVideo": (
-        lambda: diffusers.HunyuanVideoTransformer3DModel(
-            **WIDE,
+        lambda size: diffusers.HunyuanVideoTransformer3DModel(
+            **size,
             in_channels=4,
             out_channels=4,
             num_refiner_layers=1,
@@ -418,9 +381,30 @@ FULL_WIDTH: dict[str, tuple[Build, str]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FULL_WIDTH)
 def test_transformers_of_full_width(name):
+    build, function = FULL_WIDTH[name]
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        agree(*FULL_WIDTH[name])
+        agree(lambda: build(WIDE), function)
     finally:
         torch.set_default_dtype(before)
+
+
+# ── both namings in one merge ────────────────────────────────────────────────────────────────────────────────────────
+
+DENOISERS: dict[str, Build] = {
+    **{name: functools.partial(diffusers.UNet2DConditionModel, **config) for name, config in UNETS.items()},
+    **{name: build for name, (build, _) in TRANSFORMERS.items()},
+    **{name: functools.partial(build, NARROW) for name, (build, _) in FULL_WIDTH.items()},
+}
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_a_merge_of_two_namings_is_that_in_one(tmp_path, name):
+    a = weights(DENOISERS[name]())
+    b = near(a, 2, 0.05)
+    paths = save_models(tmp_path, a=a, b=b, original_a=named(a, "original"), original_b=named(b, "original"))
+    assert_same_bytes(named(load_model(paths["original_a"]), "diffusers"), a)
+    for first, second, same in (("original_a", "b", "original_b"), ("a", "original_b", "b")):
+        mixed, alike = (streammerge.linear(paths[first], paths[other], weight=[0.3, 0.7]) for other in (second, same))
+        assert_same_bytes(merge_to(tmp_path / "mixed", mixed), merge_to(tmp_path / "alike", alike))
