@@ -20,6 +20,7 @@ from streammerge.storage.placing import temporary_name
 from streammerge.storage.writer import OutputWriter, preallocate
 from streammerge.tensors import DTYPES, TensorInfo
 from tests.storage.outputs import digests, merge, recipe_of
+from tests.storage.renaming import failing
 
 
 class Failing:
@@ -184,20 +185,10 @@ def test_the_index_comes_last(tmp_path, paths, monkeypatch):
     assert len(order) == len(list((tmp_path / "out").iterdir())) >= 3
 
 
-@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize("at", [1, 2, 3])
 def test_a_rename_that_fails_leaves_nothing(tmp_path, paths, monkeypatch, at):
-    count = 0
-    whole = Path.replace
-
-    def failing(path, target):
-        nonlocal count
-        count += 1
-        if count == at + 1:
-            raise OSError(1, "Operation not permitted")
-        return whole(path, target)
-
-    monkeypatch.setattr(Path, "replace", failing)
-    with pytest.raises(OutputError, match="can't be written: Operation not permitted"):
+    refused = pytest.raises(OutputError, match="can't be written: Operation not permitted")
+    with failing(monkeypatch, at), refused:
         merge(paths, tmp_path / "out", shard_size="1MB")
     assert not (tmp_path / "out").exists()
 

@@ -18,6 +18,7 @@ from streammerge.storage.placing import state_of
 from streammerge.storage.records import VERSION, encode
 from tests.make.folders import TOKENIZER, llama_config, llama_tensors, save_folder, save_llama
 from tests.storage.outputs import digests
+from tests.storage.renaming import Killed, failing, killed
 
 COPIED = {**TOKENIZER, "modeling_x.py": "raise SystemExit(7)", "1_Pooling/config.json": "{}"}
 
@@ -162,19 +163,8 @@ def test_renaming_fails_at_any_step(folders, monkeypatch, shard_size, older, tmp
     if older:
         merge(folders, dtype="bf16", shard_size=shard_size)
     before = digests(tmp_path)
-    whole, count = Path.replace, 0
-
-    def failing(path, target):
-        nonlocal count
-        count += 1
-        if count == at:
-            raise OSError(1, "Operation not permitted")
-        return whole(path, target)
-
     for at in range(1, 40):
-        count = 0
-        with monkeypatch.context() as patches:
-            patches.setattr(Path, "replace", failing)
+        with failing(monkeypatch, at):
             try:
                 merge(folders, dtype="fp16", shard_size=shard_size, force=older)
             except OutputError:
@@ -187,26 +177,11 @@ def test_renaming_fails_at_any_step(folders, monkeypatch, shard_size, older, tmp
 @pytest.mark.parametrize("older", [False, True])
 def test_killed_at_any_step_it_is_finished_by_resuming(folders, monkeypatch, older, tmp_path):
     merge(folders, "right", dtype="fp16")
-    whole, count = Path.replace, 0
-
-    class Killed(BaseException):
-        pass
-
-    def killing(path, target):
-        nonlocal count
-        count += 1
-        if count >= at:
-            raise Killed
-        return whole(path, target)
-
     for at in range(1, 30):
         shutil.rmtree("OUT", ignore_errors=True)
         if older:
             merge(folders, dtype="bf16")
-        count = 0
-        with monkeypatch.context() as patches:
-            patches.setattr(Path, "replace", killing)
-            patches.setattr("streammerge.storage.placing.Step.undo", lambda *_: None)
+        with killed(monkeypatch, at):
             try:
                 merge(folders, dtype="fp16", force=older)
             except Killed:

@@ -17,6 +17,7 @@ from streammerge.storage.placing import Placing, Step, put_in_place, state_of, t
 from tests.make.models import assert_same_bytes, load_model, make_tensors, save_model
 from tests.make.pipelines import PARTS, SHAPES, as_checkpoint, component, save_pipeline
 from tests.storage.outputs import digests
+from tests.storage.renaming import Killed, failing, killed
 from tests.storage.stopped_merges import stop
 
 WEIGHTS = {f"{name}/{stem}.safetensors" for name, stem in PARTS.items()}
@@ -301,30 +302,11 @@ def test_killed_at_any_step_nothing_mixed_is_loaded(pipelines, monkeypatch, olde
     if older is not None:
         merge(["B", "B"], "OLD", shard_size=older or None)
     old = loaded("OLD") if older is not None else None
-    whole, count = Path.replace, 0
-
-    class Killed(BaseException):
-        pass
-
-    def killing(function):
-        def call(path, *arguments, **keys):
-            nonlocal count
-            count += 1
-            if count >= at:
-                raise Killed
-            return function(path, *arguments, **keys)
-
-        return call
-
     for at in range(1, 200, every):
         shutil.rmtree("OUT", ignore_errors=True)
         if older is not None:
             shutil.copytree("OLD", "OUT")
-        count = 0
-        with monkeypatch.context() as patches:
-            patches.setattr(Path, "replace", killing(whole))
-            patches.setattr("streammerge.storage.placing.Step.undo", lambda *_: None)
-            patches.setattr("streammerge.storage.placing.tidy_up", killing(lambda *_, **__: None))
+        with killed(monkeypatch, at, "streammerge.storage.placing.tidy_up"):
             try:
                 merge(pipelines, dtype="fp16", shard_size="60kB", force=older is not None)
             except Killed:
@@ -348,19 +330,8 @@ def test_killed_at_any_step_nothing_mixed_is_loaded(pipelines, monkeypatch, olde
 def test_renaming_fails_at_any_step(pipelines, monkeypatch):
     merge(["B", "B"], shard_size="90kB")
     before = digests(Path("OUT"))
-    whole, count = Path.replace, 0
-
-    def failing(path, target):
-        nonlocal count
-        count += 1
-        if count == at:
-            raise OSError(1, "Operation not permitted")
-        return whole(path, target)
-
     for at in range(1, 200, 2):
-        count = 0
-        with monkeypatch.context() as patches:
-            patches.setattr(Path, "replace", failing)
+        with failing(monkeypatch, at):
             try:
                 merge(pipelines, force=True)
             except OutputError:
