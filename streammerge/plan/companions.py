@@ -9,12 +9,13 @@ from typing import Any, Final
 
 from streammerge.errors import OutputError, listed
 from streammerge.formats.companions import Companion
-from streammerge.formats.layout import FOLDER_STEMS, is_file_name
+from streammerge.formats.layout import COMPONENT_STEMS, FOLDER_STEMS, is_file_name
 from streammerge.formats.pipelines import INDEX
 from streammerge.models import configs
 from streammerge.models.checkpoints import Checkpoint
 from streammerge.models.config_meaning import contradictions
 from streammerge.models.configs import OF_DIFFUSERS, Adapted, adapt, config_in, embedding_and_head
+from streammerge.models.dialects import recognise
 from streammerge.models.folders import ModelFolder, read_folder, root_of, stem_of
 from streammerge.models.merged import Merged
 from streammerge.models.modules import ROLES
@@ -29,6 +30,13 @@ from streammerge.tensors import Model
 
 ADAPTER: Final = "adapter_model"
 """How PEFT calls the file of an adapter's weights."""
+
+
+LACKING: Final = (
+    f"diffusers needs the component's {CONFIG} beside its weights, and a checkpoint has none: copy that of a pipeline "
+    "of the same architecture"
+)
+"""What is told of weights for diffusers that nothing lies beside."""
 
 
 def beside_output(merged: Merged, recipe: Recipe | None, output: Path, options: Options) -> Beside:
@@ -53,12 +61,14 @@ def beside_output(merged: Merged, recipe: Recipe | None, output: Path, options: 
         return Beside(notes=tuple(lost), details=told if options.companions else ())
     if pipeline := pipeline_of(merged, options.names):
         return PipelineFolder(merged, recipe, output, options, pipeline).beside()
-    stem = stem_of(root.path if isinstance(root, Checkpoint) else None)
+    of_diffusers = options.names == "diffusers" and folder is None and is_loaded_by_diffusers(merged)
+    stem = COMPONENT_STEMS[1] if of_diffusers else stem_of(root.path if isinstance(root, Checkpoint) else None)
     if not options.companions or not isinstance(root, Checkpoint):
         return Beside(stem=stem)
     if folder is None:
         lost = [f"the layout is a file: {each} not written" for each in _beyond_weights(merged, recipe)]
-        return Beside(stem=stem, notes=tuple(lost), details=tuple(_needed(root)))
+        lacking = [LACKING] if of_diffusers else []
+        return Beside(stem=stem, notes=(*lost, *lacking), details=tuple(_needed(root)))
     found = read_folder(folder, (file.path for file in root.files))
     if found.library is None:
         none = f"{folder} has no {CONFIG} that is copied, so nothing is written beside the weights"
@@ -171,6 +181,12 @@ class _Folder:
 
     def _paths(self) -> list[Path]:
         return list(dict.fromkeys(self.recipe.paths())) if self.recipe is not None else []
+
+
+def is_loaded_by_diffusers(model: Model) -> bool:
+    """Whether it is one component alone that diffusers loads; text encoders are transformers'."""
+    found = recognise(model.tensors)
+    return found is not None and [part.role in ("denoiser", "ControlNet", "VAE") for part in found.components] == [True]
 
 
 def is_renamed(recipe: Recipe) -> bool:

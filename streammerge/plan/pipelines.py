@@ -50,8 +50,9 @@ def check_folder(merged: Merged, recipe: Recipe | None, output: Path, options: O
             raise OutputError(
                 f"{output}: a folder in diffusers' names is a pipeline, and the layout has none of the configs that it "
                 "needs",
-                advice="Name a file, or have a pipeline's folder of the same architecture as the layout, of which "
-                "nothing goes in if its weight is 0: streammerge PIPELINE:0 MODEL -o OUT.",
+                advice="Have the folder of a pipeline of the same architecture first, with the weight 0: its configs "
+                f"go in, and none of its weights: streammerge PIPELINE:0 MODEL -o {output}. Or name a file: "
+                f"-o {output}.safetensors.",
             )
         return
     if recipe is not None and recipe.only:

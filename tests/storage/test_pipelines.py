@@ -403,6 +403,14 @@ def test_a_component_in_original_names_has_no_config_of_diffusers(pipelines):
     assert digests(Path("OUT")).keys() == {"model.safetensors"}
 
 
+@pytest.mark.parametrize(("part", "stem"), [("unet", PARTS["unet"]), ("text_encoder", PARTS["text_encoder"])])
+def test_a_component_in_diffusers_names_is_called_as_its_library_looks_for_it(pipelines, capsys, part, stem):
+    one = str(save_model(Path("one.safetensors"), as_checkpoint(2)))
+    assert main(["convert", one, "--only", part, "--names", "diffusers", "-o", "OUT"]) == 0
+    assert digests(Path("OUT")).keys() == {f"{stem}.safetensors"}
+    assert ("diffusers needs the component's config.json" in capsys.readouterr().err) == (part == "unet")
+
+
 def test_a_model_of_python(pipelines):
     with streammerge.open_model("A") as model:
         streammerge.merge(model, output="OUT", sync=False)
