@@ -43,7 +43,7 @@ def remarks(recipe: object, folder: Path, **options: object) -> tuple[str, ...]:
 # ── one architecture, two namings ────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("name", ["sd1", "sd2-base", "sdxl", "flux", "sd3", "wan", "z-image"])
+@pytest.mark.parametrize("name", ["sd1", "sd2-base", "sdxl", "flux", "sd3", "wan", "z-image", "hunyuan", "hunyuan-dit"])
 def test_a_merge_of_two_namings_is_that_in_one(tmp_path, name):
     a = diffusion_model(name, 1, torch.bfloat16)
     b = near(a, 2, 0.05)

@@ -105,6 +105,17 @@ def test_predictions_are_mixed_only_if_that_is_wanted():
     assert stated(mixed)["prediction_type"] == "epsilon"
 
 
+def test_models_that_differ_in_their_noise():
+    said = {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction", "rescale_betas_zero_snr": False}
+    Path("v", SCHEDULER).write_text(json.dumps(said))
+    with pytest.raises(PlanError, match=r"1 tensor is not in every model\n  ztsnr"):
+        planned(recipe("v", "v2.safetensors"))
+    kept = recipe("v", "v2.safetensors", on_missing="keep")
+    told = "models differ in whether their noise ends without a signal (zero SNR); v decides"
+    assert told in planned(kept).notes()
+    assert stated(kept) == said
+
+
 def test_what_no_scheduler_says_is_refused():
     for output, keys in (("OUT", {}), ("OUT.safetensors", {})):
         with pytest.raises(OutputError, match=r"predict v \(EDM\).* has no place for that"):
