@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.clients.test_diffusers_pipelines import flux, sd1, sdxl
+from tests.clients.miniatures import flux, sd1, sdxl
 from tests.make.models import Tensors, merge_to, normal, save_model
 
 diffusers = pytest.importorskip("diffusers")

@@ -117,9 +117,9 @@ def test_models_that_differ_in_their_noise():
 
 
 def test_what_no_scheduler_says_is_refused():
-    for output, keys in (("OUT", {}), ("OUT.safetensors", {})):
+    for output in ("OUT", "OUT.safetensors"):
         with pytest.raises(OutputError, match=r"predict v \(EDM\).* has no place for that"):
-            planned(recipe("eps:0", "edm.safetensors", on_missing="keep", **keys), output)
+            planned(recipe("eps:0", "edm.safetensors", on_missing="keep"), output)
     kept = recipe("eps:0", "edm.safetensors", on_missing="keep", on_prediction_mismatch="merge")
     assert stated(kept)["prediction_type"] == "epsilon"
 
