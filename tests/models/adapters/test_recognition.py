@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -252,7 +253,7 @@ def test_a_folder_of_peft_is_refused_as_an_adapter(tmp_path, capsys):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         save_model(tmp_path / name / "adapter_model.safetensors", tensors)
-        (tmp_path / name / "adapter_config.json").write_text("{}")
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"r": RANK, "lora_alpha": RANK}))
         torch.save({}, tmp_path / name / "training_args.bin")
     for more, told in ((["-m", "slerp"], "2 models are adapters"), ([], "PEFT's adapters are folders")):
         words = [str(tmp_path / "a"), str(tmp_path / "b"), "-o", str(tmp_path / "out.safetensors"), *more]
