@@ -168,8 +168,6 @@ def test_a_model_in_plain_fp8_has_16_bits_where_it_has_no_scales(tmp_path):
 
 # ── the odd ones ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-WEIGHT = "double_blocks.0.img_mlp.0.weight"
-
 
 def one_weight(folder: Path, values: torch.Tensor, **options: Any) -> Tensors:
     model = {**diffusion_model("flux", 1, torch.float32), WEIGHT: values}

@@ -15,7 +15,6 @@ from streammerge.recipe.files import parse_yaml
 from streammerge.recipe.scalars import number_of_text, scalar
 from tests.make.models import load_model, make_tensors, near, save_models
 
-BOTH = ("a.safetensors", "b.safetensors")
 SHAPES = {"layers.0.w": (4, 6), "layers.1.w": (4, 6), "norm": (5,)}
 
 

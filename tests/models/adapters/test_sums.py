@@ -114,7 +114,6 @@ def test_the_sum_baked_is_both_baked(tmp_path):
     assert WEIGHT not in once
 
 
-HADA = {f"hada_w{n}_{part}": numbers(OUT, 2) if part == "a" else numbers(2, IN) for n in (1, 2) for part in "ab"}
 CORED = {f"hada_t{n}": numbers(2, 2, 3, 3) for n in (1, 2)} | {
     f"hada_w{n}_{part}": numbers(2, OUT if part == "a" else IN) for n in (1, 2) for part in "ab"
 }
