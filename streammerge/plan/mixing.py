@@ -20,7 +20,9 @@ from streammerge.models.folders import root_of
 from streammerge.models.merged import Merged
 from streammerge.models.mixtures.architectures import ARCHITECTURES, PARTS, Architecture, filled, fitting
 from streammerge.models.mixtures.gates import EmbeddedGates, RandomGates, check_tokens, prompted
+from streammerge.models.tokenizers import Tokenizer
 from streammerge.models.views import Decoded
+from streammerge.plan.vocabularies import home_of
 from streammerge.recipe.experts import Expert, Mixture
 from streammerge.recipe.recipe import Recipe
 from streammerge.tensors import DTYPES, DType, Model, TensorInfo, described
@@ -61,11 +63,13 @@ def mixture_of(recipe: Recipe, mixture: Mixture, models: Mapping[str, Model], na
         return _decision(name, places[name], values, recipe, gates, dtype)
 
     made = architecture.config(config, len(mixture.experts), len(mixture.shared), mixture.experts_per_token)
+    home = home_of(models[recipe.base.name])
     return Merged(
         Decisions(places, decide),
         remarks=tuple(_remarks(architecture, mixture, config)),
         layout=models[recipe.base.name],
         config=made,
+        tokenizer=home if isinstance(home, Tokenizer) else None,
     )
 
 
@@ -165,6 +169,7 @@ class _Builder:
                 else:
                     places[name] = _Place(role, name, info)
         problems += [f"{layer}mlp   {self.base}: lacks a matrix" for layer, own in layers.items() if len(own) < 3]
+        problems += self._beyond_base(layers)
         if not layers:
             problems.append(f"{self.base}: no layer has {', '.join(PARTS)}")
         if problems:
@@ -232,6 +237,13 @@ class _Builder:
             else:
                 yield layer + called, _Place("expert", name, found, expert)
 
+    def _beyond_base(self, layers: Mapping[str, object]) -> Iterator[str]:
+        """The layers that experts have beyond the base's, of which nothing would come into the mixture."""
+        for expert in dict.fromkeys(each.name for each in (*self.mixture.experts, *self.mixture.shared)):
+            dense = (match["layer"] for name in self.values[expert].tensors if (match := _DENSE.fullmatch(name)))
+            beyond = (layer for layer in dict.fromkeys(dense) if layer not in layers)
+            yield from (f"{layer}mlp   {self.base}: lacks it, and {expert} has it" for layer in beyond)
+
     def _with_biases(self, places: dict[str, _Place], layers: Mapping[str, object]) -> dict[str, _Place]:
         """Zeros for the biases that the architecture wants and the base hasn't."""
         if self.architecture.biases != "wanted":
@@ -259,6 +271,11 @@ class _Gates:
         root = root_of(base)
         folder = root.folder if isinstance(root, Checkpoint) else None
         assert folder is not None, "its config was read there"
+        if isinstance(home_of(base), Tokenizer):
+            raise PlanError(
+                "gates are to be made of prompts, and the base is a merge whose tokenizer is yet to be written",
+                advice="Merge the base to a folder first, or write gate_mode: random.",
+            )
         own: tuple[tuple[Role, Sequence[Expert]], ...] = (("gate", mixture.experts), ("shared gate", mixture.shared))
         for role, experts in own:
             if not any(each.positive for each in experts):

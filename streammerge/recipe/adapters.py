@@ -18,14 +18,14 @@ KEYS: Final = ("adapter", "weight", "name", "entry", "parameters")
 
 def is_recipe(raw: Any) -> bool:  # noqa: ANN401
     """Whether a model is a recipe of its own, or no map at all."""
-    return isinstance(raw, dict) and "merge_method" in raw
+    return isinstance(raw, dict) and ("merge_method" in raw or "experts" in raw)
 
 
 def with_lora(raw: Any, is_there: Callable[[str], bool]) -> dict[str, Any]:  # noqa: ANN401
     """A model's entry; what mergekit calls its LoRA is the first of its adapters."""
     entry = dict(raw) if isinstance(raw, dict) and "path" not in raw else {"model": raw}
     model, lora = entry.get("model"), entry.pop("lora", None)
-    if isinstance(model, dict) and "merge_method" not in model and "lora" in model:
+    if isinstance(model, dict) and not is_recipe(model) and "lora" in model:
         inner = with_lora(model, is_there)
         return {**entry, "model": inner["model"], "adapters": [*inner["adapters"], *_listed(entry.get("adapters"))]}
     if isinstance(model, str) and model.count("+") == 1 and not is_there(model):

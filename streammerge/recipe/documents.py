@@ -16,7 +16,7 @@ from streammerge.recipe.vocabulary import SOURCE, SOURCES
 MAX_DOCUMENTS: Final = 100
 """The most recipes of a file."""
 
-_OF_A_MODEL: Final = ("model", "base_model", "layout", "take")
+_OF_A_MODEL: Final = ("model", "base_model", "source_model", "layout", "take")
 """The keys whose value is a model."""
 
 _NOT_MODELS: Final = ("parameters", "inputs", "chat_template", "const_tag")

@@ -326,8 +326,13 @@ class _RecipeParser:
                     f"recipes are nested deeper than {MAX_DEPTH}",
                     advice="Merge one of the inner ones to a file, and go on with that.",
                 )
-            nested = _RecipeParser(self.folder, {}, where, self.known, self.depth + 1)
-            self.known[id(raw)] = check_recipe(nested.parse(raw), where)
+            nested = _RecipeParser(self.folder, {}, where, self.known, self.depth + 1).parse(raw)
+            if nested.mixture is not None:
+                raise RecipeError(
+                    f"{where}: a mixture of experts can't be part of another recipe",
+                    advice="Build it in a folder of its own, and name that.",
+                )
+            self.known[id(raw)] = check_recipe(nested, where)
         return self.known[id(raw)]
 
     def _reference(self, recipe: Recipe, raw: Any, where: str) -> Input:  # noqa: ANN401

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 
 import streammerge
 from streammerge.cli.main import main
-from streammerge.errors import PlanError
+from streammerge.errors import PlanError, RecipeError
 from streammerge.storage.fingerprint import can_be_told
 from tests.make.folders import HIDDEN, TOKENIZER, llama_config, llama_tensors, save_folder
+from tests.make.vocabularies import save_with_tokens, written_tokens
 
 EXPERTS: list[dict[str, Any]] = [
     {"source_model": "b", "positive_prompts": ["one two two", "three"], "negative_prompts": ["four"]},
@@ -51,7 +52,7 @@ def models(tmp_path, monkeypatch) -> Path:
     return Path(tmp_path)
 
 
-def build(recipe: dict[str, Any], output: str = "out", **options: Any) -> dict[str, torch.Tensor]:
+def build(recipe: dict[str, Any] | Path, output: str = "out", **options: Any) -> dict[str, torch.Tensor]:
     streammerge.merge(recipe, output=output, **options)
     return load_file(Path(output) / "model.safetensors")
 
@@ -170,6 +171,52 @@ def test_a_tied_base_makes_a_tied_mixture(models):
     assert config_of()["tie_word_embeddings"] is True
 
 
+def as_documents(*recipes: dict[str, Any]) -> Path:
+    path = Path("several.yaml")
+    path.write_text(yaml.safe_dump_all(recipes))
+    return path
+
+
+HALVES = {"name": "one", "merge_method": "linear", "models": ["a", "b"]}
+
+
+def test_merges_of_the_same_file_may_give_experts_and_the_base(models):
+    experts = [{"source_model": "one"}, {"source_model": {"model": {"path": "one"}}, "residual_scale": 2}]
+    own = {**RECIPE, "base_model": "one", "gate_mode": "random", "experts": [*experts, {"source_model": "c"}]}
+    found = build(as_documents(HALVES, own))
+    a, b, c = (llama_tensors(seed) for seed in range(3))
+    layer = "model.layers.1"
+    mean = {name: (a[name].double() + b[name].double()) / 2 for name in a}
+    down = mean[f"{layer}.mlp.down_proj.weight"]
+    for number, expected in enumerate((down, 2 * down, c[f"{layer}.mlp.down_proj.weight"].double())):
+        experts_own = found[f"{layer}.block_sparse_moe.experts.{number}.w2.weight"].double()
+        torch.testing.assert_close(experts_own, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found["lm_head.weight"].double(), mean["lm_head.weight"], rtol=1e-6, atol=1e-6)
+    assert main(["verify", "out", "a=a", "b=b", "c=c", "--all", "-q"]) == 0
+
+
+def test_a_base_that_has_others_tokens_gives_them_to_the_mixture(models):
+    save_with_tokens(Path("d"), 1, ["one", "two", "three"])
+    save_with_tokens(Path("e"), 2, ["two", "one"])
+    base = {"name": "both", "merge_method": "linear", "models": ["d", "e"], "tokenizer_source": "e"}
+    found = build(as_documents(base, {**RECIPE, "base_model": "both", "gate_mode": "random"}))
+    assert found["model.embed_tokens.weight"].shape[0] == 2
+    assert list(written_tokens(Path("out"))) == ["two", "one"]
+    assert config_of()["vocab_size"] == 2
+    with pytest.raises(PlanError, match="a merge whose tokenizer is yet to be written"):
+        build(as_documents(base, {**RECIPE, "base_model": "both"}))
+
+
+def test_a_mixture_is_no_part_of_a_merge(models):
+    inner = {**RECIPE, "name": "moe", "gate_mode": "random"}
+    for outer in (
+        {"merge_method": "linear", "models": ["moe", "a"]},
+        {**RECIPE, "gate_mode": "random", "experts": [{"source_model": "moe"}, {"source_model": "a"}]},
+    ):
+        with pytest.raises(RecipeError, match="a mixture of experts can't be part of another recipe"):
+            build(as_documents(inner, outer))
+
+
 def change(name: str, config: dict[str, Any] | None = None, **tensors: Any) -> None:
     made = {**llama_tensors(1), **{key.replace("__", "."): value for key, value in tensors.items()}}
     kept = {key: value for key, value in made.items() if value is not None}
@@ -196,6 +243,10 @@ def other_activation() -> None:
     change("d", {"hidden_act": "gelu"})
 
 
+def deeper() -> None:
+    save_folder(Path("d"), llama_tensors(1, layers=3), llama_config(layers=3))
+
+
 def no_config() -> None:
     save_folder(Path("d"), llama_tensors(1), None)
 
@@ -205,6 +256,7 @@ def no_config() -> None:
     [
         (shapes, "F32 [13, 8], base: F32 [12, 8]"),
         (lacking, "d: lacks it"),
+        (deeper, "model.layers.2.mlp   base: lacks it, and d has it"),
         (other_type, "no mixture is built of gemma, llama"),
         (other_activation, "different activations"),
         (no_config, "there is no config.json"),
