@@ -37,6 +37,7 @@ FORMS = {
     "fused": ("mlp", "gate", None),
     "transposed": ("feed_forward", "router", None),
     "interleaved": ("mlp", "router", None),
+    "as weights": ("mlp", "gate", None),
 }
 
 
@@ -55,15 +56,22 @@ def stored(experts: Tensors, form: str) -> Tensors:
             torch.stack([experts[f"{layer} {expert} {part}"] for expert in range(EXPERTS)])
             for part in ("gate", "up", "down")
         )
-        if form == "fused":
+        if form in ("fused", "as weights"):
             both = torch.cat([gate, up], 1)
         elif form == "transposed":
             both, down = torch.cat([gate.mT, up.mT], 2), down.mT
         else:
             both, down = torch.stack([gate.mT, up.mT], 3).flatten(2), down.mT
-        made[f"{start}experts.gate_up_proj"] = both
-        made[f"{start}experts.down_proj"] = down
+        end = ".weight" if form == "as weights" else ""
+        made[f"{start}experts.gate_up_proj{end}"] = both
+        made[f"{start}experts.down_proj{end}"] = down
     return {name: tensor.contiguous() for name, tensor in made.items()}
+
+
+PAIRS = [
+    (one, other, (torch.float32, torch.bfloat16)[number % 2])
+    for number, (one, other) in enumerate(itertools.permutations(FORMS, 2))
+]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -73,11 +81,11 @@ def test_forms_are_told_by_names_and_shapes(tmp_path, form):
         blocks = blocks_of(model.tensors)
         assert experts_as(model, model.tensors, "a") is None
     assert [block.count for block in blocks.values()] == [EXPERTS] * LAYERS
-    assert {block.form for block in blocks.values()} == {"separate" if form == "mixtral" else form}
+    told = {"mixtral": "separate", "as weights": "fused"}.get(form, form)
+    assert {block.form for block in blocks.values()} == {told}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("one", "other"), list(itertools.permutations(FORMS, 2)))
+@pytest.mark.parametrize(("one", "other", "dtype"), PAIRS)
 def test_two_mixtures_merge_whatever_their_forms(tmp_path, one, other, dtype):
     a, b = (dense(seed, dtype) for seed in range(2))
     save_file(stored(a, one), tmp_path / "a.safetensors")

@@ -3,7 +3,7 @@
 | form | tensors of a layer |
 |---|---|
 | separate | `experts.E.gate_proj`, `up_proj`, `down_proj`, or Mixtral's `w1`, `w3`, `w2` |
-| fused | `experts.gate_up_proj` [E, 2·I, H], `experts.down_proj` [E, H, I]: transformers 5 |
+| fused | `experts.gate_up_proj` [E, 2·I, H], `experts.down_proj` [E, H, I], or with `.weight`: transformers 5 |
 | transposed | [E, H, 2·I] and [E, I, H]: Llama 4, Qwen3-VL |
 | interleaved | the same, gate and up by turns: gpt-oss |
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from streammerge.compute.expressions import Joined, Node, Viewed
@@ -39,7 +39,7 @@ _PARTS: Final[Mapping[str, Part]] = {
 }
 _LAYER: Final = r"(?P<layer>(?:.*\.)?layers\.\d+\.)(?P<block>block_sparse_moe|mlp|feed_forward)\."
 _SEPARATE: Final = re.compile(rf"{_LAYER}experts\.(?P<number>\d+)\.(?P<part>{'|'.join(_PARTS)})\.weight")
-_FUSED: Final = re.compile(rf"{_LAYER}experts\.(?P<part>gate_up_proj|down_proj)")
+_FUSED: Final = re.compile(rf"{_LAYER}experts\.(?P<part>gate_up_proj|down_proj)(?P<suffix>(?:\.weight)?)")
 _ROUTER: Final = re.compile(rf"{_LAYER}(?P<router>gate|router)\.(?P<last>\w+)")
 _BIAS: Final = re.compile(rf"{_LAYER}experts\..*bias")
 
@@ -48,13 +48,17 @@ Tensors = Mapping[str, TensorInfo]
 
 @dataclass(frozen=True)
 class Block:
-    """The experts of one layer: in which form, how many, what their names begin with, and what chooses them."""
+    """The experts of one layer: in which form, how many, what their names begin and end with, and what chooses them.
+
+    Two are equal whose experts are called alike and lie alike, however many there are.
+    """
 
     form: Form
-    count: int
+    count: int = field(compare=False)
     start: str
     parts: tuple[str, str, str]
-    router: str
+    router: str = field(compare=False)
+    suffix: str = ""
 
     def separate(self, number: int, part: Part) -> str:
         """What a matrix of an expert is called, where each is a tensor."""
@@ -63,12 +67,12 @@ class Block:
     @property
     def gate_up(self) -> str:
         """The tensor of all that goes in, where there is one."""
-        return f"{self.start}experts.gate_up_proj"
+        return f"{self.start}experts.gate_up_proj{self.suffix}"
 
     @property
     def down(self) -> str:
         """The tensor of all that goes out, where there is one."""
-        return f"{self.start}experts.down_proj"
+        return f"{self.start}experts.down_proj{self.suffix}"
 
 
 def blocks_of(tensors: Tensors) -> dict[str, Block]:
@@ -85,9 +89,10 @@ def blocks_of(tensors: Tensors) -> dict[str, Block]:
             found[layer] = Block("separate", counts[layer], start, parts, routers.get(layer, "gate"))
         elif (match := _FUSED.fullmatch(name)) and match["part"] == "gate_up_proj":
             layer, start = match["layer"], match["layer"] + match["block"] + "."
-            form = _form(info, tensors.get(f"{start}experts.down_proj"), routers.get(layer, "gate"), match["block"])
+            router, suffix = routers.get(layer, "gate"), match["suffix"]
+            form = _form(info, tensors.get(f"{start}experts.down_proj{suffix}"), router, match["block"])
             if form is not None:
-                found[layer] = Block(form, info.shape[0], start, ("", "", ""), routers.get(layer, "gate"))
+                found[layer] = Block(form, info.shape[0], start, ("", "", ""), router, suffix)
     return found
 
 
@@ -133,10 +138,7 @@ def experts_as(model: Model, layout: Tensors, name: str) -> ExpertsAs | None:
 
 def _alike(own: Mapping[str, Block], wanted: Mapping[str, Block]) -> bool:
     """Whether what both have is called the same, and lies the same way."""
-    common = own.keys() & wanted.keys()
-    return all(own[layer].start == wanted[layer].start for layer in common) and all(
-        (own[layer].form, own[layer].parts) == (wanted[layer].form, wanted[layer].parts) for layer in common
-    )
+    return all(own[layer] == wanted[layer] for layer in own.keys() & wanted.keys())
 
 
 @dataclass(frozen=True, eq=False)
