@@ -15,6 +15,7 @@ from streammerge.methods.place import Within
 from streammerge.methods.registry import Method
 from streammerge.models.adapters.adapted import Adapted
 from streammerge.models.adapters.recognition import refuse_adapters
+from streammerge.models.buffers import is_computed
 from streammerge.models.codes import Quantised, may_be_weights
 from streammerge.models.decisions import Decision, Decisions
 from streammerge.models.dialects import Naming
@@ -162,7 +163,7 @@ class _Resolution:
     def _decide(self, name: str, info: TensorInfo) -> Decision:
         rule = self.rules.find(name)
         dtype, codes = self.scaling.storage(name, rule, self.recipe)
-        if is_mark(name) and not (rule and rule.dtype):
+        if (is_mark(name) or is_computed(name, info)) and not (rule and rule.dtype):
             dtype, codes = None, None
         made = self._fate(name, info, rule, dtype)
         return made if dtype is None else replace(made, rounds=not isinstance(dtype, Scaled), codes=codes)
@@ -181,6 +182,8 @@ class _Resolution:
             return Decision(name, "dropped", "factors are never averaged", info)
         if are_positions(name, info):
             return self._copy(name, self.layout_name, "positions are never averaged", dtype)
+        if is_computed(name, info):
+            return self._copy(name, self.layout_name, "a buffer that libraries compute is never averaged", dtype)
         if name.startswith(SAFETY_CHECKER):
             return self._copy(name, self.layout_name, "a safety checker is never averaged", dtype)
         if not info.dtype.mergeable and not may_be_weights(name, info):
@@ -208,7 +211,8 @@ class _Resolution:
                     told.add(name)
                 elif model in self.input_names and (rule is None or rule.action == "merge"):
                     info = self.models[model].tensors[name]
-                    if (info.dtype.mergeable or may_be_weights(name, info)) and not are_positions(name, info):
+                    is_weights = info.dtype.mergeable or may_be_weights(name, info)
+                    if is_weights and not are_positions(name, info) and not is_computed(name, info):
                         wanted.setdefault(name, False)
         if not self.recipe.rules:
             self.problems.alone.extend(wanted)

@@ -12,6 +12,7 @@ from streammerge.compute.combining import combine
 from streammerge.compute.expressions import Node, Term
 from streammerge.errors import PlanError, count, listed, plural
 from streammerge.methods import find_method
+from streammerge.models.buffers import is_computed
 from streammerge.models.checkpoints import Checkpoint
 from streammerge.models.configs import DTYPE_KEYS, config_in, embedding_and_head, main_dtype
 from streammerge.models.decisions import Decision, Decisions
@@ -29,7 +30,6 @@ from streammerge.tensors import DTYPES, DType, Model, TensorInfo, described
 
 _DENSE: Final = re.compile(rf"(?P<layer>(?:.*\.)?layers\.\d+\.)mlp\.(?P<part>{'|'.join(PARTS)})\.weight")
 _BIAS: Final = re.compile(r".*\.self_attn\.(?P<of>[qkvo]_proj)\.bias")
-_BUFFER: Final = re.compile(r".*rotary_emb\.inv_freq")
 
 Role = Literal["base", "expert", "gate", "shared gate", "zeros", "left"]
 
@@ -163,7 +163,7 @@ class _Builder:
                 layers.setdefault(layer, set()).add(part)
                 places |= dict(self._experts(name, layer, part, info, problems))
             else:
-                role = self._role(name)
+                role = self._role(name, info)
                 if role is None:
                     problems.append(f"{name}   {self.base}: {self.architecture.name} has no such tensor")
                 else:
@@ -189,9 +189,9 @@ class _Builder:
                     advice="Decode the model, and build the mixture of that.",
                 )
 
-    def _role(self, name: str) -> Role | None:
+    def _role(self, name: str, info: TensorInfo) -> Role | None:
         """What becomes of a tensor of the base outside of feed-forward layers; None if the mixture can't have it."""
-        if _BUFFER.fullmatch(name):
+        if is_computed(name, info):
             return "left"
         if ".mlp." in name:
             return None
