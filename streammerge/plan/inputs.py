@@ -28,6 +28,7 @@ from streammerge.models.modules import Part, assembled, check_modules, layout_of
 from streammerge.models.prefixes import Prefixed
 from streammerge.models.slices import LayerRange, Span, stacked
 from streammerge.models.tied import with_heads
+from streammerge.models.wrappers import unwrapped
 from streammerge.plan.adapting import told_of, with_adapters
 from streammerge.plan.decide import merge_models
 from streammerge.plan.naming import of_models
@@ -94,7 +95,7 @@ class OpenInputs:
             return sum_of_adapters(recipe, models, naming)
         if recipe.low_rank is not None or (recipe.method != "linear" and are_adapters(models)):
             return self._of_low_rank(recipe, models, within, naming)
-        whole, told = _with_heads(recipe, models)
+        whole, told = _alike(recipe, models)
         one = _settled(recipe, whole)
         return told_of(one.told(self._merged(recipe, one.models, within, of_models(naming), told)), models)
 
@@ -110,7 +111,7 @@ class OpenInputs:
             return refactoring.refactored(recipe, models, within, naming)
         refactoring.refuse_malformed(recipe, models)
         plain = extracting.to_be_merged(recipe, naming)
-        whole, told = _with_heads(recipe, models)
+        whole, told = _alike(recipe, models)
         one = _settled(recipe, whole)
         merged = told_of(one.told(self._merged(plain, one.models, within, None, told)), models)
         return extracting.extracted(recipe, merged, one.models)
@@ -234,13 +235,17 @@ def saying_where(name: str) -> Iterator[None]:
         raise
 
 
-def _with_heads(recipe: Recipe, models: Mapping[str, Model]) -> tuple[Mapping[str, Model], list[str]]:
-    """The models, those that are tied with the head that is their embedding; and what was done.
+def _alike(recipe: Recipe, models: Mapping[str, Model]) -> tuple[Mapping[str, Model], list[str]]:
+    """The models without wrappers' names, those that are tied with the head that is their embedding; and what was done.
 
     Where the layout's tensors are kept that others have not, it is not missing in a tied model, if the layout has one.
     """
-    may_be_missing = recipe.on_missing == "keep" and not has_head(models[recipe.layout_name].tensors)
-    return (models, []) if recipe.on_missing == "drop" or may_be_missing else with_heads(models)
+    bare = unwrapped(models, recipe.layout_name)
+    may_be_missing = recipe.on_missing == "keep" and not has_head(bare.models[recipe.layout_name].tensors)
+    if recipe.on_missing == "drop" or may_be_missing:
+        return bare.models, [*bare.remarks]
+    whole, told = with_heads(bare.models)
+    return whole, [*bare.remarks, *told]
 
 
 def _settled(recipe: Recipe, models: Mapping[str, Model]) -> Settled:
