@@ -135,6 +135,40 @@ def test_memory_is_little_however_it_is_run(make_models, bare, tmp_path, options
     assert above(run_merge(make_models(200), "ties", tmp_path, *options), bare) <= PROMISED
 
 
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory) -> Iterator[dict[str, Path]]:
+    """Mixtures of 75 MB in three forms, with matrices that are many blocks each: the base with gate and up by turns,
+    which none of them lies like."""
+    folder = tmp_path_factory.mktemp("mixtures")
+    experts, wide, narrow, layer = 4, 1500, 2048, "model.layers.0.mlp."
+    separate = {f"{layer}gate.weight": normal((experts, narrow), 9, torch.float16)}
+    for number in range(experts):
+        for seed, part in enumerate(("gate_proj", "up_proj")):
+            separate[f"{layer}experts.{number}.{part}.weight"] = normal((wide, narrow), seed, torch.float16)
+        separate[f"{layer}experts.{number}.down_proj.weight"] = normal((narrow, wide), 5, torch.float16)
+    forms = {"a": separate}
+    for form, (high, across), router in (
+        ("b", (2 * wide, narrow), "gate"),
+        ("base", (narrow, 2 * wide), "router"),
+    ):
+        out = (narrow, wide) if form == "b" else (wide, narrow)
+        forms[form] = {
+            f"{layer}{router}.weight": normal((experts, narrow), 7, torch.float16),
+            f"{layer}experts.gate_up_proj": normal((experts, high, across), 8, torch.float16),
+            f"{layer}experts.down_proj": normal((experts, *out), 9, torch.float16),
+        }
+    for form, tensors in forms.items():
+        save_file(tensors, folder / f"{form}.safetensors")
+    yield {form: folder / f"{form}.safetensors" for form in forms}
+    for form in forms:
+        (folder / f"{form}.safetensors").unlink()
+
+
+@pytest.mark.slow
+def test_memory_is_little_for_mixtures_in_other_forms(mixtures, bare, tmp_path):
+    assert above(run_merge(mixtures, "ties", tmp_path), bare) <= PROMISED
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("io", ["mmap", "pread"])
