@@ -274,7 +274,7 @@ def test_the_cache_of_the_hub_is_read_through_its_links(tmp_path):
 
 def test_an_index_that_names_a_tensor_twice_is_refused(tmp_path):
     (tmp_path / "x.index.json").write_text('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}')
-    with pytest.raises(CheckpointError, match="is no index of shards: it names 'a' twice"):
+    with pytest.raises(CheckpointError, match="can't be read as an index of shards: it names 'a' twice"):
         read_index(tmp_path / "x.index.json")
 
 
