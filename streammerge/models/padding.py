@@ -8,15 +8,13 @@ Embeddings for Pretrained Language Models", 2021; it is what mergekit does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from streammerge.methods.contract import Parameter, Parameters
 from streammerge.methods.place import Place, Target
 from streammerge.methods.registry import BlockMethod, Needs, Statistics
-from streammerge.methods.statistics.passes import Pass
+from streammerge.methods.statistics.columns import ColumnsPass
 from streammerge.methods.statistics.slices import Slicing
-from streammerge.methods.statistics.stretches import Pending, Stretch, pending_shares
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,40 +38,11 @@ def _columns(target: Target) -> Slicing:
     return Slicing(height, target.elements // height, by_column=True)
 
 
-class SumsPass(Pass["Tensor"]):
+class SumsPass(ColumnsPass):
     """A pass for Σ θ of every column, in float64; rows that are still to be filled are zero."""
 
-    ordered = True
-    bulky = True
-
     def __init__(self, target: Target) -> None:
-        import torch
-
-        self.slicing = _columns(target)
-        self.step = target.step
-        self.totals = torch.zeros(self.slicing.count, dtype=torch.float64)
-
-    def measure(self, block: int, inputs: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
-        """The block's sums: where they begin among the columns, and they themselves."""
-        return [(first, sums.cpu()) for first, sums in self._sums(block, inputs)]
-
-    def begin(self, stretch: Stretch, inputs: Sequence[Tensor]) -> Pending:
-        """The same of many blocks."""
-        return pending_shares(stretch, inputs, self._sums)
-
-    def _sums(self, block: int, inputs: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
-        start, values = block * self.step, inputs[0].reshape(-1)
-        parts = self.slicing.rectangles(start, start + values.numel())
-        return [(part.column, part.of(values).double().sum(0)) for part in parts]
-
-    def add(self, block: int, measured: list[tuple[int, Tensor]]) -> None:
-        """Add a block's sums to the totals."""
-        for first, sums in measured:
-            self.totals[first : first + len(sums)] += sums
-
-    def finish(self) -> Tensor:
-        """The sums of all columns."""
-        return self.totals
+        super().__init__(_columns(target), target.step)
 
 
 def _begin(target: Target, parameters: Parameters) -> Any:  # noqa: ANN401  (a pass)

@@ -9,15 +9,13 @@ length 0 stays 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from streammerge.methods.contract import Parameters
 from streammerge.methods.place import Place, Target
 from streammerge.methods.registry import BlockMethod, Needs, Statistics
-from streammerge.methods.statistics.passes import Pass
+from streammerge.methods.statistics.columns import ColumnsPass
 from streammerge.methods.statistics.slices import Slicing
-from streammerge.methods.statistics.stretches import Pending, Stretch, pending_shares
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,37 +40,14 @@ def _factors(magnitudes: Tensor, squares: Tensor) -> Tensor:
     return (magnitudes.double() / lengths).where(lengths > 0, 1.0)
 
 
-class SquaresPass(Pass["Tensor"]):
+class SquaresPass(ColumnsPass):
     """A pass for Σ V² of all that lies behind an index of the second dimension, for each of its elements."""
 
-    ordered = True
-    bulky = True
+    squared = True
 
     def __init__(self, target: Target) -> None:
-        import torch
-
-        self.slicing = Slicing.of(target.shape, "columns")
-        self.step = target.step
+        super().__init__(Slicing.of(target.shape, "columns"), target.step)
         self.columns = target.shape[1]
-        self.totals = torch.zeros(self.slicing.count, dtype=torch.float64)
-
-    def measure(self, block: int, inputs: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
-        """The block's sums: the first of the elements behind a row's index, and sums from it on."""
-        return [(first, sums.cpu()) for first, sums in self._sums(block, inputs)]
-
-    def begin(self, stretch: Stretch, inputs: Sequence[Tensor]) -> Pending:
-        """The same of many blocks."""
-        return pending_shares(stretch, inputs, self._sums)
-
-    def _sums(self, block: int, inputs: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
-        start, changed = block * self.step, inputs[0].reshape(-1)
-        parts = self.slicing.rectangles(start, start + changed.numel())
-        return [(part.column, part.of(changed).double().square().sum(0)) for part in parts]
-
-    def add(self, block: int, measured: list[tuple[int, Tensor]]) -> None:
-        """Add a block's sums to the totals."""
-        for first, sums in measured:
-            self.totals[first : first + len(sums)] += sums
 
     def finish(self) -> Tensor:
         """For each element of a row the sum of its column."""
