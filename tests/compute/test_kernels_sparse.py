@@ -160,7 +160,8 @@ from streammerge.compute.application import measured_with
 from streammerge.compute.costs import target_of
 from streammerge.compute.expressions import ByBlock, Stored
 from streammerge.compute.kernels.library import kernels
-from streammerge.compute.kernels.program import BlockOperands, Kernels, can_be_compiled, compiled
+from streammerge.compute.kernels.operands import BlockOperands
+from streammerge.compute.kernels.program import Kernels, can_be_compiled, compiled
 from streammerge.methods import find_method
 from streammerge.tensors import DTYPES, TensorInfo
 

@@ -23,15 +23,17 @@ from streammerge.compute.expressions import (
 )
 from streammerge.compute.inputs import Input, elements_of, inputs_of
 from streammerge.compute.kernels.library import CHUNK, KINDS, LIMITS, Found, kernels
+from streammerge.compute.kernels.operands import BlockOperands
 from streammerge.compute.kernels.program import (
     COMPUTES,
-    BlockOperands,
     Kernels,
     Program,
     can_be_compiled,
+    can_be_summed,
     compiled,
     registers,
 )
+from streammerge.compute.kernels.sums import SummedBlocks
 from streammerge.compute.makers import Block, Blocks, Measurer, Range, Statistics, Wanted
 from streammerge.errors import OutOfMemoryError, machine_is_full
 from streammerge.findings import Finding
@@ -48,8 +50,11 @@ SPACE: Final = 3 << 19
 
 def is_compiled(node: Node, stored: DType, compute: DType) -> bool:
     """Whether compiled loops are there, and make all of a tensor that is computed and stored so."""
-    known = compute.name in COMPUTES and stored.name in KINDS
-    return kernels() is not None and known and can_be_compiled(node)
+    return kernels() is not None and _have_kinds(stored, compute) and can_be_compiled(node)
+
+
+def _have_kinds(stored: DType, compute: DType) -> bool:
+    return compute.name in COMPUTES and stored.name in KINDS
 
 
 def maker_bytes(node: Node, info: TensorInfo) -> int:
@@ -120,9 +125,13 @@ class KernelMaker:
 
     def blocks(self, wanted: Wanted, known: Statistics, *, suspicious: bool = False) -> Blocks:
         """The tensor's blocks, by compiled loops if there are some for all of it."""
-        if wanted.unscaled or not is_compiled(wanted.node, wanted.stored, wanted.compute):
-            return self.by_torch.blocks(wanted, known, suspicious=suspicious)
-        return KernelBlocks(self, wanted, compiled([wanted.node], wanted.compute, known), suspicious=suspicious)
+        if not wanted.unscaled and _have_kinds(wanted.stored, wanted.compute):
+            if can_be_compiled(wanted.node):
+                program = compiled([wanted.node], wanted.compute, known)
+                return KernelBlocks(self, wanted, program, suspicious=suspicious)
+            if can_be_summed(wanted.node) and not suspicious:
+                return SummedBlocks(self, wanted, known)
+        return self.by_torch.blocks(wanted, known, suspicious=suspicious)
 
     def measurer(self, compute: DType, known: Statistics) -> Measurer:
         """For inputs that are computed in this dtype."""

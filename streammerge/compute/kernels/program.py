@@ -17,14 +17,16 @@ from streammerge.compute.expressions import (
     Combined,
     Joined,
     Node,
+    Product,
     Rounded,
     Stored,
     Term,
     applications,
+    children,
 )
 from streammerge.compute.inputs import Input, is_input
 from streammerge.compute.kernels.library import CHUNK, KINDS, Found, Question, Step, address
-from streammerge.compute.kernels.magnitudes import Asked, CompiledCounting
+from streammerge.compute.kernels.magnitudes import CompiledCounting
 from streammerge.formats.readers import page_aligned
 from streammerge.methods.statistics.passes import InnerProducts
 from streammerge.methods.steps import Step as MethodStep
@@ -76,10 +78,11 @@ class Code(enum.IntEnum):
 class Program:
     """Steps that compute tensors into the first registers, and the stored tensors that they load, by their numbers.
 
-    Ranges of the tensors begin at a multiple of `piece` elements; but where elements are ranked in rows they begin
-    anywhere in a piece of which `Kernels.rank` has been told all. Steps remember what they have seen: a program is one
-    worker's; `watching` are the places of those that watch for what isn't finite. `rows` are the widths of rows of
-    those that go by how elements rank in them.
+    What is `made` elsewhere has the first numbers, and the inputs have the next ones. Ranges of the tensors begin
+    at a multiple of `piece` elements; but where elements are ranked in rows they begin anywhere in a piece of which
+    `Kernels.rank` has been told all. Steps remember what they have seen: a program is one worker's; `watching` are the
+    places of those that watch for what isn't finite. `rows` are the widths of rows of those that go by how elements
+    rank in them.
     """
 
     steps: ctypes.Array[Step]
@@ -89,6 +92,7 @@ class Program:
     piece: int = 1
     watching: Sequence[int] = ()
     rows: Sequence[int] = ()
+    made: Sequence[Product] = ()
     longer: dict[int, tuple[Sequence[MethodStep], Program]] = field(default_factory=dict)
 
     @property
@@ -127,14 +131,31 @@ def can_be_compiled(node: Node) -> bool:
     return _has_steps(node) and (len(methods) == 1 or not by_rows)
 
 
-def _has_steps(node: Node) -> bool:
+def can_be_summed(node: Node) -> bool:
+    """Whether there are steps for all that is done with products in the expression: it has some, and no methods."""
+    made = products_of(node)
+    return bool(made) and not any(applications(node)) and _has_steps(node, made)
+
+
+def products_of(node: Node) -> list[Product]:
+    """The products in the expression, each once; none of them is a part of another."""
+    if isinstance(node, Product):
+        return [node]
+    found = {id(part): part for child in children(node) for part in products_of(child)}
+    return list(found.values())
+
+
+def _has_steps(node: Node, made: Sequence[Product] = ()) -> bool:
+    """Whether there are steps for all of it, if so much is made elsewhere."""
     match node:
+        case Product():
+            return any(node is part for part in made)
         case Stored() | Joined():
             return node.info.dtype.name in KINDS and is_input(node)
         case Rounded():
-            return node.info.dtype.name in KINDS and _has_steps(node.source)
+            return node.info.dtype.name in KINDS and _has_steps(node.source, made)
         case Combined():
-            return all(_has_steps(term.node) for term in node.terms)
+            return all(_has_steps(term.node, made) for term in node.terms)
         case ByGram():
             return node.slices is None and all(map(_has_steps, node.inputs))
         case ByBlock():
@@ -152,21 +173,28 @@ def registers(node: Node) -> int:
     return slots(node) + METHOD_REGISTERS * any(isinstance(part, ByBlock) for part in applications(node))
 
 
-def compiled(nodes: Sequence[Node], compute: DType, statistics: Mapping[int, Any]) -> Program:
-    """The program that leaves these expressions in the first registers; what its methods want to know is known."""
-    writer = _Writer(statistics)
+def compiled(
+    nodes: Sequence[Node], compute: DType, statistics: Mapping[int, Any], made: Sequence[Product] = ()
+) -> Program:
+    """The program that leaves these expressions in the first registers; what its methods want to know is known.
+
+    Products in them are `made` by others, in the dtype in which it computes.
+    """
+    writer = _Writer(statistics, compute.name, made)
     for register, node in enumerate(nodes):
         writer.write(node, register)
     steps = (Step * len(writer.steps))(*writer.steps)
     watching = [place for place, step in enumerate(writer.steps) if step.code == Code.WATCH]
-    return Program(steps, writer.inputs, writer.registers, compute.name, writer.piece, watching, writer.rows)
+    return Program(steps, writer.inputs, writer.registers, compute.name, writer.piece, watching, writer.rows, made)
 
 
 class _Writer:
     """Writes steps in the order in which `compute.evaluate` calls torch, a register for each of its slots."""
 
-    def __init__(self, statistics: Mapping[int, Any]) -> None:
+    def __init__(self, statistics: Mapping[int, Any], compute: str = "F32", made: Sequence[Product] = ()) -> None:
         self.statistics = statistics
+        self.compute = compute
+        self.made = made
         self.steps: list[Step] = []
         self.inputs: list[Input] = []
         self.registers = 1
@@ -178,8 +206,11 @@ class _Writer:
         self.registers = max(self.registers, to + 1)
         match node:
             case Stored() | Joined():
-                self._step(Code.LOAD, to, len(self.inputs), node.info.dtype.name)
+                self._step(Code.LOAD, to, self._next_input, node.info.dtype.name)
                 self.inputs.append(node)
+            case Product():
+                place = next(place for place, part in enumerate(self.made) if part is node)
+                self._step(Code.LOAD, to, place, self.compute)
             case Rounded():
                 self.write(node.source, to)
                 self._step(Code.ROUND, to, to, node.info.dtype.name)
@@ -230,8 +261,12 @@ class _Writer:
 
     def _combine_stored(self, kind: str, terms: Sequence[Term], to: int, *, goes_on: bool) -> None:
         numbers = [float(goes_on), *(term.coefficient for term in terms)]
-        self._step(Code.COMBINE, to, len(self.inputs), kind, len(terms), numbers)
+        self._step(Code.COMBINE, to, self._next_input, kind, len(terms), numbers)
         self.inputs += [term.node for term in terms if is_input(term.node)]
+
+    @property
+    def _next_input(self) -> int:
+        return len(self.made) + len(self.inputs)
 
     def _step(
         self, code: Code, to: int, source: int, kind: str = "F32", number: float = 0.0, table: Sequence[float] = ()
@@ -245,7 +280,7 @@ def stored_kind(term: Term) -> str:
 
 
 class Kernels:
-    """What the library computes of programs over blocks: `blocks` are the bytes of the program's inputs."""
+    """What the library computes of programs over blocks: `blocks` are the bytes of what is made, and of the inputs."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -353,45 +388,3 @@ class Kernels:
             self._room = page_aligned(program.room_bytes)
         inputs = (ctypes.c_void_p * len(blocks))(*map(address, blocks))
         return program.steps, len(program.steps), inputs, start or 0, elements, address(self._room)
-
-
-@dataclass(frozen=True, slots=True)
-class BlockOperands(Asked):
-    """A block of so many elements of every input of a pass: of the program's first registers."""
-
-    kernels: Kernels
-    program: Program
-    blocks: Sequence[memoryview]
-    elements: int
-    vectors: int
-    start: int | None = None
-    first: int = 1
-    apart: bool = True
-
-    @property
-    def wide(self) -> bool:
-        """Whether it is computed in float64."""
-        return self.program.compute == "F64"
-
-    @property
-    def counting(self) -> CompiledCounting:
-        """What counts the answers to what they are asked."""
-        return self.kernels.counting
-
-    def scratch(self, nbytes: int) -> memoryview:
-        """Memory that is this worker's until it is asked for again."""
-        return self.kernels.scratch(nbytes)
-
-    def made_by(self, steps: Sequence[MethodStep], first: int) -> BlockOperands:
-        """What these steps make of the inputs, in registers from `first` on."""
-        program = self.program.followed_by(steps)
-        return BlockOperands(self.kernels, program, self.blocks, self.elements, self.vectors, self.start, first, False)
-
-    def ask(self, questions: ctypes.Array[Question], elements: int) -> None:
-        """Have the questions about so many of the first elements answered."""
-        self.kernels.ask(self.program, self.blocks, elements, questions, self.start)
-
-    def products(self, *, apart: bool, wide: bool, tasks: bool = False) -> InnerProducts:
-        """Inner products of the inputs, or of what they differ by from the first."""
-        given = self.program, self.blocks, self.elements, self.vectors
-        return self.kernels.products(*given, apart=apart, wide=wide, tasks=tasks, start=self.start)

@@ -1,0 +1,80 @@
+"""Sums with products of matrices in them: torch multiplies, and one compiled call does the rest."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from streammerge.compute.costs import slots
+from streammerge.compute.kernels.program import Program, compiled, products_of
+from streammerge.compute.makers import Block, Range, Statistics, Wanted
+
+if TYPE_CHECKING:
+    import torch
+
+    from streammerge.compute.kernels.maker import KernelMaker
+
+
+class SummedBlocks:
+    """The blocks of a tensor that is a sum: W + w · B A above all.
+
+    What torch makes of products lies in the cache when it is added up, rounded, looked at and compared with the base.
+    A block of which anything is wrong is made again by torch, which tells what.
+    """
+
+    def __init__(self, maker: KernelMaker, wanted: Wanted, known: Statistics) -> None:
+        self.maker = maker
+        self.wanted = wanted
+        self.by_torch = maker.by_torch.blocks(wanted, known)
+        self.products = products_of(wanted.node)
+        self.summing = compiled([wanted.node], wanted.compute, known, self.products)
+        self.comparing = (
+            None if wanted.base is None else compiled([wanted.base, wanted.node], wanted.compute, known, self.products)
+        )
+        programs = [self.summing] if self.comparing is None else [self.summing, self.comparing]
+        self.inputs = {id(leaf): leaf for program in programs for leaf in program.inputs}
+
+    def make(self, start: int, stop: int) -> Block:
+        """Elements [start, stop)."""
+        made = self._multiplied(start, stop)  # first, because what it reads takes the place of what was read before
+        products = [bytes_of(values) for values in made]
+        read = dict(zip(self.inputs, self.maker.read(list(self.inputs.values()), start, stop), strict=True))
+        out = self.maker.out((stop - start) * self.wanted.stored.bits // 8)
+        blocks = given(self.summing, products, read)
+        if self.maker.kernels.store(self.summing, blocks, stop - start, self.wanted.stored.name, out, start):
+            return self.by_torch.make(start, stop)
+        return Block(out, None, self._change(products, read, stop - start))
+
+    def each(self, ranges: Sequence[Range]) -> Iterator[Block]:
+        """One range after the other."""
+        return (self.make(*part) for part in ranges)
+
+    def _multiplied(self, start: int, stop: int) -> list[torch.Tensor]:
+        """These elements of every product, each in slots of its own."""
+        made, slot = [], 0
+        for product in self.products:
+            made.append(self.by_torch.evaluator.values(product, start, stop, slot))
+            slot += slots(product)
+        return made
+
+    def _change(
+        self, products: Sequence[memoryview], read: Mapping[int, memoryview], elements: int
+    ) -> tuple[float, float]:
+        """Σ (θ − base)² and Σ base²."""
+        if self.comparing is None:
+            return 0.0, 0.0
+        blocks = given(self.comparing, products, read)
+        squares = self.maker.kernels.products(self.comparing, blocks, elements, 2, apart=True, wide=False).rows
+        return squares[1][1], squares[0][0]
+
+
+def given(program: Program, made: Sequence[memoryview], read: Mapping[int, memoryview]) -> list[memoryview]:
+    """The program's blocks, in its order."""
+    return [*made, *(read[id(leaf)] for leaf in program.inputs)]
+
+
+def bytes_of(values: torch.Tensor) -> memoryview:
+    """The memory of a tensor whose elements lie side by side; it must be kept by the caller for as long as this is."""
+    nbytes = values.numel() * values.element_size()
+    return memoryview((ctypes.c_char * nbytes).from_address(values.data_ptr())).cast("B")
