@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import checking, inputs
 from benchmarks.cases import CASES, Merge, article
-from benchmarks.peers import PEERS, mergekit, sd_meh
+from benchmarks.peers import PEERS, kohya, mergekit, sd_meh
 from benchmarks.peers.description import SCRIPTS, weights_of
 from benchmarks.tools import PEERS_FOLDER, CannotRun, Command, Job, Tool
 from streammerge import open_model
@@ -33,6 +33,7 @@ RUNS = {
     "mergekit-pytorch": {"article-fp16", "article-fp32-ckpt", "sdxl", "slerp", "ties", "sixteen", "one-tensor"},
     "mergekit-yaml": {"llama"},
     "sd-mecha": {"article-fp16", "sdxl", "slerp", "ties", "sixteen", "one-tensor"},
+    "kohya": set[str](),  # of miniatures none
     "sd-meh": {"article-fp16", "article-fp32-ckpt", "sdxl", "ties"},
 }
 
@@ -200,6 +201,24 @@ def test_known_defects_are_noted(made, tmp_path):
     assert "text encoder is missing" in TOOLS["sd-mecha"].command(job("ties", made, tmp_path)).note
     assert "by count" in TOOLS["sd-meh"].command(job("ties", made, tmp_path)).note
     assert TOOLS["sd-mecha"].command(job("sdxl", made, tmp_path)).note == ""
+
+
+def test_kohya_is_asked_for_a_bake_of_the_whole_model(made, tmp_path, monkeypatch):
+    asked = job("bake", made, tmp_path)
+    whole = tmp_path / "whole.safetensors"
+    with whole.open("wb") as file:
+        file.truncate(kohya.FULL_BYTES)  # sparse
+    asked = replace(asked, models={**asked.models, "model": whole})
+    monkeypatch.delenv(kohya.CHECKOUT, raising=False)
+    with pytest.raises(CannotRun, match=kohya.CHECKOUT):
+        kohya.command(asked)
+    (tmp_path / "networks").mkdir()
+    monkeypatch.setenv(kohya.CHECKOUT, str(tmp_path))
+    command = kohya.command(asked)
+    assert (
+        " ".join(command.words[2:9]) == f"--sd_model {whole} --models {asked.models['lora']} --ratios 0.8 --precision"
+    )
+    assert command.environment["PYTHONPATH"].startswith(str(tmp_path))
 
 
 def test_sd_meh_can_not_add_two_task_vectors():
