@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from streammerge.compute import costs
 from streammerge.compute.costs import compute_dtype, copied_from, is_copy
 from streammerge.compute.expressions import Job, Node, Together, has_external, is_merged, measured_together
-from streammerge.compute.kernels.maker import is_compiled, maker_bytes
+from streammerge.compute.kernels.maker import is_compiled, is_summed, maker_bytes
 from streammerge.compute.magnitudes import check_magnitudes
 from streammerge.errors import PlanError
 from streammerge.formats.layout import OutputLayout
@@ -29,9 +29,9 @@ class Kind:
     there are compiled loops for it, on whatever device it is computed.
 
     `is_looked_at` says of copies that their bytes go through our memory, `is_compiled` of what is computed that it is
-    all done by compiled loops. `is_together` and `is_told` say of their expressions that statistics are taken of the
-    whole model, and that nothing is in them that can't be told apart. `card_bytes` is what of the `held_bytes` a card
-    would hold.
+    all done by compiled loops, `is_summed` that all but products of matrices is. `is_together` and `is_told` say of
+    their expressions that statistics are taken of the whole model, and that nothing is in them that can't be told
+    apart. `card_bytes` is what of the `held_bytes` a card would hold.
     """
 
     info: TensorInfo
@@ -41,6 +41,7 @@ class Kind:
     is_together: bool
     is_told: bool
     is_compiled: bool
+    is_summed: bool
     lane_bytes: int
     library_bytes: int
     pinned_bytes: int
@@ -73,6 +74,7 @@ class Kind:
             any(measured_together(node)),
             not has_external(node),
             is_by_kernels,
+            compute is not None and options.device == "cpu" and is_summed(node, info.dtype, compute),
             _maker_bytes(node, info, compute, is_compiled=is_by_kernels),
             0 if options.device == "cpu" else costs.library_bytes(node),
             0 if options.device == "cpu" else costs.pinned_bytes(node, info),

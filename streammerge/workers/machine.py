@@ -79,8 +79,10 @@ class Machine:
     @property
     def loops(self) -> str:
         """What computes: compiled loops, torch, or both; "" where everything is copied."""
-        computed = {kind.is_compiled for kind in self.plan.jobs.kinds if kind.compute is not None}
-        return " and ".join("compiled loops" if is_compiled else "torch" for is_compiled in sorted(computed))
+        computed = [kind for kind in self.plan.jobs.kinds if kind.compute is not None]
+        by_torch = not all(kind.is_compiled for kind in computed)
+        by_loops = any(kind.is_compiled or kind.is_summed for kind in computed)
+        return " and ".join(["torch"] * by_torch + ["compiled loops"] * by_loops)
 
     def _makers(self) -> Sequence[Maker]:
         """As many as were allotted, each with a reader of its own."""

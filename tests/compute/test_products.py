@@ -21,7 +21,8 @@ from streammerge.compute.costs import (
 )
 from streammerge.compute.expressions import BLOCK, Combined, Joined, Node, Product, Term, Viewed, is_merged
 from streammerge.compute.identity import Describer, kind_of
-from streammerge.compute.kernels.maker import is_compiled
+from streammerge.compute.kernels.library import kernels
+from streammerge.compute.kernels.maker import is_compiled, is_summed
 from streammerge.compute.lanes import Lane
 from streammerge.compute.reading import read_range
 from streammerge.formats.readers import PositionalReader
@@ -116,6 +117,8 @@ def test_what_a_product_costs(tmp_path):
     assert lane_bytes(total, weight.info, F32) < 16 << 20
     assert is_merged(node)
     assert not is_compiled(total, weight.info.dtype, F32)
+    assert is_summed(total, weight.info.dtype, F32) == (kernels() is not None)
+    assert not is_summed(weight, weight.info.dtype, F32)
     assert compute_dtype(total, DTYPES["F16"]) == F32
     assert compute_dtype(total, F32) == F64
 

@@ -53,6 +53,11 @@ def is_compiled(node: Node, stored: DType, compute: DType) -> bool:
     return kernels() is not None and _have_kinds(stored, compute) and can_be_compiled(node)
 
 
+def is_summed(node: Node, stored: DType, compute: DType) -> bool:
+    """Whether compiled loops are there, and make all of such a tensor but the products in it."""
+    return kernels() is not None and _have_kinds(stored, compute) and can_be_summed(node)
+
+
 def _have_kinds(stored: DType, compute: DType) -> bool:
     return compute.name in COMPUTES and stored.name in KINDS
 
