@@ -14,6 +14,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,15 @@ def merge(recipe: Mergeable, *, output: str | os.PathLike[str], **options: Any) 
 def make_plan(recipe: Mergeable, *, output: str | os.PathLike[str], **options: Any) -> Plan:  # noqa: ANN401
     """What `merge` would do with the same arguments, from headers alone."""
     with planned(as_recipe(recipe, options), output_path(output), as_options(options), measuring=None) as plan:
-        return plan
+        return within_bounds(plan)
+
+
+def within_bounds(plan: Plan) -> Plan:
+    """The plan with the memory that --max-ram leaves for workers; PlanError, as the merge's, where that is too little.
+
+    Only then is torch imported if it is needed: what it takes can't be told without.
+    """
+    return plan if plan.options.max_ram is None else replace(plan, allotted=Machine(plan).allotment)
 
 
 def output_path(output: str | os.PathLike[str]) -> Path:

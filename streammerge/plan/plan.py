@@ -75,7 +75,8 @@ FREE_SHARE: Final = 0.25
 class Plan:
     """A merge ready to be run: what becomes of the tensors, where they go, and what it costs.
 
-    `described_bytes` is what is kept in memory of headers and decisions.
+    `described_bytes` is what is kept in memory of headers and decisions, `allotted` the memory that workers get under a
+    bound for the whole process, where that has been measured.
     """
 
     method: str
@@ -88,6 +89,7 @@ class Plan:
     described_bytes: int = 0
     left: Mapping[Path, LeftTensors] = field(default_factory=dict)
     beside: Beside = field(default_factory=Beside)
+    allotted: Allotment | None = None
 
     @property
     def decisions(self) -> Decisions:
@@ -287,7 +289,10 @@ class Plan:
     @property
     def work_bytes(self) -> int:
         """The RAM that the merge takes at most, above a bare `import torch` if it needs torch, else in all."""
-        return self.fixed_bytes + self.described_bytes + self.allot().work_bytes
+        work = self.fixed_bytes + self.described_bytes + (self.allotted or self.allot()).work_bytes
+        if self.allotted is None or self.needs_torch:
+            return work
+        return min(work, self.options.max_ram or work)  # the bound is kept, whatever Python usually takes
 
     @property
     def fixed_bytes(self) -> int:

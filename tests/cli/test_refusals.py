@@ -47,6 +47,7 @@ REFUSED = [
     (["a.safetensors", "b.safetensors", "-m", "ties"], "error: method 'ties' needs a base model"),
     (["a.safetensors:1", "b.safetensors:-1"], "error: the weights [1.0, -1.0] sum to zero and can't be normalised"),
     (["a.safetensors", "--drop", "nothing.*"], "error: 1 rule matches no tensor of a that"),
+    (["a.safetensors:0.5", "b.safetensors", "--max-ram", "100MB"], "error: --max-ram 100 MB is too small: Python"),
     (["a.safetensors", "missing.safetensors"], "error: missing.safetensors: can't be read: No such file"),
     (
         ["depth.safetensors", "a.safetensors"],
@@ -56,7 +57,6 @@ REFUSED = [
 REFUSED_BY_A_MERGE = [
     (["a.safetensors", "--device", "cuda:7"], "error: no device 'cuda:7' on this machine\n  there is: cpu"),
     (["a.safetensors", "--device", "tpu"], "error: no device 'tpu' on this machine\n  there is: cpu"),
-    (["a.safetensors:0.5", "b.safetensors", "--max-ram", "100MB"], "error: --max-ram 100 MB is too small: Python"),
     (["a.safetensors", "--report", "no/where.json"], "error: no/where.json: its folder does not exist"),
     (["a.safetensors", "--report", "."], "error: .: is a folder"),
     (["a.safetensors", "--report", "b.safetensors"], "error: b.safetensors: is named like a model or a recipe"),

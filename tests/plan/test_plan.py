@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,10 +16,10 @@ from streammerge.compute.expressions import BLOCK
 from streammerge.compute.kernels.library import kernels
 from streammerge.compute.machine import DEFAULT_WORK_BYTES, MAPPED_BYTES, MIB, share_out
 from streammerge.engine import planned, run_merge
-from streammerge.errors import OutputError
+from streammerge.errors import OutputError, PlanError
 from streammerge.plan.plan import Plan, by_component, existing_folder, plan_merge
 from streammerge.plan.sources import Sources
-from streammerge.recipe.options import Options
+from streammerge.recipe.options import Options, parse_size
 from streammerge.recipe.parse import parse_recipe
 from streammerge.tensors import DTYPES
 from tests.make.headers import header, merged
@@ -233,6 +234,27 @@ def test_what_is_allotted_stays_within_its_limit(threads, limit):
     assert allotted.work_bytes <= (limit or DEFAULT_WORK_BYTES)
     assert allotted.work_bytes == allotted.threads * (made.lane_bytes + allotted.mapped_bytes)
     assert made.work_bytes == made.fixed_bytes + made.described_bytes + made.allot().work_bytes
+
+
+@pytest.mark.parametrize("limit", [43_000_000, 400 * MIB])
+def test_what_is_told_keeps_the_bound_under_which_it_was_allotted(limit):
+    made = plan(pair(x=(10 * BLOCK,)), options=Options(threads=2, max_ram=limit))
+    allotted = made.allot(2 * MIB)
+    usual = made.fixed_bytes + made.described_bytes + allotted.work_bytes
+    assert usual < made.work_bytes
+    assert replace(made, allotted=allotted).work_bytes == (usual if made.needs_torch else min(limit, usual))
+
+
+def test_a_plan_holds_as_many_whole_tensors_as_its_bound_allows(tmp_path):
+    paths = save_models(tmp_path, **{name: {f"x{n}": torch.ones(300, 400) for n in range(4)} for name in "ab"})
+    recipe = {"merge_method": "iso_c", "base_model": str(paths["a"]), "models": [str(paths["b"])]}
+    out, options = tmp_path / "out.safetensors", {"threads": 4}
+    with pytest.raises(PlanError, match=r"--max-ram 1 MB is too small") as raised:
+        streammerge.make_plan(recipe, output=out, max_ram="1MB", **options)
+    least = parse_size(str(raised.value.advice).rpartition(" ")[2].rstrip("."))
+    little = streammerge.make_plan(recipe, output=out, max_ram=least, **options)
+    much = streammerge.make_plan(recipe, output=out, max_ram=least + 64 * MIB, **options)
+    assert little.work_bytes + 2 * little.held_bytes <= much.work_bytes
 
 
 # ── disk ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

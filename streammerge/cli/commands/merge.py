@@ -65,7 +65,7 @@ def merge(output: Path, arguments: argparse.Namespace) -> int:
     """Merge, show progress and the final table, write the report."""
     from streammerge.cli.commands.plan import show_plan
     from streammerge.cli.request import read_request
-    from streammerge.engine import carry_out, planned
+    from streammerge.engine import carry_out, planned, within_bounds
     from streammerge.formats.claims import Claims
     from streammerge.report import dump_json
     from streammerge.storage.side_files import reported, side_file, write_text
@@ -85,7 +85,7 @@ def merge(output: Path, arguments: argparse.Namespace) -> int:
         with planned(request.recipe, output, request.options, measuring=measuring) as plan:
             check_place(plan, beside)
             if show.verbose and not show.quiet:
-                show_plan(plan, every_tensor=True)
+                show_plan(within_bounds(plan), every_tensor=True)
             with watching("merge", quiet=show.quiet) as watch:
                 weighs = show.report is not None or show.verbose
                 report = carry_out(plan, started, watch, telling(quiet=show.quiet), beside, weighs=weighs)

@@ -29,7 +29,7 @@ def run(words: Sequence[str]) -> int:
 def plan(arguments: argparse.Namespace) -> int:
     """Show what would happen."""
     from streammerge.cli.request import read_request
-    from streammerge.engine import planned
+    from streammerge.engine import planned, within_bounds
     from streammerge.report import dump_json
     from streammerge.storage.target import check_place
 
@@ -37,9 +37,10 @@ def plan(arguments: argparse.Namespace) -> int:
         request = read_request(arguments)
         show, options = request.show, replace(request.options, hash_inputs=False)
         output = request.output or Path("merged.safetensors")
-        with planned(request.recipe, output, options, measuring=None) as made:
+        with planned(request.recipe, output, options, measuring=None) as headers_only:
             if request.output is not None:
-                check_place(made)
+                check_place(headers_only)
+            made = within_bounds(headers_only)
             if show.as_json:
                 say(dump_json({**made.to_json(), **estimated(made)}).rstrip())
             elif not show.quiet:
@@ -82,7 +83,7 @@ def on_cards(plan: Plan) -> list[tuple[str, str]]:
     if plan.options.device == "cpu":
         return []
 
-    allotted = plan.allot()
+    allotted = plan.allotted or plan.allot()
     cards = f" on {allotted.cards} cards" if allotted.cards > 1 else ""
     workers = f"{allotted.threads} worker{'s' * (allotted.threads > 1)}{cards}"
     memory = format_size(plan.options.max_vram or VRAM_BYTES + plan.card_bytes)
