@@ -68,6 +68,7 @@ class _Resolution:
     ensemble: Ensemble = field(default_factory=Ensemble)
     mended: dict[str, str] = field(default_factory=dict)
     uncast: dict[str, dict[str, None]] = field(default_factory=dict)
+    alike: dict[DType, dict[str, None]] = field(default_factory=dict)
     looked_at: dict[tuple[str, str], str] = field(default_factory=dict)
     is_reported: bool = False
 
@@ -137,6 +138,10 @@ class _Resolution:
         for kind, names in self.uncast.items():
             told = f"{count(names, 'quantised weight')} ({kind}) {plural(names, 'stays', 'stay')} as stored"
             yield f"{told}: streammerge can't decode {plural(names, 'it', 'them')}, so no other dtype is given"
+        for dtype, alike in self.alike.items():
+            told = f"{count(alike, 'weight')} with {plural(alike, 'a scale', 'scales')} {plural(alike, 'is', 'are')}"
+            rest = f"all else that this dtype is for is stored as {dtype} without, norms and biases too"
+            yield f"{told} {dtype} already, and {plural(alike, 'keeps it', 'keep them')}; {rest}"
         yield from self._nested_remarks()
 
     def _nested_remarks(self) -> Iterator[str]:
@@ -281,6 +286,8 @@ class _Resolution:
             if is_kept and self.coded.stay_whole(quantised):
                 if dtype is not None and not quantised.is_readable:
                     self.uncast.setdefault(quantised.kind, {})[name] = None
+                elif dtype is not None:
+                    self.alike.setdefault(node.info.dtype, {})[name] = None
                 self.codes_of[name], dtype = model, None
             elif not quantised.is_readable:
                 return self._refuse(name, {model: quantised}, self.problems.uncopied)

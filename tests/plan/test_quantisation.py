@@ -12,7 +12,7 @@ import torch
 import streammerge
 from streammerge.recipe.inherited import QUANTISATION
 from tests.make.diffusion import diffusion_model
-from tests.make.models import Tensors, merge_to, near, save_model
+from tests.make.models import Tensors, load_model, merge_to, near, save_model
 
 LAYERS = ("double_blocks.0.img_mlp.0", "single_blocks.1.linear2")
 FORMAT = {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
@@ -60,6 +60,28 @@ def test_what_is_decoded_is_not_said(tmp_path, path):
     assert made(tmp_path, path, **KEEP, dtype="bfloat16") is None
     assert made(tmp_path, path, dtype="fp8_scaled") is None
     assert made(tmp_path, path, save_model(tmp_path / "b.safetensors", near(diffusion_model("flux"), 2))) is None
+
+
+def test_scales_that_stay_with_weights_of_the_dtype_that_is_asked_for_are_told(tmp_path, path):
+    """Nobody could tell from the output that its other tensors have lost bits, and its weights have not."""
+    recipe = {"merge_method": "linear", "models": [str(path)], **KEEP}
+    notes = {
+        dtype: [
+            note
+            for note in streammerge.make_plan({**recipe, "dtype": dtype}, output=tmp_path / "out.safetensors").notes()
+            if "scales" in note
+        ]
+        for dtype in ("keep", "bf16", "fp8_e5m2", "fp8_e4m3")
+    }
+    told = notes.pop("fp8_e4m3")
+    assert not any(notes.values())
+    assert [note.partition(";")[0] for note in told] == ["2 weights with scales are F8_E4M3 already, and keep them"]
+    made(tmp_path, path, **KEEP, dtype="fp8_e4m3")
+    before, after = load_model(path), load_model(tmp_path / "out.safetensors")
+    scales = {f"{layer}.weight_scale" for layer in LAYERS}
+    assert {name for name, tensor in after.items() if tensor.dtype != torch.float8_e4m3fn} == scales
+    for name in scales | {f"{layer}.weight" for layer in LAYERS}:
+        assert torch.equal(after[name].float(), before[name].float())
 
 
 def test_of_what_is_decoded_in_part_the_rest_is_said(tmp_path, path):
