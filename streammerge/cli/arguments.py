@@ -16,7 +16,27 @@ from streammerge.recipe.policies import EMA_POLICIES, MISSING_POLICIES, PARTS, P
 def new_parser(command: str, usage: str | None, description: str | None) -> argparse.ArgumentParser:
     """A parser for one command, which does not abbreviate options."""
     options: dict[str, Any] = {"prog": f"streammerge {command}".strip(), "description": description, "usage": usage}
-    return argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+    options["formatter_class"] = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(allow_abbrev=False, **options)
+    for usual in (None, "store"):
+        parser.register("action", usual, Once)
+    return parser
+
+
+class Once(argparse._StoreAction):
+    """Takes the value of an option that has one: a second one that differs would make the first of no effect."""
+
+    given_to: argparse.Namespace | None = None
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object, option: str | None = None
+    ) -> None:
+        """Keep the value; ArgumentError where these words had another."""
+        before = getattr(namespace, self.dest)
+        if option is not None and self.given_to is namespace and before != values:
+            raise argparse.ArgumentError(self, f"given twice, as {before} and as {values}: give it once")
+        self.given_to = namespace
+        setattr(namespace, self.dest, values)
 
 
 def add_merge_arguments(parser: argparse.ArgumentParser, *, output: bool = True) -> None:

@@ -6,7 +6,7 @@ import argparse
 import re
 from collections.abc import Iterable, Set
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from streammerge.errors import RecipeError
 from streammerge.formats.files import path_of
@@ -21,6 +21,8 @@ from streammerge.recipe.policies import PARTS
 from streammerge.recipe.recipe import Recipe, overridden
 from streammerge.recipe.scalars import number_of_text
 from streammerge.recipe.vocabulary import SOURCES
+
+Value = TypeVar("Value")
 
 _WEIGHTED: Final = re.compile(r"(?P<path>.+):(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)")
 _NAMED: Final = re.compile(r"(?P<name>[A-Za-z_]\w*)=(?P<path>.+)")
@@ -81,12 +83,12 @@ def read_from_metadata(arguments: argparse.Namespace) -> Recorded:
     words: list[str] = arguments.models
     if not words or arguments.recipe is not None:
         raise RecipeError("--recipe-from-metadata needs an earlier output, and no other recipe")
-    bindings = {}
+    bindings: dict[str, Path] = {}
     for word in words[1:]:
         name, equals, path = word.partition("=")
         if not (name and equals and path):
             raise RecipeError(f"{word!r}: beside a recipe, models are given as NAME=PATH")
-        bindings[name] = path_of(path)
+        _note_once(bindings, name, path_of(path), f"{name}=")
     with open_model(words[0]) as model:
         found = read_recorded(path_of(words[0]), model.metadata, bindings, lambda raw: _changed(raw, arguments))
     _with_effect(found.recipe, arguments)
@@ -187,15 +189,16 @@ def _check_no_weight(word: str) -> None:
 
 def _bindings(words: list[str]) -> tuple[dict[str, Path | HubName], dict[str, float]]:
     """The models, and the weights, that `NAME=PATH[:WEIGHT]` words give to a recipe's inputs."""
-    bindings, weights = {}, {}
+    bindings: dict[str, Path | HubName] = {}
+    weights: dict[str, float] = {}
     for word in words:
         match = _NAMED.fullmatch(word)
         if match is None:
             raise RecipeError(f"{word!r}: beside a recipe, models are given as NAME=PATH")
         path, weight = _split_weight(match["path"])
-        bindings[match["name"]] = meant(path_of(path), path)
+        _note_once(bindings, match["name"], meant(path_of(path), path), f"{match['name']}=")
         if weight is not None:
-            weights[match["name"]] = weight
+            _note_once(weights, match["name"], weight, f"the weight of {match['name']}")
     return bindings, weights
 
 
@@ -273,9 +276,18 @@ def _rules(arguments: argparse.Namespace, of_parts: dict[str, str], names: Set[s
 
 
 def _dtypes(words: Iterable[str]) -> tuple[str | None, dict[str, str]]:
-    """The dtype of the words that is everything's, the last if there are several, and those of single components."""
-    parts = {part: dtype for part, equals, dtype in (word.partition("=") for word in words) if equals}
-    return next((word for word in reversed([*words]) if "=" not in word), None), parts
+    """The dtype of the words that is everything's, and those of single components; RecipeError for two of the same."""
+    of_parts: dict[str, str] = {}
+    for word in words:
+        part, equals, dtype = word.partition("=") if "=" in word else ("", "", word)
+        _note_once(of_parts, part, dtype, f"--dtype {part}{equals}")
+    return of_parts.pop("", None), of_parts
+
+
+def _note_once(given: dict[str, Value], name: str, value: Value, what: str) -> None:
+    """Note what is given by a name; RecipeError if that had another value, which would be without effect."""
+    if given.setdefault(name, value) != value:
+        raise RecipeError(f"{what.strip()} is given twice, as {given[name]} and as {value}", advice="Give it once.")
 
 
 def _with_dtypes(rules: list[dict[str, Any]], dtypes: dict[str, str], rest: dict[str, Any]) -> list[dict[str, Any]]:
@@ -329,8 +341,11 @@ def _parameters(words: list[str]) -> dict[str, Any]:
         name, equals, text = word.partition("=")
         if not equals or not name:
             raise RecipeError(f"-p {word}: expected KEY=VALUE")
-        value = _by_block(text) or parse_yaml(text, f"-p {word}")
-        parameters[name.strip()] = _added(parameters.get(name.strip()), value)
+        key, value = name.strip(), _by_block(text) or parse_yaml(text, f"-p {word}")
+        if isinstance(value, dict) and not isinstance(parameters.get(key), list):
+            parameters[key] = _added(parameters.get(key), value, f"-p {key}")
+        else:
+            _note_once(parameters, key, value, f"-p {key}")
     return parameters
 
 
@@ -340,14 +355,17 @@ def _by_block(text: str) -> dict[str, str]:
     return {kind: rest} if colon and kind in blockwise.KEYS else {}
 
 
-def _added(before: Any, value: Any) -> Any:  # noqa: ANN401
-    """What a parameter comes to that had a value before: more by block is added to it, all else is instead of it."""
-    if not isinstance(value, dict) or isinstance(before, list | None):
-        return value
-    if not isinstance(before, dict):
+def _added(before: Any, value: dict[str, Any], what: str) -> dict[str, Any]:  # noqa: ANN401
+    """What a parameter comes to that had a value before, where more of it is given by block."""
+    if not isinstance(before, dict | None):
         before = {"blocks": before if isinstance(before, str) else f"{blockwise.DEFAULT}={before}"}
-    both = {key: f"{before[key]},{value[key]}" for key in value if isinstance(before.get(key), str)}
-    return {**before, **value, **both}
+    added = {**before} if before else {}
+    for key, more in value.items():
+        if isinstance(added.get(key), str) and isinstance(more, str):
+            added[key] += f",{more}"
+        else:
+            _note_once(added, key, more, f"{what} by {key}")
+    return added
 
 
 def _take_rule(word: str, names: Set[str]) -> dict[str, Any]:

@@ -42,6 +42,13 @@ REFUSED = [
     (["a.safetensors", "--take", "x"], "error: --take x: expected GLOB=MODEL"),
     (["a.safetensors", "--take", "=a.safetensors"], "error: --take =a.safetensors: expected GLOB=MODEL"),
     (["a.safetensors", "--dtype", "fp17"], "error: recipe: unknown dtype 'fp17'\n  Did you mean 'fp16'?"),
+    (["a.safetensors", "--dtype", "fp16", "--dtype", "bf16"], "error: --dtype is given twice, as fp16 and as bf16\n"),
+    (["a.safetensors", "--dtype", "vae=fp16", "--dtype", "vae=fp32"], "error: --dtype vae= is given twice, as fp16 an"),
+    (
+        ["recipe.yaml", "a=a.safetensors", "a=b.safetensors"],
+        "error: a= is given twice, as a.safetensors and as b.safet",
+    ),
+    (["recipe.yaml", "a=a.safetensors:1", "a=a.safetensors:2"], "error: the weight of a is given twice, as 1.0 and as"),
     (["a.safetensors", "-m", "slerp", "-p", "t=0.5"], "error: method 'slerp' takes 2 models, found 1"),
     (["a.safetensors", "b.safetensors", "-m", "slerp"], "error: method 'slerp' needs the parameter 't'"),
     (["a.safetensors", "b.safetensors", "-m", "ties"], "error: method 'ties' needs a base model"),
@@ -99,6 +106,15 @@ def test_what_cannot_be_done_is_one_block_on_stderr_and_exit_code_1(folder, run,
         (["a.safetensors", "-o", "x", "--compute-dtype", "int8"], "invalid choice: 'int8'"),
         (["a.safetensors", "-o", "x", "--on-missing", "pad"], "invalid choice: 'pad'"),
         (["a.safetensors", "-o", "x", "--seed", "x"], "invalid int value: 'x'"),
+        (
+            ["a.safetensors", "-o", "x", "b.safetensors", "-o", "y"],
+            "argument -o/--output: given twice, as x and as y: gi",
+        ),
+        (["-m", "ties", "a.safetensors", "-o", "x", "--method", "slerp"], "argument -m/--method: given twice, as ties"),
+        (
+            ["convert", "a.safetensors", "-o", "x", "--io", "mmap", "--io", "pread"],
+            "argument --io: given twice, as mmap",
+        ),
         (["inspect"], "the following arguments are required: model"),
         (["compare", "a"], "the following arguments are required: b"),
         (["verify"], "the following arguments are required: OUT"),
@@ -112,6 +128,12 @@ def test_what_is_no_command_is_a_usage_error(folder, run, words, problem):
     assert problem in result.err
     assert result.out == ""
     assert not Path("x").exists()
+
+
+def test_what_is_said_twice_alike_is_said_once(folder, run):
+    twice = ("-o", "x", "-m", "linear", "--dtype", "fp16", "--threads", "2", "-p", "normalize=false")
+    assert run("a.safetensors", *twice, "b.safetensors", *twice, "-q").code == 0
+    assert Path("x").exists()
 
 
 def test_a_shape_that_differs(folder, run):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import streammerge
 from streammerge.cli.main import main
 from streammerge.cli.words import _parameters
+from streammerge.errors import RecipeError
 from streammerge.models.blocks import unet_blocks
 from streammerge.recipe.presets import PRESETS
 from tests.make.models import assert_same_bytes, merge_to, save_models
@@ -30,13 +31,26 @@ from tests.recipe.block_values import SD1, SMALL, UNET, pair
         (["alpha=0.5", "alpha=elements:M00:attn:1"], {"blocks": "default=0.5", "elements": "M00:attn:1"}),
         (["alpha=0,1", "alpha=elements:M00:attn:1"], {"blocks": "0,1", "elements": "M00:attn:1"}),
         (["alpha=elements:a:b:1", "alpha=elements:c:d:0"], {"elements": "a:b:1,c:d:0"}),
-        (["alpha=blocks:GRAD_V", "alpha=0.5"], 0.5),
-        (["alpha=[0, 1]", "alpha=blocks:GRAD_V"], {"blocks": "GRAD_V"}),
+        (["alpha=0.5", "alpha=0.5"], 0.5),
         (["alpha={blocks: GRAD_V}", "alpha=elements:a:b:1"], {"blocks": "GRAD_V", "elements": "a:b:1"}),
     ],
 )
 def test_words_become_values_by_block(words, parameters):
     assert _parameters(words) == {"alpha": parameters}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("alpha=0.3", "alpha=0.5"),
+        ("alpha=blocks:GRAD_V", "alpha=0.5"),
+        ("alpha=[0, 1]", "alpha=blocks:GRAD_V"),
+        ("alpha={blocks: {M00: 1}}", "alpha=blocks:GRAD_V"),
+    ],
+)
+def test_a_word_that_would_put_another_out_of_effect_is_refused(first, second):
+    with pytest.raises(RecipeError, match=r"-p alpha.* is given twice"):
+        _parameters([first, second])
 
 
 @pytest.fixture
