@@ -52,6 +52,7 @@ def run() -> NoReturn:
 
     A merge is not judged by whether its last words could be printed; what was only to be shown, fails if it can't be.
     """
+    begin_again_in_utf8()
     streams, has_merged = guard_streams(), False
     # torch tells every process that imports it that NumPy is not there, which nothing here has a use for
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
@@ -64,6 +65,17 @@ def run() -> NoReturn:
         say_on_stderr(f"warning: {problem}; the output is complete" if has_merged else f"error: {problem}")
         code = code or (DONE if has_merged else FAILED)
     os._exit(code)
+
+
+def begin_again_in_utf8() -> None:
+    """Begin again in Python's UTF-8 mode where it takes names for ASCII, as with LC_ALL=C and PYTHONUTF8=0.
+
+    Recipes and metadata name files in Unicode, and there no file could be found by such a name, nor be given one. Where
+    Python can't be begun again, such names are errors.
+    """
+    if sys.getfilesystemencoding() == "ascii" and os.environ.get("PYTHONUTF8") != "1":
+        with contextlib.suppress(OSError):
+            os.execve(sys.executable, sys.orig_argv, {**os.environ, "PYTHONUTF8": "1"})
 
 
 def is_merge(words: Sequence[str]) -> bool:

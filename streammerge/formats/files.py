@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -164,8 +165,16 @@ def path_of(text: str | os.PathLike[str]) -> Path:
     """The path that is meant: `~`, and what begins with `~/`, lie in the home folder.
 
     Nothing else is expanded, no variables and nobody else's folder; nor is `~` where nobody knows what home is.
+    CheckpointError for a name that this process has no bytes for.
     """
     path = os.fspath(text)
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise CheckpointError(
+            f"{path!a}: no file can be called so here, where names are in {sys.getfilesystemencoding()}",
+            advice="Set PYTHONUTF8=1, or a locale in UTF-8." if sys.getfilesystemencoding() != "utf-8" else "",
+        ) from error
     if path == "~" or path.startswith("~/"):
         with contextlib.suppress(RuntimeError):
             return Path(path).expanduser()

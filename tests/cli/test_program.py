@@ -97,6 +97,41 @@ def test_names_that_the_terminal_has_no_letters_for_do_not_stop_it(folder):
     assert "??" in done.stdout
 
 
+IN_ASCII = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}
+"""An environment in which Python takes names for ASCII, if the system has such locales."""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are in UTF-8 whatever the locale")
+def test_names_are_right_where_python_takes_them_for_ascii(folder):
+    save_file({"模型": torch.ones(1)}, "модель.safetensors", {"format": "pt"})
+    Path("рецепт.yaml").write_text("merge_method: linear\nmodels: [модель.safetensors]\n", encoding="utf-8")
+    made = {}
+    for name, environment in (("вых", IN_ASCII), ("usual", None)):
+        done = program("рецепт.yaml", "-o", f"{name}.safetensors", env=environment, encoding="utf-8")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert f"{name}.safetensors\n" in done.stdout
+        made[name] = Path(f"{name}.safetensors").read_bytes()
+    assert made["вых"] == made["usual"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are in UTF-8 whatever the locale")
+def test_names_that_a_process_has_no_bytes_for_are_errors(folder):
+    script = """
+import streammerge
+for name in ("a", "\\u6a21"):
+    for given in (f"{name}.safetensors", {"merge_method": "linear", "models": [f"{name}.safetensors"]}):
+        try:
+            streammerge.make_plan(given, output="x") if isinstance(given, dict) else streammerge.open_model(given)
+        except streammerge.MergeError as error:
+            print(error)
+    """
+    words = [sys.executable, "-c", script]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=IN_ASCII)
+    told = [line for line in done.stdout.splitlines() if line.endswith("where names are in ascii")]
+    assert [line.startswith("recipe: model 1: ") for line in told] == [False, True]
+    assert done.stdout.count("Set PYTHONUTF8=1, or a locale in UTF-8.") == 2
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pipe that breaks")
 def test_a_reader_that_stops_reading_is_no_error(folder):
     reading, writing = os.pipe()
