@@ -133,6 +133,8 @@ def _recipe_of_baking(words: list[str], arguments: argparse.Namespace) -> dict[s
 
 def _recipe_of_extraction(words: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
     """A recipe's values from TUNED BASE."""
+    from streammerge.models.located import known_by
+
     if len(words) != 2:
         raise RecipeError(
             "extract takes a model and its base", advice="streammerge extract TUNED BASE -o ADAPTER --rank 32"
@@ -140,7 +142,7 @@ def _recipe_of_extraction(words: list[str], arguments: argparse.Namespace) -> di
     tuned, base = map(_model_entry, words)
     if "parameters" in tuned or "parameters" in base:
         raise RecipeError("models of which the difference is extracted have no weights", advice="Leave them out.")
-    if Path(tuned["model"]).absolute() == Path(base["model"]).absolute():
+    if known_by(path_of(tuned["model"])) == known_by(path_of(base["model"])):
         raise RecipeError(f"{words[0]}: is named as the model and as its base, and does not differ from itself")
     given = {**base, "name": base.get("name", "base")}
     return {"merge_method": "task_arithmetic", "models": [tuned], "base_model": given, "low_rank": {}}

@@ -15,22 +15,20 @@ from typing import TYPE_CHECKING, Final
 from streammerge.compute.expressions import Node, Stored, Viewed, is_stored
 from streammerge.errors import CheckpointError, count, plural
 from streammerge.formats.files import LFS_POINTER, ByteFile, path_of, read_errors
-from streammerge.formats.layout import OutputName, is_file_name
 from streammerge.formats.pipelines import (
     INDEX,
     NO_SCHEDULER,
     Scheduler,
-    check_alone,
     is_pipeline_index,
-    pipeline_weights,
     scheduler_of,
 )
 from streammerge.formats.safetensors import is_safetensors, read_header
-from streammerge.formats.shards import find_weights, is_index, read_index
+from streammerge.formats.shards import is_index, read_index
 from streammerge.formats.tables import Names
 from streammerge.formats.torchzip.archive import StoredView, is_torch_zip, legacy_torch_reason, read_torch_zip
 from streammerge.formats.torchzip.state_dicts import NONE_LEFT, LeftTensors
-from streammerge.models.hub import check_there, is_there, located
+from streammerge.models.hub import located
+from streammerge.models.located import components_at, distributed_at, weights_file
 from streammerge.models.stored import StoredTensors, compact
 from streammerge.tensors import TensorInfo
 
@@ -52,10 +50,6 @@ OTHERS: Final = {
 
 PIPELINE: Final = "diffusers pipeline"
 """What the container is called whose components have folders of their own."""
-
-
-DISTRIBUTED: Final = (".metadata", "pytorch_model_fsdp_0")
-"""What the folder of a distributed checkpoint of torch has in it, or Accelerate's around one."""
 
 
 ROW_BYTES: Final = 24
@@ -152,73 +146,13 @@ def open_model(path: str | os.PathLike[str], entry: str = "") -> Checkpoint:
     if os.fspath(path) == "":
         raise CheckpointError("the model's name is empty", advice="Name a checkpoint file, or a folder of one.")
     named = located(path_of(path), os.fspath(path))
-    if components := _components(named):
+    if components := components_at(named):
         return _open_pipeline(named, components, entry)
-    if distributed := _distributed(named):
+    if distributed := distributed_at(named):
         return _open_distributed(named, distributed, entry)
     path = weights_file(named)
     opened = _open_shards(path, entry) if is_index(path) else _open_file(path, entry)
     return opened if path == named and not is_index(path) else replace(opened, folder=path.parent)
-
-
-def _components(path: Path) -> Mapping[str, Path] | None:
-    """The weights of a pipeline's components by their names; None if neither its folder nor its index is meant."""
-    with read_errors(path):
-        if is_pipeline_index(path):
-            return pipeline_weights(path.parent)
-        if not path.is_dir():
-            return None
-        check_alone(path)
-        return pipeline_weights(path)
-
-
-def _distributed(path: Path) -> Path | None:
-    """The folder of a distributed checkpoint of torch, if one is meant."""
-    with read_errors(path):
-        if not any((path / name).exists() for name in DISTRIBUTED):
-            return None
-        from streammerge.formats.torchzip.distributed import distributed_in  # late: few models are such
-
-        return distributed_in(path)
-
-
-def weights_file(path: Path) -> Path:
-    """The file that is read first: the path's own, or that of the model in the folder; an index if it has shards."""
-    if index := index_at(path):
-        return index
-    check_there(path)
-    with read_errors(path):
-        return find_weights(path) if path.is_dir() else path
-
-
-def index_at(path: Path) -> Path | None:
-    """The index of the shards that a merge to `OUT.safetensors` has written, where there is no file of that name."""
-    index = OutputName.of(path).index
-    with read_errors(path):
-        return index if is_file_name(path) and not is_there(path) and index.is_file() else None
-
-
-def model_files(path: Path) -> list[Path]:
-    """Every file that holds tensors of the model at this path."""
-    if components := _components(path):
-        return [file for weights in components.values() for file in model_files(weights)]
-    if distributed := _distributed(path):
-        from streammerge.formats.torchzip.distributed import chunk_files
-
-        return chunk_files(distributed)
-    path = weights_file(path)
-    return read_index(path).shards if is_index(path) else [path]
-
-
-def has_entries(path: Path) -> bool:
-    """Whether there are torch files at this path, whose dicts may be chosen by name."""
-    if _distributed(path):
-        return True
-    heads = []
-    for file in model_files(path):
-        with read_errors(file), file.open("rb") as opened:
-            heads.append(opened.read(4))
-    return any(map(is_torch_zip, heads))
 
 
 def _open_file(path: Path, entry: str) -> Checkpoint:

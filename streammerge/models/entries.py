@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from streammerge.errors import RecipeError
-from streammerge.models.checkpoints import has_entries
+from streammerge.models.located import has_entries
 
 _NAMED: Final = re.compile(r"(?P<name>[^=]+)=(?P<key>.+)", re.DOTALL)
 

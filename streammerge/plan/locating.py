@@ -11,9 +11,9 @@ from pathlib import Path
 
 from streammerge.errors import CheckpointError, RecipeError, count
 from streammerge.formats.files import read_errors
-from streammerge.models.checkpoints import index_at
 from streammerge.models.hub import HubName, check_there, is_there, sought
-from streammerge.recipe.naming import same_source
+from streammerge.models.located import index_at, known_by
+from streammerge.recipe.naming import file_of, same_source
 from streammerge.recipe.recipe import Input, Recipe
 
 Change = Callable[[Path | HubName], Path]
@@ -70,14 +70,26 @@ def _changed(recipe: Recipe, place: Change) -> Recipe:
     base = None if recipe.base is None else _placed(recipe.base, place)
     inputs = tuple(_placed(entry, place) for entry in recipe.inputs)
     others = tuple(_placed(entry, place) for entry in recipe.others)
-    named = {entry.name for entry in inputs}
-    twin = next((entry for entry in inputs if base and base.name not in named and same_source(base, entry)), None)
-    if twin is not None:
+    if base and (twin := _twin(base, inputs)) is not None:
         raise RecipeError(
-            f"{recipe.where}: the base is the same model as {twin.name}, under another name: {twin.path}",
+            f"{recipe.where}: the base is the same model as {twin.name}, under another name",
+            found=[f"{base.name}   {file_of(base)}", f"{twin.name}   {file_of(twin)}"],
             advice="Write both in one way.",
         )
     return replace(recipe, inputs=inputs, base=base, others=others)
+
+
+def _twin(base: Input, inputs: Sequence[Input]) -> Input | None:
+    """The model that is the base as well, under another name: it would count as one more that differs in nothing."""
+    is_listed = any(entry.name == base.name for entry in inputs)
+    others = [entry for entry in inputs if not (is_listed and same_source(base, entry))]
+    known = _as_known(base)
+    return next((entry for entry in others if same_source(known, _as_known(entry))), None)
+
+
+def _as_known(entry: Input) -> Input:
+    """The input by the one path of its model, if it is no recipe."""
+    return replace(entry, source=known_by(entry.source)) if isinstance(entry.source, Path) else entry
 
 
 def _placed(entry: Input, place: Change) -> Input:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from streammerge.errors import CheckpointError, RecipeError, listed
-from streammerge.models.checkpoints import model_files
+from streammerge.models.located import known_by, model_files
 from streammerge.recipe.recipe import MAX_INPUTS
 from streammerge.recipe.scalars import number_of_text
 
@@ -98,8 +97,9 @@ def averaged(words: Sequence[str]) -> Averaged:
 
 def _check_each_once(checkpoints: Sequence[str]) -> None:
     """RecipeError if one is named twice, as where a folder is named beside a checkpoint that is in it."""
-    times = Counter(os.path.realpath(checkpoint) for checkpoint in checkpoints)
-    if twice := [checkpoint for checkpoint in checkpoints if times[os.path.realpath(checkpoint)] > 1]:
+    models = [known_by(Path(checkpoint)) for checkpoint in checkpoints]
+    times = Counter(models)
+    if twice := [checkpoint for checkpoint, model in zip(checkpoints, models, strict=True) if times[model] > 1]:
         raise RecipeError(
             "a checkpoint is named more than once, and would weigh as much more", found=twice, advice="Name it once."
         )

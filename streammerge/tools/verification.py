@@ -14,7 +14,8 @@ from streammerge.formats.companions import is_companion_name
 from streammerge.formats.pipelines import INDEX
 from streammerge.formats.safetensors import read_header
 from streammerge.formats.shards import SAFETENSORS, is_index
-from streammerge.models.checkpoints import Checkpoint, model_files, open_model
+from streammerge.models.checkpoints import Checkpoint, open_model
+from streammerge.models.located import model_files
 from streammerge.recipe.metadata import Recorded
 from streammerge.storage.hashing import file_sha256, read_sidecar, sidecar_beside
 from streammerge.storage.placing import name_within

@@ -63,6 +63,20 @@ def test_a_base_that_leaves_no_model_is_told(folder, capsys):
     assert "takes at least 1 model beside the base, found 0\n  One of the models is the same as the base" in told
 
 
+@pytest.mark.parametrize("base", ["folder", "folder/model.safetensors", "link.safetensors"])
+def test_a_base_that_is_a_model_under_another_name_is_refused(folder, capsys, base):
+    """It would count as one more model, of which the task vector is zero."""
+    Path("folder").mkdir()
+    Path("a.safetensors").replace("folder/model.safetensors")
+    Path("a.safetensors").symlink_to("folder/model.safetensors")
+    Path("link.safetensors").symlink_to("a.safetensors")
+    words = ("a.safetensors", "b.safetensors", "x.safetensors", "-m", "model_stock")
+    told = refused(capsys, *words, "--base", base)
+    assert f"the base is the same model as a, under another name\n  base   {Path(base).absolute()}\n  a   " in told
+    listed = refused(capsys, "b.safetensors", "a.safetensors", base, "-m", "model_stock", "--base", "a.safetensors")
+    assert "the base is the same model as" in listed
+
+
 @pytest.mark.parametrize(
     "words", [*itertools.permutations([("--drop", "*"), ("--keep", "norm"), ("--keep", "layers.1.*")])]
 )

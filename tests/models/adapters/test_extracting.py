@@ -335,6 +335,7 @@ def test_what_is_no_number_is_named_before_anything_is_written(tmp_path, capsys)
     [
         (["one"], "takes a model and its base"),
         (["base.safetensors", "base.safetensors", "--rank", "4"], "does not differ from itself"),
+        (["base.safetensors", "link.safetensors", "--rank", "4"], "does not differ from itself"),
         (["tuned.safetensors", "base.safetensors", "--rank", "4", "--dtype", "fp8_e4m3"], "not stored as float8"),
         (["tuned.safetensors", "base.safetensors", "--rank", "4", "--drop", "*"], "nothing of which an adapter"),
         (["tuned.safetensors:0.5", "base.safetensors", "--rank", "4"], "have no weights"),
@@ -345,6 +346,7 @@ def test_what_is_no_number_is_named_before_anything_is_written(tmp_path, capsys)
 def test_what_is_asked_wrongly_is_told(tmp_path, monkeypatch, capsys, words, said):
     models(tmp_path)
     monkeypatch.chdir(tmp_path)
+    Path("link.safetensors").symlink_to("base.safetensors")
     assert main(["extract", *words, "-o", "out.safetensors"]) == 1
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out.safetensors").exists()
