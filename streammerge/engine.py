@@ -58,6 +58,9 @@ from streammerge.workers.confirmation import Confirmed, confirm, confirm_finishe
 from streammerge.workers.machine import Machine
 from streammerge.workers.outcome import report_of
 
+Checking = Callable[[Plan], None]
+"""What raises OutputError for a plan whose output can't go where it is wanted."""
+
 
 def merge(recipe: Mergeable, *, output: str | os.PathLike[str], **options: Any) -> Report:  # noqa: ANN401
     """Merge to the output file or folder and say how it went; the options are the fields of `Options`.
@@ -105,8 +108,8 @@ def run_merge(
     written around the merge, which must be none of its files.
     """
     started = time.perf_counter()
-    with saying_what_is_on_disk(), planned(recipe, output, options) as plan:
-        check_place(plan, beside)
+    checking = functools.partial(check_place, beside=beside)
+    with saying_what_is_on_disk(), planned(recipe, output, options, checking=checking) as plan:
         return carry_out(plan, started, watch, tell, beside)
 
 
@@ -147,15 +150,19 @@ def planned(
     options: Options,
     *,
     measuring: Measuring | None = contextlib.nullcontext,
+    checking: Checking | None = None,
 ) -> Iterator[Plan]:
     """The plan of a merge, its inputs open for as long as the `with` statement lasts.
 
     What has to be measured before the header is known is, as `measuring` shows; without it the plan says what the
-    output is at the most. Whether the output may be written is for `check_place` to say.
+    output is at the most. Whether the output may be written is for `checking` to say, before that takes its time too.
     """
     opened = OpenInputs()
     try:
-        yield _plan(recipe, output, options, opened, measuring)
+        plan = _plan(recipe, output, options, opened, measuring, checking)
+        if checking is not None:
+            checking(plan)
+        yield plan
     except (Exception, SystemExit) as error:
         if (failure := method_failure(error)) is not None:
             raise failure from error
@@ -165,7 +172,12 @@ def planned(
 
 
 def _plan(
-    asked: Recipe | Model, output: Path, options: Options, opened: OpenInputs, measuring: Measuring | None
+    asked: Recipe | Model,
+    output: Path,
+    options: Options,
+    opened: OpenInputs,
+    measuring: Measuring | None,
+    checking: Checking | None,
 ) -> Plan:
     """The plan of a recipe, whose inputs are opened, or of a model that is none's."""
     recipe: Recipe | None = None
@@ -176,9 +188,13 @@ def _plan(
         merged = as_named(asked, options)
     check_folder(merged, recipe, output, options)
     merged = as_written(merged, output, options)
+    beside = functools.partial(beside_output, recipe=recipe, output=output, options=options)
     if measuring is not None and merged.factored is not None and merged.factored.has_to_be_measured:
         from streammerge.workers.measuring import with_measured_ranks  # late: only adapters of a rank are measured
 
+        if checking is not None:  # of what lies beside the weights some hangs on what isn't measured yet
+            named = replace(beside(merged), companions=())
+            checking(plan_merge(merged, output, options, opened.sources(merged), beside=named))
         with measuring() as watch:
             merged = with_measured_ranks(merged, output, options, opened, watch)
     planning = functools.partial(
@@ -188,7 +204,7 @@ def _plan(
         sources=opened.sources(merged),
         recipe=recipe,
         metadata=metadata_of(recipe, merged, options, opened),
-        beside=beside_output(merged, recipe, output, options),
+        beside=beside(merged),
     )
     return _planned_somewhere(options, lambda chosen: planning(options=chosen))
 

@@ -16,7 +16,7 @@ from streammerge.formats.claims import NOTHING, Claim, Claims, file_key, input_c
 from streammerge.formats.layout import OutputLayout, OutputName
 from streammerge.formats.shards import read_index
 from streammerge.plan.plan import Plan
-from streammerge.storage.hashing import sidecar_of
+from streammerge.storage.hashing import check_sidecar, sidecar_of
 from streammerge.storage.journal import journal_path
 from streammerge.storage.placing import folders_between
 
@@ -112,6 +112,8 @@ def check_place(plan: Plan, beside: Claims = NOTHING) -> None:
         check_upload(options.upload, plan.output)
     # an interrupted run may have put its output in place; whoever resumes it looks again
     check_output(plan, find_older(plan.output), beside + claims_beside(plan), may_exist=options.force or options.resume)
+    if options.hash and not options.resume:
+        check_sidecar(plan.output, force=options.force)
 
 
 def claims_beside(plan: Plan) -> Claims:

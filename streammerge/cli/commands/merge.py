@@ -82,8 +82,8 @@ def merge(output: Path, arguments: argparse.Namespace) -> int:
             kind_of_plot(show.plot)
         started = time.perf_counter()
         measuring = functools.partial(watching, "measure", quiet=show.quiet)
-        with planned(request.recipe, output, request.options, measuring=measuring) as plan:
-            check_place(plan, beside)
+        checking = functools.partial(check_place, beside=beside)
+        with planned(request.recipe, output, request.options, measuring=measuring, checking=checking) as plan:
             if show.verbose and not show.quiet:
                 show_plan(within_bounds(plan), every_tensor=True)
             with watching("merge", quiet=show.quiet) as watch:

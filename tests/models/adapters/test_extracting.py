@@ -433,3 +433,15 @@ def test_memory_is_what_the_plan_says(tmp_path, svd):
     }
     with pytest.raises(MergeError, match="too small"):
         streammerge.merge(recipe, output=tmp_path / "no.safetensors", max_ram="200MB")
+
+
+@pytest.mark.parametrize("there", ["out.safetensors", "out.safetensors.sha256"])
+def test_an_output_that_is_there_is_refused_before_anything_is_measured(tmp_path, monkeypatch, capsys, there):
+    """Spectra of a large model take minutes, for which nobody should wait in vain."""
+    models(tmp_path)
+    (tmp_path / there).write_text("mine")
+    monkeypatch.setattr("streammerge.workers.measuring.measured", lambda *_: pytest.fail("it was measured"))
+    words = [str(tmp_path / "tuned.safetensors"), str(tmp_path / "base.safetensors"), "--energy", "0.5", "--hash"]
+    assert main(["extract", *words, "-o", str(tmp_path / "out.safetensors")]) == 1
+    assert "exists" in capsys.readouterr().err
+    assert (tmp_path / there).read_text() == "mine"
