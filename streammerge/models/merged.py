@@ -12,7 +12,7 @@ from streammerge.compute.expressions import ModelStatistics, Node, stored_leaves
 from streammerge.compute.parts import unrounded
 from streammerge.formats.files import ByteFile
 from streammerge.formats.tables import Column
-from streammerge.models.adapters.adapted import Account
+from streammerge.models.adapters.accounts import Account
 from streammerge.models.decisions import Decision, Decisions, Expressions
 from streammerge.models.extent import Extent
 from streammerge.models.layers import Layers, layers_of

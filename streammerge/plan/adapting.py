@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from streammerge.compute.expressions import Node
+from streammerge.errors import PlanError, count, listed, plural
 from streammerge.methods.contract import ParameterValue
-from streammerge.models.adapters.adapted import Adapted, Given, Strength, adapted
+from streammerge.models.adapters.accounts import UNCHANGED, Account, Given, Strength
+from streammerge.models.adapters.adapted import adapted, adapted_in
 from streammerge.models.adapters.files import read_adapter
+from streammerge.models.adapters.reach import reaching
 from streammerge.models.adapters.recognition import refuse_adapters
 from streammerge.models.checkpoints import Checkpoint
 from streammerge.models.merged import Merged
-from streammerge.models.views import View, beneath
+from streammerge.models.views import beneath
 from streammerge.plan.tuning import Tuning
 from streammerge.recipe.parameters import WEIGHT
 from streammerge.recipe.recipe import Input, Recipe
@@ -48,22 +52,60 @@ def weight_of(value: ParameterValue) -> float:
 
 def told_of(merged: Merged, models: dict[str, Model]) -> Merged:
     """The merge, with the accounts of adapters that are in its inputs, and what is kept of these."""
-    own = [found for model in models.values() if (found := _adapted_in(model)) is not None]
+    own = [found for model in models.values() if (found := adapted_in(model)) is not None]
     inner = [account for model in models.values() for account in getattr(beneath(model), "accounts", ())]
     accounts = tuple(account for model in own for account in model.accounts)
     if not accounts and not inner:
         return merged
-    remarks = (remark for account in accounts for remark in account.remarks())
-    return replace(
-        merged,
-        remarks=(*dict.fromkeys(remarks), *merged.remarks),
-        accounts=(*accounts, *inner),
-        kept_bytes=merged.kept_bytes + sum(model.kept_bytes for model in own),
-    )
+    kept = sum(model.kept_bytes for model in own)
+    return replace(merged, accounts=(*accounts, *inner), kept_bytes=merged.kept_bytes + kept)
 
 
-def _adapted_in(model: Model) -> Adapted | None:
-    """The model with adapters in it that this is, or is a view of."""
-    while isinstance(model, View) and not isinstance(model, Adapted):
-        model = model.model
-    return model if isinstance(model, Adapted) else None
+def accounted(merged: Merged, recipe: Recipe) -> Merged:
+    """The whole merge, with accounts that are true of its output, and told; PlanError if one of its adapters changes
+    nothing there, unless what is missing may be.
+
+    What is merged with the weight 0 is asked for, and told alone.
+    """
+    if not merged.accounts:
+        return merged
+    accounts = tuple(reaching(merged.accounts, _what_may_be_changed(merged)))
+    if recipe.on_missing == "error" and _leaves_out(recipe):
+        _refuse_lost([account for account in accounts if account.is_lost])
+    told = tuple(dict.fromkeys(remark for account in accounts for remark in account.remarks()))
+
+    def with_accounts(made: Merged) -> Merged:
+        settle = made.settle
+        settled = None if settle is None else lambda spectra: with_accounts(settle(spectra))
+        return replace(made, accounts=accounts, remarks=(*told, *made.remarks), settle=settled)
+
+    return with_accounts(merged)
+
+
+def _what_may_be_changed(merged: Merged) -> Iterator[Node]:
+    """The output's tensors, but for those of which it is known that no adapter changes them."""
+    is_nested = isinstance(beneath(merged.layout), Merged) if merged.layout is not None else True
+    for name, fate in merged.decisions.told():
+        if fate.action != "dropped" and (is_nested or UNCHANGED not in fate.why):
+            yield merged.node(name)
+
+
+def _leaves_out(recipe: Recipe) -> bool:
+    """Whether tensors of the models are left out of the output, or taken from others, by this recipe or one in it."""
+    inner = (entry.source for entry in recipe.named.values() if isinstance(entry.source, Recipe))
+    is_part = bool(recipe.rules or recipe.only or recipe.prune or recipe.is_composed or recipe.mixture)
+    return is_part or recipe.ema != "keep" or any(map(_leaves_out, inner))
+
+
+def _refuse_lost(lost: list[Account]) -> None:
+    if lost:
+        raise PlanError(
+            f"{count(lost, 'adapter')} {plural(lost, 'changes', 'change')} nothing that is in the output",
+            found=[f"{account.adapter} in {account.model}   {listed(_tensors(account))}" for account in lost],
+            advice="Leave the adapter out, or less of the model: see --only, --drop, --take, --ema and the recipe's "
+            "rules. --on-missing keep writes what is asked for, without the adapter.",
+        )
+
+
+def _tensors(account: Account) -> list[str]:
+    return list(dict.fromkeys(name for tensors in account.nothing.values() for name in tensors))

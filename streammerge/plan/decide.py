@@ -8,12 +8,13 @@ from dataclasses import dataclass, field, replace
 
 from streammerge.compute.application import apply_method
 from streammerge.compute.costs import is_only
-from streammerge.compute.expressions import Node
+from streammerge.compute.expressions import Node, gives, is_stored
 from streammerge.errors import count, plural
 from streammerge.methods import find_method
 from streammerge.methods.place import Within
 from streammerge.methods.registry import Method
-from streammerge.models.adapters.adapted import Adapted
+from streammerge.models.adapters.accounts import UNCHANGED
+from streammerge.models.adapters.adapted import adapted_in, adapters_of
 from streammerge.models.adapters.recognition import refuse_adapters
 from streammerge.models.buffers import is_computed
 from streammerge.models.codes import Quantised, may_be_weights
@@ -293,6 +294,7 @@ class _Resolution:
                 return self._refuse(name, {model: quantised}, self.problems.uncopied)
             else:
                 node, why = self.values[model].node(name), f"{why}, decoded"
+        why += self._with_adapters(name, {model: node}, node)
         info = stored_as(node.info, dtype)
         cast = "" if info == node.info else f", stored as {info.dtype}"
         return Decision(name, "copied", f"from {model}: {why}{cast}", info, node)
@@ -348,22 +350,28 @@ class _Resolution:
         nodes = [fitting.nodes[model] for model in self.input_names]  # one may be given twice: as the base, too
         node = apply_method(self.method, output, parameters, nodes, name, seed, self.within)
         self.meaning.note_merged(name, node, inputs)
-        changing = self._adapters_of(name)
-        if self.is_baking and not changing and is_only(node, nodes[0]):
-            return self._copy(name, self.layout_name, "no adapter changes it", dtype)
+        if self.is_baking and self._is_unchanged(name, node, nodes[0]):
+            return self._copy(name, self.layout_name, UNCHANGED, dtype)
         node, why = self._placed(name, self.ensemble.joined(node), output.dtype), f"{self.method.name}{fitting.why}"
-        why += f", with {' and '.join(changing)}" if changing else ""
+        why += self._with_adapters(name, inputs, node)
         return Decision(name, "merged", why, node.info, node, parameters, self.tuning.block(name, rule))
 
     @functools.cached_property
     def is_baking(self) -> bool:
         """Whether one model is made, of itself and of adapters."""
-        return len(self.input_names) == 1 and isinstance(self.models[self.input_names[0]], Adapted)
+        return len(self.input_names) == 1 and adapted_in(self.models[self.input_names[0]]) is not None
 
-    def _adapters_of(self, name: str) -> list[str]:
-        """The adapters of any input that change a tensor."""
-        adapted = (model for model in map(self.models.get, self.input_names) if isinstance(model, Adapted))
-        return list(dict.fromkeys(adapter for model in adapted for adapter in model.adapters_of(name)))
+    def _is_unchanged(self, name: str, node: Node, own: Node) -> bool:
+        """Whether a tensor is the model's, as it was before adapters were put into it."""
+        changing = adapters_of(self.models[self.input_names[0]], name)
+        return is_only(node, own) and (changing == [] or (changing is None and is_stored(own)))
+
+    def _with_adapters(self, name: str, inputs: Mapping[str, Node], made: Node) -> str:
+        """Which adapters of any input change a tensor, in words: of those inputs of which something is in it."""
+        found = {model: adapters_of(self.models[model], name) or [] for model in inputs}
+        own = (each for model, each in found.items() if each and gives(inputs[model], made))
+        changing = dict.fromkeys(adapter for each in own for adapter in each)
+        return f", with {' and '.join(changing)}" if changing else ""
 
     def _placed(self, name: str, node: Node, dtype: DType) -> Node:
         """The tensor in the layout's shape: what it doesn't reach is the layout's."""

@@ -29,7 +29,7 @@ from streammerge.models.prefixes import Prefixed
 from streammerge.models.slices import LayerRange, Span, stacked
 from streammerge.models.tied import with_heads
 from streammerge.models.wrappers import unwrapped
-from streammerge.plan.adapting import told_of, with_adapters
+from streammerge.plan.adapting import accounted, told_of, with_adapters
 from streammerge.plan.decide import merge_models
 from streammerge.plan.naming import of_models
 from streammerge.plan.sources import Sources
@@ -82,6 +82,10 @@ class OpenInputs:
 
         Nested recipes that are equal are gone through once, unless random numbers have to differ.
         """
+        made = self._made(recipe, within, naming, part)
+        return made if within else accounted(made, recipe)
+
+    def _made(self, recipe: Recipe, within: Within, naming: Naming | Dialect | None, part: PartOf | None) -> Merged:
         if recipe.by_module:
             return self._assembly(recipe, within, of_models(naming))
         if recipe.is_stack:

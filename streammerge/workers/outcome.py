@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from streammerge.compute.machine import may_have_cards, peak_resident_bytes
-from streammerge.models.adapters.accounts import changes_of
 from streammerge.models.adapters.kept import told_of_factors
+from streammerge.models.adapters.movement import changes_of
 from streammerge.plan.plan import Plan
 from streammerge.report import Elsewhere, InputFile, Report
 from streammerge.storage.hashing import FileHashes, hashes_by_file, stale_sidecar

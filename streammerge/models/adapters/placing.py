@@ -1,0 +1,180 @@
+"""Which tensors of a model the modules of an adapter change, and what of it doesn't fit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from streammerge.errors import SHOWN, PlanError, count, plural
+from streammerge.models.adapters.accounts import Account, Given
+from streammerge.models.adapters.changes import Change
+from streammerge.models.adapters.targets import Targets
+from streammerge.models.configs import embedding_and_head
+from streammerge.models.dialects import Source
+from streammerge.models.views import Decoded
+from streammerge.tensors import TensorInfo, described
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """A module's part in a tensor: rows [start, stop) of it are changed as rows from `first` on of the module's are."""
+
+    given: Given
+    module: str
+    part: str
+    start: int
+    stop: int
+    first: int
+    turned: bool = False
+
+
+@dataclass
+class Placing:
+    """The work of `adapted` for one adapter: finds each module's tensors, and collects what doesn't fit."""
+
+    name: str
+    model: Decoded
+    targets: Targets
+    given: Given
+    uses: dict[str, list[Use]]
+    resized: dict[str, TensorInfo]
+    drop: bool
+    left: dict[str, str] = field(default_factory=dict)
+    """The modules that aren't in the model, each with the part that it would change there."""
+    misfits: list[str] = field(default_factory=list)
+    tensors: set[str] = field(default_factory=set)
+    placed: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    told: Counter[str] = field(default_factory=Counter)
+    kinds: set[str] = field(default_factory=set)
+
+    def account(self) -> Account:
+        """Go through all modules; PlanError with all of a kind that is wrong."""
+        adapter = self.given.adapter
+        for module in adapter.roles:
+            self._place(module)
+        self._refuse()
+        told = [
+            f"{count(range(number), 'module')} {'has' if number == 1 else 'have'} {what}: it counts as the rank"
+            for what, number in self.told.items()
+        ]
+        told += self._told_of_tokens()
+        return Account(self.name, self.model, self.given, self.placed, tuple(self.left), tuple(told))
+
+    def _told_of_tokens(self) -> Iterator[str]:
+        """What has to be known of a vocabulary that was resized, and of an embedding that is the output's too."""
+        for name in sorted(self.resized.keys() & self.tensors):
+            now, before = self.resized[name].shape[0], self.model.tensors[name].shape[0]
+            told = "the tokenizer that goes with them is the adapter's, not the model's"
+            yield f"{name} has {now:,} rows by it, and had {before:,}: {told}"
+        embedding, head = embedding_and_head(self.model.tensors)
+        if embedding in self.tensors and not head and self.kinds != {"tokens"}:
+            yield f"it changes {embedding}: where a head is tied to that, so that it isn't stored, it changes too"
+
+    def _place(self, module: str) -> None:
+        changes = self.given.adapter.changes(module)
+        found = {part: self.targets.find(module, part) for part in changes}
+        lacking = [part for part, source in found.items() if source is None and not changes[part].optional]
+        if lacking:
+            self.left[module] = lacking[0]
+            return
+        for part, source in found.items():
+            if source is not None:
+                self._use(module, part, changes[part], source)
+        first = next(iter(changes.values()))
+        self.kinds.add(first.kind)
+        self.told.update([first.told] if first.told else [])
+
+    def _use(self, module: str, part: str, change: Change, source: Source) -> None:
+        if problem := self._misfit(change, source):
+            self.misfits.append(f"{module}.{part}   {problem}")
+            return
+        if other := self._overlapped(source):
+            self.misfits.append(f"{module}.{part}   {other} changes {', '.join(source.tensors)} too")
+            return
+        if change.resizes(source.info.shape) and self.given.strength(source.tensors[0]):
+            self.resized[source.tensors[0]] = described(source.info.dtype, change.shape)
+        first = 0
+        for piece in source.pieces:
+            height = piece.stop - piece.start
+            use = Use(self.given, module, part, piece.start, piece.stop, first, source.transposed)
+            self.uses.setdefault(piece.tensor, []).append(use)
+            first += height
+        self.tensors.update(source.tensors)
+        self.placed[module] = (*self.placed.get(module, ()), *source.tensors)
+
+    def _overlapped(self, source: Source) -> str:
+        """Another module of the adapter that changes some of the same rows; nothing if there is none."""
+        for piece in source.pieces:
+            for use in self.uses.get(piece.tensor, ()):
+                if use.given is self.given and use.start < piece.stop and piece.start < use.stop:
+                    return use.module
+        return ""
+
+    def _misfit(self, change: Change, source: Source) -> str:
+        """Why a change can't be made to a tensor; nothing if it can."""
+        names = ", ".join(source.tensors)
+        infos = [self.model.tensors[name] for name in source.tensors]
+        if any(name in self.model.left for name in source.tensors):
+            return f"{names} is quantised in a way that streammerge can't decode"
+        if not all(info.dtype.mergeable for info in infos):
+            return f"{names} is {infos[0].dtype}, which is never changed"
+        if len(source.pieces) > 1 and not change.is_linear:
+            return f"{change.kind} of what is several tensors here: {names}"
+        if source.transposed and not change.can_be_turned:
+            return f"{change.kind} of {names}, which lies transposed"
+        if not self.resized.keys().isdisjoint(source.tensors):
+            return f"another adapter has given {names} other rows"
+        if change.resizes(source.info.shape) and {*source.tensors} <= {*embedding_and_head(self.model.tensors)}:
+            is_whole = self.given.strength(names) in (0, 1)
+            return (
+                ""
+                if is_whole
+                else f"has {change.shape[0]} rows, and {names} {infos[0].shape[0]}: its weight has to be 1"
+            )
+        if not change.fits(source.info.shape):
+            return f"changes {list(change.shape)}, and {names} is {list(source.info.shape)}"
+        return ""
+
+    def _check_vocabulary(self) -> None:
+        """Add to what doesn't fit where the input's embedding and the output's come to have different rows."""
+        names = [name for name in embedding_and_head(self.model.tensors) if name]
+        before, after = ({found[name].shape[0] for name in names} for found in (self.model.tensors, self._after))
+        if len(before) == 1 and len(after) > 1:
+            rows = (f"{self._after[name].shape[0]} rows of {name}" for name in names)
+            self.misfits.append(f"it comes to {' and '.join(rows)}, of which there should be as many")
+
+    @property
+    def _after(self) -> Mapping[str, TensorInfo]:
+        return {**self.model.tensors, **self.resized}
+
+    def _refuse(self) -> None:
+        if self.resized:
+            self._check_vocabulary()
+        if self.misfits:
+            raise PlanError(
+                f"{self.given.name}: {count(self.misfits, 'module')} of {len(self.given.adapter):,} "
+                f"{plural(self.misfits, 'does', 'do')} not fit the tensors of {self.name}",
+                found=self.misfits,
+                advice="Name the model that the adapter was made for.",
+            )
+        everything = f"{len(self.given.adapter):,}"
+        if self.left and len(self.left) == len(self.given.adapter):
+            raise PlanError(
+                f"{self.given.name}: none of its modules ({everything}) is in {self.name}",
+                found=list(self._told()),
+                advice="Name the model that the adapter was made for, or leave the adapter out.",
+            )
+        if self.left and not self.drop:
+            raise PlanError(
+                f"{self.given.name}: {count(self.left, 'module')} of {everything} "
+                f"{plural(self.left, 'is', 'are')} not in {self.name}",
+                found=list(self._told()),
+                advice="Name the model that the adapter was made for, or leave them out with --on-missing drop.",
+            )
+
+    def _told(self) -> Iterator[str]:
+        """The modules that aren't in the model; beside those that are shown, what is nearest there."""
+        for number, (module, part) in enumerate(self.left.items()):
+            near = self.targets.near(module, part) if number < SHOWN else ""
+            yield f"{module}.{part}" + (f"   the nearest: {near}" if near else "")
