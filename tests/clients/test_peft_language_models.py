@@ -12,7 +12,7 @@ import pytest
 
 from streammerge.cli.main import main
 from tests.clients.test_peft_adapters import tensors_of
-from tests.make.models import merge_to, normal, save_model
+from tests.make.models import load_model, merge_to, normal, save_model
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -95,3 +95,51 @@ def test_tokens_that_were_added(tmp_path, targets):
     assert made.config.vocab_size == 24
     for name, tensor in tensors_of(made).items():
         assert right[name].allclose(tensor, rtol=1e-5, atol=2e-6), name
+
+
+MIXTURE = {
+    **LLAMA,
+    "moe_intermediate_size": 12,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "head_dim": 8,
+    "layer_types": ["full_attention"],
+}
+GATE_UP, DOWN = "experts.gate_up_proj", "experts.down_proj"
+OF_PARAMETERS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
+    "Qwen3 MoE": ("Qwen3Moe", [GATE_UP, DOWN], {}),
+    "of one, and a module": ("Qwen3Moe", [DOWN], {"target_modules": ["q_proj"]}),
+    "the router": ("Qwen3Moe", ["gate_up_proj", "mlp.gate.weight"], {"target_modules": ["q_proj"]}),
+    "patterns": (
+        "Qwen3Moe",
+        [GATE_UP, DOWN],
+        {"rank_pattern": {"gate_up_proj": 3}, "alpha_pattern": {"mlp.experts.down_proj": 5}, "use_rslora": True},
+    ),
+    "Mixtral": ("Mixtral", [GATE_UP, DOWN], {}),
+    "gpt-oss": ("GptOss", [GATE_UP, DOWN], {}),
+    "gpt-oss, biases": ("GptOss", [GATE_UP, DOWN, f"{GATE_UP}_bias", f"{DOWN}_bias"], {}),
+}
+
+
+@pytest.mark.parametrize("case", OF_PARAMETERS)
+def test_parameters(tmp_path, case):
+    """Qwen's and Mixtral's experts are one tensor for PEFT, and files have them each apart."""
+    kind, targets, more = OF_PARAMETERS[case]
+    transformers.set_seed(0)
+    made = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**MIXTURE))
+    made.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(**{"r": 2, "lora_alpha": 3, "target_modules": [], "target_parameters": targets, **more})
+    model = peft.get_peft_model(made, config)
+    for number, (_, parameter) in enumerate(model.named_parameters()):
+        if parameter.requires_grad:
+            parameter.data = normal(parameter.shape, number, scale=0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    again = type(made).from_pretrained(tmp_path / "base", dtype="float32")
+    peft.PeftModel.from_pretrained(again, tmp_path / "adapter").merge_and_unload().save_pretrained(tmp_path / "right")
+    right, before = (load_model(tmp_path / name / "model.safetensors") for name in ("right", "base"))
+    given = {"model": str(tmp_path / "base"), "adapters": [str(tmp_path / "adapter")]}
+    found = merge_to(tmp_path / "out", {"merge_method": "linear", "models": [given]})
+    assert found.keys() == right.keys()
+    assert sum(not right[name].equal(before[name]) for name in right) >= 2
+    for name, tensor in right.items():
+        assert found[name].allclose(tensor, rtol=1e-5, atol=2e-6), name

@@ -48,7 +48,7 @@ class Row:
 
     def __str__(self) -> str:
         rank = f", rank {self.rank}" if self.rank else ""
-        return f"{self.module} → {', '.join(self.tensors)}: {self.kind}{rank}, scale {self.scale:g} × {self.weight:g}"
+        return f"{self.module} → {listed(self.tensors)}: {self.kind}{rank}, scale {self.scale:g} × {self.weight:g}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

@@ -61,7 +61,7 @@ class Adapted(View):
 
 
 def _used(use: Use, node: Node, strength: float) -> Node:
-    change, height = _change(use), use.stop - use.start
+    change, height = _change(use).seen_as(node.info.shape), use.stop - use.start
     if change.is_linear and change.shape and change.shape[0] != height:
         change = change.of_rows(use.first, use.first + height)
     if height == rows(node.info):

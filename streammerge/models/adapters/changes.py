@@ -102,6 +102,10 @@ class Change:
             return replace(self, shape=self.shape[::-1], axis=1 - self.axis)
         return replace(self, shape=self.shape[::-1], value=transposed(self.value))
 
+    def seen_as(self, shape: Sequence[int]) -> Change:
+        """The same for a tensor of this shape, where several may be meant."""
+        return self
+
     def of_rows(self, start: int, stop: int) -> Change:
         """What it does to rows [start, stop) alone; linear ones only."""
         return replace(self, shape=(stop - start, *self.shape[1:]), value=rows_of(self.value, start, stop))

@@ -29,10 +29,17 @@ ALPHAS: Final[Mapping[str, str]] = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR
 CHANGED_BASES: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to begin a LoRA that change the model's own weights too: without that change the LoRA means nothing."""
 
+NO_CHANGES: Final[Mapping[str, str]] = {
+    "alora_invocation_tokens": "an activated LoRA, which changes nothing before certain tokens",
+    "arrow_config": "a router among several adapters (Arrow)",
+    "use_bdlora": "a LoRA of block-diagonal factors",
+}
+"""Keys of PEFT's LoRAs that are no change of weights, or another one, and what each of them makes it."""
+
 MOST_TERMS: Final = 1000
 """The most terms of a series that are added up."""
 
-_PLAIN: Final = re.compile(r"[\w.^$\\-]*")
+_PLAIN: Final = re.compile(r"(?:\.\*\\?\.)?[\w.^$\\-]*")
 """A pattern of names that can't take long to match."""
 
 
@@ -50,7 +57,8 @@ class Config:
     """How strong a module's change is, where it isn't told by tensors: s = α/r, or α/√r if it is rank-stabilised.
 
     `where` is what errors call it. `fan_in_fan_out` says that weights lie transposed in the model. `tokens` are those
-    that were trained alone, by the end of a module's name, or of any under "". `said` is all that the file says.
+    that were trained alone, by the end of a module's name, or of any under "". `parameters` are the ends of names of
+    tensors that are changed by themselves, and not as their module's weight. `said` is all that the file says.
     """
 
     where: str
@@ -63,6 +71,7 @@ class Config:
     fan_in_fan_out: bool = False
     turning: Turning | None = None
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    parameters: tuple[str, ...] = ()
     said: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def scale(self, module: str, rank: int) -> float:
@@ -75,6 +84,11 @@ class Config:
     def rank(self, module: str) -> int:
         """The rank that a module is said to have, 0 if nothing is said."""
         return next((each for pattern, each in self.ranks.items() if fits(pattern, module)), self.usual_rank)
+
+    def has_module(self, module: str) -> bool:
+        """Whether it names the module as one that is changed as a whole,."""
+        named = self.said.get("target_modules")
+        return isinstance(named, list) and any(f".{module}".endswith(f".{end}") for end in named)
 
     def tokens_of(self, module: str) -> tuple[int, ...]:
         """The tokens of a module that were trained alone, in the order of their rows."""
@@ -131,11 +145,8 @@ def _config(raw: Mapping[str, Any], where: str) -> Config:
             f"{where}: it stacks layers anew (layer_replication), which is not done here",
             advice="Stack the model's layers first (slices: in a recipe), and bake an adapter without that key.",
         )
-    if raw.get("target_parameters"):
-        raise CheckpointError(
-            f"{where}: it changes parameters, such as fused experts (target_parameters), which is not read",
-            advice="Put it into its model with PEFT's merge_and_unload, and name what that saves.",
-        )
+    if other := next((what for key, what in NO_CHANGES.items() if raw.get(key)), ""):
+        raise CheckpointError(f"{where}: it is {other}: it can't be put into a model")
     usual = Config(where, kind, fan_in_fan_out=bool(raw.get("fan_in_fan_out", False)))
     if kind == "ADALORA":
         alpha = _number(raw.get("lora_alpha", 8), where, "lora_alpha")
@@ -150,6 +161,7 @@ def _config(raw: Mapping[str, Any], where: str) -> Config:
         usual_rank=rank,
         ranks={pattern: int(each) for pattern, each in _patterns(raw, "rank_pattern", where).items()},
         is_rank_stabilised=bool(raw.get("use_rslora", False)),
+        parameters=_names(raw, "target_parameters", where),
     )
 
 
@@ -173,6 +185,14 @@ def _tokens(raw: Mapping[str, Any], where: str) -> dict[str, tuple[int, ...]]:
         if not is_list or len(set(numbers)) < len(numbers):
             raise CheckpointError(f"{where}: trained tokens must be a list of different numbers, found {numbers!r}")
     return {str(end): tuple(numbers) for end, numbers in by_module.items()}
+
+
+def _names(raw: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
+    """A list of names, each once."""
+    found = raw.get(key) or []
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise CheckpointError(f"{where}: {key} must be a list of names, found {found!r}")
+    return tuple(dict.fromkeys(found))
 
 
 def _patterns(raw: Mapping[str, Any], key: str, where: str) -> dict[str, float]:

@@ -15,6 +15,7 @@ from streammerge.compute.expressions import ByBlock, Node, Product, Viewed
 from streammerge.compute.matrices import permuted, transposed, vector, zeros
 from streammerge.compute.parts import in_shape, rows_of
 from streammerge.models.adapters.changes import MULTIPLY, Change
+from streammerge.models.adapters.experts import of_parameter
 from streammerge.models.adapters.modules import Changes, Malformed, Module
 from streammerge.models.adapters.rotations import input_butterfly, input_rotation, rotation
 from streammerge.models.adapters.tokens import tokens
@@ -23,6 +24,8 @@ from streammerge.tensors import DTYPES, TensorInfo
 
 def _lora(module: Module) -> Changes:
     """Δ = B A, as a convolution's kernels B A[…], with a core between them Σₙₘ B[o, n] C[n, m, …] A[m, i]."""
+    if module.parameter:
+        return of_parameter(module)
     up, down = module.part("up", 2), module.part("down", 2)
     change = module.turned(_low_rank(module, up, down))
     if "magnitude" in module or "dora_scale" in module:

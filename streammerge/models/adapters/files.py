@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from streammerge.compute.expressions import Node
 from streammerge.errors import CheckpointError, count
 from streammerge.models.adapters.config import Config, config_of, read_configs
 from streammerge.models.adapters.decompositions import SAVED, changes_of
+from streammerge.models.adapters.experts import parameters_of
 from streammerge.models.adapters.modules import Changes, Malformed, Module
 from streammerge.models.adapters.parts import INVERSION, sorted_parts
 from streammerge.models.adapters.recognition import find_adapter
@@ -19,12 +20,16 @@ from streammerge.models.checkpoints import Checkpoint
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """An adapter, its file open: `roles` has of each module which tensor plays which role in it."""
+    """An adapter, its file open: `roles` has of each module which tensor plays which role in it.
+
+    `parameters` has of those that are wrappers of one which it is.
+    """
 
     checkpoint: Checkpoint
     roles: Mapping[str, Mapping[str, str]]
     shared: Mapping[str, str]
     configs: Mapping[str, Config]
+    parameters: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.roles)
@@ -33,9 +38,8 @@ class Adapter:
         """What a module changes, made again when it is asked for; Malformed if its parts don't make anything."""
         roles, nodes = self.roles[module], self.checkpoint.nodes
         config = config_of(self.configs, module)
-        return changes_of(
-            Module(module, {role: nodes[name] for role, name in roles.items()}, roles, config, self._shared)
-        )
+        own = {role: nodes[name] for role, name in roles.items()}
+        return changes_of(Module(module, own, roles, config, self._shared, self.parameters.get(module, "")))
 
     @functools.cached_property
     def _shared(self) -> Mapping[str, Node]:
@@ -54,7 +58,13 @@ def read_adapter(checkpoint: Checkpoint, path: str) -> Adapter:
         raise CheckpointError(f"{where}: is empty, and no adapter")
     if not configs and not found.kinds and SAVED.issuperset(role for roles in found.modules.values() for role in roles):
         _refuse_models(checkpoint)
-    adapter = Adapter(checkpoint, found.modules, found.shared, configs)
+    try:
+        parameters = parameters_of(found.modules, configs[""]) if "" in configs else {}
+    except ValueError as error:
+        raise CheckpointError(
+            f"{where}: {error}", advice="Put it into its model with PEFT's merge_and_unload, and name what that saves."
+        ) from None
+    adapter = Adapter(checkpoint, found.modules, found.shared, configs, parameters)
     problems = [*found.problems, *_malformed(adapter)]
     if problems:
         raise CheckpointError(

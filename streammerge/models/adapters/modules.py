@@ -5,12 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from streammerge.compute.expressions import Node
 from streammerge.models.adapters.changes import Change
 from streammerge.models.adapters.config import Config
 from streammerge.models.adapters.dialects import PEFT
 from streammerge.models.adapters.numbers import can_be_read, number_of
+
+WRAPPED: Final = ".base_layer"
+"""What the name of a wrapper within another has behind the module's."""
+
+
+def bare(module: str) -> str:
+    """A module's name without what says how deep a wrapper lies in it."""
+    while module.endswith(WRAPPED):
+        module = module.removesuffix(WRAPPED)
+    return module
 
 
 class Malformed(Exception):  # noqa: N818  (a word for the user, gathered with others into one error)
@@ -19,21 +30,26 @@ class Malformed(Exception):  # noqa: N818  (a word for the user, gathered with o
 
 @dataclass(frozen=True)
 class Module:
-    """A module of an adapter: its name, its parts' expressions and names by role, and what all modules share."""
+    """A module of an adapter: its name, its parts' expressions and names by role, and what all modules share.
+
+    A wrapper of a single `parameter` of the model's module says so.
+    """
 
     name: str
     nodes: Mapping[str, Node]
     names: Mapping[str, str]
     config: Config | None = None
     shared: Mapping[str, Node] | None = None
+    parameter: str = ""
 
     def __contains__(self, role: str) -> bool:
         return role in self.nodes
 
     @property
     def own_name(self) -> str:
-        """What the model calls the module, as PEFT's configs do."""
-        return self.name.removeprefix(PEFT)
+        """What the model calls the module, or the parameter, as PEFT's configs do."""
+        name = self.name.removeprefix(PEFT)
+        return f"{bare(name)}.{self.parameter}" if self.parameter else name
 
     def part(self, role: str, dimensions: int = 0) -> Node:
         """The part of this role; Malformed if it is missing, is empty, or has fewer dimensions than it needs."""

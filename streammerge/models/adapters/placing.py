@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from streammerge.errors import SHOWN, PlanError, count, plural
+from streammerge.errors import SHOWN, PlanError, count, listed, plural
 from streammerge.models.adapters.accounts import Account, Given
 from streammerge.models.adapters.changes import Change
+from streammerge.models.adapters.experts import Experts
+from streammerge.models.adapters.modules import bare
 from streammerge.models.adapters.targets import Targets
 from streammerge.models.configs import embedding_and_head
 from streammerge.models.dialects import Source
@@ -73,7 +75,7 @@ class Placing:
 
     def _place(self, module: str) -> None:
         changes = self.given.adapter.changes(module)
-        found = {part: self.targets.find(module, part) for part in changes}
+        found = {part: self._found(module, part, change) for part, change in changes.items()}
         lacking = [part for part, source in found.items() if source is None and not changes[part].optional]
         if lacking:
             self.left[module] = lacking[0]
@@ -84,6 +86,33 @@ class Placing:
         first = next(iter(changes.values()))
         self.kinds.add(first.kind)
         self.told.update([first.told] if first.told else [])
+
+    def _found(self, module: str, part: str, change: Change) -> Source | None:
+        """The tensor that a module's part is: of experts those of all of them, which may lie transposed."""
+        if not isinstance(change, Experts):
+            return self.targets.find(bare(module), part)
+        source = self.targets.experts(bare(module), part)
+        if source is None or not change.fits(source.info.shape):
+            return source
+        is_turned = self._lies(module, change, source)
+        if is_turned is None:
+            told = "has square matrices, and nothing tells whether they lie transposed"
+            self.misfits.append(f"{module}.{part}   {listed(source.tensors)} {told}")
+        return replace(source, transposed=bool(is_turned))
+
+    def _lies(self, module: str, change: Experts, source: Source) -> bool | None:
+        """Whether the matrices of experts lie transposed: square ones as others of their layer do; None if none tell.
+
+        PEFT knows experts that are stored apart as one tensor since it says its version, and then none lie transposed.
+        """
+        told = change.lies(source.info.shape)
+        others = (other for other in self.given.adapter.parameters if bare(other) == bare(module) and other != module)
+        for other in others if told is None else ():
+            for part, beside in self.given.adapter.changes(other).items():
+                found = self.targets.experts(bare(other), part)
+                told = beside.lies(found.info.shape) if found and isinstance(beside, Experts) else told
+        has_version = any("peft_version" in config.said for config in self.given.adapter.configs.values())
+        return False if told is None and len(source.pieces) > 1 and has_version else told
 
     def _use(self, module: str, part: str, change: Change, source: Source) -> None:
         if problem := self._misfit(change, source):
@@ -113,7 +142,7 @@ class Placing:
 
     def _misfit(self, change: Change, source: Source) -> str:
         """Why a change can't be made to a tensor; nothing if it can."""
-        names = ", ".join(source.tensors)
+        names = listed(source.tensors)
         infos = [self.model.tensors[name] for name in source.tensors]
         if any(name in self.model.left for name in source.tensors):
             return f"{names} is quantised in a way that streammerge can't decode"

@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from streammerge.models.adapters.dialects import ANY, PEFT, PREFIXES, underscored
+from streammerge.models.adapters.experts import sources_of
 from streammerge.models.adapters.synonyms import language_paths, with_text_model, xlabs_paths
 from streammerge.models.dialects import Source, recognise
 from streammerge.models.dialects.pieces import rows, whole
 from streammerge.models.dialects.places import ROLES, Role
 from streammerge.models.dialects.recognition import moved
+from streammerge.models.mixtures.layouts import Block, blocks_of
 from streammerge.tensors import TensorInfo, described
 
 
@@ -39,6 +41,16 @@ class Targets:
                 return whole(f"{rest}.{part}", self.tensors[f"{rest}.{part}"])
         meant = self._meant(module, part)
         return meant[0] if len(meant) == 1 else None
+
+    def experts(self, module: str, parameter: str) -> Source | None:
+        """The tensor, or the tensors one below the other, that a parameter of a layer's experts is."""
+        found = self.find(module, parameter)
+        return found or sources_of(module.removeprefix(PEFT), parameter, self._blocks, self.tensors)
+
+    @functools.cached_property
+    def _blocks(self) -> Mapping[str, Block]:
+        """The experts of every layer."""
+        return blocks_of(self.tensors)
 
     def _meant(self, module: str, part: str) -> list[Source]:
         """The tensors that a name may mean, in all components that it may be of: each once."""

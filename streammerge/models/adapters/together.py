@@ -12,7 +12,7 @@ from streammerge.models.adapters.changes import Change
 from streammerge.models.adapters.config import Config, config_of
 from streammerge.models.adapters.dialects import SPELLINGS, Dialect
 from streammerge.models.adapters.files import Adapter
-from streammerge.models.adapters.matching import Matched, matched
+from streammerge.models.adapters.matching import BAKE, Matched, matched
 from streammerge.models.adapters.meanings import Part
 from streammerge.models.adapters.products import as_lora, lifted
 from streammerge.tensors import DType
@@ -48,6 +48,15 @@ class Together:
 
     adapters: Mapping[str, Adapter]
     names: Dialect | None = None
+
+    def __post_init__(self) -> None:
+        files = self.adapters.items()
+        if found := [f"{name}   {module}" for name, file in files for module in [*file.parameters][:1]]:
+            raise PlanError(
+                "adapters of parameters (target_parameters), such as experts in one tensor, are not merged with others",
+                found=found,
+                advice=BAKE,
+            )
 
     @functools.cached_property
     def matched(self) -> Matched:

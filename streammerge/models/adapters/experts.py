@@ -1,0 +1,187 @@
+"""PEFT's LoRA of a parameter (`target_parameters`): of all experts of a layer in one tensor, or of a plain matrix.
+
+    Δ[e] = Bₑ Aₑ        A[e·r + k, i], B[o, k·E + e]: the ranks of experts one after the other in A, by turns in B
+
+A module has a wrapper for each of its parameters that is changed, one around the other, in the order in which the model
+made the parameters; the adapter's names say how deep a wrapper lies (`base_layer`), and not which parameter is its own.
+Whether matrices lie transposed, which hangs on versions, the shapes tell.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from streammerge.compute.expressions import Joined, Node, Product, Viewed
+from streammerge.compute.parts import rows_of, transposed
+from streammerge.models.adapters.changes import Change
+from streammerge.models.adapters.config import Config
+from streammerge.models.adapters.dialects import PEFT
+from streammerge.models.adapters.modules import Changes, Malformed, Module, bare
+from streammerge.models.adapters.synonyms import language_paths
+from streammerge.models.dialects.pieces import Piece, Source, rows, whole
+from streammerge.models.mixtures.layouts import Block, Tensors
+from streammerge.tensors import DTYPES, TensorInfo, described
+
+KIND: Final = "LoRA of experts"
+
+ORDER: Final = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+"""In which order models make the parameters of their experts: the first is wrapped first."""
+
+_OF_EXPERTS: Final = re.compile(r"(?P<layer>(?:.*\.)?layers\.\d+\.)(?:block_sparse_moe|mlp|feed_forward)\.experts")
+
+
+def parameters_of(modules: Iterable[str], config: Config) -> dict[str, str]:
+    """Which parameter is changed by each of the modules that are wrappers of one; ValueError where nobody can tell."""
+    wrappers: dict[str, list[str]] = {}
+    for module in modules if config.parameters else ():
+        wrappers.setdefault(bare(module), []).append(module)
+    found: dict[str, str] = {}
+    for module, own in wrappers.items():
+        path = module.removeprefix(PEFT)
+        is_plain = own == [module] and config.has_module(path)
+        called = [] if is_plain else _called(path, config.parameters, len(own))
+        if own == [module] and not called:
+            continue  # a module, and no wrapper
+        if len(called) != len(own) or (len(called) > 1 and not {*called} <= {*ORDER}):
+            told = f"has {len(own)} parameters that are changed, called {' and '.join(called) or 'nobody knows how'}"
+            raise ValueError(f"{module}   {told}: nobody can tell which are which")
+        in_order = sorted(called, key=ORDER.index) if len(called) > 1 else called
+        found.update(zip(sorted(own, key=len, reverse=True), in_order, strict=True))
+    return found
+
+
+def _called(module: str, targets: Sequence[str], number: int) -> list[str]:
+    """What the parameters of a module are called that keys of `target_parameters` mean, if there are so many.
+
+    A key without a dot may be any module's, and is not this one's if there are enough that name it.
+    """
+    parted = [key.rpartition(".") for key in targets]
+    own = [name for where, _, name in parted if where and f".{module}".endswith(f".{where}")]
+    return own if len(own) >= number else own + [name for where, _, name in parted if not where]
+
+
+@dataclass(frozen=True)
+class Experts(Change):
+    """A change of many matrices, one for each expert, Bₑ Aₑ; of a tensor of three dimensions, or of one for each of
+    them, one below the other. `of_all` are B and A of all; they are turned if each matrix lies transposed."""
+
+    of_all: tuple[Node, Node] | None = None
+    is_turned: bool = False
+
+    @property
+    def both(self) -> tuple[Node, Node]:
+        """B and A of all experts."""
+        assert self.of_all is not None
+        return self.of_all
+
+    @property
+    def count(self) -> int:
+        """How many experts there are."""
+        return self.both[1].info.shape[0] // self.rank
+
+    @property
+    def height(self) -> int:
+        """How many rows the matrix of an expert has."""
+        return self.shape[0] // self.count if len(self.shape) == 2 else self.shape[1]
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether the tensor, transposed matrices or not, or all of them together, is as large."""
+        count, height, width = self.count, self.height, self.shape[-1]
+        return tuple(shape) in ((count, height, width), (count, width, height), (count * height, width))
+
+    def lies(self, shape: Sequence[int]) -> bool | None:
+        """Whether the tensor's matrices lie transposed; None where they are square."""
+        height, width = self.height, self.shape[-1]
+        return None if height == width else tuple(shape) == (self.count, width, height)
+
+    def turned(self) -> Change:
+        """The same for matrices that lie transposed."""
+        return made(self, *self.both, is_turned=not self.is_turned)
+
+    def seen_as(self, shape: Sequence[int]) -> Change:
+        """The same for the tensor of one expert, which is some rows."""
+        return self if len(shape) > 2 else replace(self, shape=(self.count * self.height, self.shape[-1]))
+
+    def of_rows(self, start: int, stop: int) -> Change:
+        """What it does to some rows of one expert's matrix."""
+        number, first = divmod(start, self.height)
+        value = _matrix(*self.both, self.rank, number, first, first + stop - start)
+        return Change(self.kind, (stop - start, self.shape[-1]), value, rank=self.rank, scale=self.scale)
+
+
+def made(like: Change, up: Node, down: Node, *, is_turned: bool = False) -> Experts:
+    """The change of experts whose factors these are, with the rank and the scale of another."""
+    count, (out, width) = down.info.shape[0] // like.rank, (up.info.shape[0], down.info.shape[1])
+    matrices = [_matrix(up, down, like.rank, number, 0, out, is_turned=is_turned) for number in range(count)]
+    shape = (count, width, out) if is_turned else (count, out, width)
+    value = Joined(described(DTYPES["F32"], shape), tuple(matrices))
+    return Experts(KIND, shape, value, rank=like.rank, scale=like.scale, of_all=(up, down), is_turned=is_turned)
+
+
+def _matrix(up: Node, down: Node, rank: int, number: int, start: int, stop: int, *, is_turned: bool = False) -> Node:
+    """Rows [start, stop) of Bₑ Aₑ, or all of it transposed."""
+    columns = up.info.shape[1]
+    count, width = columns // rank, down.info.shape[1]
+    right = rows_of(down, number * rank, (number + 1) * rank)
+    if is_turned:
+        across = described(up.info.dtype, (rank, stop))
+        left = Viewed(across, up, number, (count, columns), across.shape)
+        return Product(described(DTYPES["F32"], (width, stop)), transposed(right), (left,))
+    tall = described(up.info.dtype, (stop - start, rank))
+    left = Viewed(tall, up, start * columns + number, (columns, count), tall.shape)
+    return Product(described(DTYPES["F32"], (stop - start, width)), left, (right,))
+
+
+def of_parameter(module: Module) -> Changes:
+    """What a wrapper of a parameter changes: its config says of which rank, and so how many experts there are."""
+    up, down = module.part("up", 2), module.part("down", 2)
+    rank = module.config.rank(module.own_name) if module.config is not None else 0
+    total = down.info.shape[0]
+    if not rank or total % rank or len(up.info.shape) != 2 or len(down.info.shape) != 2 or up.info.shape[1] != total:
+        raise module.differ("up", "down", f"should have as many ranks, a multiple of {rank}")
+    scale, told = module.scale(rank)
+    if total == rank:
+        value = Product(TensorInfo(DTYPES["F32"], (up.info.shape[0], down.info.shape[1])), up, (down,))
+        change: Change = Change("LoRA", value.info.shape, value, rank=rank, scale=scale, told=told)
+    else:
+        change = made(Change(KIND, (), up, rank=rank, scale=scale), up, down)
+    if over := set(module.names) - {"up", "down"}:
+        raise Malformed(f"{module.names[min(over)]}   has no meaning beside a parameter's factors")
+    return {module.parameter: change}
+
+
+def sources_of(
+    path: str, parameter: str, blocks: Mapping[str, Block], tensors: Mapping[str, TensorInfo]
+) -> Source | None:
+    """What a parameter of experts is in a model that stores them otherwise; None if it has none of that name there."""
+    for name in (path, *language_paths(path)):
+        match = _OF_EXPERTS.fullmatch(name)
+        block = blocks.get(match["layer"]) if match else None
+        if block is not None and parameter in ("gate_up_proj", "down_proj"):
+            return _stored(block, tensors, is_down=parameter == "down_proj")
+    return None
+
+
+def _stored(block: Block, tensors: Tensors, *, is_down: bool) -> Source | None:
+    """The tensor of all experts, or those of each, one after the other."""
+    if block.form != "separate":
+        name = block.down if is_down else block.gate_up
+        return whole(name, tensors[name]) if name in tensors else None
+    names = [*_separate(block, is_down=is_down)]
+    infos = [tensors[name] for name in names if name in tensors]
+    if len(infos) < len(names) or len({info.shape for info in infos}) > 1:
+        return None
+    shape = (sum(map(rows, infos)), *infos[0].shape[1:])
+    pieces = tuple(Piece(name, 0, rows(info)) for name, info in zip(names, infos, strict=True))
+    return Source(described(infos[0].dtype, shape), pieces)
+
+
+def _separate(block: Block, *, is_down: bool) -> Iterator[str]:
+    for number in range(block.count):
+        if is_down:
+            yield block.separate(number, "down")
+        else:
+            yield from (block.separate(number, "gate"), block.separate(number, "up"))
