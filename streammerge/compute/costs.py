@@ -116,7 +116,12 @@ def held_bytes(node: Node, compute: DType = DTYPES["F32"]) -> int:
     factors of products."""
     products = (part for part in surveyed(node) if isinstance(part, Product))
     factors = sum(factor.info.elements for part in products for factor in part.factors)
-    return sum(_held_by(part) for part in applications(node)) + factors * compute.bits // 8
+    return sum(map(_held_by, _each_once(applications(node)))) + factors * compute.bits // 8
+
+
+def _each_once(parts: Iterable[Applied]) -> Iterable[Applied]:
+    """Parts of a tree that may be there several times, and are measured and held but once."""
+    return {id(part): part for part in parts}.values()
 
 
 DECOMPOSING: Final = frozenset({"cuda"})
@@ -130,7 +135,8 @@ def holds_on(device: str, node: Surveyed) -> bool:
 
 def card_bytes(node: Node) -> int:
     """What of that is held on a card, if the merge is computed on one that can decompose."""
-    return sum(_held_by(part) for part in applications(node) if any(holds_on(kind, part) for kind in DECOMPOSING))
+    parts = _each_once(applications(node))
+    return sum(_held_by(part) for part in parts if any(holds_on(kind, part) for kind in DECOMPOSING))
 
 
 def _held_by(node: Applied) -> int:
@@ -168,7 +174,7 @@ def bytes_read(node: Node) -> int:
     if isinstance(node, Viewed) and isinstance(node.source, ByWhole) and node.offset:
         return 0
     return evaluation_bytes(node) + sum(
-        own_passes(part) * sum(map(evaluation_bytes, part.inputs)) for part in applications(node)
+        own_passes(part) * sum(map(evaluation_bytes, part.inputs)) for part in _each_once(applications(node))
     )
 
 

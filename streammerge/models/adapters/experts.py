@@ -12,10 +12,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from streammerge.compute.expressions import Joined, Node, Product, Viewed
-from streammerge.compute.parts import rows_of, transposed
+from streammerge.compute.expressions import ByWhole, Joined, Node, Product
+from streammerge.compute.parts import in_shape, range_of, rows_of, transposed
+from streammerge.methods.registry import WholeMethod
 from streammerge.models.adapters.changes import Change
 from streammerge.models.adapters.config import Config
 from streammerge.models.adapters.dialects import PEFT
@@ -24,6 +25,9 @@ from streammerge.models.adapters.synonyms import language_paths
 from streammerge.models.dialects.pieces import Piece, Source, rows, whole
 from streammerge.models.mixtures.layouts import Block, Tensors
 from streammerge.tensors import DTYPES, TensorInfo, described
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KIND: Final = "LoRA of experts"
 
@@ -108,30 +112,46 @@ class Experts(Change):
     def of_rows(self, start: int, stop: int) -> Change:
         """What it does to some rows of one expert's matrix."""
         number, first = divmod(start, self.height)
-        value = _matrix(*self.both, self.rank, number, first, first + stop - start)
+        up, down = self.both
+        value = _matrix(by_expert(up, self.count), down, number, first, first + stop - start)
         return Change(self.kind, (stop - start, self.shape[-1]), value, rank=self.rank, scale=self.scale)
 
 
 def made(like: Change, up: Node, down: Node, *, is_turned: bool = False) -> Experts:
     """The change of experts whose factors these are, with the rank and the scale of another."""
     count, (out, width) = down.info.shape[0] // like.rank, (up.info.shape[0], down.info.shape[1])
-    matrices = [_matrix(up, down, like.rank, number, 0, out, is_turned=is_turned) for number in range(count)]
+    own = by_expert(up, count)
+    matrices = [_matrix(own, down, number, 0, out, is_turned=is_turned) for number in range(count)]
     shape = (count, width, out) if is_turned else (count, out, width)
     value = Joined(described(DTYPES["F32"], shape), tuple(matrices))
     return Experts(KIND, shape, value, rank=like.rank, scale=like.scale, of_all=(up, down), is_turned=is_turned)
 
 
-def _matrix(up: Node, down: Node, rank: int, number: int, start: int, stop: int, *, is_turned: bool = False) -> Node:
-    """Rows [start, stop) of Bₑ Aₑ, or all of it transposed."""
-    columns = up.info.shape[1]
-    count, width = columns // rank, down.info.shape[1]
+def _by_expert(up: Tensor, *, count: int) -> Tensor:
+    """θ[e, o, k] = B[o, k·E + e]"""
+    return up.view(len(up), -1, count).permute(2, 0, 1).reshape(up.shape)
+
+
+BY_EXPERT: Final = WholeMethod(
+    "by expert", (), "none", (1, 1), "θ[e, o, k] = B[o, k·E + e]", function=_by_expert, temporaries=1
+)
+"""B of all experts, one after the other. It is held: what is one expert's lies all over B, which is read for each."""
+
+
+def by_expert(up: Node, count: int) -> Node:
+    """B, each expert's own rows together: [E, out, r]."""
+    whole = ByWhole(described(DTYPES["F32"], up.info.shape), BY_EXPERT, {"count": count}, (up,), "experts")
+    return in_shape(whole, (count, up.info.shape[0], up.info.shape[1] // count))
+
+
+def _matrix(up: Node, down: Node, number: int, start: int, stop: int, *, is_turned: bool = False) -> Node:
+    """Rows [start, stop) of Bₑ Aₑ, or all of it transposed; B is sorted by experts."""
+    _, out, rank = up.info.shape
+    width = down.info.shape[1]
+    left = range_of(up, (number * out + start) * rank, (stop - start, rank))
     right = rows_of(down, number * rank, (number + 1) * rank)
     if is_turned:
-        across = described(up.info.dtype, (rank, stop))
-        left = Viewed(across, up, number, (count, columns), across.shape)
-        return Product(described(DTYPES["F32"], (width, stop)), transposed(right), (left,))
-    tall = described(up.info.dtype, (stop - start, rank))
-    left = Viewed(tall, up, start * columns + number, (columns, count), tall.shape)
+        return Product(described(DTYPES["F32"], (width, stop - start)), transposed(right), (transposed(left),))
     return Product(described(DTYPES["F32"], (stop - start, width)), left, (right,))
 
 

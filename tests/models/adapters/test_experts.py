@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from streammerge.cli.main import main
 from streammerge.errors import MergeError
 from streammerge.models.mixtures.layouts import blocks_of
-from tests.make.models import Tensors, save_model
+from tests.make.models import Tensors, load_model, save_model
 from tests.models.adapters.baking import bake, numbers, peft_folder
 
 E, H, WIDE, R = 3, 8, 5, 2  # experts, the model's width, an expert's, ranks
@@ -186,3 +187,20 @@ def test_the_account_names_the_tensors(tmp_path, capsys, monkeypatch):
     assert main([*words, "--drop", "*.1.down_proj.*"]) == 0
     told = "note: lora in model: 2 of 2 modules applied, to 8 tensors: LoRA of experts, rank 2, scale 1.5"
     assert told in capsys.readouterr().err
+
+
+def test_the_factors_of_many_experts_are_read_once(tmp_path, monkeypatch):
+    """What is one expert's lies all over B: element by element it would take days."""
+    count = 40
+    down, up = numbers(R * count, WIDE, seed=1), numbers(H, R * count, seed=2)
+    adapter = {f"{GROUP}.lora_A.weight": down, f"{GROUP}.lora_B.weight": up}
+    peft_folder(tmp_path / "lora", adapter, target_parameters=BOTH[1:], **SCALE)
+    given = {f"{GROUP}.down_proj": numbers(count, H, WIDE, seed=3)}
+    save_model(tmp_path / "model.safetensors", given)
+    monkeypatch.chdir(tmp_path)
+    assert main(["bake", "model.safetensors", "lora", "-o", "out.safetensors", "--report", "r.json", "-q"]) == 0
+    all_bytes = sum(tensor.numel() * 4 for tensor in (*given.values(), down, up))
+    assert json.loads(Path("r.json").read_text())["bytes_read"] == all_bytes
+    right = 1.5 * torch.einsum("ore,eri->eoi", up.reshape(H, R, count), down.reshape(count, R, WIDE))
+    moved = load_model(Path("out.safetensors"))[f"{GROUP}.down_proj"] - given[f"{GROUP}.down_proj"]
+    assert torch.allclose(moved, right, atol=1e-6)
