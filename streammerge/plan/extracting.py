@@ -17,10 +17,10 @@ from streammerge.models.adapters.config import IN_METADATA
 from streammerge.models.adapters.dialects import DIALECTS, Dialect
 from streammerge.models.adapters.factored import Factored, Part
 from streammerge.models.adapters.naming import (
-    EMBEDDING,
     NO_VECTORS,
     TRANSPOSED,
     Module,
+    is_table,
     modules_of,
     tensor_names,
     usual_dialect,
@@ -149,7 +149,7 @@ class _Extraction:
     def _is_turned(self, module: Module) -> bool:
         if self.dialect != "peft" or not module.name:
             return False
-        return EMBEDDING.fullmatch(module.name) is not None or self._lies_transposed(module.name)
+        return is_table(module.name, module.source.info.shape) or self._lies_transposed(module.name)
 
     def _lies_transposed(self, module: str) -> bool:
         """Whether it is a linear module of GPT-2, or of its kin."""

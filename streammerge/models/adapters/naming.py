@@ -30,10 +30,10 @@ from streammerge.models.dialects.rules import Side
 from streammerge.models.dialects.unets import UNET
 from streammerge.tensors import TensorInfo
 
-EMBEDDING: Final = re.compile(
+_EMBEDDING: Final = re.compile(
     r"(?:.*\.)?(?:(?:\w*_)?emb(?:s|ed|eds|edding|eddings)?|embed_(?!out)\w+|\w*embeddings?|wte|wpe|shared)"
 )
-"""The names of modules that are tables of words or of positions."""
+"""The names of modules that are tables of words or of positions, and of some that are convolutions of patches."""
 
 TRANSPOSED: Final = re.compile(r"(?:.*\.)?(?:c_attn|c_proj|c_fc|q_attn)")
 """The modules of GPT-2 and its kin whose weights lie transposed."""
@@ -148,9 +148,14 @@ def _module(inner: str, name: str, source: Source, dialect: Dialect, called: Cal
         return _nameless(name, source, NO_MODULE)
     if "diff" not in spelling.tensors and (len(shape) < 2 or part == "bias"):
         return _nameless(name, source, NO_PLACE)
-    if not spelling.has_tables and EMBEDDING.fullmatch(stem) and len(shape) > 1:
+    if not spelling.has_tables and is_table(stem, shape):
         return _nameless(name, source, NO_TABLES)
     return Module(f"{module}.{part}", part, source, module)
+
+
+def is_table(module: str, shape: tuple[int, ...]) -> bool:
+    """Whether a module is a table of words or of positions, whose factors PEFT keeps the other way round."""
+    return len(shape) == 2 and _EMBEDDING.fullmatch(module) is not None
 
 
 def _nameless(name: str, source: Source, reason: str) -> Module:
@@ -159,10 +164,10 @@ def _nameless(name: str, source: Source, reason: str) -> Module:
 
 def tensor_names(module: Module, dialect: Dialect) -> Mapping[str, str]:
     """What the tensors of a module are called, by their roles."""
-    tensors, is_matrix = SPELLINGS[dialect].tensors, len(module.source.info.shape) > 1
-    if not is_matrix or module.part == "bias":
+    tensors, shape = SPELLINGS[dialect].tensors, module.source.info.shape
+    if len(shape) < 2 or module.part == "bias":
         role = "diff_b" if module.part == "bias" else "diff"
         return {"diff": f"{module.name}.{tensors[role]}"}
-    table = "embedding." if "embedding.up" in tensors and EMBEDDING.fullmatch(module.name) else ""
+    table = "embedding." if "embedding.up" in tensors and is_table(module.name, shape) else ""
     own = {role: tensors.get(table + role) for role in ("up", "down", "alpha")}
     return {role: f"{module.name}.{tail}" for role, tail in own.items() if tail is not None}

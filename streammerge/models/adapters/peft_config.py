@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from streammerge.formats.companions import Companion
@@ -38,22 +38,37 @@ def config_of_ranks(
     like = next((config.said for config in configs if config.said), {})
     is_turned = any(config.fan_in_fan_out for config in configs) if fan_in_fan_out is None else fan_in_fan_out
     usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
-    others = {module.removeprefix(PEFT): rank for module, rank in sorted(ranks.items()) if rank != usual}
+    patterns = _patterns({module.removeprefix(PEFT): rank for module, rank in ranks.items()}, usual)
     own = {
         "r": usual,
         "lora_alpha": usual,
-        "rank_pattern": {_exactly(module): rank for module, rank in others.items()},
-        "alpha_pattern": {_exactly(module): rank for module, rank in others.items()},
+        "rank_pattern": patterns,
+        "alpha_pattern": patterns,
         "use_rslora": False,
         "use_dora": False,
         "init_lora_weights": True,
         "fan_in_fan_out": is_turned,
         "target_modules": sorted(module.removeprefix(PEFT) for module in ranks),
     }
-    text = (
-        json.dumps({**BEGUN, **{key: like[key] for key in KEPT if key in like}, **own}, indent=2, sort_keys=True) + "\n"
-    )
+    whole = {**BEGUN, **{key: like[key] for key in KEPT if key in like}, **own}
+    text = json.dumps(dict(sorted(whole.items())), indent=2) + "\n"
     return Companion(FILE, text.encode(), "the adapter's config")
+
+
+def _patterns(ranks: Mapping[str, int], usual: int) -> dict[str, int]:
+    """The ranks that are not the usual one, by patterns that mean these modules.
+
+    A pattern also fits longer names that end so, and the first that fits holds: the longest come first, those of the
+    usual rank among them of which another's is the end.
+    """
+    others = {module for module, rank in ranks.items() if rank != usual}
+    listed = (module for module in ranks if module in others or not others.isdisjoint(_ends(module)))
+    return {_exactly(module): ranks[module] for module in sorted(listed, key=lambda name: (-name.count("."), name))}
+
+
+def _ends(module: str) -> Iterator[str]:
+    """What stands behind each dot of a name."""
+    return (module[place + 1 :] for place, letter in enumerate(module) if letter == ".")
 
 
 def _exactly(module: str) -> str:

@@ -293,6 +293,19 @@ def test_the_sum_of_pefts_folders_has_a_config(tmp_path):
     assert ranks == {"layers.0.o_proj": RANK, "layers.0.q_proj": 2 * RANK, "model.embed_tokens": 3}
 
 
+def test_the_config_of_a_module_whose_name_is_the_end_of_others(tmp_path):
+    """PEFT takes the first pattern that fits a name's end: longer names have to come before."""
+    model = {f"{name}.weight": numbers(8, 6, seed=n) for n, name in enumerate(("out", "b.0.out", "b.1.out", "b.2.q"))}
+    narrow = {
+        "diffusion_model.out.lora_up.weight": numbers(8, RANK + 1),
+        "diffusion_model.out.lora_down.weight": numbers(RANK + 1, 6),
+    }
+    wide = made(tuple(f"diffusion_model.{name}" for name in ("b.0.out", "b.1.out", "b.2.q")), {"": (8, 6)}, 3)
+    assert_the_same(tmp_path, model, (narrow | wide,), names="peft", output="out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert list(config["rank_pattern"].items()) == [(r"b\.0\.out", RANK), (r"b\.1\.out", RANK), ("out", RANK + 1)]
+
+
 def test_weights_that_lie_transposed(tmp_path):
     config = {"r": RANK, "lora_alpha": 3, "fan_in_fan_out": True}
     one, two = (

@@ -18,6 +18,7 @@ import streammerge
 from streammerge.cli.main import main
 from streammerge.compute.machine import MIB
 from streammerge.errors import MergeError, PlanError
+from streammerge.models.adapters.dialects import DIALECTS
 from streammerge.tools.demo.files import make_models
 from tests.make.models import Shapes, Tensors, assert_same_bytes, load_model, make_tensors, near, normal, save_model
 from tests.models.adapters.baking import numbers
@@ -280,6 +281,16 @@ def test_a_head_that_is_tied_is_the_embedding(tmp_path, capsys):
     assert main(["extract", str(untied), str(other), "-o", str(tmp_path / "other"), "--rank", "8"]) == 0
     assert any("lm_head" in name for name in load_model(tmp_path / "other"))
     assert "ties its output to its input" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names", DIALECTS)
+def test_patches_are_made_by_a_convolution_whatever_it_is_called(tmp_path, names):
+    shapes = {"patch_embedding.weight": (8, 4, 1, 2, 2), "blocks.0.self_attn.q.weight": (8, 8)}
+    shapes |= {"blocks.0.cross_attn.q.weight": (8, 8), "head.modulation": (1, 2, 8), "head.head.weight": (8, 8)}
+    _, tuned = models(tmp_path, shapes=shapes)
+    out = "adapter" if names == "peft" else "adapter.safetensors"
+    made = baked(tmp_path, extract(tmp_path, "--rank", "1000", "--names", names, out=out))
+    assert torch.allclose(made["patch_embedding.weight"], tuned["patch_embedding.weight"], atol=1e-6)
 
 
 def test_gpt2s_weights_lie_transposed(tmp_path):

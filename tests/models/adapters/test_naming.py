@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pytest
 
 from streammerge.models.adapters.dialects import DIALECTS, PREFIXES
-from streammerge.models.adapters.naming import EMBEDDING, NOT_FOUND, modules_of, tensor_names, usual_dialect
+from streammerge.models.adapters.naming import NOT_FOUND, is_table, modules_of, tensor_names, usual_dialect
 from streammerge.models.adapters.targets import Targets
 from streammerge.models.dialects.places import ROLES
 from streammerge.recipe import options
@@ -97,7 +97,11 @@ def test_names_as_programs_have_them(name, dialect, module, tensor):
     ],
 )
 def test_what_an_embedding_is(module, is_one):
-    assert (EMBEDDING.fullmatch(f"base_model.model.{module}") is not None) is is_one
+    assert is_table(f"base_model.model.{module}", (8, 4)) is is_one
+
+
+def test_a_convolution_of_patches_is_no_embedding():
+    assert not is_table("base_model.model.patch_embedding", (8, 4, 1, 2, 2))
 
 
 def test_what_is_read_and_what_may_be_asked_for_is_of_one_table():
