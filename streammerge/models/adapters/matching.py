@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ BAKE: Final = "Bake the adapters into their model: streammerge bake MODEL ADAPTE
 
 OF_UNETS: Final = ("down_blocks", "mid_block", "up_blocks")
 """How diffusers' names of a U-Net's modules begin, of most of them."""
+
+OF_FOUR_LEVELS: Final = re.compile(r"(?:down|up)_blocks[._]3[._]")
+"""What the modules of Stable Diffusion 1 and 2 are told by from those of SDXL, which has three levels."""
 
 Own = tuple[str, Part | None]
 """A module of an adapter, and which rows of one of the sum's it is, if not all."""
@@ -42,7 +46,7 @@ def matched(adapters: Mapping[str, Collection[str]], names: Dialect | None) -> M
     """The modules of adapters by what they mean, under the names of a dialect, or else the first adapter's; PlanError
     where nobody can tell which are the same, or what they would be called."""
     try:
-        meant = meanings(adapters, original=names in ("kohya", "comfy"))
+        meant = meanings(adapters, original=_is_for_original_names(adapters, names))
     except ValueError as error:
         raise PlanError(
             "the adapters' modules are named in several ways, and nobody can tell which are which",
@@ -62,6 +66,17 @@ def matched(adapters: Mapping[str, Collection[str]], names: Dialect | None) -> M
     _refuse_doubles(found.values(), called.values())
     is_renamed = any(called[key] != first[key][0] for key in found)
     return Matched({called[key]: own for key, own in found.items()}, dialect, is_renamed)
+
+
+def _is_for_original_names(adapters: Mapping[str, Collection[str]], names: Dialect | None) -> bool:
+    """Whether modules of other dialects are to be named as the original has them; those of this one stay as they are.
+
+    Kohya's names are the original's, but for Stable Diffusion 1 and 2.
+    """
+    all_modules = [module for modules in adapters.values() for module in modules]
+    if names == "kohya" and any(map(OF_FOUR_LEVELS.search, all_modules)):
+        return False
+    return names in ("kohya", "comfy") and any(dialect_of(module) != names for module in all_modules)
 
 
 def _all(meant: Meant) -> Iterator[tuple[str, str, Meaning]]:

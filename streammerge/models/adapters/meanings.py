@@ -180,6 +180,17 @@ WORDS: Final = re.compile(
             *("txt_attn", "img_mod", "txt_mod", "x_block", "context_block", "feed_forward", "noise_refiner"),
             *("context_refiner", "x_embedder", "context_embedder", "[qkv]_proj", "out_proj", "time_text_embed"),
             *("timestep_embedder", "text_embedder", "guidance_embedder", "linear_[12]", "img_in", "txt_in"),
+            *("conv_norm_out", "layer_norm[12]", "final_layer_norm", "token_embedding", "position_embedding"),
+            *(
+                "norm_[qk]_img",
+                "norm_added_[qk]",
+                "norm_[qk]",
+                "[qk]_norm",
+                "ln_[qk]",
+                "[cty]_embedder",
+                "cap_embedder",
+            ),
+            *("attention_norm[12]", "ffn_norm[12]", "img_emb"),
             *("time_in", "vector_in", "guidance_in", "in_layer", "out_layer", "final_layer", "adaLN_modulation"),
             *("time_embed", "text_embedding", "time_projection", "patch_embedding", "norm_out", "linear_fc[12]"),
         )

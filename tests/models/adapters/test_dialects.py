@@ -12,11 +12,14 @@ import torch
 
 from streammerge.cli.main import main
 from streammerge.errors import MergeError
+from streammerge.models.adapters.dialects import underscored
 from streammerge.models.adapters.matching import matched
 from streammerge.models.adapters.meanings import Meaning, Part, dotted, meaning_of, meanings
+from streammerge.models.dialects import recognise
 from tests.make.diffusion import diffusion_model
 from tests.make.models import Tensors, load_model, merge_to, save_model
 from tests.models.adapters.baking import bake, numbers, peft_folder
+from tests.models.adapters.test_layouts import original
 
 RANK = 2
 DIFFUSERS = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -206,6 +209,37 @@ def test_diffusers_names_become_original_ones(tmp_path):
         for name in ("cross_attn.k", "ffn.2")
         for part in ("up", "down")
     }
+
+
+@pytest.mark.parametrize(
+    ("names", "modules"),
+    [
+        ("kohya", ["lora_unet_conv_in", "lora_unet_down_blocks_0_attentions_0_proj_in"]),
+        ("kohya", ["lora_unet_blocks_0_attn1_Wqkv"]),
+        ("comfy", ["diffusion_model.blocks.0.attn1.Wqkv", "diffusion_model.transformer_blocks.0.attn.to_q"]),
+    ],
+)
+def test_names_of_the_same_dialect_stay(names, modules):
+    """Whatever they may be in the original."""
+    assert list(matched({"a": modules}, names).modules) == modules
+
+
+def test_kohyas_names_of_stable_diffusion_1_are_those_of_diffusers():
+    """Kohya's programs find nothing else; of SDXL they have the original's, in which nothing tells of other blocks."""
+    above, module = "unet.up_blocks.3.attentions.0.proj_in", "unet.down_blocks.1.attentions.0.proj_in"
+    assert list(matched({"a": [above, module]}, "kohya").modules)[1] == "lora_unet_down_blocks_1_attentions_0_proj_in"
+    assert list(matched({"a": [module]}, "kohya").modules) == ["lora_unet_input_blocks_4_1_proj_in"]
+
+
+@pytest.mark.parametrize("layout", ["sd1", "sdxl", "wan", "z-image", "sd3"])
+def test_dots_are_told_in_adapters_of_a_whole_model(layout):
+    """Norms and what is around the blocks too, as LyCORIS and extractions have them."""
+    found = recognise(original(layout)())
+    component = next(each for each in found.components if each.role == "denoiser") if found else None
+    names = component.seen("ours") if component else ()
+    stems = dict.fromkeys(name.rpartition(".")[0] for name in names if name.endswith((".weight", ".bias")))
+    flat = [f"lora_unet_{underscored(stem)}" for stem in stems]
+    assert [*matched({"a": flat}, "comfy").modules] == [f"diffusion_model.{stem}" for stem in stems] != []
 
 
 def test_xlabs_single_blocks_have_no_name_elsewhere(tmp_path):
