@@ -12,9 +12,12 @@ from streammerge.recipe.recipe import Input, Recipe
 
 
 def with_entry(recipe: Recipe, chosen: Callable[[str, Path | HubName], str]) -> Recipe:
-    """The recipe with entries, by name and path, for its models and its nested recipes' models that have none."""
+    """The recipe with entries, by name and path, for its models, its nested recipes' models, and their adapters, that
+    have none."""
 
     def change(entry: Input) -> Input:
+        if entry.adapters:
+            entry = replace(entry, adapters=tuple(map(change, entry.adapters)))
         if isinstance(entry.source, Recipe):
             return replace(entry, source=with_entry(entry.source, chosen))
         return entry if entry.entry else replace(entry, entry=chosen(entry.name, entry.source))

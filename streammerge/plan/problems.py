@@ -75,13 +75,15 @@ class Unshared:
 class Problems:
     """Tensors that can't be merged as asked, by what is wrong with them.
 
-    `uncopied` are those that can't be copied either. The rest are no problem as long as other tensors are merged: what
-    a policy made `fitted`, what it `kept` as it is for its shape, and what is `alone` because not every model has it.
+    `uncopied` are those that can't be copied either, `changed` those that are to be kept and that an adapter changes.
+    The rest are no problem as long as other tensors are merged: what a policy made `fitted`, what it `kept` as it is
+    for its shape, and what is `alone` because not every model has it.
     """
 
     unreadable: list[str] = field(default_factory=list)
     uncopied: list[str] = field(default_factory=list)
     factors: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
     misshapen: list[Misshapen] = field(default_factory=list)
     fitted: list[Misshapen] = field(default_factory=list)
     kept: list[Misshapen] = field(default_factory=list)
@@ -135,6 +137,14 @@ class Problems:
                 found=self.factors,
                 advice="Put the adapter into its weights first (in PEFT: merge_and_unload), or copy such tensors with "
                 "--keep.",
+            )
+        if self.changed:
+            raise PlanError(
+                f"{count(self.changed, 'tensor')} of {layout} {plural(self.changed, 'is', 'are')} to be kept, and "
+                f"{plural(self.changed, 'is', 'are')} changed by an adapter",
+                found=self.changed,
+                advice="Give the adapter no weight there, in a recipe: adapters: [{adapter: PATH, weight: [{filter: "
+                "PART OF THE NAME, value: 0}, {value: 1}]}].",
             )
         if not merged:
             self._report_nothing(models)

@@ -232,6 +232,29 @@ def test_what_bake_does_not_take(folder, capsys, words, told):
     assert not (folder / "out.safetensors").exists()
 
 
+def test_what_is_kept_is_not_changed(folder, capsys):
+    """Kept as the model has it, or as the adapters make it? Nobody can tell, so it is refused."""
+    words = ["bake", "model.safetensors", "style.safetensors", "-o", "out.safetensors", "-q"]
+    assert main([*words, "--keep", "norm.weight"]) == 0
+    assert main([*words, "--keep", "layers.1.*", "--force"]) == 1
+    told = capsys.readouterr().err
+    assert "2 tensors of model are to be kept, and are changed by an adapter" in told
+    assert "layers.1.a.weight   rule layers.1.*, and style" in told
+
+
+def test_an_adapter_in_one_of_several_dicts(folder):
+    """`--entry` chooses it as it does models."""
+    style = load_model(folder / "style.safetensors")
+    torch.save({"params": style, "params_ema": {name: tensor * 2 for name, tensor in style.items()}}, "styles.pt")
+    words = ["bake", "model.safetensors", "styles.pt", "-o", "chosen.safetensors", "--force", "-q"]
+    assert main(words) == 1
+    assert main(["bake", "model.safetensors", "style.safetensors", "-o", "out.safetensors", "-q"]) == 0
+    for chosen in ("params", "styles=params"):
+        assert main([*words, "--entry", chosen]) == 0
+        assert_same_bytes(load_model(folder / "chosen.safetensors"), load_model(folder / "out.safetensors"))
+    assert main(["verify", "chosen.safetensors", "--all", "-q"]) == 0
+
+
 def test_the_adapter_is_never_the_output(folder, capsys):
     before = (folder / "style.safetensors").read_bytes()
     assert main(["bake", "model.safetensors", "style.safetensors", "-o", "style.safetensors", "--force"]) == 1
