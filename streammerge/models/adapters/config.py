@@ -56,9 +56,10 @@ class Turning:
 class Config:
     """How strong a module's change is, where it isn't told by tensors: s = α/r, or α/√r if it is rank-stabilised.
 
-    `where` is what errors call it. `fan_in_fan_out` says that weights lie transposed in the model. `tokens` are those
-    that were trained alone, by the end of a module's name, or of any under "". `parameters` are the ends of names of
-    tensors that are changed by themselves, and not as their module's weight. `said` is all that the file says.
+    `where` is what errors call it. `is_dora` says that every module has lengths, `fan_in_fan_out` that weights lie
+    transposed in the model. `tokens` are those that were trained alone, by the end of a module's name, or of any under
+    "". `parameters` are the ends of names of tensors that are changed by themselves, and not as their module's weight.
+    `said` is all that the file says.
     """
 
     where: str
@@ -68,6 +69,7 @@ class Config:
     usual_rank: int = 0
     ranks: Mapping[str, int] = field(default_factory=dict)
     is_rank_stabilised: bool = False
+    is_dora: bool = False
     fan_in_fan_out: bool = False
     turning: Turning | None = None
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -162,6 +164,7 @@ def _config(raw: Mapping[str, Any], where: str) -> Config:
         ranks={pattern: int(each) for pattern, each in _patterns(raw, "rank_pattern", where).items()},
         is_rank_stabilised=bool(raw.get("use_rslora", False)),
         parameters=_names(raw, "target_parameters", where),
+        is_dora=bool(raw.get("use_dora", False)),
     )
 
 

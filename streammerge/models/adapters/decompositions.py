@@ -30,12 +30,20 @@ def _lora(module: Module) -> Changes:
     change = module.turned(_low_rank(module, up, down))
     if "magnitude" in module or "dora_scale" in module:
         change = _with_magnitude(module, change)
+    else:
+        _refuse_without_magnitude(module)
     if "up.bias" in module:
         bias = module.part("up.bias", 1)
         if bias.info.shape != up.info.shape[:1]:
             raise module.differ("up", "up.bias", "don't fit")
         return {"weight": change, "bias": Change("LoRA bias", bias.info.shape, bias, scale=change.scale)}
     return {"weight": change}
+
+
+def _refuse_without_magnitude(module: Module) -> None:
+    """Malformed for a DoRA without its lengths: as a LoRA it would be another change."""
+    if module.config is not None and module.config.is_dora:
+        raise Malformed(f"{module.name}   has no lora_magnitude_vector, and {module.config.where} says use_dora")
 
 
 def _low_rank(module: Module, up: Node, down: Node) -> Change:
@@ -108,6 +116,7 @@ def _embedding(module: Module) -> Changes:
         raise module.differ("embedding.up", "embedding.down", "have no rank in common")
     if "magnitude" in module:
         raise Malformed(f"{module.names['magnitude']}   is DoRA of an embedding, which is not read")
+    _refuse_without_magnitude(module)
     scale, told = module.scale(rank)
     shape = (down.info.shape[1], up.info.shape[0])
     made = _product(shape, transposed(down), transposed(up))

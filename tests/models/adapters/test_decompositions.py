@@ -226,7 +226,16 @@ def test_a_row_without_length_stays_one(tmp_path):
     assert torch.allclose(made[WEIGHT][0].norm(), torch.ones(()), atol=1e-5)
 
 
-@pytest.mark.parametrize("alpha", [torch.tensor(6, dtype=torch.int64), torch.tensor([6.0]).bfloat16()])
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@pytest.mark.parametrize(
+    "alpha",
+    [
+        *(torch.tensor(6, dtype=torch.int64), torch.tensor([6.0]).bfloat16()),
+        *(torch.tensor(6.0).to(dtype) for dtype in FLOAT8),
+    ],
+)
 def test_alphas_of_any_dtype(tmp_path, alpha):
     weight, (_, adapter, _) = numbers(OUT, IN, seed=9), CASES["LoRA, no alpha"]
     made = bake(tmp_path, {WEIGHT: weight}, {**adapter, f"{MODULE}.alpha": alpha})
