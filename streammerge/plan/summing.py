@@ -17,6 +17,7 @@ from streammerge.models.decisions import Decision, Decisions
 from streammerge.models.dialects import Naming
 from streammerge.models.dtypes import Scaled
 from streammerge.models.merged import Merged
+from streammerge.plan.extracting import RESTATED
 from streammerge.plan.tuning import Tuning
 from streammerge.recipe.parameters import WEIGHT
 from streammerge.recipe.recipe import Recipe
@@ -125,9 +126,9 @@ def _remark(made: Sum) -> str:
 
 
 def _restated(made: Sum) -> Mapping[str, str]:
-    """What kohya's metadata say of the rank, which is another now; alpha is the rank where no tensor says it."""
+    """What metadata say of the rank and the scale, which are others now; alpha is the rank where nothing says it."""
     if not made.ranks:
         return {}
     ranks = set(made.ranks.values())
     rank = str(max(ranks)) if len(ranks) == 1 else "Dynamic"
-    return {"ss_network_dim": rank, "ss_network_alpha": rank, "ss_network_args": ""}
+    return {**RESTATED, "ss_network_dim": rank, "ss_network_alpha": rank}

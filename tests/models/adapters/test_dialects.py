@@ -327,6 +327,21 @@ def test_the_sum_of_pefts_folders_has_a_config(tmp_path):
     assert ranks == {"layers.0.o_proj": RANK, "layers.0.q_proj": 2 * RANK, "model.embed_tokens": 3}
 
 
+@pytest.mark.parametrize("names", [None, "diffusers"])
+def test_the_scale_that_diffusers_keeps_in_metadata_is_taken_once(tmp_path, names):
+    """It is in the sum's factors, and must not be in its metadata too."""
+    module = "unet.mid_block.attentions.0.proj_in"
+    model = {f"{module.removeprefix('unet.')}.weight": numbers(8, 6, seed=5)}
+    said = {"lora_adapter_metadata": json.dumps({"unet.r": RANK, "unet.lora_alpha": 3 * RANK})}
+    one = save_model(tmp_path / "one.safetensors", factors(module, 8, 6, 1, **PEFT_NAMES), said)
+    merge_to(tmp_path / "again.safetensors", {"merge_method": "linear", "models": [str(one)]}, names=names)
+    expected, found = (
+        bake(tmp_path, model, path)[name] for path in (one, tmp_path / "again.safetensors") for name in model
+    )
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert not torch.allclose(found, next(iter(model.values())), atol=1e-2)
+
+
 def test_the_config_of_a_module_whose_name_is_the_end_of_others(tmp_path):
     """PEFT takes the first pattern that fits a name's end: longer names have to come before."""
     model = {f"{name}.weight": numbers(8, 6, seed=n) for n, name in enumerate(("out", "b.0.out", "b.1.out", "b.2.q"))}
