@@ -102,7 +102,7 @@ def carried_metadata(recipe: Recipe, metadata_of: MetadataOf) -> dict[str, str]:
     own = metadata_of(layout.path) if nested is None else carried_metadata(nested, metadata_of)
     stays = stays_itself(recipe)
     carried = {key: value for key, value in own.items() if len(value) <= LONGEST and _carries(recipe, key)}
-    if recipe.low_rank is not None and recipe.base is not None and "/" not in carried.get(ARCHITECTURE, "/"):
+    if recipe.is_extraction and "/" not in carried.get(ARCHITECTURE, "/"):
         carried[ARCHITECTURE] += OF_ADAPTERS
     stated = licences(recipe, metadata_of)
     if any(stated.values()):

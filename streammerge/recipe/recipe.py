@@ -164,6 +164,11 @@ class Recipe:
         return self.method == "linear" and is_alone and is_itself
 
     @property
+    def is_extraction(self) -> bool:
+        """Whether the output is an adapter of what a merge is beyond its base, which is the layout then."""
+        return self.low_rank is not None and self.base is not None
+
+    @property
     def called(self) -> str:
         """What is done, in a word."""
         return self.method if self.mixture is None else "mixture"
@@ -230,7 +235,7 @@ class Recipe:
             "models": [_describe_input(entry, names) for entry in self.inputs],
             "base_model": self._describe_base(names),
             "parameters": describe_settings(self.parameters),
-            "layout": beside.get(self.layout_name, self.layout_name),
+            "layout": None if self.is_extraction else beside.get(self.layout_name, self.layout_name),
             "on_shape_mismatch": self.on_shape_mismatch,
             "on_missing": self.on_missing,
             "on_prediction_mismatch": self.on_prediction_mismatch,

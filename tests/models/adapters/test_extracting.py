@@ -329,6 +329,18 @@ def test_other_shapes_missing_tensors_and_integers(tmp_path, capsys):
     assert "blocks.1.wide.weight" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [(), ("--names", "peft"), ("--energy", "0.9", "--biases", "--names", "comfy")])
+def test_a_recorded_extraction_is_verified_and_made_again(tmp_path, capsys, words):
+    models(tmp_path)
+    end = "" if "peft" in words else ".safetensors"
+    adapter = extract(tmp_path, "--rank", "3", *words, out=f"adapter{end}")
+    assert main(["verify", str(adapter), "--all"]) == 0
+    assert "Every byte is what the recipe gives" in capsys.readouterr().out
+    again = tmp_path / f"again{end}"
+    assert main([str(adapter), "--recipe-from-metadata", "-o", str(again), "-q"]) == 0
+    assert_same_bytes(load_model(again), load_model(adapter))
+
+
 def test_what_is_no_number_is_named_before_anything_is_written(tmp_path, capsys):
     _, tuned = models(tmp_path)
     tuned["blocks.0.attn.weight"][3, 2] = float("nan")
