@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.compute.machine import may_have_cards, usable_cores
-from streammerge.errors import OutputError, saying_what_is_on_disk
+from streammerge.errors import DeviceError, OutputError, saying_what_is_on_disk
 from streammerge.formats.claims import NOTHING, Claims, file_key
 from streammerge.formats.descriptors import check_open_files
 from streammerge.formats.files import path_of
@@ -82,9 +82,15 @@ def make_plan(recipe: Mergeable, *, output: str | os.PathLike[str], **options: A
 def within_bounds(plan: Plan) -> Plan:
     """The plan with the memory that --max-ram leaves for workers; PlanError, as the merge's, where that is too little.
 
-    Only then is torch imported if it is needed: what it takes can't be told without.
+    Only then is torch imported if it is needed: what it takes can't be told without. A plan for a device that isn't
+    here stays what it is.
     """
-    return plan if plan.options.max_ram is None else replace(plan, allotted=Machine(plan).allotment)
+    if plan.options.max_ram is None:
+        return plan
+    try:
+        return replace(plan, allotted=Machine(plan).allotment)
+    except DeviceError:
+        return plan
 
 
 def output_path(output: str | os.PathLike[str]) -> Path:

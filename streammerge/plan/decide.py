@@ -178,7 +178,7 @@ class _Resolution:
         if rule and rule.action == "drop":
             return Decision(name, "dropped", f"rule {rule}", info)
         if rule and rule.action == "keep":
-            if self.is_baking and (changing := self._adapters_of(name)):
+            if self.is_baking and (changing := adapters_of(self.models[self.input_names[0]], name)):
                 self.problems.changed.append(f"{name}   rule {rule}, and {' and '.join(changing)}")
             return self._copy(name, self.layout_name, f"kept by rule {rule}", dtype)
         if rule and rule.action == "take":
