@@ -135,7 +135,7 @@ class KernelMaker:
                 program = compiled([wanted.node], wanted.compute, known)
                 return KernelBlocks(self, wanted, program, suspicious=suspicious)
             if can_be_summed(wanted.node) and not suspicious:
-                return SummedBlocks(self, wanted, known)
+                return SummedBlocks(self.by_torch.blocks(wanted, known), self.kernels, self, wanted, known)
         return self.by_torch.blocks(wanted, known, suspicious=suspicious)
 
     def measurer(self, compute: DType, known: Statistics) -> Measurer:

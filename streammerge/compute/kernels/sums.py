@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from streammerge.compute.costs import slots
-from streammerge.compute.kernels.program import Program, compiled, products_of
+from streammerge.compute.inputs import Input
+from streammerge.compute.kernels.program import Kernels, Program, compiled, products_of
 from streammerge.compute.makers import Block, Range, Statistics, Wanted
 
 if TYPE_CHECKING:
     import torch
 
-    from streammerge.compute.kernels.maker import KernelMaker
+    from streammerge.compute.tensor_maker import TensorBlocks
+
+
+class Buffers(Protocol):
+    """A worker's memory, in which it has what it reads and what it writes."""
+
+    def read(self, inputs: Sequence[Input], start: int, stop: int) -> list[memoryview]:
+        """Elements [start, stop) of every input, as they are stored."""
+        ...
+
+    def out(self, nbytes: int) -> memoryview:
+        """Memory for what is to be written."""
+        ...
 
 
 class SummedBlocks:
@@ -23,10 +36,13 @@ class SummedBlocks:
     A block of which anything is wrong is made again by torch, which tells what.
     """
 
-    def __init__(self, maker: KernelMaker, wanted: Wanted, known: Statistics) -> None:
-        self.maker = maker
+    def __init__(
+        self, by_torch: TensorBlocks, kernels: Kernels, buffers: Buffers, wanted: Wanted, known: Statistics
+    ) -> None:
+        self.by_torch = by_torch
+        self.kernels = kernels
+        self.buffers = buffers
         self.wanted = wanted
-        self.by_torch = maker.by_torch.blocks(wanted, known)
         self.products = products_of(wanted.node)
         self.summing = compiled([wanted.node], wanted.compute, known, self.products)
         self.comparing = (
@@ -39,10 +55,10 @@ class SummedBlocks:
         """Elements [start, stop)."""
         made = self._multiplied(start, stop)  # first, because what it reads takes the place of what was read before
         products = [bytes_of(values) for values in made]
-        read = dict(zip(self.inputs, self.maker.read(list(self.inputs.values()), start, stop), strict=True))
-        out = self.maker.out((stop - start) * self.wanted.stored.bits // 8)
+        read = dict(zip(self.inputs, self.buffers.read(list(self.inputs.values()), start, stop), strict=True))
+        out = self.buffers.out((stop - start) * self.wanted.stored.bits // 8)
         blocks = given(self.summing, products, read)
-        if self.maker.kernels.store(self.summing, blocks, stop - start, self.wanted.stored.name, out, start):
+        if self.kernels.store(self.summing, blocks, stop - start, self.wanted.stored.name, out, start):
             return self.by_torch.make(start, stop)
         return Block(out, None, self._change(products, read, stop - start))
 
@@ -65,7 +81,7 @@ class SummedBlocks:
         if self.comparing is None:
             return 0.0, 0.0
         blocks = given(self.comparing, products, read)
-        squares = self.maker.kernels.products(self.comparing, blocks, elements, 2, apart=True, wide=False).rows
+        squares = self.kernels.products(self.comparing, blocks, elements, 2, apart=True, wide=False).rows
         return squares[1][1], squares[0][0]
 
 
