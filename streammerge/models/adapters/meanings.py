@@ -218,4 +218,4 @@ def are_told(role: Role | None, own: Collection[Meaning]) -> bool:
     names = [f"{dotted(meaning)}.weight" for meaning in own]
     kinds, sides = (KINDS[role] if role else ()), ("ours", "theirs")
     known = (kind for kind in kinds if _may_be(kind, names))
-    return any(not Linking(kind, names, side).unknown for kind in known for side in sides)  # type: ignore[arg-type]
+    return any(not Linking(kind, names, side).strange for kind in known for side in sides)  # type: ignore[arg-type]

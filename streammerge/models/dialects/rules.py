@@ -126,13 +126,15 @@ def numbers(names: Iterable[str], *stems: str) -> list[int]:
 class Linking:
     """The links of one component that has these names, in this naming.
 
-    `unknown` are those names that no rule tells of, or of which the others that belong to them are missing.
+    `unknown` are those names that no rule tells of, or of which the others that belong to them are missing; `strange`
+    the former alone.
     """
 
     def __init__(self, kind: Kind, names: Collection[str], side: Side) -> None:
-        self.links: dict[str, Link] = {}
         found = _by_stem(kind.blocks(names, side), side)
-        self.links = {link.ours: link for name in names if (link := _link(name, found, side)) is not None}
+        told = {name: link for name in names if (link := _link(name, found, side)) is not None}
+        self.links: dict[str, Link] = {link.ours: link for link in told.values()}
+        self.strange = tuple(name for name in names if name not in told)
         linked = set(self.links) if side == "ours" else self._complete(names)
         self.unknown = tuple(name for name in names if name not in linked)
 

@@ -231,6 +231,16 @@ def test_kohyas_names_of_stable_diffusion_1_are_those_of_diffusers():
     assert list(matched({"a": [module]}, "kohya").modules) == ["lora_unet_input_blocks_4_1_proj_in"]
 
 
+def test_dots_are_told_where_only_some_of_the_projections_are_changed():
+    """Queries and values alone, as many train them: rows of a tensor of OpenCLIP's whose other rows are not there."""
+    clip = [f"lora_te_text_model_encoder_layers_{n}_self_attn_{part}_proj" for n in range(2) for part in "qv"]
+    assert list(matched({"a": clip}, "diffusers").modules)[1] == (
+        "text_encoder.text_model.encoder.layers.0.self_attn.v_proj"
+    )
+    flux = ["lora_transformer_transformer_blocks_0_attn_to_q"]
+    assert list(matched({"a": flux}, "diffusers").modules) == ["transformer.transformer_blocks.0.attn.to_q"]
+
+
 @pytest.mark.parametrize("layout", ["sd1", "sdxl", "wan", "z-image", "sd3"])
 def test_dots_are_told_in_adapters_of_a_whole_model(layout):
     """Norms and what is around the blocks too, as LyCORIS and extractions have them."""
