@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,36 @@ def same_source(one: Input, other: Input) -> bool:
     if one.adapters != other.adapters or one.prefixes != other.prefixes:
         return False
     return _place(one) == _place(other) and one.entry == other.entry
+
+
+def has_adapted(recipe: Recipe, plain: Input) -> bool:
+    """Whether one of the inputs is this one with adapters in it."""
+    return any(each.adapters and same_source(replace(each, adapters=()), plain) for each in recipe.inputs)
+
+
+def check_one_is_meant(name: str, recipe: Recipe, shared: Collection[str], where: str) -> None:
+    """RecipeError if files of one name were given, which are told apart by numbers: the first need not be meant.
+
+    `shared` are the names that several have.
+    """
+    numbered = re.compile(rf"{re.escape(name)}(#\d+)?")
+    called = [entry for entry in recipe.inputs if name in shared and numbered.fullmatch(entry.name)]
+    if not all(same_source(called[0], entry) for entry in called):
+        raise RecipeError(
+            f"{where}: {len(called)} models are called {name!r}",
+            found=[f"{each.name}   {file_of(each)}".rstrip() for each in called],
+            advice="Say which by its path, or give them names of their own (NAME=MODEL, or name: in a recipe).",
+        )
+
+
+def given_names(models: list[Any], where: str) -> set[str]:
+    """The names that models are given. RecipeError if two have one: rules and parameters would mean the first."""
+    given = [model.get("name") for model in models if isinstance(model, dict)]
+    counted = Counter(name for name in given if isinstance(name, str))
+    for name, times in counted.most_common(1):
+        if times > 1:
+            raise RecipeError(f"{where}: {times} models are named {name!r}", advice="Give each a name of its own.")
+    return set(counted)
 
 
 def _place(entry: Input) -> Path | HubName | Recipe:

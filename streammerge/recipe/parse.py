@@ -6,7 +6,6 @@ keys `layout`, `rules`, `inputs`, `seed`, `low_rank` and others; `model:` may be
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,16 @@ from streammerge.recipe.adapters import adapter_entry, adapters_of, is_recipe, w
 from streammerge.recipe.documents import Document
 from streammerge.recipe.low_rank import parse_low_rank
 from streammerge.recipe.modules import ASSEMBLY_KEYS, module_recipes
-from streammerge.recipe.naming import default_name, distinct_names, file_of, revised, same_source, unused_name
+from streammerge.recipe.naming import (
+    check_one_is_meant,
+    default_name,
+    distinct_names,
+    given_names,
+    has_adapted,
+    revised,
+    same_source,
+    unused_name,
+)
 from streammerge.recipe.parameters import parse_settings
 from streammerge.recipe.policies import EMA_POLICIES, MISSING_POLICIES, PREDICTION_POLICIES, SHAPE_POLICIES
 from streammerge.recipe.recipe import Input, Recipe, Rule, RuleAction, check_recipe
@@ -92,6 +100,7 @@ class _RecipeParser:
     known: dict[int, Recipe] = field(default_factory=dict)
     depth: int = 1
     shared: set[str] = field(default_factory=set)
+    given: set[str] = field(default_factory=set)
     is_slice: bool = False
 
     def parse(self, raw: Any) -> Recipe:  # noqa: ANN401
@@ -111,7 +120,7 @@ class _RecipeParser:
         if not isinstance(raw["models"], list):
             raise RecipeError(f"{self.where}: models must be a list, found {raw['models']!r}")
         self._check_bound(raw.get("inputs"))
-        self._check_given_names(raw["models"])
+        self.given = given_names(raw["models"], self.where)
         inputs = [self._input(entry, f"{self.where}: model {n}") for n, entry in enumerate(raw["models"], 1)]
         self.shared = {name for name, times in Counter(entry.name for entry in inputs).items() if times > 1}
         recipe = Recipe(
@@ -218,15 +227,6 @@ class _RecipeParser:
         for number, rule in enumerate(rules, 1):
             recipe = self._add_rule(recipe, rule, f"{self.where}: rule {number}")
         return replace(recipe, vocabulary=parse_vocabulary(raw, self.where, self._known_among([recipe])))
-
-    def _check_given_names(self, models: list[Any]) -> None:
-        """No two models may be given one name: rules and parameters would mean the first of them, unsaid."""
-        given = [model.get("name") for model in models if isinstance(model, dict)]
-        for name, times in Counter(name for name in given if isinstance(name, str)).most_common(1):
-            if times > 1:
-                raise RecipeError(
-                    f"{self.where}: {times} models are named {name!r}", advice="Give each a name of its own."
-                )
 
     def _check_needed(self, raw: dict[str, Any]) -> None:
         """What no recipe can do without must be there, and must not be empty."""
@@ -338,32 +338,33 @@ class _RecipeParser:
     def _reference(self, recipe: Recipe, raw: Any, where: str) -> Input:  # noqa: ANN401
         """The input that is meant: by its name, by its path, or a new one."""
         if isinstance(raw, str) and raw in recipe.named:
-            self._check_one_is_meant(raw, recipe, where)
+            check_one_is_meant(raw, recipe, self.shared, where)
             return recipe.named[raw]
+        return self._at(recipe, raw, where)
+
+    def _at(self, recipe: Recipe, raw: Any, where: str) -> Input:  # noqa: ANN401
+        """The input at a path, or a new one."""
         entry = self._input(raw, where)
         for known in recipe.named.values():
             if same_source(known, entry):
                 return known
         return replace(entry, name=unused_name(entry.name, recipe))
 
-    def _check_one_is_meant(self, name: str, recipe: Recipe, where: str) -> None:
-        """RecipeError if files of one name were given, which are told apart by numbers: the first need not be meant."""
-        numbered = re.compile(rf"{re.escape(name)}(#\d+)?")
-        called = [entry for entry in recipe.inputs if name in self.shared and numbered.fullmatch(entry.name)]
-        if not all(same_source(called[0], entry) for entry in called):
-            raise RecipeError(
-                f"{where}: {len(called)} models are called {name!r}",
-                found=[f"{each.name}   {file_of(each)}".rstrip() for each in called],
-                advice="Say which by its path, or give them names of their own (NAME=MODEL, or name: in a recipe).",
-            )
-
     def _base(self, recipe: Recipe, raw: Any) -> Input:  # noqa: ANN401
         """The base: one of the models, or a new input that is called `base` unless it has a name of its own."""
-        base = self._reference(recipe, raw, f"{self.where}: base_model")
+        find = self._at if self._is_adapted(recipe, raw) else self._reference
+        base = find(recipe, raw, f"{self.where}: base_model")
         named = raw in self.bindings if isinstance(raw, str) else raw.get("name") is not None
         if base.name in recipe.named or named:
             return base
         return replace(base, name=unused_name("base", recipe))
+
+    def _is_adapted(self, recipe: Recipe, raw: Any) -> bool:  # noqa: ANN401
+        """Whether a word is the path of a model that is an input with adapters in it, which has its name from there:
+        mergekit's `base_model: llama` beside `model: llama+lora` is the model without them."""
+        if not isinstance(raw, str) or raw not in recipe.named or raw in self.given or not self._is_there(raw):
+            return False
+        return has_adapted(recipe, self._input(raw, self.where))
 
     def _mention(self, recipe: Recipe, raw: Any, where: str) -> tuple[Recipe, str]:  # noqa: ANN401
         """The name of the input that is meant, and the recipe with that input among its own."""

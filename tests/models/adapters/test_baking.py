@@ -286,6 +286,39 @@ def test_mergekits_ways_to_name_a_lora(folder, entry):
     assert_near(made[NAMES[0]], MODEL[NAMES[0]].double() + difference(lora(100), NAMES[0], 1.5))
 
 
+@pytest.mark.parametrize(
+    ("models", "base"),
+    [
+        ([{"model": "llama+one"}, {"model": "llama+two"}], "llama"),
+        ([{"model": "llama+one"}, "llama", {"model": "llama+two"}], "llama"),
+        ([{"model": "llama+one", "name": "a"}, {"model": "llama+two", "name": "b"}], "llama"),
+        ([{"model": "llama+one"}, {"model": "llama+two"}], "./llama"),
+    ],
+)
+def test_a_base_by_its_path_is_without_what_the_models_have_in_it(folder, models, base):
+    """As in mergekit. The first model's name is that path, too."""
+    (folder / "llama").mkdir()
+    save_model(folder / "llama" / "model.safetensors", MODEL)
+    for name, seed in (("one", 100), ("two", 200)):
+        save_model(folder / name, lora(seed))
+    recipe = {"merge_method": "task_arithmetic", "base_model": base, "models": models, "parameters": {"weight": 0.5}}
+    made = merge_to(folder / "out.safetensors", recipe)
+    exact = MODEL[NAMES[0]].double()
+    for seed in (100, 200):
+        exact = exact + 0.5 * difference(lora(seed), NAMES[0])
+    assert_near(made[NAMES[0]], exact)
+
+
+def test_a_base_by_the_name_that_a_model_is_given_is_that_model(folder):
+    (folder / "llama").mkdir()
+    save_model(folder / "llama" / "model.safetensors", MODEL)
+    save_model(folder / "one", lora(100))
+    models = [{"model": "llama+one", "name": "llama"}, "model.safetensors"]
+    recipe = {"merge_method": "task_arithmetic", "base_model": "llama", "models": models, "parameters": {"weight": 0.5}}
+    made = merge_to(folder / "out.safetensors", recipe)
+    assert_near(made[NAMES[0]], MODEL[NAMES[0]].double() + 0.5 * difference(lora(100), NAMES[0]))
+
+
 def test_a_file_with_a_plus_in_its_name_is_a_file(folder):
     save_model(folder / "a+b.safetensors", MODEL)
     made = merge_to(folder / "out.safetensors", {"merge_method": "linear", "models": ["a+b.safetensors"]})
