@@ -28,16 +28,30 @@ def with_adapters(entry: Input, model: Model, opening: Callable[[Path, str], Che
     if not entry.adapters:
         return model
     refuse_adapters({entry.name: model.tensors})
-    given = []
-    for each in entry.adapters:
+    given, tunings = [], [Tuning(Recipe("linear", (each,)), model) for each in entry.adapters]
+    for each, tuning in zip(entry.adapters, tunings, strict=True):
         read = read_adapter(opening(each.path, each.entry), str(each.path))
-        given.append(Given(each.name, read, strength_of(each, model)))
-    return adapted(entry.name, model, given, drop=drop)
+        given.append(Given(each.name, read, strength_of(tuning)))
+    made = adapted(entry.name, model, given, drop=drop)
+    changed = {use.given.name: name for name, uses in made.uses.items() for use in uses}
+    told = (
+        replace(account, told=(*account.told, *remarks_of(tuning, changed.get(account.adapter))))
+        for account, tuning in zip(made.accounts, tunings, strict=True)
+    )
+    return replace(made, accounts=tuple(told))
 
 
-def strength_of(entry: Input, model: Model) -> Strength:
+def remarks_of(tuning: Tuning, changed: str | None) -> Iterator[str]:
+    """What is to be known of an adapter's weight, such as a filter that fits no tensor of the model; `changed` is one
+    of those that it changes."""
+    if changed is not None:
+        tuning.values(changed, None)  # only then it is known that it has an effect
+    where = f"{tuning.recipe.where}: model {tuning.models[0]}: "
+    return (remark.removeprefix(where) for remark in tuning.remarks())
+
+
+def strength_of(tuning: Tuning) -> Strength:
     """How strong an adapter is in each of the model's tensors: a number, or by block, layer or name."""
-    tuning = Tuning(Recipe("linear", (entry,)), model)
 
     def strength(name: str) -> float:
         return weight_of(tuning.values(name, None)[WEIGHT])

@@ -126,6 +126,18 @@ def test_a_merge_of_models_is_not_measured(folder):
     assert "changes" not in json.loads(Path("r.json").read_text())
 
 
+def test_a_filter_that_fits_no_tensor_is_told(folder, capsys):
+    """Filters are parts of the model's names, and not of the adapter's."""
+    weight = [{"filter": "lora_unet", "value": 0}, {"value": 1}]
+    adapters = [{"adapter": str(folder / "lora.safetensors"), "weight": weight}]
+    recipe = {"merge_method": "linear", "models": [{"model": str(folder / "model.safetensors"), "adapters": adapters}]}
+    (folder / "r.yaml").write_text(json.dumps(recipe))
+    assert main([str(folder / "r.yaml"), "-o", str(folder / "x.safetensors")]) == 0
+    told = capsys.readouterr().err
+    assert "note: lora: the filter 'lora_unet' of weight fits no tensor\n" in told
+    assert "changes nothing" not in told
+
+
 @pytest.mark.parametrize(
     "option",
     [
