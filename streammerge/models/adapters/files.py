@@ -11,6 +11,7 @@ from streammerge.compute.expressions import Node
 from streammerge.errors import CheckpointError, count
 from streammerge.models.adapters.config import Config, config_of, read_configs
 from streammerge.models.adapters.decompositions import SAVED, changes_of
+from streammerge.models.adapters.dialects import PEFT
 from streammerge.models.adapters.experts import parameters_of
 from streammerge.models.adapters.modules import Changes, Malformed, Module
 from streammerge.models.adapters.parts import INVERSION, sorted_parts
@@ -56,7 +57,8 @@ def read_adapter(checkpoint: Checkpoint, path: str) -> Adapter:
     configs = read_configs(type(where)(path), checkpoint.metadata)
     if not tensors:
         raise CheckpointError(f"{where}: is empty, and no adapter")
-    if not configs and not found.kinds and SAVED.issuperset(role for roles in found.modules.values() for role in roles):
+    is_saved = SAVED.issuperset(role for roles in found.modules.values() for role in roles)
+    if is_saved and not found.kinds and not (configs and any(module.startswith(PEFT) for module in found.modules)):
         _refuse_models(checkpoint)
     try:
         parameters = parameters_of(found.modules, configs[""]) if "" in configs else {}
@@ -80,9 +82,12 @@ def read_adapter(checkpoint: Checkpoint, path: str) -> Adapter:
 def _refuse_models(checkpoint: Checkpoint) -> None:
     """CheckpointError for a file that has nothing of an adapter."""
     if find_adapter(checkpoint.tensors) is None:
+        beside = next(iter(sorted(checkpoint.path.parent.glob("adapter_model.*"))), None)
         raise CheckpointError(
             f"{checkpoint.path}: is no adapter: none of its {len(checkpoint.tensors):,} tensors is a part of one",
-            advice="Name a LoRA or one of its kin; whole models are merged, and textual inversions loaded beside one.",
+            advice=f"Name the adapter that lies beside it: {beside}."
+            if beside
+            else "Name a LoRA or one of its kin; whole models are merged, and textual inversions loaded beside one.",
         )
 
 

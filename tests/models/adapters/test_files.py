@@ -117,6 +117,17 @@ def test_a_whole_model_is_no_adapter(tmp_path):
         bake(tmp_path, MODEL, {name: tensor.clone() for name, tensor in MODEL.items()})
 
 
+def test_a_whole_model_beside_an_adapter_is_none_either(tmp_path):
+    """A folder of both is that model, as anywhere; the config of PEFT's is not of its weights."""
+    folder = peft_folder(tmp_path / "both", pair(), r=RANK, lora_alpha=RANK)
+    save_model(folder / "model.safetensors", {name: tensor * 2 for name, tensor in MODEL.items()})
+    with pytest.raises(CheckpointError, match="is no adapter: none of its 2 tensors") as caught:
+        bake(tmp_path, MODEL, folder)
+    assert "adapter_model.safetensors" in caught.value.advice
+    made = bake(tmp_path, MODEL, folder / "adapter_model.safetensors")
+    assert torch.allclose(made[WEIGHT].double(), MODEL[WEIGHT].double() + PRODUCT, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("model", "told"),
     [
