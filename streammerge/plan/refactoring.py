@@ -228,6 +228,7 @@ class _Refactoring:
         what = "is resized" if len(adapters) == 1 else f"are merged by {self.method.name}, as products"
         names = f"; modules are named as in {found.dialect}'s files" if found.is_renamed else ""
         yield f"{listed(list(adapters))} {what}{names}"
+        yield from self.together.remarks()
 
     def _companions(self, made: Factored) -> tuple[Companion, ...] | None:
         """PEFT's config; None for adapters that are files."""

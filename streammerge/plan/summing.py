@@ -54,7 +54,7 @@ def sum_of_adapters(recipe: Recipe, models: Mapping[str, Model], naming: Naming 
     def decide(name: str) -> Decision:
         return Decision(name, "merged", "sum of adapters", made.tensors[name], made.node(name))
 
-    remarks = list(dict.fromkeys([*tuning.remarks(), _remark(made)]))
+    remarks = list(dict.fromkeys([*tuning.remarks(), _remark(made), *made.together.remarks()]))
     return Merged(
         Decisions(made.tensors, decide),
         remarks=tuple(remarks),

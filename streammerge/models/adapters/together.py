@@ -7,7 +7,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from streammerge.errors import PlanError
+from streammerge.errors import PlanError, listed, plural
 from streammerge.models.adapters.changes import Change
 from streammerge.models.adapters.config import Config, config_of
 from streammerge.models.adapters.dialects import SPELLINGS, Dialect
@@ -72,6 +72,14 @@ class Together:
     def configs(self) -> list[Config]:
         """What the adapters' configs say, in their order."""
         return [config for adapter in self.adapters.values() for config in adapter.configs.values()]
+
+    def remarks(self) -> Iterator[str]:
+        """What is to be known of adapters that have nothing in common, as those of different models have not."""
+        shared = {name for own in self.matched.modules.values() if len(own) > 1 for name in own}
+        alone = [name for name in self.adapters if name not in shared]
+        if alone and len(self.adapters) > 1:
+            has = plural(alone, "has", "have")
+            yield f"{listed(alone)} {has} no module that another has too: are all of them adapters of one model?"
 
     def own(self, module: str) -> Iterator[Own]:
         """The modules of adapters that a module is."""

@@ -79,6 +79,17 @@ def test_what_only_one_of_them_changes_is_in_the_sum(tmp_path):
     assert torch.allclose(product(made, "lora_te_text_model_y"), product(two, "lora_te_text_model_y"), atol=1e-6)
 
 
+@pytest.mark.parametrize("words", [[], ["--rank", "2"]])
+def test_adapters_that_have_nothing_in_common_are_told(tmp_path, capsys, words):
+    """They may be of different models, which nobody can tell for sure."""
+    many = (lora(1, 4), lora(2, 3), lora(3, 3, module="lora_unet_down_blocks_0_y"))
+    paths = [str(save_model(tmp_path / f"{n}.safetensors", each)) for n, each in enumerate(many)]
+    told = "2 has no module that another has too: are all of them adapters of one model?"
+    for given, is_told in ((paths, True), (paths[:2], False), (paths[2:], False)):
+        assert main([*given, *words, "-o", str(tmp_path / "sum.safetensors"), "--force"]) == 0
+        assert (told in capsys.readouterr().err) is is_told
+
+
 def test_what_has_no_weight_is_left_out(tmp_path):
     bad = {name: torch.full_like(tensor, torch.nan) for name, tensor in lora(2, 3).items()}
     made = add_up(tmp_path, lora(1, 4), bad, weights=[1, 0], on_nonfinite="error")
