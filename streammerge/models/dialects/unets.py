@@ -91,13 +91,16 @@ def _output(n: int, level: int, number: int, names: Collection[str], *, is_last:
 def _level_length(names: Collection[str], side: Side) -> int:
     """How many blocks of the original there are to a resolution, the step to the next one included."""
     if side == "theirs":
-        return _count(names, "down_blocks.0.resnets.") + 1 if _is_full(names) else USUAL
+        counted = _count(names, "down_blocks.0.resnets.") + 1
+        return counted if _is_full(names) else max(counted, USUAL)
     steps = [int(match[1]) for name in names if (match := re.match(r"input_blocks\.(\d{1,3})\.0\.op\.", name))]
     return min(steps, default=USUAL)
 
 
 def _is_full(names: Collection[str]) -> bool:
-    return any(name.startswith("down_blocks.0.resnets.") for name in names)
+    """Whether these are a whole component's names: adapters have some of the blocks, and seldom norms."""
+    beginnings = ("conv_in.", "time_embedding.linear_1.", "down_blocks.0.resnets.0.norm1.")
+    return all(any(name.startswith(beginning) for name in names) for beginning in beginnings)
 
 
 def _reach(names: Collection[str], way: str, levels: int) -> int:

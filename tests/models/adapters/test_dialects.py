@@ -231,6 +231,22 @@ def test_kohyas_names_of_stable_diffusion_1_are_those_of_diffusers():
     assert list(matched({"a": [module]}, "kohya").modules) == ["lora_unet_input_blocks_4_1_proj_in"]
 
 
+@pytest.mark.parametrize("names", ["comfy", None])
+def test_blocks_are_counted_as_usual_where_an_adapter_has_few_of_them(names):
+    """One block of a level doesn't say that a level has one block."""
+    few = [
+        "unet.down_blocks.0.resnets.0.conv1",
+        "unet.down_blocks.1.attentions.1.proj_in",
+        "unet.up_blocks.1.attentions.0.proj_in",
+    ]
+    other = ["diffusion_model.input_blocks.1.0.in_layers.2"]
+    found = matched({"b": other, "a": few}, names).modules
+    assert list(found) == [
+        *other,
+        *(f"diffusion_model.{name}" for name in ("input_blocks.5.1.proj_in", "output_blocks.3.1.proj_in")),
+    ]
+
+
 def test_dots_are_told_where_only_some_of_the_projections_are_changed():
     """Queries and values alone, as many train them: rows of a tensor of OpenCLIP's whose other rows are not there."""
     clip = [f"lora_te_text_model_encoder_layers_{n}_self_attn_{part}_proj" for n in range(2) for part in "qv"]
