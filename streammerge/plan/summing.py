@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from streammerge.errors import PlanError, count, listed, plural
+from streammerge.methods.linear import normalized
 from streammerge.models.adapters.dialects import DIALECTS, Dialect
 from streammerge.models.adapters.files import read_adapter
 from streammerge.models.adapters.peft_config import config_of_ranks
@@ -76,7 +77,7 @@ class Strengths:
         found = self.tuning.values(module, None)[WEIGHT]
         own = [float(each) for each in found] if isinstance(found, tuple) else [float(found)] * len(self.recipe.models)
         is_normalised = self.recipe.parameters.get("normalize") is True
-        return [each / sum(own) for each in own] if is_normalised else own
+        return normalized(tuple(own)) if is_normalised else own
 
 
 def dialect_asked(naming: Naming | Dialect | None) -> Dialect | None:

@@ -65,6 +65,15 @@ def test_weights_are_not_divided_by_their_sum(tmp_path):
     assert torch.allclose(product(made), product(one), atol=1e-6)
 
 
+@pytest.mark.parametrize("words", [[], ["--rank", "2"]])
+def test_weights_whose_sum_is_zero_are_not_divided_by_it(tmp_path, capsys, words):
+    one, two = (str(save_model(tmp_path / f"{n}.safetensors", lora(n, 4))) for n in (1, 2))
+    out = tmp_path / "out.safetensors"
+    assert main([f"{one}:1", f"{two}:-1", "-p", "normalize=true", *words, "-o", str(out)]) == 1
+    assert "the weights [1.0, -1.0] sum to zero and can't be normalised" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_one_alone_with_a_weight(tmp_path):
     one = lora(1, 4, 4.0)
     made = add_up(tmp_path, one, weights=[1.0])
