@@ -201,7 +201,9 @@ def tasks_share(rank: int, count: int, fraction: float) -> int:
     return min(round((rank - int(rank * fraction)) / count), rank // count)
 
 
-@method(WholeMethod, base="required", temporaries=0, anywhere=True, held=workspace(squares=4, each=1, tensors=3, pieces=14))
+@method(
+    WholeMethod, base="required", temporaries=0, anywhere=True, held=workspace(squares=4, each=1, tensors=3, pieces=14)
+)
 def wudi(
     base: Tensor,
     *models: Tensor,

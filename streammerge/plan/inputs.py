@@ -32,7 +32,7 @@ from streammerge.models.wrappers import unwrapped
 from streammerge.plan.adapting import accounted, told_of, with_adapters
 from streammerge.plan.decide import merge_models
 from streammerge.plan.naming import of_models
-from streammerge.plan.sources import Sources
+from streammerge.plan.sources import Sources, reading_bytes
 from streammerge.plan.summing import are_adapters, is_sum, sum_of_adapters
 from streammerge.plan.vocabularies import MATCHED, Settled, settled, tokenizer_beside
 from streammerge.recipe.recipe import Input, Recipe
@@ -216,10 +216,10 @@ class OpenInputs:
     def sources(self, merged: Merged) -> Sources:
         """What is read for a merge: of models that were opened elsewhere, their files."""
         opened = self.checkpoints.values()
-        names = names_bytes(one.names for one in opened if one.names is not None)
-        described_bytes = names + sum(one.described_bytes for one in opened)
+        tables = [one.names for one in opened if one.names is not None]
+        described_bytes = names_bytes(tables) + sum(one.described_bytes for one in opened)
         left = {one.path: one.left for one in opened if one.left.count}
-        return Sources(tuple(self.files or files_of(merged)), described_bytes, left)
+        return Sources(tuple(self.files or files_of(merged)), described_bytes, left, reading_bytes(tables))
 
     def close(self) -> None:
         """Close all files."""

@@ -75,8 +75,8 @@ FREE_SHARE: Final = 0.25
 class Plan:
     """A merge ready to be run: what becomes of the tensors, where they go, and what it costs.
 
-    `described_bytes` is what is kept in memory of headers and decisions, `allotted` the memory that workers get under a
-    bound for the whole process, where that has been measured.
+    `described_bytes` is what is kept in memory of headers and decisions, `reading_bytes` what reading them leaves,
+    and `allotted` the memory that workers get under a bound for the whole process, where that has been measured.
     """
 
     method: str
@@ -87,6 +87,7 @@ class Plan:
     options: Options
     description: Mapping[str, Any] = field(default_factory=dict)
     described_bytes: int = 0
+    reading_bytes: int = 0
     left: Mapping[Path, LeftTensors] = field(default_factory=dict)
     beside: Beside = field(default_factory=Beside)
     allotted: Allotment | None = None
@@ -289,7 +290,8 @@ class Plan:
     @property
     def work_bytes(self) -> int:
         """The RAM that the merge takes at most, above a bare `import torch` if it needs torch, else in all."""
-        work = self.fixed_bytes + self.described_bytes + (self.allotted or self.allot()).work_bytes
+        own = self.fixed_bytes + self.described_bytes + self.reading_bytes
+        work = own + (self.allotted or self.allot()).work_bytes
         if self.allotted is None or self.needs_torch:
             return work
         return min(work, self.options.max_ram or work)  # the bound is kept, whatever Python usually takes
@@ -361,9 +363,8 @@ def plan_merge(
     kept_bytes = names_bytes(own) + TENSOR_BYTES * len(merged.decisions) + merged.kept_bytes
     described_bytes = sources.described_bytes + kept_bytes + MEMBER_BYTES * jobs.together
     method, description = ("", {}) if recipe is None else (recipe.called, recipe.describe())
-    return Plan(
-        method, merged, jobs, layout, sources.files, options, description, described_bytes, sources.left, beside
-    )
+    kept = described_bytes, sources.reading_bytes, sources.left
+    return Plan(method, merged, jobs, layout, sources.files, options, description, *kept, beside)
 
 
 def existing_folder(path: Path) -> Path:
