@@ -25,11 +25,13 @@ from streammerge.models.adapters.naming import (
     tensor_names,
     usual_dialect,
 )
-from streammerge.models.adapters.peft_config import config_of_ranks
+from streammerge.models.adapters.peft_config import config_of_ranks, task_of
 from streammerge.models.adapters.ranks import LowRank
 from streammerge.models.dialects import Naming, Source
+from streammerge.models.hub import SCHEME, HubName, name_of
 from streammerge.models.merged import Merged
-from streammerge.models.views import Decoded
+from streammerge.models.views import Decoded, beneath
+from streammerge.plan.beside import stated_in
 from streammerge.recipe.recipe import Recipe
 from streammerge.tensors import DTYPES, DType, Model, described
 
@@ -187,7 +189,20 @@ class _Extraction:
             return None
         ranks = {part.name.removesuffix(".weight"): made.ranks[part.name] for part in made.written}
         turned = any(map(self._lies_transposed, ranks))
-        return (config_of_ranks(ranks, fan_in_fan_out=turned),)
+        return (config_of_ranks(ranks, fan_in_fan_out=turned, of_model=self._of_model),)
+
+    @property
+    def _of_model(self) -> dict[str, str]:
+        """What PEFT's config says of the base: its name on the hub or in its own config, and its task; a path is none
+        of that, because it is of this machine."""
+        path = getattr(beneath(self.base), "path", None)
+        if path is None:
+            return {}
+        folder = path if path.is_dir() else path.parent
+        config = stated_in(folder)
+        named = name_of(folder) or HubName.of(f"{SCHEME}{config.get('_name_or_path', '')}")
+        said = {"base_model_name_or_path": named.name, "revision": named.revision} if named is not None else {}
+        return {key: value for key, value in {**said, "task_type": task_of(config)}.items() if value}
 
     def _check_names(self, parts: list[Part]) -> None:
         """PlanError if two tensors of the model would be one module of the adapter."""

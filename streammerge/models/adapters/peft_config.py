@@ -23,19 +23,54 @@ BEGUN: Final[Mapping[str, Any]] = {
 """What a config says that was made of no other."""
 
 
-KEPT: Final = ("auto_mapping", "base_model_name_or_path", "revision", "task_type")
-"""What the config of an adapter says that is true of others that are made of it."""
+OF_MODELS: Final = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")
+"""What the config of an adapter says of its model, and is true of others that are made of it."""
+
+TASKS: Final[Mapping[str, str]] = {
+    "ForCausalLM": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+"""What PEFT calls the tasks of models, by how the names of their classes end."""
+
+
+def task_of(config: Mapping[str, Any]) -> str | None:
+    """What PEFT calls the task of a model with this config.json; None where that doesn't tell."""
+    found = config.get("architectures")
+    classes = [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
+    if config.get("is_encoder_decoder") is True and any(name.endswith("ForConditionalGeneration") for name in classes):
+        return "SEQ_2_SEQ_LM"
+    tasks = {task for end, task in TASKS.items() if any(name.endswith(end) for name in classes)}
+    return tasks.pop() if len(tasks) == 1 else None
+
+
+def said_alike(configs: Iterable[Config]) -> dict[str, Any]:
+    """What configs say of the model: where one says something, and none another."""
+    said = [config.said for config in configs]
+    found: dict[str, Any] = {}
+    for key in OF_MODELS:
+        values = [own[key] for own in said if own.get(key) is not None]
+        if values and all(value == values[0] for value in values):
+            found[key] = values[0]
+    if "base_model_name_or_path" not in found:
+        found.pop("revision", None)  # of which model is not known
+    return found
 
 
 def config_of_ranks(
-    ranks: Mapping[str, int], configs: Iterable[Config] = (), *, fan_in_fan_out: bool | None = None
+    ranks: Mapping[str, int],
+    configs: Iterable[Config] = (),
+    *,
+    fan_in_fan_out: bool | None = None,
+    of_model: Mapping[str, Any] | None = None,
 ) -> Companion:
     """The config for modules of these ranks, made of adapters with these configs, if any.
 
-    Weights lie transposed (`fan_in_fan_out`) if any of the configs says so, unless it is said here.
+    Weights lie transposed (`fan_in_fan_out`) if any of the configs says so, unless it is said here; so is what is known
+    `of_model`.
     """
     configs = list(configs)
-    like = next((config.said for config in configs if config.said), {})
     is_turned = any(config.fan_in_fan_out for config in configs) if fan_in_fan_out is None else fan_in_fan_out
     usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
     patterns = _patterns({module.removeprefix(PEFT): rank for module, rank in ranks.items()}, usual)
@@ -50,8 +85,8 @@ def config_of_ranks(
         "fan_in_fan_out": is_turned,
         "target_modules": sorted(module.removeprefix(PEFT) for module in ranks),
     }
-    whole = {**BEGUN, **{key: like[key] for key in KEPT if key in like}, **own}
-    text = json.dumps(dict(sorted(whole.items())), indent=2) + "\n"
+    said = {**BEGUN, **(said_alike(configs) if of_model is None else of_model), **own}
+    text = json.dumps(dict(sorted(said.items())), indent=2) + "\n"
     return Companion(FILE, text.encode(), "the adapter's config")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import streammerge
 from streammerge.cli.main import main
 from streammerge.errors import MergeError
 from streammerge.models.adapters.dialects import underscored
@@ -379,6 +380,26 @@ def test_the_config_of_a_module_whose_name_is_the_end_of_others(tmp_path):
     assert_the_same(tmp_path, model, (narrow | wide,), names="peft", output="out")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert list(config["rank_pattern"].items()) == [(r"b\.0\.out", RANK), (r"b\.1\.out", RANK), ("out", RANK + 1)]
+
+
+@pytest.mark.parametrize("more", [{}, {"low_rank": {"rank": 2}}])
+def test_what_the_configs_agree_on_is_said_of_the_model(tmp_path, more):
+    pairs = factors("layers.0.q_proj", 12, 8, 1, **PEFT_NAMES)
+    said: list[dict[str, Any]] = [
+        {"base_model_name_or_path": "me/llama", "revision": "main", "task_type": "CAUSAL_LM"},
+        {"base_model_name_or_path": "me/llama", "revision": "other", "task_type": None},
+        {"base_model_name_or_path": "me/llama-2", "revision": "main", "task_type": "CAUSAL_LM"},
+    ]
+    names = [str(peft_folder(tmp_path / str(n), pairs, r=RANK, lora_alpha=1, **own)) for n, own in enumerate(said)]
+    for models, right in (
+        (names[:1], ("me/llama", "main", "CAUSAL_LM")),
+        (names[:2], ("me/llama", None, "CAUSAL_LM")),
+        (names, (None, None, "CAUSAL_LM")),
+    ):
+        recipe = {"merge_method": "linear", "models": models, **more}
+        streammerge.merge(recipe, output=tmp_path / f"out{len(models)}", sync=False)
+        config = json.loads((tmp_path / f"out{len(models)}" / "adapter_config.json").read_text())
+        assert tuple(config.get(key) for key in ("base_model_name_or_path", "revision", "task_type")) == right
 
 
 def test_weights_that_lie_transposed(tmp_path):

@@ -270,6 +270,35 @@ def test_language_models_have_folders_of_pefts(tmp_path):
         assert torch.allclose(made[name], tensor if tensor.ndim > 1 else base[name], atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("where", "config", "said"),
+    [
+        ("base", {}, (None, None, "CAUSAL_LM")),
+        ("models--me--llama/snapshots/abc", {}, ("me/llama", "abc", "CAUSAL_LM")),
+        (
+            "base",
+            {"_name_or_path": "me/llama", "architectures": ["LlamaForTokenClassification"]},
+            ("me/llama", None, "TOKEN_CLS"),
+        ),
+        ("base", {"_name_or_path": "/home/me/llama", "architectures": ["LlamaModel"]}, (None, None, None)),
+        (
+            "base",
+            {"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True},
+            (None, None, "SEQ_2_SEQ_LM"),
+        ),
+    ],
+)
+def test_pefts_config_says_what_is_known_of_the_base(tmp_path, where, config, said):
+    """A path is not: it is of this machine."""
+    base = make_tensors(0, torch.float32, {**LLAMA, "lm_head.weight": (40, 16)})
+    tuned, other = folder_of(tmp_path / "tuned", near(base, 5, 0.1)), folder_of(tmp_path / where, base, **config)
+    words = ["extract", str(tuned), str(other), "-o", str(tmp_path / "adapter"), "--rank", "2", "--names", "peft", "-q"]
+    assert main(words) == 0
+    found = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    keys = ("base_model_name_or_path", "revision", "task_type")
+    assert tuple(found.get(key) for key in keys) == said
+
+
 def test_a_head_that_is_tied_is_the_embedding(tmp_path, capsys):
     base = make_tensors(0, torch.float32, LLAMA)
     tuned = near(base, 5, 0.1)
