@@ -31,6 +31,28 @@ UNET_XL = {
     "projection_class_embeddings_input_dim": 6 * 8 + 1280,
 }
 
+WAN = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 8,
+    "freq_dim": 8,
+    "ffn_dim": 16,
+    "num_layers": 2,
+}
+Z_IMAGE = {
+    "in_channels": 4,
+    "dim": 32,
+    "n_layers": 2,
+    "n_refiner_layers": 1,
+    "n_heads": 2,
+    "n_kv_heads": 2,
+    "cap_feat_dim": 8,
+    "axes_dims": [4, 6, 6],
+    "axes_lens": [8, 8, 8],
+}
+
 
 def vae(channels: int = 4) -> Any:
     """The autoencoder of Stable Diffusion 1, or with 16 channels that of 3 and of Flux."""
@@ -139,6 +161,28 @@ def flux() -> Any:
         tokenizer_2=None,
         transformer=transformer,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+    )
+
+
+def wan() -> Any:
+    """Its transformer alone."""
+    return diffusers.WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        scheduler=diffusers.UniPCMultistepScheduler(),
+        transformer=diffusers.WanTransformer3DModel(**WAN),
+    )
+
+
+def z_image() -> Any:
+    """Its transformer alone."""
+    return diffusers.ZImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        transformer=diffusers.ZImageTransformer2DModel(**Z_IMAGE),
     )
 
 

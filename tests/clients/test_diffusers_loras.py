@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.clients.miniatures import flux, sd1, sdxl
+from tests.clients.miniatures import flux, sd1, sdxl, wan, z_image
 from tests.make.models import Tensors, merge_to, normal, save_model
 
 diffusers = pytest.importorskip("diffusers")
@@ -23,47 +23,6 @@ pytest.importorskip("peft")
 pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore")]
 
 RANK, WEIGHT = 2, 0.7
-
-
-def wan() -> Any:
-    transformer = diffusers.WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=8,
-        freq_dim=8,
-        ffn_dim=16,
-        num_layers=2,
-    )
-    return diffusers.WanPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=None,
-        scheduler=diffusers.UniPCMultistepScheduler(),
-        transformer=transformer,
-    )
-
-
-def z_image() -> Any:
-    transformer = diffusers.ZImageTransformer2DModel(
-        in_channels=4,
-        dim=32,
-        n_layers=2,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=8,
-        axes_dims=[4, 6, 6],
-        axes_lens=[8, 8, 8],
-    )
-    return diffusers.ZImagePipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        transformer=transformer,
-    )
 
 
 def factors(name: str, module: nn.Module, seed: int, up: str, down: str, alpha: str = "") -> Tensors:

@@ -17,7 +17,7 @@ import torch
 import streammerge
 from streammerge.models.dialects import Naming, recognise
 from streammerge.models.dialects.translation import Translated
-from tests.clients.miniatures import UNET, UNET_XL, clip, vae
+from tests.clients.miniatures import UNET, UNET_XL, WAN, Z_IMAGE, clip, vae
 from tests.make.diffusion import diffusion_model
 from tests.make.models import (
     MemoryModel,
@@ -224,16 +224,6 @@ SD3 = {
     "pooled_projection_dim": 12,
     "pos_embed_max_size": 8,
 }
-WAN = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "in_channels": 4,
-    "out_channels": 4,
-    "text_dim": 8,
-    "freq_dim": 8,
-    "ffn_dim": 16,
-    "num_layers": 2,
-}
 TRANSFORMERS: dict[str, tuple[Build, str]] = {
     "Stable Diffusion 3": (lambda: diffusers.SD3Transformer2DModel(**SD3), "convert_sd3_transformer"),
     "Stable Diffusion 3.5": (
@@ -279,17 +269,7 @@ TRANSFORMERS: dict[str, tuple[Build, str]] = {
         "",
     ),
     "Z-Image": (
-        lambda: diffusers.ZImageTransformer2DModel(
-            in_channels=4,
-            dim=32,
-            n_layers=2,
-            n_refiner_layers=1,
-            n_heads=2,
-            n_kv_heads=2,
-            cap_feat_dim=8,
-            axes_dims=[4, 6, 6],
-            axes_lens=[8, 8, 8],
-        ),
+        lambda: diffusers.ZImageTransformer2DModel(**Z_IMAGE),
         "convert_z_image_transformer",
     ),
 }
