@@ -2,6 +2,7 @@
 
 Σᵢ cᵢ Bᵢ Aᵢ = [√c₁ B₁, √c₂ B₂, …] [√c₁ A₁; √c₂ A₂; …]        cᵢ = wᵢ · scaleᵢ, a negative sign being B's
 (B₁ A₁) ⊙ (B₂ A₂) = (B₁ ∗ B₂) (A₁ ∗ A₂)        with all products of one column of each, and of one row of each
+(B₁ A₁) ⊗ (B₂ A₂) = (B₁ ⊗ B₂) (A₁ ⊗ A₂)        Kronecker's product; of a whole W₁ one of B₁ and A₁ is I
 """
 
 from __future__ import annotations
@@ -41,18 +42,60 @@ class Share:
 
 
 def as_lora(change: Change) -> Change:
-    """A LoHa without cores as the LoRA that it is, of the rank r₁ · r₂; any other change as it is."""
-    if change.kind != "LoHa" or block_method(change.value) is None:
+    """A LoHa without cores as the LoRA that it is, of the rank r₁ · r₂, a LoKr as one whose rank is less than the
+    matrix'; any other change as it is."""
+    if change.kind not in ("LoHa", "LoKr") or block_method(change.value) is None:
         return change
-    sides = children(change.value)
-    if not all(map(is_product_of_two, sides)):
+    factors = _of_hadamards(change) if change.kind == "LoHa" else _of_kroneckers(change)
+    if factors is None:
         return change
-    (b1, a1), (b2, a2) = map(factors_of, sides)
-    if len(a1.info.shape) != 2:
-        return change
-    left, right = _columns(b1, b2), transposed(_columns(transposed(a1), transposed(a2)))
+    left, right = factors
     value = Product(described(DTYPES["F32"], change.shape), left, (right,))
     return replace(change, kind="LoRA", value=value, rank=right.info.shape[0])
+
+
+def _of_hadamards(change: Change) -> tuple[Node, Node] | None:
+    """(B₁ A₁) ⊙ (B₂ A₂)"""
+    sides = children(change.value)
+    if not all(map(is_product_of_two, sides)):
+        return None
+    (b1, a1), (b2, a2) = map(factors_of, sides)
+    if len(a1.info.shape) != 2:
+        return None
+    return _columns(b1, b2), transposed(_columns(transposed(a1), transposed(a2)))
+
+
+def _of_kroneckers(change: Change) -> tuple[Node, Node] | None:
+    """W₁ ⊗ (B₂ A₂), with W₁ = B₁ A₁, or W₁ = I W₁ or W₁ I of fewer rows or columns."""
+    small, large = (view.source for view in children(change.value) if isinstance(view, Viewed))
+    if not is_product_of_two(large) or len(change.shape) > 2:
+        return None
+    b2, a2 = factors_of(large)
+    rows, columns = small.info.shape
+    if is_product_of_two(small):
+        b1, a1 = factors_of(small)
+        made = _kronecker(b1, b2), _kronecker(a1, a2)
+    elif columns <= rows:
+        made = _kronecker(small, b2), _repeated(a2, columns)
+    else:
+        made = _repeated(b2, rows), _kronecker(small, a2)
+    return made if made[1].info.shape[0] < min(change.shape) else None
+
+
+def _kronecker(one: Node, other: Node) -> Node:
+    """X ⊗ Y"""
+    (p, q), (s, t) = one.info.shape, other.info.shape
+    grid = TensorInfo(DTYPES["F32"], (p, s, q, t))
+    over = Viewed(grid, one, 0, (q, 0, 1, 0), grid.shape), Viewed(grid, other, 0, (0, t, 0, 1), grid.shape)
+    return in_shape(ByBlock(grid, MULTIPLY, {}, over, "kronecker"), (p * s, q * t))
+
+
+def _repeated(node: Node, count: int) -> Node:
+    """I ⊗ X: a matrix so many times along a diagonal."""
+    rows, width = node.info.shape
+    wide = described(node.info.dtype, (rows, count * width))
+    parts = [Viewed(wide, node, 0, (width, 1), (rows, width), first=(0, n * width)) for n in range(count)]
+    return joined(parts, described(node.info.dtype, (count * rows, count * width)))
 
 
 def _columns(one: Node, other: Node) -> Node:

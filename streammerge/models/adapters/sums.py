@@ -30,7 +30,7 @@ REASONS: Final[Mapping[str, str]] = {
     "(IA)³": "it multiplies weights",
     "OFT": "it turns weights",
     "BOFT": "it turns weights",
-    "LoKr": "it is no product of two small factors",
+    "LoKr": "it is no product of two small factors, of kernels, with a core, or where its larger part is whole",
     "LoHa": "with cores it is no product of two small factors",
 }
 """Why a kind can't be added up in factors."""
@@ -144,8 +144,9 @@ class Sum:
             raise PlanError(
                 f"{count(problems, 'module')} of the adapters can't be added up in one adapter",
                 found=problems,
-                advice="LoRAs and LoHas are, and plain differences; LoKr, and what has cores, to a rank (--rank R); "
-                "bake others into their model: streammerge bake.",
+                advice="LoRAs and LoHas are, and plain differences; LoKr, and what has cores, to a rank (--rank R). "
+                "Bake others into their model: streammerge bake MODEL ADAPTER ADAPTER -o TUNED. One adapter of that is "
+                "made by streammerge extract TUNED MODEL --rank R.",
             )
 
     def _problems(self, module: str) -> Iterator[str]:

@@ -134,13 +134,51 @@ def test_the_sum_baked_is_both_baked(tmp_path):
     assert WEIGHT not in once
 
 
+KRONECKERS: dict[str, tuple[Tensors, int]] = {
+    "factored": ({"lokr_w1_a": numbers(3, 1, seed=4), "lokr_w1_b": numbers(1, 2, seed=5)}, 2),
+    "high": ({"lokr_w1": numbers(3, 2, seed=4)}, 4),
+    "wide": ({"lokr_w1": numbers(3, 5, seed=4)}, 6),
+}
+
+
+@pytest.mark.parametrize("kind", KRONECKERS)
+def test_lokr_of_small_factors_is_a_lora_too(tmp_path, kind):
+    first, rank = KRONECKERS[kind]
+    width = IN // (5 if kind == "wide" else 2)
+    lokr = parts(MODULE, **first, lokr_w2_a=numbers(4, 2, seed=6), lokr_w2_b=numbers(2, width, seed=7), alpha=3.0)
+    made = add_up(tmp_path, lora(1, 3, 2.0), lokr, weights=[0.5, -2])
+    small = first.get("lokr_w1", first.get("lokr_w1_a", None))
+    assert small is not None
+    small = small if "lokr_w1" in first else small @ first["lokr_w1_b"]
+    large = lokr[f"{MODULE}.lokr_w2_a"].double() @ lokr[f"{MODULE}.lokr_w2_b"].double()
+    exact = 0.5 * product(lora(1, 3, 2.0)) - 2 * 1.5 * torch.kron(small.double(), large)
+    assert torch.allclose(product(made), exact, atol=1e-6)
+    assert made[f"{MODULE}.lora_down.weight"].shape == (3 + rank, IN)
+
+
 CORED = {f"hada_t{n}": numbers(2, 2, 3, 3) for n in (1, 2)} | {
     f"hada_w{n}_{part}": numbers(2, OUT if part == "a" else IN) for n in (1, 2) for part in "ab"
 }
+HADA = {f"hada_w{n}_{part}": (OUT, 2) if part == "a" else (2, IN) for n in (1, 2) for part in "ab"}
 KOHYA_IN, KOHYA_DOWN = "lora_unet_input_blocks_4_1_x", "lora_unet_down_blocks_1_x"
 REFUSED: dict[str, tuple[Tensors, Tensors, str]] = {
     "LoHa with cores": (lora(1, 4), parts(MODULE, **CORED), "is LoHa: with cores"),
     "LoKr": (lora(1, 4), parts(MODULE, lokr_w1=numbers(3, 5), lokr_w2=numbers(4, 2)), "is LoKr: it is no product"),
+    "LoKr of as many directions": (
+        lora(1, 4),
+        parts(MODULE, lokr_w1=numbers(6, 5), lokr_w2_a=numbers(2, 2), lokr_w2_b=numbers(2, 2), alpha=1.0),
+        "is LoKr: it is no product",
+    ),
+    "LoKr of kernels": (
+        lora(1, 4, kernel=3),
+        parts(MODULE, lokr_w1=numbers(3, 2), lokr_w2_a=numbers(4, 1), lokr_w2_b=numbers(1, 5, 3, 3), alpha=1.0),
+        "is LoKr: it is no product",
+    ),
+    "LoHa with lengths": (
+        lora(1, 4),
+        parts(MODULE, **{name: numbers(*shape) for name, shape in HADA.items()}, dora_scale=torch.ones(OUT, 1)),
+        "is DoRA: it goes by the lengths",
+    ),
     "OFT": (lora(1, 4), parts(MODULE, oft_blocks=numbers(2, 6, 6)), "is OFT: it turns weights"),
     "a tensor's replacement": (
         lora(1, 4),
