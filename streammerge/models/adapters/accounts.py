@@ -137,7 +137,7 @@ class Account:
         yield str(self)
         yield from (f"{self.adapter}: {told}" for told in self.told)
         if self.placed and not self.applied:
-            yield f"{self.adapter}: its weight is 0 in all of these tensors: it changes nothing, and is not read"
+            yield f"{self.adapter}: its weight is 0 wherever it would change something: nothing of it is read"
         elif self.weightless:
             yield self._of(
                 self.weightless, "has the weight 0 and changes nothing", "have the weight 0 and change nothing"

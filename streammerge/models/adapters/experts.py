@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from streammerge.compute.expressions import ByWhole, Joined, Node, Product
-from streammerge.compute.parts import in_shape, range_of, rows_of, transposed
+from streammerge.compute.parts import range_of, rows_of, transposed
 from streammerge.methods.registry import WholeMethod
 from streammerge.models.adapters.changes import Change
 from streammerge.models.adapters.config import Config
@@ -70,21 +70,15 @@ def _called(module: str, targets: Sequence[str], number: int) -> list[str]:
 @dataclass(frozen=True)
 class Experts(Change):
     """A change of many matrices, one for each expert, Bₑ Aₑ; of a tensor of three dimensions, or of one for each of
-    them, one below the other. `of_all` are B and A of all; they are turned if each matrix lies transposed."""
+    them, one below the other. `value` is B of all and `down` A; it is turned if each matrix lies transposed."""
 
-    of_all: tuple[Node, Node] | None = None
+    down: tuple[Node, ...] = ()
     is_turned: bool = False
-
-    @property
-    def both(self) -> tuple[Node, Node]:
-        """B and A of all experts."""
-        assert self.of_all is not None
-        return self.of_all
 
     @property
     def count(self) -> int:
         """How many experts there are."""
-        return self.both[1].info.shape[0] // self.rank
+        return self.down[0].info.shape[0] // self.rank
 
     @property
     def height(self) -> int:
@@ -103,7 +97,8 @@ class Experts(Change):
 
     def turned(self) -> Change:
         """The same for matrices that lie transposed."""
-        return made(self, *self.both, is_turned=not self.is_turned)
+        count, height, width = self.shape
+        return replace(self, shape=(count, width, height), is_turned=not self.is_turned)
 
     def seen_as(self, shape: Sequence[int]) -> Change:
         """The same for the tensor of one expert, which is some rows."""
@@ -112,19 +107,30 @@ class Experts(Change):
     def of_rows(self, start: int, stop: int) -> Change:
         """What it does to some rows of one expert's matrix."""
         number, first = divmod(start, self.height)
-        up, down = self.both
-        value = _matrix(by_expert(up, self.count), down, number, first, first + stop - start)
-        return Change(self.kind, (stop - start, self.shape[-1]), value, rank=self.rank, scale=self.scale)
+        made = self._matrix(self._by_expert, number, first, first + stop - start)
+        return Change(self.kind, (stop - start, self.shape[-1]), made, rank=self.rank, scale=self.scale)
 
+    def applied(self, weight: Node, strength: float) -> Node:
+        """The tensor of all experts, changed."""
+        own, high = self._by_expert, self.value.info.shape[0]
+        matrices = [self._matrix(own, number, 0, high) for number in range(self.count)]
+        made = Joined(described(DTYPES["F32"], self.shape), tuple(matrices))
+        return Change(self.kind, self.shape, made, rank=self.rank, scale=self.scale).applied(weight, strength)
 
-def made(like: Change, up: Node, down: Node, *, is_turned: bool = False) -> Experts:
-    """The change of experts whose factors these are, with the rank and the scale of another."""
-    count, (out, width) = down.info.shape[0] // like.rank, (up.info.shape[0], down.info.shape[1])
-    own = by_expert(up, count)
-    matrices = [_matrix(own, down, number, 0, out, is_turned=is_turned) for number in range(count)]
-    shape = (count, width, out) if is_turned else (count, out, width)
-    value = Joined(described(DTYPES["F32"], shape), tuple(matrices))
-    return Experts(KIND, shape, value, rank=like.rank, scale=like.scale, of_all=(up, down), is_turned=is_turned)
+    @property
+    def _by_expert(self) -> Node:
+        """B, each expert's own rows together."""
+        info = described(DTYPES["F32"], self.value.info.shape)
+        return ByWhole(info, BY_EXPERT, {"count": self.count}, (self.value,), "experts")
+
+    def _matrix(self, by_expert: Node, number: int, start: int, stop: int) -> Node:
+        """Rows [start, stop) of Bₑ Aₑ, or all of it transposed."""
+        high, rank, width = self.value.info.shape[0], self.rank, self.down[0].info.shape[1]
+        left = range_of(by_expert, (number * high + start) * rank, (stop - start, rank))
+        right = rows_of(self.down[0], number * rank, (number + 1) * rank)
+        if self.is_turned:
+            return Product(described(DTYPES["F32"], (width, stop - start)), transposed(right), (transposed(left),))
+        return Product(described(DTYPES["F32"], (stop - start, width)), left, (right,))
 
 
 def _by_expert(up: Tensor, *, count: int) -> Tensor:
@@ -136,23 +142,6 @@ BY_EXPERT: Final = WholeMethod(
     "by expert", (), "none", (1, 1), "θ[e, o, k] = B[o, k·E + e]", function=_by_expert, temporaries=1
 )
 """B of all experts, one after the other. It is held: what is one expert's lies all over B, which is read for each."""
-
-
-def by_expert(up: Node, count: int) -> Node:
-    """B, each expert's own rows together: [E, out, r]."""
-    whole = ByWhole(described(DTYPES["F32"], up.info.shape), BY_EXPERT, {"count": count}, (up,), "experts")
-    return in_shape(whole, (count, up.info.shape[0], up.info.shape[1] // count))
-
-
-def _matrix(up: Node, down: Node, number: int, start: int, stop: int, *, is_turned: bool = False) -> Node:
-    """Rows [start, stop) of Bₑ Aₑ, or all of it transposed; B is sorted by experts."""
-    _, out, rank = up.info.shape
-    width = down.info.shape[1]
-    left = range_of(up, (number * out + start) * rank, (stop - start, rank))
-    right = rows_of(down, number * rank, (number + 1) * rank)
-    if is_turned:
-        return Product(described(DTYPES["F32"], (width, stop - start)), transposed(right), (transposed(left),))
-    return Product(described(DTYPES["F32"], (stop - start, width)), left, (right,))
 
 
 def of_parameter(module: Module) -> Changes:
@@ -167,7 +156,8 @@ def of_parameter(module: Module) -> Changes:
         value = Product(TensorInfo(DTYPES["F32"], (up.info.shape[0], down.info.shape[1])), up, (down,))
         change: Change = Change("LoRA", value.info.shape, value, rank=rank, scale=scale, told=told)
     else:
-        change = made(Change(KIND, (), up, rank=rank, scale=scale), up, down)
+        shape = (total // rank, up.info.shape[0], down.info.shape[1])
+        change = Experts(KIND, shape, up, rank=rank, scale=scale, down=(down,))
     if over := set(module.names) - {"up", "down"}:
         raise Malformed(f"{module.names[min(over)]}   has no meaning beside a parameter's factors")
     return {module.parameter: change}

@@ -24,6 +24,11 @@ def bare(module: str) -> str:
     return module
 
 
+def parameter_path(wrapper: str, parameter: str) -> str:
+    """What the model calls the parameter that a wrapper is of."""
+    return f"{bare(wrapper.removeprefix(PEFT))}.{parameter}"
+
+
 class Malformed(Exception):  # noqa: N818  (a word for the user, gathered with others into one error)
     """Parts of an adapter that don't make one."""
 
@@ -48,8 +53,7 @@ class Module:
     @property
     def own_name(self) -> str:
         """What the model calls the module, or the parameter, as PEFT's configs do."""
-        name = self.name.removeprefix(PEFT)
-        return f"{bare(name)}.{self.parameter}" if self.parameter else name
+        return parameter_path(self.name, self.parameter) if self.parameter else self.name.removeprefix(PEFT)
 
     def part(self, role: str, dimensions: int = 0) -> Node:
         """The part of this role; Malformed if it is missing, is empty, or has fewer dimensions than it needs."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from streammerge.errors import CheckpointError, count
-from streammerge.models.adapters.config import read_configs
+from streammerge.models.adapters.config import Config, read_configs
+from streammerge.models.adapters.experts import parameters_of
+from streammerge.models.adapters.modules import parameter_path
 from streammerge.models.adapters.parts import sorted_parts
 from streammerge.tensors import TensorInfo
 
@@ -61,12 +63,32 @@ class Profile:
 
 def profile_of(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], path: Path) -> Profile:
     """What the header of an adapter at this path tells, and its adapter_config.json."""
-    found = sorted_parts(tensors)
+    found, configs = sorted_parts(tensors), _configs(metadata, path)
+    own = _ranks_of_parameters(found.modules, configs)
     ranks: Counter[int] = Counter()
-    for roles in found.modules.values():
+    for module, roles in found.modules.items():
         shapes = (tensors[roles[role]].shape for role in RANKED if role in roles)
-        ranks.update([shape[0] for shape in shapes if shape][:1])
-    return Profile(_names(found.modules), len(found.modules), ranks, _base(metadata, path))
+        ranks.update([own.get(module, shape[0]) for shape in shapes if shape][:1])
+    return Profile(_names(found.modules), len(found.modules), ranks, _base(metadata, configs))
+
+
+def _configs(metadata: Mapping[str, str], path: Path) -> Mapping[str, Config]:
+    """What the adapter's config says; nothing where that can't be read."""
+    try:
+        return read_configs(path, metadata)
+    except CheckpointError:
+        return {}
+
+
+def _ranks_of_parameters(modules: Iterable[str], configs: Mapping[str, Config]) -> Mapping[str, int]:
+    """The rank of one expert where the factors of all of them are one tensor, as far as that can be told."""
+    config = configs.get("")
+    try:
+        parameters = parameters_of(modules, config) if config is not None else {}
+    except ValueError:
+        return {}
+    found = {each: config.rank(parameter_path(each, name)) for each, name in parameters.items()} if config else {}
+    return {module: rank for module, rank in found.items() if rank}
 
 
 def _names(modules: Mapping[str, Any]) -> str:
@@ -77,12 +99,8 @@ def _names(modules: Mapping[str, Any]) -> str:
     return " and ".join(name for name, _ in counted.most_common())
 
 
-def _base(metadata: Mapping[str, str], path: Path) -> str:
+def _base(metadata: Mapping[str, str], configs: Mapping[str, Config]) -> str:
     """The model that an adapter was made for, as it says itself."""
     said = next((metadata[key] for key in BASES if metadata.get(key)), "")
-    try:
-        configs = read_configs(path, metadata)
-    except CheckpointError:
-        return said
     named = (config.said.get("base_model_name_or_path") for config in configs.values())
     return next((name for name in named if isinstance(name, str) and name), said)

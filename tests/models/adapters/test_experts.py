@@ -204,3 +204,9 @@ def test_the_factors_of_many_experts_are_read_once(tmp_path, monkeypatch):
     right = 1.5 * torch.einsum("ore,eri->eoi", up.reshape(H, R, count), down.reshape(count, R, WIDE))
     moved = load_model(Path("out.safetensors"))[f"{GROUP}.down_proj"] - given[f"{GROUP}.down_proj"]
     assert torch.allclose(moved, right, atol=1e-6)
+
+
+def test_its_rank_is_that_of_one_expert(tmp_path, capsys):
+    peft_folder(tmp_path / "lora", ADAPTER, target_parameters=BOTH, **SCALE)
+    assert main(["inspect", str(tmp_path / "lora")]) == 0
+    assert "PEFT's names: 2 modules, rank 2\n" in capsys.readouterr().out
