@@ -27,6 +27,7 @@ from streammerge.models.adapters.decompositions import SAVED
 from streammerge.models.adapters.dialects import Dialect
 from streammerge.models.adapters.factored import Factored, Part
 from streammerge.models.adapters.files import Adapter, read_adapter
+from streammerge.models.adapters.matching import BAKE
 from streammerge.models.adapters.parts import sorted_parts
 from streammerge.models.adapters.peft_config import config_of_ranks
 from streammerge.models.adapters.products import as_lora
@@ -75,6 +76,12 @@ def refactored(
     together = Together(
         {entry.name: _read(entry.name, entry.source, models[entry.name]) for entry in recipe.models}, dialect
     )
+    if together.parameters:
+        raise PlanError(
+            "adapters of parameters (target_parameters), such as all experts of a layer, are added up, not decomposed",
+            found=[f"{module}   {name}" for module, name in together.parameters.items()],
+            advice=f"Leave the rank and the method out. {BAKE}",
+        )
     tuning = Tuning(recipe, models[recipe.inputs[0].name])
     return _Refactoring(recipe, together, find_method(recipe.method), tuning, within).adapter()
 

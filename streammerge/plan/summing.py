@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from streammerge.errors import PlanError, count, listed, plural
+from streammerge.formats.companions import Companion
 from streammerge.methods.linear import normalized
 from streammerge.models.adapters.dialects import DIALECTS, Dialect
 from streammerge.models.adapters.files import read_adapter
@@ -60,8 +61,16 @@ def sum_of_adapters(recipe: Recipe, models: Mapping[str, Model], naming: Naming 
         Decisions(made.tensors, decide),
         remarks=tuple(remarks),
         restated=_restated(made),
-        companions=(config_of_ranks(made.ranks, made.together.configs),) if made.together.is_pefts else None,
+        companions=_companions(made),
     )
+
+
+def _companions(made: Sum) -> tuple[Companion, ...] | None:
+    """PEFT's config; None for adapters that are files."""
+    together = made.together
+    if not together.is_pefts:
+        return None
+    return (config_of_ranks(made.ranks, together.configs, parameters=together.parameters),)
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ They run where peft and transformers are installed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from streammerge.cli.main import main
 from tests.clients.test_peft_adapters import tensors_of
-from tests.make.models import load_model, merge_to, normal, save_model
+from tests.make.models import Tensors, load_model, merge_to, normal, save_model
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -121,25 +122,51 @@ OF_PARAMETERS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
 }
 
 
+def mixture(kind: str) -> Any:
+    transformers.set_seed(0)
+    return getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**MIXTURE))
+
+
+def save_adapter(path: Path, kind: str, targets: list[str], seed: int = 0, **more: Any) -> Path:
+    """An adapter of parameters of a mixture."""
+    config = {"r": 2, "lora_alpha": 3, "target_modules": [], "target_parameters": targets, **more}
+    model = peft.get_peft_model(mixture(kind), peft.LoraConfig(**config))
+    for number, (_, parameter) in enumerate(model.named_parameters()):
+        if parameter.requires_grad:
+            parameter.data = normal(parameter.shape, seed + number, scale=0.3)
+    model.save_pretrained(path)
+    return path
+
+
+def merged(folder: Path, kind: str, *adapters: Path) -> Tensors:
+    """What a model with adapters in it is, as PEFT has it, one after the other."""
+    model = mixture(kind)
+    for adapter in adapters:
+        model = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    model.save_pretrained(folder)
+    return load_model(folder / "model.safetensors")
+
+
 @pytest.mark.parametrize("case", OF_PARAMETERS)
 def test_parameters(tmp_path, case):
     """Qwen's and Mixtral's experts are one tensor for PEFT, and files have them each apart."""
     kind, targets, more = OF_PARAMETERS[case]
-    transformers.set_seed(0)
-    made = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**MIXTURE))
-    made.save_pretrained(tmp_path / "base")
-    config = peft.LoraConfig(**{"r": 2, "lora_alpha": 3, "target_modules": [], "target_parameters": targets, **more})
-    model = peft.get_peft_model(made, config)
-    for number, (_, parameter) in enumerate(model.named_parameters()):
-        if parameter.requires_grad:
-            parameter.data = normal(parameter.shape, number, scale=0.3)
-    model.save_pretrained(tmp_path / "adapter")
-    again = type(made).from_pretrained(tmp_path / "base", dtype="float32")
-    peft.PeftModel.from_pretrained(again, tmp_path / "adapter").merge_and_unload().save_pretrained(tmp_path / "right")
-    right, before = (load_model(tmp_path / name / "model.safetensors") for name in ("right", "base"))
-    given = {"model": str(tmp_path / "base"), "adapters": [str(tmp_path / "adapter")]}
+    before = merged(tmp_path / "base", kind)
+    adapter = save_adapter(tmp_path / "adapter", kind, targets, **more)
+    right = merged(tmp_path / "right", kind, adapter)
+    given = {"model": str(tmp_path / "base"), "adapters": [str(adapter)]}
     found = merge_to(tmp_path / "out", {"merge_method": "linear", "models": [given]})
     assert found.keys() == right.keys()
     assert sum(not right[name].equal(before[name]) for name in right) >= 2
+    for name, tensor in right.items():
+        assert found[name].allclose(tensor, rtol=1e-5, atol=2e-6), name
+
+
+@pytest.mark.parametrize("kind", ["Qwen3Moe", "GptOss"])
+def test_sums_of_parameters(tmp_path, kind):
+    one = save_adapter(tmp_path / "one", kind, [GATE_UP, DOWN], target_modules=["q_proj"])
+    two = save_adapter(tmp_path / "two", kind, [DOWN], 50, r=3, lora_alpha=1)
+    merge_to(tmp_path / "sum", {"merge_method": "linear", "models": [str(one), str(two)]})
+    found, right = merged(tmp_path / "a", kind, tmp_path / "sum"), merged(tmp_path / "b", kind, one, two)
     for name, tensor in right.items():
         assert found[name].allclose(tensor, rtol=1e-5, atol=2e-6), name

@@ -151,6 +151,8 @@ def of_parameter(module: Module) -> Changes:
     total = down.info.shape[0]
     if not rank or total % rank or len(up.info.shape) != 2 or len(down.info.shape) != 2 or up.info.shape[1] != total:
         raise module.differ("up", "down", f"should have as many ranks, a multiple of {rank}")
+    if module.config is not None and module.config.fan_in_fan_out:
+        raise Malformed(f"{module.name}   is of a parameter, for which fan_in_fan_out means nothing")
     scale, told = module.scale(rank)
     if total == rank:
         value = Product(TensorInfo(DTYPES["F32"], (up.info.shape[0], down.info.shape[1])), up, (down,))

@@ -10,6 +10,7 @@ from typing import Any, Final
 from streammerge.formats.companions import Companion
 from streammerge.models.adapters.config import FILE, Config
 from streammerge.models.adapters.dialects import PEFT
+from streammerge.models.adapters.modules import parameter_path
 
 BEGUN: Final[Mapping[str, Any]] = {
     "peft_type": "LORA",
@@ -64,17 +65,20 @@ def config_of_ranks(
     *,
     fan_in_fan_out: bool | None = None,
     of_model: Mapping[str, Any] | None = None,
+    parameters: Mapping[str, str] | None = None,
 ) -> Companion:
     """The config for modules of these ranks, made of adapters with these configs, if any.
 
     Weights lie transposed (`fan_in_fan_out`) if any of the configs says so, unless it is said here; so is what is known
-    `of_model`.
+    `of_model`. Those that are wrappers of single `parameters` are named by these.
     """
     configs = list(configs)
     is_turned = any(config.fan_in_fan_out for config in configs) if fan_in_fan_out is None else fan_in_fan_out
     usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
-    patterns = _patterns({module.removeprefix(PEFT): rank for module, rank in ranks.items()}, usual)
-    own = {
+    wrapped = {module: parameter_path(module, name) for module, name in (parameters or {}).items() if module in ranks}
+    called = {module: wrapped.get(module, module.removeprefix(PEFT)) for module in ranks}
+    patterns = _patterns({called[module]: rank for module, rank in ranks.items()}, usual)
+    own: dict[str, Any] = {
         "r": usual,
         "lora_alpha": usual,
         "rank_pattern": patterns,
@@ -83,8 +87,12 @@ def config_of_ranks(
         "use_dora": False,
         "init_lora_weights": True,
         "fan_in_fan_out": is_turned,
-        "target_modules": sorted(module.removeprefix(PEFT) for module in ranks),
+        "target_modules": sorted(called[module] for module in ranks if module not in wrapped),
     }
+    if wrapped:
+        versions = [str(config.said.get("peft_version") or "") for config in configs if config.parameters]
+        own |= {"target_parameters": sorted(wrapped.values())}
+        own |= {"peft_version": min(versions)} if all(versions) else {}
     said = {**BEGUN, **(said_alike(configs) if of_model is None else of_model), **own}
     text = json.dumps(dict(sorted(said.items())), indent=2) + "\n"
     return Companion(FILE, text.encode(), "the adapter's config")

@@ -23,8 +23,9 @@ from streammerge.compute.expressions import (
     is_product_of_two,
 )
 from streammerge.compute.matrices import factors_of, transposed, zeros
-from streammerge.compute.parts import in_shape, joined
+from streammerge.compute.parts import in_shape, joined, rows_of
 from streammerge.models.adapters.changes import MULTIPLY, Change
+from streammerge.models.adapters.experts import Experts
 from streammerge.tensors import DTYPES, TensorInfo, described
 
 
@@ -123,6 +124,11 @@ def lifted(change: Change, first: int, total: int) -> Change:
 def side_by_side(shares: Sequence[Share], info: TensorInfo, part: str) -> Node:
     """The factors of one side: those on the right one below the other, those on the left side by side."""
     rows = [_scaled(share, part) for share in shares]
+    if part == "down" and isinstance(first := shares[0].change, Experts):
+        # the ranks of one expert lie together
+        own = [(row, share.change.rank) for row, share in zip(rows, shares, strict=True)]
+        cut = (rows_of(row, n * rank, (n + 1) * rank) for n in range(first.count) for row, rank in own)
+        return joined([*cut], info)
     total = sum(row.info.elements for row in rows) // rows[0].info.shape[0] if part == "up" else 0
     if part == "down":
         return joined([in_shape(row, (row.info.shape[0], *info.shape[1:])) for row in rows], info)
@@ -133,7 +139,8 @@ def side_by_side(shares: Sequence[Share], info: TensorInfo, part: str) -> Node:
 
 def _scaled(share: Share, part: str) -> Node:
     """A factor, times the root of what their product is multiplied by."""
-    left, right = factors_of(share.change.value)
+    change = share.change
+    left, right = (change.value, *change.down) if isinstance(change, Experts) else factors_of(change.value)
     root = math.sqrt(abs(share.coefficient))
     node, number = (left, math.copysign(root, share.coefficient)) if part == "up" else (right, root)
     return node if number == 1 else combine(node.info, (Term(number, node),))

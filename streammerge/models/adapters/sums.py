@@ -17,6 +17,7 @@ from streammerge.compute.matrices import transposed
 from streammerge.compute.parts import in_shape
 from streammerge.errors import PlanError, count
 from streammerge.models.adapters.changes import Change
+from streammerge.models.adapters.experts import KIND, Experts
 from streammerge.models.adapters.products import Share, as_lora, side_by_side
 from streammerge.models.adapters.together import Together
 from streammerge.tensors import DType, TensorInfo, described
@@ -35,6 +36,9 @@ REASONS: Final[Mapping[str, str]] = {
 }
 """Why a kind can't be added up in factors."""
 
+ADDED: Final = ("LoRA", KIND, "difference")
+"""The kinds that add up."""
+
 REPLACES: Final = "it stands in a tensor's place"
 """Why no saved module can, nor a trained token."""
 
@@ -48,6 +52,7 @@ class Place:
     """A tensor of the sum: its role in a module, of which `part`, and what it looks like.
 
     Of a product it is one `side`; where that is kept the other way round it is the other side's transpose: `is_turned`.
+    Of products of several `experts` it is a side of all of them.
     """
 
     module: str
@@ -56,6 +61,7 @@ class Place:
     info: TensorInfo
     side: Side | None = None
     is_turned: bool = False
+    experts: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +97,7 @@ class Sum:
     def ranks(self) -> Mapping[str, int]:
         """The rank of each module that has one."""
         downs = (place for place in self._places.values() if place.role.removeprefix("embedding.") == "down")
-        return {place.module: place.info.shape[0] for place in downs}
+        return {place.module: place.info.shape[0] // place.experts for place in downs}
 
     def _stored(self, info: TensorInfo) -> TensorInfo:
         return described(self.dtype, info.shape) if self.dtype else info
@@ -99,7 +105,8 @@ class Sum:
     @functools.cached_property
     def _places(self) -> dict[str, Place]:
         """Every tensor of the sum by its name."""
-        modules = ((module, part) for module in self.together.matched.modules for part in ("weight", "bias"))
+        names = self.together.matched.modules
+        modules = ((module, part) for module in names for part in self.together.parts(module))
         return {
             self.together.tensor(module, place.role): place
             for module, part in modules
@@ -111,7 +118,11 @@ class Sum:
         """What a module's change of its weight, or of its bias, is stored as, with the first adapter's dtypes."""
         first, dtype = shares[0].change, functools.partial(self.together.dtype, module)
         rank, (rows, *behind) = sum(share.change.rank for share in shares), first.shape
-        if not first.rank:
+        if isinstance(first, Experts):
+            shapes: dict[Side, tuple[int, int]] = {"up": (behind[0], rows * rank), "down": (rows * rank, behind[1])}
+            for side, shape in shapes.items():
+                yield Place(module, part, side, described(dtype("up"), shape), side, experts=first.count)
+        elif not first.rank:
             role = "diff" if part == "weight" else "diff_b"
             yield Place(module, part, role, described(dtype(role), first.shape))
         elif self.together.is_turned(module):
@@ -150,7 +161,7 @@ class Sum:
             )
 
     def _problems(self, module: str) -> Iterator[str]:
-        for part in ("weight", "bias"):
+        for part in self.together.parts(module):
             first: Change | None = None
             for own in self.together.own(module):
                 change = own.change(part)
@@ -158,8 +169,13 @@ class Sum:
                     continue
                 made, rows = as_lora(change), own.rows
                 first = first or (None if rows else made)
-                if not made.is_linear or made.kind not in ("LoRA", "difference") or (rows and made.kind != "LoRA"):
+                if not made.is_linear or made.kind not in ADDED or (rows and made.kind != "LoRA"):
                     reason = REPLACES if made.way == "replace" else REASONS.get(made.kind, "")
                     yield f"{own.module}   of {own.adapter} is {made.kind}" + (f": {reason}" if reason else "")
-                elif first and (made.kind != first.kind or not (rows or made.fits(first.shape))):
+                elif first and (made.kind != first.kind or not (rows or _fit(made, first))):
                     yield f"{own.module}   is {first.kind} {list(first.shape)} and {made.kind} {list(made.shape)}"
+
+
+def _fit(one: Change, other: Change) -> bool:
+    """Whether both are of one shape; matrices of experts lie one way in all adapters."""
+    return one.shape == other.shape if isinstance(one, Experts) else one.fits(other.shape)

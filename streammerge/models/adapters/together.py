@@ -49,15 +49,6 @@ class Together:
     adapters: Mapping[str, Adapter]
     names: Dialect | None = None
 
-    def __post_init__(self) -> None:
-        files = self.adapters.items()
-        if found := [f"{name}   {module}" for name, file in files for module in [*file.parameters][:1]]:
-            raise PlanError(
-                "adapters of parameters (target_parameters), such as experts in one tensor, are not merged with others",
-                found=found,
-                advice=BAKE,
-            )
-
     @functools.cached_property
     def matched(self) -> Matched:
         """Which modules of the adapters are the same, and what they are called."""
@@ -85,6 +76,25 @@ class Together:
         """The modules of adapters that a module is."""
         for name, own in self.matched.modules[module].items():
             yield from (Own(name, each, self.adapters[name], rows) for each, rows in own)
+
+    @functools.cached_property
+    def parameters(self) -> Mapping[str, str]:
+        """Which parameter each of the modules is that are wrappers of one; PlanError if adapters have others there."""
+        found: dict[str, str] = {}
+        for module in self.matched.modules if any(file.parameters for file in self.adapters.values()) else ():
+            names = {own.file.parameters.get(own.module, "") for own in self.own(module)}
+            if len(names) > 1 or (names != {""} and not self.is_pefts):
+                raise PlanError(
+                    f"{module} is of {' and '.join(sorted(filter(None, names)))} in some of the adapters alone",
+                    advice="Only PEFT's adapters of the same parameters (target_parameters) of a module are merged, "
+                    f"under PEFT's names. {BAKE}",
+                )
+            found[module] = next(iter(names))
+        return {module: name for module, name in found.items() if name}
+
+    def parts(self, module: str) -> tuple[str, ...]:
+        """What of a module may be changed: its weight and its bias, or one parameter."""
+        return (self.parameters[module],) if module in self.parameters else ("weight", "bias")
 
     def first(self, module: str) -> str:
         """What the first adapter that has the module calls it."""

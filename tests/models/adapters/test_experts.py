@@ -12,7 +12,7 @@ import torch
 from streammerge.cli.main import main
 from streammerge.errors import MergeError
 from streammerge.models.mixtures.layouts import blocks_of
-from tests.make.models import Tensors, load_model, save_model
+from tests.make.models import Tensors, load_model, merge_to, save_model
 from tests.models.adapters.baking import bake, numbers, peft_folder
 
 E, H, WIDE, R = 3, 8, 5, 2  # experts, the model's width, an expert's, ranks
@@ -168,15 +168,54 @@ def test_ranks_that_are_no_multiple_are_refused(tmp_path):
     assert "target_parameters must be a list of names" in said
 
 
-@pytest.mark.parametrize("more", [[], ["--rank", "2"], ["-m", "ties", "--rank", "2"]])
-def test_they_are_not_merged_with_others(tmp_path, capsys, more):
-    for name in ("one", "two"):
-        peft_folder(tmp_path / name, ADAPTER, target_parameters=BOTH, **SCALE)
-    words = [str(tmp_path / "one"), str(tmp_path / "two"), "-o", str(tmp_path / "out"), *more]
-    assert main(words) == 1
+def test_they_add_up_to_one_adapter(tmp_path):
+    """Of an inner wrapper that only the first has, other ranks in the outer one, and a plain module."""
+    plain = {f"{LAYER}q_proj.lora_A.weight": numbers(R, H), f"{LAYER}q_proj.lora_B.weight": numbers(6, R)}
+    version = {"peft_version": "0.21.2"}
+    one = peft_folder(tmp_path / "one", {**ADAPTER, **plain}, target_parameters=BOTH, **SCALE, **version)
+    outer = factors(OUTER, H, WIDE, 40, rank=4)
+    config = {"target_parameters": BOTH[1:], "rank_pattern": {"down_proj": 4}, **SCALE, **version}
+    two = peft_folder(tmp_path / "two", outer, **config)
+    models = [{"model": str(path), "parameters": {"weight": w}} for path, w in ((one, 0.8), (two, -0.5))]
+    merge_to(tmp_path / "sum", {"merge_method": "linear", "models": models})
+    said = json.loads((tmp_path / "sum" / "adapter_config.json").read_text())
+    assert said["target_parameters"] == [f"{GROUP}.down_proj", f"{GROUP}.gate_up_proj"]
+    assert (said["target_modules"], said["peft_version"]) == ([f"{LAYER}q_proj"], "0.21.2")
+    assert (said["r"], said["rank_pattern"]) == (R, {f"{GROUP}.down_proj".replace(".", r"\."): R + 4})
+    for form in ("separate", "transposed"):
+        given = {**model(form), f"{LAYER}q_proj.weight": numbers(6, H, seed=4)}
+        both = bake(tmp_path / "both", given, one, two, weights=[0.8, -0.5])
+        once = bake(tmp_path / "once", given, tmp_path / "sum")
+        for name, tensor in both.items():
+            assert torch.allclose(once[name], tensor, atol=1e-6), name
+            assert torch.equal(tensor, given[name]) == name.endswith(("gate.weight", "router.weight"))
+
+
+def of_one(folder: Path, name: str, adapter: Tensors, *targets: str) -> str:
+    return str(peft_folder(folder / name, adapter, target_parameters=list(targets), **SCALE))
+
+
+@pytest.mark.parametrize("more", [["--rank", "2"], ["-m", "ties", "--rank", "2"]])
+def test_they_are_not_decomposed(tmp_path, capsys, more):
+    words = [of_one(tmp_path, name, ADAPTER, *BOTH) for name in ("one", "two")]
+    assert main([*words, "-o", str(tmp_path / "out"), *more]) == 1
     said = capsys.readouterr().err
-    assert "adapters of parameters" in said
+    assert "are added up, not decomposed" in said
     assert "streammerge bake" in said
+
+
+@pytest.mark.parametrize(
+    ("other", "targets", "more", "said"),
+    [
+        (factors(OUTER, 2 * WIDE, H, 1), BOTH[:1], [], "is of down_proj and gate_up_proj in some of the adapters"),
+        (factors(OUTER, WIDE, H, 1), BOTH[1:], [], "is LoRA of experts [3, 8, 5] and LoRA of experts [3, 5, 8]"),
+        (ADAPTER, BOTH, ["--names", "comfy"], "has no name as comfy would have it"),
+    ],
+)
+def test_what_is_no_sum_is_refused(tmp_path, capsys, other, targets, more, said):
+    words = [of_one(tmp_path, "one", ADAPTER, *BOTH), of_one(tmp_path, "two", other, *targets)]
+    assert main([*words, "-o", str(tmp_path / "out"), *more]) == 1
+    assert said in capsys.readouterr().err
 
 
 def test_the_account_names_the_tensors(tmp_path, capsys, monkeypatch):
