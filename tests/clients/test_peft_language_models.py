@@ -14,6 +14,7 @@ import pytest
 from streammerge.cli.main import main
 from tests.clients.test_peft_adapters import tensors_of
 from tests.make.models import Tensors, load_model, merge_to, normal, save_model
+from tests.models.adapters.baking import peft_folder
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -170,3 +171,26 @@ def test_sums_of_parameters(tmp_path, kind):
     found, right = merged(tmp_path / "a", kind, tmp_path / "sum"), merged(tmp_path / "b", kind, one, two)
     for name, tensor in right.items():
         assert found[name].allclose(tensor, rtol=1e-5, atol=2e-6), name
+
+
+def test_adapters_of_experts_that_were_modules(tmp_path):
+    """transformers 4 had each expert's matrices as modules; PEFT makes an adapter of parameters of such an adapter."""
+    before = merged(tmp_path / "base", "Mixtral")
+    old: Tensors = {}
+    for number, (name, tensor) in enumerate(before.items()):
+        if ".experts." in name or name.endswith("q_proj.weight"):
+            module, (rows, columns) = f"base_model.model.{name.removesuffix('.weight')}", tensor.shape
+            old[f"{module}.lora_A.weight"] = normal((2, columns), number, scale=0.3)
+            old[f"{module}.lora_B.weight"] = normal((rows, 2), number + 50, scale=0.3)
+    config = {"r": 2, "lora_alpha": 3, "target_modules": ["w1", "w2", "w3", "q_proj"]}
+    peft_folder(tmp_path / "old", old, task_type="CAUSAL_LM", **config)
+    model = peft.PeftModel.from_pretrained(mixture("Mixtral"), tmp_path / "old")
+    model.save_pretrained(tmp_path / "new")
+    model.merge_and_unload().save_pretrained(tmp_path / "right")
+    right = load_model(tmp_path / "right" / "model.safetensors")
+    assert len(load_model(tmp_path / "new" / "adapter_model.safetensors")) < len(old)
+    for adapter in ("old", "new"):
+        given = {"model": str(tmp_path / "base"), "adapters": [str(tmp_path / adapter)]}
+        found = merge_to(tmp_path / f"with {adapter}", {"merge_method": "linear", "models": [given]})
+        for name, tensor in right.items():
+            assert found[name].allclose(tensor, rtol=1e-5, atol=2e-6), name
