@@ -2,15 +2,13 @@
 
     Δ[e] = Bₑ Aₑ        A[e·r + k, i], B[o, k·E + e]: the ranks of experts one after the other in A, by turns in B
 
-A module has a wrapper for each of its parameters that is changed, one around the other, in the order in which the model
-made the parameters; the adapter's names say how deep a wrapper lies (`base_layer`), and not which parameter is its own.
 Whether matrices lie transposed, which hangs on versions, the shapes tell.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
@@ -18,9 +16,7 @@ from streammerge.compute.expressions import ByWhole, Joined, Node, Product
 from streammerge.compute.parts import range_of, rows_of, transposed
 from streammerge.methods.registry import WholeMethod
 from streammerge.models.adapters.changes import Change
-from streammerge.models.adapters.config import Config
-from streammerge.models.adapters.dialects import PEFT
-from streammerge.models.adapters.modules import Changes, Malformed, Module, bare
+from streammerge.models.adapters.modules import Changes, Malformed, Module
 from streammerge.models.adapters.synonyms import language_paths
 from streammerge.models.dialects.pieces import Piece, Source, rows, whole
 from streammerge.models.mixtures.layouts import Block, Tensors
@@ -31,40 +27,7 @@ if TYPE_CHECKING:
 
 KIND: Final = "LoRA of experts"
 
-ORDER: Final = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
-"""In which order models make the parameters of their experts: the first is wrapped first."""
-
 _OF_EXPERTS: Final = re.compile(r"(?P<layer>(?:.*\.)?layers\.\d+\.)(?:block_sparse_moe|mlp|feed_forward)\.experts")
-
-
-def parameters_of(modules: Iterable[str], config: Config) -> dict[str, str]:
-    """Which parameter is changed by each of the modules that are wrappers of one; ValueError where nobody can tell."""
-    wrappers: dict[str, list[str]] = {}
-    for module in modules if config.parameters else ():
-        wrappers.setdefault(bare(module), []).append(module)
-    found: dict[str, str] = {}
-    for module, own in wrappers.items():
-        path = module.removeprefix(PEFT)
-        is_plain = own == [module] and config.has_module(path)
-        called = [] if is_plain else _called(path, config.parameters, len(own))
-        if own == [module] and not called:
-            continue  # a module, and no wrapper
-        if len(called) != len(own) or (len(called) > 1 and not {*called} <= {*ORDER}):
-            told = f"has {len(own)} parameters that are changed, called {' and '.join(called) or 'nobody knows how'}"
-            raise ValueError(f"{module}   {told}: nobody can tell which are which")
-        in_order = sorted(called, key=ORDER.index) if len(called) > 1 else called
-        found.update(zip(sorted(own, key=len, reverse=True), in_order, strict=True))
-    return found
-
-
-def _called(module: str, targets: Sequence[str], number: int) -> list[str]:
-    """What the parameters of a module are called that keys of `target_parameters` mean, if there are so many.
-
-    A key without a dot may be any module's, and is not this one's if there are enough that name it.
-    """
-    parted = [key.rpartition(".") for key in targets]
-    own = [name for where, _, name in parted if where and f".{module}".endswith(f".{where}")]
-    return own if len(own) >= number else own + [name for where, _, name in parted if not where]
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from streammerge.errors import CheckpointError, count
 from streammerge.models.adapters.config import Config, config_of, read_configs
 from streammerge.models.adapters.decompositions import SAVED, changes_of
 from streammerge.models.adapters.dialects import PEFT
-from streammerge.models.adapters.experts import parameters_of
 from streammerge.models.adapters.modules import Changes, Malformed, Module
+from streammerge.models.adapters.parameters import parameters_of
 from streammerge.models.adapters.parts import INVERSION, sorted_parts
 from streammerge.models.adapters.recognition import find_adapter
 from streammerge.models.checkpoints import Checkpoint

@@ -5,28 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
 
 from streammerge.compute.expressions import Node
 from streammerge.models.adapters.changes import Change
 from streammerge.models.adapters.config import Config
 from streammerge.models.adapters.dialects import PEFT
 from streammerge.models.adapters.numbers import can_be_read, number_of
-
-WRAPPED: Final = ".base_layer"
-"""What the name of a wrapper within another has behind the module's."""
-
-
-def bare(module: str) -> str:
-    """A module's name without what says how deep a wrapper lies in it."""
-    while module.endswith(WRAPPED):
-        module = module.removesuffix(WRAPPED)
-    return module
-
-
-def parameter_path(wrapper: str, parameter: str) -> str:
-    """What the model calls the parameter that a wrapper is of."""
-    return f"{bare(wrapper.removeprefix(PEFT))}.{parameter}"
+from streammerge.models.adapters.parameters import parameter_path
 
 
 class Malformed(Exception):  # noqa: N818  (a word for the user, gathered with others into one error)

@@ -10,7 +10,7 @@ from typing import Any, Final
 from streammerge.formats.companions import Companion
 from streammerge.models.adapters.config import FILE, Config
 from streammerge.models.adapters.dialects import PEFT
-from streammerge.models.adapters.modules import parameter_path
+from streammerge.models.adapters.parameters import parameter_path
 
 BEGUN: Final[Mapping[str, Any]] = {
     "peft_type": "LORA",

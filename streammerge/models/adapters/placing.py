@@ -10,7 +10,7 @@ from streammerge.errors import SHOWN, PlanError, count, listed, plural
 from streammerge.models.adapters.accounts import Account, Given
 from streammerge.models.adapters.changes import Change
 from streammerge.models.adapters.experts import Experts
-from streammerge.models.adapters.modules import bare
+from streammerge.models.adapters.parameters import bare
 from streammerge.models.adapters.targets import Targets
 from streammerge.models.configs import embedding_and_head
 from streammerge.models.dialects import Source

@@ -11,8 +11,7 @@ from typing import Any, Final
 
 from streammerge.errors import CheckpointError, count
 from streammerge.models.adapters.config import Config, read_configs
-from streammerge.models.adapters.experts import parameters_of
-from streammerge.models.adapters.modules import parameter_path
+from streammerge.models.adapters.parameters import parameter_path, parameters_of
 from streammerge.models.adapters.parts import sorted_parts
 from streammerge.tensors import TensorInfo
 
