@@ -23,6 +23,7 @@ from unittest import mock
 
 import torch
 
+from benchmarks.card_tensors import OnCards, cards_named
 from streammerge.compute import cuda, devices, machine, probing, rates
 from streammerge.compute.cuda import CudaLane, bytes_of
 from streammerge.compute.expressions import BLOCK
@@ -145,6 +146,7 @@ class Cards:
     models: Sequence[str] = ()
     seen: bool = False
     everywhere: bool = False
+    apart: bool = False
     is_late: bool = True
     share: float = 1.0
     peaks: dict[str, int] = field(default_factory=dict)
@@ -189,11 +191,22 @@ class Cards:
             self.taken[card] += nbytes
             self.peaks[card] = max(self.peaks.get(card, 0), self.taken[card])
 
+    def give_back(self, card: str, nbytes: int) -> None:
+        """So much less of it is taken."""
+        with self.lock:
+            self.taken[card] -= nbytes
+
+    def look(self, name: str) -> None:
+        """A lane's thread has to know what lies on its card, and so waits for it."""
+        if getattr(self.own, "is_lane", False):
+            self.late.looks[name] += 1
+
     def open_lane(self, reader: Reader, device: torch.device, blocks: int = 1) -> Any:  # noqa: ANN401
         """A lane on one of the cards."""
         if device.type != "cuda":
             return _open_lane(reader, device, blocks)
-        lane = StandInLane(reader, self, self.name(device))
+        kind = LaneApart if self.apart else StandInLane
+        lane = kind(reader, self, self.name(device))
         lane.room = (self.blocks or blocks) * BLOCK
         self.lanes.append(Opened(lane.card, lane.late))
         return lane
@@ -231,9 +244,8 @@ class Cards:
         plain = getattr(torch.Tensor, name)
 
         def look(values: torch.Tensor, *args: Any, **named: Any) -> Any:  # noqa: ANN401
-            late = self.late
-            if getattr(self.own, "is_lane", False) and not late.is_pinned(values):
-                late.looks[name] += 1
+            if not self.late.is_pinned(values):
+                self.look(name)
             return plain(values, *args, **named)
 
         return look
@@ -244,9 +256,13 @@ class Cards:
         with contextlib.ExitStack() as stack:
             for name, call in self.calls().items():
                 stack.enter_context(mock.patch.object(torch.cuda, name, call))
-            stack.enter_context(mock.patch.object(torch.Tensor, "copy_", self.copying()))
-            for name in LOOKS:
-                stack.enter_context(mock.patch.object(torch.Tensor, name, self.looking(name)))
+            if self.apart:
+                stack.enter_context(cards_named())
+                stack.enter_context(OnCards(self))
+            else:
+                stack.enter_context(mock.patch.object(torch.Tensor, "copy_", self.copying()))
+                for name in LOOKS:
+                    stack.enter_context(mock.patch.object(torch.Tensor, name, self.looking(name)))
             stack.enter_context(mock.patch.object(cuda, "pinned_bytes", lambda nbytes: self.late.pin(nbytes)))
             stack.enter_context(mock.patch.object(devices, "open_lane", self.open_lane))
             stack.enter_context(mock.patch.object(probing, "card_device", return_value=CPU))
@@ -283,11 +299,11 @@ LOOKS: Final = ("item", "tolist", "nonzero", "cpu", "numpy", "__bool__", "__floa
 _open_lane = devices.open_lane
 
 
-class StandInLane(CudaLane):
-    """A card's lane that computes on the CPU, and accounts for its slots."""
+class LaneApart(CudaLane):
+    """A card's lane, whose tensors say that they lie on it."""
 
     def __init__(self, reader: Reader, cards: Cards, card: str) -> None:
-        super().__init__(reader, CPU)
+        super().__init__(reader, torch.device(card))
         self.cards, self.card, self.late = cards, card, LateCard()
         self.stream = Stream(self.late)  # type: ignore[assignment]
 
@@ -295,19 +311,27 @@ class StandInLane(CudaLane):
     def running(self) -> Iterator[None]:
         """In a thread of its own, which has the lane's copies as long as it runs."""
         own, before = self.cards.own, self.cards.late
-        with super().running():
+        with super().running(), OnCards(self.cards) if self.cards.apart else contextlib.nullcontext():
             own.late, own.is_lane = self.late, True
             try:
                 yield
             finally:
                 own.late, own.is_lane = before, False
 
+
+class StandInLane(LaneApart):
+    """A card's lane that computes on the CPU, and accounts for its slots."""
+
+    def __init__(self, reader: Reader, cards: Cards, card: str) -> None:
+        super().__init__(reader, cards, card)
+        self.device = CPU
+
     def allocate(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
         """A buffer on the card, which is given back with its last user."""
         nbytes = elements * dtype.itemsize
         self.cards.take(self.card, nbytes)
         made = super().allocate(elements, dtype)
-        weakref.finalize(made, self.cards.take, self.card, -nbytes)
+        weakref.finalize(made, self.cards.give_back, self.card, nbytes)
         return made
 
 

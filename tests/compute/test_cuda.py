@@ -44,7 +44,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 
 CARDS = [
     pytest.param(contextlib.nullcontext, marks=[pytest.mark.cuda, needs_cuda], id="card"),
-    pytest.param(lambda: Cards(everywhere=True).there(), marks=pytest.mark.slow, id="stand-in"),
+    pytest.param(lambda: Cards(apart=True).there(), marks=pytest.mark.slow, id="stand-in"),
 ]
 
 
