@@ -37,6 +37,7 @@ from streammerge.compute.rounding import rounded
 from streammerge.compute.rows import ZERO
 from streammerge.methods.statistics.passes import Pass
 from streammerge.methods.statistics.ranks import edges
+from streammerge.methods.statistics.sending import sent
 from streammerge.methods.statistics.slices import Slicing
 
 if TYPE_CHECKING:
@@ -299,7 +300,7 @@ class Evaluator:
             terms = [Term(c, child) for c, child in zip(coefficients, node.inputs, strict=True) if c]
             return self._combination(terms, start, stop, slot)
         slicing = Slicing.of(node.info.shape, node.slices)
-        shares = coefficients.to(self.lane.device, self.dtype)
+        shares = sent(coefficients, self.lane.device).to(self.dtype)
         total = self.lane.slot(slot, stop - start, self.dtype).zero_()
         for number, child in enumerate(node.inputs):
             values = self.values(child, start, stop, slot + 1)

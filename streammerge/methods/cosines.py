@@ -132,11 +132,11 @@ class ColumnCosines:
 
     def mix(self, first: Tensor, second: Tensor, alpha: float, place: Place, *, with_whole: bool) -> Tensor:
         """The block, with more of the second in columns that are less alike."""
-        alike = self.slicing.spread(self.columns, place.start, place.start + first.numel())
+        alike = self.slicing.spread_on(first.device, self.columns, place.start, place.start + first.numel())
         if with_whole:
             alike.add_(self.whole).div_(2.0)
         share = alike.sub_(alpha).clamp_(0.0, 1.0).neg_().add_(1.0)
-        return first.lerp(second, share.to(first.device, first.dtype))
+        return first.lerp(second, share.to(first.dtype))
 
 
 def cosines_of_columns(target: Target, parameters: Mapping[str, ParameterValue]) -> ColumnCosinePass:

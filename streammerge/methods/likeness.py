@@ -190,9 +190,10 @@ class Comparison:
     def mix(self, first: Tensor, second: Tensor, whole: float, alpha: float, place: Place) -> Tensor:
         """The block, with more of the first in columns that are more alike."""
         likeness = self.own(place)
-        alike = likeness.slicing.spread(likeness.columns, place.start, place.start + first.numel())
+        start, stop = place.start, place.start + first.numel()
+        alike = likeness.slicing.spread_on(first.device, likeness.columns, start, stop)
         share = self.range.place(alike.add_(whole).div_(2.0)).sub_(alpha).clamp_(0.0, 1.0)
-        return second.lerp(first, share.to(first.device, first.dtype))
+        return second.lerp(first, share.to(first.dtype))
 
 
 def compare_columns(target: Target, parameters: Parameters) -> LikenessPass:
@@ -316,5 +317,6 @@ def cosine_sum(
     """
     base, second = inputs[0], inputs[-1]
     first = inputs[-2]
-    share = statistics.slicing.spread(statistics.columns, place.start, place.start + first.numel()).mul_(alpha)
-    return (second - base).mul_(share.to(first.device, first.dtype)).add_(first)
+    start, stop = place.start, place.start + first.numel()
+    share = statistics.slicing.spread_on(first.device, statistics.columns, start, stop).mul_(alpha)
+    return (second - base).mul_(share.to(first.dtype)).add_(first)

@@ -13,6 +13,7 @@ from streammerge.methods.registry import BlockMethod, Needs, Statistics, method
 from streammerge.methods.statistics.passes import Pass
 from streammerge.methods.statistics.ranking import begin_ranking
 from streammerge.methods.statistics.ranks import Cut, Ranking
+from streammerge.methods.statistics.sending import sent
 from streammerge.methods.statistics.slices import Slicing
 from streammerge.methods.statistics.stretches import Pending, Stretch, pending_shares
 from streammerge.methods.statistics.sums import PIECE, pieces, task_vectors
@@ -66,13 +67,13 @@ class RowScores:
     def of_block(self, block: int, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The scores of the block's elements."""
         base, model = inputs
-        rows = self.rows(block, len(base)).to(base.device)
+        rows = sent(self.divergences, base.device, self.rows(block, len(base)))
         return [(model - base).abs_().double().mul_(rows[:, None]).float()]
 
-    def rows(self, block: int, count: int) -> Tensor:
-        """The divergences of the rows of a block that has so many."""
+    def rows(self, block: int, count: int) -> slice:
+        """Which rows those of a block are that has so many."""
         first = block * self.target.step // Slicing.of(self.target.shape, "rows").width
-        return self.divergences[first : first + count]
+        return slice(first, first + count)
 
     def ranking(self) -> Ranking:
         """Take what is above the median by one and a half times the quartiles' distance."""
@@ -107,7 +108,7 @@ class DivergencePass(Pass[Any]):
 
     def add(self, block: int, measured: Tensor) -> None:
         """Keep them."""
-        self.scores.rows(block, len(measured)).copy_(measured)
+        self.scores.divergences[self.scores.rows(block, len(measured))] = measured
 
     def finish(self) -> Any:  # noqa: ANN401  (another pass)
         """The passes that find the scores' quartiles."""

@@ -27,7 +27,7 @@ def _filled(values: Tensor, rows: int, place: Place, statistics: Tensor) -> Tens
     if first >= values.numel():
         return values
     flat = values.reshape(-1).clone()
-    means = slicing.spread(statistics.to(flat.device), place.start + first, place.start + flat.numel())
+    means = slicing.spread_on(flat.device, statistics, place.start + first, place.start + flat.numel())
     flat[first:] = (means / int(rows)).to(flat.dtype)
     return flat.view(values.shape)
 

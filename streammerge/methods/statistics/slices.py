@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from streammerge.methods.statistics.gram import WIDE, Gram, refuse_unless_infinite
 from streammerge.methods.statistics.passes import Pass
 from streammerge.methods.statistics.products import tensors_from
+from streammerge.methods.statistics.sending import FEW, sent
 from streammerge.methods.statistics.stretches import Measures, Pending, Stretch
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Slices = Literal["rows", "filters", "columns"]
@@ -87,6 +89,12 @@ class Slicing:
         for part in self.rectangles(start, stop):
             part.of(out).copy_(self.share(values, part))
         return out
+
+    def spread_on(self, device: torch.device, values: Tensor, start: int, stop: int) -> Tensor:
+        """The same on this device."""
+        if values.numel() > FEW:
+            return self.spread(values, start, stop).to(device)
+        return self.spread(sent(values, device), start, stop)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -30,7 +30,7 @@ def _by_row(changed: Tensor, magnitudes: Tensor) -> Tensor:
 def _by_column(changed: Tensor, magnitudes: Tensor, place: Place, statistics: Tensor) -> Tensor:
     """θ = m · V / ‖V‖ of every column V"""
     slicing = Slicing.of(place.tensor.shape, "columns")
-    squares = slicing.spread(statistics.to(changed.device), place.start, place.start + changed.numel())
+    squares = slicing.spread_on(changed.device, statistics, place.start, place.start + changed.numel())
     return changed * _factors(magnitudes, squares).to(changed.dtype)
 
 
