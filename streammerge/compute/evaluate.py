@@ -148,12 +148,13 @@ class Evaluator:
         if isinstance(node, ByWhole) and node.method.readings:
             return [self._by_pieces_of_rows(child) for child in node.inputs]
         if isinstance(node, ByWhole):
-            whole = [self.copy(child, start, stop, slot) for child in node.inputs]
+            where = device_for_whole(node, self.lane.device)  # only there is room for whole tensors
+            rooms = [torch.empty(stop - start, dtype=self.dtype, device=where) for _ in node.inputs]
+            whole = [self.copy(child, start, stop, slot, room) for child, room in zip(node.inputs, rooms, strict=True)]
             self._suspect(whole)
             # there are no decompositions and transforms of 16 bits
             least = torch.promote_types(self.dtype, torch.float32)
-            where = device_for_whole(node, self.lane.device)
-            return [values.to(where, least).reshape(node.info.shape) for values in whole]
+            return [values.to(least).reshape(node.info.shape) for values in whole]
         if isinstance(node, ByBlock) and node.method.needs.rows:
             return self._rows(node, start, stop, slot)
         stop = min(start + part, stop) if part else stop
@@ -189,7 +190,7 @@ class Evaluator:
 
     def _suspect(self, inputs: Sequence[torch.Tensor]) -> None:
         # a sum takes a twentieth of the time of a look at every element
-        self._doubts.append(torch.stack([values.sum() for values in inputs]).sum())
+        self._doubts.append(torch.stack([values.sum() for values in inputs]).sum().to(self.lane.device))
 
     def _with_halo(self, node: ByBlock, start: int, slot: int) -> list[torch.Tensor]:
         """The rows of every input that begin at this element, and the method's halo of rows on both sides."""

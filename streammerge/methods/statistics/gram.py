@@ -251,9 +251,10 @@ def pending_products(stretch: Stretch, inputs: Sequence[torch.Tensor], *, tasks:
     kinds = [vectors, values] if len(inputs) <= FEW and not tasks else [vectors]
     tensors = [torch.stack([_present(stretch, one) for one in kind]) for kind in kinds]
     tensors += [_by_block(stretch, kind) for kind in kinds]
+    count = len(kinds)  # they themselves are not kept until these have arrived
 
     def take(found: Sequence[torch.Tensor]) -> Measures:
-        present, sums = ([one.T.tolist() for one in part] for part in (found[: len(kinds)], found[len(kinds) :]))
+        present, sums = ([one.T.tolist() for one in part] for part in (found[:count], found[count:]))
         shares, alone = {}, []
         for place, block in enumerate(stretch.blocks):
             told = Told(wide, [_products(one[place], there[place]) for one, there in zip(sums, present, strict=True)])
