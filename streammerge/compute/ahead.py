@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from streammerge.compute.costs import piece_elements
+from streammerge.compute.costs import piece_elements, pieces_at_once
 from streammerge.compute.evaluate import Evaluator
-from streammerge.compute.expressions import BLOCK, ByBlock, ByGram, Surveyed
+from streammerge.compute.expressions import ByBlock, ByGram, Surveyed
 from streammerge.compute.lanes import FetchedTensors, StagedLane
 from streammerge.compute.makers import Statistics
 from streammerge.methods.statistics.passes import Pass
@@ -52,7 +52,7 @@ class StretchEvaluator(Evaluator):
         self, step: Pass[Any], node: Surveyed, pieces: Sequence[int], first_block: int
     ) -> Iterator[Sequence[int]]:
         """Pieces that are measured together: neighbours, if all of them are measured whole."""
-        most = max(self.lane.room // BLOCK, 1) if step.part is None else 1
+        most = pieces_at_once(node, self.lane.room) if step.part is None else 1
         part: list[int] = []
         for piece in pieces:
             edge = step.is_alone(first_block + piece)

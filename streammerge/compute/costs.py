@@ -62,26 +62,6 @@ def lane_bytes(node: Node, info: TensorInfo, compute: DType) -> int:
     return blocks * size + elements * (slots(node) * widest + info.dtype.bits // 8)
 
 
-def pinned_bytes(node: Node, info: TensorInfo) -> int:
-    """What a card's lane pins of main memory for ranges of one block: those it reads into, and two that it fetches."""
-    widest = max((leaf.info.dtype.bits // 8 for leaf in leaves(node)), default=0)
-    return BLOCK * (RING * widest + 2 * info.dtype.bits // 8)
-
-
-LIBRARY_BYTES: Final = 32 << 20
-"""What CUDA's library takes in each worker that multiplies matrices: so much since Hopper, a quarter of it before."""
-
-
-def library_bytes(node: Node) -> int:
-    """What of a card's memory a worker's library takes, if it multiplies matrices for this tensor."""
-    multiplies = any(isinstance(part, Product) or holds_on("cuda", part) for part in surveyed(node))
-    return LIBRARY_BYTES if multiplies else 0
-
-
-RING: Final = 6
-"""Pinned buffers that a card's lane reads into, one after the other: three inputs of two ranges."""
-
-
 def row_elements(node: ByBlock) -> int:
     """How many elements of whole rows a method is given at once, its halo's too; 0 if it takes blocks as they come."""
     if node.method.needs.rows is None or not node.info.elements:
@@ -340,8 +320,14 @@ def at_once(node: Node, room: int) -> int:
     """How many elements are made at once where there is room for so many."""
     step = write_step(node)
     if isinstance(node, ByBlock) and not node.method.needs.rows:
-        return step * (max(room // BLOCK, 1) if node.method.spans_blocks else 1)
+        return step * (pieces_at_once(node, room) if node.method.spans_blocks else 1)
     return max(room if room < step else room // step * step, least_step(node))
+
+
+def pieces_at_once(node: Node, room: int) -> int:
+    """How many blocks or pieces are measured or made at once where there is room for so many elements: one, unless
+    there is room for more than a block."""
+    return max(room // piece_elements(node), 1) if room > BLOCK else 1
 
 
 WINDOW: Final = 16

@@ -10,7 +10,7 @@ from typing import Final
 
 import torch
 
-from streammerge.compute.costs import RING
+from streammerge.compute.card_costs import RING
 from streammerge.compute.expressions import PIECE, Stored
 from streammerge.compute.lanes import StagedLane, torch_dtype
 from streammerge.compute.rounding import rounded, rounded_into

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from streammerge.compute import costs
-from streammerge.compute.costs import piece_elements, product_rows, row_width, target_of
+from streammerge.compute.costs import piece_elements, pieces_at_once, product_rows, row_width, target_of
 from streammerge.compute.expressions import (
     BLOCK,
     Applied,
@@ -218,7 +218,7 @@ class Evaluator:
         """The pieces that elements [start, stop) touch: on a card as many of those at once that lie inside as the lane
         has room for, if the method may be given so many."""
         step, elements = piece_elements(node), node.info.elements
-        most = self.lane.room // BLOCK if node.method.spans_blocks else 1
+        most = pieces_at_once(node, self.lane.room) if node.method.spans_blocks else 1
         split = {edge - node.first_block for edge in edges(self.statistics.get(id(node)))} if most > 1 else set()
 
         def is_alone(piece: int) -> bool:

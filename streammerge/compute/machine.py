@@ -54,8 +54,9 @@ VRAM_BYTES: Final = 512_000_000
 """What the lanes may take of a card's memory unless --max-vram says otherwise."""
 
 
-CARD_THREADS: Final = 4
-"""The most workers on a card unless the user asks for more: each has two ranges under way, and more share one bus."""
+CARD_THREADS: Final = 3
+"""The most workers on a card unless the user asks for more: each has two ranges under way, and more share one bus, and
+what may be pinned: of four each would have ranges of half the length."""
 
 
 CARD_BLOCKS: Final = {"cpu": 1, "mps": 4}

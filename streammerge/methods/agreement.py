@@ -242,7 +242,7 @@ def emr_scales(target: Target, parameters: Parameters) -> Any:  # noqa: ANN401
     check=check_task,
     statistics=Statistics(emr_scales, passes=1, scope="model", of=("task",)),
     elementwise=True,
-    needs=Needs(temporaries=7),
+    needs=Needs(temporaries=17),
 )
 def emr(base: Tensor, *models: Tensor, task: Count = 0, statistics: Sequence[float] | None) -> Tensor:
     """θ = θ₀ + τ, or for a task θ = θ₀ + sₜ mₜ τ;   τ: of those with the sign of Σᵢ τᵢ the largest, τᵢ = θᵢ − θ₀

@@ -67,7 +67,7 @@ def dare_kernel(vote: str) -> Kernel:
 DARE: Any = {
     **GTA,
     "statistics": Statistics(dare_factors, passes=1),
-    "needs": Needs(temporaries=4, temporaries_each=2),
+    "needs": Needs(temporaries=7, temporaries_each=2),
 }
 
 

@@ -279,9 +279,10 @@ class BlockMethod(Method):
     def spans_blocks(self) -> bool:
         """Whether it may be given several blocks at once, those left out of which a cut has its quota.
 
-        What compiled loops can do is done element by element; of a user's own function that is not taken for granted.
+        What is given blocks as they come goes element by element; of a user's own function that is not taken for
+        granted.
         """
-        return self.has_kernel and self.needs.rows is None and not self.is_own
+        return self.needs.rows is None and not self.is_own
 
     def steps(self, target: Target, parameters: Parameters, statistics: Any) -> Sequence[Step]:  # noqa: ANN401
         """How compiled loops do its work."""

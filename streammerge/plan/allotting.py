@@ -17,7 +17,7 @@ def allot_memory(plan: Plan, resident: int, vram: int | None, *, card_bytes: int
         _check_vram(plan, vram, card_bytes)
     if limit is None:
         return plan.allot(vram_limit=vram, card_bytes=card_bytes, cards=cards)
-    needed = plan.lane_bytes + plan.mapped_bytes[1] + plan.held_bytes
+    needed = plan.host_lane_bytes + plan.mapped_bytes[1] + plan.held_bytes
     fixed = resident + OVERHEAD_BYTES
     taking = "Python and torch take" if plan.needs_torch else "Python takes"
     if limit < fixed + needed:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from streammerge.compute import costs
+from streammerge.compute.card_costs import OnCard
 from streammerge.compute.costs import compute_dtype, copied_from, is_copy
 from streammerge.compute.expressions import Job, Node, Together, has_external, is_merged, measured_together
 from streammerge.compute.kernels.maker import is_compiled, is_summed, maker_bytes
@@ -43,8 +44,7 @@ class Kind:
     is_compiled: bool
     is_summed: bool
     lane_bytes: int
-    library_bytes: int
-    pinned_bytes: int
+    on_card: OnCard
     held_bytes: int
     card_bytes: int
     bytes_read: int
@@ -76,8 +76,7 @@ class Kind:
             is_by_kernels,
             compute is not None and options.device == "cpu" and is_summed(node, info.dtype, compute),
             _maker_bytes(node, info, compute, is_compiled=is_by_kernels),
-            0 if options.device == "cpu" else costs.library_bytes(node),
-            0 if options.device == "cpu" else costs.pinned_bytes(node, info),
+            OnCard() if compute is None or options.device == "cpu" else OnCard.of(node, info, compute),
             costs.held_bytes(node, compute or info.dtype),
             costs.card_bytes(node),
             costs.bytes_read(node),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from streammerge.compute import costs
+from streammerge.compute.card_costs import OnCard
 from streammerge.compute.expressions import Together
 from streammerge.compute.machine import (
     BARE_BYTES,
@@ -149,10 +150,21 @@ class Plan:
         """What a lane takes at the most beside what it maps."""
         return max((kind.lane_bytes for kind in self.jobs.kinds), default=0)
 
+    @functools.cached_property
+    def on_card(self) -> OnCard:
+        """What a lane takes at the most that computes on a card."""
+        return OnCard.most(kind.on_card for kind in self.jobs.kinds)
+
     @property
     def card_lane_bytes(self) -> int:
-        """What a lane takes of a card at the most: as much, and what a library takes that multiplies matrices."""
-        return self.lane_bytes + max((kind.library_bytes for kind in self.jobs.kinds), default=0)
+        """What it takes of the card at the least, and what a library takes that multiplies matrices."""
+        return self.on_card.least + self.on_card.library
+
+    @property
+    def host_lane_bytes(self) -> int:
+        """What a lane takes of main memory, beside what it maps and pins: little if its buffers lie on a card that has
+        memory of its own."""
+        return self.on_card.staged if self.options.device.startswith("cuda") else self.lane_bytes
 
     @property
     def held_bytes(self) -> int:
@@ -189,7 +201,7 @@ class Plan:
         usual = cards * min(DEFAULT_WORK_BYTES, max(PROMISED_BYTES - self.fixed_bytes - self.described_bytes, MIB))
         lanes_limit = usual if work_limit is None else work_limit - held
         shared = share_out(
-            self.lane_bytes,
+            self.host_lane_bytes,
             self.options.threads,
             lanes_limit,
             device_bytes=self.card_lane_bytes,
@@ -208,7 +220,7 @@ class Plan:
             vram -= held  # the rest is for the lanes
         left = None if work_limit is None else work_limit - shared.work_bytes - held
         blocks = self._card_blocks(each, vram, left, cards=min(cards, shared.threads))
-        work = shared.work_bytes + held + shared.threads * blocks * self.pinned_bytes
+        work = shared.work_bytes + held + shared.threads * blocks * self.on_card.pinned
         return replace(shared, held_bytes=held, work_bytes=work, blocks=blocks, cards=min(cards, shared.threads))
 
     @property
@@ -218,19 +230,14 @@ class Plan:
             return CARD_THREADS
         return MAX_THREADS if self.needs_torch else MAX_COMPILED_THREADS
 
-    @property
-    def pinned_bytes(self) -> int:
-        """What a card's lane pins of main memory for each block of a range, at the most; 0 on the CPU."""
-        return max((kind.pinned_bytes for kind in self.jobs.kinds), default=0)
-
     def _card_blocks(self, lanes: int, vram: int | None, left: int | None, *, cards: int) -> int:
         """How many blocks the lanes of each card take at once, in its memory and in what is `left` of main memory."""
-        if not self.pinned_bytes:
+        taken = self.on_card
+        if not taken.pinned:
             return 1
         most = CARD_BLOCKS.get(self.options.device.partition(":")[0], USUAL_BLOCKS)
-        beside = self.card_lane_bytes - self.lane_bytes
-        room = ((vram or VRAM_BYTES) // lanes - beside) // max(self.lane_bytes, 1)
-        pinned = (CARD_PINNED_BYTES * cards if left is None else left) // (lanes * cards * self.pinned_bytes)
+        room = ((vram or VRAM_BYTES) // lanes - taken.library) // max(taken.ranges, 1)
+        pinned = (CARD_PINNED_BYTES * cards if left is None else left) // (lanes * cards * taken.pinned)
         return max(1, min(most, room, 1 << max(pinned, 1).bit_length() - 1))  # torch pins powers of two
 
     def _room_beside(self, lanes_bytes: int) -> int:

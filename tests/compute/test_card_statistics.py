@@ -44,7 +44,7 @@ def on_the_cpu(large, tmp_path_factory):
 
 @pytest.mark.parametrize("case", mostly([one for one in ONE_CASE_EACH if one in MEASURED], MEASURED), ids=str)
 def test_stretches_give_the_bytes_of_blocks(large, on_the_cpu, tmp_path, case):
-    with Cards(blocks=8).there() as cards:
+    with Cards(blocks=8, apart=True).there() as cards:
         made = merge_to(tmp_path / "card.safetensors", case.merge(large), device="cuda")
     assert cards.lanes
     assert_same_bytes(made, on_the_cpu(case))
@@ -86,7 +86,7 @@ def test_a_stretch_is_waited_for_once_when_all_of_it_is_measured(tmp_path, begun
     base = {"matrix": normal((520, 1010), 2, torch.float16), "filters": normal((130, 100, 5, 5), 3, torch.float16)}
     models = {f"m{number}": near(base, number, 0.1) for number in (1, 2, 3)}
     paths = save_models(tmp_path, base=base, **models)
-    with Cards(blocks=8).there():
+    with Cards(blocks=8, apart=True).there():
         merge_to(tmp_path / "card.safetensors", case.merge(list(paths.values())), device="cuda", threads=1)
     assert [looks for _, looks in begun] == [0] * len(begun)
     assert not alone
@@ -171,8 +171,7 @@ def test_elements_are_made_in_ranges_of_many_pieces_but_for_those_in_which_a_cut
     assert sum(ranges.values()) == 19 * PIECE + 3
     assert all(ranges[block] == PIECE for block in split)
     assert bool(split) == (method in ("ties", "breadcrumbs", "sce"))
-    # of what has no compiled loops it isn't said that it goes element by element
-    assert max(ranges.values()) in ([PIECE] if method == "trust_region" else [5 * PIECE, 8 * PIECE])
+    assert max(ranges.values()) > (4 if method == "breadcrumbs" else 8) * PIECE  # which has four such pieces
     monkeypatch.setenv("STREAMMERGE_KERNELS", "off")
     assert_same_bytes(made, merge_to(tmp_path / "cpu.safetensors", merge))
 

@@ -6,7 +6,8 @@ import pytest
 
 import streammerge
 from streammerge.compute import evaluate
-from streammerge.compute.costs import LIBRARY_BYTES, card_bytes, holds_on
+from streammerge.compute.card_costs import LIBRARY_BYTES
+from streammerge.compute.costs import card_bytes, holds_on
 from streammerge.compute.expressions import Node
 from streammerge.compute.machine import MIB
 from streammerge.errors import PlanError
@@ -57,8 +58,8 @@ def is_of(node: Node, name: str) -> bool:
 
 
 def test_what_a_card_holds_has_to_fit_its_memory(paths):
-    made = planned(streammerge.iso_c(paths["a"], base=paths["base"]), threads=4)
-    held, lane = made.card_bytes, made.lane_bytes
+    made = planned(streammerge.iso_c(paths["a"], base=paths["base"]), device="cuda", threads=4)
+    held, lane = made.card_bytes, made.card_lane_bytes
     for short in (held + lane - 1, lane, MIB):
         with pytest.raises(
             PlanError, match=r"on the card is too small: .*, and whole tensors .*\n  .*MiB, or use --device cpu"
@@ -84,8 +85,8 @@ def test_the_advice_of_what_is_too_small_is_enough(paths):
 
 def test_what_a_library_takes_of_a_card_is_counted_where_matrices_are_multiplied(paths):
     made = planned(streammerge.iso_c(paths["a"], base=paths["base"]), device="cuda", threads=4)
-    held, own, lane = made.card_bytes, made.lane_bytes, made.card_lane_bytes
-    assert lane == own + LIBRARY_BYTES
+    held, own, lane = made.card_bytes, made.on_card.ranges, made.card_lane_bytes
+    assert lane == made.on_card.least + LIBRARY_BYTES
     for vram, threads in ((held + lane, 1), (held + 2 * lane, 2), (2 * held + 9 * lane, 4), (512 * MIB, 4)):
         allotted = allot_memory(made, 0, vram, card_bytes=held)
         assert allotted.threads == threads
@@ -93,7 +94,7 @@ def test_what_a_library_takes_of_a_card_is_counted_where_matrices_are_multiplied
     with pytest.raises(PlanError, match="too small"):
         allot_memory(made, 0, held + lane - 1, card_bytes=held)
     streamed = planned(streammerge.ties(paths["a"], base=paths["base"]), device="cuda")
-    assert streamed.card_lane_bytes == streamed.lane_bytes
+    assert streamed.card_lane_bytes == streamed.on_card.least
 
 
 @pytest.mark.parametrize("models", range(2, 9))
