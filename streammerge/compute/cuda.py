@@ -39,9 +39,17 @@ class CudaLane(StagedLane):
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Everything this thread does runs on the lane's stream."""
+        """Everything this thread does runs on the lane's stream.
+
+        What is cut short waits for what is on its way: pinned memory is another's as soon as nobody here has it.
+        """
         with super().running(), torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-            yield
+            try:
+                yield
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # of a card that failed there is another error already
+                    self.stream.synchronize()
+                raise
 
     def make_room(self, elements: int) -> None:
         """Give all buffers back, pinned ones too, and take smaller ones from now on."""

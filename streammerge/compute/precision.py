@@ -1,7 +1,8 @@
 """Products of float32 matrices to all digits of float32, whatever torch is told otherwise.
 
 A program may let torch cut their inputs to 10 or 7 digits of two (`torch.set_float32_matmul_precision`), and so may the
-environment: NVIDIA's containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE. That is a setting of the whole process.
+environment: NVIDIA's containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE. Products of 16 bits CUDA's library may even by
+default add up in 16 bits. These are settings of the whole process.
 """
 
 from __future__ import annotations
@@ -41,8 +42,41 @@ class ExactProducts:
 exact_products: Final = ExactProducts()
 
 
+IN_16_BITS: Final = (
+    "allow_fp16_reduced_precision_reduction",
+    "allow_bf16_reduced_precision_reduction",
+    "allow_fp16_accumulation",
+)
+"""What CUDA's library may be allowed of products of 16 bits, as torch calls it."""
+
+
 def set_exact() -> Callable[[], None]:
     """Have products made exactly; gives what sets it back."""
+    changed = [set_float32_exact(), *map(forbid, IN_16_BITS)]
+
+    def restore() -> None:
+        for back in changed:
+            back()
+
+    return restore
+
+
+def forbid(name: str) -> Callable[[], None]:
+    """Have CUDA's library not do this; gives what sets it back. What this torch doesn't know is not done."""
+    matmul: Any = torch.backends.cuda.matmul
+    if not getattr(matmul, name, False):
+        return lambda: None
+    split = getattr(matmul, f"{name}_split_k", None)  # what is kept in the same place
+
+    def allow(*, allowed: bool) -> None:
+        setattr(matmul, name, allowed if split is None else (allowed, split))
+
+    allow(allowed=False)
+    return lambda: allow(allowed=True)
+
+
+def set_float32_exact() -> Callable[[], None]:
+    """The same of products of float32."""
     backends: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
     if not all(hasattr(backend, "fp32_precision") for backend in backends):  # as before torch 2.9
         before = torch.get_float32_matmul_precision()

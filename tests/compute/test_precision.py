@@ -10,12 +10,17 @@ import torch
 
 from streammerge.compute.evaluate import Evaluator
 from streammerge.compute.lanes import Lane
-from streammerge.compute.precision import exact_products
+from streammerge.compute.precision import IN_16_BITS, exact_products
 from streammerge.compute.reading import read_range
 from streammerge.formats.readers import PositionalReader
 from streammerge.tensors import DTYPES
 from tests.compute.test_products import product
 from tests.make.models import normal
+
+
+def in_16_bits() -> list[bool]:
+    """What CUDA's library may add up in 16 bits."""
+    return [getattr(torch.backends.cuda.matmul, name, False) for name in IN_16_BITS]
 
 
 def told() -> list[str]:
@@ -72,3 +77,18 @@ def test_products_are_read_exactly(tmp_path, monkeypatch, asked):
     read_range(node, 0, 30, Lane(PositionalReader()), DTYPES["F32"])
     assert seen
     assert all(words in EXACT for words in seen)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_products_of_16_bits_are_added_up_in_more(allowed):
+    matmul: Any = torch.backends.cuda.matmul
+    before = in_16_bits()
+    for name in IN_16_BITS:
+        setattr(matmul, name, allowed)
+    try:
+        with exact_products():
+            assert in_16_bits() == [False] * len(IN_16_BITS)
+        assert in_16_bits() == [allowed] * len(IN_16_BITS)
+    finally:
+        for name, was in zip(IN_16_BITS, before, strict=True):
+            setattr(matmul, name, was)
