@@ -46,6 +46,7 @@ class LateCard:
         self.pinned: list[torch.Tensor] = []
         self.begun: list[Copy] = []
         self.under_way: dict[int, Event] = {}
+        self.awaited: list[Event] = []
         self.arriving: set[int] = set()
         self.waits = 0
         self.looks: Counter[str] = Counter()
@@ -87,6 +88,7 @@ class Event:
     def record(self, stream: Any = None) -> None:  # noqa: ANN401
         """It happens when all copies that were begun are there."""
         self.copies, self.card.begun = self.card.begun, []
+        self.card.awaited.append(self)
         self.card.under_way |= {source.data_ptr(): self for _, source, _ in self.copies if self.card.is_pinned(source)}
 
     def synchronize(self) -> None:
@@ -94,7 +96,14 @@ class Event:
         assert not self.is_awaited
         self.is_awaited = True
         self.card.waits += 1
-        for target, source, content in self.copies:
+        self.arrive()
+
+    def arrive(self) -> None:
+        """All copies are there."""
+        if self in self.card.awaited:
+            self.card.awaited.remove(self)
+        copies, self.copies = self.copies, []
+        for target, source, content in copies:
             if self.card.is_pinned(target):
                 copy(target, content)
                 self.card.arriving.discard(target.data_ptr())
@@ -117,10 +126,8 @@ class Stream:
         event = Event(self.card)
         event.record(self)
         event.synchronize()
-        for late in list(self.card.under_way.values()):
-            if not late.is_awaited:
-                late.copies = [part for part in late.copies if self.card.is_pinned(part[0])]
-        self.card.under_way.clear()
+        for late in list(self.card.awaited):
+            late.arrive()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

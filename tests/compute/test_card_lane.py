@@ -11,8 +11,8 @@ import torch
 
 from benchmarks.standin import CPU, Cards, LateCard
 from streammerge.compute import tensor_maker
+from streammerge.compute.card_costs import RING
 from streammerge.compute.combining import combine
-from streammerge.compute.costs import RING
 from streammerge.compute.cuda import CudaLane
 from streammerge.compute.expressions import BLOCK, PIECE, Term
 from streammerge.compute.makers import Wanted
@@ -94,23 +94,37 @@ def test_a_cuda_lane_hands_out_what_has_arrived(card):
         assert [bytes(part) for part in fetched[1].arrived()] == [raw_bytes(values[200:])]
 
 
+def test_what_is_cut_short_waits_for_what_is_on_its_way(card):
+    """Else it would arrive in memory that is another's by then."""
+    lane, begun = card_lane(card), []
+
+    def is_cut_short() -> None:
+        with lane.running():
+            begun.append(lane.fetch([normal((300,), 1)]))
+            raise ValueError("meanwhile")
+
+    with pytest.raises(ValueError, match="meanwhile"):
+        is_cut_short()
+    assert bytes(begun[0].bytes[0]) == raw_bytes(normal((300,), 1))
+
+
 @pytest.mark.parametrize("case", mostly(ONE_CASE_EACH, CASES), ids=str)
-def test_the_bytes_are_the_cpus(families, tmp_path, cards, monkeypatch, case):
-    assert_the_bytes_are_the_cpus(families, tmp_path, cards, monkeypatch, case, blocks=8)
+def test_the_bytes_are_the_cpus(families, tmp_path, monkeypatch, case):
+    assert_the_bytes_are_the_cpus(families, tmp_path, monkeypatch, case, blocks=8)
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
 @pytest.mark.parametrize(
     "case", mostly([case for case in ONE_CASE_EACH if case.method in ONE_OF_A_KIND], CASES), ids=str
 )
-def test_they_are_however_little_a_card_takes_at_once(families, tmp_path, cards, monkeypatch, case, blocks):
-    assert_the_bytes_are_the_cpus(families, tmp_path, cards, monkeypatch, case, blocks)
+def test_they_are_however_little_a_card_takes_at_once(families, tmp_path, monkeypatch, case, blocks):
+    assert_the_bytes_are_the_cpus(families, tmp_path, monkeypatch, case, blocks)
 
 
-def assert_the_bytes_are_the_cpus(families, tmp_path, cards, monkeypatch, case, blocks):
+def assert_the_bytes_are_the_cpus(families, tmp_path, monkeypatch, case, blocks):
     _, paths = families["F16"]
-    cards.blocks = blocks
-    made = merge_to(tmp_path / "card.safetensors", case.merge(paths), device="cuda")
+    with Cards(blocks=blocks, apart=True).there() as cards:
+        made = merge_to(tmp_path / "card.safetensors", case.merge(paths), device="cuda")
     assert {lane.card for lane in cards.lanes} == {"cuda:0"}
     monkeypatch.setenv("STREAMMERGE_KERNELS", "off")
     assert_same_bytes(made, merge_to(tmp_path / "cpu.safetensors", case.merge(paths)))
