@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from unittest import mock
@@ -188,6 +189,7 @@ def written_by(func: Any, named: Mapping[str, Any]) -> list[Any]:  # noqa: ANN40
 def cards_named() -> Iterator[None]:
     """As long as this lasts torch takes a card for a device."""
     let_torch_name_cards()
+    find_operations()
     plain = torch.tensor
 
     def tensor(*args: Any, device: Any = None, **named: Any) -> torch.Tensor:  # noqa: ANN401
@@ -196,6 +198,14 @@ def cards_named() -> Iterator[None]:
 
     with mock.patch.object(torch.cuda, "_lazy_init", return_value=None), mock.patch.object(torch, "tensor", tensor):
         yield
+
+
+@functools.cache
+def find_operations() -> Sequence[Any]:
+    """All of torch's operations, as Python knows them: two threads that ask for one first, at once, crash."""
+    names = [name.removeprefix("aten::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::")]
+    parts = (name.partition(".") for name in names)
+    return [getattr(getattr(aten, name, None), overload or "default", None) for name, _, overload in parts]
 
 
 def let_torch_name_cards() -> None:

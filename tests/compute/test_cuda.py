@@ -99,6 +99,11 @@ def least_of_whole(merge) -> int:
     return int(streammerge.make_plan(merge, output="out.safetensors", device="cuda").card_bytes)
 
 
+def least_of_worker(merge) -> int:
+    """What a worker takes of a card at the least, which torch takes in segments of 20 MiB for each stream."""
+    return int(streammerge.make_plan(merge, output="out.safetensors", device="cuda").card_lane_bytes) + 20 * MIB
+
+
 LARGE = (
     *("linear", "slerp", "model_stock", "ties", "dare_ties", "breadcrumbs", "della", "sce", "arcee_fusion", "pcb"),
     *("trust_region", "emr", "ramplus_tl", "cosine_a", "iso_c", "tsv_m", "crossover"),
@@ -114,7 +119,7 @@ def test_cuda_gives_tensors_of_many_blocks_the_same_bytes_in_any_memory(large, t
     once = merge_on_cuda(tmp_path / "once.safetensors", case.merge(large))
     for name, tensor in once.items():
         assert int(ulps_apart(tensor, on_cpu[name].double().numpy()).max()) <= 1, name
-    with memory_of((256 if METHODS[method].kind == "whole" else 48) * MIB):
+    with memory_of(256 * MIB if METHODS[method].kind == "whole" else 2 * least_of_worker(case.merge(large))):
         made = merge_on_cuda(tmp_path / "short.safetensors", case.merge(large), max_vram="1GiB", threads=2)
     assert_same_bytes(made, once)
     limit = least_of_whole(case.merge(large)) + 96 * MIB

@@ -105,3 +105,22 @@ def test_what_is_pinned_is_within_its_bound_when_torch_has_rounded_it(paths, mod
         allotted = allot_memory(made, 0, None)
         assert allotted.blocks.bit_count() == 1
         assert allotted.work_bytes <= limit * MIB
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "breadcrumbs", "pcb"])
+def test_three_workers_have_ranges_as_long_as_the_cards_memory_allows(tmp_path, monkeypatch, method):
+    """Whatever their buffers would take of main memory."""
+    import torch
+
+    monkeypatch.setattr("streammerge.compute.machine.usable_cores", lambda: 64)
+    base = {"w": normal((3000, 1000), 1, torch.float16)}
+    paths = save_models(tmp_path, base=base, a=near(base, 1), b=near(base, 2))
+    given = {"base": paths["base"]} if method != "linear" else {}
+    made = planned(getattr(streammerge, method)(paths["a"], paths["b"], **given), device="cuda")
+    allotted = allot_memory(made, 0, None)
+    assert allotted.threads == 3
+    fitting = 512_000_000 // 3 // made.on_card.ranges
+    assert allotted.blocks == min(fitting, 8)
+    assert (fitting >= 8) == (method == "linear")
+    four = planned(getattr(streammerge, method)(paths["a"], paths["b"], **given), device="cuda", threads=4)
+    assert allot_memory(four, 0, None).blocks <= 4  # for what may be pinned
