@@ -157,8 +157,8 @@ class Plan:
 
     @property
     def card_lane_bytes(self) -> int:
-        """What it takes of the card at the least, and what a library takes that multiplies matrices; where there is none
-        what it takes of main memory."""
+        """What it takes of the card at the least, with what a library takes that multiplies matrices; where there is no
+        card, of main memory."""
         return self.on_card.least + self.on_card.library or self.lane_bytes
 
     @property

@@ -88,7 +88,8 @@ def test_a_stretch_is_waited_for_once_when_all_of_it_is_measured(tmp_path, begun
     paths = save_models(tmp_path, base=base, **models)
     with Cards(blocks=8, apart=True).there():
         merge_to(tmp_path / "card.safetensors", case.merge(list(paths.values())), device="cuda", threads=1)
-    assert [looks for _, looks in begun] == [0] * len(begun)
+    # what was measured of rows is sent once for each tensor
+    assert sum(looks for _, looks in begun) <= (2 if case.method == "arcee_fusion" else 0)
     assert not alone
     assert bool(begun) == (case.method != "dare_ties")  # which measures nothing unless it is asked to
     assert not begun or max(pieces for pieces, _ in begun) > 1
@@ -171,7 +172,8 @@ def test_elements_are_made_in_ranges_of_many_pieces_but_for_those_in_which_a_cut
     assert sum(ranges.values()) == 19 * PIECE + 3
     assert all(ranges[block] == PIECE for block in split)
     assert bool(split) == (method in ("ties", "breadcrumbs", "sce"))
-    assert max(ranges.values()) > (4 if method == "breadcrumbs" else 8) * PIECE  # which has four such pieces
+    alone = {"breadcrumbs": 4, "sce": 7}  # the longest that is between what stands alone
+    assert max(ranges.values()) > alone.get(method, 8) * PIECE
     monkeypatch.setenv("STREAMMERGE_KERNELS", "off")
     assert_same_bytes(made, merge_to(tmp_path / "cpu.safetensors", merge))
 
