@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TypeGuard
 
-from streammerge.compute.expressions import Joined, Node, Stored, children
+from streammerge.compute.expressions import External, Joined, Node, Stored, children
 from streammerge.formats.readers import FileRange
 
 Input = Stored | Joined
@@ -31,3 +31,8 @@ def elements_of(node: Input, start: int, stop: int) -> list[FileRange]:
     if isinstance(node, Stored):
         return [node.elements(start, stop)]
     return [part.elements(first, last) for part, first, last in node.within(start, stop) if isinstance(part, Stored)]
+
+
+def home_of(leaf: Stored | External) -> tuple[object, int]:
+    """What it is read from, which is equal for what is read from the same, and where in that the tensor begins."""
+    return (id(leaf.file), leaf.start) if isinstance(leaf, Stored) else ((id(leaf.model), leaf.name), 0)

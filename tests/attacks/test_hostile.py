@@ -286,7 +286,7 @@ def test_half_a_character_is_no_shard_s_name(tmp_path):
 
 @pytest.mark.parametrize("path", ["a\0b.safetensors", "\ud800\0"])
 def test_a_path_that_no_file_can_have_is_an_error(path):
-    with pytest.raises(CheckpointError, match="no file can have such a name"):
+    with pytest.raises(CheckpointError, match=r"no file can (have such a name|be called so)"):
         open_model(path)
 
 

@@ -68,7 +68,7 @@ def _of_hadamards(change: Change) -> tuple[Node, Node] | None:
 
 def _of_kroneckers(change: Change) -> tuple[Node, Node] | None:
     """W₁ ⊗ (B₂ A₂), with W₁ = B₁ A₁, or W₁ = I W₁ or W₁ I of fewer rows or columns."""
-    small, large = (view.source for view in children(change.value) if isinstance(view, Viewed))
+    small, large = (source for view in children(change.value) for source in children(view))
     if not is_product_of_two(large) or len(change.shape) > 2:
         return None
     b2, a2 = factors_of(large)

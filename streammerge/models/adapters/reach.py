@@ -11,7 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
-from streammerge.compute.expressions import External, Node, Stored, leaves
+from streammerge.compute.expressions import Node, leaves
+from streammerge.compute.inputs import home_of
 from streammerge.models.adapters.accounts import Account
 
 Key = TypeVar("Key")
@@ -25,13 +26,13 @@ class Places(Generic[Key]):
         found: defaultdict[object, defaultdict[tuple[int, int], set[Key]]] = defaultdict(lambda: defaultdict(set))
         for key, node in tensors:
             for leaf in leaves(node):
-                home, start = _place(leaf)
+                home, start = home_of(leaf)
                 found[home][start, start + leaf.info.nbytes].add(key)
         self._sorted = {home: sorted(own.items(), key=_range) for home, own in found.items()}
 
     def read_by(self, node: Node) -> set[Key]:
         """The keys of what is read for an expression."""
-        return {key for leaf in leaves(node) for key in self._at(*_place(leaf))}
+        return {key for leaf in leaves(node) for key in self._at(*home_of(leaf))}
 
     def _at(self, home: object, start: int) -> set[Key]:
         own = self._sorted.get(home, [])
@@ -44,11 +45,6 @@ class Places(Generic[Key]):
 
 def _range(item: tuple[tuple[int, int], object]) -> tuple[int, int]:
     return item[0]
-
-
-def _place(leaf: Stored | External) -> tuple[object, int]:
-    """A file, or a model that is not ours, and where in it the tensor begins."""
-    return (id(leaf.file), leaf.start) if isinstance(leaf, Stored) else ((id(leaf.model), leaf.name), 0)
 
 
 def reaching(accounts: Sequence[Account], output: Iterable[Node]) -> Iterator[Account]:
