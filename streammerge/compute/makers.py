@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from streammerge.compute.expressions import Node, Surveyed
+from streammerge.compute.inputs import Input
 from streammerge.errors import OutOfMemoryError
 from streammerge.findings import Finding
 from streammerge.methods.statistics.passes import Pass
@@ -34,7 +35,7 @@ class Wanted:
     compute: DType
     stored: DType
     unscaled: bool = False
-    base: Node | None = None
+    base: Input | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

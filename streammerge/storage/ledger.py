@@ -110,6 +110,11 @@ class Ledger(Progress):
         """Note from now on how far tensors are from those that lie in these files."""
         self._bases = frozenset(map(id, files))
 
+    @property
+    def is_weighing(self) -> bool:
+        """Whether that is noted."""
+        return bool(self._bases)
+
     def base_of(self, job: Job) -> Stored | None:
         """What a tensor is to be measured against: the whole one of those files that it is made of, if it is."""
         if not self._bases:

@@ -117,10 +117,12 @@ class Machine:
             self._measure(makers, ledger, look)
         shared: SharedStatistics = {}  # of this run alone: who checks an output measures again
         waiting = itertools.chain([first] if first else [], due)
+        # how far each tensor is moved isn't told by neighbours that are made as one
+        groups = ([job] for job in waiting) if ledger.is_weighing else neighbours(waiting)
         works: Iterator[Work] = (
             (SampledWork(job, sink, ledger, self.measured, samples[job]) for job in waiting)
             if samples
-            else (self._work(group, sink, ledger, shared) for group in sharing(neighbours(waiting)))
+            else (self._work(group, sink, ledger, shared) for group in sharing(groups))
         )
         run(works, makers, look, copying, held_bytes=self.allotment.held_bytes)
         look()

@@ -161,7 +161,8 @@ from streammerge.compute.costs import target_of
 from streammerge.compute.expressions import ByBlock, Stored
 from streammerge.compute.kernels.library import kernels
 from streammerge.compute.kernels.operands import BlockOperands
-from streammerge.compute.kernels.program import Kernels, can_be_compiled, compiled
+from streammerge.compute.kernels.coverage import can_be_compiled
+from streammerge.compute.kernels.program import Kernels, compiled
 from streammerge.methods import find_method
 from streammerge.tensors import DTYPES, TensorInfo
 

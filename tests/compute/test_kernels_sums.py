@@ -12,7 +12,7 @@ import torch
 
 from streammerge.compute.expressions import BLOCK, Combined, Node, Product, Rounded, Stored, Term
 from streammerge.compute.kernels.library import kernels
-from streammerge.compute.kernels.maker import KernelMaker
+from streammerge.compute.kernels.maker import KernelBlocks, KernelMaker
 from streammerge.compute.kernels.sums import SummedBlocks
 from streammerge.compute.lanes import Lane
 from streammerge.compute.makers import Maker, Wanted
@@ -59,10 +59,12 @@ def made(maker: Maker, wanted: Wanted, step: int, expected: type) -> tuple[bytes
     return data, found, (moved, length)
 
 
-def compared(wanted: Wanted, step: int = BLOCK, reader: type[Reader] = PositionalReader) -> list[Any]:
+def compared(
+    wanted: Wanted, step: int = BLOCK, reader: type[Reader] = PositionalReader, expected: type = SummedBlocks
+) -> list[Any]:
     """Both ways come to the same bytes, findings and distances; what was found."""
     by_torch = made(TensorMaker(Lane(reader())), wanted, step, TensorBlocks)
-    by_loops = made(KernelMaker(reader()), wanted, step, SummedBlocks)
+    by_loops = made(KernelMaker(reader()), wanted, step, expected)
     assert by_loops[:2] == by_torch[:2]
     assert by_loops[2] == pytest.approx(by_torch[2], rel=1e-4, nan_ok=True)
     return by_loops[1]
@@ -122,3 +124,16 @@ def test_what_is_not_finite_is_told_as_torch_tells_it(tmp_path, changed, reason)
     found = [finding for finding in compared(wanted) if finding]
     assert found
     assert all(finding[reason] for finding in found)
+
+
+@pytest.mark.parametrize("step", [BLOCK, 100_003])
+@pytest.mark.parametrize("compute", ["F32", "F64"])
+def test_how_far_what_has_no_products_is_moved(tmp_path, step, compute):
+    weight, other = store_tensors(tmp_path / "model", [normal((700, 900), seed, torch.float16) for seed in (1, 2)])
+    for node in (total((1.0, weight), (0.25, other)), total((0.25, other), (0.5, rounded(other)), (1.0, weight))):
+        compared(Wanted(node, DTYPES[compute], DTYPES["F16"], base=weight), step, expected=KernelBlocks)
+    away = total((1.0, other))
+    moved, length = made(KernelMaker(PositionalReader()), Wanted(away, F32, F32, base=weight), step, KernelBlocks)[2]
+    base, values = (normal((700, 900), seed, torch.float16).double() for seed in (1, 2))
+    assert moved == pytest.approx(float((values - base).square().sum()), rel=1e-5)
+    assert length == pytest.approx(float(base.square().sum()), rel=1e-5)

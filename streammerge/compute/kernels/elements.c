@@ -376,4 +376,4 @@ EXPORT int64_t nonfinite_in(enum element kind, const void *from, int64_t n) {
   return found;
 }
 
-EXPORT int version(void) { return 7; }
+EXPORT int version(void) { return 8; }

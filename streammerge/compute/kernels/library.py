@@ -14,7 +14,7 @@ from typing import Final
 
 from streammerge.formats.readers import FileRange
 
-VERSION: Final = 7
+VERSION: Final = 8
 """What the library has to say of itself: one of another version, left by an older build, is not used."""
 
 KINDS: Final[Mapping[str, int]] = {"F16": 0, "BF16": 1, "F8_E4M3": 2, "F8_E5M2": 3, "F32": 4, "F64": 5}

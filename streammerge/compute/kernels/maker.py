@@ -22,17 +22,10 @@ from streammerge.compute.expressions import (
     stored_leaves,
 )
 from streammerge.compute.inputs import Input, elements_of, inputs_of
+from streammerge.compute.kernels.coverage import can_be_compiled, can_be_summed, registers
 from streammerge.compute.kernels.library import CHUNK, KINDS, LIMITS, Found, kernels
 from streammerge.compute.kernels.operands import BlockOperands
-from streammerge.compute.kernels.program import (
-    COMPUTES,
-    Kernels,
-    Program,
-    can_be_compiled,
-    can_be_summed,
-    compiled,
-    registers,
-)
+from streammerge.compute.kernels.program import COMPUTES, Kernels, Program, compiled
 from streammerge.compute.kernels.sums import SummedBlocks
 from streammerge.compute.makers import Block, Blocks, Measurer, Range, Statistics, Wanted
 from streammerge.errors import OutOfMemoryError, machine_is_full
@@ -132,7 +125,7 @@ class KernelMaker:
         """The tensor's blocks, by compiled loops if there are some for all of it."""
         if not wanted.unscaled and _have_kinds(wanted.stored, wanted.compute):
             if can_be_compiled(wanted.node):
-                program = compiled([wanted.node], wanted.compute, known)
+                program = compiled([wanted.node], wanted.compute, known, base=wanted.base)
                 return KernelBlocks(self, wanted, program, suspicious=suspicious)
             if can_be_summed(wanted.node) and not suspicious:
                 return SummedBlocks(self.by_torch.blocks(wanted, known), self.kernels, self, wanted, known)
@@ -217,13 +210,15 @@ class KernelBlocks:
     def make(self, start: int, stop: int) -> Block:
         """Elements [start, stop), as many at once as lie side by side in the cache."""
         size, finding, step = self.wanted.stored.bits // 8, Finding(), self.step
-        out = self.maker.out((stop - start) * size)
+        out, moved, length = self.maker.out((stop - start) * size), 0.0, 0.0
         for part in range(start // step, -(-stop // step)):
             first, last = max(part * step, start), min((part + 1) * step, stop)
             if self.by_ranks:
                 self._rank(part)
             self._make(first, last, out[(first - start) * size : (last - start) * size], finding)
-        return Block(out, finding if finding.is_any else None)
+            change = self.program.take_departure()
+            moved, length = moved + change[0], length + change[1]
+        return Block(out, finding if finding.is_any else None, (moved, length))
 
     def each(self, ranges: Sequence[Range]) -> Iterator[Block]:
         """One range after the other."""

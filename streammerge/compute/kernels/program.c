@@ -14,6 +14,9 @@ enum division { NEVER, BY_NUMBER, BY_WEIGHTS, BY_POSITIVE_WEIGHTS };
 #define TILE 256
 #define FEW 4
 
+/* Squares that are added up side by side: these sums are told to a few digits. */
+#define ABREAST 32
+
 /* The greatest floats whose squares, which double has exactly, are not above these: first roots that are beside them at
    the most, float's where its range allows. What is in double stays what it is. */
 static void roots_below_f32(const double *restrict squares, float *restrict roots) {

@@ -45,6 +45,7 @@ enum code {
   NORMAL,  /* r[to] = normally distributed numbers */
   DROP,    /* r[to] = what is kept of r[to] − r[from] at random, scaled */
   SIFT,    /* likewise, by the rank in the row: ranks.inc */
+  DEPART,  /* adds Σ (r[to] − r[from])² and Σ r[from]² to what it remembers, two doubles */
 };
 
 typedef struct {

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from streammerge.compute.costs import piece_elements, slots, target_of
+from streammerge.compute.costs import piece_elements, target_of
 from streammerge.compute.expressions import (
     ByBlock,
     ByGram,
@@ -21,8 +21,6 @@ from streammerge.compute.expressions import (
     Rounded,
     Stored,
     Term,
-    applications,
-    children,
 )
 from streammerge.compute.inputs import Input, is_input
 from streammerge.compute.kernels.library import CHUNK, KINDS, Found, Question, Step, address
@@ -72,17 +70,18 @@ class Code(enum.IntEnum):
     NORMAL = 30
     DROP = 31
     SIFT = 32
+    DEPART = 33
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
     """Steps that compute tensors into the first registers, and the stored tensors that they load, by their numbers.
 
-    What is `made` elsewhere has the first numbers, and the inputs have the next ones. Ranges of the tensors begin
-    at a multiple of `piece` elements; but where elements are ranked in rows they begin anywhere in a piece of which
+    What is `made` elsewhere has the first numbers, and the inputs have the next ones. Ranges of the tensors begin at a
+    multiple of `piece` elements; but where elements are ranked in rows they begin anywhere in a piece of which
     `Kernels.rank` has been told all. Steps remember what they have seen: a program is one worker's; `watching` are the
     places of those that watch for what isn't finite. `rows` are the widths of rows of those that go by how elements
-    rank in them.
+    rank in them. If it `departs`, the last one measures how far the first tensor is from a base.
     """
 
     steps: ctypes.Array[Step]
@@ -93,6 +92,7 @@ class Program:
     watching: Sequence[int] = ()
     rows: Sequence[int] = ()
     made: Sequence[Product] = ()
+    departs: bool = False
     longer: dict[int, tuple[Sequence[MethodStep], Program]] = field(default_factory=dict)
 
     @property
@@ -123,69 +123,37 @@ class Program:
             step.seen[0] = 0
         return found
 
-
-def can_be_compiled(node: Node) -> bool:
-    """Whether there are steps for all of the expression, and methods in it that go through it in the same pieces."""
-    methods = list(applications(node))
-    by_rows = any(isinstance(part, ByBlock) and part.method.needs.rows for part in methods)
-    return _has_steps(node) and (len(methods) == 1 or not by_rows)
-
-
-def can_be_summed(node: Node) -> bool:
-    """Whether there are steps for all that is done with products in the expression: it has some, and no methods."""
-    made = products_of(node)
-    return bool(made) and not any(applications(node)) and _has_steps(node, made)
-
-
-def products_of(node: Node) -> list[Product]:
-    """The products in the expression, each once; none of them is a part of another."""
-    if isinstance(node, Product):
-        return [node]
-    found = {id(part): part for child in children(node) for part in products_of(child)}
-    return list(found.values())
-
-
-def _has_steps(node: Node, made: Sequence[Product] = ()) -> bool:
-    """Whether there are steps for all of it, if so much is made elsewhere."""
-    match node:
-        case Product():
-            return any(node is part for part in made)
-        case Stored() | Joined():
-            return node.info.dtype.name in KINDS and is_input(node)
-        case Rounded():
-            return node.info.dtype.name in KINDS and _has_steps(node.source, made)
-        case Combined():
-            return all(_has_steps(term.node, made) for term in node.terms)
-        case ByGram():
-            return node.slices is None and all(map(_has_steps, node.inputs))
-        case ByBlock():
-            return node.method.has_kernel and all(map(_has_steps, node.inputs))
-        case _:
-            return False
-
-
-METHOD_REGISTERS: Final = 16
-"""What a method's steps take beside its inputs, and a few more."""
-
-
-def registers(node: Node) -> int:
-    """How many registers the expression's program takes, or somewhat less."""
-    return slots(node) + METHOD_REGISTERS * any(isinstance(part, ByBlock) for part in applications(node))
+    def take_departure(self) -> tuple[float, float]:
+        """Σ (θ − base)² and Σ base² of what was computed since this was last asked; 0 if that isn't measured."""
+        if not self.departs:
+            return 0.0, 0.0
+        sums = (ctypes.c_double * 2).from_buffer(self.steps[len(self.steps) - 1].seen)
+        moved, length = sums
+        sums[:] = [0.0, 0.0]
+        return moved, length
 
 
 def compiled(
-    nodes: Sequence[Node], compute: DType, statistics: Mapping[int, Any], made: Sequence[Product] = ()
+    nodes: Sequence[Node],
+    compute: DType,
+    statistics: Mapping[int, Any],
+    made: Sequence[Product] = (),
+    base: Input | None = None,
 ) -> Program:
     """The program that leaves these expressions in the first registers; what its methods want to know is known.
 
-    Products in them are `made` by others, in the dtype in which it computes.
+    Products in them are `made` by others, in the dtype in which it computes. With a `base` it is measured how far the
+    first is from that.
     """
     writer = _Writer(statistics, compute.name, made)
     for register, node in enumerate(nodes):
         writer.write(node, register)
+    if base is not None:
+        writer.depart(base)
     steps = (Step * len(writer.steps))(*writer.steps)
     watching = [place for place, step in enumerate(writer.steps) if step.code == Code.WATCH]
-    return Program(steps, writer.inputs, writer.registers, compute.name, writer.piece, watching, writer.rows, made)
+    found = steps, writer.inputs, writer.registers, compute.name, writer.piece, watching, writer.rows
+    return Program(*found, made, base is not None)
 
 
 class _Writer:
@@ -225,6 +193,14 @@ class _Writer:
                 self._apply(node, to)
             case _:
                 raise AssertionError(f"{type(node).__name__} has no steps")
+
+    def depart(self, base: Input) -> None:
+        """Measure how far the first register is from this, which may be an input already."""
+        place = next((place for place, leaf in enumerate(self.inputs) if leaf is base), len(self.inputs))
+        self.inputs += [base] if place == len(self.inputs) else []
+        to, self.registers = self.registers, self.registers + 1
+        self._step(Code.LOAD, to, len(self.made) + place, base.info.dtype.name)
+        self._step(Code.DEPART, 0, to)
 
     def _apply(self, node: ByBlock, to: int) -> None:
         """The method's own steps, over its inputs in neighbouring registers."""

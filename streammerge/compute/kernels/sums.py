@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from streammerge.compute.costs import slots
 from streammerge.compute.inputs import Input
-from streammerge.compute.kernels.program import Kernels, Program, compiled, products_of
+from streammerge.compute.kernels.coverage import products_of
+from streammerge.compute.kernels.program import Kernels, compiled
 from streammerge.compute.makers import Block, Range, Statistics, Wanted
 
 if TYPE_CHECKING:
@@ -44,23 +45,16 @@ class SummedBlocks:
         self.buffers = buffers
         self.wanted = wanted
         self.products = products_of(wanted.node)
-        self.summing = compiled([wanted.node], wanted.compute, known, self.products)
-        self.comparing = (
-            None if wanted.base is None else compiled([wanted.base, wanted.node], wanted.compute, known, self.products)
-        )
-        programs = [self.summing] if self.comparing is None else [self.summing, self.comparing]
-        self.inputs = {id(leaf): leaf for program in programs for leaf in program.inputs}
+        self.program = compiled([wanted.node], wanted.compute, known, self.products, wanted.base)
 
     def make(self, start: int, stop: int) -> Block:
         """Elements [start, stop)."""
         made = self._multiplied(start, stop)  # first, because what it reads takes the place of what was read before
-        products = [bytes_of(values) for values in made]
-        read = dict(zip(self.inputs, self.buffers.read(list(self.inputs.values()), start, stop), strict=True))
+        blocks = [*map(bytes_of, made), *self.buffers.read(self.program.inputs, start, stop)]
         out = self.buffers.out((stop - start) * self.wanted.stored.bits // 8)
-        blocks = given(self.summing, products, read)
-        if self.kernels.store(self.summing, blocks, stop - start, self.wanted.stored.name, out, start):
-            return self.by_torch.make(start, stop)
-        return Block(out, None, self._change(products, read, stop - start))
+        found = self.kernels.store(self.program, blocks, stop - start, self.wanted.stored.name, out, start)
+        change = self.program.take_departure()
+        return self.by_torch.make(start, stop) if found else Block(out, None, change)
 
     def each(self, ranges: Sequence[Range]) -> Iterator[Block]:
         """One range after the other."""
@@ -73,21 +67,6 @@ class SummedBlocks:
             made.append(self.by_torch.evaluator.values(product, start, stop, slot))
             slot += slots(product)
         return made
-
-    def _change(
-        self, products: Sequence[memoryview], read: Mapping[int, memoryview], elements: int
-    ) -> tuple[float, float]:
-        """Σ (θ − base)² and Σ base²."""
-        if self.comparing is None:
-            return 0.0, 0.0
-        blocks = given(self.comparing, products, read)
-        squares = self.kernels.products(self.comparing, blocks, elements, 2, apart=True, wide=False).rows
-        return squares[1][1], squares[0][0]
-
-
-def given(program: Program, made: Sequence[memoryview], read: Mapping[int, memoryview]) -> list[memoryview]:
-    """The program's blocks, in its order."""
-    return [*made, *(read[id(leaf)] for leaf in program.inputs)]
 
 
 def bytes_of(values: torch.Tensor) -> memoryview:

@@ -71,6 +71,16 @@ def test_what_goes_by_the_weights_is_measured_too(folder):
     )
 
 
+def test_differences_that_are_stored_whole_are_measured_each(folder):
+    """Small ones that lie side by side are made as one where nothing is measured."""
+    shapes = {IN: (600, 500), OUT: (30, 20), FC1: (16, 12)}
+    whole = [parts(name, diff=numbers(*shape, seed=20 + n)) for n, (name, shape) in enumerate(shapes.items())]
+    save_model(folder / "whole.safetensors", {name: tensor for each in whole for name, tensor in each.items()})
+    found = baked("whole.safetensors:0.1")
+    assert {part: each["tensors"] for part, each in found.items()} == {"UNet": 2, "text encoder": 1}
+    assert found["UNet"]["relative"] == pytest.approx(relative([name for name in MODEL if UNET in name]), rel=1e-4)
+
+
 def test_what_stands_in_a_tensors_place_is_not_measured(folder):
     assert baked("saved.safetensors") == {}
 
