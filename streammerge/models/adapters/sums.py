@@ -155,9 +155,9 @@ class Sum:
             raise PlanError(
                 f"{count(problems, 'module')} of the adapters can't be added up in one adapter",
                 found=problems,
-                advice="LoRAs and LoHas are, and plain differences; LoKr, and what has cores, to a rank (--rank R). "
-                "Bake others into their model: streammerge bake MODEL ADAPTER ADAPTER -o TUNED. One adapter of that is "
-                "made by streammerge extract TUNED MODEL --rank R.",
+                advice="LoRAs, LoHas, plain differences and LoKrs whose larger part is factored are; other LoKrs, and "
+                "LoHas with cores, to a rank (--rank R). Bake others into their model: streammerge bake MODEL ADAPTER "
+                "ADAPTER -o TUNED. One adapter of that is made by streammerge extract TUNED MODEL --rank R.",
             )
 
     def _problems(self, module: str) -> Iterator[str]:
