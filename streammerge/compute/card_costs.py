@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 from typing import Final
 
-from streammerge.compute.costs import holds_on, lane_bytes
-from streammerge.compute.expressions import BLOCK, PIECE, ByBlock, Node, Product, leaves, surveyed
+from streammerge.compute.costs import factor_elements, holds_on, lane_bytes, widest_bytes
+from streammerge.compute.expressions import BLOCK, PIECE, ByBlock, Node, Product, surveyed
 from streammerge.tensors import DType, TensorInfo
 
 LIBRARY_BYTES: Final = 32 << 20
@@ -26,25 +26,19 @@ RING: Final = 6
 
 def pinned_bytes(node: Node, info: TensorInfo) -> int:
     """What a card's lane pins of main memory for ranges of one block: those it reads into, and two that it fetches."""
-    return BLOCK * (RING * widest(node) + 2 * info.dtype.bits // 8)
+    return BLOCK * (RING * widest_bytes(node) + 2 * info.dtype.bits // 8)
 
 
 def staged_bytes(node: Node, info: TensorInfo) -> int:
     """What it takes of main memory beside that: what is read in another order, and put into its own."""
-    return min(BLOCK, info.elements) * 2 * widest(node)
-
-
-def widest(node: Node) -> int:
-    """Bytes of the widest element that is read."""
-    return max((leaf.info.dtype.bits // 8 for leaf in leaves(node)), default=0)
+    return min(BLOCK, info.elements) * 2 * widest_bytes(node)
 
 
 def least_bytes(node: Node, info: TensorInfo, compute: DType) -> int:
     """What a card's lane takes of its memory at the least: buffers as on the CPU, the range before, which is on its
     way back, and the factors of products."""
-    factors = sum(f.info.elements for part in surveyed(node) if isinstance(part, Product) for f in part.factors)
     before = min(BLOCK, info.elements) * info.dtype.bits // 8
-    return lane_bytes(node, info, compute) + before + 2 * factors * compute.bits // 8
+    return lane_bytes(node, info, compute) + before + 2 * factor_elements(node) * compute.bits // 8
 
 
 def range_bytes(node: Node, info: TensorInfo, compute: DType) -> int:

@@ -58,8 +58,18 @@ def lane_bytes(node: Node, info: TensorInfo, compute: DType) -> int:
             blocks += product_rows(part) * (part.width + part.inner + again + sum(map(row_of, part.factors[:-1])))
         elif isinstance(part, Rounded | Gathered) or (isinstance(part, Viewed) and not isinstance(part.source, Stored)):
             blocks += elements  # as they are before they are rounded, or put in their place
-    widest = max((leaf.info.dtype.bits // 8 for leaf in leaves(node)), default=0)
-    return blocks * size + elements * (slots(node) * widest + info.dtype.bits // 8)
+    return blocks * size + elements * (slots(node) * widest_bytes(node) + info.dtype.bits // 8)
+
+
+def widest_bytes(node: Node) -> int:
+    """Bytes of the widest element that is read."""
+    return max((leaf.info.dtype.bits // 8 for leaf in leaves(node)), default=0)
+
+
+def factor_elements(node: Node) -> int:
+    """How many elements the factors of its products have, which are held as wholes."""
+    products = (part for part in surveyed(node) if isinstance(part, Product))
+    return sum(factor.info.elements for part in products for factor in part.factors)
 
 
 def row_elements(node: ByBlock) -> int:
@@ -94,9 +104,7 @@ def row_of(factor: Node) -> int:
 def held_bytes(node: Node, compute: DType = DTYPES["F32"]) -> int:
     """What is held for as long as the tensor, computed in this dtype, is under way: whole tensors, statistics of rows,
     factors of products."""
-    products = (part for part in surveyed(node) if isinstance(part, Product))
-    factors = sum(factor.info.elements for part in products for factor in part.factors)
-    return sum(map(_held_by, _each_once(applications(node)))) + factors * compute.bits // 8
+    return sum(map(_held_by, _each_once(applications(node)))) + factor_elements(node) * compute.bits // 8
 
 
 def _each_once(parts: Iterable[Applied]) -> Iterable[Applied]:
