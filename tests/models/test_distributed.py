@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -20,6 +21,8 @@ from tests.make.distributed import CUTS, save_ranks, tensors
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> Path:
+    if not hasattr(os, "fork"):
+        pytest.skip("its ranks are forked")
     return save_ranks(tmp_path_factory.mktemp("ranks") / "step-5", seed=3)
 
 
