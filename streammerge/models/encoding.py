@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 from streammerge.compute.expressions import ByBlock, External, Node, Shared, Viewed, applications, block_method
 from streammerge.errors import MethodError
 from streammerge.methods.registry import BlockMethod, Needs, Statistics
-from streammerge.methods.statistics.passes import Magnitudes, Pass
+from streammerge.methods.statistics.passes import Magnitudes, Pass, Vectors
 from streammerge.methods.statistics.stretches import Pending, Stretch
 from streammerge.methods.steps import Kernel, Step
 from streammerge.methods.tracing import traced
@@ -116,7 +116,7 @@ class ScalePass(Pass[float]):
 
     def measure_compiled(self, block: int, operands: Magnitudes) -> float:
         """The same by compiled loops."""
-        return operands.made_by(_FINITE, 0).products(apart=False, wide=False).greatest[0]
+        return operands.made_by(_FINITE, 0).products(Vectors.INPUTS, wide=False).greatest[0]
 
     def add(self, block: int, measured: float) -> None:
         """Keep the greatest."""

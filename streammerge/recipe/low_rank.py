@@ -119,15 +119,12 @@ ASKED: Final = (
 )  # fmt: skip
 """Every key, in the order in which options are told."""
 
-CRITERIA: Final = ("energy", "sv_ratio", "sv_fro", "sv_cumulative")
-"""Keys of which there can be one."""
-
 
 def parse_low_rank(raw: Any, where: str) -> LowRank | None:  # noqa: ANN401
     """What a recipe asks for; None if it has no such key. RecipeError for what isn't understood, or says too little."""
     if raw is None:
         return None
-    from streammerge.models.adapters.ranks import LowRank
+    from streammerge.models.adapters.ranks import CRITERIA, LowRank
 
     where = f"{where}: low_rank"
     if not isinstance(raw, Mapping):

@@ -34,6 +34,7 @@ from streammerge.formats.readers import MappedReader, PositionalReader
 from streammerge.methods import find_method
 from streammerge.methods.registry import GramMethod
 from streammerge.methods.statistics.gram import Tensors
+from streammerge.methods.statistics.passes import Vectors
 from streammerge.tensors import DTYPES, TensorInfo
 from tests.make.models import normal, raw_bytes, save_model
 
@@ -193,9 +194,9 @@ def test_methods_of_products_come_to_the_same(tmp_path, data):
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "F32", "F8_E4M3", "mixed"])
 @pytest.mark.parametrize("count", [2, 3, 4, 5])
-@pytest.mark.parametrize("tasks", [False, True])
+@pytest.mark.parametrize("vectors", Vectors)
 @pytest.mark.parametrize("which", ["normal", "large", "not finite"])
-def test_products_of_what_is_read_as_it_is_stored(tmp_path, kind, count, tasks, which):
+def test_products_of_what_is_read_as_it_is_stored(tmp_path, kind, count, vectors, which):
     kinds = ["F16", "F32", "BF16", "F16", "F64"][:count] if kind == "mixed" else [kind] * count
     values = [
         values_of(kind, which if number == 1 else "normal", 3 * CHUNK + 5, number) for number, kind in enumerate(kinds)
@@ -205,8 +206,8 @@ def test_products_of_what_is_read_as_it_is_stored(tmp_path, kind, count, tasks, 
     assert library is not None
     program = compiled(leaves, DTYPES["F32"], {})
     blocks = [memoryview(b"\0" + raw_bytes(tensor))[1:] for tensor in values]  # not aligned
-    found = Kernels(library).products(program, blocks, 3 * CHUNK + 5, count, apart=True, wide=False, tasks=tasks)
-    expected = Tensors([tensor.float() for tensor in values]).products(apart=True, wide=False, tasks=tasks)
+    found = Kernels(library).products(program, blocks, 3 * CHUNK + 5, count, vectors, wide=False)
+    expected = Tensors([tensor.float() for tensor in values]).products(vectors, wide=False)
     assert repr(found.rows) == repr(expected.rows)
     assert repr(list(found.greatest)) == repr(list(expected.greatest))
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from streammerge.compute.kernels.library import Question
 from streammerge.compute.kernels.magnitudes import Asked, CompiledCounting
 from streammerge.compute.kernels.program import Kernels, Program
-from streammerge.methods.statistics.passes import InnerProducts
+from streammerge.methods.statistics.passes import InnerProducts, Vectors
 from streammerge.methods.steps import Step as MethodStep
 
 
@@ -21,7 +21,7 @@ class BlockOperands(Asked):
     program: Program
     blocks: Sequence[memoryview]
     elements: int
-    vectors: int
+    inputs: int
     start: int | None = None
     first: int = 1
     apart: bool = True
@@ -43,13 +43,13 @@ class BlockOperands(Asked):
     def made_by(self, steps: Sequence[MethodStep], first: int) -> BlockOperands:
         """What these steps make of the inputs, in registers from `first` on."""
         program = self.program.followed_by(steps)
-        return BlockOperands(self.kernels, program, self.blocks, self.elements, self.vectors, self.start, first, False)
+        return BlockOperands(self.kernels, program, self.blocks, self.elements, self.inputs, self.start, first, False)
 
     def ask(self, questions: ctypes.Array[Question], elements: int) -> None:
         """Have the questions about so many of the first elements answered."""
         self.kernels.ask(self.program, self.blocks, elements, questions, self.start)
 
-    def products(self, *, apart: bool, wide: bool, tasks: bool = False) -> InnerProducts:
-        """Inner products of the inputs, or of what they differ by from the first."""
-        given = self.program, self.blocks, self.elements, self.vectors
-        return self.kernels.products(*given, apart=apart, wide=wide, tasks=tasks, start=self.start)
+    def products(self, vectors: Vectors, *, wide: bool) -> InnerProducts:
+        """Inner products of these vectors, made of the inputs."""
+        given = self.program, self.blocks, self.elements, self.inputs
+        return self.kernels.products(*given, vectors, wide=wide, start=self.start)

@@ -26,7 +26,7 @@ from streammerge.compute.inputs import Input, is_input
 from streammerge.compute.kernels.library import CHUNK, KINDS, Found, Question, Step, address
 from streammerge.compute.kernels.magnitudes import CompiledCounting
 from streammerge.formats.readers import page_aligned
-from streammerge.methods.statistics.passes import InnerProducts
+from streammerge.methods.statistics.passes import InnerProducts, Vectors
 from streammerge.methods.steps import Step as MethodStep
 from streammerge.tensors import DType
 
@@ -302,24 +302,24 @@ class Kernels:
         program: Program,
         blocks: Sequence[memoryview],
         elements: int,
-        vectors: int,
+        inputs: int,
+        vectors: Vectors,
         *,
-        apart: bool,
         wide: bool,
-        tasks: bool = False,
         start: int | None = None,
     ) -> InnerProducts:
-        """⟨dᵢ, dⱼ⟩ for j ≤ i of the first registers: d₀ = x₀ and dᵢ = xᵢ − x₀ if they are taken `apart`, else dᵢ = xᵢ.
+        """⟨dᵢ, dⱼ⟩ for j ≤ i of these vectors, made of so many of the first registers.
 
-        In float64 if `wide`, whatever the program computes in. Of task vectors `tasks` alone: those of d₁, d₂, …
+        In float64 if `wide`, whatever the program computes in.
         """
         is_double = program.compute == "F64"
         gram = self._library.gram_f64 if is_double else self._library.gram_wide if wide else self._library.gram_f32
         rows = 1 << max(-(-elements // CHUNK) - 1, 0).bit_length()
-        measured = vectors - tasks
+        measured = inputs - vectors.skipped
         sums = (ctypes.c_double * (measured * (measured + 1) // 2 * rows))()
-        space, greatest = (ctypes.c_double * (vectors * CHUNK))(), (ctypes.c_double * measured)()
-        gram(*self._given(program, blocks, elements, start), vectors, apart, tasks, rows, space, sums, greatest)
+        space, greatest = (ctypes.c_double * (inputs * CHUNK))(), (ctypes.c_double * measured)()
+        kind = vectors.from_first, vectors.skipped
+        gram(*self._given(program, blocks, elements, start), inputs, *kind, rows, space, sums, greatest)
         found = iter(sums[::rows])
         return InnerProducts([list(itertools.islice(found, i + 1)) for i in range(measured)], list(greatest))
 

@@ -7,12 +7,12 @@ integers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from streammerge.errors import MethodError
-from streammerge.methods.statistics.passes import InnerProducts, Operands, Pass
+from streammerge.methods.statistics.passes import InnerProducts, Operands, Pass, Vectors
 from streammerge.methods.statistics.products import FEW, ROW, by_row, halved, padded, products_of, sums_of, tensors_from
 from streammerge.methods.statistics.stretches import Measures, Pending, Stretch
 
@@ -155,7 +155,7 @@ class GramPass(Pass[Any]):
     def __init__(self, count: int, *, lenient: bool = False, tasks: bool = False) -> None:
         self.count = count
         self.lenient = lenient
-        self.tasks = tasks
+        self.vectors = Vectors.TASKS if tasks else Vectors.APART
         self.totals = [0.0] * (sums_of(count - 1) if tasks else count**2)
 
     def measure(self, block: int, inputs: Sequence[torch.Tensor]) -> list[float]:
@@ -165,17 +165,17 @@ class GramPass(Pass[Any]):
     def measure_compiled(self, block: int, operands: Operands) -> list[float]:
         """The same of operands of any kind."""
         if not operands.wide:
-            found, holds = measured(operands, NARROW, tasks=self.tasks)
+            found, holds = measured(operands, NARROW, self.vectors)
             if holds:
                 return found
-        found, holds = measured(operands, WIDE, tasks=self.tasks)
+        found, holds = measured(operands, WIDE, self.vectors)
         if not (holds or self.lenient):
-            refuse_unless_infinite(operands.products(apart=False, wide=True).greatest)
+            refuse_unless_infinite(operands.products(Vectors.INPUTS, wide=True).greatest)
         return found
 
     def begin(self, stretch: Stretch, inputs: Sequence[torch.Tensor]) -> Pending | None:
         """Every block's share, by float32 or float64 as the inputs are; what that can't tell is measured alone."""
-        return None if stretch.step % ROW else pending_products(stretch, inputs, tasks=self.tasks)
+        return None if stretch.step % ROW else pending_products(stretch, inputs, self.vectors)
 
     def add(self, block: int, measured: list[float]) -> None:
         """Add a block's share to the totals."""
@@ -183,21 +183,20 @@ class GramPass(Pass[Any]):
 
     def finish(self) -> Gram:
         """The symmetric matrices of the whole tensors."""
-        if self.tasks:
+        if self.vectors is Vectors.TASKS:
             return Gram(Products(()), triangular(self.count - 1, self.totals))
         return Gram.of(self.count, self.totals)
 
 
-def measured(operands: Operands, reach: Reach, *, tasks: bool) -> tuple[list[float], bool]:
-    """The products as `Gram.of` takes them, or of differences alone, and whether they are what they seem to be."""
-    if tasks:
-        share = operands.products(apart=True, wide=reach is WIDE, tasks=True)
-        return [value for row in share.rows for value in row], reach.holds(share)
-    share = operands.products(apart=True, wide=reach is WIDE)
+def measured(operands: Operands, reach: Reach, vectors: Vectors) -> tuple[list[float], bool]:
+    """The products as `Gram.of` takes them, or of task vectors alone, and whether they are what they seem to be."""
+    share = operands.products(vectors, wide=reach is WIDE)
     holds = reach.holds(share)
+    if vectors is Vectors.TASKS:
+        return [value for row in share.rows for value in row], holds
     told = tensors_from(share.rows)
     if any(row[-1] < reach.short * told[0][0] for row in told):
-        tensors = operands.products(apart=False, wide=reach is WIDE)
+        tensors = operands.products(Vectors.INPUTS, wide=reach is WIDE)
         told = [list(row) for row in tensors.rows]
         holds = holds and reach.holds(tensors)
     return [*(value for row in told for value in row), *(value for row in share.rows[1:] for value in row[1:])], holds
@@ -214,10 +213,10 @@ class Tensors:
         """Whether they are float64."""
         return self.inputs[0].element_size() == 8
 
-    def products(self, *, apart: bool, wide: bool, tasks: bool = False) -> InnerProducts:
-        """Inner products in float64 or float32, of differences from the first or of the tensors themselves."""
+    def products(self, vectors: Vectors, *, wide: bool) -> InnerProducts:
+        """Inner products in float64 or float32."""
         inputs = [values.double() if wide else values.float() for values in self.inputs]
-        return InnerProducts(products_of(inputs, apart=apart, tasks=tasks), Greatest(inputs, apart, int(tasks)))
+        return InnerProducts(products_of(inputs, vectors), Greatest(inputs, vectors))
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,20 +224,19 @@ class Greatest(Sequence[float]):
     """The greatest magnitude of every vector that is asked for, for it is seldom asked for."""
 
     inputs: Sequence[torch.Tensor]
-    apart: bool
-    skipped: int
+    vectors: Vectors
 
     def __len__(self) -> int:
-        return len(self.inputs) - self.skipped
+        return len(self.inputs) - self.vectors.skipped
 
     def __getitem__(self, i: Any) -> Any:  # noqa: ANN401
-        i += self.skipped
+        i += self.vectors.skipped
         values = self.inputs[i]
-        found = (values - self.inputs[0] if i and self.apart else values).abs()
+        found = (values - self.inputs[0] if i and self.vectors.from_first else values).abs()
         return float(found.max()) if found.numel() else 0.0
 
 
-def pending_products(stretch: Stretch, inputs: Sequence[torch.Tensor], *, tasks: bool) -> Pending:
+def pending_products(stretch: Stretch, inputs: Sequence[torch.Tensor], vectors: Vectors) -> Pending:
     """The products of every block of a stretch, of few tensors those of the tensors themselves too.
 
     Blocks are left whose products need them and that have them not, or are more or less than their dtype holds.
@@ -247,19 +245,20 @@ def pending_products(stretch: Stretch, inputs: Sequence[torch.Tensor], *, tasks:
 
     wide = inputs[0].element_size() == 8
     values = list(inputs) if wide else [one.float() for one in inputs]
-    vectors = [values[0], *(other - values[0] for other in values[1:])][tasks:]
-    kinds = [vectors, values] if len(inputs) <= FEW and not tasks else [vectors]
-    tensors = [torch.stack([_present(stretch, one) for one in kind]) for kind in kinds]
-    tensors += [_by_block(stretch, kind) for kind in kinds]
-    count = len(kinds)  # they themselves are not kept until these have arrived
+    kinds = [vectors, Vectors.INPUTS] if len(inputs) <= FEW and vectors is Vectors.APART else [vectors]
+    made = [kind.of(values) for kind in kinds]
+    tensors = [torch.stack([_present(stretch, one) for one in each]) for each in made]
+    tensors += [_by_block(stretch, each) for each in made]
+    count = len(kinds)  # the vectors themselves are not kept until these have arrived
 
     def take(found: Sequence[torch.Tensor]) -> Measures:
         present, sums = ([one.T.tolist() for one in part] for part in (found[:count], found[count:]))
         shares, alone = {}, []
         for place, block in enumerate(stretch.blocks):
-            told = Told(wide, [_products(one[place], there[place]) for one, there in zip(sums, present, strict=True)])
+            known = [_products(one[place], there[place]) for one, there in zip(sums, present, strict=True)]
+            told = Told(wide, dict(zip(kinds, known, strict=True)))
             try:
-                shares[block], holds = measured(told, WIDE if wide else NARROW, tasks=tasks)
+                shares[block], holds = measured(told, WIDE if wide else NARROW, vectors)
             except LookupError:
                 holds = False
             if not holds:
@@ -294,13 +293,13 @@ class Told:
     """A block whose products were taken with those of others: of differences, and perhaps of the tensors."""
 
     wide: bool
-    known: Sequence[InnerProducts]
+    known: Mapping[Vectors, InnerProducts]
 
-    def products(self, *, apart: bool, wide: bool, tasks: bool = False) -> InnerProducts:
+    def products(self, vectors: Vectors, *, wide: bool) -> InnerProducts:
         """These, or LookupError."""
         if wide != self.wide:
             raise LookupError("products were taken in another dtype")
-        return self.known[0 if apart else 1]
+        return self.known[vectors]
 
 
 def refuse_unless_infinite(sizes: Sequence[float]) -> None:

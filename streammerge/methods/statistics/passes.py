@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -17,6 +18,29 @@ if TYPE_CHECKING:
 Result = TypeVar("Result", covariant=True)
 
 
+class Vectors(enum.Enum):
+    """Which vectors inner products are taken of, made of inputs x₀, x₁, x₂, …"""
+
+    INPUTS = "x₀, x₁, x₂, …"
+    APART = "x₀, x₁ − x₀, x₂ − x₀, …"
+    TASKS = "x₁ − x₀, x₂ − x₀, …"
+
+    @property
+    def from_first(self) -> bool:
+        """Whether the first input is taken from the others."""
+        return self is not Vectors.INPUTS
+
+    @property
+    def skipped(self) -> int:
+        """How many inputs there are before the first vector."""
+        return int(self is Vectors.TASKS)
+
+    def of(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The vectors themselves."""
+        first, *others = inputs
+        return [first, *((other - first for other in others) if self.from_first else others)][self.skipped :]
+
+
 class Operands(Protocol):
     """A block of every input of a pass, where compiled loops measure it: they are never tensors."""
 
@@ -25,11 +49,8 @@ class Operands(Protocol):
         """Whether it is computed in float64."""
         ...
 
-    def products(self, *, apart: bool, wide: bool, tasks: bool = False) -> InnerProducts:
-        """⟨dᵢ, dⱼ⟩ for j ≤ i, with d₀ = x₀ and dᵢ = xᵢ − x₀ if they are taken `apart`, else dᵢ = xᵢ.
-
-        Of task vectors `tasks` alone: those of d₁, d₂, …
-        """
+    def products(self, vectors: Vectors, *, wide: bool) -> InnerProducts:
+        """⟨dᵢ, dⱼ⟩ for j ≤ i of these vectors."""
         ...
 
 

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from streammerge.methods.statistics.passes import Vectors
+
 if TYPE_CHECKING:
     import torch
 
@@ -40,28 +42,25 @@ def tensors_from(share: Sequence[Sequence[T]]) -> list[list[T]]:
     return told
 
 
-def products_of(inputs: Sequence[torch.Tensor], *, apart: bool = True, tasks: bool = False) -> list[list[float]]:
-    """⟨dᵢ, dⱼ⟩ for j ≤ i, with d₀ = x₀ and dᵢ = xᵢ − x₀ for i > 0, or else xᵢ itself; added up as `halved` says.
-
-    Those of task vectors begin with d₁.
-    """
+def products_of(inputs: Sequence[torch.Tensor], vectors: Vectors) -> list[list[float]]:
+    """⟨dᵢ, dⱼ⟩ for j ≤ i of these vectors, added up as `halved` says."""
     import torch
 
     count, elements = len(inputs), inputs[0].numel()
+    measured = count - vectors.skipped
     if not elements:
-        return [[0.0] * (i + 1) for i in range(count - tasks)]
+        return [[0.0] * (i + 1) for i in range(measured)]
     pieces = []
     for start in range(0, elements, piece_of(count)):
         first, *others = (values[start : start + piece_of(count)] for values in inputs)
         *rooms, spare = SCRATCH.rooms(count, first)
-        vectors = [first, *others]
-        if apart:
+        if vectors.from_first:
             pairs = zip(others, rooms, strict=True)
-            vectors[1:] = [torch.sub(other, first, out=room[: first.numel()]) for other, room in pairs]
-        vectors = vectors[tasks:]
-        pieces.append(torch.cat([by_row(one, vectors[: i + 1], spare) for i, one in enumerate(vectors)]))
+            others = [torch.sub(other, first, out=room[: first.numel()]) for other, room in pairs]
+        taken = [first, *others][vectors.skipped :]
+        pieces.append(torch.cat([by_row(one, taken[: i + 1], spare) for i, one in enumerate(taken)]))
     sums = halved(padded(torch.cat(pieces, 1))).tolist()
-    return [sums[sums_of(i) : sums_of(i + 1)] for i in range(count - tasks)]
+    return [sums[sums_of(i) : sums_of(i + 1)] for i in range(measured)]
 
 
 def piece_of(count: int) -> int:

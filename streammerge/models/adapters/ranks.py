@@ -84,6 +84,7 @@ class LowRank:
 
 
 CRITERIA: Final = ("energy", "sv_ratio", "sv_fro", "sv_cumulative")
+"""What says how much a matrix has to hold; one of them is given at the most."""
 
 ROUNDING: Final = 1e-12
 """What a sum may lack of a wanted share by rounding alone."""
