@@ -256,6 +256,22 @@ def lay_out(
     OutputError if the path's suffix asks for another format or is all of its name, a tensor has a name that the format
     does not allow, or a file would hold more tensors than are read back.
     """
+    _check_path(path)
+    files, indexes = list[OutputFile](), list[OutputIndex]()
+    for folder in _folders(path, tensors, shard_bytes, stem, components):
+        if METADATA in folder.tensors:
+            raise OutputError(
+                f"{path}: safetensors can't hold a tensor called {METADATA}",
+                advice="Leave it out with --drop or a rule.",
+            )
+        made = folder.files(metadata)
+        files += made
+        indexes += [folder.index_of(made)] if len(made) > 1 else []
+    return OutputLayout(path, tuple(files), tuple(indexes), tuple(companions), stem, tuple(components))
+
+
+def _check_path(path: Path) -> None:
+    """OutputError for a path that asks for another format, or has no name."""
     if path.name.lower() in SAFETENSORS:
         raise OutputError(
             f"{path}: the output has no name before its ending", advice=f"Name it OUT{path.name.lower()}."
@@ -265,23 +281,31 @@ def lay_out(
             f"{path}: streammerge writes safetensors only, not {path.suffix}",
             advice=f"Name the output {path.with_suffix(SUFFIX).name}.",
         )
-    files, indexes = list[OutputFile](), list[OutputIndex]()
-    for named, prefix, own, most in _folders(path, tensors, shard_bytes, stem, components):
-        if METADATA in own:
-            raise OutputError(
-                f"{path}: safetensors can't hold a tensor called {METADATA}",
-                advice="Leave it out with --drop or a rule.",
-            )
-        shards = split(own, most) if most else [own]
-        if len(shards) == 1:
-            files.append(_output_file(named.single, own, metadata, prefix))
-            continue
-        paths = [named.shard(number, len(shards)) for number in range(1, len(shards) + 1)]
-        made = [_output_file(at, shard, metadata, prefix) for at, shard in zip(paths, shards, strict=True)]
-        index = OutputIndex(named.index, tuple(made), sum(info.nbytes for info in own.values()))
-        files += made
-        indexes.append(replace(index, nbytes=sum(map(len, index.pieces()))))
-    return OutputLayout(path, tuple(files), tuple(indexes), tuple(companions), stem, tuple(components))
+
+
+@dataclass(frozen=True, slots=True)
+class _Folder:
+    """What is written into one folder: the tensors, how their files are called, and how large these get.
+
+    `prefix` is what the names of the tensors begin with in the merge, and not here.
+    """
+
+    named: OutputName
+    tensors: Mapping[str, TensorInfo]
+    shard_bytes: int | None
+    prefix: str = ""
+
+    def files(self, metadata: Mapping[str, str]) -> list[OutputFile]:
+        """The files: one, or shards."""
+        shards = split(self.tensors, self.shard_bytes) if self.shard_bytes else [self.tensors]
+        numbers = range(1, len(shards) + 1)
+        paths = [self.named.shard(n, len(shards)) for n in numbers] if len(shards) > 1 else [self.named.single]
+        return [_output_file(path, shard, metadata, self.prefix) for path, shard in zip(paths, shards, strict=True)]
+
+    def index_of(self, shards: Sequence[OutputFile]) -> OutputIndex:
+        """The index that says which shard each tensor is in."""
+        index = OutputIndex(self.named.index, tuple(shards), sum(info.nbytes for info in self.tensors.values()))
+        return replace(index, nbytes=sum(map(len, index.pieces())))
 
 
 def _folders(
@@ -290,10 +314,10 @@ def _folders(
     shard_bytes: int | None,
     stem: str,
     components: Sequence[Component],
-) -> Iterator[tuple[OutputName, str, Mapping[str, TensorInfo], int | None]]:
-    """What is written into a folder: its name, what is left out before tensors' names, these, and a shard's size."""
+) -> Iterator[_Folder]:
+    """The output's folder, or one for each component."""
     if not components:
-        yield OutputName.of(path, stem), "", tensors, shard_bytes
+        yield _Folder(OutputName.of(path, stem), tensors, shard_bytes)
         return
     own: dict[str, dict[str, TensorInfo]] = {component.name: {} for component in components}
     for name, info in tensors.items():
@@ -301,7 +325,7 @@ def _folders(
         own[component][inner] = info
     for each in components:
         named = OutputName(path / each.name, each.stem, SUFFIX)
-        yield named, each.prefix, own[each.name], shard_bytes or each.shard_bytes
+        yield _Folder(named, own[each.name], shard_bytes or each.shard_bytes, each.prefix)
 
 
 def default_shards(path: Path, tensors: Mapping[str, TensorInfo], stem: str = "model") -> int | None:

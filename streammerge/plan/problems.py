@@ -120,16 +120,37 @@ class Problems:
         how many tensors are merged.
         """
         layout = recipe.layout_name
-        _report_codes(
-            self.unreadable,
+        self._report_codes(layout)
+        self._report_factors(layout)
+        self._report_changed(layout)
+        if not merged:
+            self._report_nothing(models)
+        self._report_shapes(recipe, models, merged)
+        self._report_missing(layout, models, merged)
+        self._report_unmergeable(layout)
+        _report_unused(unused, layout)
+
+    def _report_codes(self, layout: str) -> None:
+        """Codes that can't be decoded, which are neither averaged nor, without what belongs to them, copied."""
+        unreadable = (
             "averaging codes gives nonsense",
             "Merge the models before they are quantised, or copy such tensors with --keep GLOB.",
         )
-        _report_codes(
-            self.uncopied,
+        uncopied = (
             f"{layout}, the layout, has no room for what belongs to such codes",
             "Make the quantised model the --layout, or take such tensors from a model that isn't quantised.",
         )
+        for found, (why, advice) in ((self.unreadable, unreadable), (self.uncopied, uncopied)):
+            if found:
+                raise PlanError(
+                    f"{count(found, 'tensor')} {plural(found, 'is', 'are')} quantised in a way that streammerge can't "
+                    f"decode, and {why}",
+                    found=found,
+                    advice=advice,
+                )
+
+    def _report_factors(self, layout: str) -> None:
+        """Factors of an adapter that lie beside the weights."""
         if self.factors:
             raise PlanError(
                 f"{count(self.factors, 'tensor')} of {layout} {plural(self.factors, 'belongs', 'belong')} to an "
@@ -138,6 +159,9 @@ class Problems:
                 advice="Put the adapter into its weights first (in PEFT: merge_and_unload), or copy such tensors with "
                 "--keep.",
             )
+
+    def _report_changed(self, layout: str) -> None:
+        """What is to be kept and to be changed."""
         if self.changed:
             raise PlanError(
                 f"{count(self.changed, 'tensor')} of {layout} {plural(self.changed, 'is', 'are')} to be kept, and "
@@ -145,28 +169,6 @@ class Problems:
                 found=self.changed,
                 advice="Give the adapter no weight there, in a recipe: adapters: [{adapter: PATH, weight: [{filter: "
                 "PART OF THE NAME, value: 0}, {value: 1}]}].",
-            )
-        if not merged:
-            self._report_nothing(models)
-        self._report_shapes(recipe, models, merged)
-        if self.missing:
-            raise PlanError(
-                f"{count(self.missing, 'tensor')} {plural(self.missing, 'is', 'are')} not in every model",
-                found=list(map(str, self.missing)),
-                advice=hint(self.missing, models) + missing_advice(self.missing, layout, models if merged else ()),
-            )
-        if self.unmergeable:
-            raise PlanError(
-                f"{count(self.unmergeable, 'tensor')} can't be averaged: not all are floating point",
-                found=self.unmergeable,
-                advice=f"Copy such tensors: {layout}'s with --keep GLOB, another model's with --take 'GLOB=MODEL'.",
-            )
-        if unused:
-            raise PlanError(
-                f"{count(unused, 'rule')} {plural(unused, 'matches', 'match')} no tensor of {layout} that an earlier "
-                "rule left",
-                found=unused,
-                advice="Correct the globs (`streammerge inspect` lists names), or choose another --layout.",
             )
 
     def _report_nothing(self, models: Mapping[str, Tensors]) -> None:
@@ -187,6 +189,24 @@ class Problems:
                 f"{count(found, 'tensor')} {plural(found, 'differs', 'differ')} in shape between the models",
                 found=list(map(str, found)),
                 advice=hint(found, models) + self._shape_advice(found, recipe, merged),
+            )
+
+    def _report_missing(self, layout: str, models: Mapping[str, Tensors], merged: int) -> None:
+        """What some of the models lack."""
+        if self.missing:
+            raise PlanError(
+                f"{count(self.missing, 'tensor')} {plural(self.missing, 'is', 'are')} not in every model",
+                found=list(map(str, self.missing)),
+                advice=hint(self.missing, models) + missing_advice(self.missing, layout, models if merged else ()),
+            )
+
+    def _report_unmergeable(self, layout: str) -> None:
+        """Numbers of which there is no average."""
+        if self.unmergeable:
+            raise PlanError(
+                f"{count(self.unmergeable, 'tensor')} can't be averaged: not all are floating point",
+                found=self.unmergeable,
+                advice=f"Copy such tensors: {layout}'s with --keep GLOB, another model's with --take 'GLOB=MODEL'.",
             )
 
     def _shape_advice(self, found: Sequence[Misshapen], recipe: Recipe, merged: int) -> str:
@@ -210,13 +230,13 @@ class Problems:
         return f"{advice + ', or' if advice else 'Use'} --keep GLOB, --drop GLOB or a rule for such tensors."
 
 
-def _report_codes(found: Sequence[str], why: str, advice: str) -> None:
-    if found:
+def _report_unused(unused: Sequence[str], layout: str) -> None:
+    if unused:
         raise PlanError(
-            f"{count(found, 'tensor')} {plural(found, 'is', 'are')} quantised in a way that streammerge can't decode, "
-            f"and {why}",
-            found=found,
-            advice=advice,
+            f"{count(unused, 'rule')} {plural(unused, 'matches', 'match')} no tensor of {layout} that an earlier "
+            "rule left",
+            found=unused,
+            advice="Correct the globs (`streammerge inspect` lists names), or choose another --layout.",
         )
 
 
