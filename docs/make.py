@@ -25,7 +25,7 @@ from streammerge.formats.torchzip import directory as zip_directory
 from streammerge.formats.torchzip import machine as pickle_machine
 from streammerge.models import extent
 from streammerge.plan import globs, tuning
-from streammerge.recipe import recipe as asked
+from streammerge.recipe import checks
 from streammerge.recipe.files import MAX_NODES, MAX_RECIPE, MAX_VALUES
 from streammerge.recipe.options import RECIPE_KEYS, Options
 
@@ -251,7 +251,7 @@ def limits() -> str:
 def merge_limits() -> str:
     """How much may be planned."""
     return (
-        f"{asked.MAX_INPUTS:,} inputs; merges nested {extent.MAX_DEPTH} deep; {extent.MAX_STEPS:,} steps of planning "
+        f"{checks.MAX_INPUTS:,} inputs; merges nested {extent.MAX_DEPTH} deep; {extent.MAX_STEPS:,} steps of planning "
         f"(one for each input of a tensor, {extent.STEPS_OF_TENSOR} for itself), {globs.MAX_TRIED:,} tries of globs, "
         f"{tuning.MAX_CONDITIONS:,} of conditions"
     )

@@ -13,12 +13,13 @@ from streammerge.formats.files import path_of
 from streammerge.methods import find_method
 from streammerge.models.hub import HubName, meant
 from streammerge.recipe import blockwise
+from streammerge.recipe.checks import overridden
 from streammerge.recipe.files import packaged_recipe, parse_yaml, read_recipe_file
 from streammerge.recipe.metadata import Recorded, read_recorded
 from streammerge.recipe.parameters import WEIGHT
 from streammerge.recipe.parse import parse_recipe
 from streammerge.recipe.policies import PARTS
-from streammerge.recipe.recipe import Recipe, overridden
+from streammerge.recipe.recipe import Recipe
 from streammerge.recipe.scalars import number_of_text
 from streammerge.recipe.vocabulary import SOURCES
 

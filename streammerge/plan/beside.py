@@ -14,6 +14,7 @@ from streammerge.models.configs import Tensors, are_decoded, config_in
 from streammerge.models.folders import CODE, ModelFolder
 from streammerge.models.hub import name_of
 from streammerge.recipe.card import CARD, CardModel, is_unchanged_card, model_card, read_stated
+from streammerge.recipe.description import describe
 from streammerge.recipe.metadata import methods_of, stored_names
 from streammerge.recipe.recipe import Recipe
 
@@ -90,7 +91,7 @@ def card_beside(
     models = [CardModel(_called(path, name), read_stated(path)) for path, name in names.items()]
     base = recipe.base.source if recipe.base is not None else None
     adapts = (_called(base, names[base]) if isinstance(base, Path) else "") if is_adapter else None
-    card = model_card(recipe.describe(names), models, library, methods_of(recipe), adapts=adapts)
+    card = model_card(describe(recipe, names), models, library, methods_of(recipe), adapts=adapts)
     return [Companion(CARD, card, "the model's card")], []
 
 

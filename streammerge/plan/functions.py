@@ -15,9 +15,10 @@ from streammerge.models.checkpoints import open_model
 from streammerge.models.dtypes import parse_dtype
 from streammerge.models.merged import Merged
 from streammerge.plan.decide import merge_models
+from streammerge.recipe.checks import check_recipe
 from streammerge.recipe.parameters import parse_settings
-from streammerge.recipe.parse import Input, Recipe, Rule, check_recipe
 from streammerge.recipe.policies import MissingPolicy, PredictionPolicy, ShapePolicy
+from streammerge.recipe.recipe import Input, Recipe, Rule
 from streammerge.recipe.spellings import parse_seed
 from streammerge.tensors import Model
 

@@ -48,6 +48,7 @@ from streammerge.models.views import beneath
 from streammerge.plan.beside import Beside
 from streammerge.plan.jobs import Jobs, together_of
 from streammerge.plan.sources import Sources
+from streammerge.recipe.description import describe
 from streammerge.recipe.options import Options
 from streammerge.recipe.recipe import Recipe
 from streammerge.tensors import DType
@@ -370,7 +371,7 @@ def plan_merge(
     own = {merged.tensors.names} - ({merged.decisions.names} if sources.described_bytes else set())
     kept_bytes = names_bytes(own) + TENSOR_BYTES * len(merged.decisions) + merged.kept_bytes
     described_bytes = sources.described_bytes + kept_bytes + MEMBER_BYTES * jobs.together
-    method, description = ("", {}) if recipe is None else (recipe.called, recipe.describe())
+    method, description = ("", {}) if recipe is None else (recipe.called, describe(recipe))
     kept = described_bytes, sources.reading_bytes, sources.left
     return Plan(method, merged, jobs, layout, sources.files, options, description, *kept, beside)
 

@@ -10,7 +10,7 @@ from streammerge.compute.expressions import Node
 from streammerge.errors import SHOWN, PlanError, count, listed, plural
 from streammerge.models.architecture import architecture_mismatch
 from streammerge.models.shapes import Shape, are_mixed, common_shape
-from streammerge.recipe.parse import Recipe
+from streammerge.recipe.recipe import Recipe
 from streammerge.tensors import TensorInfo
 
 Tensors = Mapping[str, TensorInfo]

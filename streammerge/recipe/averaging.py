@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from streammerge.errors import CheckpointError, RecipeError, listed
 from streammerge.models.located import known_by, model_files
-from streammerge.recipe.recipe import MAX_INPUTS
+from streammerge.recipe.checks import MAX_INPUTS
 from streammerge.recipe.scalars import number_of_text
 
 DECAYS: Final[Mapping[str, Callable[[float], float]]] = {

@@ -12,8 +12,9 @@ from streammerge.errors import RecipeError, suggestion
 from streammerge.formats.files import path_of
 from streammerge.recipe.documents import MAX_DOCUMENTS, as_one_recipe
 from streammerge.recipe.options import RECIPE_KEYS
-from streammerge.recipe.parse import RECIPE_WORDS, Recipe, parse_recipe
+from streammerge.recipe.parse import RECIPE_WORDS, parse_recipe
 from streammerge.recipe.plain import plain
+from streammerge.recipe.recipe import Recipe
 from streammerge.recipe.scalars import is_ambiguous
 from streammerge.tensors import Model
 

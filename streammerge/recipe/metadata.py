@@ -16,6 +16,7 @@ from streammerge.errors import RecipeError, suggestion
 from streammerge.methods import METHODS
 from streammerge.methods.loading import loaded_from
 from streammerge.models.hub import located, name_of
+from streammerge.recipe.description import describe
 from streammerge.recipe.files import MAX_RECIPE
 from streammerge.recipe.options import COMPUTE_DTYPES, NAMES, Options, parse_entry
 from streammerge.recipe.parse import parse_recipe
@@ -48,7 +49,7 @@ Hashes = Mapping[str, Mapping[str, str]]
 
 def recipe_metadata(recipe: Recipe, options: Options, hashes: Hashes | None = None) -> dict[str, str]:
     """What tells how an output was made, and with which version; the inputs' hashes if there are any."""
-    marks = {RECIPE: _dump(recipe.describe(stored_names(recipe.paths()))), VERSION: __version__}
+    marks = {RECIPE: _dump(describe(recipe, stored_names(recipe.paths()))), VERSION: __version__}
     if settings := dict(_settings(recipe, options)):
         marks[SETTINGS] = _dump(settings)
     if hashes:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from streammerge.errors import RecipeError
 from streammerge.models.dtypes import parse_dtype
+from streammerge.recipe.checks import MAX_INPUTS
 from streammerge.recipe.experts import GATE_MODES, Expert, GateMode, Mixture
-from streammerge.recipe.recipe import MAX_INPUTS, Input, Recipe
+from streammerge.recipe.naming import distinct_names
+from streammerge.recipe.recipe import Input, Recipe
+from streammerge.recipe.references import References
 from streammerge.recipe.spellings import check_keys, parse_name, parse_seed
 
 MIXTURE_KEYS: Final = (
@@ -30,17 +34,8 @@ HIDDEN: Final = ("hidden", "hidden_avg", "hidden_last")
 MAX_PROMPTS: Final = 10_000
 """The most prompts of an expert."""
 
-ReadInput = Callable[[dict[str, Any], str], Input]
-"""Reads a model's entry, which errors call so."""
 
-
-def mixture_recipe(
-    raw: Mapping[str, Any],
-    where: str,
-    read: ReadInput,
-    distinct: Callable[[list[Input]], list[Input]],
-    base_of: Callable[[Recipe, Any], Input],
-) -> Recipe:
+def mixture_recipe(raw: Mapping[str, Any], where: str, references: References) -> Recipe:
     """The recipe for a mixture; RecipeError for what is no such recipe, or can't be made of headers and embeddings."""
     check_keys(raw, MIXTURE_KEYS, f"{where}: of a mixture of experts")
     if raw.get("base_model") is None:
@@ -52,7 +47,8 @@ def mixture_recipe(
         for key, each_of in entries.items()
         for number, each in enumerate(each_of, 1)
     ]
-    inputs = distinct([read(_as_model(each, called), called) for each, called in listed])
+    read = references.entries.input
+    inputs = distinct_names([read(_as_model(each, called), called) for each, called in listed])
     experts = [_expert(entry.name, each, called) for entry, (each, called) in zip(inputs, listed, strict=True)]
     count = len(entries["experts"])
     mixture = Mixture(
@@ -66,10 +62,8 @@ def mixture_recipe(
     dtype = parse_dtype(raw["dtype"], where) if raw.get("dtype") is not None else None
     seed = parse_seed(raw.get("seed"), where)
     recipe = Recipe("passthrough", tuple(inputs), where=where, dtype=dtype, seed=seed, mixture=mixture)
-    base = base_of(recipe, raw["base_model"])
-    return Recipe(
-        "passthrough", tuple(inputs), base, layout=base.name, where=where, dtype=dtype, seed=seed, mixture=mixture
-    )
+    base = references.base(recipe, raw["base_model"], where)
+    return replace(recipe, base=base, layout=base.name)
 
 
 def _gate_mode(raw: Any, where: str) -> GateMode:  # noqa: ANN401

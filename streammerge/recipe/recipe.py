@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Literal
 
-from streammerge.errors import SHOWN, RecipeError
+from streammerge.errors import SHOWN
 from streammerge.methods import find_method
 from streammerge.models.dtypes import Storage
 from streammerge.models.hub import HubName
 from streammerge.recipe.effects import Kind, Place
-from streammerge.recipe.parameters import Settings, describe_settings, holds_everywhere
+from streammerge.recipe.parameters import Settings
 from streammerge.recipe.policies import (
-    EMA_POLICIES,
-    MISSING_POLICIES,
-    PARTS,
-    PREDICTION_POLICIES,
-    SHAPE_POLICIES,
     EmaPolicy,
     MissingPolicy,
     PredictionPolicy,
@@ -28,16 +23,9 @@ from streammerge.recipe.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from streammerge.models.adapters.ranks import LowRank
-    from streammerge.recipe.experts import Expert, Mixture
+    from streammerge.recipe.experts import Mixture
 
 RuleAction = Literal["merge", "take", "keep", "drop"]
-
-
-IN_COMMON: Final = ("merge_method", "on_shape_mismatch", "on_missing", "dtype")
-"""The keys that all slices of a stack share."""
-
-MAX_INPUTS: Final = 1024
-"""The most inputs of one merge; each may be a merge of as many."""
 
 
 @dataclass(frozen=True)
@@ -219,85 +207,6 @@ class Recipe:
             kind: Kind = "rule" if rule.action == "merge" else "copied"
             yield Place(f"{where}: rule {number}", kind, rule.parameters)
 
-    def describe(self, names: Mapping[Path, str] | None = None) -> dict[str, Any]:
-        """The recipe in its own vocabulary, with file names instead of paths: what goes into the output's metadata.
-
-        It can be parsed again. `names` are the texts to write for paths, if not their last parts.
-        """
-        names = names or {}
-        if self.is_composed:
-            return self._describe_parts(names)
-        if self.mixture is not None:
-            return self._describe_mixture(self.mixture, names)
-        beside = {entry.name: _describe_input(entry, names) for entry in self.others}
-        described: dict[str, Any] = {
-            "merge_method": self.method,
-            "models": [_describe_input(entry, names) for entry in self.inputs],
-            "base_model": self._describe_base(names),
-            "parameters": describe_settings(self.parameters),
-            "layout": None if self.is_extraction else beside.get(self.layout_name, self.layout_name),
-            "on_shape_mismatch": self.on_shape_mismatch,
-            "on_missing": self.on_missing,
-            "on_prediction_mismatch": self.on_prediction_mismatch,
-            "rules": [_describe_rule(rule, beside) for rule in self.rules],
-            "dtype": self.dtype.torch_name if self.dtype else None,
-            "only": self.only or None,
-            "ema": None if self.ema == "keep" else self.ema,
-            "prune": self.prune or None,
-            "seed": self.seed,
-            "low_rank": self.low_rank.described() if self.low_rank else None,
-            **self._describe_words(),
-        }
-        return {key: value for key, value in described.items() if value not in (None, [], {}, "error")}
-
-    def _describe_parts(self, names: Mapping[Path, str]) -> dict[str, Any]:
-        """mergekit's `slices` or `modules`: what they have in common, and what each has of its own."""
-        described = {
-            entry.name: entry.source.describe(names) for entry in self.inputs if isinstance(entry.source, Recipe)
-        }
-        common = {key: value for key, value in next(iter(described.values())).items() if key in IN_COMMON}
-        seed = {} if self.seed is None else {"seed": self.seed}
-        if self.by_module:
-            keys = ("models", "slices", "base_model", "parameters", "merge_method")
-            parts: Any = {
-                name: {key: each[key] for key in keys if key in each and (key, each[key]) not in common.items()}
-                for name, each in described.items()
-            }
-            return {**common, "modules": parts, **seed, **self._describe_words()}
-        parts = [
-            {"sources": each["models"], **{key: each[key] for key in ("base_model", "parameters") if key in each}}
-            for each in described.values()
-        ]
-        return {**common, "slices": parts, **seed, **self._describe_words()}
-
-    def _describe_mixture(self, mixture: Mixture, names: Mapping[Path, str]) -> dict[str, Any]:
-        """What mergekit-moe takes: the base, and the experts, each with its prompts."""
-
-        def described(expert: Expert) -> dict[str, Any]:
-            own = _describe_input(self.named[expert.name], names)
-            return {"source_model": own.pop("model"), **own, **expert.describe()}
-
-        said: dict[str, Any] = {
-            "base_model": self._describe_base(names),
-            "gate_mode": mixture.gate_mode,
-            "experts": [described(expert) for expert in mixture.experts],
-            "shared_experts": [described(expert) for expert in mixture.shared],
-            "experts_per_token": mixture.experts_per_token,
-            "architecture": mixture.architecture,
-            "dtype": self.dtype.torch_name if self.dtype else None,
-            "seed": self.seed,
-        }
-        return {key: value for key, value in said.items() if value not in (None, [], "")}
-
-    def _describe_words(self) -> dict[str, Any]:
-        vocabulary = {} if self.vocabulary is None else self.vocabulary.describe()
-        return {**vocabulary, **({"chat_template": self.chat_template} if self.chat_template else {})}
-
-    def _describe_base(self, names: Mapping[Path, str]) -> Any:  # noqa: ANN401  (a name, or an input of its own)
-        if self.base is None or self.base.name in {entry.name for entry in self.inputs}:
-            return self.base.name if self.base else None
-        return _describe_input(self.base, names)
-
     def paths(self) -> Iterator[Path]:
         """Every file or folder that is read, those of nested recipes included."""
         for entry in self.named.values():
@@ -306,91 +215,3 @@ class Recipe:
             else:
                 yield entry.path
             yield from (each.path for each in entry.adapters)
-
-
-def _describe_input(entry: Input, names: Mapping[Path, str]) -> dict[str, Any]:
-    source = entry.source
-    described = source.describe(names) if isinstance(source, Recipe) else _called(source, names)
-    adapters = [
-        {"adapter" if key == "model" else key: value for key, value in _describe_input(each, names).items()}
-        for each in entry.adapters
-    ]
-    layers = None if entry.layers is None else list(entry.layers)
-    own = {"entry": entry.entry, "adapters": adapters, "layer_range": layers, "prefix": dict(entry.prefixes)}
-    more = {**own, "parameters": describe_settings(entry.parameters)}
-    return {"model": described, "name": entry.name, **{key: value for key, value in more.items() if value}}
-
-
-def _called(source: Path | HubName, names: Mapping[Path, str]) -> str:
-    return names.get(source, source.name) if isinstance(source, Path) else str(source)
-
-
-def _describe_rule(rule: Rule, beside: Mapping[str, Any]) -> dict[str, Any]:
-    action: dict[str, Any] = {} if rule.action == "merge" else {rule.action: beside.get(rule.model, rule.model) or True}
-    parameters = {"parameters": describe_settings(rule.parameters)} if rule.parameters else {}
-    dtype = {"dtype": rule.dtype.torch_name if rule.dtype else "keep"} if rule.dtype or rule.keeps_dtype else {}
-    matched: dict[str, Any] = {"component": rule.component} if rule.component else {"match": list(rule.match)}
-    return {**matched, **action, **parameters, **dtype}
-
-
-def check_recipe(recipe: Recipe, where: str = "recipe", *, strict: bool = False) -> Recipe:
-    """The recipe, if its method can do with its inputs and parameters; else RecipeError, which calls it `where`.
-
-    Parameters that mergekit takes without effect are refused too if it is `strict`.
-    """
-    method = find_method(recipe.method)
-    _check_words(recipe, where)
-    if recipe.is_composed or recipe.mixture is not None:  # parts are checked each by itself; a mixture has no method
-        return recipe
-    listed = recipe.base is not None and recipe.base.name in {entry.name for entry in recipe.inputs}
-    if method.base == "required" and recipe.base is None and recipe.low_rank is None:  # what adapters change has none
-        raise RecipeError(
-            f"method {method.name!r} needs a base model",
-            advice="Name it with --base or base_model. Adapters are "
-            "merged by it without one, as factors of a rank: --rank R.",
-        )
-    if method.base == "none" and recipe.base is not None and not listed:
-        raise RecipeError(
-            f"method {method.name!r} has no base model, and {recipe.base.name!r} is not among its models",
-            advice="Leave the base out, list it among the models, or choose a method that has one.",
-        )
-    if len(recipe.named) > MAX_INPUTS:
-        raise RecipeError(
-            f"{where}: it has {len(recipe.named):,} inputs, and {MAX_INPUTS:,} are merged at once at most",
-            advice="Merge some of them to a file, and go on with that.",
-        )
-    method.check_count(len(recipe.models), has_base=recipe.base is not None, is_listed=listed)
-    names = [entry.name for entry in recipe.models]
-    for place in recipe.places(where):
-        place.check(method, names, strict=strict)
-    return recipe
-
-
-def _check_words(recipe: Recipe, where: str) -> None:
-    """That policies are among those there are, and the layout among the inputs: in Python they may be anything."""
-    for key, word, words in (
-        ("on_shape_mismatch", recipe.on_shape_mismatch, SHAPE_POLICIES),
-        ("on_missing", recipe.on_missing, MISSING_POLICIES),
-        ("on_prediction_mismatch", recipe.on_prediction_mismatch, PREDICTION_POLICIES),
-        ("ema", recipe.ema, EMA_POLICIES),
-        ("only", recipe.only, ("", *PARTS)),
-    ):
-        if word not in words:
-            raise RecipeError(f"{where}: {key} must be one of {', '.join(words)}, found {word!r}")
-    if recipe.layout and recipe.layout not in recipe.named:
-        raise RecipeError(
-            f"{where}: no model is {recipe.layout!r}, which the layout is to be",
-            advice=f"Models: {', '.join(recipe.named)}.",
-        )
-
-
-def overridden(recipe: Recipe) -> list[str]:
-    """Parameters of the recipe that never come into effect, because every model has a value of its own everywhere."""
-    method = find_method(recipe.method)
-    return [
-        name
-        for name in recipe.parameters
-        if name in method.parameter_names
-        and method.parameter(name).per_model
-        and all(holds_everywhere(entry.parameters.get(name)) for entry in recipe.models)
-    ]

@@ -25,7 +25,7 @@ from streammerge.formats.safetensors import is_safetensors
 from streammerge.plan.inputs import OpenInputs
 from streammerge.plan.plan import Plan
 from streammerge.recipe.metadata import Hashes, stored_names
-from streammerge.recipe.parse import Recipe
+from streammerge.recipe.recipe import Recipe
 from streammerge.storage.copying import CopyRange
 from streammerge.storage.placing import name_within
 from streammerge.storage.side_files import write_text

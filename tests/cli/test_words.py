@@ -12,7 +12,7 @@ from streammerge.cli.request import read_request
 from streammerge.cli.words import _split_name, _split_weight
 from streammerge.errors import RecipeError
 from streammerge.recipe.options import Options
-from streammerge.recipe.parse import Input
+from streammerge.recipe.recipe import Input
 from streammerge.tensors import DTYPES
 
 

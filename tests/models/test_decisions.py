@@ -14,7 +14,7 @@ from streammerge.compute.expressions import ByBlock, Combined
 from streammerge.compute.identity import kind_of
 from streammerge.formats.tables import Column
 from streammerge.models.decisions import RECENT, Decision, Decisions
-from streammerge.recipe.parse import Rule
+from streammerge.recipe.recipe import Rule
 from streammerge.storage.fingerprint import differences, fingerprint_of
 from streammerge.tensors import DTYPES, TensorInfo
 from tests.make.models import make_tensors, near, save_models

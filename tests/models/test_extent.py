@@ -17,9 +17,10 @@ from streammerge.models.extent import MAX_DEPTH
 from streammerge.plan import globs, tuning
 from streammerge.plan.globs import RuleIndex
 from streammerge.plan.inputs import OpenInputs
+from streammerge.recipe.checks import MAX_INPUTS
 from streammerge.recipe.files import parse_yaml
 from streammerge.recipe.parse import parse_recipe
-from streammerge.recipe.recipe import MAX_INPUTS, Rule
+from streammerge.recipe.recipe import Rule
 from tests.make.headers import header, merged
 from tests.make.models import make_tensors, save_models
 

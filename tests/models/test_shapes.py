@@ -139,7 +139,7 @@ def test_quantised_tensors_are_decoded_where_they_overlap(tmp_path, layout):
 def test_what_is_taken_is_put_into_the_layouts(tmp_path, dtype):
     a, b = normal((6, 4), 1, torch.float16), normal((5, 3), 2, torch.float16)
     paths = [save_model(tmp_path / f"{n}.safetensors", {"x": x, "y": torch.ones(2)}) for n, x in enumerate((a, b))]
-    rules = [streammerge.recipe.parse.Rule(("x",), "take", "1")]
+    rules = [streammerge.recipe.recipe.Rule(("x",), "take", "1")]
     merge = streammerge.linear(*paths, on_shape_mismatch="overlap", rules=rules, dtype=dtype)
     made = merge_to(tmp_path / "out.safetensors", merge)["x"]
     expected = a.clone()

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-import streammerge
 from streammerge.errors import PlanError, RecipeError
+from streammerge.recipe.description import describe
+from streammerge.recipe.parse import parse_recipe
 from tests.make.headers import Header, header, merged
 from tests.plan.fates import fates
 
@@ -124,7 +125,7 @@ def test_a_policy_that_there_is_not():
 
 def test_the_policy_is_part_of_the_recipe(tmp_path):
     recipe = {"merge_method": "linear", "models": ["a", "b"], "on_prediction_mismatch": "merge"}
-    described = streammerge.recipe.parse.parse_recipe(recipe, tmp_path).describe()
+    described = describe(parse_recipe(recipe, tmp_path))
     assert described["on_prediction_mismatch"] == "merge"
 
 

@@ -14,6 +14,7 @@ import streammerge
 from streammerge.cli.main import main
 from streammerge.errors import MergeError, PlanError, RecipeError
 from streammerge.models.modules import module_of, part_of
+from streammerge.recipe.description import describe
 from streammerge.recipe.parse import parse_recipe
 from tests.make.folders import image_tensors, llama_tensors, save_images, save_llama
 
@@ -191,7 +192,7 @@ def test_modules_by_what_their_names_mean(name, module):
 
 def test_a_recipe_with_modules_describes_itself():
     recipe = parse_recipe({"merge_method": "linear", "modules": {"text_decoder": TEXT, "default": PROJECTOR}}, Path())
-    again = parse_recipe(recipe.describe(), Path())
-    assert again.describe() == recipe.describe()
+    again = parse_recipe(describe(recipe), Path())
+    assert describe(again) == describe(recipe)
     with pytest.raises(RecipeError, match="merge_method"):
         parse_recipe({"modules": {"text_decoder": TEXT}}, Path())

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from streammerge.recipe.files import parse_yaml
-from streammerge.recipe.parse import Recipe, parse_recipe
+from streammerge.recipe.parse import parse_recipe
+from streammerge.recipe.recipe import Recipe
 
 FOLDER = Path("recipes")
 TWO = [{"model": "a.safetensors"}, {"model": "b.safetensors"}]

@@ -7,7 +7,7 @@ import pytest
 from streammerge.errors import RecipeError
 from streammerge.models.dtypes import STORED_DTYPES, Scaled, parse_dtype
 from streammerge.recipe.parameters import Condition
-from streammerge.recipe.parse import Input, Recipe
+from streammerge.recipe.recipe import Input, Recipe
 from streammerge.tensors import DTYPES
 from tests.recipe.short_recipes import FOLDER, linear, names, parse
 

@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 
 import streammerge
 from streammerge.errors import RecipeError
-from streammerge.recipe.parse import Input, Recipe, check_recipe, parse_recipe
+from streammerge.recipe.checks import check_recipe
+from streammerge.recipe.parse import parse_recipe
+from streammerge.recipe.recipe import Input, Recipe
 from tests.recipe.short_recipes import FOLDER, TWO
 
 REFUSED: dict[str, tuple[Any, str]] = {

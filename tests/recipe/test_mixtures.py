@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from streammerge.errors import RecipeError
+from streammerge.recipe.description import describe
 from streammerge.recipe.experts import Expert
 from streammerge.recipe.parse import parse_recipe
 
@@ -41,7 +42,7 @@ def test_one_model_may_give_many_experts():
 def test_what_is_described_is_the_same_recipe():
     for more in ({}, {"shared_experts": [{"source_model": "d+e", "name": "x"}], "experts_per_token": 1, "seed": 3}):
         recipe = parse_recipe({**RECIPE, "architecture": "mixtral", **more}, Path())
-        assert parse_recipe(recipe.describe(), Path()) == recipe
+        assert parse_recipe(describe(recipe), Path()) == recipe
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import pytest
 
 from streammerge.errors import RecipeError
 from streammerge.recipe.naming import distinct_names
-from streammerge.recipe.parse import Input, parse_recipe
+from streammerge.recipe.parse import parse_recipe
+from streammerge.recipe.recipe import Input
 from tests.recipe.short_recipes import FOLDER, arithmetic, linear, names
 
 

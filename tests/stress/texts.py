@@ -7,6 +7,7 @@ from typing import Final
 
 from streammerge.formats.shards import read_index
 from streammerge.methods import METHODS
+from streammerge.recipe.description import describe
 from streammerge.recipe.files import read_recipe_file
 from streammerge.recipe.parse import parse_recipe
 from tests.stress.campaign import Campaign, Effort, Figure
@@ -23,7 +24,7 @@ def read_recipe(path: Path, data: bytes) -> str:
     recipe = parse_recipe(values, Path("folder"), {"x": Path("x")} if b"inputs" in data else None)
     if any("\0" in str(source) for source in recipe.paths()):
         raise WrongAnswerError("a path with NUL")
-    recipe.describe()
+    describe(recipe)
     return "accepted"
 
 
