@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,28 +11,8 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from streammerge.compute import costs
-from streammerge.compute.card_costs import OnCard
 from streammerge.compute.expressions import Together
-from streammerge.compute.machine import (
-    BARE_BYTES,
-    CARD_BLOCKS,
-    CARD_PINNED_BYTES,
-    CARD_THREADS,
-    DEFAULT_WORK_BYTES,
-    MAPPED_BYTES,
-    MAX_COMPILED_THREADS,
-    MAX_THREADS,
-    MIB,
-    PROMISED_BYTES,
-    USUAL_BLOCKS,
-    VRAM_BYTES,
-    Allotment,
-    cards_of,
-    choose_device,
-    choose_io,
-    free_bytes,
-    share_out,
-)
+from streammerge.compute.machine import Allotment, choose_device, choose_io
 from streammerge.errors import OutputError, PlanError, count, format_size, listed, plural
 from streammerge.formats.files import ByteFile
 from streammerge.formats.layout import OutputLayout, default_shards, lay_out
@@ -47,15 +26,12 @@ from streammerge.models.merged import Merged
 from streammerge.models.views import beneath
 from streammerge.plan.beside import Beside
 from streammerge.plan.jobs import Jobs, together_of
+from streammerge.plan.memory import Memory
 from streammerge.plan.sources import Sources
 from streammerge.recipe.description import describe
 from streammerge.recipe.options import Options
 from streammerge.recipe.recipe import Recipe
 from streammerge.tensors import DType
-
-OVERHEAD_BYTES: Final = 16 * MIB
-"""What the process takes above a bare `import torch` beside its lanes and what it keeps of headers."""
-
 
 TENSOR_BYTES: Final = 40
 """What a plan keeps of a tensor beside the tables of the models: its fate, its place in the output."""
@@ -63,14 +39,6 @@ TENSOR_BYTES: Final = 40
 
 MEMBER_BYTES: Final = 540
 """What is kept of a tensor that is measured with others: its expression, which is not made again."""
-
-
-SURVEY_BYTES: Final = 1560
-"""What measuring such tensors takes for each of them, a result of its own included."""
-
-
-FREE_SHARE: Final = 0.25
-"""What whole tensors may take, beyond one at a time, of the machine's free memory if no limit is given."""
 
 
 @dataclass(frozen=True)
@@ -146,111 +114,11 @@ class Plan:
             kind.is_compiled for kind in self.jobs.kinds if kind.compute is not None
         )
 
-    @property
-    def lane_bytes(self) -> int:
-        """What a lane takes at the most beside what it maps."""
-        return max((kind.lane_bytes for kind in self.jobs.kinds), default=0)
-
     @functools.cached_property
-    def on_card(self) -> OnCard:
-        """What a lane takes at the most that computes on a card."""
-        return OnCard.most(kind.on_card for kind in self.jobs.kinds)
-
-    @property
-    def card_lane_bytes(self) -> int:
-        """What it takes of the card at the least, with what a library takes that multiplies matrices; where there is no
-        card, of main memory."""
-        return self.on_card.least + self.on_card.library or self.lane_bytes
-
-    @property
-    def host_lane_bytes(self) -> int:
-        """What a lane takes of main memory, beside what it maps and pins: little if its buffers lie on a card that has
-        memory of its own."""
-        return self.on_card.staged if self.options.device.startswith("cuda") else self.lane_bytes
-
-    @property
-    def held_bytes(self) -> int:
-        """What has to be held beside the lanes' buffers, for the tensor that takes the most of it."""
-        return self.held_together(1)
-
-    def held_together(self, tensors: int) -> int:
-        """The same for as many tensors, those that take the most of it."""
-        kinds = sorted(self.jobs.kinds, key=lambda kind: kind.held_bytes, reverse=True)
-        each = (kind.held_bytes for kind in kinds for _ in range(min(kind.count, tensors)))
-        return sum(itertools.islice(each, tensors)) + SURVEY_BYTES * self.jobs.together
-
-    @property
-    def card_bytes(self) -> int:
-        """What a card that can decompose holds beside them, for the tensor that takes the most of it."""
-        return max((kind.card_bytes for kind in self.jobs.kinds), default=0)
-
-    def allot(
-        self,
-        work_limit: int | None = None,
-        vram_limit: int | None = None,
-        *,
-        card_bytes: int = 0,
-        cards: int | None = None,
-    ) -> Allotment:
-        """Share `work_limit` bytes out to lanes, as many as fit, and the cards' memory, and the machine has cores for.
-
-        Whole tensors are held beside the lanes' buffers: one at the least, and one for every lane where there is room;
-        on the card if it is to hold so many bytes of them, which have to fit its limit. The limit is each card's; all
-        that is held has room on one, because nothing says on which it will be.
-        """
-        cards = cards_of(self.options.device) if cards is None else cards
-        held, vram = self.held_bytes, vram_limit or self.options.max_vram
-        usual = cards * min(DEFAULT_WORK_BYTES, max(PROMISED_BYTES - self.fixed_bytes - self.described_bytes, MIB))
-        lanes_limit = usual if work_limit is None else work_limit - held
-        shared = share_out(
-            self.host_lane_bytes,
-            self.options.threads,
-            lanes_limit,
-            device_bytes=self.card_lane_bytes,
-            device_limit=None if vram is None else vram - card_bytes,
-            most_threads=self._most_threads * cards,
-            mapped=self.mapped_bytes,
-            devices=cards,
-        )
-        each = -(-shared.threads // cards)
-        if held:
-            room = self._room_beside(shared.work_bytes) if work_limit is None else work_limit - shared.work_bytes
-            if card_bytes and vram is not None:
-                room = min(room, vram - max(VRAM_BYTES, each * self.card_lane_bytes))
-            held = max(held, min(room, self.held_together(shared.threads)))
-        if card_bytes and vram is not None:
-            vram -= held  # the rest is for the lanes
-        left = None if work_limit is None else work_limit - shared.work_bytes - held
-        blocks = self._card_blocks(each, vram, left, cards=min(cards, shared.threads))
-        work = shared.work_bytes + held + shared.threads * blocks * self.on_card.pinned
-        return replace(shared, held_bytes=held, work_bytes=work, blocks=blocks, cards=min(cards, shared.threads))
-
-    @property
-    def _most_threads(self) -> int:
-        """How many workers there are at the most, unless the user asks for more."""
-        if self.options.device != "cpu":
-            return CARD_THREADS
-        return MAX_THREADS if self.needs_torch else MAX_COMPILED_THREADS
-
-    def _card_blocks(self, lanes: int, vram: int | None, left: int | None, *, cards: int) -> int:
-        """How many blocks the lanes of each card take at once, in its memory and in what is `left` of main memory."""
-        taken = self.on_card
-        if not taken.pinned:
-            return 1
-        most = CARD_BLOCKS.get(self.options.device.partition(":")[0], USUAL_BLOCKS)
-        room = ((vram or VRAM_BYTES) // lanes - taken.library) // max(taken.ranges, 1)
-        pinned = (CARD_PINNED_BYTES * cards if left is None else left) // (lanes * cards * taken.pinned)
-        return max(1, min(most, room, 1 << max(pinned, 1).bit_length() - 1))  # torch pins powers of two
-
-    def _room_beside(self, lanes_bytes: int) -> int:
-        """What may be held beside the lanes where there is no limit: for one tensor where that keeps the promise."""
-        taken = self.fixed_bytes + self.described_bytes + lanes_bytes + self.held_bytes
-        return self.held_bytes if taken <= PROMISED_BYTES else int(FREE_SHARE * free_bytes())
-
-    @property
-    def mapped_bytes(self) -> tuple[int, int]:
-        """The most and the least that a worker keeps mapped; none is counted for what reads into its own buffers."""
-        return MAPPED_BYTES if self.needs_torch or self.io == "mmap" else (0, 0)
+    def memory(self) -> Memory:
+        """What the work takes of memory."""
+        jobs, is_mapped = self.jobs, self.io == "mmap"
+        return Memory(jobs.kinds, jobs.together, self.options, self.described_bytes, self.needs_torch, is_mapped)
 
     @functools.cached_property
     def together(self) -> Mapping[Together, Mapping[int, DType]]:
@@ -299,16 +167,12 @@ class Plan:
     @property
     def work_bytes(self) -> int:
         """The RAM that the merge takes at most, above a bare `import torch` if it needs torch, else in all."""
-        own = self.fixed_bytes + self.described_bytes + self.reading_bytes
-        work = own + (self.allotted or self.allot()).work_bytes
+        memory = self.memory
+        own = memory.fixed_bytes + self.described_bytes + self.reading_bytes
+        work = own + (self.allotted or memory.allot()).work_bytes
         if self.allotted is None or self.needs_torch:
             return work
         return min(work, self.options.max_ram or work)  # the bound is kept, whatever Python usually takes
-
-    @property
-    def fixed_bytes(self) -> int:
-        """What of that is the process's own, whatever the plan."""
-        return OVERHEAD_BYTES if self.needs_torch else BARE_BYTES
 
     @functools.cached_property
     def io(self) -> Literal["mmap", "pread"]:

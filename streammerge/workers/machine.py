@@ -57,14 +57,14 @@ class Machine:
 
             devices = find_devices(plan.options.device)
             check_float64(devices[0], plan.jobs)
-            card_bytes = plan.card_bytes if devices[0].type in DECOMPOSING else 0
+            card_bytes = plan.memory.card_bytes if devices[0].type in DECOMPOSING else 0
             self.device, self.cards = ",".join(map(str, devices)), len(devices)
             vram = vram_limit(devices, plan.options.max_vram, card_bytes)
         resident = resident_bytes()
         if "torch" in sys.modules:
             # a bare import of torch would take as much without this package, and without what is kept of the models
             self.baseline = resident - OWN_BYTES - plan.described_bytes
-        self.allotment = allot_memory(plan, resident, vram, card_bytes=card_bytes, cards=self.cards)
+        self.allotment = allot_memory(plan.memory, resident, vram, card_bytes=card_bytes, cards=self.cards)
         self.device = ",".join(self.device.split(",")[: self.allotment.cards])  # others have no lane
         self.io = self._io()
 

@@ -36,7 +36,7 @@ def merged(case, paths, folder, cards, **options):
 def test_no_more_is_taken_than_is_allowed(long, tmp_path, case):
     with Cards(apart=True).there() as cards:
         plan = streammerge.make_plan(case.merge(long), output="o.safetensors", device="cuda")
-        least, held = plan.card_lane_bytes + plan.card_bytes, plan.card_bytes
+        least, held = plan.memory.card_lane_bytes + plan.memory.card_bytes, plan.memory.card_bytes
         if least:
             assert merged(case, long, tmp_path, cards, threads=1, max_vram=least) <= least
         assert merged(case, long, tmp_path, cards, threads=2, max_vram=2 * least + 48 * MIB) <= 2 * least + 48 * MIB

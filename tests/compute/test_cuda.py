@@ -96,12 +96,12 @@ def test_cuda_gives_the_same_bytes_however_it_is_run(families, tmp_path, case):
 
 def least_of_whole(merge) -> int:
     """What of a card whole tensors take at the least, beside a worker's buffers; 0 of what streams."""
-    return int(streammerge.make_plan(merge, output="out.safetensors", device="cuda").card_bytes)
+    return int(streammerge.make_plan(merge, output="out.safetensors", device="cuda").memory.card_bytes)
 
 
 def least_of_worker(merge) -> int:
     """What a worker takes of a card at the least, which torch takes in segments of 20 MiB for each stream."""
-    return int(streammerge.make_plan(merge, output="out.safetensors", device="cuda").card_lane_bytes) + 20 * MIB
+    return int(streammerge.make_plan(merge, output="out.safetensors", device="cuda").memory.card_lane_bytes) + 20 * MIB
 
 
 LARGE = (

@@ -158,7 +158,7 @@ def test_more_cards_have_more_workers(paths, tmp_path, monkeypatch):
     monkeypatch.setattr("streammerge.compute.machine.usable_cores", lambda: 64)
     for count in (1, 2, 3):
         made = streammerge.make_plan(merges(paths)["linear"], output=tmp_path / "o", device="cuda:all")
-        allotted = made.allot(cards=count)
+        allotted = made.memory.allot(cards=count)
         assert allotted.threads == CARD_THREADS * count
         assert allotted.cards == count
-        assert allotted.blocks == made.allot(cards=1).blocks
+        assert allotted.blocks == made.memory.allot(cards=1).blocks

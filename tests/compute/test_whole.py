@@ -71,7 +71,7 @@ def test_the_plan_counts_whole_tensors(paths, tmp_path):
     largest = 40 * (BLOCK // 2) * 4
     one = streammerge.make_plan(streammerge.turned(paths["a"]), output=tmp_path / "x.safetensors")
     two = streammerge.make_plan(streammerge.turned(paths["a"], paths["base"]), output=tmp_path / "x.safetensors")
-    assert (one.held_bytes, two.held_bytes) == (3 * largest, 4 * largest)
+    assert (one.memory.held_bytes, two.memory.held_bytes) == (3 * largest, 4 * largest)
     assert one.work_bytes >= 3 * largest
     assert one.bytes_to_read == sum(tensor.nbytes for tensor in load_model(paths["a"]).values())
     assert one.passes == 1

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import streammerge
 from streammerge.methods.likeness import LikenessPass, Range, held_by_likeness
 from streammerge.methods.place import Target
-from streammerge.plan.plan import SURVEY_BYTES
+from streammerge.plan.memory import SURVEY_BYTES
 from tests.make.models import MemoryModel, load_model, make_tensors, merge_to, near, normal, save_models
 from tests.references.diffusion import column_cosines, trimmed_range
 
@@ -89,8 +89,8 @@ def test_the_plan_counts_it_once(tmp_path):
         )
         for scope in ("model", "tensor")
     )
-    assert of_model.held_bytes == 8 * 3000 * (6 + 5) + 5 * SURVEY_BYTES
-    assert of_tensor.held_bytes == 8 * 3000 * 7
+    assert of_model.memory.held_bytes == 8 * 3000 * (6 + 5) + 5 * SURVEY_BYTES
+    assert of_tensor.memory.held_bytes == 8 * 3000 * 7
     assert of_model.bytes_before_writing == 2 * 5 * 2 * 3000 * 4
     assert of_tensor.bytes_before_writing == 0
 

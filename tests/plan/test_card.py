@@ -36,9 +36,9 @@ def test_only_methods_that_compute_anywhere_are_held_by_a_card(paths):
     on_card = planned(streammerge.iso_c(paths["a"], base=paths["base"]))
     elsewhere = planned(streammerge.crossover(paths["a"], paths["b"]))
     streamed = planned(streammerge.ties(paths["a"], base=paths["base"]))
-    assert on_card.card_bytes == on_card.held_bytes >= 4 * 3 * SIDE**2
-    assert elsewhere.card_bytes == streamed.card_bytes == 0
-    assert elsewhere.held_bytes > 0
+    assert on_card.memory.card_bytes == on_card.memory.held_bytes >= 4 * 3 * SIDE**2
+    assert elsewhere.memory.card_bytes == streamed.memory.card_bytes == 0
+    assert elsewhere.memory.held_bytes > 0
     assert card_bytes(nodes(on_card)[-1]) > 0
 
 
@@ -59,16 +59,16 @@ def is_of(node: Node, name: str) -> bool:
 
 def test_what_a_card_holds_has_to_fit_its_memory(paths):
     made = planned(streammerge.iso_c(paths["a"], base=paths["base"]), device="cuda", threads=4)
-    held, lane = made.card_bytes, made.card_lane_bytes
+    held, lane = made.memory.card_bytes, made.memory.card_lane_bytes
     for short in (held + lane - 1, lane, MIB):
         with pytest.raises(
             PlanError, match=r"on the card is too small: .*, and whole tensors .*\n  .*MiB, or use --device cpu"
         ):
-            allot_memory(made, 0, short, card_bytes=held)
-    tight = allot_memory(made, 0, held + lane, card_bytes=held)
+            allot_memory(made.memory, 0, short, card_bytes=held)
+    tight = allot_memory(made.memory, 0, held + lane, card_bytes=held)
     assert (tight.threads, tight.held_bytes) == (1, held)
     for vram in (held + lane, 2 * held + 3 * lane, 10 * held):
-        allotted = allot_memory(made, 0, vram, card_bytes=held)
+        allotted = allot_memory(made.memory, 0, vram, card_bytes=held)
         assert allotted.threads * lane + allotted.held_bytes <= vram
         assert allotted.held_bytes >= held
 
@@ -76,25 +76,25 @@ def test_what_a_card_holds_has_to_fit_its_memory(paths):
 def test_the_advice_of_what_is_too_small_is_enough(paths):
     made = planned(streammerge.tsv_m(paths["a"], paths["b"], base=paths["base"]), max_vram="1MiB")
     with pytest.raises(PlanError, match=r"--max-vram 1.05 MB is too small") as raised:
-        allot_memory(made, 0, MIB, card_bytes=made.card_bytes)
+        allot_memory(made.memory, 0, MIB, card_bytes=made.memory.card_bytes)
     least = int(str(raised.value.advice).removeprefix("The least that works is ").partition("MiB")[0])
-    assert allot_memory(made, 0, least * MIB, card_bytes=made.card_bytes).threads == 1
+    assert allot_memory(made.memory, 0, least * MIB, card_bytes=made.memory.card_bytes).threads == 1
     with pytest.raises(PlanError):
-        allot_memory(made, 0, (least - 1) * MIB, card_bytes=made.card_bytes)
+        allot_memory(made.memory, 0, (least - 1) * MIB, card_bytes=made.memory.card_bytes)
 
 
 def test_what_a_library_takes_of_a_card_is_counted_where_matrices_are_multiplied(paths):
     made = planned(streammerge.iso_c(paths["a"], base=paths["base"]), device="cuda", threads=4)
-    held, own, lane = made.card_bytes, made.on_card.ranges, made.card_lane_bytes
-    assert lane == made.on_card.least + LIBRARY_BYTES
+    held, own, lane = made.memory.card_bytes, made.memory.on_card.ranges, made.memory.card_lane_bytes
+    assert lane == made.memory.on_card.least + LIBRARY_BYTES
     for vram, threads in ((held + lane, 1), (held + 2 * lane, 2), (2 * held + 9 * lane, 4), (512 * MIB, 4)):
-        allotted = allot_memory(made, 0, vram, card_bytes=held)
+        allotted = allot_memory(made.memory, 0, vram, card_bytes=held)
         assert allotted.threads == threads
         assert threads * (allotted.blocks * own + LIBRARY_BYTES) + allotted.held_bytes <= vram
     with pytest.raises(PlanError, match="too small"):
-        allot_memory(made, 0, held + lane - 1, card_bytes=held)
+        allot_memory(made.memory, 0, held + lane - 1, card_bytes=held)
     streamed = planned(streammerge.ties(paths["a"], base=paths["base"]), device="cuda")
-    assert streamed.card_lane_bytes == streamed.on_card.least
+    assert streamed.memory.card_lane_bytes == streamed.memory.on_card.least
 
 
 @pytest.mark.parametrize("models", range(2, 9))
@@ -102,7 +102,7 @@ def test_what_is_pinned_is_within_its_bound_when_torch_has_rounded_it(paths, mod
     merge = streammerge.linear(*[paths["a"], paths["b"]] * (models // 2), *[paths["base"]] * (models % 2))
     for limit in (100, 130, 170, 230, 300):
         made = planned(merge, device="cuda", max_ram=limit * MIB, threads=3)
-        allotted = allot_memory(made, 0, None)
+        allotted = allot_memory(made.memory, 0, None)
         assert allotted.blocks.bit_count() == 1
         assert allotted.work_bytes <= limit * MIB
 
@@ -117,10 +117,10 @@ def test_three_workers_have_ranges_as_long_as_the_cards_memory_allows(tmp_path, 
     paths = save_models(tmp_path, base=base, a=near(base, 1), b=near(base, 2))
     given = {"base": paths["base"]} if method != "linear" else {}
     made = planned(getattr(streammerge, method)(paths["a"], paths["b"], **given), device="cuda")
-    allotted = allot_memory(made, 0, None)
+    allotted = allot_memory(made.memory, 0, None)
     assert allotted.threads == 3
-    fitting = 512_000_000 // 3 // made.on_card.ranges
+    fitting = 512_000_000 // 3 // made.memory.on_card.ranges
     assert allotted.blocks == min(fitting, 8)
     assert (fitting >= 8) == (method == "linear")
     four = planned(getattr(streammerge, method)(paths["a"], paths["b"], **given), device="cuda", threads=4)
-    assert allot_memory(four, 0, None).blocks <= 4  # for what may be pinned
+    assert allot_memory(four.memory, 0, None).blocks <= 4  # for what may be pinned

@@ -188,17 +188,17 @@ def test_what_is_read_is_what_was_planned(tmp_path, raw, io):
 
 def test_a_lane_holds_a_block_of_everything_and_no_more_for_large_tensors(monkeypatch):
     monkeypatch.setenv("STREAMMERGE_KERNELS", "off")
-    small, large = (plan(pair(x=(size,))).lane_bytes for size in (BLOCK, 1000 * BLOCK))
+    small, large = (plan(pair(x=(size,))).memory.lane_bytes for size in (BLOCK, 1000 * BLOCK))
     assert small == large
     two_slots, stored, output = 2 * 4 * BLOCK, 2 * 2 * BLOCK, 2 * BLOCK
     assert large == two_slots + stored + output
-    assert plan(pair(x=(10,))).lane_bytes == large * 10 // BLOCK
-    assert plan({"a": header()}).lane_bytes == 0
+    assert plan(pair(x=(10,))).memory.lane_bytes == large * 10 // BLOCK
+    assert plan({"a": header()}).memory.lane_bytes == 0
 
 
 @pytest.mark.skipif(kernels() is None, reason="compiled loops were not built")
 def test_compiled_loops_hold_what_is_read_and_written_and_little_beside():
-    small, large = (plan(pair(x=(size,))).lane_bytes for size in (BLOCK, 1000 * BLOCK))
+    small, large = (plan(pair(x=(size,))).memory.lane_bytes for size in (BLOCK, 1000 * BLOCK))
     assert small == large
     assert 0 < large - 3 * 2 * BLOCK <= 64 * 1024
     assert not plan(pair(x=(BLOCK,))).needs_torch
@@ -206,9 +206,9 @@ def test_compiled_loops_hold_what_is_read_and_written_and_little_beside():
 
 def test_the_largest_lane_is_that_of_the_hungriest_tensor():
     models = pair(x=(BLOCK,), ids=f"I64 {BLOCK}")
-    assert plan(models).lane_bytes == plan(pair(x=(BLOCK,))).lane_bytes
+    assert plan(models).memory.lane_bytes == plan(pair(x=(BLOCK,))).memory.lane_bytes
     copied = plan(models, rules=[{"match": "x", "keep": True}])
-    assert copied.lane_bytes == 0  # what is only copied takes no lane
+    assert copied.memory.lane_bytes == 0  # what is only copied takes no lane
 
 
 def test_threads_and_limits_are_shared_out():
@@ -229,18 +229,18 @@ def test_threads_and_limits_are_shared_out():
 @pytest.mark.parametrize("limit", [None, 20 * MIB, 200 * MIB])
 def test_what_is_allotted_stays_within_its_limit(threads, limit):
     made = plan(pair(x=(10 * BLOCK,)), options=Options(threads=threads))
-    allotted = made.allot(limit)
+    allotted = made.memory.allot(limit)
     assert 1 <= allotted.threads <= threads
     assert allotted.work_bytes <= (limit or DEFAULT_WORK_BYTES)
-    assert allotted.work_bytes == allotted.threads * (made.lane_bytes + allotted.mapped_bytes)
-    assert made.work_bytes == made.fixed_bytes + made.described_bytes + made.allot().work_bytes
+    assert allotted.work_bytes == allotted.threads * (made.memory.lane_bytes + allotted.mapped_bytes)
+    assert made.work_bytes == made.memory.fixed_bytes + made.described_bytes + made.memory.allot().work_bytes
 
 
 @pytest.mark.parametrize("limit", [43_000_000, 400 * MIB])
 def test_what_is_told_keeps_the_bound_under_which_it_was_allotted(limit):
     made = plan(pair(x=(10 * BLOCK,)), options=Options(threads=2, max_ram=limit))
-    allotted = made.allot(2 * MIB)
-    usual = made.fixed_bytes + made.described_bytes + allotted.work_bytes
+    allotted = made.memory.allot(2 * MIB)
+    usual = made.memory.fixed_bytes + made.described_bytes + allotted.work_bytes
     assert usual < made.work_bytes
     assert replace(made, allotted=allotted).work_bytes == (usual if made.needs_torch else min(limit, usual))
 
@@ -254,7 +254,7 @@ def test_a_plan_holds_as_many_whole_tensors_as_its_bound_allows(tmp_path):
     least = parse_size(str(raised.value.advice).rpartition(" ")[2].rstrip("."))
     little = streammerge.make_plan(recipe, output=out, max_ram=least, **options)
     much = streammerge.make_plan(recipe, output=out, max_ram=least + 64 * MIB, **options)
-    assert little.work_bytes + 2 * little.held_bytes <= much.work_bytes
+    assert little.work_bytes + 2 * little.memory.held_bytes <= much.work_bytes
 
 
 # ── disk ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

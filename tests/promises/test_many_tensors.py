@@ -252,6 +252,6 @@ def test_the_plan_counts_what_it_keeps_of_the_models(tmp_path):
 
 def test_less_is_left_for_workers_where_much_is_kept_of_the_models(tmp_path):
     made = plan([write_model(tmp_path / "a.safetensors", names(10), 60)])
-    kept = PROMISED_BYTES - made.fixed_bytes - made.lane_bytes - 2 * MIB
+    kept = PROMISED_BYTES - made.memory.fixed_bytes - made.memory.lane_bytes - 2 * MIB
     assert replace(made, described_bytes=kept).work_bytes <= PROMISED_BYTES
-    assert replace(made, described_bytes=2 * kept).allot().work_bytes <= 3 * MIB
+    assert replace(made, described_bytes=2 * kept).memory.allot().work_bytes <= 3 * MIB

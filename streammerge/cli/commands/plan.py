@@ -83,10 +83,10 @@ def on_cards(plan: Plan) -> list[tuple[str, str]]:
     if plan.options.device == "cpu":
         return []
 
-    allotted = plan.allotted or plan.allot()
+    allotted = plan.allotted or plan.memory.allot()
     cards = f" on {allotted.cards} cards" if allotted.cards > 1 else ""
     workers = f"{allotted.threads} worker{'s' * (allotted.threads > 1)}{cards}"
-    memory = format_size(plan.options.max_vram or VRAM_BYTES + plan.card_bytes)
+    memory = format_size(plan.options.max_vram or VRAM_BYTES + plan.memory.card_bytes)
     each = " on each" if allotted.cards > 1 else ""
     return [("device", f"{plan.options.device}: {workers}, at most {memory} of memory{each}")]
 

@@ -193,9 +193,9 @@ def test_the_plan_counts_what_is_known_of_the_slices(models, tmp_path):
         merge = streammerge.by_length(models["a"], models["b"], along=along)
         return streammerge.make_plan(merge, output=tmp_path / "out.safetensors")
 
-    assert planned("tensor").held_bytes == 0
-    assert planned("rows").held_bytes >= 9000 * 3 * 8
-    assert planned("columns").held_bytes >= (BLOCK + BLOCK // 2) * 3 * 8
+    assert planned("tensor").memory.held_bytes == 0
+    assert planned("rows").memory.held_bytes >= 9000 * 3 * 8
+    assert planned("columns").memory.held_bytes >= (BLOCK + BLOCK // 2) * 3 * 8
     assert planned("rows").passes == planned("tensor").passes == 2
     with pytest.raises(PlanError, match="The least that works is"):
         streammerge.merge(
