@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Final
 
 from streammerge.compute.expressions import Node
@@ -90,6 +90,11 @@ class Problems:
     missing: list[Unshared] = field(default_factory=list)
     alone: list[str] = field(default_factory=list)
     unmergeable: list[str] = field(default_factory=list)
+
+    def forget(self) -> None:
+        """Forget what was noted, when it has been reported."""
+        for kind in fields(self):
+            getattr(self, kind.name).clear()
 
     def note_shape(self, found: Misshapen, policy: str) -> None:
         """Note a tensor whose shapes differ by what the policy does with it."""

@@ -13,7 +13,7 @@ from streammerge.compute.expressions import BLOCK
 from streammerge.compute.machine import MIB
 from streammerge.errors import MethodError, PlanError
 from streammerge.methods import METHODS, Place, WholeMethod, matrices, method
-from streammerge.plan import plan as plans
+from streammerge.plan import memory
 from streammerge.recipe.options import parse_size
 from tests.make.models import assert_same_bytes, load_model, make_tensors, merge_to, near, normal, save_models
 
@@ -99,8 +99,8 @@ def test_too_little_memory_is_refused_with_what_is_enough(paths, tmp_path):
     ],
 )
 def test_only_as_many_whole_tensors_as_fit_are_under_way(tmp_path, monkeypatch, limit, promised, free, together):
-    monkeypatch.setattr(plans, "PROMISED_BYTES", promised)
-    monkeypatch.setattr(plans, "free_bytes", lambda: free)
+    monkeypatch.setattr(memory, "PROMISED_BYTES", promised)
+    monkeypatch.setattr(memory, "free_bytes", lambda: free)
     lock = threading.Lock()
     inside, most = 0, 0
     gate = threading.Barrier(together)
