@@ -16,7 +16,8 @@ import torch
 
 from streammerge.compute.costs import needs_float64
 from streammerge.compute.cuda import CudaLane
-from streammerge.compute.expressions import BLOCK, Job, walk
+from streammerge.compute.expressions import BLOCK, walk
+from streammerge.compute.job import Job
 from streammerge.compute.lanes import Lane, StagedLane
 from streammerge.compute.machine import VRAM_BYTES, Allotment
 from streammerge.errors import DeviceError, OutOfMemoryError, machine_is_full

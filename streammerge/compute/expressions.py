@@ -6,14 +6,14 @@ children become a block of theirs. Trees are built from headers alone, folded, c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
 from streammerge.compute.rows import Rows
 from streammerge.formats.files import ByteFile
 from streammerge.formats.readers import FileRange
-from streammerge.tensors import DType, Model, TensorInfo
+from streammerge.tensors import Model, TensorInfo
 
 if TYPE_CHECKING:
     from streammerge.methods.contract import ParameterValue
@@ -354,42 +354,3 @@ def rounded(node: Node, info: TensorInfo) -> Node:
     """The tensor as a file would hold it that stores it so: itself if that is how its elements are stored already."""
     is_exact = node.info.dtype == info.dtype and not is_computed(node)
     return node if is_exact else Rounded(info, node)
-
-
-class Job:
-    """One output tensor: its expression, the dtype it is computed in, and where its bytes go.
-
-    `compute` is None where stored bytes are copied, and `is_compiled` says whether compiled loops do all of it. The
-    expression may be left to be made when it is asked for.
-    """
-
-    __slots__ = ("_make", "_node", "compute", "file", "info", "is_compiled", "name", "offset")
-
-    def __init__(
-        self,
-        name: str,
-        info: TensorInfo,
-        node: Node | None,
-        compute: DType | None,
-        file: int,
-        offset: int,
-        make: Callable[[str], Node] | None = None,
-        *,
-        is_compiled: bool = False,
-    ) -> None:
-        self.name: Final = name
-        self.info: Final = info
-        self.compute: Final = compute
-        self.file: Final = file
-        self.offset: Final = offset
-        self.is_compiled: Final = is_compiled
-        self._node = node
-        self._make = make
-
-    @property
-    def node(self) -> Node:
-        """The tensor's expression."""
-        if self._node is None:
-            assert self._make is not None
-            self._node = self._make(self.name)
-        return self._node

@@ -14,7 +14,6 @@ from streammerge.compute.expressions import (
     Combined,
     External,
     Gathered,
-    Job,
     Joined,
     Node,
     Product,
@@ -23,6 +22,7 @@ from streammerge.compute.expressions import (
     Together,
     Viewed,
 )
+from streammerge.compute.job import Job
 from streammerge.formats.files import ByteFile
 
 USUAL: Final = 65504.0

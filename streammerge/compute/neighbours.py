@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
-from streammerge.compute.expressions import BLOCK, Combined, Job, Node, Rounded, Stored, Term
+from streammerge.compute.expressions import BLOCK, Combined, Node, Rounded, Stored, Term
+from streammerge.compute.job import Job
 from streammerge.tensors import TensorInfo
 
 TOGETHER: Final = 32

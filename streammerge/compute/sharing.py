@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from streammerge.compute.expressions import ByWhole, Job, Node, Viewed
+from streammerge.compute.expressions import ByWhole, Node, Viewed
+from streammerge.compute.job import Job
 
 
 def whole_of(node: Node) -> ByWhole | None:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from streammerge.compute import costs
 from streammerge.compute.card_costs import OnCard
 from streammerge.compute.costs import compute_dtype, copied_from, is_copy
-from streammerge.compute.expressions import Job, Node, Together, has_external, is_merged, measured_together
+from streammerge.compute.expressions import Node, Together, has_external, is_merged, measured_together
+from streammerge.compute.job import Job
 from streammerge.compute.kernels.maker import is_compiled, is_summed, maker_bytes
 from streammerge.compute.magnitudes import check_magnitudes
 from streammerge.errors import PlanError

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from streammerge.compute.costs import copied_from
-from streammerge.compute.expressions import Job, Stored
+from streammerge.compute.expressions import Stored
+from streammerge.compute.job import Job
 from streammerge.errors import error_context
 from streammerge.storage.ledger import Ledger
 

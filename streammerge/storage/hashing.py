@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from streammerge.compute.expressions import Job
+from streammerge.compute.job import Job
 from streammerge.errors import CheckpointError, OutputError
 from streammerge.formats.files import read_errors
 from streammerge.formats.layout import OutputFile, OutputLayout

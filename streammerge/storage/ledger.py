@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from streammerge.compute.expressions import Job, Stored, stored_leaves
+from streammerge.compute.expressions import Stored, stored_leaves
+from streammerge.compute.job import Job
 from streammerge.findings import Finding
 from streammerge.formats.files import ByteFile
 from streammerge.report import Progress

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from streammerge.compute.expressions import Job
+from streammerge.compute.job import Job
 from streammerge.errors import MergeError, OutputError, cannot_write, format_size, output_errors
 from streammerge.formats.descriptors import copy_at, read_at, sync_data, sync_folder, write_at
 from streammerge.formats.layout import OutputFile, OutputLayout

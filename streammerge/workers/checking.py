@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from streammerge.compute.costs import copied_from
-from streammerge.compute.expressions import BLOCK, Job, is_stored
+from streammerge.compute.expressions import BLOCK, is_stored
+from streammerge.compute.job import Job
 from streammerge.errors import CheckpointError, OutputError, count, plural
 from streammerge.formats.descriptors import COPY_BYTES, read_at
 from streammerge.formats.readers import page_aligned

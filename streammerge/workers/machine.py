@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from streammerge.compute.costs import DECOMPOSING
-from streammerge.compute.expressions import Job, ModelStatistics, SharedStatistics, applications
+from streammerge.compute.expressions import ModelStatistics, SharedStatistics, applications
+from streammerge.compute.job import Job
 from streammerge.compute.kernels.library import filled, kernels
 from streammerge.compute.kernels.maker import KernelMaker
 from streammerge.compute.machine import OWN_BYTES, import_torch, resident_bytes

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from streammerge.compute.expressions import Job
+from streammerge.compute.job import Job
 from streammerge.methods.factoring import BEFORE
 from streammerge.models.adapters.ranks import Spectrum
 from streammerge.models.merged import Merged

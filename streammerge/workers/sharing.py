@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from streammerge.compute.expressions import Job, ModelStatistics
+from streammerge.compute.expressions import ModelStatistics
+from streammerge.compute.job import Job
 from streammerge.compute.makers import Maker
 from streammerge.compute.sharing import whole_of
 from streammerge.storage.ledger import Ledger, Sink

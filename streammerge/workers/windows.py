@@ -16,7 +16,8 @@ from streammerge.compute.costs import (
     window_blocks,
     write_step,
 )
-from streammerge.compute.expressions import Job, ModelStatistics, Node, SharedStatistics, Together, stored_leaves
+from streammerge.compute.expressions import ModelStatistics, Node, SharedStatistics, Together, stored_leaves
+from streammerge.compute.job import Job
 from streammerge.compute.makers import Block, Blocks, Maker, Wanted
 from streammerge.compute.neighbours import as_one
 from streammerge.compute.survey import Survey, TogetherSurvey

@@ -26,7 +26,10 @@ ORDER = [DOOR, *(name for name, _ in ROOMS)]
 MAY_REACH_TORCH = {"compute", "workers", "engine", "tools"}
 """Rooms that may import torch when they are imported; all others import it where they compute."""
 
-TORCHLESS = {"compute.expressions", "compute.costs", "compute.application", "compute.magnitudes", "compute.machine"}
+TORCHLESS = {
+    *("compute.expressions", "compute.job", "compute.costs", "compute.application", "compute.magnitudes"),
+    "compute.machine",
+}
 """Modules of these rooms that plans are made with: they must not."""
 
 UPWARD: dict[tuple[str, str], str] = {}

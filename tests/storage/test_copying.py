@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 import streammerge
 from streammerge.compute.combining import combine
-from streammerge.compute.expressions import Job, Stored, Term
+from streammerge.compute.expressions import Stored, Term
+from streammerge.compute.job import Job
 from streammerge.errors import CheckpointError, OutputError
 from streammerge.formats import descriptors as positional
 from streammerge.formats.descriptors import copy_at

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import streammerge
 from streammerge.cli.main import main
-from streammerge.compute.expressions import Job
+from streammerge.compute.job import Job
 from streammerge.errors import CheckpointError, OutputError
 from streammerge.formats.layout import lay_out
 from streammerge.storage import hashing

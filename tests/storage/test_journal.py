@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streammerge.compute.expressions import Job
+from streammerge.compute.job import Job
 from streammerge.errors import OutputError
 from streammerge.findings import Finding
 from streammerge.formats.layout import lay_out

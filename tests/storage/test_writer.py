@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 import streammerge
-from streammerge.compute.expressions import Job
+from streammerge.compute.job import Job
 from streammerge.errors import MergeError
 from streammerge.formats.layout import lay_out
 from streammerge.storage.writer import OutputWriter

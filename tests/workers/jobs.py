@@ -6,7 +6,8 @@ import collections
 import threading
 from collections.abc import Callable, Sequence
 
-from streammerge.compute.expressions import Job, Node
+from streammerge.compute.expressions import Node
+from streammerge.compute.job import Job
 from streammerge.compute.lanes import Lane
 from streammerge.compute.tensor_maker import TensorMaker
 from streammerge.formats.descriptors import read_at

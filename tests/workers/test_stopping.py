@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
-from streammerge.compute.expressions import ByGram, External, Job
+from streammerge.compute.expressions import ByGram, External
+from streammerge.compute.job import Job
 from streammerge.compute.lanes import Lane
 from streammerge.compute.tensor_maker import TensorMaker
 from streammerge.errors import CheckpointError, MethodError

@@ -13,7 +13,8 @@ import torch
 from streammerge.compute import costs
 from streammerge.compute import evaluate as compute
 from streammerge.compute.combining import combine
-from streammerge.compute.expressions import BLOCK, ByBlock, External, Job, Node, Stored, Term
+from streammerge.compute.expressions import BLOCK, ByBlock, External, Node, Stored, Term
+from streammerge.compute.job import Job
 from streammerge.compute.lanes import Lane
 from streammerge.compute.tensor_maker import TensorMaker
 from streammerge.formats.readers import PositionalReader
