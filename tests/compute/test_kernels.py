@@ -20,9 +20,10 @@ import streammerge
 from streammerge.compute.examine import quieted
 from streammerge.compute.expressions import BLOCK, ByGram, Combined, Node, Rounded, Stored, Term, stored_leaves
 from streammerge.compute.kernels import library
+from streammerge.compute.kernels.blocks import Kernels
 from streammerge.compute.kernels.library import CHUNK, KINDS, kernels
 from streammerge.compute.kernels.maker import SPACE, KernelMaker, is_compiled
-from streammerge.compute.kernels.program import Kernels, compiled
+from streammerge.compute.kernels.program import compiled
 from streammerge.compute.lanes import Lane, torch_dtype
 from streammerge.compute.makers import Maker, Wanted
 from streammerge.compute.reading import carry_out

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streammerge.compute.expressions import BLOCK, Combined, Stored, Term
-from streammerge.compute.kernels.coverage import can_be_compiled
 from streammerge.compute.kernels.library import CHUNK, kernels
+from streammerge.compute.kernels.program import can_be_compiled
 from streammerge.compute.lanes import torch_dtype
 from streammerge.compute.makers import Wanted
 from streammerge.methods.place import Target

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from streammerge.compute.application import measured_with
 from streammerge.compute.costs import compute_dtype, piece_count
 from streammerge.compute.expressions import BLOCK, ByBlock, Combined, Term, Together
+from streammerge.compute.kernels.blocks import Kernels
 from streammerge.compute.kernels.library import CHUNK, kernels
 from streammerge.compute.kernels.magnitudes import CompiledCounting
-from streammerge.compute.kernels.program import Kernels, compiled
+from streammerge.compute.kernels.program import compiled
 from streammerge.compute.lanes import Lane, torch_dtype
 from streammerge.compute.survey import TogetherSurvey
 from streammerge.compute.tensor_maker import TensorMaker
@@ -161,8 +162,9 @@ from streammerge.compute.costs import target_of
 from streammerge.compute.expressions import ByBlock, Stored
 from streammerge.compute.kernels.library import kernels
 from streammerge.compute.kernels.operands import BlockOperands
-from streammerge.compute.kernels.coverage import can_be_compiled
-from streammerge.compute.kernels.program import Kernels, compiled
+from streammerge.compute.kernels.program import can_be_compiled
+from streammerge.compute.kernels.blocks import Kernels
+from streammerge.compute.kernels.program import compiled
 from streammerge.methods import find_method
 from streammerge.tensors import DTYPES, TensorInfo
 

@@ -13,8 +13,8 @@ from streammerge.compute.costs import bytes_read, compute_dtype, is_copy, slots
 from streammerge.compute.expressions import BLOCK, Combined, Joined, Node, Stored, Term, Viewed
 from streammerge.compute.identity import Describer, kind_of
 from streammerge.compute.inputs import inputs_of, is_input
-from streammerge.compute.kernels.coverage import can_be_compiled
 from streammerge.compute.kernels.library import kernels
+from streammerge.compute.kernels.program import can_be_compiled
 from streammerge.compute.parts import in_shape, joined, rows_of, transposed
 from streammerge.compute.reading import read_stored
 from streammerge.models.dialects import Piece, Source

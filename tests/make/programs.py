@@ -14,10 +14,10 @@ from streammerge.compute import costs
 from streammerge.compute.costs import compute_dtype, piece_elements
 from streammerge.compute.evaluate import Evaluator
 from streammerge.compute.expressions import ByBlock, Node, Stored
-from streammerge.compute.kernels.coverage import can_be_compiled
+from streammerge.compute.kernels.blocks import Kernels
 from streammerge.compute.kernels.library import CHUNK, kernels
 from streammerge.compute.kernels.operands import BlockOperands
-from streammerge.compute.kernels.program import Kernels, Program, compiled
+from streammerge.compute.kernels.program import Program, can_be_compiled, compiled
 from streammerge.compute.lanes import Lane, torch_dtype
 from streammerge.compute.reading import carry_out
 from streammerge.compute.rounding import rounded

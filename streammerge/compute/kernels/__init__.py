@@ -10,7 +10,8 @@ Every file is of plain loops with their formulas above them:
     ranks.inc        how magnitudes rank in their rows, and what is kept by it, for a step that goes by it
     gram.c           inner products, added up by halves
     magnitudes.c     what passes for ranks and norms ask of magnitudes; magnitudes.py asks it
-    library.py       finds the library that was built with the package; program.py writes an expression's steps
+    library.py       finds the library that was built with the package; program.py writes an expression's steps, and
+                     blocks.py has them run
 
 Their arithmetic is that of the path by torch, step for step, so that the bytes are the same: which of the two computed
 an output can't be told from it. A step is added to `enum code` in program.h, to `take` in program.inc, and to

@@ -22,10 +22,10 @@ from streammerge.compute.expressions import (
     stored_leaves,
 )
 from streammerge.compute.inputs import Input, elements_of, inputs_of
-from streammerge.compute.kernels.coverage import can_be_compiled, can_be_summed, registers
+from streammerge.compute.kernels.blocks import Kernels
 from streammerge.compute.kernels.library import CHUNK, KINDS, LIMITS, Found, kernels
 from streammerge.compute.kernels.operands import BlockOperands
-from streammerge.compute.kernels.program import COMPUTES, Kernels, Program, compiled
+from streammerge.compute.kernels.program import COMPUTES, Program, can_be_compiled, can_be_summed, compiled, registers
 from streammerge.compute.kernels.sums import SummedBlocks
 from streammerge.compute.makers import Block, Blocks, Measurer, Range, Statistics, Wanted
 from streammerge.errors import OutOfMemoryError, machine_is_full

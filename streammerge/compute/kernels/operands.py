@@ -6,9 +6,10 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from streammerge.compute.kernels.blocks import Kernels
 from streammerge.compute.kernels.library import Question
 from streammerge.compute.kernels.magnitudes import Asked, CompiledCounting
-from streammerge.compute.kernels.program import Kernels, Program
+from streammerge.compute.kernels.program import Program
 from streammerge.methods.statistics.passes import InnerProducts, Vectors
 from streammerge.methods.steps import Step as MethodStep
 

@@ -1,4 +1,4 @@
-"""An expression as the steps of a program, which the compiled library runs over a block."""
+"""An expression as the steps of a program, which the compiled library runs over a block; and whether there are such."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from streammerge.compute.costs import piece_elements, target_of
+from streammerge.compute.costs import piece_elements, slots, target_of
 from streammerge.compute.expressions import (
     ByBlock,
     ByGram,
@@ -21,17 +21,19 @@ from streammerge.compute.expressions import (
     Rounded,
     Stored,
     Term,
+    applications,
+    children,
 )
 from streammerge.compute.inputs import Input, is_input
-from streammerge.compute.kernels.library import CHUNK, KINDS, Found, Question, Step, address
-from streammerge.compute.kernels.magnitudes import CompiledCounting
-from streammerge.formats.readers import page_aligned
-from streammerge.methods.statistics.passes import InnerProducts, Vectors
+from streammerge.compute.kernels.library import CHUNK, KINDS, Step
 from streammerge.methods.steps import Step as MethodStep
 from streammerge.tensors import DType
 
 COMPUTES: Final = ("F32", "F64")
 """The dtypes in which programs compute."""
+
+METHOD_REGISTERS: Final = 16
+"""What a method's steps take beside its inputs, and a few more."""
 
 
 class Code(enum.IntEnum):
@@ -255,112 +257,46 @@ def stored_kind(term: Term) -> str:
     return term.node.info.dtype.name if is_input(term.node) else ""
 
 
-class Kernels:
-    """What the library computes of programs over blocks: `blocks` are the bytes of what is made, and of the inputs."""
+def can_be_compiled(node: Node) -> bool:
+    """Whether there are steps for all of the expression, and methods in it that go through it in the same pieces."""
+    methods = list(applications(node))
+    by_rows = any(isinstance(part, ByBlock) and part.method.needs.rows for part in methods)
+    return _has_steps(node) and (len(methods) == 1 or not by_rows)
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
-        self.counting = CompiledCounting(library)
-        self._room = page_aligned(0)
-        self._scratch = page_aligned(0)
-        self._ranks = page_aligned(0)
 
-    def rank(
-        self, program: Program, blocks: Sequence[memoryview], elements: int, start: int, room: memoryview
-    ) -> memoryview:
-        """Find out what follows from how the elements of these whole rows rank, for a program that goes by it.
+def can_be_summed(node: Node) -> bool:
+    """Whether there are steps for all that is done with products in the expression: it has some, and no methods."""
+    made = products_of(node)
+    return bool(made) and not any(applications(node)) and _has_steps(node, made)
 
-        It does so until the memory that is returned, `room` if that is large enough, is given back.
-        """
-        rank, size = (self._library.rank_f64, 8) if program.compute == "F64" else (self._library.rank_f32, 4)
-        found, space = 4 * len(program.rows) * elements, 5 * size * max([CHUNK, *program.rows])
-        room = room if len(room) >= found + space else page_aligned(found + space)
-        given = self._given(program, blocks, elements, start)
-        rank(*given, address(room[space:]), address(room))
-        return room
 
-    def store(
-        self,
-        program: Program,
-        blocks: Sequence[memoryview],
-        elements: int,
-        kind: str,
-        out: memoryview,
-        start: int | None = None,
-    ) -> Found | None:
-        """The first register into `out`, as this kind of element; what isn't finite or in its range, else None.
+def products_of(node: Node) -> list[Product]:
+    """The products in the expression, each once; none of them is a part of another."""
+    if isinstance(node, Product):
+        return [node]
+    found = {id(part): part for child in children(node) for part in products_of(child)}
+    return list(found.values())
 
-        The blocks begin with the tensor's element `start`.
-        """
-        found = Found(largest=-1.0)
-        run = self._library.run_f64 if program.compute == "F64" else self._library.run_f32
-        flagged = run(*self._given(program, blocks, elements, start), KINDS[kind], address(out), ctypes.byref(found))
-        return found if flagged else None
 
-    def products(
-        self,
-        program: Program,
-        blocks: Sequence[memoryview],
-        elements: int,
-        inputs: int,
-        vectors: Vectors,
-        *,
-        wide: bool,
-        start: int | None = None,
-    ) -> InnerProducts:
-        """⟨dᵢ, dⱼ⟩ for j ≤ i of these vectors, made of so many of the first registers.
+def _has_steps(node: Node, made: Sequence[Product] = ()) -> bool:
+    """Whether there are steps for all of it, if so much is made elsewhere."""
+    match node:
+        case Product():
+            return any(node is part for part in made)
+        case Stored() | Joined():
+            return node.info.dtype.name in KINDS and is_input(node)
+        case Rounded():
+            return node.info.dtype.name in KINDS and _has_steps(node.source, made)
+        case Combined():
+            return all(_has_steps(term.node, made) for term in node.terms)
+        case ByGram():
+            return node.slices is None and all(map(_has_steps, node.inputs))
+        case ByBlock():
+            return node.method.has_kernel and all(map(_has_steps, node.inputs))
+        case _:
+            return False
 
-        In float64 if `wide`, whatever the program computes in.
-        """
-        is_double = program.compute == "F64"
-        gram = self._library.gram_f64 if is_double else self._library.gram_wide if wide else self._library.gram_f32
-        rows = 1 << max(-(-elements // CHUNK) - 1, 0).bit_length()
-        measured = inputs - vectors.skipped
-        sums = (ctypes.c_double * (measured * (measured + 1) // 2 * rows))()
-        space, greatest = (ctypes.c_double * (inputs * CHUNK))(), (ctypes.c_double * measured)()
-        kind = vectors.from_first, vectors.skipped
-        gram(*self._given(program, blocks, elements, start), inputs, *kind, rows, space, sums, greatest)
-        found = iter(sums[::rows])
-        return InnerProducts([list(itertools.islice(found, i + 1)) for i in range(measured)], list(greatest))
 
-    def ask(
-        self,
-        program: Program,
-        blocks: Sequence[memoryview],
-        elements: int,
-        questions: ctypes.Array[Question],
-        start: int | None = None,
-    ) -> None:
-        """Have questions about the first registers answered."""
-        if program.rows:
-            self._ranks = self.rank(program, blocks, elements, start or 0, self._ranks)
-        ask = self._library.ask_f64 if program.compute == "F64" else self._library.ask_f32
-        ask(*self._given(program, blocks, elements, start), questions, len(questions))
-
-    def scratch(self, nbytes: int) -> memoryview:
-        """Memory that is made once, for what is told on the way."""
-        if len(self._scratch) < nbytes:
-            self._scratch = page_aligned(nbytes)
-        return self._scratch[:nbytes]
-
-    def release(self) -> None:
-        """Give all room back."""
-        self._room = self._scratch = self._ranks = page_aligned(0)
-
-    def nonfinite(self, block: memoryview, kind: str, elements: int) -> int:
-        """How many elements of stored bytes are infinite or no numbers."""
-        return int(self._library.nonfinite_in(KINDS[kind], address(block), elements))
-
-    def _given(
-        self, program: Program, blocks: Sequence[memoryview], elements: int, start: int | None
-    ) -> tuple[Any, ...]:
-        """What every function is given first: the program, its inputs, and room for its registers.
-
-        Without methods in it, a program need not know with which element the blocks begin.
-        """
-        if program.piece > 1 and (start is None or (start % program.piece and not program.rows)):
-            raise ValueError(f"element {start} is no beginning of a piece of {program.piece} elements")
-        if len(self._room) < program.room_bytes:
-            self._room = page_aligned(program.room_bytes)
-        inputs = (ctypes.c_void_p * len(blocks))(*map(address, blocks))
-        return program.steps, len(program.steps), inputs, start or 0, elements, address(self._room)
+def registers(node: Node) -> int:
+    """How many registers the expression's program takes, or somewhat less."""
+    return slots(node) + METHOD_REGISTERS * any(isinstance(part, ByBlock) for part in applications(node))

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from streammerge.compute.costs import slots
 from streammerge.compute.inputs import Input
-from streammerge.compute.kernels.coverage import products_of
-from streammerge.compute.kernels.program import Kernels, compiled
+from streammerge.compute.kernels.blocks import Kernels
+from streammerge.compute.kernels.program import compiled, products_of
 from streammerge.compute.makers import Block, Range, Statistics, Wanted
 
 if TYPE_CHECKING:
