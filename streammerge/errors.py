@@ -168,6 +168,11 @@ def count(items: Sized, noun: str) -> str:
     return f"{len(items):,} {plural(items, noun, noun + 's')}"
 
 
+def counted(items: Sized, noun: str, one: str, many: str) -> str:
+    """`1 tensor is`, `5 tensors are`"""
+    return f"{count(items, noun)} {plural(items, one, many)}"
+
+
 def listed(names: Sequence[str]) -> str:
     """`a, b, c`, the first of many names with a count of the rest."""
     rest = len(names) - SHOWN

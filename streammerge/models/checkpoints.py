@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
 from streammerge.compute.expressions import Node, Stored, Viewed, is_stored
-from streammerge.errors import CheckpointError, count, plural
+from streammerge.errors import CheckpointError, count, counted
 from streammerge.formats.files import LFS_POINTER, ByteFile, path_of, read_errors
 from streammerge.formats.pipelines import (
     INDEX,
@@ -273,13 +273,13 @@ def _check_shards(path: Path, forgotten: Mapping[str, list[str]], missing: Seque
     twice = [f"{name}   {', '.join(names)}" for name, names in forgotten.items() if len(names) > 1]
     if twice:
         raise CheckpointError(
-            f"{path}: {count(twice, 'tensor')} {plural(twice, 'is', 'are')} in several shards, and not in the index",
+            f"{path}: {counted(twice, 'tensor', 'is', 'are')} in several shards, and not in the index",
             found=twice,
             advice="Say in the index's weight_map which file is meant, or fetch index and shards again.",
         )
     if missing:
         raise CheckpointError(
-            f"{path}: {count(missing, 'tensor')} {plural(missing, 'is', 'are')} not in the shards that the index names",
+            f"{path}: {counted(missing, 'tensor', 'is', 'are')} not in the shards that the index names",
             found=missing,
             advice="Index and shards are of different models, or a shard is incomplete. Fetch them again.",
         )

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from streammerge.compute.expressions import Node
-from streammerge.errors import PlanError, count, listed, plural
+from streammerge.errors import PlanError, count, counted, listed
 from streammerge.formats.tables import Column, Names
 from streammerge.models.merged import Merged, as_merged
 from streammerge.models.prefixes import beginnings
@@ -132,7 +132,7 @@ def rest_of(names: Sequence[str], layout: Model, modules: tuple[str, ...], polic
     """What becomes of tensors that are in no module: an error, a copy of the layout's, or nothing."""
     if policy == "error":
         raise PlanError(
-            f"{count(names, 'tensor')} {plural(names, 'is', 'are')} in no module",
+            f"{counted(names, 'tensor', 'is', 'are')} in no module",
             found=list(names),
             advice=f"Add a module for them, or one called {DEFAULT} for all that is in no other; or write on_missing: "
             "keep to copy them from the first model that has all modules, on_missing: drop to leave them out.",

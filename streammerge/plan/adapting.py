@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from streammerge.compute.expressions import Node
-from streammerge.errors import PlanError, count, listed, plural
+from streammerge.errors import PlanError, counted, listed
 from streammerge.methods.contract import ParameterValue
 from streammerge.models.adapters.accounts import UNCHANGED, Account, Given, Strength
 from streammerge.models.adapters.adapted import adapted, adapted_in
@@ -114,7 +114,7 @@ def _leaves_out(recipe: Recipe) -> bool:
 def _refuse_lost(lost: list[Account]) -> None:
     if lost:
         raise PlanError(
-            f"{count(lost, 'adapter')} {plural(lost, 'changes', 'change')} nothing that is in the output",
+            f"{counted(lost, 'adapter', 'changes', 'change')} nothing that is in the output",
             found=[f"{account.adapter} in {account.model}   {listed(_tensors(account))}" for account in lost],
             advice="Leave the adapter out, or less of the model: see --only, --drop, --take, --ema and the recipe's "
             "rules. --on-missing keep writes what is asked for, without the adapter.",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from streammerge.errors import CheckpointError, OutputError, count, listed, plural
+from streammerge.errors import CheckpointError, OutputError, counted, listed, plural
 from streammerge.formats.companions import Companion, is_companion_name
 from streammerge.formats.layout import COMPONENT, Component, is_file_name
 from streammerge.formats.pipelines import INDEX, SCHEDULER, index_of, is_variant, named_components
@@ -74,7 +74,7 @@ def check_folder(merged: Merged, recipe: Recipe | None, output: Path, options: O
     strange = sorted(name for name in merged.tensors if name.partition(".")[0] not in root.components)
     if strange:
         raise OutputError(
-            f"{output}: {count(strange, 'tensor')} {plural(strange, 'is', 'are')} of no component that the layout's "
+            f"{output}: {counted(strange, 'tensor', 'is', 'are')} of no component that the layout's "
             f"{INDEX} names, so no config says how to load {plural(strange, 'it', 'them')}",
             found=strange,
             advice=f"Leave {plural(strange, 'it', 'them')} out (--drop GLOB), or have as layout a pipeline that has "

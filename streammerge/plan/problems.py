@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Final
 
 from streammerge.compute.expressions import Node
-from streammerge.errors import SHOWN, PlanError, count, listed, plural
+from streammerge.errors import SHOWN, PlanError, count, counted, listed, plural
 from streammerge.models.architecture import architecture_mismatch
 from streammerge.models.shapes import Shape, are_mixed, common_shape
 from streammerge.recipe.recipe import Recipe
@@ -148,7 +148,7 @@ class Problems:
         for found, (why, advice) in ((self.unreadable, unreadable), (self.uncopied, uncopied)):
             if found:
                 raise PlanError(
-                    f"{count(found, 'tensor')} {plural(found, 'is', 'are')} quantised in a way that streammerge can't "
+                    f"{counted(found, 'tensor', 'is', 'are')} quantised in a way that streammerge can't "
                     f"decode, and {why}",
                     found=found,
                     advice=advice,
@@ -191,7 +191,7 @@ class Problems:
         found = self.misshapen or ([] if merged else [kept for kept in self.kept if not kept.taken])
         if found:
             raise PlanError(
-                f"{count(found, 'tensor')} {plural(found, 'differs', 'differ')} in shape between the models",
+                f"{counted(found, 'tensor', 'differs', 'differ')} in shape between the models",
                 found=list(map(str, found)),
                 advice=hint(found, models) + self._shape_advice(found, recipe, merged),
             )
@@ -200,7 +200,7 @@ class Problems:
         """What some of the models lack."""
         if self.missing:
             raise PlanError(
-                f"{count(self.missing, 'tensor')} {plural(self.missing, 'is', 'are')} not in every model",
+                f"{counted(self.missing, 'tensor', 'is', 'are')} not in every model",
                 found=list(map(str, self.missing)),
                 advice=hint(self.missing, models) + missing_advice(self.missing, layout, models if merged else ()),
             )
@@ -238,8 +238,7 @@ class Problems:
 def _report_unused(unused: Sequence[str], layout: str) -> None:
     if unused:
         raise PlanError(
-            f"{count(unused, 'rule')} {plural(unused, 'matches', 'match')} no tensor of {layout} that an earlier "
-            "rule left",
+            f"{counted(unused, 'rule', 'matches', 'match')} no tensor of {layout} that an earlier rule left",
             found=unused,
             advice="Correct the globs (`streammerge inspect` lists names), or choose another --layout.",
         )

@@ -9,7 +9,7 @@ from typing import Final
 from streammerge.compute.costs import copied_from
 from streammerge.compute.expressions import BLOCK, is_stored
 from streammerge.compute.job import Job
-from streammerge.errors import CheckpointError, OutputError, count, plural
+from streammerge.errors import CheckpointError, OutputError, counted
 from streammerge.formats.descriptors import COPY_BYTES, read_at
 from streammerge.formats.readers import page_aligned
 from streammerge.models.checkpoints import Checkpoint
@@ -55,8 +55,7 @@ class Checker:
         """OutputError that names the tensors that differ, if any do."""
         if self.different:
             raise OutputError(
-                f"{path}: {count(self.different, 'tensor')} {plural(self.different, 'is', 'are')} not what the recipe "
-                "gives",
+                f"{path}: {counted(self.different, 'tensor', 'is', 'are')} not what the recipe gives",
                 found=sorted(self.different),
                 advice="The disk or the memory may be at fault, or the file was made by another recipe. Merge again.",
             )

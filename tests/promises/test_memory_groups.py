@@ -14,14 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.groups import memory_group
 from benchmarks.tools import CannotRun
 from streammerge.cli.main import main
 from streammerge.compute.machine import MIB
-from tests.make.models import make_tensors, normal, raw_bytes, save_models
-from tests.promises.test_memory import POOL, write_model
+from tests.make.large_models import models_of_sizes
+from tests.make.models import make_tensors, save_models
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
 
@@ -48,23 +47,7 @@ def torch_bytes() -> int:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Makes three models of a size, once."""
-    made: dict[int, dict[str, Path]] = {}
-    base = normal((POOL,), 0, torch.float16)
-    pools = [raw_bytes((base.float() + normal((POOL,), seed, scale=0.01)).half()) for seed in (1, 2)]
-
-    def make(megabytes: int) -> dict[str, Path]:
-        if megabytes not in made:
-            folder = tmp_path_factory.mktemp(f"group{megabytes}")
-            made[megabytes] = {
-                name: write_model(folder / f"{name}.safetensors", megabytes, seed, pools[seed - 1], raw_bytes(base))
-                for seed, name in enumerate(("base", "a", "b"))
-            }
-        return made[megabytes]
-
-    yield make
-    for paths in made.values():
-        for path in paths.values():
-            path.unlink()
+    yield from models_of_sizes(tmp_path_factory)
 
 
 def run_in_group(words: Sequence[str], limit: int) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,7 @@ from os import SEEK_CUR, SEEK_END, SEEK_SET
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from streammerge.errors import CheckpointError, count, plural
+from streammerge.errors import CheckpointError, counted
 from streammerge.formats.torchzip.directory import Directory, MalformedZipError, folded, read_at, read_directory
 from streammerge.formats.torchzip.machine import Bounds, Inert, MalformedPickleError, PickledDict, kind
 from streammerge.formats.torchzip.pickles import PickledStorage, PickledTensor, describe_pickle
@@ -298,7 +298,7 @@ def _tensors(state_dict: PickledDict, path: Path) -> dict[str, PickledTensor]:
             unreadable.append(f"{key!r}   its name is not text")
     if unreadable:
         raise CheckpointError(
-            f"{path}: {count(unreadable, 'tensor')} {plural(unreadable, 'is', 'are')} of a kind that can't be read",
+            f"{path}: {counted(unreadable, 'tensor', 'is', 'are')} of a kind that can't be read",
             found=unreadable,
             advice="Make them plain, dense tensors with proper names (or take them out), and save again.",
         )
