@@ -12,15 +12,12 @@ import ctypes
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
-
-if TYPE_CHECKING:
-    from benchmarks.standin import Cards
 
 CPU: Final = torch.device("cpu")
 aten: Final = torch.ops.aten
@@ -34,6 +31,26 @@ WAITING: Final = frozenset(
 CUDA: Final = 1
 META: Final = 14
 """What torch numbers these kinds of device by."""
+
+
+class Cards(Protocol):
+    """What tensors ask of the cards on which they lie."""
+
+    @property
+    def late(self) -> Any:  # noqa: ANN401
+        """The copies of the lane that this thread runs."""
+
+    def name(self, device: Any = None) -> str:  # noqa: ANN401
+        """`cuda:0` for all that means it."""
+
+    def take(self, card: str, nbytes: int) -> None:
+        """So much more of a card's memory is taken; torch's error where there is not so much."""
+
+    def give_back(self, card: str, nbytes: int) -> None:
+        """So much less of it is taken."""
+
+    def look(self, name: str) -> None:
+        """Somebody has to know what lies on a card, and so waits for it."""
 
 
 class Room:
