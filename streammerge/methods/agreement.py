@@ -12,7 +12,7 @@ from streammerge.methods.place import Place, Target
 from streammerge.methods.registry import BlockMethod, Needs, Statistics, method
 from streammerge.methods.sparse import summed
 from streammerge.methods.statistics.deviations import deviation
-from streammerge.methods.statistics.ranking import begin_ranking
+from streammerge.methods.statistics.ranking import begin_ranking, held_by_ranks
 from streammerge.methods.statistics.ranks import Cut, Ranking
 from streammerge.methods.statistics.sums import SumPass, VectorPass, task_vectors
 from streammerge.methods.steps import Step
@@ -98,7 +98,7 @@ def selected(cut: Cut, block: int, inputs: Sequence[Tensor]) -> list[Tensor]:
 @method(
     BlockMethod,
     base="required",
-    statistics=Statistics(sce_statistics, passes=3),
+    statistics=Statistics(sce_statistics, passes=3, held=held_by_ranks(vectors=1)),
     kernel=sce_steps,
     needs=Needs(temporaries=8, float64=True),
 )
@@ -324,7 +324,13 @@ def outside_trust_region(target: Target, parameters: Parameters) -> Any:  # noqa
 @method(
     BlockMethod,
     base="required",
-    statistics=Statistics(outside_trust_region, passes=2, scope="scope", of=("threshold_quantile",)),
+    statistics=Statistics(
+        outside_trust_region,
+        passes=2,
+        held=held_by_ranks(vectors=1, gather=False),
+        scope="scope",
+        of=("threshold_quantile",),
+    ),
     needs=Needs(temporaries=20, float64=True),
 )
 def trust_region(

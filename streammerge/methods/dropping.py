@@ -12,7 +12,7 @@ from streammerge.methods.place import Place, Target
 from streammerge.methods.registry import BlockMethod, Needs, Statistics, method
 from streammerge.methods.results import net
 from streammerge.methods.sparse import banded_kernel, divided, elect_and_sum, l1_pass, merge_step
-from streammerge.methods.statistics.ranking import begin_ranking
+from streammerge.methods.statistics.ranking import begin_ranking, held_by_ranks
 from streammerge.methods.statistics.ranks import Cut, Ranking
 from streammerge.methods.statistics.slices import Slicing
 from streammerge.methods.steps import Kernel, Step
@@ -94,7 +94,7 @@ def band_ranks(elements: int, density: float, gamma: float) -> tuple[int, int]:
 
 BANDED: Any = {
     **GTA,
-    "statistics": Statistics(breadcrumbs_cuts, passes=2),
+    "statistics": Statistics(breadcrumbs_cuts, passes=2, held=held_by_ranks(2)),
     # measured: the heap keeps as much again as is held at once, which two workers have no room for
     "needs": Needs(temporaries=10, temporaries_each=8),
 }

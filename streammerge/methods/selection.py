@@ -11,7 +11,7 @@ from streammerge.methods.contract import Between, ParameterValue, Share
 from streammerge.methods.place import Target
 from streammerge.methods.registry import BlockMethod, Needs, Statistics, method
 from streammerge.methods.statistics.passes import Pass
-from streammerge.methods.statistics.ranking import begin_ranking
+from streammerge.methods.statistics.ranking import begin_ranking, held_by_ranks
 from streammerge.methods.statistics.ranks import Cut, Ranking
 from streammerge.methods.statistics.sending import sent
 from streammerge.methods.statistics.slices import Slicing
@@ -121,8 +121,8 @@ def begin_fusion(target: Target, parameters: Mapping[str, ParameterValue]) -> An
 
 
 def held_by_rows(target: Target, parameters: Mapping[str, ParameterValue]) -> int:
-    """One divergence for each row, in float64."""
-    return 8 * Slicing.of(target.shape, "rows").count
+    """One divergence for each row, in float64, and what the search for the scores' quartiles takes."""
+    return 8 * Slicing.of(target.shape, "rows").count + held_by_ranks(3, vectors=1, gather=False)(target, parameters)
 
 
 @method(
@@ -225,7 +225,7 @@ def interval(low: Cut, high: Cut) -> Interval:
 @method(
     BlockMethod,
     base="required",
-    statistics=Statistics(pcb_contest, passes=4, scope="scope", of=("ratio",)),
+    statistics=Statistics(pcb_contest, passes=4, held=held_by_ranks(2, gather=False), scope="scope", of=("ratio",)),
     needs=Needs(temporaries=12, temporaries_each=6, float64=True),
 )
 def pcb(

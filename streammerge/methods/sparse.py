@@ -9,7 +9,7 @@ from streammerge.methods.contract import Parameters, PerModel, Share
 from streammerge.methods.linear import check_weights
 from streammerge.methods.registry import BlockMethod, Statistics, method
 from streammerge.methods.results import net
-from streammerge.methods.statistics.ranking import begin_ranking
+from streammerge.methods.statistics.ranking import begin_ranking, held_by_ranks
 from streammerge.methods.statistics.ranks import Cut, Ranking
 from streammerge.methods.statistics.sums import L1Pass, SumPass, VectorPass
 from streammerge.methods.steps import Kernel, Step
@@ -87,7 +87,7 @@ def merge_step(weight: Sequence[float], parameters: Parameters, vote: str) -> St
     base="required",
     check=check_weights,
     kernel=ties_steps,
-    statistics=Statistics(trim_to_density, passes=2, scope="scope", of=("density", "rescale")),
+    statistics=Statistics(trim_to_density, passes=2, held=held_by_ranks(), scope="scope", of=("density", "rescale")),
 )
 def ties(
     base: Tensor,

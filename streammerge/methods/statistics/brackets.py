@@ -9,7 +9,7 @@ sends the search to the histograms.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,7 +32,10 @@ LEAST: Final = 2**10
 """Values that are sampled for every block at the least."""
 
 STRIDE: Final = 4
-"""Of so many blocks one is sampled where there are many."""
+"""Of so many blocks one is sampled where there are many; of more if too much would be kept."""
+
+SAMPLED: Final = 2**20
+"""Values that are kept of each vector's sample at the most."""
 
 SMALL: Final = 2**16
 """A tensor of so few elements is gathered whole."""
@@ -48,6 +51,9 @@ SHARE: Final = 8
 
 ROOM: Final = 2**19
 """Values that are gathered for a rank at the most."""
+
+TOGETHER: Final = 2**22
+"""Values that are kept of all samples of a tensor, or gathered for all ranks, at the most."""
 
 BOTTOM: Final = -(2**31)
 TOP: Final = 2**31 - 1
@@ -123,6 +129,7 @@ class Sample(Pass[Any]):
         self.stride = STRIDE if share < LEAST else 1
         self.part = self.stride * max(LEAST, share)
         self.found: dict[int, list[memoryview]] = {}
+        self.kept = 0
         self.counting: Counting = ByTorch()
 
     def wants(self, block: int) -> bool:
@@ -145,34 +152,71 @@ class Sample(Pass[Any]):
         return [found for ((_, found),) in self.ranking.measurable(operands).between(spans, self.part)]
 
     def add(self, block: int, measured: list[memoryview]) -> None:
-        """Keep them."""
+        """Keep them; where that becomes too much, only every other block's from now on, whatever the order."""
+        if not self.wants(block):
+            return
         self.found[block] = measured
+        self.kept += sum(map(len, measured))
+        while self.kept > min(SAMPLED * len(measured), TOGETHER) and len(self.found) > 1:
+            self.stride *= 2
+            self.found = {number: keys for number, keys in self.found.items() if self.wants(number)}
+            self.kept = sum(len(keys) for of in self.found.values() for keys in of)
 
     def finish(self) -> Any:  # noqa: ANN401
         """The pass that gathers what lies between the brackets; or histograms, where all seems to be zero."""
         ranking, brackets = self.ranking, dict[int, Bracket]()
-        vectors = range(len(ranking.searches))
-        samples = [memoryview(bytearray().join(found[i] for found in self.found.values())).cast("i") for i in vectors]
+        samples = list(self._samples())
         if ranking.counts:
             shares = [self.counting.at(sample, 0)[0] / len(sample) for sample in samples]
             if not any(shares):
                 return UpperBits(ranking, len(shares))
             ranking.count([max(round(share * ranking.elements), 1) for share in shares])
         for vector, sample in enumerate(samples):
-            brackets |= {id(search): self._bracket(search, sample) for search in ranking.open_searches(vector)}
+            for search in ranking.open_searches(vector):
+                low, high = self._about(search, len(sample))
+                if (high - low) * ranking.elements > room_for_each(ranking) * len(sample):
+                    return UpperBits(ranking, len(samples))
+                brackets[id(search)] = self._bracket(sample, low, high)
         return Gathering(ranking, brackets)
 
-    def _bracket(self, search: Search, sample: memoryview) -> Bracket:
-        count, share = len(sample), 1 - search.k / self.ranking.elements
+    def _samples(self) -> Iterator[memoryview]:
+        """Each vector's keys in a row; what they are made of is let go one by one."""
+        for vector in range(len(self.ranking.searches)):
+            yield memoryview(bytearray().join(found[vector] for found in self.found.values())).cast("i")
+            for found in self.found.values():
+                found[vector] = memoryview(b"")
+
+    def _about(self, search: Search, count: int) -> tuple[int, int]:
+        """Between which of the sample's values, the least is 1, the rank should lie."""
+        share = 1 - search.k / self.ranking.elements
         spread = share * (1 - share)
         doubt = DEVIATIONS * math.sqrt(spread / count) + UNEVEN * spread / math.sqrt(len(self.found))
-        low, high = math.floor((share - doubt) * count) - 1, math.ceil((share + doubt) * count) + 1
+        return math.floor((share - doubt) * count) - 1, math.ceil((share + doubt) * count) + 1
+
+    def _bracket(self, sample: memoryview, low: int, high: int) -> Bracket:
         least, most = (BOTTOM + 1, TOP - 1) if self.ranking.signed else (0, INFINITE + 1)
         least += self.ranking.counts  # zeros are not ranked
         return Bracket.around(
             max(self.counting.kth(sample, low), least) if low >= 1 else least,
-            max(self.counting.kth(sample, high), least) if high <= count else most,
+            max(self.counting.kth(sample, high), least) if high <= len(sample) else most,
         )
+
+
+def room_for_each(ranking: Ranking) -> int:
+    """How many values are gathered for each of the ranks at the most."""
+    return room_of_one(len(ranking.all()))
+
+
+def room_of_one(ranks: int) -> int:
+    """The same for so many ranks: tensors that are small have room for all."""
+    return min(ROOM, max(TOGETHER // max(ranks, 1), SMALL))
+
+
+def held_by_brackets(elements: int, vectors: int, ranks: int) -> int:
+    """What is held at the most, in bytes, while so many ranks of so many vectors are sought: the sample, of which one
+    vector's is there twice for a moment, or what is gathered."""
+    sample = min(elements * LEAST // SMALL, SAMPLED, TOGETHER // vectors)
+    return 4 * max(sample * (vectors + 1), min(elements // SHARE + SMALL, room_of_one(ranks)) * ranks)
 
 
 def _parted(above: Tensor, inside: Tensor, kept: Tensor) -> list[tuple[int, memoryview]] | None:
@@ -193,11 +237,11 @@ class Gathered:
     The values are kept in memory of their own, because many small tensors would each keep a hole in the heap open.
     """
 
-    def __init__(self, bracket: Bracket, most: int) -> None:
+    def __init__(self, bracket: Bracket, room: int) -> None:
         self.bracket = bracket
         self.above = 0
         self.count = 0
-        self.room = page_aligned(4 * min(most, ROOM)).cast("i")
+        self.room = page_aligned(4 * room).cast("i")
         self.sizes: dict[int, int] = {}
 
     def add(self, block: int, above: int, between: memoryview) -> None:
@@ -237,7 +281,8 @@ class Gathering(Pass[Any]):
         self.nonzero = [0] * len(self.gathered)
 
     def _gathered(self, search: Search, brackets: Mapping[int, Bracket]) -> tuple[Search, Gathered]:
-        return search, Gathered(brackets.get(id(search), Bracket()), self.ranking.elements)
+        room = min(self.ranking.elements, room_for_each(self.ranking))
+        return search, Gathered(brackets.get(id(search), Bracket()), room)
 
     @property
     def brackets(self) -> list[list[Bracket]]:

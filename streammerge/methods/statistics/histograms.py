@@ -37,6 +37,11 @@ def settle(search: Search, counts: memoryview, counting: Counting) -> int:
     return found
 
 
+def held_by_histograms(vectors: int, ranks: int) -> int:
+    """What is held at the most, in bytes: the upper bits' counts, or the lower ones', and those of a block beside."""
+    return 8 * BINS * 2 * max(vectors, ranks)
+
+
 class UpperBits(Pass[Any]):
     """First pass: how many patterns have each value of the upper 16 bits, and how many are not zero."""
 

@@ -6,11 +6,15 @@ A sample tells between which two values each must lie, and one pass counts what 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from streammerge.methods.statistics.brackets import begin_bracketing
-from streammerge.methods.statistics.histograms import UpperBits
+from streammerge.methods.statistics.brackets import begin_bracketing, held_by_brackets
+from streammerge.methods.statistics.histograms import UpperBits, held_by_histograms
 from streammerge.methods.statistics.ranks import Ranking
+
+if TYPE_CHECKING:
+    from streammerge.methods.place import Target
 
 
 def begin_ranking(ranking: Ranking, count: int) -> Any:  # noqa: ANN401
@@ -25,3 +29,14 @@ def begin_ranking(ranking: Ranking, count: int) -> Any:  # noqa: ANN401
             return ranking.result()
     can_gather = ranking.gather and not ranking.wide and not (ranking.signed and ranking.counts)
     return begin_bracketing(ranking) if can_gather else UpperBits(ranking, count)
+
+
+def held_by_ranks(each: int = 1, *, vectors: int | None = None, gather: bool = True) -> Callable[[Target, object], int]:
+    """What a search for so many ranks of each vector holds in bytes: of every task vector, or of so many vectors."""
+
+    def held(target: Target, parameters: object) -> int:
+        count = target.inputs - 1 if vectors is None else vectors
+        histograms = held_by_histograms(count, each * count)
+        return max(histograms, held_by_brackets(target.elements, count, each * count)) if gather else histograms
+
+    return held

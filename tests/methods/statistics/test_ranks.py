@@ -17,6 +17,7 @@ from streammerge.methods.sparse import Trim, trim_to_density
 from streammerge.methods.statistics import brackets as bracketing
 from streammerge.methods.statistics.brackets import BOTTOM as LEAST
 from streammerge.methods.statistics.brackets import Bracket, Gathering, Sample
+from streammerge.methods.statistics.counting import plain
 from streammerge.methods.statistics.histograms import LowerBits, UpperBits
 from streammerge.methods.statistics.passes import Pass
 from streammerge.methods.statistics.ranking import begin_ranking
@@ -29,7 +30,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "gathered whole": {},
     "bracketed": {"SMALL": 4, "SAMPLE": 4, "LEAST": 2},
     "bracketed wrongly": {"SMALL": 1, "SAMPLE": 8, "LEAST": 3},
+    "thinned": {"SMALL": 4, "SAMPLE": 4, "LEAST": 2, "SAMPLED": 6},
     "no room": {"ROOM": 1},
+    "no room, as the sample tells": {"SMALL": 4, "SAMPLE": 4, "LEAST": 2, "ROOM": 1},
 }
 """Constants with which the search goes one way or the other."""
 
@@ -221,12 +224,36 @@ def first_steps(elements: int) -> list[type]:
     return steps
 
 
+def test_a_sample_is_no_larger_for_larger_tensors_nor_otherwise_for_another_order(way):
+    if way != "gathered whole":
+        pytest.skip("is of the real constants")
+    vector, elements = normal((2**14,), 4).abs().view(torch.int32), 2**30
+    kept, measured = [], 0
+    for backwards in (False, True):
+        ranking = Ranking(elements, [[elements // 3]] * 2)
+        ranking.look_for([[elements // 3]] * 2)
+        sample = bracketing.Sample(ranking)
+        assert sample.part
+        blocks = [block for block in range(elements // 2**18) if sample.wants(block)]
+        most = 0
+        for block in reversed(blocks) if backwards else blocks:
+            sample.add(block, [plain(vector[: sample.part])] * 2)
+            most = max(most, sum(len(keys) for found in sample.found.values() for keys in found))
+        assert most <= 2 * bracketing.SAMPLED
+        kept.append(sorted(sample.found))
+        measured = sample.kept // 2
+    assert kept[0] == kept[1]
+    assert measured > bracketing.SAMPLED // 2
+
+
 def test_which_passes_are_made(way):
     steps = first_steps(20_000)
     if way == "gathered whole":
         assert steps == [Gathering]
-    elif way == "bracketed":
+    elif way in ("bracketed", "thinned"):
         assert steps == [Sample, Gathering]
+    elif way == "no room, as the sample tells":
+        assert steps == [Sample, UpperBits, LowerBits]
     else:
         assert steps[-3:] == [Gathering, UpperBits, LowerBits]
 
