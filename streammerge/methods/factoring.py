@@ -1,10 +1,11 @@
-"""The nearest matrices of low rank, as two factors: M ≈ B A with B = U S and A = Vᵀ, of the largest singular values.
+"""The nearest matrices of low rank, as two factors: M ≈ B A = (U S) Vᵀ, of the largest singular values.
 
     of a product    M = L R: QR of both factors, and the decomposition of what is between them; M is never there
     exact           the Gram matrix of the shorter side, in float64: V, and then M V in one more pass over M
     randomized      a subspace of a few directions more, improved twice: no more than the factors is held
 
 However M's eigenvectors are rounded, B A is M projected on some orthonormal directions: at full rank that is M itself.
+Each singular value is shared by its vectors of B and A, so that float16 holds them where it would not hold U S.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from streammerge.errors import MethodError
 from streammerge.methods.contract import Parameters
 from streammerge.methods.decompositions import ITERATIONS, NOTHING, OVERSAMPLING, decompose_at_random, decomposed
-from streammerge.methods.matrices import BAND, PIECE, Tall
+from streammerge.methods.matrices import BAND, PIECE, Tall, greatest
 from streammerge.methods.registry import WholeMethod
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ EXACT_SIDE: Final = 2048
 of a longer one takes more memory and time than most have."""
 
 TOLD: Final = 2
-"""Numbers behind the factors: the norm of what they hold, and of what they don't."""
+"""Numbers behind the factors: the norm of the matrix, and of what they don't hold."""
 
 BEFORE: Final = 2
 """Numbers before singular values: the matrix's norm, and its greatest magnitude."""
@@ -53,9 +54,17 @@ class Factors:
         import torch
 
         rest = math.sqrt(max(self.whole**2 - self.kept**2, 0.0)) if missed is None else missed
-        told = torch.tensor([self.kept, rest], dtype=torch.float64, device=self.left.device)
-        left, right = (self.right, self.left) if turned else (self.left, self.right)
+        told = torch.tensor([self.whole, rest], dtype=torch.float64, device=self.left.device)
+        left, right = reversed(self._shared()) if turned else self._shared()
         return torch.cat([left.reshape(-1), right.T.reshape(-1), told])
+
+    def _shared(self) -> tuple[Tensor, Tensor]:
+        """B and Aᵀ, of which every column of one is about as long as that of the other: powers of two are moved from
+        one to the other, which changes nothing of B A."""
+        lengths, others = (side.square().sum(0).sqrt() for side in (self.left, self.right))
+        there = (lengths > 0) & (others > 0)
+        half = (lengths / others.where(there, 1.0)).where(there, 1.0).frexp().exponent // 2
+        return self.left.ldexp(-half), self.right.ldexp(half)
 
 
 def is_exact(svd: str, rows: int, columns: int) -> bool:
@@ -192,11 +201,11 @@ def _values(matrix: Tall, *, place: Place, rows: int, columns: int, count: int, 
     """‖M‖, the greatest magnitude, and the `count` largest singular values."""
     import torch
 
-    squares, greatest = [0.0], [0.0]
+    squares, sizes = [0.0], [0.0]
     for each in matrix.cuts():
         piece = matrix.piece(each)
         squares.append(float(piece.square().sum()))
-        greatest.append(float(piece.abs().max()))
+        sizes.append(float(piece.abs().max()))
     whole = math.sqrt(math.fsum(squares)) if math.isfinite(max(squares)) else math.nan
     found = torch.zeros(count, dtype=torch.float64, device=matrix.device)
     if count and whole and math.isfinite(whole):
@@ -205,7 +214,7 @@ def _values(matrix: Tall, *, place: Place, rows: int, columns: int, count: int, 
             found = ascending.flip(0)[:count].clamp(min=0).sqrt()
         else:
             found = decompose_at_random(matrix, count, place.generator(0)).values
-    before = torch.tensor([whole, max(greatest)], dtype=torch.float64, device=found.device)
+    before = torch.tensor([whole, max(sizes)], dtype=torch.float64, device=found.device)
     return torch.cat([before, found])
 
 
@@ -268,8 +277,10 @@ def _values_of_products(
     columns: int,
     count: int,
     inner: int = 0,
+    measured: bool = False,
 ) -> Tensor:
-    """The norm of Σᵢ cᵢ Lᵢ Rᵢ, in the place of its greatest magnitude too, and its singular values."""
+    """The norm of Σᵢ cᵢ Lᵢ Rᵢ, its greatest magnitude if that is `measured`, else the norm again, and its singular
+    values."""
     import torch
 
     core = _core(matrices, coefficients)
@@ -277,7 +288,14 @@ def _values_of_products(
     found = torch.zeros(count, dtype=torch.float64, device=whole.device)
     if math.isfinite(float(whole)):
         found = decomposed(torch.linalg.svdvals, core.between)[0][:count]
-    return torch.cat([whole[None], whole[None], found])
+    most = greatest(_sum(core, rows, columns)) if measured else float(whole)
+    return torch.cat([whole[None], whole.new_tensor([most]), found])
+
+
+def _sum(core: _Core, rows: int, columns: int) -> Tall:
+    """The sum of products itself, some rows at a time."""
+    right = core.between @ core.right.T
+    return Tall.of(rows, columns, right.device, lambda piece: core.left[piece] @ right)
 
 
 # ── what they take ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -302,7 +320,8 @@ def _held_of_products(target: Target, parameters: Parameters) -> int:
     """Both sides' factors, as they are read, side by side, and orthonormal; the matrices between them."""
     rows, columns = _number(parameters, "rows"), _number(parameters, "columns")
     inner, rank = _number(parameters, "inner"), _number(parameters, "rank", "count")
-    return 8 * (4 * (rows + columns) * inner + 6 * inner * inner + 4 * (rows + columns) * rank)
+    pieces = 2 * min(max(PIECE, columns), rows * columns) + columns * inner if parameters.get("measured") else 0
+    return 8 * (4 * (rows + columns) * inner + 6 * inner * inner + 4 * (rows + columns) * rank + pieces)
 
 
 def _number(parameters: Parameters, *names: str) -> int:

@@ -76,7 +76,7 @@ class Ledger(Progress):
     """What is finished, and what was found in it.
 
     `found` was on the disk when the run began: it counts as done and needn't be made again. `findings` are of all.
-    `factored` has of matrices whose factors this run has made the norms of what these hold, and of what they don't.
+    `factored` has of matrices whose factors this run has made their norms, and those of what the factors miss.
     """
 
     def __init__(self, total_bytes: int = 0, found: Entry | None = None) -> None:
@@ -131,10 +131,10 @@ class Ledger(Progress):
                 moved, length = self.changes.get(job.name, (0.0, 0.0))
                 self.changes[job.name] = moved + change[0], length + change[1]
 
-    def tell(self, name: str, kept: float, missed: float) -> None:
-        """The factors of the matrix of this name hold a part of this norm, and miss one of that."""
+    def tell(self, name: str, norm: float, missed: float) -> None:
+        """The matrix of this name has this norm, and what its factors miss has that."""
         with self.lock:
-            self.factored[name] = kept, missed
+            self.factored[name] = norm, missed
 
     def take(self) -> Entry:
         """What was finished since this was last asked."""

@@ -39,8 +39,8 @@ class SharedWork(MergeWork):
         from streammerge.methods.factoring import TOLD  # late: few merges have factors
 
         if self.whole is not None:
-            kept, missed = self.survey.known[id(self.whole)][-TOLD:].tolist()
-            self.ledger.tell(self.whole.name, kept, missed)
+            norm, missed = self.survey.known[id(self.whole)][-TOLD:].tolist()
+            self.ledger.tell(self.whole.name, norm, missed)
 
 
 class _Part(MergeWork):

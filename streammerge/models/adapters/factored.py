@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from streammerge.compute.expressions import ByBlock, ByWhole, Node
@@ -181,14 +182,22 @@ class Factored:
 
         return made
 
-    def _applied(self, part: Part, info: TensorInfo, own: Parameters, *methods: WholeMethod) -> ByWhole:
-        """One of the methods on the part's matrix, or the other on the products whose sum it is."""
-        of_matrix, of_products = methods
+    def _applied(
+        self,
+        part: Part,
+        info: TensorInfo,
+        own: Parameters,
+        of_matrix: WholeMethod,
+        of_products: WholeMethod,
+        asked: Parameters = MappingProxyType({}),
+    ) -> ByWhole:
+        """One of the methods on the part's matrix, or the other on the products whose sum it is, of which more may be
+        asked."""
         (rows, columns), products = part.matrix, part.products
         sizes: Parameters = {"rows": rows, "columns": columns, **own}
         if products is not None:
             coefficients, factors = products
-            more: Parameters = {**sizes, "coefficients": coefficients, "inner": _inner(factors)}
+            more: Parameters = {**sizes, **asked, "coefficients": coefficients, "inner": _inner(factors)}
             return ByWhole(info, of_products, more, factors, part.name)
         node = in_shape(part.make(), part.matrix)
         return ByWhole(info, of_matrix, {**sizes, "svd": self.rule.svd}, (node,), part.name)
@@ -208,7 +217,8 @@ class Factored:
             part = parts[name]
             wanted = self._values_wanted(part)
             info = described(DTYPES["F32"], (BEFORE + wanted,))
-            node = self._applied(part, info, {"count": wanted}, VALUES, VALUES_OF_PRODUCTS)
+            own: Parameters = {"count": wanted}
+            node = self._applied(part, info, own, VALUES, VALUES_OF_PRODUCTS, {"measured": self.rule.min_diff > 0})
             return Decision(name, "merged", "measured", info, node)
 
         return Decisions(parts, decide)

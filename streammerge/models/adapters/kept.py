@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A matrix of which factors are written, of this rank: the norms of what they hold, and of what they miss.
+    """A matrix of which factors are written, of this rank: its norm, and that of what they miss.
 
     Both are None where an earlier run has written the factors.
     """
@@ -21,7 +21,7 @@ class Kept:
     name: str
     shape: tuple[int, ...]
     rank: int
-    kept: float | None = None
+    norm: float | None = None
     missed: float | None = None
 
     @property
@@ -30,17 +30,17 @@ class Kept:
         return error_of([self])
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; the energy is the share of the squares of all singular values."""
+        """Plain values; the energy is the share of the squares of all singular values, less where they are clamped."""
         energy = None if self.error is None else 1 - self.error**2
         own = {"module": self.name, "shape": list(self.shape), "rank": self.rank}
-        return {**own, "norm": self.kept, "missed": self.missed, "error": self.error, "energy": energy}
+        return {**own, "norm": self.norm, "missed": self.missed, "error": self.error, "energy": energy}
 
 
 def error_of(kept: Sequence[Kept]) -> float | None:
     """The relative error of all of them together; None if nothing is known."""
-    known = [(each.kept, each.missed) for each in kept if each.kept is not None and each.missed is not None]
+    known = [(each.norm, each.missed) for each in kept if each.norm is not None and each.missed is not None]
     missed = math.hypot(*(one for _, one in known))
-    whole = math.hypot(missed, *(one for one, _ in known))
+    whole = math.hypot(*(one for one, _ in known))
     return (missed / whole if whole else 0.0) if known else None
 
 

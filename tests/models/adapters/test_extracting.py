@@ -169,6 +169,60 @@ def test_what_the_report_says_is_true(tmp_path):
         assert each["rank"] == 1 or shares[each["rank"] - 2] < 0.7
 
 
+@pytest.mark.parametrize("scale", [3e-8, 1e5])
+def test_float16_holds_factors_of_small_and_of_large_differences(tmp_path, scale):
+    """U S of the one would be lost below float16's least number, of the other beyond its greatest."""
+    base = {"w.weight": torch.zeros(60, 40)}
+    tuned = {"w.weight": numbers(60, 4, seed=1) @ numbers(4, 40, seed=2) * scale}
+    save_model(tmp_path / "base.safetensors", base)
+    save_model(tmp_path / "tuned.safetensors", tuned)
+    found = load_model(extract(tmp_path, "--rank", "4", "--dtype", "fp16", "--names", "comfy"))
+    up, down = (found[f"diffusion_model.w.lora_{part}.weight"] for part in ("up", "down"))
+    error = up.double() @ down.double() - tuned["w.weight"].double()
+    assert float(error.norm() / tuned["w.weight"].double().norm()) < 1e-3
+    sides = up.double().norm(dim=0) / down.double().norm(dim=1)
+    assert all(0.5 <= float(each) < 2 for each in sides)
+
+
+@pytest.mark.parametrize("quantile", ["0.95", "0.8"])
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40)])
+def test_what_is_clamped_counts_in_the_report(tmp_path, quantile, shape):
+    base, tuned = models(tmp_path, shapes={"w.weight": shape})
+    report = tmp_path / "r.json"
+    words = ["--rank", "5", "--clamp-quantile", quantile, "--names", "comfy", "--report", str(report)]
+    found = load_model(extract(tmp_path, *words))
+    up, down = (found[f"diffusion_model.w.lora_{part}.weight"].double() for part in ("up", "down"))
+    right = tuned["w.weight"].double() - base["w.weight"].double()
+    error = float((up @ down - right).norm() / right.norm())
+    [told] = json.loads(report.read_text())["factored"]["modules"]
+    assert told["error"] == pytest.approx(error, rel=1e-4)
+    assert told["energy"] == pytest.approx(1 - error**2, rel=1e-3)
+    assert told["norm"] == pytest.approx(float(right.norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize(("share", "is_written"), [(1.01, False), (0.99, True)])
+def test_the_least_difference_is_that_of_elements_of_adapters_too(tmp_path, share, is_written):
+    """What a LoRA in a model adds is never made where it is decomposed; its greatest element is."""
+    save_model(tmp_path / "base.safetensors", {"blocks.0.w.weight": numbers(600, 1200)})
+    up, down = numbers(600, 2, seed=1), numbers(2, 1200, seed=2)
+    lora = {f"lora_unet_blocks_0_w.lora_{part}.weight": tensor for part, tensor in (("up", up), ("down", down))}
+    save_model(tmp_path / "lora.safetensors", lora)
+    base = str(tmp_path / "base.safetensors")
+    recipe = {
+        "merge_method": "task_arithmetic",
+        "base_model": base,
+        "models": [{"model": base, "name": "tuned", "adapters": [{"adapter": str(tmp_path / "lora.safetensors")}]}],
+        "low_rank": {"rank": 4, "min_diff": float((up @ down).abs().max()) * share},
+    }
+    out = tmp_path / "out.safetensors"
+    if is_written:
+        streammerge.merge(recipe, output=out, sync=False)
+        assert out.exists()
+    else:
+        with pytest.raises(PlanError, match="no difference is larger than"):
+            streammerge.merge(recipe, output=out, sync=False)
+
+
 def test_a_picture_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     models(tmp_path)
