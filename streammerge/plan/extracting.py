@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 from streammerge.compute.combining import combine
 from streammerge.compute.expressions import Node, Term
@@ -14,8 +16,8 @@ from streammerge.compute.parts import joined, rows_of
 from streammerge.errors import PlanError, count, listed, plural
 from streammerge.formats.companions import Companion
 from streammerge.models.adapters.config import IN_METADATA
-from streammerge.models.adapters.dialects import DIALECTS, Dialect
-from streammerge.models.adapters.factored import Factored, Part
+from streammerge.models.adapters.dialects import DIALECTS, PEFT, Dialect
+from streammerge.models.adapters.factored import ALWAYS, Factored, Part
 from streammerge.models.adapters.naming import (
     NO_VECTORS,
     TRANSPOSED,
@@ -25,8 +27,9 @@ from streammerge.models.adapters.naming import (
     tensor_names,
     usual_dialect,
 )
-from streammerge.models.adapters.peft_config import config_of_ranks, task_of
+from streammerge.models.adapters.peft_config import config_of_ranks, is_taken, task_of
 from streammerge.models.adapters.ranks import LowRank
+from streammerge.models.adapters.saved import Saved, saved_of
 from streammerge.models.dialects import Naming, Source
 from streammerge.models.hub import SCHEME, HubName, name_of
 from streammerge.models.merged import Merged
@@ -36,6 +39,10 @@ from streammerge.recipe.recipe import Recipe
 from streammerge.tensors import DTYPES, DType, Model, described
 
 NO_KERNELS: Final = "kernels larger than 1: --conv-rank R"
+
+NOT_TAKEN: Final = "PEFT takes no factors of them in models of this type: --names comfy"
+
+NEEDS_FACTORS: Final = "PEFT has biases of modules that have factors"
 
 WIDE: Final = ("F16", "BF16", "F32", "F64")
 """Dtypes that factors may have; of all others they are float16."""
@@ -116,11 +123,14 @@ class _Extraction:
         return merged_of(made, self.merged, self._remarks(), self._companions, stated)
 
     def _parts(self) -> Iterator[Part]:
-        fates = {name: fate.action for name, fate in self.merged.decisions.told()}
         for module in modules_of(self.base.tensors, self.dialect):
-            actions = {fates.get(name) for name in module.source.tensors}
-            if actions == {"merged"} and module.source.info.elements:
+            if self._merged.issuperset(module.source.tensors) and module.source.info.elements:
                 yield self._part(module)
+
+    @functools.cached_property
+    def _merged(self) -> frozenset[str]:
+        """The names of what is merged."""
+        return frozenset(name for name, fate in self.merged.decisions.told() if fate.action == "merged")
 
     def _part(self, module: Module) -> Part:
         info, reason = module.source.info, module.reason
@@ -129,7 +139,9 @@ class _Extraction:
             names, reason = {}, NO_VECTORS
         if "up" in names and self.rule.conv_rank == 0 and self.rule.most(info.shape) == 0:
             names, reason = {}, NO_KERNELS
-        return Part(
+        if self.dialect == "peft" and not is_taken(self._config, module.name):
+            names, reason = {}, NOT_TAKEN
+        part = Part(
             module.key,
             names,
             info.shape,
@@ -139,6 +151,37 @@ class _Extraction:
             self._is_turned(module),
             reason,
         )
+        return self._as_saved(part, module.source.tensors[0])
+
+    def _as_saved(self, part: Part, name: str) -> Part:
+        """The part, held whole where PEFT's adapters do so."""
+        saved = self._saved.get(name)
+        if saved is None:
+            return replace(part, reason=NO_VECTORS) if name in self._vectors else part
+        return replace(
+            part,
+            name=name,
+            names={"saved": saved.called(name)},
+            turned=False,
+            reason=NEEDS_FACTORS if saved.beside else "",
+            whole=lambda: self.merged.nodes[name],
+            group=ALWAYS if saved.is_head else "" if saved.beside else "vectors",
+            needs=f"{PEFT}{saved.beside}" if saved.beside else "",
+        )
+
+    @functools.cached_property
+    def _vectors(self) -> Mapping[str, Saved]:
+        """What is held whole if vectors are asked for, by the names of tensors: of modules all that they have."""
+        if self.dialect != "peft":
+            return {}
+        found = saved_of(self.base.tensors, self._of_model.get("task_type"), vectors=True)
+        lacking = {saved.module for name, saved in found.items() if saved.module and name not in self._merged}
+        return {name: saved for name, saved in found.items() if saved.module not in lacking}
+
+    @functools.cached_property
+    def _saved(self) -> Mapping[str, Saved]:
+        """What is held whole: of that, heads in any case."""
+        return {name: saved for name, saved in self._vectors.items() if saved.is_head or self.rule.biases}
 
     @property
     def _names(self) -> str:
@@ -187,20 +230,42 @@ class _Extraction:
         """PEFT's config; None for adapters that are files."""
         if self.dialect != "peft":
             return None
-        ranks = {part.name.removesuffix(".weight"): made.ranks[part.name] for part in made.written}
+        factored = (part for part in made.written if part.has_factors)
+        ranks = {part.name.removesuffix(".weight"): made.ranks[part.name] for part in factored}
         turned = any(map(self._lies_transposed, ranks))
-        return (config_of_ranks(ranks, fan_in_fan_out=turned, of_model=self._of_model),)
+        of_model = {**self._of_model, **self._said_of_saved([part.name for part in made.written if part.whole])}
+        return (config_of_ranks(ranks, fan_in_fan_out=turned, of_model=of_model),)
+
+    def _said_of_saved(self, names: Collection[str]) -> dict[str, Any]:
+        """What PEFT's config says of tensors that are held whole; of the task nothing where its head isn't there."""
+        saved = [self._saved[name] for name in names]
+        heads = saved_of(self.base.tensors, self._of_model.get("task_type"), vectors=False)
+        said: dict[str, Any] = {} if set(names).issuperset(heads) else {"task_type": None}
+        if modules := sorted({each.module for each in saved if each.module}):
+            said["modules_to_save"] = modules
+        if any(each.beside for each in saved):
+            said["bias"] = "all"
+        return said
 
     @property
+    def _folder(self) -> Path | None:
+        """Where the base is; None if it is no file."""
+        path: Path | None = getattr(beneath(self.base), "path", None)
+        return path if path is None or path.is_dir() else path.parent
+
+    @functools.cached_property
+    def _config(self) -> Mapping[str, Any]:
+        """What the base's config.json says."""
+        return stated_in(self._folder) if self._folder is not None else {}
+
+    @functools.cached_property
     def _of_model(self) -> dict[str, str]:
         """What PEFT's config says of the base: its name on the hub or in its own config, and its task; a path is none
         of that, because it is of this machine."""
-        path = getattr(beneath(self.base), "path", None)
-        if path is None:
+        if self._folder is None:
             return {}
-        folder = path if path.is_dir() else path.parent
-        config = stated_in(folder)
-        named = name_of(folder) or HubName.of(f"{SCHEME}{config.get('_name_or_path', '')}")
+        config = self._config
+        named = name_of(self._folder) or HubName.of(f"{SCHEME}{config.get('_name_or_path', '')}")
         said = {"base_model_name_or_path": named.name, "revision": named.revision} if named is not None else {}
         return {key: value for key, value in {**said, "task_type": task_of(config)}.items() if value}
 

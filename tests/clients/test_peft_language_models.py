@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from streammerge.cli.main import main
 from tests.clients.test_peft_adapters import tensors_of
@@ -51,6 +52,41 @@ CONFIGS = {
     "tokens of each": lambda: lora(trainable_token_indices={"embed_tokens": [5, 4, 9], "lm_head": [2]}),
     "tokens alone": lambda: peft.TrainableTokensConfig(token_indices=[8, 1], target_modules=["embed_tokens"]),
 }
+
+SMALL: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+MODELS = {
+    "a head that is saved": lambda: transformers.BertForSequenceClassification(
+        transformers.BertConfig(**SMALL, intermediate_size=24)
+    ),
+    "biases": lambda: transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(**SMALL, intermediate_size=24, num_key_value_heads=2)
+    ),
+    "transposed": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=16)
+    ),
+    "tables of positions": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(d_model=16, d_ff=24, num_layers=1, num_heads=2, d_kv=8, vocab_size=32)
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_an_extraction_of_full_rank_is_the_tuned_model(tmp_path, case):
+    """With norms, biases and heads, which PEFT reads as whole tensors."""
+    transformers.set_seed(0)
+    model = MODELS[case]()
+    model.save_pretrained(tmp_path / "base")
+    for number, parameter in enumerate(model.parameters()):
+        parameter.data += normal(parameter.shape, number, scale=0.05)
+    model.save_pretrained(tmp_path / "tuned")
+    words = [str(tmp_path / "tuned"), str(tmp_path / "base"), "-o", str(tmp_path / "adapter"), "--rank", "1000"]
+    assert main(["extract", *words, "--biases", "-q"]) == 0
+    base = type(model).from_pretrained(tmp_path / "base")
+    made = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(made[name], tensor, atol=3e-6), name
+
 
 OF_HEADS = ("embeddings and the head", "DoRA of the head", "saved modules", "tokens of each", "tokens alone")
 

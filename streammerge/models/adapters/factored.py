@@ -46,6 +46,10 @@ WHOLES: Final = 64
 """Of so many matrices the expression of the factors is at hand: that of one has to be the same for both factors."""
 
 
+ALWAYS: Final = "always"
+"""The group of what is written wherever anything is."""
+
+
 def _filled(zero: Tensor, *, value: float) -> Tensor:
     """θ = value"""
     return zero + value
@@ -58,9 +62,10 @@ FILLED: Final = BlockMethod("filled", (), "none", (1, 1), "θ = value", function
 class Part:
     """What an adapter has of a difference of this shape: a matrix's factors, or all of it.
 
-    `names` are those of the tensors that are written, by their roles: up, down and perhaps alpha, or diff. There are
-    none of what is only looked at, and `reason` says why. `make` gives the difference; if it is `turned`, the factors
-    are those of its transpose. `why` is how the difference is made.
+    `names` are those of the tensors that are written, by their roles: up, down and perhaps alpha, or diff, or saved.
+    There are none of what is only looked at, and `reason` says why. `make` gives the difference; if it is `turned`, the
+    factors are those of its transpose. `why` is how the difference is made. What is saved is what `whole` gives, with
+    all of its `group` if any of that differs (in `ALWAYS` with any part), but not without the part that it `needs`.
     """
 
     name: str
@@ -71,6 +76,9 @@ class Part:
     why: str
     turned: bool = False
     reason: str = ""
+    whole: Callable[[], Node] | None = None
+    group: str = ""
+    needs: str = ""
 
     @property
     def has_factors(self) -> bool:
@@ -141,12 +149,25 @@ class Factored:
     @functools.cached_property
     def written(self) -> Sequence[Part]:
         """The parts that are written: those with names, and with a difference as far as that is known."""
-        return [part for part in self.parts if part.names and self.ranks[part.name]]
+        return [part for part in self.parts if self._has_place(part) and self.ranks[part.name]]
+
+    def _has_place(self, part: Part) -> bool:
+        """Whether a part has names, and what it needs is written."""
+        return bool(part.names) and (not part.needs or part.needs in self._with_factors)
+
+    @functools.cached_property
+    def _with_factors(self) -> frozenset[str]:
+        """The parts of which factors are written, by their names."""
+        return frozenset(part.name for part in self.parts if part.has_factors and self.ranks[part.name])
 
     @functools.cached_property
     def ranks(self) -> Mapping[str, int]:
-        """Every part's rank, at the most if nothing was measured; 1 of what has none, 0 of what does not differ."""
-        return {part.name: self._rank(part) for part in self.parts}
+        """Every part's rank, at the most if nothing was measured; 1 of what has none, 0 of what does not differ, nor
+        any of its group."""
+        own = {part.name: self._rank(part) for part in self.parts}
+        groups = {part.group for part in self.parts if part.names and own[part.name]}
+        there = groups - {""} | ({ALWAYS} if groups else set())
+        return {part.name: own[part.name] or int(part.group in there) for part in self.parts}
 
     def _rank(self, part: Part) -> int:
         most = self._most(part) if part.has_factors else 1
@@ -161,7 +182,7 @@ class Factored:
         rank, why = self.ranks[part.name], part.why
         info = part.info(role, rank)
         if not part.has_factors:
-            return Decision(name, "merged", why, info, in_shape(part.make(), part.shape))
+            return Decision(name, "merged", why, info, in_shape((part.whole or part.make)(), part.shape))
         why = f"{why}, rank {rank}"
         if role == "alpha":
             return Decision(name, "merged", why, info, ByBlock(info, FILLED, {"value": float(rank)}, (zeros(()),)))
@@ -289,7 +310,7 @@ class Factored:
         """What has no place in the adapter, and differs, or may do so: a sentence for each reason."""
         reasons: dict[str, list[str]] = {}
         for part in self.parts:
-            if not part.names and self.ranks[part.name]:
+            if not self._has_place(part) and self.ranks[part.name]:
                 reasons.setdefault(part.reason, []).append(part.name)
         for reason, names in reasons.items():
             differ = "may differ" if self.spectra is None else plural(names, "differs", "differ")

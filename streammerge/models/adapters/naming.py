@@ -31,15 +31,19 @@ from streammerge.models.dialects.unets import UNET
 from streammerge.tensors import TensorInfo
 
 _EMBEDDING: Final = re.compile(
-    r"(?:.*\.)?(?:(?:\w*_)?emb(?:s|ed|eds|edding|eddings)?|embed_(?!out)\w+|\w*embeddings?|wte|wpe|shared)"
+    r"(?:.*\.)?(?:(?:\w*_)?emb(?:s|ed|eds|edding|eddings)?|embed_(?!out)\w+|\w*embeddings?|wte|wpe|shared"
+    r"|relative_attention_bias)"
 )
 """The names of modules that are tables of words or of positions, and of some that are convolutions of patches."""
 
 TRANSPOSED: Final = re.compile(r"(?:.*\.)?(?:c_attn|c_proj|c_fc|q_attn)")
 """The modules of GPT-2 and its kin whose weights lie transposed."""
 
+DECODER: Final = "decoder.block."
+"""The beginning of names that T5 has as a language model, and not as a text encoder."""
+
 NO_VECTORS: Final = "biases, norms and other vectors: --biases"
-NO_PLACE: Final = "PEFT has no place for vectors, nor has diffusers: --names comfy"
+NO_PLACE: Final = "PEFT has no place for such vectors, nor has diffusers for any: --names comfy"
 NO_NAME: Final = "no program has names for them in adapters"
 NO_TABLES: Final = "kohya's tools and diffusers have no factors of embeddings: --names comfy"
 NOT_FOUND: Final = "it could not be told again which tensors these names mean"
@@ -63,7 +67,7 @@ class Module:
 def usual_dialect(tensors: Mapping[str, TensorInfo]) -> Dialect:
     """Whose names adapters of such a model have as a rule."""
     known = recognise(tensors)
-    if known is None:
+    if known is None or any(name.startswith(DECODER) for name in tensors):
         return "peft" if embedding_and_head(tensors)[0] else "comfy"
     denoiser = known.component("denoiser")
     return "kohya" if denoiser is None or denoiser.kind is UNET else "comfy"

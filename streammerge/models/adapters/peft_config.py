@@ -36,6 +36,17 @@ TASKS: Final[Mapping[str, str]] = {
 """What PEFT calls the tasks of models, by how the names of their classes end."""
 
 
+RECURRENT: Final = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
+"""The types of models of which PEFT takes no factors of the modules below."""
+
+UNTAKEN: Final = frozenset({"out_proj", "conv1d"})
+
+
+def is_taken(config: Mapping[str, Any], module: str) -> bool:
+    """Whether PEFT takes factors of a module of a model with this config.json."""
+    return config.get("model_type") not in RECURRENT or module.rpartition(".")[2] not in UNTAKEN
+
+
 def task_of(config: Mapping[str, Any]) -> str | None:
     """What PEFT calls the task of a model with this config.json; None where that doesn't tell."""
     found = config.get("architectures")
