@@ -232,6 +232,12 @@ class _Extraction:
             return None
         factored = (part for part in made.written if part.has_factors)
         ranks = {part.name.removesuffix(".weight"): made.ranks[part.name] for part in factored}
+        if not ranks:
+            raise PlanError(
+                "nothing differs that has factors, and PEFT reads no adapter of norms, biases and heads alone",
+                found=[part.name for part in made.written],
+                advice="Use --names comfy, which writes differences.",
+            )
         turned = any(map(self._lies_transposed, ranks))
         of_model = {**self._of_model, **self._said_of_saved([part.name for part in made.written if part.whole])}
         return (config_of_ranks(ranks, fan_in_fan_out=turned, of_model=of_model),)

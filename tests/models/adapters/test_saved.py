@@ -119,6 +119,21 @@ def test_heads_of_tasks_are_whole(tmp_path, head, differs):
     assert all(torch.allclose(made[name], tensor, atol=1e-6) for name, tensor in tuned.items() if tensor.ndim > 1)
 
 
+def test_norms_alone_are_no_adapter_of_pefts(tmp_path, capsys):
+    base, tuned = two()
+    vectors = {name: tensor for name, tensor in tuned.items() if "norm" in name}
+    for name, tensors in (("base", base), ("tuned", {**base, **vectors})):
+        save_model(tmp_path / f"{name}.safetensors", tensors)
+    words = ["extract", str(tmp_path / "tuned.safetensors"), str(tmp_path / "base.safetensors"), "--rank", "2"]
+    asked = ["--biases", "-o", str(tmp_path / "out")]
+    assert main([*words, *asked]) == 1
+    said = capsys.readouterr().err
+    assert "PEFT reads no adapter of norms, biases and heads alone" in said
+    assert "model.norm.weight" in said
+    assert not (tmp_path / "out").exists()
+    assert main([*words, *asked[:-1], str(tmp_path / "out.safetensors"), "--names", "comfy", "-q"]) == 0
+
+
 def test_without_its_head_an_adapter_is_for_no_task(tmp_path):
     found, said = extracted(tmp_path, *two(HEAD), CLASSIFIER, "--drop", "score.*")
     assert said["task_type"] is None
