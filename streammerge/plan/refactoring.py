@@ -25,11 +25,11 @@ from streammerge.methods.registry import Method
 from streammerge.models.adapters.changes import Change
 from streammerge.models.adapters.decompositions import SAVED
 from streammerge.models.adapters.dialects import Dialect
-from streammerge.models.adapters.factored import Factored, Part
+from streammerge.models.adapters.factored import ALWAYS, Factored, Part
 from streammerge.models.adapters.files import Adapter, read_adapter
 from streammerge.models.adapters.matching import BAKE
 from streammerge.models.adapters.parts import sorted_parts
-from streammerge.models.adapters.peft_config import config_of_ranks
+from streammerge.models.adapters.peft_config import OF_SAVED, config_of_ranks, said_alike
 from streammerge.models.adapters.products import as_lora
 from streammerge.models.adapters.together import Together
 from streammerge.models.checkpoints import Checkpoint
@@ -149,6 +149,8 @@ class _Refactoring:
 
     def _part(self, module: str, part: str) -> Part:
         [(_, first), *_] = self._changes(module, part)
+        if first.is_saved:
+            return self._saved(module, part, first)
         return Part(
             module if part == "weight" else f"{module}.{part}",
             self._names(module, part, first),
@@ -158,6 +160,14 @@ class _Refactoring:
             self.method.name,
             self.together.is_turned(module),
         )
+
+    def _saved(self, module: str, part: str, change: Change) -> Part:
+        """What the one adapter that there is has saved whole: it stays what it is."""
+        [own] = self.together.own(module)
+        name = own.roles["bias" if part == "bias" else "weight" if "weight" in own.roles else "base"]
+        dtype = factors_dtype(self.recipe, own.file.checkpoint.tensors[name].dtype)
+        made, why = (lambda: change.value), "saved whole"
+        return Part(name, {"saved": name}, change.shape, dtype, made, why, whole=made, group=ALWAYS)
 
     def _merged(self, module: str, part: str, shape: tuple[int, ...]) -> Node:
         """What becomes of a module's part, as an expression."""
@@ -218,6 +228,9 @@ class _Refactoring:
             change = own.change(part) if own.adapter in having else None
             if change is None:
                 continue
+            if change.is_saved:
+                yield from self._problems_of_saved(own.module, own.adapter)
+                continue
             made = as_lora(change) if own.rows else change
             first = first or (None if own.rows else made)
             if not change.is_linear:
@@ -226,6 +239,12 @@ class _Refactoring:
                 yield f"{own.module}   of {own.adapter} is {change.kind}, and rows of {module}: only LoRAs may be"
             elif first and not own.rows and not _fit(made, first):
                 yield f"{module}   is {list(first.shape)}, and of {own.adapter} {list(made.shape)}"
+
+    def _problems_of_saved(self, module: str, adapter: str) -> Iterator[str]:
+        """Why a module that is saved whole can't be in the output: it can be where it stays what it is."""
+        is_alone = len(self.together.adapters) == 1 and self.method.name == "linear"
+        if not (is_alone and self._weights(module)[adapter] == 1 and self.together.is_pefts):
+            yield f"{module}   of {adapter} is saved whole, which one adapter that is resized keeps, of weight 1"
 
     def _remarks(self) -> Iterator[str]:
         for module, _ in self._modules():
@@ -242,7 +261,11 @@ class _Refactoring:
         if not self.together.is_pefts:
             return None
         ranks = {part.name: made.ranks[part.name] for part in made.written if part.has_factors}
-        return (config_of_ranks(ranks, self.together.configs),)
+        of_model = said_alike(self.together.configs)
+        if any(part.whole for part in made.written):
+            [config] = self.together.configs
+            of_model |= {key: config.said[key] for key in OF_SAVED if key in config.said}
+        return (config_of_ranks(ranks, self.together.configs, of_model=of_model),)
 
 
 def _fit(one: Change, other: Change) -> bool:

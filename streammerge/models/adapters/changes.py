@@ -30,6 +30,10 @@ Way = Literal["add", "multiply", "add multiplied", "replace"]
 to is added to it; or another stands in its place."""
 
 
+SAVED_WHOLE: Final = "saved"
+"""The kind of what PEFT saves whole."""
+
+
 def _multiply(one: Tensor, other: Tensor) -> Tensor:
     """θ = a ⊙ b"""
     return one * other
@@ -88,6 +92,11 @@ class Change:
     def is_linear(self) -> bool:
         """Whether it adds what doesn't depend on the tensor."""
         return self.magnitude is None and self.way == "add" and not self.factors
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether it is the tensor itself, as PEFT saves modules."""
+        return self.kind == SAVED_WHOLE
 
     @property
     def can_be_turned(self) -> bool:

@@ -14,7 +14,7 @@ from typing import Final
 from streammerge.compute.expressions import ByBlock, Node, Product, Viewed
 from streammerge.compute.matrices import permuted, transposed, vector, zeros
 from streammerge.compute.parts import in_shape, rows_of
-from streammerge.models.adapters.changes import MULTIPLY, Change
+from streammerge.models.adapters.changes import MULTIPLY, SAVED_WHOLE, Change
 from streammerge.models.adapters.experts import of_parameter
 from streammerge.models.adapters.modules import Changes, Malformed, Module
 from streammerge.models.adapters.rotations import input_butterfly, input_rotation, rotation
@@ -212,7 +212,7 @@ def _whole(module: Module) -> Changes:
             node, adds = module.part(role), role.startswith("diff")
             if part in found:
                 raise _twice(module, part)
-            kind = "saved" if role in SAVED else "difference"
+            kind = SAVED_WHOLE if role in SAVED else "difference"
             found[part] = Change(kind, node.info.shape, node, "add" if adds else "replace")
     return found
 

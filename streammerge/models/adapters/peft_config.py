@@ -27,6 +27,9 @@ BEGUN: Final[Mapping[str, Any]] = {
 OF_MODELS: Final = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")
 """What the config of an adapter says of its model, and is true of others that are made of it."""
 
+OF_SAVED: Final = ("modules_to_save", "bias")
+"""What the config says of tensors that are held whole."""
+
 TASKS: Final[Mapping[str, str]] = {
     "ForCausalLM": "CAUSAL_LM",
     "ForSequenceClassification": "SEQ_CLS",

@@ -169,3 +169,33 @@ def test_t5_as_a_language_model_has_pefts_names(tmp_path):
     assert f"decoder.{attention}.relative_attention_bias.lora_embedding_A" in found
     made = baked(tmp_path)
     assert all(torch.allclose(made[name], tensor, atol=1e-6) for name, tensor in tuned.items())
+
+
+def resized(folder: Path, adapter: str = "adapter", *words: str) -> int:
+    return main([str(folder / adapter), "-o", str(folder / "small"), "--force", "-q", *words])
+
+
+@pytest.mark.parametrize("words", [("--rank", "3"), ("--energy", "0.6")])
+def test_what_is_saved_stays_in_an_adapter_that_is_resized(tmp_path, words):
+    """Also where it is 0, which factors would be left out for."""
+    base, tuned = two({**HEAD, "score.bias": (3,)})
+    tuned["score.bias"] = torch.zeros(3)
+    before, said = extracted(tmp_path, base, tuned, CLASSIFIER, "--biases")
+    assert resized(tmp_path, "adapter", *words) == 0
+    after = load_model(tmp_path / "small/adapter_model.safetensors")
+    config = json.loads((tmp_path / "small/adapter_config.json").read_text())
+    assert {PREFIX + name for name in before} == after.keys()
+    for name, tensor in before.items():
+        if "lora_" not in name:
+            assert torch.equal(after[PREFIX + name], tensor)
+    assert after[f"{PREFIX}{LAYER}self_attn.q_proj.lora_A.weight"].shape[0] < 16
+    assert all(config[key] == said[key] for key in ("modules_to_save", "bias", "task_type"))
+    assert config["r"] < said["r"]
+
+
+@pytest.mark.parametrize("words", [("--rank", "3", "-m", "ties"), ("--rank", "3", "-p", "weight=0.5")])
+def test_what_is_saved_is_of_one_adapter_as_it_is(tmp_path, capsys, words):
+    extracted(tmp_path, *two(HEAD), CLASSIFIER)
+    assert resized(tmp_path, "adapter", *words) == 1
+    assert "score   of adapter is saved whole, which one adapter that is resized keeps" in capsys.readouterr().err
+    assert not (tmp_path / "small").exists()
