@@ -99,6 +99,7 @@ ASKED: Final = (
     Asked("sv_ratio", "as many singular values as are above the greatest by this number", _from(1), "N"),
     Asked("sv_fro", "the least rank that holds this share of the Frobenius norm", _share, "F"),
     Asked("sv_cumulative", "the least rank that holds this share of the sum of singular values", _share, "C"),
+    Asked("sv_epsilon", "as many singular values as are greater than this number", _from(0), "T"),
     Asked("conv_rank", "of kernels larger than 1 (default: as of all; 0: leave them out)", _whole(0), "R"),
     Asked(
         "svd",
@@ -141,6 +142,7 @@ def parse_low_rank(raw: Any, where: str) -> LowRank | None:  # noqa: ANN401
     if not given and "rank" not in found:
         raise RecipeError(
             f"{where}: it says no rank",
-            advice="Give a rank (--rank 32), or what it has to hold (--energy, --sv-ratio, --sv-fro, --sv-cumulative).",
+            advice="Give a rank (--rank 32), or what it has to hold (--energy, --sv-ratio, --sv-fro, --sv-cumulative, "
+            "--sv-epsilon).",
         )
     return LowRank(**found)

@@ -1,11 +1,12 @@
 """How large the factors of an adapter are to be: a rank, or what of a matrix they have to hold.
 
     energy E            the least rank with Σ σᵢ² of those kept ≥ E Σ σᵢ²
-    sv_fro F            the same of the norm: energy F²                             kohya's `sv_fro`, who keeps one more
-    sv_cumulative C     the least rank with Σ σᵢ of those kept ≥ C Σ σᵢ              kohya's `sv_cumulative`, likewise
-    sv_ratio R          as many as are greater than σ₁ / R                          kohya's `sv_ratio`, likewise
+    sv_fro F            the same of the norm: energy F²                             kohya's `sv_fro`
+    sv_cumulative C     the least rank with Σ σᵢ of those kept ≥ C Σ σᵢ              kohya's `sv_cumulative`
+    sv_ratio R          as many as are greater than σ₁ / R                          kohya's `sv_ratio`
+    sv_epsilon T        as many as are greater than T                               mergekit's `sv-epsilon`
 
-With a rank beside it, that is the most.
+One at the least; with a rank beside it, that is the most. Older versions of kohya's tools keep one more.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class LowRank:
     sv_ratio: float | None = None
     sv_fro: float | None = None
     sv_cumulative: float | None = None
+    sv_epsilon: float | None = None
     svd: str = "auto"
     clamp_quantile: float = 1.0
     min_diff: float = 0.0
@@ -83,7 +85,7 @@ class LowRank:
         return {field.name: own[field.name] for field in fields(self) if own[field.name] != field.default}
 
 
-CRITERIA: Final = ("energy", "sv_ratio", "sv_fro", "sv_cumulative")
+CRITERIA: Final = ("energy", "sv_ratio", "sv_fro", "sv_cumulative", "sv_epsilon")
 """What says how much a matrix has to hold; one of them is given at the most."""
 
 ROUNDING: Final = 1e-12
@@ -95,6 +97,8 @@ def _rank(name: str, wanted: float, found: Spectrum) -> int:
     values = found.values
     if name == "sv_ratio":
         return sum(value > values[0] / wanted for value in values)
+    if name == "sv_epsilon":
+        return sum(value > wanted for value in values)
     if name == "sv_cumulative":
         return _least(values, wanted * math.fsum(values))
     share = wanted if name == "energy" else wanted * wanted

@@ -97,6 +97,7 @@ def test_kernels_may_have_another_rank(tmp_path):
         ("sv_fro", 0.9, lambda s, r: np.sqrt((s[:r] ** 2).sum()) >= 0.9 * np.sqrt((s**2).sum())),
         ("sv_cumulative", 0.7, lambda s, r: s[:r].sum() >= 0.7 * s.sum()),
         ("sv_ratio", 3.0, lambda s, r: r == (s > s[0] / 3).sum()),
+        ("sv_epsilon", 0.6, lambda s, r: r == (s > 0.6).sum()),
     ],
 )
 @pytest.mark.parametrize("method", ["linear", "ties"])
@@ -107,7 +108,7 @@ def test_a_criterion_finds_the_least_rank(tmp_path, criterion, value, holds, met
         values = np.linalg.svd(product(one, module).numpy(), compute_uv=False)
         rank = made[f"{module}.lora_down.weight"].shape[0]
         assert holds(values, rank)
-        assert criterion == "sv_ratio" or not holds(values, rank - 1)
+        assert criterion in ("sv_ratio", "sv_epsilon") or not holds(values, rank - 1)
     capped = merged(tmp_path, one, method=method, low_rank={criterion: value, "rank": 2})
     assert capped[f"{PLAIN}.lora_down.weight"].shape[0] == 2
 
