@@ -61,10 +61,13 @@ class Factors:
     def _shared(self) -> tuple[Tensor, Tensor]:
         """B and Aᵀ, of which every column of one is about as long as that of the other: powers of two are moved from
         one to the other, which changes nothing of B A."""
+        import torch
+
         lengths, others = (side.square().sum(0).sqrt() for side in (self.left, self.right))
         there = (lengths > 0) & (others > 0)
         half = (lengths / others.where(there, 1.0)).where(there, 1.0).frexp().exponent // 2
-        return self.left.ldexp(-half), self.right.ldexp(half)
+        factor = torch.exp2(half.double())
+        return self.left / factor, self.right * factor
 
 
 def is_exact(svd: str, rows: int, columns: int) -> bool:
