@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from streammerge.errors import RecipeError
 from streammerge.recipe.low_rank import ASKED
 from streammerge.recipe.options import Group, Typed, parse_positive, typed_options
 from streammerge.recipe.policies import EMA_POLICIES, MISSING_POLICIES, PARTS, PREDICTION_POLICIES, SHAPE_POLICIES
+
+MODELS: Final = "RECIPE.yaml | MODEL[:WEIGHT] | NAME=MODEL[:WEIGHT]"
+"""What a merge is told by."""
 
 
 def new_parser(command: str, usage: str | None, description: str | None) -> argparse.ArgumentParser:
@@ -39,12 +42,12 @@ class Once(argparse._StoreAction):
         setattr(namespace, self.dest, values)
 
 
-def add_merge_arguments(parser: argparse.ArgumentParser, *, output: bool = True) -> None:
-    """What merge, plan and verify have in common."""
+def add_merge_arguments(
+    parser: argparse.ArgumentParser, models: str = MODELS, told: str | None = None, *, output: bool = True
+) -> None:
+    """What merge, plan and verify have in common; `told` of the `models` what help says."""
     parser.set_defaults(does="merge", averages=None)
-    parser.add_argument(
-        "models", nargs="*", type=not_empty, metavar="RECIPE.yaml | MODEL[:WEIGHT] | NAME=MODEL[:WEIGHT]"
-    )
+    parser.add_argument("models", nargs="*", type=not_empty, metavar=models, help=told)
     parser.set_defaults(rest="merge", plot=None)
     if output:
         parser.add_argument("-o", "--output", type=a_path, metavar="OUT", help="the file (or folder) to write")

@@ -122,7 +122,9 @@ def _recipe_of_baking(words: list[str], arguments: argparse.Namespace) -> dict[s
     if any(key.startswith(LOW_RANK) and value is not None for key, value in vars(arguments).items()):
         raise RecipeError("bake writes a model, of which there is no rank", advice="Leave it out.")
     if len(words) < 2:
-        raise RecipeError("bake takes a model, and one adapter or more", advice="streammerge bake MODEL ADAPTER -o OUT")
+        raise RecipeError(
+            "bake takes a model, and one adapter or more", advice="As in streammerge bake MODEL ADAPTER -o OUT."
+        )
     model, adapters = _model_entry(words[0]), list[dict[str, Any]]()
     if "parameters" in model:
         raise RecipeError(f"{words[0]}: the model that adapters are put into has no weight", advice="Leave it out.")
@@ -138,7 +140,7 @@ def _recipe_of_extraction(words: list[str], arguments: argparse.Namespace) -> di
 
     if len(words) != 2:
         raise RecipeError(
-            "extract takes a model and its base", advice="streammerge extract TUNED BASE -o ADAPTER --rank 32"
+            "extract takes a model and its base", advice="As in streammerge extract TUNED BASE -o ADAPTER --rank 32."
         )
     tuned, base = map(_model_entry, words)
     if "parameters" in tuned or "parameters" in base:

@@ -30,7 +30,7 @@ def with_adapters(entry: Input, model: Model, opening: Callable[[Path, str], Che
     refuse_adapters({entry.name: model.tensors})
     given, tunings = [], [Tuning(Recipe("linear", (each,)), model) for each in entry.adapters]
     for each, tuning in zip(entry.adapters, tunings, strict=True):
-        read = read_adapter(opening(each.path, each.entry), str(each.path))
+        read = read_adapter(opening(each.path, each.entry), str(each.path), drop=drop)
         given.append(Given(each.name, read, strength_of(tuning)))
     made = adapted(entry.name, model, given, drop=drop)
     changed = {use.given.name: name for name, uses in made.uses.items() for use in uses}

@@ -15,12 +15,11 @@ from streammerge.compute.matrices import transposed
 from streammerge.compute.parts import joined, rows_of
 from streammerge.errors import PlanError, count, listed, plural
 from streammerge.formats.companions import Companion
-from streammerge.models.adapters.config import IN_METADATA
+from streammerge.models.adapters.config import IN_METADATA, TRANSPOSED
 from streammerge.models.adapters.dialects import DIALECTS, PEFT, Dialect
 from streammerge.models.adapters.factored import ALWAYS, Factored, Part
 from streammerge.models.adapters.naming import (
     NO_VECTORS,
-    TRANSPOSED,
     Module,
     is_table,
     modules_of,

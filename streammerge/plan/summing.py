@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from streammerge.errors import PlanError, count, listed, plural
+from streammerge.errors import PlanError, count, listed
 from streammerge.formats.companions import Companion
 from streammerge.methods.linear import normalized
 from streammerge.models.adapters.dialects import DIALECTS, Dialect
@@ -131,8 +131,8 @@ def _remark(made: Sum) -> str:
     ranks = f"; the rank is {low}" + (f" to {high}" if high != low else "") if high else ""
     adapters, found = made.together.adapters, made.together.matched
     names = f"; modules are named as in {found.dialect}'s files" if found.is_renamed else ""
-    are = plural(adapters, "is", "are")
-    return f"{count(adapters, 'adapter')} {are} added up, their factors side by side{ranks}{names}"
+    done = "are added up, their factors side by side" if len(adapters) > 1 else "is written anew"
+    return f"{count(adapters, 'adapter')} {done}{ranks}{names}"
 
 
 def _restated(made: Sum) -> Mapping[str, str]:

@@ -42,9 +42,11 @@ def _listed(raw: Any) -> list[Any]:  # noqa: ANN401
 def adapters_of(entry: dict[str, Any], where: str) -> Iterator[tuple[int, Any]]:
     """The adapters of a model's entry, with their numbers from 1."""
     raw = entry.get("adapters")
-    if raw is not None and not isinstance(raw, list):
-        raise RecipeError(f"{where}: adapters must be a list, found {raw!r}")
-    return enumerate(raw or [], 1)
+    if not isinstance(raw, str | dict | list | None):
+        raise RecipeError(
+            f"{where}: adapters must be a list, found {raw!r}", advice="As in adapters: [lora.safetensors]."
+        )
+    return enumerate(_listed(raw), 1)
 
 
 def adapter_entry(raw: Any, where: str) -> dict[str, Any]:  # noqa: ANN401

@@ -14,7 +14,7 @@ USAGE: Final = "streammerge bake MODEL ADAPTER[:WEIGHT] ... -o OUT.safetensors [
 def run(words: Sequence[str]) -> int:
     """Put adapters into a model: a merge of one model, whose adapters are the other words."""
     parser = new_parser("bake", USAGE, "Put adapters (LoRA and its kin) into a model: W' = W + weight · scale · B A.")
-    add_merge_arguments(parser)
+    add_merge_arguments(parser, "MODEL | ADAPTER[:WEIGHT]", "the model, and then what is put into it")
     parser.set_defaults(does="bake")
     if not words:
         parser.print_help()

@@ -29,6 +29,9 @@ ALPHAS: Final[Mapping[str, str]] = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR
 CHANGED_BASES: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to begin a LoRA that change the model's own weights too: without that change the LoRA means nothing."""
 
+TRANSPOSED: Final = re.compile(r"(?:.*\.)?(?:c_attn|c_proj|c_fc|q_attn)")
+"""The modules of GPT-2 and its kin whose weights lie transposed."""
+
 NO_CHANGES: Final[Mapping[str, str]] = {
     "alora_invocation_tokens": "an activated LoRA, which changes nothing before certain tokens",
     "arrow_config": "a router among several adapters (Arrow)",
@@ -64,7 +67,7 @@ class Config:
 
     where: str
     kind: str = "LORA"
-    alpha: float = 0.0
+    alpha: float | None = None
     alphas: Mapping[str, float] = field(default_factory=dict)
     usual_rank: int = 0
     ranks: Mapping[str, int] = field(default_factory=dict)
@@ -78,10 +81,15 @@ class Config:
 
     def scale(self, module: str, rank: int) -> float:
         """The strength of a module's change that has this rank."""
+        alpha = self.alpha_of(module)
+        assert alpha is not None
         if self.kind == "ADALORA":  # which prunes ranks, and divides by that with which it began
-            return (self.alpha if self.alpha > 0 else self.usual_rank) / (self.usual_rank + 1e-5)
-        alpha = next((each for pattern, each in self.alphas.items() if fits(pattern, module)), self.alpha)
+            return (alpha if alpha > 0 else self.usual_rank) / (self.usual_rank + 1e-5)
         return alpha / (math.sqrt(rank) if self.is_rank_stabilised else rank)
+
+    def alpha_of(self, module: str) -> float | None:
+        """A module's α; None if nothing is said of it."""
+        return next((each for pattern, each in self.alphas.items() if fits(pattern, module)), self.alpha)
 
     def rank(self, module: str) -> int:
         """The rank that a module is said to have, 0 if nothing is said."""
@@ -158,7 +166,7 @@ def _config(raw: Mapping[str, Any], where: str) -> Config:
     rank = int(_number(raw.get("r", 0), where, "r"))
     return replace(
         usual,
-        alpha=_number(raw.get(ALPHAS[kind], rank), where, ALPHAS[kind]),
+        alpha=_number(raw[ALPHAS[kind]], where, ALPHAS[kind]) if ALPHAS[kind] in raw else None,
         alphas=_patterns(raw, "alpha_pattern", where),
         usual_rank=rank,
         ranks={pattern: int(each) for pattern, each in _patterns(raw, "rank_pattern", where).items()},

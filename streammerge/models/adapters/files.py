@@ -6,6 +6,7 @@ import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from streammerge.compute.expressions import Node
 from streammerge.errors import CheckpointError, count
@@ -17,6 +18,9 @@ from streammerge.models.adapters.parameters import parameters_of
 from streammerge.models.adapters.parts import INVERSION, sorted_parts
 from streammerge.models.adapters.recognition import find_adapter
 from streammerge.models.checkpoints import Checkpoint
+
+_INVERSIONS: Final = "Textual inversions are no part of a model, and are loaded beside it."
+_LEFT_OUT: Final = "Those in an adapter's file streammerge bake leaves out with --on-missing drop."
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +35,8 @@ class Adapter:
     shared: Mapping[str, str]
     configs: Mapping[str, Config]
     parameters: Mapping[str, str] = field(default_factory=dict)
+    inversions: tuple[str, ...] = ()
+    """Tensors of textual inversions beside the modules, which are left out."""
 
     def __len__(self) -> int:
         return len(self.roles)
@@ -47,10 +53,11 @@ class Adapter:
         return {role: self.checkpoint.nodes[name] for role, name in self.shared.items()}
 
 
-def read_adapter(checkpoint: Checkpoint, path: str) -> Adapter:
+def read_adapter(checkpoint: Checkpoint, path: str, *, drop: bool = False) -> Adapter:
     """The adapter in a file that is open; CheckpointError with all that is wrong with it, by tensor.
 
-    `path` is what was named, a folder perhaps, beside or in which adapter_config.json may lie.
+    `path` is what was named, a folder perhaps, beside or in which adapter_config.json may lie. Textual inversions that
+    lie in the file too are wrong unless they are to be dropped.
     """
     tensors, where = checkpoint.tensors, checkpoint.path
     found = sorted_parts(tensors)
@@ -58,7 +65,8 @@ def read_adapter(checkpoint: Checkpoint, path: str) -> Adapter:
     if not tensors:
         raise CheckpointError(f"{where}: is empty, and no adapter")
     is_saved = SAVED.issuperset(role for roles in found.modules.values() for role in roles)
-    if is_saved and not found.kinds and not (configs and any(module.startswith(PEFT) for module in found.modules)):
+    is_told = found.is_known or found.inversions
+    if is_saved and not is_told and not (configs and any(module.startswith(PEFT) for module in found.modules)):
         _refuse_models(checkpoint)
     try:
         parameters = parameters_of(found.modules, configs[""]) if "" in configs else {}
@@ -66,14 +74,17 @@ def read_adapter(checkpoint: Checkpoint, path: str) -> Adapter:
         raise CheckpointError(
             f"{where}: {error}", advice="Put it into its model with PEFT's merge_and_unload, and name what that saves."
         ) from None
-    adapter = Adapter(checkpoint, found.modules, found.shared, configs, parameters)
+    adapter = Adapter(checkpoint, found.modules, found.shared, configs, parameters, tuple(found.inversions))
     problems = [*found.problems, *_malformed(adapter)]
+    is_inversion = bool(found.inversions) and not problems
+    if not (drop and found.modules):
+        problems += [f"{name}   is of {INVERSION}, which is not read" for name in found.inversions]
     if problems:
         raise CheckpointError(
             f"{where}: {count(problems, 'thing')} in it can't be taken for a part of an adapter",
             found=problems,
-            advice="Textual inversions are no part of a model, and are loaded beside it."
-            if found.kinds == {INVERSION}
+            advice=_INVERSIONS + (f" {_LEFT_OUT}" if found.modules else "")
+            if is_inversion
             else "Fetch it again, or bake it with the program that it was made for.",
         )
     return adapter

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from streammerge.errors import PlanError
-from streammerge.models.adapters.dialects import Dialect, beginning_of, dialect_of, spelled, underscored
+from streammerge.models.adapters.dialects import DIALECTS, Dialect, beginning_of, dialect_of, spelled, underscored
 from streammerge.models.adapters.meanings import Meaning, Part, are_told, dotted, meaning_of, meanings
 from streammerge.models.adapters.synonyms import XLABS
 from streammerge.models.dialects.places import Role
@@ -98,6 +98,12 @@ def _is_as_it_is(module: str, meaning: Meaning, dialect: Dialect | None) -> bool
     return dialect in (None, dialect_of(module)) and _is_untranslated(module, meaning)
 
 
+def _others(dialect: Dialect) -> str:
+    """The dialects that might do where this one doesn't."""
+    *most, last = (each for each in DIALECTS if each != dialect)
+    return f"{', '.join(most)} or {last}"
+
+
 @dataclass(frozen=True, eq=False)
 class _Naming:
     """What modules are called in a dialect, if these are all of them."""
@@ -122,7 +128,7 @@ class _Naming:
         if reason or name is None:
             raise PlanError(
                 f"{module} has no name as {self.dialect} would have it: {reason}",
-                advice="Choose other names: --names kohya, peft, comfy or diffusers; or bake the adapters.",
+                advice=f"Choose other names: --names {_others(self.dialect)}; or bake the adapters.",
             )
         return name
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from streammerge.compute.expressions import Node
 from streammerge.models.adapters.changes import Change
-from streammerge.models.adapters.config import Config
+from streammerge.models.adapters.config import ALPHAS, TRANSPOSED, Config
 from streammerge.models.adapters.dialects import PEFT
 from streammerge.models.adapters.numbers import can_be_read, number_of
 from streammerge.models.adapters.parameters import parameter_path
@@ -49,7 +49,7 @@ class Module:
         if len(shape) < dimensions or not node.info.elements:
             raise Malformed(f"{self.names[role]}   is of the shape {list(shape)}, which is no {_called(role)}'s")
         if not node.info.dtype.mergeable:
-            raise Malformed(f"{self.names[role]}   is {node.info.dtype}, which is no number")
+            raise Malformed(f"{self.names[role]}   is {node.info.dtype}, and should be floats")
         return node
 
     def number(self, role: str) -> float:
@@ -89,14 +89,25 @@ class Module:
             raise Malformed(f"{self.name}   is of rank {rank}, and {config.where} says {said}")
         if not (rank or said):
             raise Malformed(f"{self.name}   has no rank of its own, and {config.where} says none")
+        if config.alpha_of(self.own_name) is None:
+            key = ALPHAS.get(config.kind, "lora_alpha")
+            raise Malformed(f"{self.name}   has no alpha, and {config.where} doesn't say {key}")
         scale = config.scale(self.own_name, rank or said)
         if not scale:
             raise Malformed(f"{self.name}   has the alpha 0 by {config.where}, with which it does nothing")
         return scale
 
     def turned(self, change: Change) -> Change:
-        """The change, transposed if the config says that the model's weights are (`fan_in_fan_out`)."""
-        return change.turned() if self.config is not None and self.config.fan_in_fan_out else change
+        """The change, transposed if the config says that the model's weights are (`fan_in_fan_out`).
+
+        PEFT takes that back where a layer is none of GPT-2's kind. A shape tells which it is, unless it is a square.
+        """
+        if self.config is None or not self.config.fan_in_fan_out:
+            return change
+        if len({*change.shape}) == 1 and not TRANSPOSED.fullmatch(self.own_name):
+            told = "which is true of layers of GPT-2's kind alone: nothing tells whether this square lies transposed"
+            raise Malformed(f"{self.name}   by {self.config.where} is fan_in_fan_out, {told}; say false if it does not")
+        return change.turned()
 
     def differ(self, one: str, other: str, why: str) -> Malformed:
         """The error for two parts whose shapes don't fit."""

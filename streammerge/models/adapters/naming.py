@@ -36,9 +36,6 @@ _EMBEDDING: Final = re.compile(
 )
 """The names of modules that are tables of words or of positions, and of some that are convolutions of patches."""
 
-TRANSPOSED: Final = re.compile(r"(?:.*\.)?(?:c_attn|c_proj|c_fc|q_attn)")
-"""The modules of GPT-2 and its kin whose weights lie transposed."""
-
 DECODER: Final = "decoder.block."
 """The beginning of names that T5 has as a language model, and not as a text encoder."""
 

@@ -7,6 +7,7 @@ Every tensor has to have a role: what has none is an error that names it.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -52,7 +53,14 @@ _ROLES: Final[Mapping[str, str]] = {
 }
 """The roles, each with how the names of its tensors go on after their module's."""
 
-_ANY_ROLE: Final = "|".join(f"(?P<r{number}>{tail})" for number, tail in enumerate(_ROLES.values()))
+
+def _called(role: int, tail: str) -> str:
+    """How a name may end by which a tensor has this role, with what PEFT put there as the adapter's name."""
+    captured = rf"(?:\.(?P<n{role}>[\w-]+?))?"
+    return f"(?P<r{role}>{tail.replace(_NAMED, captured)})"
+
+
+_ANY_ROLE: Final = "|".join(itertools.starmap(_called, enumerate(_ROLES.values())))
 _ROLE: Final = re.compile(rf"(?P<module>.*?)(?:\.|_(?=lora\.))(?:{_ANY_ROLE})", re.DOTALL)
 _NAMES: Final = tuple(_ROLES)
 
@@ -82,13 +90,18 @@ SHARED: Final[Mapping[str, str]] = {
 
 @dataclass
 class Sorted:
-    """An adapter's tensors by module and role; `shared` by role alone. What is wrong is told in `problems`, and of
-    which kinds that are known some of it is in `kinds`."""
+    """An adapter's tensors by module and role; `shared` by role alone, and `inversions` for themselves.
+
+    What is wrong is told in `problems`; `is_known` says that some of it is of a kind that is known. `names` are those
+    that PEFT gives to the adapters of a model.
+    """
 
     modules: dict[str, dict[str, str]] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
+    inversions: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    kinds: set[str] = field(default_factory=set)
+    is_known: bool = False
+    names: set[str] = field(default_factory=set)
 
     def note(self, name: str, module: str, role: str) -> None:
         """A tensor has this role."""
@@ -105,12 +118,20 @@ def sorted_parts(names: Iterable[str]) -> Sorted:
         if role := SHARED.get(re.sub(r"^(base_model\.vera_[AB])\.[\w-]+$", r"\1", name)):
             found.shared[role] = name
         elif match := _ROLE.fullmatch(name):
-            found.note(name, match["module"], _NAMES[int(str(match.lastgroup)[1:])])
-        elif refused := refused_kind(name):
+            number = str(match.lastgroup)[1:]
+            found.note(name, match["module"], _NAMES[int(number)])
+            given = match[f"n{number}"] if f"n{number}" in _ROLE.groupindex else ""
+            found.names.update([given] if given and given != "weight" else [])
+        elif (refused := refused_kind(name)) == INVERSION:
+            found.inversions.append(name)
+        elif refused:
             found.problems.append(f"{name}   is of {refused}, which is not read")
-            found.kinds.add(refused)
+            found.is_known = True
         else:
             found.problems.append(f"{name}   is no known part of an adapter")
+    if len(found.names) > 1:
+        names = " and ".join(sorted(found.names))
+        found.problems.append(f"{names}   are several adapters, of which PEFT applies one: save that alone")
     return found
 
 

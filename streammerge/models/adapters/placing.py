@@ -45,6 +45,8 @@ class Placing:
     left: dict[str, str] = field(default_factory=dict)
     """The modules that aren't in the model, each with the part that it would change there."""
     misfits: list[str] = field(default_factory=list)
+    doubles: list[str] = field(default_factory=list)
+    """The modules that change what another of the adapter's modules changes."""
     tensors: set[str] = field(default_factory=set)
     placed: dict[str, tuple[str, ...]] = field(default_factory=dict)
     told: Counter[str] = field(default_factory=Counter)
@@ -61,7 +63,14 @@ class Placing:
             for what, number in self.told.items()
         ]
         told += self._told_of_tokens()
+        told += self._told_of_inversions()
         return Account(self.name, self.model, self.given, self.placed, tuple(self.left), tuple(told))
+
+    def _told_of_inversions(self) -> Iterator[str]:
+        """Which tensors are none of the adapter's, and nothing is made of them."""
+        if names := self.given.adapter.inversions:
+            are = plural(names, "is", "are")
+            yield f"{count(names, 'tensor')} {are} of a textual inversion, and {are} left out: {listed(names)}"
 
     def _told_of_tokens(self) -> Iterator[str]:
         """What has to be known of a vocabulary that was resized, and of an embedding that is the output's too."""
@@ -119,7 +128,7 @@ class Placing:
             self.misfits.append(f"{module}.{part}   {problem}")
             return
         if other := self._overlapped(source):
-            self.misfits.append(f"{module}.{part}   {other} changes {', '.join(source.tensors)} too")
+            self.doubles.append(f"{module}.{part}   {other} changes {', '.join(source.tensors)} too")
             return
         if change.resizes(source.info.shape) and self.given.strength(source.tensors[0]):
             self.resized[source.tensors[0]] = described(source.info.dtype, change.shape)
@@ -145,7 +154,7 @@ class Placing:
         names = listed(source.tensors)
         infos = [self.model.tensors[name] for name in source.tensors]
         if any(name in self.model.left for name in source.tensors):
-            return f"{names} is quantised in a way that streammerge can't decode"
+            return f"{names} is quantised in a way that streammerge can't decode: name the model as it was before"
         if not all(info.dtype.mergeable for info in infos):
             return f"{names} is {infos[0].dtype}, which is never changed"
         if len(source.pieces) > 1 and not change.is_linear:
@@ -186,6 +195,13 @@ class Placing:
                 f"{plural(self.misfits, 'does', 'do')} not fit the tensors of {self.name}",
                 found=self.misfits,
                 advice="Name the model that the adapter was made for.",
+            )
+        if self.doubles:
+            raise PlanError(
+                f"{self.given.name}: {count(self.doubles, 'module')} of {len(self.given.adapter):,} "
+                f"{plural(self.doubles, 'changes', 'change')} what another changes in {self.name}",
+                found=self.doubles,
+                advice="It may have the same modules in two namings: leave one of both out of the file.",
             )
         everything = f"{len(self.given.adapter):,}"
         if self.left and len(self.left) == len(self.given.adapter):

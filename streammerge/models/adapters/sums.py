@@ -15,7 +15,7 @@ from streammerge.compute.combining import combine
 from streammerge.compute.expressions import Node, Term
 from streammerge.compute.matrices import transposed
 from streammerge.compute.parts import in_shape
-from streammerge.errors import PlanError, count
+from streammerge.errors import PlanError, count, plural
 from streammerge.models.adapters.changes import Change
 from streammerge.models.adapters.experts import KIND, Experts
 from streammerge.models.adapters.products import Share, as_lora, side_by_side
@@ -74,6 +74,7 @@ class Sum:
 
     def __post_init__(self) -> None:
         self._check_kinds()
+        self._check_shapes()
         if not self.tensors:
             raise PlanError("nothing is left of the adapters: all weights are 0", advice="Give one a weight.")
 
@@ -172,8 +173,33 @@ class Sum:
                 if not made.is_linear or made.kind not in ADDED or (rows and made.kind != "LoRA"):
                     reason = REPLACES if made.way == "replace" else REASONS.get(made.kind, "")
                     yield f"{own.module}   of {own.adapter} is {made.kind}" + (f": {reason}" if reason else "")
-                elif first and (made.kind != first.kind or not (rows or _fit(made, first))):
-                    yield f"{own.module}   is {first.kind} {list(first.shape)} and {made.kind} {list(made.shape)}"
+                elif first and made.kind != first.kind:
+                    yield _two(own.module, first, made)
+
+    def _check_shapes(self) -> None:
+        """PlanError for modules that have another shape in each adapter: these are of different models."""
+        names = self.together.matched.modules
+        wrong = [told for module in names for part in self.together.parts(module) for told in self._unfit(module, part)]
+        if wrong:
+            raise PlanError(
+                f"{count(wrong, 'module')} of the adapters {plural(wrong, 'has', 'have')} another shape in each",
+                found=wrong,
+                advice="Name adapters of one model; put those of different models each into its own: streammerge bake.",
+            )
+
+    def _unfit(self, module: str, part: str) -> Iterator[str]:
+        weights, first = self._weights(module), None
+        for own in self.together.own(module):
+            change = own.change(part)
+            if change is None or own.rows or not weights[own.adapter]:
+                continue
+            first = first or change
+            if not _fit(change, first):
+                yield _two(own.module, first, change)
+
+
+def _two(module: str, one: Change, other: Change) -> str:
+    return f"{module}   is {one.kind} {list(one.shape)} and {other.kind} {list(other.shape)}"
 
 
 def _fit(one: Change, other: Change) -> bool:

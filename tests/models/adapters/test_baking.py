@@ -328,7 +328,7 @@ def test_a_file_with_a_plus_in_its_name_is_a_file(folder):
 @pytest.mark.parametrize(
     ("adapters", "told"),
     [
-        ("style.safetensors", "adapters must be a list"),
+        (7, "adapters must be a list"),
         ([1], "expected the path of an adapter"),
         ([{"adapter": "style.safetensors", "wieght": 1}], "Did you mean 'weight'"),
         ([{"adapter": "style.safetensors", "weight": "much"}], "weight must be a number"),
