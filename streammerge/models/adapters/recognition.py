@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -106,6 +106,7 @@ _ACCOMPANYING: Final = re.compile(
     r"|b?oft_s|diff_b|bias_(?:indices|values|size)|lora_magnitude_vector|lora_[ESm]|reshape_weight"
     rf"|lora_(?:up|down|[ABab])\.bias){_NAME}"
 )
+_HALF: Final = re.compile(rf"[._](?:lora_(?:up|down|[AB])|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?){_NAME}$")
 _DORA: Final = re.compile(rf".*[._](?:dora_scale|lora_magnitude_vector){_NAME}")
 _OWN_WEIGHT: Final = re.compile(r"(?P<stem>.*?)(?:\.(?:base_layer|linear))?\.(?:weight|qweight|weight_packed|W_q)")
 _ADAPTER_PREFIXES: Final = ("base_model.model.", "lora_unet_", "lora_te", "lora_transformer_", "lycoris_")
@@ -190,8 +191,15 @@ def _stem_of(pattern: re.Pattern[str], name: str) -> str | None:
 
 
 def refuse_adapters(models: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, Adapter]:
-    """What the models have of adapters inside; PlanError if one of the models is an adapter itself."""
+    """What the models have of adapters inside; PlanError if one of them is an adapter itself, or a part of one."""
     found = {name: adapter for name, tensors in models.items() if (adapter := find_adapter(tensors))}
+    if halves := {name: own for name, tensors in models.items() if name not in found and (own := _halves(tensors))}:
+        raise PlanError(
+            f"{count(halves, 'model')} {plural(halves, 'has', 'have')} factors of an adapter that make no products",
+            found=[f"{name}   {_first_of(own)}" for name, own in halves.items()],
+            advice="Fetch it again: an adapter has two factors for each module, such as lora_up and lora_down, which "
+            "have the rank in common.",
+        )
     alone = {name: adapter for name, adapter in found.items() if not adapter.is_inside}
     if alone:
         raise PlanError(
@@ -204,6 +212,17 @@ def refuse_adapters(models: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str,
     return found
 
 
+def _halves(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """The factors of what would be an adapter, were all of its parts there; none if anything else is there too."""
+    factors = [name for name in tensors if _HALF.search(name)]
+    is_all = factors and all(_HALF.search(name) or _ACCOMPANYING.fullmatch(name) for name in tensors)
+    return factors if is_all else []
+
+
 def _example(adapter: Adapter) -> str:
-    first, *others = map(one_line, adapter.tensors)
+    return _first_of(adapter.tensors)
+
+
+def _first_of(names: Sequence[str]) -> str:
+    first, *others = map(one_line, names)
     return f"{first} and {len(others):,} more" if others else first

@@ -325,6 +325,15 @@ def test_a_file_with_a_plus_in_its_name_is_a_file(folder):
     assert_same_bytes(made, MODEL)
 
 
+@pytest.mark.parametrize("adapters", ["one", {"adapter": "one", "weight": 1}])
+def test_one_adapter_needs_no_list(folder, adapters):
+    save_model(folder / "one", lora(100))
+    save_model(folder / "plain.safetensors", MODEL)
+    recipe = {"merge_method": "linear", "models": [{"model": "plain.safetensors", "adapters": adapters}]}
+    made = merge_to(folder / "out.safetensors", recipe)
+    assert_near(made[NAMES[0]], MODEL[NAMES[0]].double() + difference(lora(100), NAMES[0]))
+
+
 @pytest.mark.parametrize(
     ("adapters", "told"),
     [

@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
+from streammerge.cli.main import main
 from streammerge.errors import CheckpointError, PlanError
-from tests.make.models import save_model
+from tests.make.models import load_model, save_model
 from tests.models.adapters.baking import BIAS, MODULE, WEIGHT, bake, numbers, parts, peft_folder
 
 OUT, IN, RANK = 12, 10, 3
@@ -332,6 +333,75 @@ def test_the_scale_of_peft_is_never_guessed(tmp_path):
     (folder / "adapter_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"adapter_config.json, which would tell it, is not there"):
         bake(tmp_path, MODEL, folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"r": RANK}, "has no alpha, and .*adapter_config.json doesn't say lora_alpha"),
+        ({}, "has no alpha, and .*adapter_config.json doesn't say lora_alpha"),
+        (
+            {"r": RANK, "lora_alpha": 6, "peft_type": "LOHA"},
+            "has no alpha, and .*adapter_config.json doesn't say alpha",
+        ),
+        ({"r": RANK, "alpha_pattern": {"mid.y": 6}}, "doesn't say lora_alpha"),
+    ],
+)
+def test_a_strength_that_the_config_leaves_out_is_not_taken_for_1(tmp_path, config, told):
+    with pytest.raises(CheckpointError, match=told):
+        bake(tmp_path, MODEL, peft_folder(tmp_path / "adapter", pair(), **config))
+
+
+def test_a_pattern_tells_the_strength_of_its_modules_alone(tmp_path):
+    made = bake(tmp_path, MODEL, peft_folder(tmp_path / "adapter", pair(), r=RANK, alpha_pattern={"mid.x": 6}))
+    assert torch.allclose(made[WEIGHT].double(), MODEL[WEIGHT].double() + 2 * PRODUCT, atol=1e-6)
+
+
+def test_squares_lie_transposed_in_layers_of_gpt2_and_nobody_knows_in_others(tmp_path):
+    down, up = numbers(RANK, OUT, seed=2), numbers(OUT, RANK, seed=1)
+    config = {"r": RANK, "lora_alpha": RANK, "fan_in_fan_out": True}
+    for name, is_known in (("h.0.attn.c_proj", True), ("h.0.attn.q_proj", False)):
+        model = {f"{name}.weight": numbers(OUT, OUT, seed=9)}
+        tensors = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+        folder = peft_folder(tmp_path / name, tensors, **config)
+        if is_known:
+            made = bake(tmp_path, model, folder)
+            exact = model[f"{name}.weight"].double() + (up.double() @ down.double()).T
+            assert torch.allclose(made[f"{name}.weight"].double(), exact, atol=1e-6)
+        else:
+            with pytest.raises(CheckpointError, match="nothing tells whether this square lies transposed"):
+                bake(tmp_path, model, folder)
+
+
+def test_several_adapters_of_a_model_are_not_taken_for_one(tmp_path):
+    tensors = {f"mid.{module}.lora_{side}.{name}.weight": tensor for module, name in (("x", "default"), ("y", "other"))
+               for side, tensor in (("A", DOWN.clone()), ("B", UP.clone()))}  # fmt: skip
+    model = {**MODEL, "mid.y.weight": numbers(OUT, IN)}
+    with pytest.raises(CheckpointError, match="default and other   are several adapters"):
+        bake(tmp_path, model, peft_folder(tmp_path / "adapter", tensors, r=RANK, lora_alpha=RANK))
+
+
+def test_embeddings_in_an_adapters_file_are_left_out_if_that_is_asked(tmp_path, capsys):
+    save_model(tmp_path / "m.safetensors", MODEL)
+    save_model(tmp_path / "a.safetensors", {**whole(alpha=6.0), "bundle_emb.cat.string_to_param.*": numbers(2, 4)})
+    save_model(tmp_path / "e.safetensors", {"emb_params": numbers(2, 4)})
+    model, adapter, alone, out = (str(tmp_path / f"{name}.safetensors") for name in "maeo")
+    assert main(["bake", model, adapter, "-o", out]) == 1
+    assert "leaves out with --on-missing drop" in capsys.readouterr().err
+    assert main(["bake", model, alone, "-o", out, "--on-missing", "drop"]) == 1
+    assert "emb_params   is of a textual inversion, which is not read" in capsys.readouterr().err
+    assert main(["bake", model, adapter, "-o", out, "--on-missing", "drop"]) == 0
+    told = capsys.readouterr().err
+    assert "1 tensor is of a textual inversion, and is left out: bundle_emb.cat.string_to_param.*" in told
+    made = load_model(tmp_path / "o.safetensors")[WEIGHT]
+    assert torch.allclose(made.double(), MODEL[WEIGHT].double() + 2 * PRODUCT, atol=1e-6)
+
+
+def test_a_module_in_two_namings_is_told_as_that(tmp_path):
+    again = {"unet.mid.x.lora_A.weight": DOWN.clone(), "unet.mid.x.lora_B.weight": UP.clone()}
+    with pytest.raises(PlanError, match="changes what another changes") as caught:
+        bake(tmp_path, MODEL, {**whole(alpha=1.0), **again})
+    assert "leave one of both out of the file" in str(caught.value)
 
 
 def test_what_diffusers_keeps_in_metadata(tmp_path):

@@ -132,8 +132,6 @@ DIALECTS: dict[str, tuple[Shapes, str]] = {
 }
 PLAIN: dict[str, Shapes] = {
     "an odd name": {"model.lora_up.weight": (8, 8), "model.other.weight": (8, 8)},
-    "one factor without the other": {"a.lora_A.weight": (4, 8), "b.lora_B.weight": (8, 4)},
-    "two that can't be multiplied": {"a.lora_A.weight": (4, 8), "a.lora_B.weight": (5, 9)},
     "RWKV's small networks": {
         "model.layers.0.attn.w_lora.lora.0.weight": (4, 16),
         "model.layers.0.attn.w_lora.lora.2.weight": (16, 4),
@@ -152,6 +150,22 @@ PLAIN: dict[str, Shapes] = {
     "scales beside weights": {"a.weight": (8, 8), "a.alpha": (), "a.scale": ()},
     "an activation's exponent": {"a.alpha": (8,), "a.b1.weight": (8, 8), "a.b2.weight": (8, 8)},
 }
+
+
+HALVES: dict[str, Shapes] = {
+    "one factor without the other": {"a.lora_A.weight": (4, 8), "b.lora_B.weight": (8, 4)},
+    "two that can't be multiplied": {"a.lora_A.weight": (4, 8), "a.lora_B.weight": (5, 9)},
+    "LoHa's first": {"lora_unet_a.hada_w1_a": (8, 2), "lora_unet_a.alpha": ()},
+    "one half of DoRA": {"lora_unet_a.lora_down.weight": (4, 8), "lora_unet_a.dora_scale": (8, 1)},
+}
+
+
+@pytest.mark.parametrize("content", HALVES)
+def test_factors_without_the_others_are_not_averaged(content):
+    assert find_adapter(model(HALVES[content]).tensors) is None
+    first = next(iter(HALVES[content]))
+    with pytest.raises(PlanError, match=f"factors of an adapter that make no products(.|\n)*{first}"):
+        merged({"a": model(HALVES[content]), "b": model(HALVES[content])})
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)

@@ -194,7 +194,12 @@ REFUSED: dict[str, tuple[Tensors, Tensors, str]] = {
         lora(1, 4, 1.0, module="base_model.model.y"),
         "named in several ways",
     ),
-    "half is missing": (lora(1, 4), parts(MODULE, lora_up__weight=numbers(OUT, 4)), "1 model is an adapter"),
+    "half is missing": (lora(1, 4), parts(MODULE, lora_up__weight=numbers(OUT, 4)), "lora1   .*lora_up.weight"),
+    "halves alone": (
+        parts(MODULE, lora_up__weight=numbers(OUT, 4)),
+        parts(MODULE, lora_up__weight=numbers(OUT, 4, seed=3)),
+        "2 models have factors of an adapter that make no products",
+    ),
 }
 
 
@@ -226,6 +231,13 @@ def test_the_command(folder, capsys):
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("7", "7")
     assert metadata["ss_network_module"] == "networks.lora"
     assert main(["verify", "sum.safetensors", "--recipe-from-metadata"]) == 0
+
+
+def test_one_adapter_is_written_anew(folder, capsys):
+    assert main(["a.safetensors:-0.5", "-o", "other.safetensors"]) == 0
+    assert "note: 1 adapter is written anew; the rank is 4" in capsys.readouterr().err
+    made = product(load_model(folder / "other.safetensors"))
+    assert torch.allclose(made, -0.5 * product(lora(1, 4, 2.0)), atol=1e-6)
 
 
 @pytest.mark.parametrize(
