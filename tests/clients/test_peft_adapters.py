@@ -156,3 +156,18 @@ def test_lycoris_own_merge(tmp_path, case, weight):
     again.merge_to(weight)
     logging.disable(logging.NOTSET)
     assert_near(baked(tmp_path, tmp_path / "adapter.safetensors", weight), tensors_of(merged))
+
+
+@pytest.mark.parametrize("weight", [1.0, -0.6])
+@pytest.mark.parametrize("on_input", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float16])
+def test_lycoris_own_ia3(tmp_path, on_input, weight, dtype):
+    """Its loader makes no module that was trained on inputs: here the module itself tells what it merges to."""
+    module = pytest.importorskip("lycoris.modules.ia3").IA3Module
+    for name, layer in ({"a": net().a, "conv": net().conv}).items():
+        one = module(f"lora_unet_{name}", layer, train_on_input=on_input)
+        one.weight.data = normal(one.weight.shape, 1, scale=0.3)
+        tensors = {"weight": one.weight.data, "on_input": one.on_input.to(dtype)}
+        save_file({f"lora_unet_{name}.{role}": tensor for role, tensor in tensors.items()}, tmp_path / "a.safetensors")
+        found = baked(tmp_path, tmp_path / "a.safetensors", weight)[f"{name}.weight"]
+        assert torch.allclose(found, one.get_merged_weight(multiplier=weight)[0], atol=1e-6)

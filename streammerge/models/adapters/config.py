@@ -95,10 +95,15 @@ class Config:
         """The rank that a module is said to have, 0 if nothing is said."""
         return next((each for pattern, each in self.ranks.items() if fits(pattern, module)), self.usual_rank)
 
-    def has_module(self, module: str) -> bool:
-        """Whether it names the module as one that is changed as a whole,."""
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The ends of the names of modules that it says are changed as a whole; none if a pattern says so."""
         named = self.said.get("target_modules")
-        return isinstance(named, list) and any(f".{module}".endswith(f".{end}") for end in named)
+        return tuple(end for end in named if isinstance(end, str)) if isinstance(named, list) else ()
+
+    def has_module(self, module: str) -> bool:
+        """Whether it names the module as one that is changed as a whole."""
+        return any(f".{module}".endswith(f".{end}") for end in self.targets)
 
     def tokens_of(self, module: str) -> tuple[int, ...]:
         """The tokens of a module that were trained alone, in the order of their rows."""

@@ -197,7 +197,7 @@ def _ia3(module: Module) -> Changes:
 
 def _lycoris_ia3(module: Module) -> Changes:
     """W' = W + W ⊙ w for every output, or, if `on_input` is 1, every input: LyCORIS' (IA)³."""
-    node, on_input = module.part("weight", 1), bool(module.number("on_input"))
+    node, on_input = module.part("weight", 1), module.is_true("on_input")
     size = node.info.elements
     if size not in node.info.shape:
         raise Malformed(f"{module.names['weight']}   is of the shape {list(node.info.shape)}, and should be a vector")

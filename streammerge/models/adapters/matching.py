@@ -46,7 +46,7 @@ def matched(adapters: Mapping[str, Collection[str]], names: Dialect | None) -> M
     """The modules of adapters by what they mean, under the names of a dialect, or else the first adapter's; PlanError
     where nobody can tell which are the same, or what they would be called."""
     try:
-        meant = meanings(adapters, original=_is_for_original_names(adapters, names))
+        meant = meanings(adapters, original=names if _is_for_original_names(adapters, names) else None)
     except ValueError as error:
         raise PlanError(
             "the adapters' modules are named in several ways, and nobody can tell which are which",

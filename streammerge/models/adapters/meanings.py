@@ -11,15 +11,15 @@ of one component, the latter are translated by the rules of `models/dialects`.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from streammerge.models.adapters.dialects import FLAT, PEFT, PREFIXES, underscored
+from streammerge.models.adapters.dialects import FLAT, PEFT, PREFIXES, Dialect, dialect_of, underscored
 from streammerge.models.adapters.synonyms import XLABS, usual_path, with_text_model
 from streammerge.models.dialects.places import Role
 from streammerge.models.dialects.recognition import KINDS
-from streammerge.models.dialects.rules import Kind, Link, Linking, Side
+from streammerge.models.dialects.rules import Kind, Link, Linking, Side, accented, numbers, plain
 
 _SIDES: Final[Mapping[Side, re.Pattern[str]]] = {
     "ours": re.compile(
@@ -46,12 +46,16 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Meaning:
-    """A module's component, and what it is called there; `is_flat` with underscores for dots."""
+    """A module's component, and what it is called there; `is_flat` with underscores for dots.
+
+    Where its elements are those of the module in another order it `lies_otherwise`.
+    """
 
     role: Role | None
     path: str
     is_flat: bool
     part: Part | None = None
+    lies_otherwise: bool = False
 
     @property
     def key(self) -> tuple[Role | None, str]:
@@ -82,9 +86,10 @@ def meaning_of(module: str) -> Meaning:
     return Meaning("denoiser" if prefix else None, module.removeprefix(prefix), bool(prefix))
 
 
-def meanings(adapters: Mapping[str, Collection[str]], *, original: bool = False) -> dict[str, dict[str, Meaning]]:
+def meanings(adapters: Mapping[str, Collection[str]], original: Dialect | None = None) -> dict[str, dict[str, Meaning]]:
     """What the modules of adapters mean, by adapter and module: in one naming where the rules tell, and in the original
-    one if that is wanted. ValueError, which names two modules, where nobody can tell which of them are the same."""
+    one if a dialect is wanted that has it. ValueError, which names two modules, where nobody can tell which of them are
+    the same."""
     found = {name: {module: meaning_of(module) for module in modules} for name, modules in adapters.items()}
     found = _with_roles(found)
     sides = {
@@ -92,19 +97,10 @@ def meanings(adapters: Mapping[str, Collection[str]], *, original: bool = False)
         for name, own in found.items()
     }
     has_both = {"ours", "theirs"} <= {side for own in sides.values() for side in own}
-    if not has_both and not original:
+    if not has_both and original is None:
         return found
-    wanted = {each.key for own in found.values() for each in own.values() if each.side == "ours"}
-    return {
-        name: _translated(own, wanted, _others(found, name)) if "theirs" in sides[name] else own
-        for name, own in found.items()
-    }
-
-
-def _others(found: Mapping[str, Mapping[str, Meaning]], name: str) -> str:
-    """A module of another adapter that has original names."""
-    others = (own for other, own in found.items() if other != name)
-    return next((module for own in others for module, each in own.items() if each.side == "ours"), "")
+    others = {module: each for own in found.values() for module, each in own.items() if each.side == "ours"}
+    return {name: _translated(own, others, original) if "theirs" in sides[name] else own for name, own in found.items()}
 
 
 def _with_roles(found: dict[str, dict[str, Meaning]]) -> dict[str, dict[str, Meaning]]:
@@ -127,32 +123,83 @@ def _with_roles(found: dict[str, dict[str, Meaning]]) -> dict[str, dict[str, Mea
     return made
 
 
-def _translated(own: Mapping[str, Meaning], wanted: Collection[object], other: str) -> dict[str, Meaning]:
-    """The adapter's modules under original names: those that others have, or that it can only have."""
+@dataclass(frozen=True)
+class _Way:
+    """What diffusers' modules of an adapter are in the original naming of a kind, as ComfyUI has it if `is_comfys`."""
+
+    kind: Kind
+    meant: Mapping[str, Meaning]
+    is_comfys: bool = False
+
+    def likeness(self, others: Collection[Meaning]) -> tuple[int, int]:
+        """How many of these modules the kind has, and how many of them are here too."""
+        names = {f"{dotted(each)}.weight": each.key for each in others if each.role == "denoiser"}
+        plains = {plain(name, self.kind.accent): key for name, key in names.items()}
+        told = Linking(self.kind, [*plains], "ours").told
+        had = {key for name, key in plains.items() if name in told and self.called(told[name]).key == key}
+        return len(had), len({each.key for each in self.meant.values()} & {*names.values()})
+
+    def called(self, link: Link) -> Meaning:
+        """The original module of a link."""
+        ours = accented(link.ours, self.kind.accent) if self.is_comfys else link.ours
+        otherwise = link.way in ("halves", "transposed")
+        return Meaning("denoiser", ours.removesuffix(".weight"), is_flat=False, lies_otherwise=otherwise)
+
+
+def _translated(
+    own: Mapping[str, Meaning], others: Mapping[str, Meaning], original: Dialect | None
+) -> dict[str, Meaning]:
+    """The adapter's modules under original names: those that are most like others', or that it can only have."""
     theirs = {module: dotted(each) for module, each in own.items() if each.role == "denoiser"}
-    ways = [links for kind in KINDS["denoiser"] if (links := _links(kind, theirs.values())) is not None]
-    meant = [links for links in ways if any(("denoiser", underscored(link.ours)) in wanted for link in links.values())]
-    chosen = meant if wanted else [links for links in ways if links == ways[0]]
-    if not chosen or (not wanted and len(chosen) != len(ways)):
+    ways = [way for kind in KINDS["denoiser"] for way in _ways(kind, theirs)]
+    other = next(iter(others), "")
+    if others:
+        alike = [way.likeness(others.values()) for way in ways]
+        ways = [way for way, found in zip(ways, alike, strict=True) if found == max(alike) and found[1]]
+    # kohya's names of HunyuanVideo are those of its trainers, and not ComfyUI's
+    has_dots = (original or dialect_of(other)) == "comfy"
+    preferred = [way for way in ways if way.is_comfys == (has_dots and bool(way.kind.accent))]
+    chosen = _one_of(preferred or ways, theirs.values(), has_dots=has_dots)
+    if chosen is None:
         raise ValueError(f"{next(iter(theirs))}   {f'and {other}' if other else 'may be several original names'}")
-    links = chosen[0]
-    return {
-        module: _named(links[theirs[module]], theirs[module]) if module in theirs else each
-        for module, each in own.items()
-    }
+    return {**own, **_that_lie_alike(chosen.meant)}
 
 
-def _links(kind: Kind, paths: Iterable[str]) -> dict[str, Link] | None:
-    """What each of these modules is in the original naming; None if this kind has others."""
-    names = [f"{path}.weight" for path in paths]
-    linking = Linking(kind, names, "theirs")
-    if linking.unknown or not _may_be(kind, names):
-        return None
-    return {
-        name.removesuffix(".weight"): replace(link, ours=link.ours.removesuffix(".weight"))
-        for link in linking.links.values()
-        for name in link.theirs
-    }
+def _one_of(ways: Sequence[_Way], paths: Iterable[str], *, has_dots: bool) -> _Way | None:
+    """The way that is meant: one of several that come to the same names, whose dots count or don't, or that of the
+    model which has as many blocks as the adapter."""
+    called = {tuple((each.path if has_dots else each.key, each.part) for each in way.meant.values()) for way in ways}
+    if len(called) == 1:
+        return ways[0]
+    has = {stem: numbers((f"{path}." for path in paths), stem) for stem in (_DOUBLE, _SINGLE)}
+    lasts = {stem: found[-1] + 1 for stem, found in has.items() if found}
+    fitting = [way for way in ways if DEPTHS.get(way.kind.name) == lasts]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+_DOUBLE, _SINGLE = "transformer_blocks.", "single_transformer_blocks."
+
+DEPTHS: Final[Mapping[str, Mapping[str, int]]] = {
+    "Flux": {_DOUBLE: 19, _SINGLE: 38},
+    "HunyuanVideo": {_DOUBLE: 20, _SINGLE: 40},
+}
+"""How many blocks those models have whose modules diffusers calls the same."""
+
+
+def _ways(kind: Kind, theirs: Mapping[str, str]) -> Iterator[_Way]:
+    """What these modules, by their paths, are in the original naming, and in ComfyUI's of it; none if this kind has
+    others."""
+    names = {module: f"{path}.weight" for module, path in theirs.items()}
+    linking = Linking(kind, [*names.values()], "theirs")
+    if linking.strange or not _may_be(kind, names.values()):
+        return
+    links = {module: linking.told[name] for module, name in names.items()}
+    for is_comfys in (False, True) if kind.accent else (False,):
+        way = _Way(kind, {}, is_comfys)
+        parts = {module: _part(link, names[module]) for module, link in links.items()}
+        yield replace(
+            way, meant={module: replace(way.called(link), part=parts[module]) for module, link in links.items()}
+        )
 
 
 def _may_be(kind: Kind, names: Collection[str]) -> bool:
@@ -160,12 +207,18 @@ def _may_be(kind: Kind, names: Collection[str]) -> bool:
     return len(kind.signs) > 1 or any(re.match(sign, name) for sign in kind.signs.values() for name in names)
 
 
-def _named(link: Link, path: str) -> Meaning:
+def _part(link: Link, name: str) -> Part | None:
+    """Which part of an original module another is whose weight has this name, if it isn't all of it."""
     count = len(link.theirs)
-    part = Part(link.theirs.index(f"{path}.weight"), count, link.way == "wide rows") if count > 1 else None
-    if link.way in ("halves", "transposed"):
-        raise ValueError(f"{path}   and {link.ours}, which lies otherwise")
-    return Meaning("denoiser", link.ours, is_flat=False, part=part)
+    return Part(link.theirs.index(name), count, link.way == "wide rows") if count > 1 else None
+
+
+def _that_lie_alike(meant: Mapping[str, Meaning]) -> Mapping[str, Meaning]:
+    """The same; ValueError for a module whose elements lie in another order in the original."""
+    for module, each in meant.items():
+        if each.lies_otherwise:
+            raise ValueError(f"{module}   and {each.path}, which lies otherwise")
+    return meant
 
 
 WORDS: Final = re.compile(

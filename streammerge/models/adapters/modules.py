@@ -52,8 +52,17 @@ class Module:
             raise Malformed(f"{self.names[role]}   is {node.info.dtype}, and should be floats")
         return node
 
+    def is_true(self, role: str) -> bool:
+        """Whether a part, a truth or a number, is true."""
+        return bool(self._element(role) if self.nodes[role].info.dtype.name == "BOOL" else self.number(role))
+
     def number(self, role: str) -> float:
         """The one number that a part is."""
+        if self.nodes[role].info.dtype.name == "BOOL":
+            raise Malformed(f"{self.names[role]}   is BOOL, and should be a float or an integer")
+        return self._element(role)
+
+    def _element(self, role: str) -> float:
         node = self.nodes[role]
         if node.info.elements != 1:
             raise Malformed(f"{self.names[role]}   is of the shape {list(node.info.shape)}, and should be one number")

@@ -18,6 +18,7 @@ _FORMATS: Final[Mapping[str, str]] = {
     "BF16": "<f",
     "F32": "<f",
     "F64": "<d",
+    "BOOL": "?",
     "I8": "<b",
     "U8": "<B",
     "I16": "<h",

@@ -8,7 +8,7 @@ made the parameters; the adapter's names say how deep a wrapper lies (`base_laye
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from streammerge.models.adapters.config import Config
@@ -26,6 +26,12 @@ def bare(module: str) -> str:
     while module.endswith(WRAPPED):
         module = module.removesuffix(WRAPPED)
     return module
+
+
+def ends(name: str) -> Iterator[str]:
+    """A name, and what stands behind each of its dots: all that PEFT's configs may call it."""
+    yield name
+    yield from (name[place + 1 :] for place, letter in enumerate(name) if letter == ".")
 
 
 def parameter_path(wrapper: str, parameter: str) -> str:

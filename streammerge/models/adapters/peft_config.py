@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from streammerge.formats.companions import Companion
 from streammerge.models.adapters.config import FILE, Config
 from streammerge.models.adapters.dialects import PEFT
-from streammerge.models.adapters.parameters import parameter_path
+from streammerge.models.adapters.parameters import ends, parameter_path
 
 BEGUN: Final[Mapping[str, Any]] = {
     "peft_type": "LORA",
@@ -119,13 +119,8 @@ def _patterns(ranks: Mapping[str, int], usual: int) -> dict[str, int]:
     usual rank among them of which another's is the end.
     """
     others = {module for module, rank in ranks.items() if rank != usual}
-    listed = (module for module in ranks if module in others or not others.isdisjoint(_ends(module)))
+    listed = (module for module in ranks if module in others or not others.isdisjoint(ends(module)))
     return {_exactly(module): ranks[module] for module in sorted(listed, key=lambda name: (-name.count("."), name))}
-
-
-def _ends(module: str) -> Iterator[str]:
-    """What stands behind each dot of a name."""
-    return (module[place + 1 :] for place, letter in enumerate(module) if letter == ".")
 
 
 def _exactly(module: str) -> str:

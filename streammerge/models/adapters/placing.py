@@ -10,7 +10,7 @@ from streammerge.errors import SHOWN, PlanError, count, listed, plural
 from streammerge.models.adapters.accounts import Account, Given
 from streammerge.models.adapters.changes import Change
 from streammerge.models.adapters.experts import Experts
-from streammerge.models.adapters.parameters import bare
+from streammerge.models.adapters.parameters import bare, ends
 from streammerge.models.adapters.targets import Targets
 from streammerge.models.configs import embedding_and_head
 from streammerge.models.dialects import Source
@@ -64,6 +64,7 @@ class Placing:
         ]
         told += self._told_of_tokens()
         told += self._told_of_inversions()
+        told += self._told_of_targets()
         return Account(self.name, self.model, self.given, self.placed, tuple(self.left), tuple(told))
 
     def _told_of_inversions(self) -> Iterator[str]:
@@ -81,6 +82,15 @@ class Placing:
         embedding, head = embedding_and_head(self.model.tensors)
         if embedding in self.tensors and not head and self.kinds != {"tokens"}:
             yield f"it changes {embedding}: where a head is tied to that, so that it isn't stored, it changes too"
+
+    def _told_of_targets(self) -> Iterator[str]:
+        """What the config says is changed, and the model has, and the adapter has nothing of."""
+        own = {end for module in self.given.adapter.roles for end in ends(bare(module))}
+        there = {end for name in self.model.tensors for end in ends(name.removesuffix(".weight"))}
+        for config in self.given.adapter.configs.values():
+            lacking = [target for target in config.targets if target in there and target not in own]
+            if lacking:
+                yield f"{config.where} names {listed(lacking)} in target_modules, of which the adapter has no weights"
 
     def _place(self, module: str) -> None:
         changes = self.given.adapter.changes(module)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from streammerge.errors import PlanError, listed, plural
 from streammerge.models.adapters.changes import Change
@@ -108,9 +109,9 @@ class Together:
             if own.adapter in adapters and (change := own.change(part)) is not None
         ]
         height = next((change.shape[0] for own, change in having if own.rows is None), 0)
-        last = max((_stop(change, own.rows) for own, change in having if own.rows), default=0)
+        height = height or _height([(change, own.rows) for own, change in having if own.rows])
         return [
-            (own.adapter, change if own.rows is None else _raised(module, change, own.rows, height or last))
+            (own.adapter, change if own.rows is None else _raised(module, change, own.rows, height))
             for own, change in having
         ]
 
@@ -151,6 +152,17 @@ class Together:
 def _start(change: Change, part: Part) -> int:
     """With which row a part of a module begins."""
     return part.index * (math.prod(change.shape[1:]) if part.is_wide else change.shape[0])
+
+
+MLP: Final = 4
+"""How many times as wide as a block's tokens its MLP is in Flux and HunyuanVideo: the last part of their `linear1`."""
+
+
+def _height(parts: Sequence[tuple[Change, Part]]) -> int:
+    """How many rows the whole module has of which these are parts: told by the last of them, if that is wider."""
+    told = [_stop(change, part) for change, part in parts if not part.is_wide or part.index == part.count - 1]
+    guessed = ((part.count - 1 + MLP) * math.prod(change.shape[1:]) for change, part in parts)
+    return max(told or guessed, default=0)
 
 
 def _stop(change: Change, part: Part) -> int:

@@ -124,7 +124,7 @@ def numbers(names: Iterable[str], *stems: str) -> list[int]:
 
 
 class Linking:
-    """The links of one component that has these names, in this naming.
+    """The links of one component that has these names, in this naming; `told` has those that lack a tensor, too.
 
     `unknown` are those names that no rule tells of, or of which the others that belong to them are missing; `strange`
     the former alone.
@@ -132,9 +132,9 @@ class Linking:
 
     def __init__(self, kind: Kind, names: Collection[str], side: Side) -> None:
         found = _by_stem(kind.blocks(names, side), side)
-        told = {name: link for name in names if (link := _link(name, found, side)) is not None}
-        self.links: dict[str, Link] = {link.ours: link for link in told.values()}
-        self.strange = tuple(name for name in names if name not in told)
+        self.told = {name: link for name in names if (link := _link(name, found, side)) is not None}
+        self.links: dict[str, Link] = {link.ours: link for link in self.told.values()}
+        self.strange = tuple(name for name in names if name not in self.told)
         linked = set(self.links) if side == "ours" else self._complete(names)
         self.unknown = tuple(name for name in names if name not in linked)
 

@@ -112,9 +112,10 @@ def dora(shape: tuple[int, ...], magnitude: tuple[int, ...], axis: int):
     return shape, parts(lora_up__weight=up, lora_down__weight=down, alpha=1.5, dora_scale=lengths), formula
 
 
-def lycoris_ia3(axis: int):
+def lycoris_ia3(axis: int, dtype: torch.dtype = torch.int64):
     vector = numbers(1, IN, seed=1) if axis else numbers(OUT, 1, seed=1)
-    return FLAT, parts(weight=vector, on_input=torch.tensor(axis)), lambda w: w * (1 + vector.double())
+    on_input = torch.tensor(axis).to(dtype)
+    return FLAT, parts(weight=vector, on_input=on_input), lambda w: w * (1 + vector.double())
 
 
 def glora(*, old: bool):
@@ -153,6 +154,8 @@ CASES: dict[str, tuple[tuple[int, ...], Tensors, Formula]] = {
     "DoRA, inputs of 3×3": dora(KERNEL, (1, IN, 1, 1), 1),
     "(IA)³ on outputs": lycoris_ia3(0),
     "(IA)³ on inputs": lycoris_ia3(1),
+    "(IA)³ on outputs, as a truth": lycoris_ia3(0, torch.bool),
+    "(IA)³ on inputs, as a truth": lycoris_ia3(1, torch.bool),
     "GLoRA": glora(old=False),
     "GLoRA, old": glora(old=True),
     "difference": whole("diff"),

@@ -129,6 +129,41 @@ CASES: dict[str, tuple[str, Tensors, Tensors, str]] = {
         kohya("lora_unet_double_blocks_0_img_attn_qkv", shapes=FLUX, seed=9),
         "lora_unet_double_blocks_0_txt_attn_proj.lora_up.weight",
     ),
+    "Flux: whose MLPs tell it from Hunyuan Video": (
+        "flux",
+        kohya("lora_unet_double_blocks_0_img_attn_qkv", "lora_unet_double_blocks_0_img_mlp_0", shapes=FLUX | SMALL),
+        peft(
+            *(f"transformer.transformer_blocks.0.attn.to_{part}" for part in "qkv"),
+            "transformer.transformer_blocks.0.ff.net.0.proj",
+            "transformer.transformer_blocks.1.norm1.linear",
+            shapes={"ff.net.0.proj": (32, 8), "norm1.linear": (48, 8)} | SMALL,
+            seed=9,
+        ),
+        "lora_unet_double_blocks_1_img_mod_lin.lora_up.weight",
+    ),
+    "Flux: ComfyUI's dots": (
+        "flux",
+        kohya("diffusion_model.double_blocks.0.img_attn.qkv", shapes=FLUX),
+        peft(
+            "transformer.transformer_blocks.1.attn.to_out.0", "transformer.transformer_blocks.0.attn.to_k", shapes=SMALL
+        ),
+        "diffusion_model.double_blocks.1.img_attn.proj.lora_up.weight",
+    ),
+    "Hunyuan Video: whose MLPs tell it from Flux": (
+        "hunyuan",
+        kohya(
+            "lora_unet_double_blocks_0_img_attn_qkv",
+            "lora_unet_double_blocks_0_img_mlp_fc1",
+            shapes={"fc1": (8, 8)} | FLUX,
+        ),
+        peft(
+            *(f"transformer.transformer_blocks.0.attn.to_{part}" for part in "qkv"),
+            "transformer.transformer_blocks.0.norm1.linear",
+            shapes={"norm1.linear": (48, 8)} | SMALL,
+            seed=9,
+        ),
+        "lora_unet_double_blocks_0_img_mod_linear.lora_up.weight",
+    ),
     "Wan: musubi's and diffusers'": (
         "wan",
         kohya("lora_unet_blocks_0_self_attn_q", "lora_unet_blocks_1_cross_attn_o", shapes=SMALL),
@@ -278,8 +313,47 @@ def test_xlabs_single_blocks_have_no_name_elsewhere(tmp_path):
         added(tmp_path, one, two, weights=(1.0, 1.0))
 
 
+FLUX_APART = {"ff.net.0.proj": (32, 8), "proj_mlp": (32, 8), "proj_out": (8, 40), "": (8, 8)}
+
+
+def flux_in_diffusers(doubles: int = 2, singles: int = 2, mlp: bool = True) -> Tensors:
+    """An adapter as diffusers' scripts train them: without `mlp` not what stands beside the values of single blocks."""
+    double = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "ff.net.0.proj")
+    single = ("attn.to_q", "attn.to_k", "attn.to_v", *(("proj_mlp", "proj_out") if mlp else ()))
+    return peft(
+        *(f"transformer.transformer_blocks.{n}.{part}" for n in range(doubles) for part in double),
+        *(f"transformer.single_transformer_blocks.{n}.{part}" for n in range(singles) for part in single),
+        shapes=FLUX_APART,
+    )
+
+
+@pytest.mark.parametrize("mlp", [True, False])
+def test_flux_in_comfyuis_names(tmp_path, mlp):
+    """Hunyuan Video's modules have the same names there: so it doesn't matter which of them the adapter is of."""
+    found = assert_the_same(tmp_path, diffusion_model("flux"), (flux_in_diffusers(mlp=mlp),), names="comfy")
+    assert {name.partition(".lora_")[0] for name in found} >= {
+        "diffusion_model.double_blocks.1.img_attn.qkv",
+        "diffusion_model.double_blocks.0.txt_attn.qkv",
+        "diffusion_model.double_blocks.0.img_mlp.0",
+        "diffusion_model.single_blocks.1.linear1",
+    }
+    assert found["diffusion_model.single_blocks.0.linear1.lora_up.weight"].shape[0] == 56
+
+
+@pytest.mark.parametrize("mlp", [True, False])
+@pytest.mark.parametrize(
+    ("doubles", "singles", "module"),
+    [(19, 38, "lora_unet_double_blocks_0_img_mlp_0"), (20, 40, "lora_unet_double_blocks_0_img_mlp_fc1")],
+)
+def test_as_many_blocks_as_a_model_has_tell_it(doubles, singles, module, mlp):
+    adapter = dict.fromkeys(name.partition(".lora_")[0] for name in flux_in_diffusers(doubles, singles, mlp))
+    assert module in matched({"a": adapter}, "kohya").modules
+
+
 def test_what_may_be_several_original_names_is_refused(tmp_path):
     """Flux, Hunyuan Video and Stable Diffusion 3 have these modules in diffusers, and others in their originals."""
+    with pytest.raises(MergeError, match="may be several original names"):
+        added(tmp_path, flux_in_diffusers(), weights=(1.0,), names="kohya")
     one = peft(*(f"transformer.transformer_blocks.0.attn.to_{part}" for part in "qkv"), shapes=SMALL)
     with pytest.raises(MergeError, match=r"nobody can tell which(.|\n)*may be several original names"):
         added(tmp_path, one, weights=(1.0,), names="comfy")

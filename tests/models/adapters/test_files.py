@@ -187,6 +187,20 @@ def test_a_config_tells_the_scale(tmp_path, config, scale):
         assert torch.allclose(made[WEIGHT].double(), MODEL[WEIGHT].double() + 0.5 * scale * PRODUCT, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("targets", "told"),
+    [(["x", "other"], "other"), (["mid.x", "mid.other"], "mid.other"), (["x", "absent"], ""), (["x"], ""), ("x", "")],
+)
+def test_what_the_config_names_and_the_file_lacks_is_told(tmp_path, capsys, targets, told):
+    """Where the model has such a module: configs name what other models have, too."""
+    folder = peft_folder(tmp_path / "adapter", pair(), r=RANK, lora_alpha=RANK, target_modules=targets)
+    save_model(tmp_path / "model.safetensors", {**MODEL, "mid.other.weight": numbers(OUT, IN)})
+    assert main(["bake", str(tmp_path / "model.safetensors"), str(folder), "-o", str(tmp_path / "o.safetensors")]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert (f"names {told} in target_modules, of which the adapter has no weights" in said) == bool(told)
+    assert ("target_modules" in said) == bool(told)
+
+
 def test_weights_that_lie_transposed(tmp_path):
     folder = peft_folder(tmp_path / "adapter", pair(), r=RANK, lora_alpha=RANK, fan_in_fan_out=True)
     model = {WEIGHT: numbers(IN, OUT, seed=9)}
