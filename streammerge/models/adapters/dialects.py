@@ -52,9 +52,9 @@ _DIFFERENCES: Final = {"diff": "diff", "diff_b": "diff_b"}
 SPELLINGS: Final[Mapping[Dialect, Spelling]] = {
     "kohya": Spelling(
         {
-            "denoiser": ("lora_unet_", "lora_transformer_", "lycoris_unet_", "oft_unet_"),
+            "denoiser": ("lora_unet_", "lora_transformer_", "lycoris_unet_", "oft_unet_", "lora_prior_unet_"),
             "CLIP": ("lora_te_", "lora_te1_"),
-            "CLIP 2": ("lora_te2_",),
+            "CLIP 2": ("lora_te2_", "lora_prior_te_"),
             "T5": ("lora_te3_", "lora_te2_"),
         },
         ("lycoris_", "lora_"),
@@ -127,7 +127,10 @@ def beginning_of(module: str) -> str:
 
 
 def dialect_of(module: str) -> Dialect | None:
-    """In which dialect a module's name is; None where it has nothing before it that would tell."""
+    """In which dialect a module's name is; None where it has nothing before it that would tell, or what PEFT puts
+    there within a component."""
+    if PEFT in module.removeprefix(PEFT):
+        return None
     return next((name for name, spelling in SPELLINGS.items() if module.startswith(spelling.beginnings)), None)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from streammerge.models.adapters.dialects import FLAT, PEFT, PREFIXES, Dialect, dialect_of, underscored
-from streammerge.models.adapters.synonyms import XLABS, usual_path, with_text_model
+from streammerge.models.adapters.synonyms import XLABS, unwrapped, usual_path, with_text_model
 from streammerge.models.dialects.places import Role
 from streammerge.models.dialects.recognition import KINDS
 from streammerge.models.dialects.rules import Kind, Link, Linking, Side, accented, numbers, plain
@@ -71,13 +71,14 @@ class Meaning:
 
 def meaning_of(module: str) -> Meaning:
     """What a module's name means by itself."""
+    module = unwrapped(module)
     if module.startswith(PEFT):
         return Meaning(None, module.removeprefix(PEFT), is_flat=False)
     if XLABS.fullmatch(module):
         return Meaning("denoiser", usual_path(module), is_flat=False)
     for prefix, roles in PREFIXES.items():
         if module.startswith(prefix):
-            path = module.removeprefix(prefix)
+            path = module.removeprefix(prefix).removeprefix(PEFT)
             is_t5 = re.match(r"encoder[._]block[._]|shared$", path) is not None
             role = "T5" if is_t5 and "T5" in roles else roles[0]
             path = with_text_model(path) if role in ("CLIP", "CLIP 2") else path

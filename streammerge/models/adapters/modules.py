@@ -79,7 +79,7 @@ class Module:
             return self._alpha() / rank, ""
         if self.config is not None:
             return self._configured(self.config, rank), ""
-        if self.name.startswith(PEFT):
+        if PEFT in self.name:
             raise Malformed(f"{self.name}   has no alpha, and adapter_config.json, which would tell it, is not there")
         return 1.0, "no alpha"
 

@@ -26,7 +26,7 @@ from streammerge.models.dialects.encoders import CLIP, T5
 from streammerge.models.dialects.pieces import whole
 from streammerge.models.dialects.places import Role
 from streammerge.models.dialects.recognition import moved
-from streammerge.models.dialects.rules import Side
+from streammerge.models.dialects.rules import Side, accented
 from streammerge.models.dialects.unets import UNET
 from streammerge.tensors import TensorInfo
 
@@ -107,8 +107,9 @@ def _of_component(known: Recognised, component: Component, dialect: Dialect) -> 
     own, side = component.place.own, _side(known, component, dialect)
     roles = {part.role for part in known.components}
     called = functools.partial(spelled, dialect, component.role, roles=roles, like=_unusual(known, dialect))
+    accent = component.kind.accent if dialect == "comfy" else ()
     for inner, source in component.seen(side).items():
-        yield _module(inner, own(inner), moved(source, own), dialect, called)
+        yield _module(accented(inner, accent), own(inner), moved(source, own), dialect, called)
     for inner in component.unnamed(side):
         yield _nameless(own(inner), whole(own(inner), component.tensors[inner]), NO_NAME)
 

@@ -66,7 +66,20 @@ _NAMES: Final = tuple(_ROLES)
 
 INVERSION: Final = "a textual inversion"
 
+MODULATION: Final = ".diff_m"
+"""How lightx2v's names of differences end that are of no module's weight, but of the tensor `modulation` beside it."""
+
+_FOREIGN: Final[Mapping[str, str]] = {
+    r".*\.lora_[ab]\.weight": "torchtune's LoRA",
+    r".*[._]adapter\.linear_(?:in|out)\.weight": "a LoRA of NeMo or Megatron",
+    r"lllite_.*": "a ControlNet-LLLite",
+}
+"""What is known and not read, by names that else would be taken for a module's weight."""
+
 _REFUSED: Final[Mapping[str, str]] = {
+    r"blk\.\d+\..*\.lora_[ab]": "llama.cpp's LoRA",
+    r".*\.lora_(?:down|up)": "Nunchaku's LoRA, packed for its kernels",
+    r".*\.norm\.(?:query|key)_norm\.scale": "Black Forest Labs' control LoRA",
     r".*[._]oft_(?:diag|[rR])(?:\..*)?": "OFT of an older form",
     r".*[._]ranknum(?:\..*)?": "AdaLoRA under way",
     r".*[._]glora_[A-E](?:\..*)?": "PEFT's GLoRA",
@@ -117,7 +130,9 @@ def sorted_parts(names: Iterable[str]) -> Sorted:
     for name in names:
         if role := SHARED.get(re.sub(r"^(base_model\.vera_[AB])\.[\w-]+$", r"\1", name)):
             found.shared[role] = name
-        elif match := _ROLE.fullmatch(name):
+        elif name.endswith(MODULATION):
+            found.note(name, f"{name.removesuffix(MODULATION)}.modulation", "diff")
+        elif (match := _ROLE.fullmatch(name)) and not _kind_in(_FOREIGN, name):
             number = str(match.lastgroup)[1:]
             found.note(name, match["module"], _NAMES[int(number)])
             given = match[f"n{number}"] if f"n{number}" in _ROLE.groupindex else ""
@@ -137,4 +152,8 @@ def sorted_parts(names: Iterable[str]) -> Sorted:
 
 def refused_kind(name: str) -> str:
     """What a tensor is of that is known, and not read; else nothing."""
-    return next((kind for pattern, kind in _REFUSED.items() if re.fullmatch(pattern, name)), "")
+    return _kind_in(_FOREIGN, name) or _kind_in(_REFUSED, name)
+
+
+def _kind_in(kinds: Mapping[str, str], name: str) -> str:
+    return next((kind for pattern, kind in kinds.items() if re.fullmatch(pattern, name)), "")

@@ -10,6 +10,7 @@ from streammerge.errors import SHOWN, PlanError, count, listed, plural
 from streammerge.models.adapters.accounts import Account, Given
 from streammerge.models.adapters.changes import Change
 from streammerge.models.adapters.experts import Experts
+from streammerge.models.adapters.orders import UNKNOWN, is_of_unknown_order
 from streammerge.models.adapters.parameters import bare, ends
 from streammerge.models.adapters.targets import Targets
 from streammerge.models.configs import embedding_and_head
@@ -167,6 +168,8 @@ class Placing:
             return f"{names} is quantised in a way that streammerge can't decode: name the model as it was before"
         if not all(info.dtype.mergeable for info in infos):
             return f"{names} is {infos[0].dtype}, which is never changed"
+        if any(is_of_unknown_order(name, self.model.tensors) for name in source.tensors):
+            return f"{names} {UNKNOWN}"
         if len(source.pieces) > 1 and not change.is_linear:
             return f"{change.kind} of what is several tensors here: {names}"
         if source.transposed and not change.can_be_turned:

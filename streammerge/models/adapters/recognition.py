@@ -76,7 +76,11 @@ _FAMILIES: Final = (
     _family("(IA)³", rf"(?P<role>ia3_l){_NAME}", "ia3_l"),
     _family("LyCORIS (IA)³", r"(?P<role>weight|on_input)", "weight on_input"),
     _family("VeRA", rf"vera_lambda_(?P<role>[bd]){_NAME}", "b d"),
-    _family("full-difference", r"(?P<role>diff|diff_b|w_norm|b_norm|set_weight)", "diff", "diff_b", "w_norm", "b_norm"),
+    _family(
+        "full-difference",
+        r"(?P<role>diff|diff_b|diff_m|w_norm|b_norm|set_weight)",
+        *("diff", "diff_b", "diff_m", "w_norm", "b_norm"),
+    ),
     _family("trained tokens", rf"(?P<role>trainable_tokens_delta){_NAME}", "trainable_tokens_delta"),
     _family(
         "PEFT",
@@ -94,7 +98,7 @@ _MARKS: Final = frozenset(
         *("lora", "lora_up", "lora_down", "up", "down", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
         *("lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "a1", "a2", "b1", "b2"),
         *("oft_blocks", "oft_diag", "oft_R", "oft_r", "boft_blocks", "boft_R", "ia3_l", "on_input"),
-        *("vera_lambda_b", "vera_lambda_d", "diff", "diff_b", "w_norm", "b_norm", "set_weight"),
+        *("vera_lambda_b", "vera_lambda_d", "diff", "diff_b", "diff_m", "w_norm", "b_norm", "set_weight"),
         *("fourierft_spectrum", "hra_u", "bone_block", "miss_block", "vblora_logits_A", "vblora_logits_B"),
         *("shira_weight", "road_theta", "trainable_tokens_delta"),
     }

@@ -4,6 +4,7 @@
     encoder.layers.0.mlp.fc1                CLIP's text_model.encoder.layers.0.mlp.fc1, as transformers 5 has it
 double_blocks.0.processor.qkv_lora1     img_attn.qkv of the block, and txt_attn.qkv with a 2
 double_blocks.0.processor.proj_lora1    img_attn.proj, and txt_attn.proj
+double_blocks.0.img_attn_q              the first rows of img_attn.qkv, where these are one tensor
 single_blocks.0.processor.proj          linear2
 single_blocks.0.processor.qkv           queries, keys and values, which are some rows of linear1
 """
@@ -31,6 +32,27 @@ def xlabs_paths(path: str) -> tuple[str, ...]:
     if part == "proj":
         return (f"single_blocks.{number}.linear2",)
     return tuple(f"single_transformer_blocks.{number}.attn.to_{each}" for each in "qkv")
+
+
+_APART: Final = re.compile(r"double_blocks[._](\d+)[._](img|txt)_attn[._]([qkv])")
+
+
+def paths_apart(path: str) -> tuple[str, ...]:
+    """What diffusers calls queries, keys or values that HunyuanVideo 1.5 has apart, and ComfyUI's file of it as rows of
+    one tensor; nothing if it is none."""
+    match = _APART.fullmatch(path)
+    if match is None:
+        return ()
+    number, stream, part = match.groups()
+    return (f"transformer_blocks.{number}.attn.{f'to_{part}' if stream == 'img' else f'add_{part}_proj'}",)
+
+
+_WRAPPED: Final = re.compile(r"^module\.|(?:(?<=\.)|^)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+
+
+def unwrapped(module: str) -> str:
+    """A module's name without what torch's wrappers put into it: of compiled, sharded and checkpointed modules."""
+    return _WRAPPED.sub("", module)
 
 
 _OF_CLIP: Final = re.compile(r"(?:encoder([._])layers|embeddings([._])\w+_embedding|final_layer_norm)(?:[._]|$)")

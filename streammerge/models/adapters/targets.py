@@ -18,11 +18,12 @@ from typing import Final
 
 from streammerge.models.adapters.dialects import ANY, PEFT, PREFIXES, underscored
 from streammerge.models.adapters.experts import sources_of
-from streammerge.models.adapters.synonyms import language_paths, with_text_model, xlabs_paths
+from streammerge.models.adapters.synonyms import language_paths, paths_apart, unwrapped, with_text_model, xlabs_paths
 from streammerge.models.dialects import Source, recognise
 from streammerge.models.dialects.pieces import rows, whole
 from streammerge.models.dialects.places import ROLES, Role
 from streammerge.models.dialects.recognition import moved
+from streammerge.models.dialects.rules import accented
 from streammerge.models.mixtures.layouts import Block, blocks_of
 from streammerge.tensors import TensorInfo, described
 
@@ -34,12 +35,21 @@ class Targets:
     tensors: Mapping[str, TensorInfo]
 
     def find(self, module: str, part: str) -> Source | None:
-        """The tensor that a module's `weight`, or its `bias`, is; None if there is none, or several might be meant."""
+        """The tensor that a module's `weight`, or its `bias`, is; None if there is none, or several might be meant.
+
+        A tensor may stand for itself, where it is no module's weight: `blocks.0.modulation`.
+        """
+        tails = (f".{part}", "") if part == "weight" else (f".{part}",)
+        names = dict.fromkeys((module, unwrapped(module)))
+        sources = (self._found(name, tail) for name in names for tail in tails)
+        return next(filter(None, sources), None)
+
+    def _found(self, module: str, tail: str) -> Source | None:
         for prefix in ANY:
-            rest = module.removeprefix(prefix)
-            if module.startswith(prefix) and f"{rest}.{part}" in self.tensors:
-                return whole(f"{rest}.{part}", self.tensors[f"{rest}.{part}"])
-        meant = self._meant(module, part)
+            name = module.removeprefix(prefix) + tail
+            if module.startswith(prefix) and name in self.tensors:
+                return whole(name, self.tensors[name])
+        meant = self._meant(module, tail)
         return meant[0] if len(meant) == 1 else None
 
     def experts(self, module: str, parameter: str) -> Source | None:
@@ -52,18 +62,18 @@ class Targets:
         """The experts of every layer."""
         return blocks_of(self.tensors)
 
-    def _meant(self, module: str, part: str) -> list[Source]:
+    def _meant(self, module: str, tail: str) -> list[Source]:
         """The tensors that a name may mean, in all components that it may be of: each once."""
         found: dict[object, Source] = {}
         for index, rest in self._indexes(module):
-            sources = (_joined([index.get(underscored(f"{path}_{part}")) for path in paths]) for paths in _ways(rest))
+            sources = (_joined([index.get(underscored(path + tail)) for path in paths]) for paths in _ways(rest))
             if source := next(filter(None, sources), None):
                 found.setdefault(source.pieces, source)
         return list(found.values())
 
     def near(self, module: str, part: str) -> str:
         """The model's own name that comes nearest, in words, or those that may be meant; nothing where none does."""
-        if meant := self._meant(module, part):
+        if meant := self._meant(module, f".{part}"):
             return " and ".join(source.tensors[0] for source in meant) + ", of which either may be meant"
         for index, rest in self._indexes(module):
             for key in difflib.get_close_matches(underscored(f"{rest}_{part}"), list(index)[:NEAR], n=1):
@@ -77,11 +87,29 @@ class Targets:
         for prefix, roles in PREFIXES.items():
             if inner.startswith(prefix):
                 found = [self._by_role[role] for role in roles if role in self._by_role] or [self._bare]
-                yield from ((index, inner.removeprefix(prefix)) for index in found)
+                yield from ((index, inner.removeprefix(prefix).removeprefix(PEFT)) for index in found)
+        if encoder := _ENCODER.match(inner):
+            yield from ((index, inner[encoder.end() :]) for index in self._languages(encoder.group()))
         if not inner.startswith(tuple(PREFIXES)):
             rest = next(inner.removeprefix(prefix) for prefix in ANY if inner.startswith(prefix))
             yield self._bare, rest
             yield from ((index, rest) for index in self._by_role.values())
+
+    def _languages(self, prefix: str) -> Iterator[Mapping[str, Source | None]]:
+        """Where to look a text encoder's modules up that is a language model: in a checkpoint, or if it is all."""
+        if not prefix.startswith("text_encoders."):
+            yield self._language
+        if "denoiser" not in self._by_role:
+            yield self._bare
+
+    @functools.cached_property
+    def _language(self) -> Mapping[str, Source | None]:
+        """The tensors of text encoders that have no role of their own, by what they are called in them."""
+        found: dict[str, Source | None] = {}
+        for name, info in self.tensors.items():
+            if (encoder := _ENCODER.match(name)) and encoder.group() not in ROLES:
+                _note(found, name[encoder.end() :], whole(name, info))
+        return found
 
     @functools.cached_property
     def _bare(self) -> Mapping[str, Source | None]:
@@ -101,6 +129,8 @@ class Targets:
             for side in sorted(("ours", "theirs"), key=lambda side: side != component.side):
                 for name, source in component.seen(side).items():  # type: ignore[arg-type]
                     _note(index, name, moved(source, component.place.own))
+            for name, source in component.seen("ours").items() if component.kind.accent else ():
+                _note(index, accented(name, component.kind.accent), moved(source, component.place.own))
         for name, info in self.tensors.items():
             prefix = next((each for each in _ROOTS if name.startswith(each)), "")
             role = ROLES[prefix]
@@ -111,6 +141,9 @@ class Targets:
 
 NEAR: Final = 20_000
 """How many names are compared to find the nearest."""
+
+_ENCODER: Final = re.compile(r"lora_te\d?_|text_encoder(?:_\d)?\.|text_encoders\.\w+\.transformer\.")
+"""How names of text encoders' modules begin, and ComfyUI's of their tensors."""
 
 _ROOTS: Final = tuple(sorted(ROLES.keys() - {"", "model."}, key=len, reverse=True))
 """What names of components begin with, in models that aren't known: those of language models begin with `model.`."""
@@ -141,8 +174,8 @@ def _joined(sources: Sequence[Source | None]) -> Source | None:
 def _ways(module: str) -> Iterator[tuple[str, ...]]:
     """A module's name, and what other programs call the same: one module of the model, or several of which it is made.
 
-    diffusers called processors so in its older versions, transformers 5 leaves out CLIP's `text_model`, and XLabs has
-    its own names.
+    diffusers called processors so in its older versions, transformers 5 leaves out CLIP's `text_model`, XLabs has its
+    own names, and HunyuanVideo 1.5 has three modules where ComfyUI has one.
     """
     yield (module,)
     plain = re.sub(r"([._])processor[._]", r"\1", module)
@@ -152,4 +185,5 @@ def _ways(module: str) -> Iterator[tuple[str, ...]]:
         yield (f"{plain}.0",)
     yield (with_text_model(module),)
     yield xlabs_paths(module)
+    yield paths_apart(module)
     yield from ((path,) for path in language_paths(module))

@@ -298,6 +298,16 @@ LAYOUTS: dict[str, Layout] = {
         ],
         {},
     ),
+    "Hunyuan Video, ComfyUI": Layout(
+        original("hunyuan"),
+        [
+            "diffusion_model.double_blocks.0.{img|txt}_{attn.qkv|attn.proj|mlp.0|mlp.2|mod.lin}",
+            "diffusion_model.single_blocks.0.{linear1|linear2|modulation.lin}",
+            "diffusion_model.{time_in.in_layer|guidance_in.out_layer|txt_in.c_embedder.in_layer}",
+            "diffusion_model.txt_in.individual_token_refiner.blocks.0.{self_attn.qkv|self_attn.proj|mlp.0|mlp.2}",
+        ],
+        {"diffusion_model.time_in.in_layer": "time_in.mlp.0.weight"},
+    ),
     "LTX-Video, ComfyUI": Layout(
         plain("model.diffusion_model.transformer_blocks.{0|1}.{attn1|attn2}.{to_q|to_k|to_v|to_out.0}"),
         ["diffusion_model.transformer_blocks.{0|1}.{attn1|attn2}.{to_q|to_k|to_v|to_out.0}"],
