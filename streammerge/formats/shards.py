@@ -34,7 +34,7 @@ PREFERRED: Final = (
     "diffusion_pytorch_model.safetensors",
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
-    *("adapter_model.safetensors", "adapter_model.bin"),
+    *("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors"),
     *("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin"),
 )
 """What a folder's weights are called, the first that exists being meant; safetensors before pickles."""

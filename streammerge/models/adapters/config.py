@@ -17,6 +17,12 @@ MAX_CONFIG: Final = 4 * 2**20
 
 FILE: Final = "adapter_config.json"
 
+_HAS_CONFIG: Final = re.compile(r"adapter_model\..*|(?:\d+_)?adapters\.safetensors", re.DOTALL)
+"""What the files of PEFT's adapters are called, and MLX's, beside which a config is theirs."""
+
+MLX: Final = "MLX"
+"""What a config of MLX's adapters is called here: it says nothing of PEFT's kinds."""
+
 IN_METADATA: Final = "lora_adapter_metadata"
 """The key of a file's metadata under which diffusers keeps the configs of a pipeline's parts."""
 
@@ -83,6 +89,8 @@ class Config:
         """The strength of a module's change that has this rank."""
         alpha = self.alpha_of(module)
         assert alpha is not None
+        if self.kind == MLX:  # which says what it comes to
+            return alpha
         if self.kind == "ADALORA":  # which prunes ranks, and divides by that with which it began
             return (alpha if alpha > 0 else self.usual_rank) / (self.usual_rank + 1e-5)
         return alpha / (math.sqrt(rank) if self.is_rank_stabilised else rank)
@@ -120,7 +128,7 @@ def read_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, Config]:
     """The configs of an adapter at this path, by how the names of the modules begin for which they hold; none if it
     has none."""
     beside = (path if path.is_dir() else path.parent) / FILE
-    if (path.is_dir() or path.name.startswith("adapter_model.")) and beside.is_file():
+    if (path.is_dir() or _HAS_CONFIG.fullmatch(path.name)) and beside.is_file():
         try:
             said = read_object(beside, MAX_CONFIG)
         except UnreadableError as problem:
@@ -146,6 +154,8 @@ def _by_component(raw: Mapping[str, Any], where: str) -> dict[str, Config]:
 
 def _config(raw: Mapping[str, Any], where: str) -> Config:
     """A config; CheckpointError for what it asks for and is not done."""
+    if "lora_parameters" in raw:
+        return _mlxs(raw, where)
     kind = str(raw.get("peft_type", "LORA")).upper()
     if kind not in KINDS:
         raise CheckpointError(f"{where}: {kind} adapters are not read", advice=f"Those that are: {', '.join(KINDS)}.")
@@ -179,6 +189,15 @@ def _config(raw: Mapping[str, Any], where: str) -> Config:
         parameters=_names(raw, "target_parameters", where),
         is_dora=bool(raw.get("use_dora", False)),
     )
+
+
+def _mlxs(raw: Mapping[str, Any], where: str) -> Config:
+    """A config of MLX's, which says what the product of the factors is multiplied by."""
+    said, way = raw["lora_parameters"], raw.get("fine_tune_type", "lora")
+    if not isinstance(said, dict) or way not in ("lora", "dora"):
+        raise CheckpointError(f"{where}: it is MLX's, of the fine_tune_type {way!r}: lora and dora are read")
+    scale, rank = _number(said.get("scale"), where, "scale"), int(_number(said.get("rank", 0), where, "rank"))
+    return Config(where, MLX, alpha=scale, usual_rank=rank, is_dora=way == "dora")
 
 
 def _turning(raw: Mapping[str, Any], where: str) -> Turning:

@@ -16,6 +16,7 @@ from streammerge.compute.matrices import permuted, transposed, vector, zeros
 from streammerge.compute.parts import in_shape, rows_of
 from streammerge.models.adapters.changes import MULTIPLY, SAVED_WHOLE, Change
 from streammerge.models.adapters.experts import of_parameter
+from streammerge.models.adapters.mlx import mlx
 from streammerge.models.adapters.modules import Changes, Malformed, Module
 from streammerge.models.adapters.rotations import input_butterfly, input_rotation, rotation
 from streammerge.models.adapters.tokens import tokens
@@ -288,6 +289,7 @@ KINDS: Final[tuple[tuple[frozenset[str], frozenset[str], Kind], ...]] = (
     (frozenset({"oft_R", "oft.embedding"}), frozenset(), input_rotation),
     (frozenset({"boft_R", "boft_s"}), frozenset(), input_butterfly),
     (frozenset({"tokens"}), frozenset(), tokens),
+    (frozenset({"mlx.a", "mlx.b"}), frozenset({"mlx.m"}), mlx),
 )
 """The kinds: by which roles each is known, which others may stand beside these, and what it comes to."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from streammerge.compute.expressions import Node
 from streammerge.models.adapters.changes import Change
-from streammerge.models.adapters.config import ALPHAS, TRANSPOSED, Config
+from streammerge.models.adapters.config import ALPHAS, MLX, TRANSPOSED, Config
 from streammerge.models.adapters.dialects import PEFT
 from streammerge.models.adapters.numbers import can_be_read, number_of
 from streammerge.models.adapters.parameters import parameter_path
@@ -93,6 +93,8 @@ class Module:
 
     def _configured(self, config: Config, rank: int) -> float:
         """The strength that the config says for this rank, which must be the one that it speaks of."""
+        if config.kind == MLX and "mlx.a" not in self:
+            raise Malformed(f"{self.name}   is no LoRA of MLX's, and {config.where} is of one")
         said = config.rank(self.own_name)
         if rank and said not in (0, rank) and config.kind != "ADALORA":
             raise Malformed(f"{self.name}   is of rank {rank}, and {config.where} says {said}")
@@ -130,4 +132,5 @@ Changes = Mapping[str, Change]
 
 def _called(role: str) -> str:
     words = {"up": "lora_up (lora_B)", "down": "lora_down (lora_A)", "mid": "lora_mid"}
+    words |= {"mlx.a": "lora_a", "mlx.b": "lora_b", "mlx.m": "m"}
     return words.get(role, role.replace("hada.", "hada_").replace("lokr.", "lokr_"))

@@ -46,6 +46,9 @@ _ROLES: Final[Mapping[str, str]] = {
     "boft_s": rf"boft_s{_NAMED}",
     "vera.b": rf"vera_lambda_b{_NAMED}",
     "vera.d": rf"vera_lambda_d{_NAMED}",
+    "mlx.a": r"lora_a",
+    "mlx.b": r"lora_b",
+    "mlx.m": r"m",
     "tokens": rf"(?:token_adapter\.)?trainable_tokens_delta{_NAMED}",
     "base": r"base_layer\.weight",
     "weight": rf"(?:modules_to_save{_NAMED}\.)?weight",
@@ -70,14 +73,14 @@ MODULATION: Final = ".diff_m"
 """How lightx2v's names of differences end that are of no module's weight, but of the tensor `modulation` beside it."""
 
 _FOREIGN: Final[Mapping[str, str]] = {
+    r"blk\.\d+\..*\.lora_[ab]": "llama.cpp's LoRA",
     r".*\.lora_[ab]\.weight": "torchtune's LoRA",
     r".*[._]adapter\.linear_(?:in|out)\.weight": "a LoRA of NeMo or Megatron",
     r"lllite_.*": "a ControlNet-LLLite",
 }
-"""What is known and not read, by names that else would be taken for a module's weight."""
+"""What is known and not read, by names that else would be taken for another module's part."""
 
 _REFUSED: Final[Mapping[str, str]] = {
-    r"blk\.\d+\..*\.lora_[ab]": "llama.cpp's LoRA",
     r".*\.lora_(?:down|up)": "Nunchaku's LoRA, packed for its kernels",
     r".*\.norm\.(?:query|key)_norm\.scale": "Black Forest Labs' control LoRA",
     r".*[._]oft_(?:diag|[rR])(?:\..*)?": "OFT of an older form",
@@ -85,7 +88,6 @@ _REFUSED: Final[Mapping[str, str]] = {
     r".*[._]glora_[A-E](?:\..*)?": "PEFT's GLoRA",
     r".*[._](?:bias_indices|bias_values|bias_size)": "LyCORIS' sparse biases",
     r".*[._]reshape_weight": "a LoRA that enlarges its weights",
-    r".*[._]lora_[ab]": "MLX's LoRA",
     r".*(?:fourierft_spectrum|hra_u|bone_block|miss_block|vblora_\w+|shira_weight|road_theta).*": "one of PEFT's kinds "
     "that is not read",
     r"bundle_emb\..*|.*string_to_param.*|emb_params|clip_[lg]|t5xxl": INVERSION,

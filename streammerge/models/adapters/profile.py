@@ -35,6 +35,7 @@ RANKED: Final[Mapping[str, int]] = {
     "lokr.w2_b": 0,
     "lokr.w1_b": 0,
     "vera.d": 0,
+    "mlx.b": 0,
 }
 """Parts whose first dimension is their module's rank."""
 

@@ -52,7 +52,16 @@ class Together:
 
     @functools.cached_property
     def matched(self) -> Matched:
-        """Which modules of the adapters are the same, and what they are called."""
+        """Which modules of the adapters are the same, and what they are called; PlanError for MLX's."""
+        of_mlx = [
+            name for name, adapter in self.adapters.items() if any("mlx.a" in own for own in adapter.roles.values())
+        ]
+        if of_mlx:
+            raise PlanError(
+                f"{listed(of_mlx)} {plural(of_mlx, 'is', 'are')} MLX's, whose adapters are put into models, and not "
+                "written",
+                advice=f"{BAKE} streammerge extract OUT MODEL --rank R makes one adapter of that.",
+            )
         return matched({name: adapter.roles.keys() for name, adapter in self.adapters.items()}, self.names)
 
     @property

@@ -81,7 +81,7 @@ MALFORMED = {
     "sparse biases": (whole(bias_values=numbers(3)), "sparse biases"),
     "larger weights": (whole(reshape_weight=torch.tensor([1, 2])), "enlarges its weights"),
     "embeddings": ({**whole(), "bundle_emb.x.string_to_param.*": numbers(2, 4)}, "a textual inversion"),
-    "MLX": ({"a.lora_a": DOWN.clone(), "a.lora_b": UP.clone()}, "of MLX's LoRA"),
+    "MLX": ({"a.lora_a": DOWN.clone(), "a.lora_b": UP.clone()}, "which would tell the scale, is not there"),
     "GLoRA of no rank": (
         parts(a1__weight=numbers(5, 5), a2__weight=numbers(5, 5), b1__weight=numbers(5, 5), b2__weight=numbers(5, 5)),
         "can not be told",
