@@ -37,25 +37,22 @@ _SIDES: Final[Mapping[Side, re.Pattern[str]]] = {
 @dataclass(frozen=True, slots=True)
 class Part:
     """Which of several modules, that are rows of one, a module is; all but the last have as many rows as columns if it
-    is `wide`, else all have as many."""
+    is `wide`, else all have as many. The halves of one that `is_swapped` come the other way round."""
 
     index: int
     count: int
     is_wide: bool
+    is_swapped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Meaning:
-    """A module's component, and what it is called there; `is_flat` with underscores for dots.
-
-    Where its elements are those of the module in another order it `lies_otherwise`.
-    """
+    """A module's component, and what it is called there; `is_flat` with underscores for dots."""
 
     role: Role | None
     path: str
     is_flat: bool
     part: Part | None = None
-    lies_otherwise: bool = False
 
     @property
     def key(self) -> tuple[Role | None, str]:
@@ -143,8 +140,7 @@ class _Way:
     def called(self, link: Link) -> Meaning:
         """The original module of a link."""
         ours = accented(link.ours, self.kind.accent) if self.is_comfys else link.ours
-        otherwise = link.way in ("halves", "transposed")
-        return Meaning("denoiser", ours.removesuffix(".weight"), is_flat=False, lies_otherwise=otherwise)
+        return Meaning("denoiser", ours.removesuffix(".weight"), is_flat=False)
 
 
 def _translated(
@@ -163,7 +159,7 @@ def _translated(
     chosen = _one_of(preferred or ways, theirs.values(), has_dots=has_dots)
     if chosen is None:
         raise ValueError(f"{next(iter(theirs))}   {f'and {other}' if other else 'may be several original names'}")
-    return {**own, **_that_lie_alike(chosen.meant)}
+    return {**own, **chosen.meant}
 
 
 def _one_of(ways: Sequence[_Way], paths: Iterable[str], *, has_dots: bool) -> _Way | None:
@@ -209,17 +205,11 @@ def _may_be(kind: Kind, names: Collection[str]) -> bool:
 
 
 def _part(link: Link, name: str) -> Part | None:
-    """Which part of an original module another is whose weight has this name, if it isn't all of it."""
-    count = len(link.theirs)
-    return Part(link.theirs.index(name), count, link.way == "wide rows") if count > 1 else None
-
-
-def _that_lie_alike(meant: Mapping[str, Meaning]) -> Mapping[str, Meaning]:
-    """The same; ValueError for a module whose elements lie in another order in the original."""
-    for module, each in meant.items():
-        if each.lies_otherwise:
-            raise ValueError(f"{module}   and {each.path}, which lies otherwise")
-    return meant
+    """Which part of an original module another is whose weight has this name, if it isn't all of it as it is."""
+    count, is_swapped = len(link.theirs), link.way == "halves"
+    if count == 1 and not is_swapped:
+        return None
+    return Part(link.theirs.index(name), count, link.way == "wide rows", is_swapped)
 
 
 WORDS: Final = re.compile(

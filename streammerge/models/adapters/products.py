@@ -121,6 +121,16 @@ def lifted(change: Change, first: int, total: int) -> Change:
     return replace(change, shape=shape, value=Product(described(DTYPES["F32"], shape), tall, (right,)))
 
 
+def with_halves_swapped(change: Change) -> Change:
+    """A LoRA whose lower half of the rows comes first."""
+    left, right = factors_of(change.value)
+    matrix = in_shape(left, (left.info.shape[0], right.info.shape[0]))
+    rows = matrix.info.shape[0]
+    halves = rows_of(matrix, rows // 2, rows), rows_of(matrix, 0, rows // 2)
+    swapped = joined(halves, described(DTYPES["F32"], matrix.info.shape))
+    return replace(change, value=Product(described(DTYPES["F32"], change.shape), swapped, (right,)))
+
+
 def side_by_side(shares: Sequence[Share], info: TensorInfo, part: str) -> Node:
     """The factors of one side: those on the right one below the other, those on the left side by side."""
     rows = [_scaled(share, part) for share in shares]

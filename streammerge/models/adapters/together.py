@@ -15,7 +15,7 @@ from streammerge.models.adapters.dialects import SPELLINGS, Dialect
 from streammerge.models.adapters.files import Adapter
 from streammerge.models.adapters.matching import BAKE, Matched, matched
 from streammerge.models.adapters.meanings import Part
-from streammerge.models.adapters.products import as_lora, lifted
+from streammerge.models.adapters.products import as_lora, lifted, with_halves_swapped
 from streammerge.tensors import DType
 
 
@@ -183,10 +183,11 @@ def _raised(module: str, change: Change, part: Part, height: int) -> Change:
     """A change of a part of a module as one of the whole; PlanError if that has not so many rows."""
     first, is_last = _start(change, part), part.index == part.count - 1
     fits = _stop(change, part) == height if is_last or not part.is_wide else first + change.shape[0] < height
+    fits = fits and not (part.is_swapped and height % 2)
     if not fits:
         raise PlanError(
             f"{module} has {height} rows in one adapter, of which {change.shape[0]} are no part {part.index + 1} of "
             f"{part.count}",
             advice="Are these adapters of one model?",
         )
-    return lifted(change, first, height)
+    return with_halves_swapped(change) if part.is_swapped else lifted(change, first, height)

@@ -340,6 +340,20 @@ def test_flux_in_comfyuis_names(tmp_path, mlp):
     assert found["diffusion_model.single_blocks.0.linear1.lora_up.weight"].shape[0] == 56
 
 
+@pytest.mark.parametrize("names", ["comfy", "kohya"])
+def test_the_last_modulation_has_its_halves_the_other_way_round(tmp_path, names):
+    """Shift and scale in the original, scale and shift in diffusers."""
+    one = flux_in_diffusers() | peft("transformer.norm_out.linear", shapes={"": (16, 8)}, seed=77)
+    one |= peft("transformer.x_embedder", shapes={"": (8, 4)}, seed=78)
+    other = kohya(
+        *("lora_unet_final_layer_adaLN_modulation_1", "lora_unet_double_blocks_0_img_mlp_0"),
+        shapes={"modulation_1": (16, 8)} | SMALL,
+    )
+    adapters = (one, other) if names == "kohya" else (one,)
+    found = assert_the_same(tmp_path, diffusion_model("flux"), adapters, names=names)
+    assert any("final_layer" in name for name in found)
+
+
 @pytest.mark.parametrize("mlp", [True, False])
 @pytest.mark.parametrize(
     ("doubles", "singles", "module"),
