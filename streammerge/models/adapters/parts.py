@@ -72,6 +72,14 @@ INVERSION: Final = "a textual inversion"
 MODULATION: Final = ".diff_m"
 """How lightx2v's names of differences end that are of no module's weight, but of the tensor `modulation` beside it."""
 
+_ITSELF: Final = ".modulation"
+
+
+def stands_for_itself(module: str) -> bool:
+    """Whether a module is a tensor that is no module's weight, as Wan's modulations are."""
+    return module.endswith(_ITSELF)
+
+
 _FOREIGN: Final[Mapping[str, str]] = {
     r"blk\.\d+\..*\.lora_[ab]": "llama.cpp's LoRA",
     r".*\.lora_[ab]\.weight": "torchtune's LoRA",
@@ -133,7 +141,7 @@ def sorted_parts(names: Iterable[str]) -> Sorted:
         if role := SHARED.get(re.sub(r"^(base_model\.vera_[AB])\.[\w-]+$", r"\1", name)):
             found.shared[role] = name
         elif name.endswith(MODULATION):
-            found.note(name, f"{name.removesuffix(MODULATION)}.modulation", "diff")
+            found.note(name, name.removesuffix(MODULATION) + _ITSELF, "diff")
         elif (match := _ROLE.fullmatch(name)) and not _kind_in(_FOREIGN, name):
             number = str(match.lastgroup)[1:]
             found.note(name, match["module"], _NAMES[int(number)])

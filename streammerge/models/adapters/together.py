@@ -15,6 +15,7 @@ from streammerge.models.adapters.dialects import SPELLINGS, Dialect
 from streammerge.models.adapters.files import Adapter
 from streammerge.models.adapters.matching import BAKE, Matched, matched
 from streammerge.models.adapters.meanings import Part
+from streammerge.models.adapters.parts import stands_for_itself
 from streammerge.models.adapters.products import as_lora, lifted, with_halves_swapped
 from streammerge.tensors import DType
 
@@ -147,14 +148,16 @@ class Together:
         if name is None:
             raise PlanError(
                 f"{module} is {role.replace('_b', ' of a bias')}, for which {self.matched.dialect} has no name",
-                advice="Write it under other names: --names kohya or comfy.",
+                advice="Write it under other names: --names comfy.",
             )
         return name
 
     def known_tensor(self, module: str, role: str) -> str | None:
         """A tensor's name: as in the first adapter that has this module under this name, else as the dialect has it."""
         own = (each.roles[role] for each in self.own(module) if each.module == module and role in each.roles)
-        tail = SPELLINGS[self.matched.dialect or "kohya"].tensors.get(role)
+        dialect = self.matched.dialect or "kohya"
+        has_none = dialect == "kohya" and any(stands_for_itself(each.module) for each in self.own(module))
+        tail = None if has_none else SPELLINGS[dialect].tensors.get(role)
         return next(own, None if tail is None else f"{module}.{tail}")
 
 

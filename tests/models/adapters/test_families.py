@@ -249,6 +249,18 @@ def test_differences_of_modulations_add_up(tmp_path):
     assert torch.allclose(made.double(), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("tail", ["diff_m", "modulation.diff"])
+@pytest.mark.parametrize("names", ["kohya", "diffusers"])
+def test_modulations_have_names_in_comfyuis_files_alone(tmp_path, tail, names):
+    """ComfyUI finds what is no module's weight by its own name, and never by kohya's."""
+    path = save_model(tmp_path / "a.safetensors", {f"diffusion_model.head.{tail}": numbers(1, 2, 8)})
+    recipe = {"merge_method": "linear", "models": [{"model": str(path)}]}
+    with pytest.raises(MergeError, match=f"for which {names} has no name"):
+        merge_to(tmp_path / "out.safetensors", recipe, names=names)
+    merge_to(tmp_path / "out.safetensors", recipe, names="comfy")
+    assert list(load_model(tmp_path / "out.safetensors")) == [f"diffusion_model.head.{tail}"]
+
+
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_rows_whose_order_nothing_tells_are_not_changed(tmp_path, prefix):
     """MiniMax-H3's own files have queries, keys and values head by head, and those of programs not."""
