@@ -12,6 +12,7 @@ from streammerge.models.adapters.changes import Change
 from streammerge.models.adapters.experts import Experts
 from streammerge.models.adapters.orders import UNKNOWN, is_of_unknown_order
 from streammerge.models.adapters.parameters import bare, ends
+from streammerge.models.adapters.synonyms import unwrapped
 from streammerge.models.adapters.targets import Targets
 from streammerge.models.configs import embedding_and_head
 from streammerge.models.dialects import Source
@@ -86,9 +87,11 @@ class Placing:
 
     def _told_of_targets(self) -> Iterator[str]:
         """What the config says is changed, and the model has, and the adapter has nothing of."""
-        own = {end for module in self.given.adapter.roles for end in ends(bare(module))}
-        there = {end for name in self.model.tensors for end in ends(name.removesuffix(".weight"))}
-        for config in self.given.adapter.configs.values():
+        adapter = self.given.adapter
+        configs = [config for config in adapter.configs.values() if config.targets]
+        own = {end for module in adapter.roles for end in ends(bare(unwrapped(module)))} if configs else set()
+        there = {end for name in self.model.tensors for end in ends(name.removesuffix(".weight"))} if configs else set()
+        for config in configs:
             lacking = [target for target in config.targets if target in there and target not in own]
             if lacking:
                 yield f"{config.where} names {listed(lacking)} in target_modules, of which the adapter has no weights"

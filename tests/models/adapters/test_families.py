@@ -280,6 +280,20 @@ def test_pefts_names_within_a_component_have_no_scale_of_their_own(tmp_path):
         bake(tmp_path, {"unet.a.weight": numbers(ROWS, COLUMNS)}, tensors)
 
 
+@pytest.mark.parametrize("start", ["_orig_mod.base_model.model.", "base_model.model._orig_mod.", "base_model.model."])
+def test_patterns_of_configs_are_of_names_without_wrappers(tmp_path, start):
+    up, down = numbers(ROWS, RANK, seed=1), numbers(RANK, COLUMNS, seed=2)
+    module = f"{start}layers.0._checkpoint_wrapped_module.q"
+    folder = peft_folder(
+        tmp_path / "a", {}, r=8, lora_alpha=8, rank_pattern={"^layers.0.q": 2}, alpha_pattern={"^layers.0.q": 6}
+    )
+    save_model(folder / "adapter_model.safetensors", {f"{module}.lora_B.weight": up, f"{module}.lora_A.weight": down})
+    model = {"layers.0.q.weight": numbers(ROWS, COLUMNS)}
+    made = bake(tmp_path, model, folder)
+    expected = model["layers.0.q.weight"].double() + 3 * up.double() @ down.double()
+    assert torch.allclose(made["layers.0.q.weight"].double(), expected, atol=1e-6)
+
+
 def test_names_that_wrappers_gave_are_written_without_them():
     wrapped = "_orig_mod.base_model.model.model.layers.0._checkpoint_wrapped_module.mlp.up_proj"
     assert list(matched({"a": [wrapped]}, "peft").modules) == ["base_model.model.model.layers.0.mlp.up_proj"]
