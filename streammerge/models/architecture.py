@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from streammerge.models.adapters.recognition import adapter_text
+from streammerge.models.wrappers import bare_tensors
 from streammerge.tensors import TensorInfo
 
 UNKNOWN: Final = "unknown"
@@ -139,7 +140,7 @@ def guess_architecture(tensors: Mapping[str, TensorInfo]) -> str:
     if adapter := adapter_text(tensors):
         return adapter
     found = _first_sign(tensors)
-    return found[0].architecture + _variant(*found, tensors) if found else UNKNOWN
+    return found[0].architecture + _variant(*found, bare_tensors(tensors)) if found else UNKNOWN
 
 
 def family_of(tensors: Mapping[str, TensorInfo]) -> str:
@@ -149,7 +150,8 @@ def family_of(tensors: Mapping[str, TensorInfo]) -> str:
 
 
 def _first_sign(tensors: Mapping[str, TensorInfo]) -> tuple[_Sign, str] | None:
-    """The first telling tensor that the model has, and what stands before its name."""
+    """The first telling tensor that the model has, and what stands before its name, wrappers not counted."""
+    tensors = bare_tensors(tensors)
     every = itertools.product(_SIGNS, _PREFIXES)
     return next(((sign, prefix) for sign, prefix in every if sign.fits(tensors, prefix)), None)
 

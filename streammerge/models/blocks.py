@@ -28,10 +28,11 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from streammerge.models.architecture import UNKNOWN, guess_architecture
+from streammerge.models.wrappers import bare_names
 from streammerge.tensors import TensorInfo
 
 BASE: Final = "BASE"
@@ -67,7 +68,10 @@ class Blocks:
 
     @classmethod
     def of(cls, tensors: Mapping[str, TensorInfo]) -> Blocks:
-        """The blocks of the model that has these tensors."""
+        """The blocks of the model that has these tensors, whatever wrappers put into their names."""
+        if bare := bare_names(tensors):
+            found = cls.of({new: tensors[old] for new, old in bare.items()})
+            return replace(found, places={bare[name]: places for name, places in found.places.items()})
         architecture = guess_architecture(tensors)
         for family in _FAMILIES:
             if any(map(re.compile(family.mark).match, tensors)):

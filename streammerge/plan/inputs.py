@@ -94,7 +94,9 @@ class OpenInputs:
         if recipe.mixture is not None:
             from streammerge.plan.mixing import mixture_of  # late: who builds no mixture needs none of it
 
-            return told_of(mixture_of(recipe, recipe.mixture, models, naming), models)
+            bare = unwrapped(models, recipe.layout_name)
+            made = mixture_of(recipe, recipe.mixture, bare.models, naming)
+            return told_of(replace(made, remarks=(*bare.remarks, *made.remarks)), models)
         if recipe.low_rank is None and is_sum(recipe, models):
             return sum_of_adapters(recipe, models, naming)
         if recipe.low_rank is not None or (recipe.method != "linear" and are_adapters(models)):
@@ -115,7 +117,7 @@ class OpenInputs:
             return refactoring.refactored(recipe, models, within, naming)
         refactoring.refuse_malformed(recipe, models)
         plain = extracting.to_be_merged(recipe, naming)
-        whole, told = _alike(recipe, models)
+        whole, told = _alike(recipe, models, anyway=True)
         one = _settled(recipe, whole)
         merged = told_of(one.told(self._merged(plain, one.models, within, None, told)), models)
         return extracting.extracted(recipe, merged, one.models)
@@ -137,6 +139,7 @@ class OpenInputs:
             for inner in each.parts:
                 models = self._models(inner, (*within, number))
                 wholes.update({_called(module, inner.named[name]): model for name, model in models.items()})
+        wholes, told = _bare(wholes, next(iter(wholes)), "/")
         check_modules(wholes, modules)
         having = _having_tokens(wholes, modules)
         one = _settled_modules(recipe, parts, wholes, having)
@@ -152,7 +155,8 @@ class OpenInputs:
                 made[module] = self.merge(replace(each, vocabulary=MATCHED), (*within, number), naming, part)
         whole = assembled(made, layout)
         texts = (merged for merged in made.values() if names_by_token(merged.tensors))
-        return one.told(replace(whole, tokenizer=tokenizer_beside(next(texts, whole), layout)))
+        whole = replace(whole, tokenizer=tokenizer_beside(next(texts, whole), layout))
+        return one.told(replace(whole, remarks=(*told, *whole.remarks)))
 
     def _stack(self, recipe: Recipe, within: Within, naming: Naming | None, part: PartOf | None) -> Merged:
         """The slices of a stack, each a merge of some layers, as one model."""
@@ -160,7 +164,8 @@ class OpenInputs:
         models = [self._models(each, (*within, number), part) for number, each in enumerate(slices)]
         called = [f"slice {number + 1}" for number in range(len(slices))]
         named = {f"{called[number]}: {name}": model for number, own in enumerate(models) for name, model in own.items()}
-        headed, told = with_heads(named)
+        bare, unwrapping = _bare(named, f"{called[0]}: {slices[0].layout_name}", ": ")
+        headed, told = with_heads(bare)
         one = _settled_stack(recipe, slices, headed)
         made, first = [], 0
         for number, (each, own) in enumerate(zip(slices, models, strict=True)):
@@ -175,7 +180,7 @@ class OpenInputs:
                 made.append(self._merged(each, views, (*within, number), naming))
             first += max(len(range(*entry.layers)) for entry in each.inputs if entry.layers is not None)
         merged = told_of(one.told(stacked(made)), named)
-        return replace(merged, remarks=(*told, *merged.remarks))
+        return replace(merged, remarks=(*unwrapping, *told, *merged.remarks))
 
     def _merged(
         self,
@@ -239,12 +244,21 @@ def saying_where(name: str) -> Iterator[None]:
         raise
 
 
-def _alike(recipe: Recipe, models: Mapping[str, Model]) -> tuple[Mapping[str, Model], list[str]]:
+def _bare(models: Mapping[str, Model], layout: str, behind: str) -> tuple[dict[str, Model], list[str]]:
+    """The models of parts of a recipe without wrappers' names; and what was done, once for each of them: their names
+    stand `behind` that of the part."""
+    bare = unwrapped(models, layout)
+    return dict(bare.models), list(dict.fromkeys(remark.partition(behind)[2] for remark in bare.remarks))
+
+
+def _alike(
+    recipe: Recipe, models: Mapping[str, Model], *, anyway: bool = False
+) -> tuple[Mapping[str, Model], list[str]]:
     """The models without wrappers' names, those that are tied with the head that is their embedding; and what was done.
 
     Where the layout's tensors are kept that others have not, it is not missing in a tied model, if the layout has one.
     """
-    bare = unwrapped(models, recipe.layout_name)
+    bare = unwrapped(models, recipe.layout_name, anyway=anyway)
     may_be_missing = recipe.on_missing == "keep" and not has_head(bare.models[recipe.layout_name].tensors)
     if recipe.on_missing == "drop" or may_be_missing:
         return bare.models, [*bare.remarks]

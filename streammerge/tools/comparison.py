@@ -93,7 +93,7 @@ class Comparison:
 
     `not_compared` names what both have in the same shape, but for which a cosine means nothing, such as integers.
     `adapter_a` and `adapter_b` tell the kind of an adapter where that is what is compared: factor by factor, which is
-    not how alike its changes are.
+    not how alike its changes are. `remarks` tell how names were read.
     """
 
     path_a: str
@@ -105,6 +105,7 @@ class Comparison:
     not_compared: tuple[str, ...] = ()
     adapter_a: str = ""
     adapter_b: str = ""
+    remarks: tuple[str, ...] = ()
 
     @property
     def elements(self) -> int:
@@ -236,6 +237,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         ],
         "only_in_a": list(comparison.only_in_a),
         "only_in_b": list(comparison.only_in_b),
+        "remarks": list(comparison.remarks),
         "not_compared": list(comparison.not_compared),
     }
 
@@ -244,6 +246,7 @@ def _summary(comparison: Comparison) -> str:
     lines = [
         f"A  {one_line(comparison.path_a)}{_adapter_text(comparison.adapter_a)}",
         f"B  {one_line(comparison.path_b)}{_adapter_text(comparison.adapter_b)}",
+        *comparison.remarks,
         tally(comparison),
     ]
     if comparison.differing:

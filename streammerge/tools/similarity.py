@@ -18,6 +18,7 @@ from streammerge.methods.statistics.stretches import Measures, Pending, Stretch
 from streammerge.models.adapters.recognition import adapter_text
 from streammerge.models.checkpoints import Checkpoint
 from streammerge.models.views import Decoded
+from streammerge.models.wrappers import unwrapped
 from streammerge.report import Progress, Watch
 from streammerge.tensors import DTYPES
 from streammerge.tools.comparison import Comparison, ShapeMismatch, Similarity
@@ -107,15 +108,17 @@ def compare_models(
 
     Codes with a scale are compared by their values, those that can't be decoded not at all.
     """
-    names_a = [name for name in a.tensors if fnmatch.fnmatchcase(name, match)]
-    names_b = [name for name in b.tensors if fnmatch.fnmatchcase(name, match)]
-    shared = [name for name in names_a if name in b.tensors]
-    mismatched = [name for name in shared if a.tensors[name].shape != b.tensors[name].shape]
-    alike = [name for name in shared if a.tensors[name].shape == b.tensors[name].shape]
-    values = Decoded(a), Decoded(b)
+    bare = unwrapped({"A": a, "B": b}, "A")
+    tensors_a, tensors_b = (model.tensors for model in bare.models.values())
+    names_a = [name for name in tensors_a if fnmatch.fnmatchcase(name, match)]
+    names_b = [name for name in tensors_b if fnmatch.fnmatchcase(name, match)]
+    shared = [name for name in names_a if name in tensors_b]
+    mismatched = [name for name in shared if tensors_a[name].shape != tensors_b[name].shape]
+    alike = [name for name in shared if tensors_a[name].shape == tensors_b[name].shape]
+    values = [Decoded(model) for model in bare.models.values()]
     comparable = [name for name in alike if all(model.has_values(name) for model in values)]
     found: dict[str, Similarity] = {}
-    progress = Progress(sum(a.tensors[name].nbytes + b.tensors[name].nbytes for name in comparable))
+    progress = Progress(sum(tensors_a[name].nbytes + tensors_b[name].nbytes for name in comparable))
     works = (_Comparing(name, [model.node(name) for model in values], found, progress) for name in comparable)
     paths = [file.path for file in (*a.files, *b.files)]
     devices = find_devices(device)
@@ -126,12 +129,13 @@ def compare_models(
         path_a=str(a.path),
         path_b=str(b.path),
         similarities=tuple(found[name] for name in comparable),
-        shape_mismatches=tuple(ShapeMismatch(n, a.tensors[n].shape, b.tensors[n].shape) for n in mismatched),
-        only_in_a=tuple(name for name in names_a if name not in b.tensors),
-        only_in_b=tuple(name for name in names_b if name not in a.tensors),
+        shape_mismatches=tuple(ShapeMismatch(n, tensors_a[n].shape, tensors_b[n].shape) for n in mismatched),
+        only_in_a=tuple(name for name in names_a if name not in tensors_b),
+        only_in_b=tuple(name for name in names_b if name not in tensors_a),
         not_compared=tuple(name for name in alike if name not in found),
         adapter_a=adapter_text(a.tensors),
         adapter_b=adapter_text(b.tensors),
+        remarks=bare.remarks,
     )
 
 

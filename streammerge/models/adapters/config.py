@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from streammerge.errors import CheckpointError
 from streammerge.formats.objects import UnreadableError, object_of, read_object
+from streammerge.models.wrappers import bare_name
 
 MAX_CONFIG: Final = 4 * 2**20
 """The longest adapter_config.json, in bytes, that is read."""
@@ -219,7 +220,7 @@ def _tokens(raw: Mapping[str, Any], where: str) -> dict[str, tuple[int, ...]]:
         is_list = isinstance(numbers, list) and all(type(number) is int and number >= 0 for number in numbers)
         if not is_list or len(set(numbers)) < len(numbers):
             raise CheckpointError(f"{where}: trained tokens must be a list of different numbers, found {numbers!r}")
-    return {str(end): tuple(numbers) for end, numbers in by_module.items()}
+    return {bare_name(str(end)): tuple(numbers) for end, numbers in by_module.items()}
 
 
 def _names(raw: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
@@ -227,7 +228,7 @@ def _names(raw: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
     found = raw.get(key) or []
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
         raise CheckpointError(f"{where}: {key} must be a list of names, found {found!r}")
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(map(bare_name, found)))
 
 
 def _patterns(raw: Mapping[str, Any], key: str, where: str) -> dict[str, float]:
@@ -235,7 +236,7 @@ def _patterns(raw: Mapping[str, Any], key: str, where: str) -> dict[str, float]:
     found = raw.get(key) or {}
     if not isinstance(found, dict):
         raise CheckpointError(f"{where}: {key} is no map")
-    return {_plain(pattern, where): _number(value, where, key) for pattern, value in found.items()}
+    return {bare_name(_plain(pattern, where)): _number(value, where, key) for pattern, value in found.items()}
 
 
 def _plain(pattern: str, where: str) -> str:

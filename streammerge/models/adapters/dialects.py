@@ -13,6 +13,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
+from streammerge.models.wrappers import before_all
+
 if TYPE_CHECKING:
     from streammerge.models.dialects.places import Role
 
@@ -112,6 +114,7 @@ ANY: Final = (*(each for spelling in SPELLINGS.values() for each in spelling.pla
 """What may stand there that says nothing of components."""
 
 _DOTS: Final = re.compile(r"[._]+")
+_PARALLEL: Final = re.compile(r"(?:module[._])+(?=.)")
 
 
 def underscored(name: str) -> str:
@@ -124,6 +127,23 @@ def beginning_of(module: str) -> str:
     dialect = dialect_of(module)
     beginnings = SPELLINGS[dialect].beginnings if dialect else ()
     return next((each for each in beginnings if module.startswith(each)), "")
+
+
+def unparalleled(module: str) -> str:
+    """A module's name without what data parallelism puts before paths, behind a dialect's beginning."""
+    beginning = beginning_of(module)
+    path = module.removeprefix(beginning)
+    bare = _PARALLEL.sub("", path)
+    return module if bare == path else unparalleled(beginning + bare)
+
+
+def unwrapped_modules(modules: Collection[str]) -> list[str]:
+    """The modules of an adapter without what wrappers put before all of their paths."""
+    beginnings = list(map(beginning_of, modules))
+    paths = [module.removeprefix(start) for module, start in zip(modules, beginnings, strict=True)]
+    while before := before_all(paths):
+        paths = [path.removeprefix(before) for path in paths]
+    return [start + path for start, path in zip(beginnings, paths, strict=True)]
 
 
 def dialect_of(module: str) -> Dialect | None:

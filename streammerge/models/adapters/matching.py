@@ -90,12 +90,14 @@ def _first_dialect(meant: Meant) -> Dialect | None:
 
 
 def _is_untranslated(module: str, meaning: Meaning) -> bool:
-    return meaning.part is None and underscored(meaning_of(module).path) == underscored(meaning.path)
+    """Whether it means its own path, or the end of that behind what wrappers put before it."""
+    return meaning.part is None and underscored(meaning_of(module).path).endswith(underscored(meaning.path))
 
 
 def _is_as_it_is(module: str, meaning: Meaning, dialect: Dialect | None) -> bool:
     """Whether a module keeps its name in the dialect."""
-    return dialect in (None, dialect_of(module)) and _is_untranslated(module, meaning)
+    is_called_so = underscored(meaning_of(module).path) == underscored(meaning.path)
+    return dialect in (None, dialect_of(module)) and meaning.part is None and is_called_so
 
 
 def _others(dialect: Dialect) -> str:

@@ -15,8 +15,16 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from streammerge.models.adapters.dialects import FLAT, PEFT, PREFIXES, Dialect, dialect_of, underscored
-from streammerge.models.adapters.synonyms import XLABS, unwrapped, usual_path, with_text_model
+from streammerge.models.adapters.dialects import (
+    FLAT,
+    PEFT,
+    PREFIXES,
+    Dialect,
+    dialect_of,
+    underscored,
+    unwrapped_modules,
+)
+from streammerge.models.adapters.synonyms import XLABS, usual_path, with_text_model
 from streammerge.models.dialects.places import Role
 from streammerge.models.dialects.recognition import KINDS
 from streammerge.models.dialects.rules import Kind, Link, Linking, Side, accented, numbers, plain
@@ -68,7 +76,6 @@ class Meaning:
 
 def meaning_of(module: str) -> Meaning:
     """What a module's name means by itself."""
-    module = unwrapped(module)
     if module.startswith(PEFT):
         return Meaning(None, module.removeprefix(PEFT), is_flat=False)
     if XLABS.fullmatch(module):
@@ -88,7 +95,10 @@ def meanings(adapters: Mapping[str, Collection[str]], original: Dialect | None =
     """What the modules of adapters mean, by adapter and module: in one naming where the rules tell, and in the original
     one if a dialect is wanted that has it. ValueError, which names two modules, where nobody can tell which of them are
     the same."""
-    found = {name: {module: meaning_of(module) for module in modules} for name, modules in adapters.items()}
+    found = {
+        name: {module: meaning_of(bare) for module, bare in zip(modules, names, strict=True)}
+        for (name, modules), names in zip(adapters.items(), _without_wrappers(list(adapters.values())), strict=True)
+    }
     found = _with_roles(found)
     sides = {
         name: {side for meaning in own.values() if meaning.role == "denoiser" and (side := meaning.side)}
@@ -99,6 +109,13 @@ def meanings(adapters: Mapping[str, Collection[str]], original: Dialect | None =
         return found
     others = {module: each for own in found.values() for module, each in own.items() if each.side == "ours"}
     return {name: _translated(own, others, original) if "theirs" in sides[name] else own for name, own in found.items()}
+
+
+def _without_wrappers(adapters: Sequence[Collection[str]]) -> list[list[str]]:
+    """The adapters' modules without what wrappers put before all paths, if some adapters have that alone."""
+    given = list(map(list, adapters))
+    bare = list(map(unwrapped_modules, given))
+    return bare if any(map(list.__eq__, given, bare)) else given
 
 
 def _with_roles(found: dict[str, dict[str, Meaning]]) -> dict[str, dict[str, Meaning]]:

@@ -2,7 +2,8 @@
 
     lora_unet_mid_block_attentions_0_proj_in.lora_up.weight  ─►  module lora_unet_mid_block_attentions_0_proj_in, up
 
-Every tensor has to have a role: what has none is an error that names it.
+Every tensor has to have a role: what has none is an error that names it. What torch's wrappers put into names counts
+for nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
+
+from streammerge.models.wrappers import bare_name
 
 _NAMED: Final = r"(?:\.[\w-]+?)?"
 """What PEFT puts behind a role: the adapter's name, as in `lora_A.default.weight`."""
@@ -138,16 +141,17 @@ def sorted_parts(names: Iterable[str]) -> Sorted:
     """Every tensor of these names by its module and role."""
     found = Sorted()
     for name in names:
-        if role := SHARED.get(re.sub(r"^(base_model\.vera_[AB])\.[\w-]+$", r"\1", name)):
+        bare = bare_name(name)
+        if role := SHARED.get(re.sub(r"^(base_model\.vera_[AB])\.[\w-]+$", r"\1", bare)):
             found.shared[role] = name
-        elif name.endswith(MODULATION):
-            found.note(name, name.removesuffix(MODULATION) + _ITSELF, "diff")
-        elif (match := _ROLE.fullmatch(name)) and not _kind_in(_FOREIGN, name):
+        elif bare.endswith(MODULATION):
+            found.note(name, bare.removesuffix(MODULATION) + _ITSELF, "diff")
+        elif (match := _ROLE.fullmatch(bare)) and not _kind_in(_FOREIGN, bare):
             number = str(match.lastgroup)[1:]
             found.note(name, match["module"], _NAMES[int(number)])
             given = match[f"n{number}"] if f"n{number}" in _ROLE.groupindex else ""
             found.names.update([given] if given and given != "weight" else [])
-        elif (refused := refused_kind(name)) == INVERSION:
+        elif (refused := refused_kind(bare)) == INVERSION:
             found.inversions.append(name)
         elif refused:
             found.problems.append(f"{name}   is of {refused}, which is not read")

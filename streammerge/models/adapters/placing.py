@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from streammerge.errors import SHOWN, PlanError, count, listed, plural
 from streammerge.models.adapters.accounts import Account, Given
 from streammerge.models.adapters.changes import Change
+from streammerge.models.adapters.dialects import unparalleled
 from streammerge.models.adapters.experts import Experts
 from streammerge.models.adapters.orders import UNKNOWN, is_of_unknown_order
 from streammerge.models.adapters.parameters import bare, ends
-from streammerge.models.adapters.synonyms import unwrapped
 from streammerge.models.adapters.targets import Targets
 from streammerge.models.configs import embedding_and_head
 from streammerge.models.dialects import Source
@@ -89,7 +89,7 @@ class Placing:
         """What the config says is changed, and the model has, and the adapter has nothing of."""
         adapter = self.given.adapter
         configs = [config for config in adapter.configs.values() if config.targets]
-        own = {end for module in adapter.roles for end in ends(bare(unwrapped(module)))} if configs else set()
+        own = {end for module in adapter.roles for end in ends(bare(unparalleled(module)))} if configs else set()
         there = {end for name in self.model.tensors for end in ends(name.removesuffix(".weight"))} if configs else set()
         for config in configs:
             lacking = [target for target in config.targets if target in there and target not in own]

@@ -47,14 +47,6 @@ def paths_apart(path: str) -> tuple[str, ...]:
     return (f"transformer_blocks.{number}.attn.{f'to_{part}' if stream == 'img' else f'add_{part}_proj'}",)
 
 
-_WRAPPED: Final = re.compile(r"^module\.|(?:(?<=\.)|^)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
-
-
-def unwrapped(module: str) -> str:
-    """A module's name without what torch's wrappers put into it: of compiled, sharded and checkpointed modules."""
-    return _WRAPPED.sub("", module)
-
-
 _OF_CLIP: Final = re.compile(r"(?:encoder([._])layers|embeddings([._])\w+_embedding|final_layer_norm)(?:[._]|$)")
 
 

@@ -12,19 +12,20 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from streammerge.models.adapters.dialects import ANY, PEFT, PREFIXES, underscored
+from streammerge.models.adapters.dialects import ANY, PEFT, PREFIXES, underscored, unparalleled
 from streammerge.models.adapters.experts import sources_of
-from streammerge.models.adapters.synonyms import language_paths, paths_apart, unwrapped, with_text_model, xlabs_paths
+from streammerge.models.adapters.synonyms import language_paths, paths_apart, with_text_model, xlabs_paths
 from streammerge.models.dialects import Source, recognise
 from streammerge.models.dialects.pieces import rows, whole
 from streammerge.models.dialects.places import ROLES, Role
 from streammerge.models.dialects.recognition import moved
 from streammerge.models.dialects.rules import accented
 from streammerge.models.mixtures.layouts import Block, blocks_of
+from streammerge.models.wrappers import bare_names, bare_tensors
 from streammerge.tensors import TensorInfo, described
 
 
@@ -39,10 +40,33 @@ class Targets:
 
         A tensor may stand for itself, where it is no module's weight: `blocks.0.modulation`.
         """
+        return self._seen_through(module, lambda targets, name: targets._tensor(name, part))
+
+    def experts(self, module: str, parameter: str) -> Source | None:
+        """The tensor, or the tensors one below the other, that a parameter of a layer's experts is."""
+        return self._seen_through(module, lambda targets, name: targets._experts(name, parameter))
+
+    def _seen_through(self, module: str, find: Callable[[Targets, str], Source | None]) -> Source | None:
+        """What is found of a module under its name, or else without what wrappers put into it, or into the model's."""
+        for name in dict.fromkeys((module, unparalleled(module))):
+            if found := find(self, name):
+                return found
+            if self._bare_names and (found := find(self._unwrapped, name)):
+                return moved(found, self._bare_names.__getitem__)
+        return None
+
+    @functools.cached_property
+    def _bare_names(self) -> Mapping[str, str]:
+        return bare_names(self.tensors)
+
+    @functools.cached_property
+    def _unwrapped(self) -> Targets:
+        """The same tensors without what wrappers put into their names."""
+        return Targets(bare_tensors(self.tensors))
+
+    def _tensor(self, module: str, part: str) -> Source | None:
         tails = (f".{part}", "") if part == "weight" else (f".{part}",)
-        names = dict.fromkeys((module, unwrapped(module)))
-        sources = (self._found(name, tail) for name in names for tail in tails)
-        return next(filter(None, sources), None)
+        return next(filter(None, (self._found(module, tail) for tail in tails)), None)
 
     def _found(self, module: str, tail: str) -> Source | None:
         for prefix in ANY:
@@ -52,9 +76,8 @@ class Targets:
         meant = self._meant(module, tail)
         return meant[0] if len(meant) == 1 else None
 
-    def experts(self, module: str, parameter: str) -> Source | None:
-        """The tensor, or the tensors one below the other, that a parameter of a layer's experts is."""
-        found = self.find(module, parameter)
+    def _experts(self, module: str, parameter: str) -> Source | None:
+        found = self._tensor(module, parameter)
         return found or sources_of(module.removeprefix(PEFT), parameter, self._blocks, self.tensors)
 
     @functools.cached_property

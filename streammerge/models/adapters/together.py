@@ -17,6 +17,7 @@ from streammerge.models.adapters.matching import BAKE, Matched, matched
 from streammerge.models.adapters.meanings import Part
 from streammerge.models.adapters.parts import stands_for_itself
 from streammerge.models.adapters.products import as_lora, lifted, with_halves_swapped
+from streammerge.models.wrappers import bare_name
 from streammerge.tensors import DType
 
 
@@ -154,7 +155,7 @@ class Together:
 
     def known_tensor(self, module: str, role: str) -> str | None:
         """A tensor's name: as in the first adapter that has this module under this name, else as the dialect has it."""
-        own = (each.roles[role] for each in self.own(module) if each.module == module and role in each.roles)
+        own = (bare_name(each.roles[role]) for each in self.own(module) if each.module == module and role in each.roles)
         dialect = self.matched.dialect or "kohya"
         has_none = dialect == "kohya" and any(stands_for_itself(each.module) for each in self.own(module))
         tail = None if has_none else SPELLINGS[dialect].tensors.get(role)
