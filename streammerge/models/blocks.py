@@ -29,7 +29,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Any, Final
 
 from streammerge.models.architecture import UNKNOWN, guess_architecture
 from streammerge.models.wrappers import bare_names
@@ -59,12 +59,14 @@ class Blocks:
     """The blocks of one model.
 
     `forms` are the lists of values that it takes, the usual one first: its blocks in their order. `places` are the
-    names of each tensor's block, the narrowest first. Both are empty where no blocks have names.
+    names of each tensor's block, the narrowest first. Both are empty where no blocks have names. It is `unsure`, in
+    words, where there may be more blocks: no list of values can be taken then.
     """
 
     architecture: str = UNKNOWN
     forms: tuple[ListForm, ...] = ()
     places: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unsure: str = ""
 
     @classmethod
     def of(cls, tensors: Mapping[str, TensorInfo]) -> Blocks:
@@ -72,10 +74,15 @@ class Blocks:
         if bare := bare_names(tensors):
             found = cls.of({new: tensors[old] for new, old in bare.items()})
             return replace(found, places={bare[name]: places for name, places in found.places.items()})
-        architecture = guess_architecture(tensors)
+        return cls.named(tensors, guess_architecture(tensors))
+
+    @classmethod
+    def named(cls, names: Iterable[str], architecture: str = UNKNOWN) -> Blocks:
+        """The blocks of the model whose tensors have these names."""
+        names = list(names)
         for family in _FAMILIES:
-            if any(map(re.compile(family.mark).match, tensors)):
-                return family.blocks(tensors, family.title if architecture == UNKNOWN else architecture)
+            if any(map(re.compile(family.mark).match, names)):
+                return family.blocks(names, family.title if architecture == UNKNOWN else architecture)
         return cls(architecture)
 
     @property
@@ -88,6 +95,12 @@ class Blocks:
         """Every name that a value may be given for: the blocks, and the parts of them that the model has."""
         found = {name for names in self.places.values() for name in names}
         return (*self.order, *sorted(found.difference(self.order)))
+
+
+def blocks_of(model: Any) -> Blocks:  # noqa: ANN401  (anything with tensors: whether it knows its blocks is asked)
+    """The blocks of a model: those that it knows of, or that its names tell."""
+    own = getattr(model, "blocks", None)
+    return own if isinstance(own, Blocks) else Blocks.of(model.tensors)
 
 
 def normal_name(name: str) -> str:

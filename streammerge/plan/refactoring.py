@@ -38,8 +38,8 @@ from streammerge.models.hub import HubName
 from streammerge.models.merged import Merged
 from streammerge.plan.ensemble import Ensemble
 from streammerge.plan.extracting import factors_dtype, merged_of
-from streammerge.plan.summing import Strengths, are_adapters, check_asked, dialect_asked
-from streammerge.plan.tuning import Tuning
+from streammerge.plan.strengths import Strengths
+from streammerge.plan.summing import are_adapters, check_asked, dialect_asked
 from streammerge.recipe.recipe import Recipe
 from streammerge.tensors import DTYPES, Model, described
 
@@ -82,8 +82,8 @@ def refactored(
             found=[f"{module}   {name}" for module, name in together.parameters.items()],
             advice=f"Leave the rank and the method out. {BAKE}",
         )
-    tuning = Tuning(recipe, models[recipe.inputs[0].name])
-    return _Refactoring(recipe, together, find_method(recipe.method), tuning, within).adapter()
+    strengths = Strengths(recipe, together)
+    return _Refactoring(recipe, together, find_method(recipe.method), strengths, within).adapter()
 
 
 def _read(name: str, source: Path | HubName | Recipe, model: Model) -> Adapter:
@@ -110,7 +110,7 @@ class _Refactoring:
     recipe: Recipe
     together: Together
     method: Method
-    tuning: Tuning
+    strengths: Strengths
     within: Within
     ensemble: Ensemble = field(default_factory=Ensemble)
 
@@ -136,8 +136,7 @@ class _Refactoring:
         """How much of each adapter is in a module, where methods add up; they are given weights otherwise."""
         if self.method.name != "linear":
             return dict.fromkeys(self.together.adapters, 1.0)
-        own = Strengths(self.recipe, self.tuning).of(self.together.first(module))
-        return dict(zip(self.together.adapters, own, strict=True))
+        return dict(zip(self.together.adapters, self.strengths.of(module), strict=True))
 
     def _having(self, module: str) -> frozenset[str]:
         """The adapters that have a weight in a module."""
@@ -183,7 +182,7 @@ class _Refactoring:
             return combine(info, tuple(term for own in terms.values() for term in own))
         inputs = [combine(info, own) if own else zeros(shape) for own in terms.values()]
         base = [zeros(shape)] if self.method.base == "required" else []
-        values, seed = self.tuning.values(self.together.first(module), None), self.recipe.seed or 0
+        values, seed = self.strengths.values(module), self.recipe.seed or 0
         name = module if part == "weight" else f"{module}.{part}"
         return self.ensemble.joined(apply_method(self.method, info, values, [*base, *inputs], name, seed, self.within))
 
@@ -247,9 +246,7 @@ class _Refactoring:
             yield f"{module}   of {adapter} is saved whole, which one adapter that is resized keeps, of weight 1"
 
     def _remarks(self) -> Iterator[str]:
-        for module, _ in self._modules():
-            self.tuning.values(self.together.first(module), None)  # only then it is known what has an effect
-        yield from self.tuning.remarks()
+        yield from self.strengths.remarks()
         adapters, found = self.together.adapters, self.together.matched
         what = "is resized" if len(adapters) == 1 else f"are merged by {self.method.name}, as products"
         names = f"; modules are named as in {found.dialect}'s files" if found.is_renamed else ""

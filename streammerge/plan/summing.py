@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from streammerge.errors import PlanError, count, listed
 from streammerge.formats.companions import Companion
-from streammerge.methods.linear import normalized
 from streammerge.models.adapters.dialects import DIALECTS, Dialect
 from streammerge.models.adapters.files import read_adapter
 from streammerge.models.adapters.peft_config import config_of_ranks
@@ -20,8 +18,7 @@ from streammerge.models.dialects import Naming
 from streammerge.models.dtypes import Scaled
 from streammerge.models.merged import Merged
 from streammerge.plan.extracting import RESTATED
-from streammerge.plan.tuning import Tuning
-from streammerge.recipe.parameters import WEIGHT
+from streammerge.plan.strengths import Strengths
 from streammerge.recipe.recipe import Recipe
 from streammerge.tensors import DType, Model
 
@@ -50,13 +47,14 @@ def sum_of_adapters(recipe: Recipe, models: Mapping[str, Model], naming: Naming 
         model = models[entry.name]
         assert isinstance(model, Checkpoint)
         adapters[entry.name] = read_adapter(model, str(model.path))
-    tuning = Tuning(recipe, models[recipe.models[0].name])
-    made = Sum(Together(adapters, dialect_asked(naming)), Strengths(recipe, tuning).of, _dtype(recipe))
+    together = Together(adapters, dialect_asked(naming))
+    strengths = Strengths(recipe, together)
+    made = Sum(together, strengths.of, _dtype(recipe))
 
     def decide(name: str) -> Decision:
         return Decision(name, "merged", "sum of adapters", made.tensors[name], made.node(name))
 
-    remarks = list(dict.fromkeys([*tuning.remarks(), _remark(made), *made.together.remarks()]))
+    remarks = list(dict.fromkeys([*strengths.remarks(), _remark(made), *together.remarks()]))
     return Merged(
         Decisions(made.tensors, decide),
         remarks=tuple(remarks),
@@ -71,22 +69,6 @@ def _companions(made: Sum) -> tuple[Companion, ...] | None:
     if not together.is_pefts:
         return None
     return (config_of_ranks(made.ranks, together.configs, parameters=together.parameters),)
-
-
-@dataclass(frozen=True)
-class Strengths:
-    """How much of each adapter goes into a module. They add up: weights are not divided by their sum, unless
-    `normalize` is said to be true."""
-
-    recipe: Recipe
-    tuning: Tuning
-
-    def of(self, module: str) -> Sequence[float]:
-        """Of the module that the first adapter calls so."""
-        found = self.tuning.values(module, None)[WEIGHT]
-        own = [float(each) for each in found] if isinstance(found, tuple) else [float(found)] * len(self.recipe.models)
-        is_normalised = self.recipe.parameters.get("normalize") is True
-        return normalized(tuple(own)) if is_normalised else own
 
 
 def dialect_asked(naming: Naming | Dialect | None) -> Dialect | None:

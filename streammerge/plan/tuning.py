@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from streammerge.errors import PlanError
 from streammerge.methods import find_method
 from streammerge.methods.contract import ParameterValue
-from streammerge.models.blocks import Blocks
+from streammerge.models.blocks import Blocks, blocks_of
 from streammerge.models.layers import Layers, layers_of
 from streammerge.recipe.blockwise import BlockSetting, list_remark
 from streammerge.recipe.effects import ignored_notes
@@ -26,7 +26,7 @@ from streammerge.recipe.parameters import (
     values_of,
 )
 from streammerge.recipe.recipe import Recipe, Rule
-from streammerge.tensors import Model
+from streammerge.tensors import TensorInfo
 
 MAX_CONDITIONS: Final = 20_000_000
 """How many conditions on names are gone through for all tensors of one merge at most."""
@@ -45,12 +45,21 @@ class _OfRule:
     constant: Values | None
 
 
+class Named(Protocol):
+    """What has tensors of its own names, as a model has."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The tensors by their names."""
+        ...
+
+
 @dataclass
 class Tuning:
     """The recipe's parameters over the tensors of the layout. Tensors with the same values share them."""
 
     recipe: Recipe
-    layout: Model
+    layout: Named
     gone_through: int = 0
     shared: dict[tuple[Any, ...], Values] = field(default_factory=dict)
     by_rule: dict[int, _OfRule] = field(default_factory=dict)
@@ -129,7 +138,7 @@ class Tuning:
         """The layout's blocks if parameters are given by block; RecipeError where their values don't fit these."""
         if not any(map(is_by_block, self._settings())):
             return NO_BLOCKS
-        blocks = Blocks.of(self.layout.tensors)
+        blocks = blocks_of(self.layout)
         for place in self.recipe.places(self.recipe.where):
             check_blocks(place.settings, blocks, place.where)
         return blocks

@@ -239,6 +239,11 @@ def bind(setting: BlockSetting, blocks: Blocks) -> BoundSetting:
 
 
 def _listed(setting: BlockSetting, blocks: Blocks) -> Mapping[str, Scalar]:
+    if blocks.unsure and (setting.preset or setting.values):
+        raise RecipeError(
+            f"a list of values by block, or a preset, is of all blocks, and {blocks.unsure}",
+            advice="Give them by the blocks' names, as in IN00-IN05=0.3,default=1.",
+        )
     values = _preset_of(setting.preset, blocks) if setting.preset else setting.values
     names = _form_of(len(values), blocks).blocks if values else ()
     return dict(zip(names, values, strict=True))

@@ -32,12 +32,14 @@ Meant = Mapping[str, Mapping[str, Meaning]]
 
 @dataclass(frozen=True)
 class Matched:
-    """The modules of a sum by name: which modules of which adapter each of them is; and the dialect of the names.
+    """The modules of a sum by name: which modules of which adapter each of them is, and what each means; and the
+    dialect of the names.
 
     Without a dialect nothing of the names tells one, and all of them are as they are.
     """
 
     modules: Mapping[str, Mapping[str, Sequence[Own]]]
+    meant: Mapping[str, Meaning]
     dialect: Dialect | None
     is_renamed: bool
 
@@ -65,7 +67,8 @@ def matched(adapters: Mapping[str, Collection[str]], names: Dialect | None) -> M
     called = {key: naming.called(*first[key]) for key in found}
     _refuse_doubles(found.values(), called.values())
     is_renamed = any(called[key] != first[key][0] for key in found)
-    return Matched({called[key]: own for key, own in found.items()}, dialect, is_renamed)
+    modules = {called[key]: own for key, own in found.items()}
+    return Matched(modules, {called[key]: first[key][1] for key in found}, dialect, is_renamed)
 
 
 def _is_for_original_names(adapters: Mapping[str, Collection[str]], names: Dialect | None) -> bool:

@@ -23,7 +23,7 @@ from streammerge.models.adapters.together import Together
 from streammerge.tensors import DType, TensorInfo, described
 
 Weights = Callable[[str], Sequence[float]]
-"""How much of each adapter is in the module of this name."""
+"""How much of each adapter is in the sum's module of this name."""
 
 REASONS: Final[Mapping[str, str]] = {
     "DoRA": "it goes by the lengths of the weights that it finds",
@@ -147,7 +147,7 @@ class Sum:
 
     def _weights(self, module: str) -> Mapping[str, float]:
         """How much of each adapter is in a module."""
-        return dict(zip(self.together.adapters, self.weights(self.together.first(module)), strict=True))
+        return dict(zip(self.together.adapters, self.weights(module), strict=True))
 
     def _check_kinds(self) -> None:
         """PlanError for what does not add up to one adapter, or not with the others."""

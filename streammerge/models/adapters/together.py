@@ -108,10 +108,6 @@ class Together:
         """What of a module may be changed: its weight and its bias, or one parameter."""
         return (self.parameters[module],) if module in self.parameters else ("weight", "bias")
 
-    def first(self, module: str) -> str:
-        """What the first adapter that has the module calls it."""
-        return next(self.own(module)).module
-
     def changes(self, module: str, part: str, adapters: Collection[str]) -> list[tuple[str, Change]]:
         """What these adapters change of a module's weight, or its bias, each with its adapter: all of one height."""
         having = [
