@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Final
 
-from streammerge.models.views import Selected
-from streammerge.tensors import Model, TensorInfo
+from streammerge.tensors import TensorInfo
 
 WITHIN: Final[Mapping[str, str]] = {
     "_orig_mod": "torch.compile",
@@ -34,30 +32,6 @@ AROUND: Final = "model."
 
 _WITHIN: Final = re.compile(rf"(?:^|(?<=[._]))(?:{'|'.join(WITHIN)})[._]")
 _BEFORE_PEFT: Final = re.compile(r"(?:module\.)+(?=base_model\.)")
-
-
-@dataclass(frozen=True)
-class Unwrapped:
-    """Models whose names are without wrappers, if they were wrapped otherwise, and what is to be told of that."""
-
-    models: Mapping[str, Model]
-    remarks: tuple[str, ...] = ()
-
-
-def unwrapped(models: Mapping[str, Model], layout: str, *, anyway: bool = False) -> Unwrapped:
-    """The models without what wrappers put into names, where one calls a tensor otherwise than the layout for that; or
-    `anyway`."""
-    bare = {name: found for name, model in models.items() if (found := bare_names(model.tensors))}
-    seen = {name: Selected(model, bare[name]) if name in bare else model for name, model in models.items()}
-    differ = bare and any(
-        new in seen[layout].tensors and old not in models[layout].tensors
-        for name, model in models.items()
-        for new, old in zip(seen[name].tensors, model.tensors, strict=True)
-    )
-    if not bare or not (differ or anyway):
-        return Unwrapped(models)
-    told = (f"{name}: its names are read without what {_who(models[name].tensors)} put into them" for name in bare)
-    return Unwrapped(seen, tuple(told))
 
 
 def bare_names(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
@@ -93,7 +67,7 @@ def before_all(names: Collection[str]) -> str:
     return AROUND if is_around and any(name.startswith(2 * AROUND) for name in names) else ""
 
 
-def _who(names: Iterable[str]) -> str:
+def wrappers_of(names: Iterable[str]) -> str:
     """Which wrappers have put something into names."""
     told = [f"{who} ({mark}.)" for mark, who in WITHIN.items() if any(mark in name for name in names)]
     bare = [bare_name(name) for name in names]

@@ -28,7 +28,7 @@ from streammerge.models.modules import Part, assembled, check_modules, layout_of
 from streammerge.models.prefixes import Prefixed
 from streammerge.models.slices import LayerRange, Span, stacked
 from streammerge.models.tied import with_heads
-from streammerge.models.wrappers import unwrapped
+from streammerge.models.unwrapped import unwrapped
 from streammerge.plan.adapting import accounted, told_of, with_adapters
 from streammerge.plan.decide import merge_models
 from streammerge.plan.naming import of_models

@@ -17,8 +17,8 @@ from streammerge.methods.statistics.passes import Pass
 from streammerge.methods.statistics.stretches import Measures, Pending, Stretch
 from streammerge.models.adapters.recognition import adapter_text
 from streammerge.models.checkpoints import Checkpoint
+from streammerge.models.unwrapped import unwrapped
 from streammerge.models.views import Decoded
-from streammerge.models.wrappers import unwrapped
 from streammerge.report import Progress, Watch
 from streammerge.tensors import DTYPES
 from streammerge.tools.comparison import Comparison, ShapeMismatch, Similarity
