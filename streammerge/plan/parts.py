@@ -112,8 +112,9 @@ class _Cutting:
         why = dict(self._dropped(name, model))
         if self.recipe.ema == "use":
             averages = averaged(name, model)
-            why.update(dict.fromkeys(averages, REPLACED) if averages else {})
-            names.update(averages)
+            used = {weight: average for weight, average in averages.items() if weight not in why}
+            why.update(dict.fromkeys(used, REPLACED))
+            names.update(used)
             if not averages and name in self.merged:
                 self.remarks.append(f"{name}: it has no averaged weights; those that it has are used")
         if not why:

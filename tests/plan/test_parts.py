@@ -278,6 +278,28 @@ def test_a_model_with_averages_merges_with_one_that_has_none(tmp_path):
     assert torch.equal(used[name], mean.to(torch.float16))
 
 
+@pytest.mark.parametrize("names", [None, "diffusers"])
+def test_averages_of_what_is_not_wanted_are_not_used(tmp_path, names):
+    """The text encoder alone, with what an adapter changes there: its UNet was in the output too."""
+    a, b = diffusion_model("sd1", 1), diffusion_model("sd1", 2)
+    module = "text_model.encoder.layers.0.self_attn.q_proj"
+    up, down = (torch.full(shape, 0.5) for shape in ((24, 2), (2, 24)))
+    lora = {"lora_up": up, "lora_down": down}
+    adapter = {f"lora_te_{module.replace('.', '_')}.{role}.weight": value for role, value in lora.items()}
+    paths = save_models(tmp_path, a=without(with_averages(a), "betas"), b=b, lora=adapter)
+    for models in ([paths["a"]], [paths["a"], paths["b"]], [paths["b"], paths["a"]]):
+        entries = [{"model": str(path), "adapters": [str(paths["lora"])]} for path in models]
+        recipe = {"merge_method": "linear", "models": entries, "ema": "use", "only": "text_encoder"}
+        made = merge_to(tmp_path / "out", recipe, force=True, **({"names": names} if names else {}))
+        plain = [{"a": a, "b": b}[path.stem] for path in models]
+        tail = f"{module}.weight"
+        own = [each[f"cond_stage_model.transformer.{tail}"].double() for each in plain]
+        wanted = torch.stack(own).mean(0) + 0.5
+        (found,) = (tensor for name, tensor in made.items() if name.endswith(tail))
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-2, atol=1e-2)
+        assert len(made) == sum(name.startswith("cond_stage_model.") for name in a)
+
+
 def test_averages_become_the_unet_in_another_naming(tmp_path):
     a = diffusion_model("sd1", 1)
     paths = save_models(tmp_path, a=without(with_averages(a), "betas"))
