@@ -218,7 +218,9 @@ class _Refactoring:
             raise PlanError(
                 f"{count(problems, 'module')} of the adapters can't be merged",
                 found=problems,
-                advice="What adds a difference to a weight is; put others into their model with streammerge bake.",
+                advice="Only what adds a difference to a weight is. Bake others into their model: streammerge bake "
+                "MODEL ADAPTER ADAPTER -o TUNED. One adapter of that is made by streammerge extract TUNED MODEL "
+                "--rank R.",
             )
 
     def _problems(self, module: str, part: str) -> Iterator[str]:

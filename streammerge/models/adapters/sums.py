@@ -156,9 +156,9 @@ class Sum:
             raise PlanError(
                 f"{count(problems, 'module')} of the adapters can't be added up in one adapter",
                 found=problems,
-                advice="LoRAs, LoHas, plain differences and LoKrs whose larger part is factored are; other LoKrs, and "
-                "LoHas with cores, to a rank (--rank R). Bake others into their model: streammerge bake MODEL ADAPTER "
-                "ADAPTER -o TUNED. One adapter of that is made by streammerge extract TUNED MODEL --rank R.",
+                advice="LoRAs, LoHas, plain differences and LoKrs whose larger part is factored add up; other LoKrs, "
+                "and LoHas with cores, to a rank (--rank R). Bake others into their model: streammerge bake MODEL "
+                "ADAPTER ADAPTER -o TUNED. One adapter of that is made by streammerge extract TUNED MODEL --rank R.",
             )
 
     def _problems(self, module: str) -> Iterator[str]:
@@ -169,12 +169,13 @@ class Sum:
                 if change is None or not self._weights(module)[own.adapter]:
                     continue
                 made, rows = as_lora(change), own.rows
-                first = first or (None if rows else made)
                 if not made.is_linear or made.kind not in ADDED or (rows and made.kind != "LoRA"):
                     reason = REPLACES if made.way == "replace" else REASONS.get(made.kind, "")
                     yield f"{own.module}   of {own.adapter} is {made.kind}" + (f": {reason}" if reason else "")
                 elif first and made.kind != first.kind:
                     yield _two(own.module, first, made)
+                else:
+                    first = first or (None if rows else made)
 
     def _check_shapes(self) -> None:
         """PlanError for modules that have another shape in each adapter: these are of different models."""
