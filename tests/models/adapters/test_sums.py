@@ -110,7 +110,7 @@ def test_what_has_no_weight_is_left_out(tmp_path):
 @pytest.mark.parametrize("is_first", [True, False])
 def test_a_module_that_does_not_add_up_is_told_once(tmp_path, is_first):
     adapters = [lora(1, 4, dora_scale=torch.ones(OUT, 1)), lora(2, 4), lora(3, 4)][:: 1 if is_first else -1]
-    with pytest.raises(PlanError, match="^1 module of the adapters can't be added up") as caught:
+    with pytest.raises(PlanError, match=r"^1 module of the adapters can.t be added up") as caught:
         add_up(tmp_path, *adapters, weights=[1, 1, 1])
     assert len(caught.value.found) == 1
     assert "streammerge extract TUNED MODEL --rank R" in caught.value.advice
