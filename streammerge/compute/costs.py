@@ -104,7 +104,8 @@ def row_of(factor: Node) -> int:
 def held_bytes(node: Node, compute: DType = DTYPES["F32"]) -> int:
     """What is held for as long as the tensor, computed in this dtype, is under way: whole tensors, statistics of rows,
     factors of products."""
-    return sum(map(_held_by, _each_once(applications(node)))) + factor_elements(node) * compute.bits // 8
+    held = (_held_by(part, compute) for part in _each_once(applications(node)))
+    return sum(held) + factor_elements(node) * compute.bits // 8
 
 
 def _each_once(parts: Iterable[Applied]) -> Iterable[Applied]:
@@ -121,20 +122,20 @@ def holds_on(device: str, node: Surveyed) -> bool:
     return isinstance(node, ByWhole) and node.method.anywhere and device in DECOMPOSING
 
 
-def card_bytes(node: Node) -> int:
+def card_bytes(node: Node, compute: DType = DTYPES["F32"]) -> int:
     """What of that is held on a card, if the merge is computed on one that can decompose."""
     parts = _each_once(applications(node))
-    return sum(_held_by(part) for part in parts if any(holds_on(kind, part) for kind in DECOMPOSING))
+    return sum(_held_by(part, compute) for part in parts if any(holds_on(kind, part) for kind in DECOMPOSING))
 
 
-def _held_by(node: Applied) -> int:
+def _held_by(node: Applied, compute: DType) -> int:
     target = Target(node.name, node.info.shape, len(node.inputs))
     match node:
         case ByWhole(method=method) if method.readings:
             beside = method.held(target, node.parameters) if method.held else 0
             return node.info.elements * 8 + beside
         case ByWhole():
-            widest = 8 if any(leaf.info.dtype.bits == 64 for leaf in leaves(node)) else 4
+            widest = 8 if any(bits == 64 for bits in (compute.bits, *(leaf.info.dtype.bits for leaf in leaves(node)))) else 4
             beside = node.method.held(target, node.parameters) if node.method.held else 0
             return node.info.elements * widest * (len(node.inputs) + node.method.temporaries + 1) + beside
         case ByGram():

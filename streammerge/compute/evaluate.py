@@ -32,6 +32,7 @@ from streammerge.compute.expressions import (
 )
 from streammerge.compute.gather import gather
 from streammerge.compute.lanes import Lane, torch_dtype
+from streammerge.compute.multiplying import multiplied
 from streammerge.compute.makers import Statistics
 from streammerge.compute.rounding import rounded
 from streammerge.compute.rows import ZERO
@@ -278,16 +279,8 @@ class Evaluator:
         first, last = grain * rows, min((grain + 1) * rows, node.info.elements // node.width)
         left = self.lane.slot(place, (last - first) * node.inner, self.dtype)
         made = self.copy(node.left, first * node.inner, last * node.inner, slot, left).view(last - first, node.inner)
-        *factors, factor = self._factors_of(node)[id(node)]
-        for other in factors:
-            made = made @ other
         out = self.lane.slot(place + 1, (last - first) * node.width, self.dtype).view(last - first, node.width)
-        if node.groups == 1:
-            return torch.mm(made, factor, out=out).view(-1)
-        blocks = factor.view(node.groups, -1, factor.shape[1])
-        shares = made.view(last - first, node.groups, -1).transpose(0, 1)
-        out.view(last - first, node.groups, -1).copy_((shares @ blocks).transpose(0, 1))
-        return out.view(-1)
+        return multiplied(node, made, self._factors_of(node)[id(node)], first, out)
 
     def _factors_of(self, node: Product) -> Mapping[int, Sequence[torch.Tensor]]:
         """The factors of products by their `id`, this one's among them, where they are multiplied: sent there once."""

@@ -105,18 +105,20 @@ class Product:
     that `info` says: so a convolution's kernels are rows, and a low-rank difference of them is one product.
 
     With several `groups` its one factor is so many blocks, one below the other, that stand along a diagonal: each of
-    them multiplies its own share of a row.
+    them multiplies its own share of a row. With several `bands` it is so many blocks, one below the other, of which
+    each multiplies its own share of the rows: many products of one size, one below the other.
     """
 
     info: TensorInfo
     left: Node
     factors: tuple[Node, ...]
     groups: int = 1
+    bands: int = 1
 
     @property
     def inner(self) -> int:
         """How many elements a row of `left` has."""
-        return self.factors[0].info.shape[0]
+        return self.factors[0].info.shape[0] // self.bands
 
     @property
     def width(self) -> int:
@@ -274,8 +276,8 @@ def block_method(node: Node) -> BlockMethod | None:
 
 
 def is_product_of_two(node: Node) -> bool:
-    """Whether it is the product of two factors."""
-    return isinstance(node, Product) and len(node.factors) == 1
+    """Whether it is the product of two factors, and of no blocks of them."""
+    return isinstance(node, Product) and len(node.factors) == node.groups == node.bands == 1
 
 
 def walk(node: Node) -> Iterator[Node]:

@@ -17,6 +17,9 @@ SPAN_LIMIT: Final = 2**18
 SPARSE: Final = 16
 """A box whose elements are spread thinner than this is cut further: most of what it spans would be read for nothing."""
 
+GAP: Final = 2**12
+"""So many elements between two steps, or fewer, are read for nothing all the same: two fetches would take longer."""
+
 Fetch = Callable[[int, int], torch.Tensor]
 
 
@@ -89,10 +92,10 @@ def _copy(target: torch.Tensor, offset: int, strides: tuple[int, ...], fetch: Fe
     """Fill the target with source[offset + Σ index · stride], in pieces that span little of the source."""
     reach = [(size - 1) * stride for size, stride in zip(target.shape, strides, strict=True)]
     span = sum(reach) + 1
-    too_sparse = span > target.numel() * SPARSE and span > SPARSE**2
     longest = max(reach, default=0)
-    if longest and (span > SPAN_LIMIT or too_sparse):
-        axis = reach.index(longest)
+    axis = reach.index(longest) if longest else 0
+    is_sparse = span > target.numel() * SPARSE
+    if longest and (span > SPAN_LIMIT or (is_sparse and strides[axis] - (span - longest) > GAP)):
         half = target.shape[axis] // 2
         _copy(target.narrow(axis, 0, half), offset, strides, fetch)
         rest = target.narrow(axis, half, target.shape[axis] - half)

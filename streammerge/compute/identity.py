@@ -59,7 +59,7 @@ def kind_of(node: Node) -> Hashable:
         case Rounded():
             return "rounded", own, kind_of(node.source)
         case Product(left=left, factors=factors):
-            return "product", own, node.groups, kind_of(left), *map(kind_of, factors)
+            return "product", own, node.groups, node.bands, kind_of(left), *map(kind_of, factors)
     together = id(node.together) if isinstance(node, ByBlock) and node.together is not None else 0
     parameters = tuple(node.parameters.items())
     return id(node.method), own, together, parameters, *map(kind_of, node.inputs)
@@ -103,7 +103,8 @@ class Describer:
                 return ["rounded", info, self.node(node.source)]
             case Product():
                 groups = [node.groups] if node.groups > 1 else []
-                return ["product", info, self.node(node.left), *map(self.node, node.factors), *groups]
+                bands = [{"bands": node.bands}] if node.bands > 1 else []
+                return ["product", info, self.node(node.left), *map(self.node, node.factors), *groups, *bands]
             case Combined():
                 terms = [[term.coefficient.hex(), self.node(term.node)] for term in node.terms]
                 return ["combined", info, node.divisor.hex(), terms]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from streammerge.compute.expressions import Combined, Node, Product, Viewed
+from streammerge.compute.expressions import Combined, Node, Product, Viewed, is_product_of_two
 from streammerge.compute.parts import in_shape
 from streammerge.compute.parts import rows_of as cut
 from streammerge.compute.parts import transposed as turned
@@ -17,7 +17,7 @@ def transposed(node: Node) -> Node:
     Of a product each factor is transposed, and multiplied in the other order: so it stays one that is made by rows.
     """
     rows = node.info.shape[0]
-    if isinstance(node, Product) and node.groups == 1:
+    if isinstance(node, Product) and node.groups == node.bands == 1:
         left = in_shape(node.left, (node.left.info.elements // node.inner, node.inner))
         last, *others = (transposed(factor) for factor in (*reversed(node.factors), left))
         return Product(described(node.info.dtype, (node.info.elements // rows, rows)), last, tuple(others))
@@ -26,7 +26,7 @@ def transposed(node: Node) -> Node:
 
 def rows_of(node: Node, start: int, stop: int) -> Node:
     """Rows [start, stop) of a matrix, itself if these are all; of a product, what the rows of its left one come to."""
-    if not isinstance(node, Product):
+    if not isinstance(node, Product) or node.bands > 1:
         return cut(node, start, stop)
     left = in_shape(node.left, (node.left.info.elements // node.inner, node.inner))
     info = described(node.info.dtype, (stop - start, *node.info.shape[1:]))
@@ -66,7 +66,7 @@ def padded(node: Node, shape: tuple[int, int]) -> Node:
 
 def factors_of(node: Node) -> tuple[Node, Node]:
     """The two matrices whose product it is; ValueError if it is no product of two."""
-    if not isinstance(node, Product) or len(node.factors) != 1 or node.groups > 1:
+    if not isinstance(node, Product) or not is_product_of_two(node):
         raise ValueError("is no product of two matrices")
     return node.left, node.factors[0]
 
@@ -74,7 +74,7 @@ def factors_of(node: Node) -> tuple[Node, Node]:
 def products_of(node: Node) -> tuple[tuple[float, ...], tuple[Node, ...]] | None:
     """c₁, c₂, … and L₁, R₁, L₂, R₂, … of a node that is Σᵢ cᵢ Lᵢ Rᵢ; None if it is something else."""
     terms = list(_terms(node, 1.0))
-    products = [part for _, part in terms if isinstance(part, Product) and len(part.factors) == 1]
+    products = [part for _, part in terms if isinstance(part, Product) and is_product_of_two(part)]
     if not terms or len(products) < len(terms):
         return None
     sides = [side for product in products for side in _sides(product)]

@@ -79,7 +79,7 @@ class Kind:
             _maker_bytes(node, info, compute, is_compiled=is_by_kernels),
             OnCard() if compute is None or options.device == "cpu" else OnCard.of(node, info, compute),
             costs.held_bytes(node, compute or info.dtype),
-            costs.card_bytes(node),
+            costs.card_bytes(node, compute or info.dtype),
             costs.bytes_read(node),
             costs.passes(node),
             0 if compute is None else costs.operations(node),

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from streammerge.compute.costs import piece_elements, slots, target_of
 from streammerge.compute.expressions import (
+    Applied,
     ByBlock,
     ByGram,
     Combined,
@@ -265,9 +266,15 @@ def can_be_compiled(node: Node) -> bool:
 
 
 def can_be_summed(node: Node) -> bool:
-    """Whether there are steps for all that is done with products in the expression: it has some, and no methods."""
+    """Whether there are steps for all that is done with products in the expression: it has some, and no methods are
+    applied but to what is multiplied."""
     made = products_of(node)
-    return bool(made) and not any(applications(node)) and _has_steps(node, made)
+    return bool(made) and not _has_methods(node) and _has_steps(node, made)
+
+
+def _has_methods(node: Node) -> bool:
+    """Whether methods are applied to what is no part of a product."""
+    return isinstance(node, Applied) or (not isinstance(node, Product) and any(map(_has_methods, children(node))))
 
 
 def products_of(node: Node) -> list[Product]:

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from streammerge.compute.expressions import ByWhole, Joined, Node, Product
-from streammerge.compute.parts import range_of, rows_of, transposed
+from streammerge.compute.expressions import ByWhole, Node, Product, Viewed
+from streammerge.compute.matrices import permuted
+from streammerge.compute.parts import in_shape, rows_of
 from streammerge.methods.registry import WholeMethod
 from streammerge.models.adapters.changes import Change
 from streammerge.models.adapters.modules import Changes, Malformed, Module
@@ -68,43 +69,45 @@ class Experts(Change):
         return self if len(shape) > 2 else replace(self, shape=(self.count * self.height, self.shape[-1]))
 
     def of_rows(self, start: int, stop: int) -> Change:
-        """What it does to some rows of one expert's matrix."""
+        """What it does to some rows of one expert's matrix: of B its elements of these rows alone are picked."""
         number, first = divmod(start, self.height)
-        made = self._matrix(self._by_expert, number, first, first + stop - start)
-        return Change(self.kind, (stop - start, self.shape[-1]), made, rank=self.rank, scale=self.scale)
+        count, rank, width = self.count, self.rank, self.down[0].info.shape[1]
+        own = stop - start, rank
+        left = Viewed(
+            described(self.value.info.dtype, own), self.value, first * rank * count + number, (rank * count, count), own
+        )
+        right = rows_of(self.down[0], number * rank, (number + 1) * rank)
+        made = Product(described(DTYPES["F32"], (stop - start, width)), left, (right,))
+        return Change(self.kind, made.info.shape, made, rank=rank, scale=self.scale)
 
     def applied(self, weight: Node, strength: float) -> Node:
         """The tensor of all experts, changed."""
-        own, high = self._by_expert, self.value.info.shape[0]
-        matrices = [self._matrix(own, number, 0, high) for number in range(self.count)]
-        made = Joined(described(DTYPES["F32"], self.shape), tuple(matrices))
-        return Change(self.kind, self.shape, made, rank=self.rank, scale=self.scale).applied(weight, strength)
+        return Change(self.kind, self.shape, self._product, rank=self.rank, scale=self.scale).applied(weight, strength)
 
     @property
-    def _by_expert(self) -> Node:
-        """B, each expert's own rows together."""
-        info = described(DTYPES["F32"], self.value.info.shape)
-        return ByWhole(info, BY_EXPERT, {"count": self.count}, (self.value,), "experts")
-
-    def _matrix(self, by_expert: Node, number: int, start: int, stop: int) -> Node:
-        """Rows [start, stop) of Bₑ Aₑ, or all of it transposed."""
-        high, rank, width = self.value.info.shape[0], self.rank, self.down[0].info.shape[1]
-        left = range_of(by_expert, (number * high + start) * rank, (stop - start, rank))
-        right = rows_of(self.down[0], number * rank, (number + 1) * rank)
+    def _product(self) -> Node:
+        """All of Bₑ Aₑ one below the other, or of (Bₑ Aₑ)ᵀ = Aₑᵀ Bₑᵀ: one product with a band for each expert."""
+        count, rank = self.count, self.rank
+        (high, total), width = self.value.info.shape, self.down[0].info.shape[1]
+        own = {"count": count, "turned": self.is_turned}
+        by_expert = ByWhole(described(DTYPES["F32"], (high, total)), BY_EXPERT, own, (self.value,), "experts")
         if self.is_turned:
-            return Product(described(DTYPES["F32"], (width, stop - start)), transposed(right), (transposed(left),))
-        return Product(described(DTYPES["F32"], (stop - start, width)), left, (right,))
+            left, right = permuted(self.down[0], (count, rank, width), (0, 2, 1)), in_shape(by_expert, (total, high))
+        else:
+            left, right = in_shape(by_expert, (count * high, rank)), self.down[0]
+        return Product(described(DTYPES["F32"], self.shape), left, (right,), bands=count)
 
 
-def _by_expert(up: Tensor, *, count: int) -> Tensor:
-    """θ[e, o, k] = B[o, k·E + e]"""
-    return up.view(len(up), -1, count).permute(2, 0, 1).reshape(up.shape)
+def _by_expert(up: Tensor, *, count: int, turned: bool) -> Tensor:
+    """θ[e, o, k] = B[o, k·E + e], or θ[e, k, o]"""
+    order = (2, 1, 0) if turned else (2, 0, 1)
+    return up.view(len(up), -1, count).permute(order).reshape(up.shape)
 
 
 BY_EXPERT: Final = WholeMethod(
-    "by expert", (), "none", (1, 1), "θ[e, o, k] = B[o, k·E + e]", function=_by_expert, temporaries=1
+    "by expert", (), "none", (1, 1), "θ[e, o, k] = B[o, k·E + e]", function=_by_expert, temporaries=0
 )
-"""B of all experts, one after the other. It is held: what is one expert's lies all over B, which is read for each."""
+"""B of all experts, one after the other. It is held: what is one expert's lies all over B, which is read but once."""
 
 
 def of_parameter(module: Module) -> Changes:
