@@ -40,7 +40,7 @@ def lane_bytes(node: Node, info: TensorInfo, compute: DType) -> int:
     """What a lane needs for this tensor beside its mapped windows: slots, stored blocks, a method's temporaries."""
     by_piece = isinstance(node, ByBlock) and not node.method.needs.rows
     elements = min(PIECE if by_piece else BLOCK, info.elements)
-    size = compute.bits // 8
+    size, fetched = compute.bits // 8, 0
     blocks = slots(node) * elements
     for part in walk(node):
         if isinstance(part, ByBlock):
@@ -56,9 +56,16 @@ def lane_bytes(node: Node, info: TensorInfo, compute: DType) -> int:
             # whole rows of the product, and of what it is made of
             again = part.width + part.inner if part.groups > 1 else 0
             blocks += product_rows(part) * (part.width + part.inner + again + sum(map(row_of, part.factors[:-1])))
-        elif isinstance(part, Rounded | Gathered) or (isinstance(part, Viewed) and not isinstance(part.source, Stored)):
+        elif isinstance(part, Viewed):
+            # what is fetched at once spans no more than a block, which may be more than is wanted of it
+            together = max(min(BLOCK, spanned(part)), elements)
+            if isinstance(part.source, Stored):
+                fetched += (together - elements) * part.source.info.dtype.bits // 8
+            else:
+                blocks += together
+        elif isinstance(part, Rounded | Gathered):
             blocks += elements  # as they are before they are rounded, or put in their place
-    return blocks * size + elements * (slots(node) * widest_bytes(node) + info.dtype.bits // 8)
+    return blocks * size + elements * (slots(node) * widest_bytes(node) + info.dtype.bits // 8) + fetched
 
 
 def widest_bytes(node: Node) -> int:
@@ -135,7 +142,7 @@ def _held_by(node: Applied, compute: DType) -> int:
             beside = method.held(target, node.parameters) if method.held else 0
             return node.info.elements * 8 + beside
         case ByWhole():
-            widest = 8 if any(bits == 64 for bits in (compute.bits, *(leaf.info.dtype.bits for leaf in leaves(node)))) else 4
+            widest = 8 if compute.bits == 64 or any(leaf.info.dtype.bits == 64 for leaf in leaves(node)) else 4
             beside = node.method.held(target, node.parameters) if node.method.held else 0
             return node.info.elements * widest * (len(node.inputs) + node.method.temporaries + 1) + beside
         case ByGram():
@@ -175,7 +182,16 @@ def evaluation_bytes(node: Node) -> int:
         used = node.rows.used()
         parts = ((evaluation_bytes(part), part.info.shape[0], used.get(n, 0)) for n, part in enumerate(node.sources))
         return sum(nbytes * rows // max(height, 1) for nbytes, height, rows in parts)
+    if isinstance(node, Viewed):
+        around = evaluation_bytes(node.around) if node.around is not None else 0
+        return around + evaluation_bytes(node.source) * spanned(node) // max(node.source.info.elements, 1)
     return sum(map(evaluation_bytes, children(node))) if children(node) else node.info.nbytes
+
+
+def spanned(node: Viewed) -> int:
+    """How many elements of its source lie between the first and the last of those that a view shows."""
+    steps = ((size - 1) * stride for size, stride in zip(node.inner, node.strides, strict=True))
+    return sum(steps) + 1 if all(node.inner) else 0
 
 
 def operations(node: Node) -> int:

@@ -32,8 +32,8 @@ from streammerge.compute.expressions import (
 )
 from streammerge.compute.gather import gather
 from streammerge.compute.lanes import Lane, torch_dtype
-from streammerge.compute.multiplying import multiplied
 from streammerge.compute.makers import Statistics
+from streammerge.compute.multiplying import multiplied
 from streammerge.compute.rounding import rounded
 from streammerge.compute.rows import ZERO
 from streammerge.methods.statistics.passes import Pass
