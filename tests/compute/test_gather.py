@@ -171,6 +171,15 @@ def test_a_few_elements_far_apart_are_fetched_one_by_one(leaf_file):
     assert sum(stop - start for start, stop in source.fetched) < 1000
 
 
+def test_elements_that_lie_near_are_fetched_together(leaf_file):
+    """What lies between them is read sooner than each of them is asked for."""
+    source = Source(torch.arange(500_000.0))
+    node = view(leaf_file, (1500, 2), (1500, 2), (256, 128), 5, 500_000)
+    expected = source.values[5 : 5 + 1500 * 256].view(1500, 2, 128)[..., 0].reshape(-1)
+    assert gathered(node, source, 0, 3000) == expected.tolist()
+    assert len(source.fetched) <= 4
+
+
 def test_a_repeated_element_is_fetched_once(leaf_file):
     source = Source(torch.arange(10.0))
     node = view(leaf_file, (1000,), (1000,), (0,), 4, 10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,13 +20,27 @@ from streammerge.compute.costs import (
     slots,
     write_step,
 )
-from streammerge.compute.expressions import BLOCK, Combined, Joined, Node, Product, Term, Viewed, is_merged
+from streammerge.compute.expressions import (
+    BLOCK,
+    ByWhole,
+    Combined,
+    Joined,
+    Node,
+    Product,
+    Term,
+    Viewed,
+    is_merged,
+    is_product_of_two,
+)
 from streammerge.compute.identity import Describer, kind_of
 from streammerge.compute.kernels.library import kernels
 from streammerge.compute.kernels.maker import is_compiled, is_summed
 from streammerge.compute.lanes import Lane
+from streammerge.compute.matrices import factors_of, products_of, rows_of, transposed
+from streammerge.compute.parts import in_shape
 from streammerge.compute.reading import read_range
 from streammerge.formats.readers import PositionalReader
+from streammerge.methods import METHODS
 from streammerge.tensors import DTYPES, TensorInfo
 from tests.make.models import normal, store_tensors
 
@@ -93,6 +108,85 @@ def test_a_product_of_what_is_computed(tmp_path):
     assert torch.allclose(found.double(), expected(2 * a, b, c), atol=1e-5)
     gram = values(Product(TensorInfo(F32, (6, 6)), turned, (inner,)))
     assert torch.allclose(gram.view(6, 6), (b @ c).T @ (b @ c), atol=1e-5)
+
+
+def banded(folder, count: int, high: int, rank: int, width: int) -> tuple[Product, torch.Tensor]:
+    """Many products of one size, one below the other, and what they come to in float64."""
+    left, right = normal((count, high, rank), 1), normal((count, rank, width), 2)
+    stored = store_tensors(folder / "bands", [left.view(count * high, rank), right.view(count * rank, width)])
+    node = Product(TensorInfo(F32, (count, high, width)), stored[0], (stored[1],), bands=count)
+    return node, (left.double() @ right.double()).reshape(-1)
+
+
+SIZES = [(3, 5, 2, 7), (128, 300, 4, 70), (700, 1, 3, 2000), (4, 100_003, 2, 3), (2, 3, 1, 300_000), (5000, 2, 2, 3)]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_bands_have_factors_of_their_own(tmp_path, sizes):
+    node, exact = banded(tmp_path, *sizes)
+    assert torch.allclose(values(node).double(), exact, rtol=1e-5, atol=1e-4)
+    assert torch.allclose(values(node, dtype=F64), exact, rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_ranges_of_bands_have_the_bits_of_the_whole(tmp_path, sizes):
+    node, _ = banded(tmp_path, *sizes)
+    whole, band = values(node), sizes[1] * sizes[3]
+    for start, stop in ((0, 1), (band - 1, band + 1), (band, 2 * band), (BLOCK - 5, BLOCK + 5), (band + 3, 9 * band)):
+        stop = min(stop, len(whole))
+        start = min(start, stop)
+        assert torch.equal(values(node, start, stop), whole[start:stop])
+
+
+def test_a_band_multiplies_its_own_rows_alone(tmp_path, monkeypatch):
+    """What lies in one band costs the product of that band."""
+    node, _ = banded(tmp_path, 50, 2000, 4, 300)
+    multiplied: list[int] = []
+    mm = torch.mm
+
+    def noted(rows, factor, *, out):
+        multiplied.append(len(rows))
+        return mm(rows, factor, out=out)
+
+    monkeypatch.setattr(torch, "mm", noted)
+    values(node, 7 * 2000 * 300, 7 * 2000 * 300 + 10)
+    assert sum(multiplied) == product_rows(node)
+    assert len(multiplied) <= 2
+
+
+def test_bands_are_seen_as_any_other_tensor(tmp_path):
+    """Of such a product no rows are cut, and none is turned, by its factors."""
+    node, exact = banded(tmp_path, 3, 4, 2, 6)
+    matrix = exact.view(12, 6)
+    assert torch.allclose(values(rows_of(in_shape(node, (12, 6)), 3, 9)).double(), matrix[3:9].reshape(-1), atol=1e-5)
+    assert torch.allclose(values(rows_of(node, 1, 3)).double(), matrix[4:].reshape(-1), atol=1e-5)
+    assert torch.allclose(values(transposed(node)).double(), exact.view(3, 24).T.reshape(-1), atol=1e-5)
+    assert not is_product_of_two(node)
+    assert products_of(node) is None
+    with pytest.raises(ValueError, match="no product of two matrices"):
+        factors_of(node)
+
+
+def test_bands_are_told_apart(tmp_path):
+    left, right = store_tensors(tmp_path / "bands", [normal((8, 3), 1), normal((12, 5), 2)])
+    four, two = (
+        Product(TensorInfo(F32, (8 * 5,)), left, (right,), bands=4),
+        Product(TensorInfo(F32, (8 * 5,)), left, (right,), bands=2),
+    )
+    assert kind_of(four) != kind_of(two)
+    assert Describer([]).node(four) != Describer([]).node(two)
+    groups = Product(TensorInfo(F32, (8 * 5,)), left, (right,), groups=2)
+    assert Describer([]).node(two) != Describer([]).node(groups)
+
+
+def test_methods_below_a_product_leave_the_sum_to_loops(tmp_path):
+    (weight,) = store_tensors(tmp_path / "weight", [normal((3, 4, 6), 5)])
+    node, _ = banded(tmp_path, 3, 4, 2, 6)
+    held = ByWhole(node.left.info, METHODS["rotate"], {}, (node.left,))  # type: ignore[arg-type]
+    below = combine(weight.info, (Term(1.0, weight), Term(2.0, replace(node, left=held))))
+    beside = combine(weight.info, (Term(1.0, ByWhole(weight.info, held.method, {}, (weight,))), Term(2.0, node)))
+    assert is_summed(below, F32, F64) == (kernels() is not None)
+    assert not is_summed(beside, F32, F64)
 
 
 def test_a_difference_is_folded_into_a_combination(tmp_path):
