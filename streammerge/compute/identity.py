@@ -50,7 +50,7 @@ def kind_of(node: Node) -> Hashable:
             return "external", own, node.told
         case Viewed(around=around):
             around_it = None if around is None else kind_of(around)
-            return "viewed", own, node.inner, node.first, kind_of(node.source), around_it
+            return "viewed", own, node.inner, node.strides, node.first, kind_of(node.source), around_it
         case Joined(parts=parts):
             return "joined", own, *map(kind_of, parts)
         case Gathered(sources=sources):

@@ -227,6 +227,23 @@ def test_products_are_told_apart(tmp_path):
     assert kind_of(Joined(a.info, (a, b))) != kind_of(Joined(a.info, (b, a)))
 
 
+def test_a_view_costs_what_lies_between_its_ends(tmp_path):
+    """Of the rest of its source nothing is read; and what is read at once may be more than is shown."""
+    (stored,) = store_tensors(tmp_path / "stored", [normal((2000, 500), 1)])
+    column = Viewed(TensorInfo(F32, (300, 1)), stored, 100 * 500 + 7, (500, 1), (300, 1))
+    assert bytes_read(column) == (299 * 500 + 1) * 4
+    assert lane_bytes(column, column.info, F32) >= (299 * 500 + 1) * 4
+    lane = Lane(PositionalReader())
+    assert torch.equal(read_range(column, 0, 300, lane, F32), normal((2000, 500), 1)[100:400, 7])
+    assert lane.bytes_read == bytes_read(column)
+    empty = Viewed(TensorInfo(F32, (0, 5)), stored, 0, (500, 1), (0, 5))
+    assert bytes_read(empty) == 0
+    padded = Viewed(TensorInfo(F32, (4, 600)), stored, 0, (500, 1), (4, 500))
+    assert bytes_read(padded) == 4 * 500 * 4
+    other = Viewed(TensorInfo(F32, (300, 1)), stored, 0, (1, 1), (300, 1))
+    assert kind_of(column) != kind_of(other)
+
+
 # ── one after the other ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
