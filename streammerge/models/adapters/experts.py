@@ -119,6 +119,9 @@ def of_parameter(module: Module) -> Changes:
         raise module.differ("up", "down", f"should have as many ranks, a multiple of {rank}")
     if module.config is not None and module.config.fan_in_fan_out:
         raise Malformed(f"{module.name}   is of a parameter, for which fan_in_fan_out means nothing")
+    if module.config is not None and module.config.is_dora:
+        told = f"{module.config.where} says use_dora"
+        raise Malformed(f"{module.name}   is of a parameter, which has no lengths, and {told}")
     scale, told = module.scale(rank)
     if total == rank:
         value = Product(TensorInfo(DTYPES["F32"], (up.info.shape[0], down.info.shape[1])), up, (down,))

@@ -168,6 +168,13 @@ def test_ranks_that_are_no_multiple_are_refused(tmp_path):
     assert "target_parameters must be a list of names" in said
 
 
+def test_lengths_of_parameters_are_refused(tmp_path):
+    """PEFT has none: such an adapter was made of another, and would be baked without them."""
+    said = refusal(tmp_path, model("fused"), factors(GROUP, H, WIDE, 1), target_parameters=BOTH[1:], use_dora=True)
+    assert "is of a parameter, which has no lengths, and" in said
+    assert "says use_dora" in said
+
+
 def test_they_add_up_to_one_adapter(tmp_path):
     """Of an inner wrapper that only the first has, other ranks in the outer one, and a plain module."""
     plain = {f"{LAYER}q_proj.lora_A.weight": numbers(R, H), f"{LAYER}q_proj.lora_B.weight": numbers(6, R)}
