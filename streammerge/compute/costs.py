@@ -182,9 +182,9 @@ def evaluation_bytes(node: Node) -> int:
         used = node.rows.used()
         parts = ((evaluation_bytes(part), part.info.shape[0], used.get(n, 0)) for n, part in enumerate(node.sources))
         return sum(nbytes * rows // max(height, 1) for nbytes, height, rows in parts)
-    if isinstance(node, Viewed):
+    if isinstance(node, Viewed) and isinstance(node.source, Stored):  # what is computed may be made as a whole
         around = evaluation_bytes(node.around) if node.around is not None else 0
-        return around + evaluation_bytes(node.source) * spanned(node) // max(node.source.info.elements, 1)
+        return around + node.source.info.nbytes * spanned(node) // max(node.source.info.elements, 1)
     return sum(map(evaluation_bytes, children(node))) if children(node) else node.info.nbytes
 
 
