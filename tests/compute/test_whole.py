@@ -80,7 +80,7 @@ def test_the_plan_counts_whole_tensors(paths, tmp_path):
 def test_the_plan_counts_whole_tensors_as_they_are_computed(paths, tmp_path):
     model, output = streammerge.turned(paths["a"]), tmp_path / "x.safetensors"
     single, double = (streammerge.make_plan(model, output=output, compute_dtype=dtype) for dtype in ("fp32", "fp64"))
-    assert double.held_bytes == 2 * single.held_bytes
+    assert double.memory.held_bytes == 2 * single.memory.held_bytes
 
 
 def test_too_little_memory_is_refused_with_what_is_enough(paths, tmp_path):

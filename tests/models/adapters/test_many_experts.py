@@ -154,7 +154,7 @@ def test_the_expression_is_small_however_many_experts_there_are(tmp_path, form):
             assert job.compute is not None
             held = held_bytes(job.node, job.compute) * 8 // job.compute.bits
             assert held == 2 * up + (up if form == "transposed" else down)
-    assert plan.lane_bytes < 12 * MIB
+    assert plan.memory.lane_bytes < 12 * MIB
 
 
 @pytest.mark.parametrize("form", FORMS)
