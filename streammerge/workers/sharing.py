@@ -19,7 +19,8 @@ class SharedWork(MergeWork):
         self, jobs: Sequence[Job], sink: Sink, ledger: Ledger, measured: ModelStatistics | None = None
     ) -> None:
         super().__init__(jobs[0], sink, ledger, measured)
-        self.parts = [self, *(_Part(job, self) for job in jobs[1:])]
+        # not itself too: what holds itself stays, with the whole, until somebody looks for garbage
+        self.others = [_Part(job, self) for job in jobs[1:]]
         self.whole = whole_of(self.node)
 
     def begin_pass(self) -> list[Window]:
@@ -32,7 +33,7 @@ class SharedWork(MergeWork):
 
     def write(self, window: Window, maker: Maker) -> None:
         """Write what is due of every part, and tell what the whole comes to."""
-        for part in self.parts:
+        for part in (self, *self.others):
             for due in MergeWork.begin_pass(part):
                 MergeWork.write(part, due, maker)
         self._open_windows = 1

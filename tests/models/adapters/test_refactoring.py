@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from safetensors import safe_open
 
 import streammerge
 from streammerge.cli.main import main
+from streammerge.compute.survey import Survey
 from streammerge.errors import MergeError, PlanError, RecipeError
 from streammerge.methods import METHODS
 from streammerge.methods.registry import WholeMethod
@@ -440,3 +443,24 @@ def test_what_is_no_number_is_refused_before_anything_is_written(tmp_path):
 def test_what_has_no_meaning_is_refused(tmp_path, keys):
     with pytest.raises(MergeError):
         merged(tmp_path, both(1, 4, 2.0), both(2, 4, 2.0), low_rank={"rank": 2}, **keys)
+
+
+def test_what_both_factors_are_parts_of_is_let_go_when_they_are_written(tmp_path, monkeypatch):
+    """Not when somebody looks for garbage: till then every module's factors would be there in float64."""
+    modules = [f"lora_unet_mid_block_{n}" for n in range(8)]
+    adapters = [{name: value for m in modules for name, value in lora(seed, 3, 1.0, m).items()} for seed in (1, 2)]
+    surveys: list[weakref.ref[Survey]] = []
+    begin = Survey.__init__
+
+    def noted(self: Survey, *given: Any, **named: Any) -> None:
+        surveys.append(weakref.ref(self))
+        begin(self, *given, **named)
+
+    monkeypatch.setattr(Survey, "__init__", noted)
+    gc.disable()
+    try:
+        merged(tmp_path, *adapters, low_rank={"rank": 2}, verify=False)
+        assert len(surveys) >= len(modules)
+        assert [survey for survey in surveys if survey() is not None] == []
+    finally:
+        gc.enable()
