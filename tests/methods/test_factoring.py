@@ -45,6 +45,12 @@ def of_products(products, coefficients, rank: int, **more):
     return split(made, rows, columns, rank)
 
 
+def apart(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """U S and Vᵀ of factors that share the singular values."""
+    lengths = down.square().sum(1).sqrt()
+    return up * lengths, down / lengths[:, None]
+
+
 def truncated(matrix: torch.Tensor, rank: int) -> tuple[np.ndarray, np.ndarray]:
     """The nearest matrix of this rank, and all singular values."""
     left, values, right = np.linalg.svd(matrix.numpy(), full_matrices=False)
@@ -56,12 +62,15 @@ def truncated(matrix: torch.Tensor, rank: int) -> tuple[np.ndarray, np.ndarray]:
 def test_they_are_those_of_the_whole_matrix(shape, rank):
     matrix = normal(shape, 1, torch.float64)
     rank = min(rank, *shape)
-    up, down, (kept, missed) = factors(matrix, rank)
+    up, down, (whole, missed) = factors(matrix, rank)
     nearest, values = truncated(matrix, rank)
     assert np.allclose((up @ down).numpy(), nearest, atol=1e-12)
-    assert kept == pytest.approx(np.linalg.norm(values[:rank]), rel=1e-12)
-    assert missed == pytest.approx(np.linalg.norm(values[rank:]), rel=1e-9, abs=2e-7 * kept)
-    assert torch.allclose(down @ down.T, torch.eye(rank, dtype=torch.float64), atol=1e-12)
+    assert whole == pytest.approx(np.linalg.norm(values), rel=1e-12)
+    assert missed == pytest.approx(np.linalg.norm(values[rank:]), rel=1e-9, abs=2e-7 * whole)
+    directions = apart(up, down)[1]
+    assert torch.allclose(directions @ directions.T, torch.eye(rank, dtype=torch.float64), atol=1e-12)
+    ratios = up.square().sum(0).sqrt() / down.square().sum(1).sqrt()
+    assert bool(((ratios > 0.49) & (ratios < 4.01)).all())
 
 
 def test_pieces_of_rows_make_no_difference(monkeypatch):
@@ -87,10 +96,10 @@ def test_at_full_rank_nothing_is_lost_whatever_the_condition(shape):
 
 def test_what_has_fewer_directions_has_factors_of_zero_behind():
     matrix = normal((30, 2), 1, torch.float64) @ normal((2, 20), 2, torch.float64)
-    up, down, (kept, missed) = factors(matrix, 6)
+    up, down, (whole, missed) = factors(matrix, 6)
     assert torch.allclose(up @ down, matrix, atol=1e-12)
-    assert not up[:, 2:].abs().max() > 1e-6 * kept
-    assert missed < 1e-6 * kept
+    assert not up[:, 2:].abs().max() > 1e-6 * whole
+    assert missed < 1e-6 * whole
     for nothing in factors(torch.zeros(30, 20, dtype=torch.float64), 4)[:2]:
         assert not nothing.any()
 
@@ -108,11 +117,11 @@ def test_turned_ones_are_those_of_the_transpose():
 def test_those_at_random_are_near_and_say_how_near(shape):
     left, _, right = np.linalg.svd(normal(shape, 3, torch.float64).numpy(), full_matrices=False)
     matrix = torch.from_numpy(left * np.logspace(0, -3, 90) @ right)
-    up, down, (kept, missed) = factors(matrix, 8, "randomized")
+    up, down, (whole, missed) = factors(matrix, 8, "randomized")
     error = float((up @ down - matrix).norm())
     best = np.linalg.norm(truncated(matrix, 8)[1][8:])
     assert missed == pytest.approx(error, rel=1e-6)
-    assert kept == pytest.approx(float((up @ down).norm()), rel=1e-9)
+    assert whole == pytest.approx(float(matrix.norm()), rel=1e-12)
     assert best <= error < 1.01 * best
     again = factors(matrix, 8, "randomized")
     assert torch.equal(again[0], up)
@@ -122,10 +131,9 @@ def test_those_at_random_are_near_and_say_how_near(shape):
 def test_clamped_elements_are_those_within_a_quantile(svd):
     matrix = normal((50, 40), 1, torch.float64)
     plain, cut = factors(matrix, 5, svd), factors(matrix, 5, svd, clamp=0.9)
-    both = torch.cat([plain[0].flatten(), plain[1].flatten()])
-    most = float(torch.quantile(both, 0.9))
-    assert torch.allclose(cut[0], plain[0].clamp(-most, most), atol=1e-12)
-    assert torch.allclose(cut[1], plain[1].clamp(-most, most), atol=1e-12)
+    left, right = apart(*plain[:2])
+    most = float(torch.quantile(torch.cat([left.flatten(), right.flatten()]), 0.9))
+    assert torch.allclose(cut[0] @ cut[1], left.clamp(-most, most) @ right.clamp(-most, most), atol=1e-12)
     assert cut[2][1] == pytest.approx(float((matrix - cut[0] @ cut[1]).norm()), rel=1e-12)
 
 
@@ -139,11 +147,11 @@ def test_products_are_decomposed_between_their_factors(shape, clamp):
     ]
     matrix = 0.5 * sides[0] @ sides[1] - 2 * sides[2] @ sides[3]
     for rank in (1, 3, 5):
-        up, down, (kept, missed) = of_products(sides, (0.5, -2.0), rank, clamp=clamp)
+        up, down, (told, missed) = of_products(sides, (0.5, -2.0), rank, clamp=clamp)
         whole = factors(matrix, rank, clamp=clamp)
         assert torch.allclose(up @ down, whole[0] @ whole[1], atol=1e-10)
         assert missed == pytest.approx(float((matrix - up @ down).norm()), abs=1e-7)
-        assert kept == pytest.approx(float((up @ down).norm()), rel=1e-9)
+        assert told == pytest.approx(float(matrix.norm()), rel=1e-9)
 
 
 def test_values_are_those_of_the_whole_matrix():

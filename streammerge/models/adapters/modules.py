@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from streammerge.compute.expressions import Node
 from streammerge.models.adapters.changes import Change
 from streammerge.models.adapters.config import ALPHAS, MLX, TRANSPOSED, Config
-from streammerge.models.adapters.dialects import PEFT, unparalleled
+from streammerge.models.adapters.dialects import PEFT
 from streammerge.models.adapters.numbers import can_be_read, number_of
 from streammerge.models.adapters.parameters import parameter_path
 
@@ -38,9 +38,7 @@ class Module:
     @property
     def own_name(self) -> str:
         """What the model calls the module, or the parameter, as PEFT's configs do."""
-        return (
-            parameter_path(self.name, self.parameter) if self.parameter else unparalleled(self.name).rpartition(PEFT)[2]
-        )
+        return parameter_path(self.name, self.parameter) if self.parameter else self.name.rpartition(PEFT)[2]
 
     def part(self, role: str, dimensions: int = 0) -> Node:
         """The part of this role; Malformed if it is missing, is empty, or has fewer dimensions than it needs."""

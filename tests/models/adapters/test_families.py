@@ -13,6 +13,7 @@ import torch
 
 from streammerge.errors import MergeError
 from streammerge.models.adapters.matching import matched
+from streammerge.models.adapters.parts import sorted_parts
 from streammerge.models.adapters.targets import Targets
 from streammerge.tensors import DTYPES, TensorInfo
 from tests.make.models import Tensors, load_model, merge_to, save_model
@@ -296,7 +297,8 @@ def test_patterns_of_configs_are_of_names_without_wrappers(tmp_path, start):
 
 def test_names_that_wrappers_gave_are_written_without_them():
     wrapped = "_orig_mod.base_model.model.model.layers.0._checkpoint_wrapped_module.mlp.up_proj"
-    assert list(matched({"a": [wrapped]}, "peft").modules) == ["base_model.model.model.layers.0.mlp.up_proj"]
+    modules = sorted_parts([f"{wrapped}.lora_A.weight"]).modules
+    assert list(matched({"a": list(modules)}, "peft").modules) == ["base_model.model.model.layers.0.mlp.up_proj"]
     inner = "unet.base_model.model.down_blocks.0.attentions.0.proj_in"
     assert list(matched({"a": [inner]}, "diffusers").modules) == ["unet.down_blocks.0.attentions.0.proj_in"]
 
