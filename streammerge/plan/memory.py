@@ -157,9 +157,10 @@ class Memory:
         return max(1, min(most, room, 1 << max(pinned, 1).bit_length() - 1))  # torch pins powers of two
 
     def _room_beside(self, lanes_bytes: int) -> int:
-        """What may be held beside the lanes where there is no limit: for one tensor where that keeps the promise."""
-        taken = self.fixed_bytes + self.described_bytes + lanes_bytes + self.held_bytes
-        return self.held_bytes if taken <= PROMISED_BYTES else int(FREE_SHARE * free_bytes())
+        """What may be held beside the lanes where there is no limit: so much as keeps the promise, if one tensor does;
+        a worker would wait for the others while a tensor that they hold is read, or its last blocks are made."""
+        room = PROMISED_BYTES - self.fixed_bytes - self.described_bytes - lanes_bytes
+        return room if room >= self.held_bytes else int(FREE_SHARE * free_bytes())
 
     @property
     def mapped_bytes(self) -> tuple[int, int]:
