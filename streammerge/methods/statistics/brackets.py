@@ -165,7 +165,7 @@ class Sample(Pass[Any]):
     def finish(self) -> Any:  # noqa: ANN401
         """The pass that gathers what lies between the brackets; or histograms, where all seems to be zero."""
         ranking, brackets = self.ranking, dict[int, Bracket]()
-        samples = list(self._samples())
+        samples, room = list(self._samples()), room_of_one(len(ranking.all()))
         if ranking.counts:
             shares = [self.counting.at(sample, 0)[0] / len(sample) for sample in samples]
             if not any(shares):
@@ -174,7 +174,7 @@ class Sample(Pass[Any]):
         for vector, sample in enumerate(samples):
             for search in ranking.open_searches(vector):
                 low, high = self._about(search, len(sample))
-                if (high - low) * ranking.elements > room_for_each(ranking) * len(sample):
+                if (high - low) * ranking.elements > room * len(sample):
                     return UpperBits(ranking, len(samples))
                 brackets[id(search)] = self._bracket(sample, low, high)
         return Gathering(ranking, brackets)
@@ -202,13 +202,8 @@ class Sample(Pass[Any]):
         )
 
 
-def room_for_each(ranking: Ranking) -> int:
-    """How many values are gathered for each of the ranks at the most."""
-    return room_of_one(len(ranking.all()))
-
-
 def room_of_one(ranks: int) -> int:
-    """The same for so many ranks: tensors that are small have room for all."""
+    """How many values are gathered for each of so many ranks at the most: tensors that are small have room for all."""
     return min(ROOM, max(TOGETHER // max(ranks, 1), SMALL))
 
 
@@ -281,7 +276,7 @@ class Gathering(Pass[Any]):
         self.nonzero = [0] * len(self.gathered)
 
     def _gathered(self, search: Search, brackets: Mapping[int, Bracket]) -> tuple[Search, Gathered]:
-        room = min(self.ranking.elements, room_for_each(self.ranking))
+        room = min(self.ranking.elements, room_of_one(len(self.ranking.all())))
         return search, Gathered(brackets.get(id(search), Bracket()), room)
 
     @property

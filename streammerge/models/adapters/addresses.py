@@ -17,7 +17,7 @@ from typing import Final
 
 from streammerge.errors import RecipeError
 from streammerge.models.adapters.dialects import spelled
-from streammerge.models.adapters.meanings import Meaning, are_told, dotted
+from streammerge.models.adapters.meanings import DEPTHS, Meaning, are_told, dotted
 from streammerge.models.adapters.together import Together
 from streammerge.models.blocks import Blocks, ListForm, abridged
 from streammerge.models.dialects.places import Role
@@ -28,9 +28,6 @@ OF_A_UNET: Final = re.compile(r"(?:input|output|down|up)_blocks\.\d+\.|mid_block
 OF_FOUR_LEVELS: Final = re.compile(r"(?:down|up)_blocks\.3\.|(?:input|output)_blocks\.(?:9|1\d)\.")
 OF_THREE_LEVELS: Final = re.compile(r"(?:input|output|down|up|mid|middle)_blocks?\..*transformer_blocks\.[1-9]")
 """Which paths are of a UNet, of one with four levels (Stable Diffusion 1 and 2), and of one with three (SDXL)."""
-
-OF_FLUX: Final = (19, 38)
-"""How many double and single blocks Flux has: adapters of as many have all of them."""
 
 WITHOUT_OTHERS: Final[Mapping[int, str]] = {
     12: "BASE IN01 IN02 IN04 IN05 IN07 IN08 M00 OUT03 OUT04 OUT05 OUT06 OUT07 OUT08 OUT09 OUT10 OUT11",
@@ -95,7 +92,8 @@ class Addresses:
         if self._levels:
             return replace(seen, forms=(*seen.forms, *_usual(seen, self._levels)))
         counts = tuple(sum(block.startswith(side) for block in seen.order) for side in "DS")
-        return seen if counts == OF_FLUX else replace(seen, unsure=_unsure(seen))
+        # adapters of as many as Flux has have all of them
+        return seen if counts == (*DEPTHS["Flux"].values(),) else replace(seen, unsure=_unsure(seen))
 
     def remarks(self) -> Iterator[str]:
         """What is to be known of values that are stretched over layers."""
